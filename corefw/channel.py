@@ -1,0 +1,198 @@
+"""Byte streams between two hosts, and how a URI becomes one.
+
+The law: a channel moves bytes whole and in order, or raises; it knows nothing of what they mean. Whoever holds a channel
+may call `abort()` from any thread at any time, and every call that is blocked in it then raises `Interrupted` soon.
+
+    Transport   one URI; makes channels by connecting or through a Listener
+    Listener    waits for peers; `uri` is what a peer has to dial, with the port it really got
+    Channel     one stream; bytes may flow back on it where `has_return_path`
+    Interrupt   ends a wait in connect() and accept() from another thread
+
+Threads: one thread at a time sends and one receives (they may be two different threads); `abort` is free of that.
+After any ChannelError a channel is good for `close()` only.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+from corefw.errors import ChannelClosed, ChannelError, Interrupted
+from corefw.uri import MigrationUri
+
+Buffer = bytes | bytearray | memoryview
+"""What may be sent: contiguous bytes. NumPy arrays go through `memoryview(array).cast("B")`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransportFeatures:
+    """What a transport can do, known before anything is sent.
+
+    return_path     bytes flow back from the destination, so "completed" can mean that the destination said so
+    multi_channel   more than one channel can be made (several connections, a second one for recovery)
+    incoming, outgoing   which ends it can be
+    """
+
+    return_path: bool
+    multi_channel: bool
+    incoming: bool = True
+    outgoing: bool = True
+
+
+class Interrupt:
+    """A wake-up that can be polled beside a file descriptor. Set once, it stays set. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def set(self) -> None:
+        os.eventfd_write(self._event, 1)
+
+    def is_set(self) -> bool:
+        return bool(select.select([self._event], [], [], 0)[0])
+
+    def check(self) -> None:
+        """Raise Interrupted when set."""
+        if self.is_set():
+            raise Interrupted("cancelled")
+
+    def fileno(self) -> int:
+        return self._event
+
+    def wait(self, seconds: float | None) -> bool:
+        """Sleep up to `seconds` (None: for ever); True when it was set."""
+        poll = select.poll()
+        poll.register(self._event, select.POLLIN)
+        return bool(poll.poll(None if seconds is None else max(0.0, seconds) * 1000))
+
+    def wait_for(self, fd: int, events: int, seconds: float | None = None) -> bool:
+        """Wait until poll reports `events` on `fd`. False on timeout; Interrupted when set."""
+        poll = select.poll()
+        poll.register(self._event, select.POLLIN)
+        poll.register(fd, events)
+        ready = poll.poll(None if seconds is None else max(0.0, seconds) * 1000)
+        if any(which == self._event for which, _ in ready):
+            raise Interrupted("cancelled")
+        return bool(ready)
+
+    def close(self) -> None:
+        if self._event >= 0:
+            os.close(self._event)
+            self._event = -1
+
+
+class _Closing:
+    """`with` support for everything that has close()."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        raise AssertionError("a subclass defines close()")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Channel(_Closing, ABC):
+    """One byte stream.
+
+    peer              who is at the other end, for messages: "tcp:10.0.0.7:4444"
+    has_return_path   whether the other direction works too
+    """
+
+    peer: str
+    has_return_path: bool
+
+    @abstractmethod
+    def send(self, *parts: Buffer) -> None:
+        """Send all parts, in order, without joining them where the transport can gather.
+
+        Blocks until the transport took them all (memory stays bounded: a slow peer blocks the sender). The parts may be
+        changed after it returns. Raises ChannelError; how much had gone out by then is unknown.
+        """
+
+    @abstractmethod
+    def receive_into(self, view: memoryview) -> int:
+        """Receive between 1 and len(view) bytes into the start of `view`; 0 when the peer has ended its stream.
+
+        Blocks until there is at least one byte. A connection that broke raises ChannelError, it never looks like an end.
+        """
+
+    @abstractmethod
+    def wait_readable(self, seconds: float) -> bool:
+        """True when receive_into would not block (bytes or the end are there), False after `seconds`."""
+
+    @abstractmethod
+    def send_eof(self) -> None:
+        """Tell the peer that no more will come; receiving goes on. Every byte sent before still arrives."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """From any thread: make every blocked and every later send and receive raise Interrupted. Idempotent."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything. Bytes that were sent still arrive (unless aborted). Idempotent; never raises."""
+
+
+class Listener(_Closing, ABC):
+    """A place where peers can dial in. `uri` is what they dial (port 0 has become the real one)."""
+
+    uri: MigrationUri
+
+    @abstractmethod
+    def accept(self, interrupt: Interrupt) -> Channel:
+        """Wait for the next peer. Raises Interrupted, ChannelError."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop listening and remove what was made for it (a socket file). Idempotent; never raises."""
+
+
+class Transport(ABC):
+    """One URI's way of making channels. Constructed with the parsed URI, it checks that and does nothing else yet:
+    a wrong URI raises UriError there, so that nothing is started."""
+
+    features: TransportFeatures
+
+    def __init__(self, uri: MigrationUri) -> None:
+        self.uri: Final = uri
+
+    @abstractmethod
+    def connect(self, interrupt: Interrupt) -> Channel:
+        """Dial out. Raises ChannelError naming the URI and the cause, Interrupted."""
+
+    @abstractmethod
+    def listen(self) -> Listener:
+        """Begin to wait for peers; returns at once. Raises ChannelError (address in use, no permission)."""
+
+
+def receive_exactly(channel: Channel, view: memoryview) -> None:
+    """Fill `view`, or raise ChannelClosed naming how many bytes were missing."""
+    got = 0
+    while got < len(view):
+        n = channel.receive_into(view[got:])
+        if n == 0:
+            raise ChannelClosed(f"{channel.peer} ended the stream {len(view) - got} bytes too early")
+        got += n
+
+
+__all__ = [
+    "Buffer",
+    "Channel",
+    "ChannelError",
+    "Interrupt",
+    "Listener",
+    "Transport",
+    "TransportFeatures",
+    "receive_exactly",
+]

@@ -1,0 +1,74 @@
+"""The extension points. A plugin is a module or object with functions of these names marked `@hookimpl`, registered under the
+entry point group `corefw.plugins`.
+
+Two groups beside it name one driver each, loaded only when it is asked for: `corefw.transport` (the entry point's name is
+the URI scheme, its object `factory(uri: MigrationUri) -> Transport`) and `corefw.machine` (`factory(config: MachineConfig)
+-> Machine`). Hooks are called once per migration, never on the hot path; all of them in the thread of the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Final, TypeVar, cast
+
+import pluggy
+
+if TYPE_CHECKING:
+    from corefw.channel import Transport
+    from corefw.engine import Engine
+    from corefw.machine import Machine
+    from corefw.section import SectionHandler
+    from corefw.settings import Declarations, Settings
+    from corefw.states import MigrationStatus, Side
+    from corefw.uri import MigrationUri
+
+PROJECT: Final = "corefw"
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def hookimpl(function: _Function) -> _Function:
+    """Mark a plugin's implementation of a hook."""
+    return cast(_Function, pluggy.HookimplMarker(PROJECT)(function))
+
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+
+
+@hookspec(firstresult=True)
+def corefw_transport(uri: MigrationUri) -> Transport | None:
+    """The transport for this URI, or None when its scheme is somebody else's. Raises UriError when the URI is wrong.
+
+    The core's own implementer, asked last, resolves the scheme's entry point. Implement this hook to add a scheme from
+    inside a program, without packaging it.
+    """
+
+
+@hookspec
+def corefw_section_handlers(machine: Machine, settings: Settings) -> Iterable[SectionHandler]:
+    """New handlers for one migration of this machine, either way. Called at the start of each migration."""
+    return ()
+
+
+@hookspec
+def corefw_blockers(machine: Machine, settings: Settings) -> Iterable[str]:
+    """Reasons why this machine cannot migrate now, as phrases: "'grid' is attached to a GPU (detach it first)"."""
+    return ()
+
+
+@hookspec
+def corefw_settings() -> Declarations:
+    """Capabilities and parameters that this plugin adds, and the known ones that it implements."""
+    raise NotImplementedError
+
+
+@hookspec
+def corefw_state_changed(side: Side, old: MigrationStatus, new: MigrationStatus) -> None:
+    """A migration's status changed. Called after the lock is let go; what is raised is logged and goes no further."""
+
+
+@hookspec
+def corefw_commands(engine: Engine) -> Mapping[str, Callable[..., object]]:
+    """QMP commands that this plugin adds: name -> function of the command's arguments (keywords, JSON values; "-" in a
+    name becomes "_"), returning a JSON value. Its signature is the command's schema; errors are MigfwErrors."""
+    return {}

@@ -1,0 +1,221 @@
+"""What a migration moves: a machine with RAM blocks and devices that can be stopped and started.
+
+The law: the engine knows machines only by this page. A machine that can do more (take sections nobody knows, make RAM blocks
+from the stream, verify itself, be throttled, serve page faults) says so by a Protocol.
+
+Threads: every method may be called from the engine's threads, one call at a time; `run_state` may be read from any.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from corefw.section import SectionKey
+    from corefw.wire.stream import StreamReader
+    from corefw.wire.vmstate import VMState
+
+
+class RunState(StrEnum):
+    """QEMU's run states, the ones that a machine here can be in."""
+
+    PRELAUNCH = "prelaunch"
+    RUNNING = "running"
+    PAUSED = "paused"
+    INMIGRATE = "inmigrate"
+    FINISH_MIGRATE = "finish-migrate"
+    POSTMIGRATE = "postmigrate"
+    SHUTDOWN = "shutdown"
+    INTERNAL_ERROR = "internal-error"
+
+
+class DirtyLog(ABC):
+    """Which pages of one RAM block the guest has written."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin to log; everything written from here on is found by a later harvest."""
+
+    @abstractmethod
+    def harvest(self) -> NDArray[np.int64]:
+        """Pages written since the last harvest (or start), as rows (first, end) in page numbers, `end` exclusive,
+        ascending and apart. A write that happens during the call is in this harvest or in the next."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End logging. Idempotent; does not raise."""
+
+
+class RamBlock(ABC):
+    """A piece of guest RAM: shared memory behind a file descriptor (usually a memfd), mapped by the engine.
+
+    idstr       the name in the stream, at most 255 bytes
+    length      bytes, a multiple of page_size
+    page_size   bytes of a target page
+    fd          the memory's file descriptor; reading and writing it is reading and writing the RAM
+    view        writable memoryview of the engine's mapping
+    pages       the same as an array of shape (pages, page_size), dtype uint8
+    dirty_log   what the guest has written
+
+    What the engine writes is in no dirty log.
+    """
+
+    idstr: str
+    length: int
+    page_size: int
+    fd: int
+    view: memoryview
+    pages: NDArray[np.uint8]
+    dirty_log: DirtyLog
+
+    @abstractmethod
+    def holes(self) -> NDArray[np.int64]:
+        """Runs (first, end) of pages that were never touched: they read as zero, and are not to be read for that would
+        allocate them."""
+
+    @abstractmethod
+    def store(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
+        """Write `data` (shape (n, page_size), rows may be strided) to the pages with these numbers."""
+
+    @abstractmethod
+    def fill(self, pages: NDArray[np.int64], value: int) -> None:
+        """Set these pages to one byte value. Zero to a page that was never touched leaves it untouched."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """What `migfw run` passes to a machine's entry point: `factory(config) -> Machine`, in run state PRELAUNCH, or
+    INMIGRATE when `incoming`.
+
+    program    the PROGRAM argument, or None
+    options    --opt K=V, as text; the machine checks them all and raises UsageError naming the wrong one
+    """
+
+    program: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    incoming: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device's state for the `devices` plugin: sent as section (name, instance_id) by the table `vmstate` from the
+    attributes of `state`."""
+
+    name: str
+    instance_id: int
+    vmstate: VMState
+    state: object
+
+
+class Machine(ABC):
+    """A guest.
+
+    kind   the entry point's name: "python", "qemu"
+    """
+
+    kind: str
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The machine type, sent in the configuration section; a destination with another one refuses."""
+
+    @property
+    @abstractmethod
+    def run_state(self) -> RunState: ...
+
+    @abstractmethod
+    def ram_blocks(self) -> Sequence[RamBlock]: ...
+
+    @abstractmethod
+    def devices(self) -> Sequence[Device]:
+        """On the source valid while stopped; on the destination filled by load before start()."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Let the guest run. On a destination: with what was loaded. Raises MachineError; then it does not run."""
+
+    @abstractmethod
+    def stop(self, state: RunState) -> None:
+        """Stop the guest and enter `state`; when this returns not one instruction of it runs, its devices() are
+        current, and its RAM does not change. Fine when it is stopped already. Raises MachineError; then it runs on."""
+
+    @abstractmethod
+    def set_run_state(self, state: RunState) -> None:
+        """Enter another state of a guest that does not run (POSTMIGRATE after a migration)."""
+
+    @abstractmethod
+    def watch(self, observer: Callable[[RunState, RunState], None]) -> None:
+        """Call `observer(old, new)` after every change of run state, from the thread that made it, without locks."""
+
+    @abstractmethod
+    def information(self) -> Mapping[str, object]:
+        """For `migfw status`: JSON values; at least "ram" with sizes by block."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the guest and free everything. Idempotent; does not raise."""
+
+
+@runtime_checkable
+class SupportsVerify(Protocol):
+    """A machine that can prove its own state."""
+
+    def verify(self) -> Mapping[str, object]:
+        """Check the guest (stopping it for the while). Raises MachineError that says what is wrong; else facts."""
+
+
+@runtime_checkable
+class SupportsThrottle(Protocol):
+    """A machine whose guest can be slowed down."""
+
+    def throttle(self, percent: int) -> None:
+        """Let the guest run only 100 - percent of the time; 0 ends it."""
+
+
+@runtime_checkable
+class MakesRamBlocks(Protocol):
+    """A destination that takes whatever RAM the stream brings."""
+
+    def make_ram_block(self, idstr: str, length: int) -> RamBlock:
+        """A new empty block. Raises MachineError when it cannot have that much."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamFormat:
+    """What of the optional frame a stream had: the seed's send-configuration and send-section-footer; the configuration
+    section's own subsections as they came (empty: none); and the ids of its live sections, which the stored ones avoid."""
+
+    configuration: bool
+    footers: bool
+    configuration_tail: bytes
+    section_ids: Mapping[SectionKey, int]
+
+
+WaitReadable = Callable[[float], bool]
+
+
+@runtime_checkable
+class AdoptsStreams(Protocol):
+    """A destination that keeps what nobody here can decode (a parked QEMU)."""
+
+    def adopt_sections(self, name: str, stream_format: StreamFormat, reader: StreamReader, live: WaitReadable) -> None:
+        """Called with the reader just before the type byte of the first section that no handler knows, when the live
+        sections have ended: take everything from there to the end of the stream, EOF byte and description included.
+
+        `name` is the machine type ("" where the stream has no configuration section). `live(seconds)` is False when
+        nothing more came for that long: a source that waits for SHUT does not end its stream.
+        """
+
+    def stored_format(self) -> StreamFormat | None:
+        """How to frame the stream when the guest goes on; None: as the settings say."""
+
+    def stored_sections(self) -> Sequence[bytes]:
+        """What adopt_sections took, byte for byte, to be sent behind the live sections."""

@@ -1,0 +1,300 @@
+"""Capabilities, parameters and properties: what a migration may use, and how.
+
+The law: every name is declared in a table, with default and range; a change is checked as a whole, against the tables and
+against what the result would be, and then applied as a whole or not at all. A capability that no installed plugin
+implements is refused when it is enabled; it is never accepted and ignored.
+
+Source: the seed's migrate_caps_check and migrate_params_check, QEMU 7.2's QAPI schema. Sizes are bytes, times are
+milliseconds. Thread-safe; values may be read on any thread while another sets them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+from corefw.errors import SettingsError, UsageError
+from corefw.quantities import parse_milliseconds, parse_size
+
+Value = int | bool | str
+
+
+class Kind(StrEnum):
+    """What a parameter's value is."""
+
+    INTEGER = "integer"
+    SIZE = "size"
+    RATE = "rate"
+    MILLISECONDS = "milliseconds"
+    BOOLEAN = "boolean"
+    STRING = "string"
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """Something that a migration may use; off unless it is enabled. `aliases` are earlier names, still accepted."""
+
+    name: str
+    help: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A value that tunes a migration. `power_of_two` applies to sizes."""
+
+    name: str
+    kind: Kind
+    default: Value
+    help: str
+    minimum: int = 0
+    maximum: int = 2**63 - 1
+    power_of_two: bool = False
+    aliases: tuple[str, ...] = ()
+
+    def check(self, value: object) -> Value:
+        """The value, when it fits; SettingsError says what would."""
+        if self.kind is Kind.BOOLEAN:
+            if not isinstance(value, bool):
+                raise SettingsError(f"parameter '{self.name}' expects true or false, got {value!r}")
+            return value
+        if self.kind is Kind.STRING:
+            if value is None:
+                return ""
+            if not isinstance(value, str):
+                raise SettingsError(f"parameter '{self.name}' expects a string, got {value!r}")
+            return value
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise SettingsError(f"parameter '{self.name}' expects an integer, got {value!r}")
+        if not self.minimum <= value <= self.maximum:
+            raise SettingsError(
+                f"parameter '{self.name}' expects {self._unit()} from {self.minimum} to {self.maximum}, got {value}"
+            )
+        if self.power_of_two and value & (value - 1):
+            raise SettingsError(f"parameter '{self.name}' expects a power of two, got {value}")
+        return value
+
+    def parse(self, text: str) -> Value:
+        """A value as people write it on a command line."""
+        if self.kind is Kind.BOOLEAN:
+            words = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+            if text.lower() not in words:
+                raise SettingsError(f"parameter '{self.name}' expects on or off, got '{text}'")
+            return words[text.lower()]
+        if self.kind is Kind.STRING:
+            return text
+        try:
+            if self.kind in (Kind.SIZE, Kind.RATE):
+                return self.check(parse_size(text))
+            if self.kind is Kind.MILLISECONDS:
+                return self.check(parse_milliseconds(text))
+            return self.check(int(text))
+        except SettingsError:
+            raise
+        except (UsageError, ValueError):
+            raise SettingsError(f"parameter '{self.name}' expects {self._unit()}, got '{text}'") from None
+
+    def _unit(self) -> str:
+        return {
+            Kind.SIZE: "a size in bytes (K, M, G)",
+            Kind.RATE: "bytes per second (K, M, G)",
+            Kind.MILLISECONDS: "a time in milliseconds",
+        }.get(self.kind, "an integer")
+
+
+Check = Callable[[Mapping[str, bool], Mapping[str, Value]], str | None]
+"""(capabilities, parameters) as they would be -> what is wrong with that, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Declarations:
+    """What a plugin adds to the tables: its own capabilities and parameters, which of all of them it `implements` (names),
+    and checks across them."""
+
+    capabilities: tuple[Capability, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+    implements: frozenset[str] = frozenset()
+    checks: tuple[Check, ...] = ()
+
+
+MAX_DOWNTIME: Final = 2_000_000
+UNLIMITED: Final = 0
+QMP_MAX_BANDWIDTH: Final = 128 << 20
+"""QEMU 7.2's default; the seed's was 32 MiB/s. The command line's own default is UNLIMITED."""
+
+CAPABILITIES: Final = (
+    Capability("xbzrle", "send the difference to a cached copy of a page that is dirty again"),
+    Capability("rdma-pin-all", "pin all RAM at the start (RDMA)"),
+    Capability("auto-converge", "slow the guest down until the migration converges"),
+    Capability("zero-blocks", "compact zero chunks in block migration"),
+    Capability("compress", "compress each page in threads"),
+    Capability("events", "emit MIGRATION events"),
+    Capability("postcopy-ram", "start the guest on the destination before its RAM has arrived"),
+    Capability("x-colo", "keep the destination in step by checkpoints, for fail-over"),
+    Capability("release-ram", "free the source's RAM as postcopy sends it"),
+    Capability("block", "migrate storage in the stream"),
+    Capability("return-path", "a return channel from the destination in precopy too"),
+    Capability("pause-before-switchover", "stop in pre-switchover until migrate-continue"),
+    Capability("multifd", "several channels", aliases=("x-multifd",)),
+    Capability("dirty-bitmaps", "migrate block dirty bitmaps, partly in the postcopy phase"),
+    Capability("postcopy-blocktime", "measure how long page faults block the guest"),
+    Capability("late-block-activate", "do not take the disks until the guest starts"),
+)
+
+PARAMETERS: Final = (
+    Parameter("compress-level", Kind.INTEGER, 1, "0 stores, 9 compresses best", maximum=9),
+    Parameter("compress-threads", Kind.INTEGER, 8, "threads that compress", 1, 255),
+    Parameter("decompress-threads", Kind.INTEGER, 2, "threads that decompress", 1, 255),
+    Parameter("cpu-throttle-initial", Kind.INTEGER, 20, "percent taken from the guest at first", 1, 99),
+    Parameter("cpu-throttle-increment", Kind.INTEGER, 10, "percent more each time", 1, 99),
+    Parameter("tls-creds", Kind.STRING, "", "TLS credentials; empty means no TLS"),
+    Parameter("tls-hostname", Kind.STRING, "", "the name to expect in the destination's certificate"),
+    Parameter("max-bandwidth", Kind.RATE, QMP_MAX_BANDWIDTH, "limit of the source; 0 means none", maximum=2**64 - 1),
+    Parameter("downtime-limit", Kind.MILLISECONDS, 300, "how long the guest may stop", maximum=MAX_DOWNTIME),
+    Parameter("x-checkpoint-delay", Kind.MILLISECONDS, 200, "time between two COLO checkpoints", maximum=2**32 - 1),
+    Parameter("block-incremental", Kind.BOOLEAN, False, "storage: only what differs from the backing image"),
+    Parameter("multifd-channels", Kind.INTEGER, 2, "channels", 1, 255, aliases=("x-multifd-channels",)),
+    Parameter("x-multifd-page-count", Kind.INTEGER, 16, "pages in a multifd packet", 1, 10000),
+    Parameter(
+        "xbzrle-cache-size", Kind.SIZE, 64 << 20, "bytes of the XBZRLE cache", minimum=4096, power_of_two=True
+    ),
+)
+
+IMPLEMENTED_BY_CORE: Final = frozenset(
+    {"events", "return-path", "pause-before-switchover", "max-bandwidth", "downtime-limit"}
+)
+
+PROPERTIES: Final[Mapping[str, tuple[bool, str]]] = {
+    "store-global-state": (True, "send the run state in section 'globalstate'"),
+    "only-migratable": (False, "refuse blockers instead of migrations"),
+    "send-configuration": (True, "send the configuration section"),
+    "send-section-footer": (True, "send a footer behind every section"),
+    "send-vmdescription": (True, "send the JSON description at the stream's end (QEMU's suppress-vmdesc, inverted)"),
+}
+"""Machine properties of the seed: name -> (default, help). Set when the engine is made, not by QMP."""
+
+
+def _postcopy_with_compress(capabilities: Mapping[str, bool], _: Mapping[str, Value]) -> str | None:
+    if capabilities["postcopy-ram"] and capabilities["compress"]:
+        return "Postcopy is not currently compatible with compression"
+    return None
+
+
+CHECKS: Final[tuple[Check, ...]] = (_postcopy_with_compress,)
+
+
+class Settings:
+    """The values of everything declared."""
+
+    def __init__(self, declarations: Iterable[Declarations] = ()) -> None:
+        self._lock = threading.Lock()
+        self._capabilities: dict[str, Capability] = {}
+        self._parameters: dict[str, Parameter] = {}
+        self._names: dict[str, str] = {}
+        self._implemented: set[str] = set()
+        self._checks: list[Check] = []
+        core = Declarations(CAPABILITIES, PARAMETERS, IMPLEMENTED_BY_CORE, CHECKS)
+        for declared in (core, *declarations):
+            for entry in (*declared.capabilities, *declared.parameters):
+                for name in (entry.name, *entry.aliases):
+                    if name in self._names:
+                        raise SettingsError(f"'{name}' is declared by two plugins")
+                    self._names[name] = entry.name
+            self._capabilities.update({one.name: one for one in declared.capabilities})
+            self._parameters.update({one.name: one for one in declared.parameters})
+            self._implemented |= declared.implements
+            self._checks += declared.checks
+        if unknown := self._implemented - self._names.keys():
+            raise SettingsError(f"plugins implement what nobody declares: {', '.join(sorted(unknown))}")
+        self._enabled = dict.fromkeys(self._capabilities, False)
+        self._values: dict[str, Value] = {one.name: one.default for one in self._parameters.values()}
+        self._properties = {name: default for name, (default, _) in PROPERTIES.items()}
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def capability(self, name: str) -> bool:
+        return self._enabled[self._names[name]]
+
+    def integer(self, name: str) -> int:
+        """An integer parameter: bytes, milliseconds, a count."""
+        value = self._values[self._names[name]]
+        assert isinstance(value, int)
+        return value
+
+    def parameter(self, name: str) -> Value:
+        return self._values[self._names[name]]
+
+    def property(self, name: str) -> bool:
+        return self._properties[name]
+
+    def capabilities(self) -> dict[str, bool]:
+        return dict(self._enabled)
+
+    def parameters(self) -> dict[str, Value]:
+        return dict(self._values)
+
+    def declared_parameter(self, name: str) -> Parameter:
+        """Raises SettingsError for an unknown name."""
+        return self._parameters[self._known(name, self._parameters, "parameter")]
+
+    def declared_capability(self, name: str) -> Capability:
+        return self._capabilities[self._known(name, self._capabilities, "capability")]
+
+    def implemented(self, name: str) -> bool:
+        return self._names[name] in self._implemented
+
+    # -- changing --------------------------------------------------------------------------------------------------
+
+    def set_capabilities(self, changes: Mapping[str, bool]) -> None:
+        """Switch several, all or none. Raises SettingsError. The engine refuses it while a migration runs."""
+        with self._lock:
+            wanted = dict(self._enabled)
+            for name, state in changes.items():
+                real = self._known(name, self._capabilities, "capability")
+                if state and real not in self._implemented:
+                    raise SettingsError(f"capability '{real}' is not supported by any installed plugin")
+                wanted[real] = state
+            self._cross_check(wanted, self._values)
+            self._enabled = wanted
+
+    def set_parameters(self, changes: Mapping[str, object]) -> None:
+        """Change several, all or none; also while a migration runs. Raises SettingsError."""
+        with self._lock:
+            wanted = dict(self._values)
+            for name, value in changes.items():
+                real = self._known(name, self._parameters, "parameter")
+                checked = self._parameters[real].check(value)
+                if checked != wanted[real] and real not in self._implemented:
+                    raise SettingsError(f"parameter '{real}' is not supported by any installed plugin")
+                wanted[real] = checked
+            self._cross_check(self._enabled, wanted)
+            self._values = wanted
+
+    def set_property(self, name: str, state: bool) -> None:
+        """Before the engine is made. Raises SettingsError for an unknown name."""
+        if name not in self._properties:
+            raise SettingsError(f"no property '{name}': expected one of {', '.join(self._properties)}")
+        self._properties[name] = state
+
+    def _known(self, name: str, table: Mapping[str, object], what: str) -> str:
+        real = self._names.get(name)
+        if real is None or real not in table:
+            raise SettingsError(f"unknown {what} '{name}': expected one of {', '.join(table)}")
+        return real
+
+    def _cross_check(self, capabilities: Mapping[str, bool], parameters: Mapping[str, Value]) -> None:
+        for check in self._checks:
+            if problem := check(capabilities, parameters):
+                raise SettingsError(problem)
+
+
+def as_json(settings: Settings) -> dict[str, Any]:
+    """All settings, for `--json` outputs."""
+    return {
+        "capabilities": settings.capabilities(),
+        "parameters": settings.parameters(),
+        "properties": {name: settings.property(name) for name in PROPERTIES},
+    }

@@ -1,0 +1,146 @@
+"""The states of a migration, and every change between them that can be.
+
+The law: a state moves by `advance(expected, new)`, a compare-and-swap against the table of its side; a change that is not in
+the table is a bug and raises. Observers hear of it after the lock is let go, in the order of the changes.
+Source: the seed's migrate_set_state and its callers; the names are QAPI's MigrationStatus.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+
+class MigrationStatus(StrEnum):
+    NONE = "none"
+    SETUP = "setup"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+    ACTIVE = "active"
+    POSTCOPY_ACTIVE = "postcopy-active"
+    POSTCOPY_PAUSED = "postcopy-paused"
+    POSTCOPY_RECOVER = "postcopy-recover"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    COLO = "colo"
+    PRE_SWITCHOVER = "pre-switchover"
+    DEVICE = "device"
+
+
+class Side(StrEnum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+_S = MigrationStatus
+
+IDLE: Final = frozenset({_S.NONE, _S.CANCELLED, _S.COMPLETED, _S.FAILED})
+"""A new migration may start (migration_is_idle)."""
+
+SETUP_OR_ACTIVE: Final = frozenset(
+    {
+        _S.SETUP,
+        _S.ACTIVE,
+        _S.POSTCOPY_ACTIVE,
+        _S.POSTCOPY_PAUSED,
+        _S.POSTCOPY_RECOVER,
+        _S.PRE_SWITCHOVER,
+        _S.DEVICE,
+    }
+)
+"""A migration runs, and can be cancelled (migration_is_setup_or_active)."""
+
+SOURCE_TRANSITIONS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] = {
+    _S.NONE: frozenset({_S.SETUP}),
+    _S.SETUP: frozenset({_S.ACTIVE, _S.CANCELLING, _S.FAILED}),
+    _S.ACTIVE: frozenset(
+        {_S.PRE_SWITCHOVER, _S.DEVICE, _S.POSTCOPY_ACTIVE, _S.COLO, _S.COMPLETED, _S.CANCELLING, _S.FAILED}
+    ),
+    _S.PRE_SWITCHOVER: frozenset({_S.DEVICE, _S.POSTCOPY_ACTIVE, _S.CANCELLING, _S.FAILED}),
+    _S.DEVICE: frozenset({_S.COMPLETED, _S.CANCELLING, _S.FAILED}),
+    _S.POSTCOPY_ACTIVE: frozenset({_S.POSTCOPY_PAUSED, _S.COMPLETED, _S.CANCELLING, _S.FAILED}),
+    _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER, _S.CANCELLING, _S.FAILED}),
+    _S.POSTCOPY_RECOVER: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.CANCELLING, _S.FAILED}),
+    _S.COLO: frozenset({_S.COMPLETED, _S.FAILED}),
+    _S.CANCELLING: frozenset({_S.CANCELLED}),
+    _S.CANCELLED: frozenset({_S.SETUP}),
+    _S.COMPLETED: frozenset({_S.SETUP}),
+    _S.FAILED: frozenset({_S.SETUP}),
+}
+"""A finished migration goes straight to SETUP of the next (the seed resets to NONE without telling anybody)."""
+
+DESTINATION_TRANSITIONS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] = {
+    _S.NONE: frozenset({_S.SETUP}),
+    _S.SETUP: frozenset({_S.ACTIVE, _S.FAILED}),
+    _S.ACTIVE: frozenset({_S.POSTCOPY_ACTIVE, _S.COLO, _S.COMPLETED, _S.FAILED}),
+    _S.POSTCOPY_ACTIVE: frozenset({_S.POSTCOPY_PAUSED, _S.COMPLETED, _S.FAILED}),
+    _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER, _S.FAILED}),
+    _S.POSTCOPY_RECOVER: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.FAILED}),
+    _S.COLO: frozenset({_S.COMPLETED, _S.FAILED}),
+    _S.COMPLETED: frozenset(),
+    _S.FAILED: frozenset({_S.SETUP}),
+}
+"""A destination that failed may be told to wait again (migrate-incoming); one that completed runs the guest."""
+
+TRANSITIONS: Final = {Side.SOURCE: SOURCE_TRANSITIONS, Side.DESTINATION: DESTINATION_TRANSITIONS}
+
+Observer = Callable[[Side, MigrationStatus, MigrationStatus], None]
+
+
+class StateMachine:
+    """One side's status. Thread-safe."""
+
+    def __init__(self, side: Side) -> None:
+        self.side: Final = side
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._status = MigrationStatus.NONE
+        self._observers: list[Observer] = []
+        self._news: deque[tuple[MigrationStatus, MigrationStatus]] = deque()
+        self._announcing = threading.RLock()
+
+    @property
+    def status(self) -> MigrationStatus:
+        return self._status
+
+    def observe(self, observer: Observer) -> None:
+        """Call `observer(side, old, new)` after each change, one change at a time, in some thread."""
+        self._observers.append(observer)
+
+    def advance(self, expected: MigrationStatus, new: MigrationStatus) -> bool:
+        """Go from `expected` to `new`; False, and nothing happened, when the state was another one by now.
+
+        Raises AssertionError for a transition that is not in the table: that is a bug here, not a user's error.
+        """
+        if new not in TRANSITIONS[self.side].get(expected, frozenset()):
+            raise AssertionError(f"the {self.side} never goes from '{expected}' to '{new}'")
+        with self._lock:
+            if self._status is not expected:
+                return False
+            self._status = new
+            self._news.append((expected, new))
+            self._changed.notify_all()
+        log.info("%s: %s -> %s", self.side, expected, new)
+        self._announce()
+        return True
+
+    def wait(self, statuses: frozenset[MigrationStatus], seconds: float | None = None) -> bool:
+        """Block until the status is one of these; False after `seconds`."""
+        with self._lock:
+            return self._changed.wait_for(lambda: self._status in statuses, seconds)
+
+    def _announce(self) -> None:
+        with self._announcing:
+            while self._news:
+                old, new = self._news.popleft()
+                for observer in self._observers:
+                    try:
+                        observer(self.side, old, new)
+                    except Exception:
+                        log.exception("an observer of the %s's status failed", self.side)

@@ -1,0 +1,53 @@
+"""Migration URIs: a scheme, a colon, and what the scheme's transport makes of the rest.
+
+The core knows no scheme. Splitting `host:port` is here because several transports, the QMP server and third parties need it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from corefw.errors import UriError
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationUri:
+    """`tcp:10.0.0.7:4444` is scheme "tcp" and rest "10.0.0.7:4444"."""
+
+    scheme: str
+    rest: str
+
+    @classmethod
+    def parse(cls, text: str) -> MigrationUri:
+        scheme, colon, rest = text.partition(":")
+        if not colon or not _SCHEME.match(scheme):
+            raise UriError(f"'{text}' is no migration URI: expected SCHEME:ADDRESS, as in tcp:HOST:PORT or unix:PATH")
+        if not rest:
+            raise UriError(f"'{text}' has no address: expected something after '{scheme}:'")
+        return cls(scheme, rest)
+
+    def __str__(self) -> str:
+        return f"{self.scheme}:{self.rest}"
+
+
+def split_host_port(text: str, what: str) -> tuple[str, int]:
+    """ "example.org:4444", "10.0.0.7:0", "[::1]:4444", ":4444" (every address) -> (host, port).
+
+    `what` is the whole URI, for the message. An IPv6 address needs its brackets.
+    """
+    bracketed = re.fullmatch(r"\[([^\]]*)\]:(.*)", text)
+    host, colon, port = (bracketed[1], ":", bracketed[2]) if bracketed else text.rpartition(":")
+    if not colon:
+        raise UriError(f"'{what}' has no port: expected HOST:PORT")
+    if ":" in host and not bracketed:
+        raise UriError(f"'{what}': put an IPv6 address in brackets, as in [{host}]:{port}")
+    if not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise UriError(f"'{what}': '{port}' is no port, expected a number from 0 to 65535")
+    return host, int(port)
+
+
+def join_host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,119 @@
+"""The numbers of the migration stream, each once. Source: QEMU 7.2 (migration/savevm.h, qemu-file, ram.c, migration.h);
+docs/stream.md tells the format in prose, and says where the seed of May 2018 and later QEMUs differ.
+
+All integers on the wire are big-endian. A `string` is one byte of length and that many bytes.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+from struct import Struct
+from typing import Final
+
+FILE_MAGIC: Final = 0x5145564D  # "QEVM"
+FILE_VERSION: Final = 3
+FILE_VERSION_OBSOLETE: Final = 2
+
+BE16: Final = Struct(">H")
+BE32: Final = Struct(">I")
+BE64: Final = Struct(">Q")
+
+TARGET_PAGE_SIZE: Final = 4096
+"""QEMU's target page on x86, and what this project's own machines use."""
+
+
+class SectionType(IntEnum):
+    """The byte before every section (QEMU_VM_*)."""
+
+    EOF = 0x00
+    START = 0x01
+    PART = 0x02
+    END = 0x03
+    FULL = 0x04
+    SUBSECTION = 0x05
+    VMDESCRIPTION = 0x06
+    CONFIGURATION = 0x07
+    COMMAND = 0x08
+    FOOTER = 0x7E
+
+
+class Command(IntEnum):
+    """The commands inside a COMMAND section (MIG_CMD_*). The seed had RECV_BITMAP at 8; 7.2 has it at 10."""
+
+    OPEN_RETURN_PATH = 1
+    PING = 2
+    POSTCOPY_ADVISE = 3
+    POSTCOPY_LISTEN = 4
+    POSTCOPY_RUN = 5
+    POSTCOPY_RAM_DISCARD = 6
+    PACKAGED = 7
+    ENABLE_COLO = 8
+    POSTCOPY_RESUME = 9
+    RECV_BITMAP = 10
+    SWITCHOVER_START = 11
+
+
+COMMAND_LENGTHS: Final[dict[Command, frozenset[int] | None]] = {
+    Command.OPEN_RETURN_PATH: frozenset({0}),
+    Command.PING: frozenset({4}),
+    Command.POSTCOPY_ADVISE: frozenset({0, 16}),
+    Command.POSTCOPY_LISTEN: frozenset({0}),
+    Command.POSTCOPY_RUN: frozenset({0}),
+    Command.POSTCOPY_RAM_DISCARD: None,
+    Command.PACKAGED: frozenset({4}),
+    Command.ENABLE_COLO: frozenset({0}),
+    Command.POSTCOPY_RESUME: frozenset({0}),
+    Command.RECV_BITMAP: None,
+    Command.SWITCHOVER_START: frozenset({0}),
+}
+"""The payload lengths that are allowed; None where the length varies (QEMU's mig_cmd_args)."""
+
+
+class ReturnMessage(IntEnum):
+    """Destination to source (MIG_RP_MSG_*): u16 type, u16 length, body."""
+
+    SHUT = 1
+    PONG = 2
+    REQ_PAGES_ID = 3
+    REQ_PAGES = 4
+    RECV_BITMAP = 5
+    RESUME_ACK = 6
+    SWITCHOVER_ACK = 7
+
+
+RETURN_MESSAGE_LENGTHS: Final[dict[ReturnMessage, int | None]] = {
+    ReturnMessage.SHUT: 4,
+    ReturnMessage.PONG: 4,
+    ReturnMessage.REQ_PAGES_ID: None,
+    ReturnMessage.REQ_PAGES: 12,
+    ReturnMessage.RECV_BITMAP: None,
+    ReturnMessage.RESUME_ACK: 4,
+    ReturnMessage.SWITCHOVER_ACK: 0,
+}
+RETURN_MESSAGE_LIMIT: Final = 512
+"""The source accepts at most this many bytes of body (the seed's source_return_path_thread)."""
+
+
+class RamFlag(IntFlag):
+    """Below the page size in the u64 that begins a RAM record (RAM_SAVE_FLAG_*)."""
+
+    FULL = 0x01
+    ZERO = 0x02
+    MEM_SIZE = 0x04
+    PAGE = 0x08
+    EOS = 0x10
+    CONTINUE = 0x20
+    XBZRLE = 0x40
+    HOOK = 0x80
+    COMPRESS_PAGE = 0x100
+    MULTIFD_FLUSH = 0x200
+
+
+RAM_IDSTR: Final = "ram"
+RAM_VERSION: Final = 4
+
+# Limits on what a peer may announce, checked before anything is allocated.
+MAX_DESCRIPTION: Final = 16 << 20
+MAX_PACKAGE: Final = 64 << 20  # QEMU: MAX_VM_CMD_PACKAGED_SIZE is 4 GiB less one; device state is never near that
+MAX_MACHINE_NAME: Final = 255
+MAX_CONFIGURATION_CAPABILITIES: Final = 64

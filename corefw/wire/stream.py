@@ -1,0 +1,242 @@
+"""Typed reading and writing of the stream, with the offset always known.
+
+The law: reading is total. Every read gives what was asked for or raises RemoteStreamError with the offset, what was
+expected and what came; an end in the middle of a record is an error, never a zero. The reader allocates its buffer once.
+
+Threads: a reader and a writer each belong to one thread at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+from corefw.channel import Buffer
+from corefw.errors import RemoteStreamError, StreamError
+from corefw.wire.constants import BE16, BE32, BE64
+
+BUFFER_SIZE: Final = 1 << 20
+"""Bytes of read-ahead: fits a processor's L2 cache, holds 255 pages with their headers."""
+
+
+class Source(Protocol):
+    """Where a reader gets its bytes: a Channel, or a file."""
+
+    def receive_into(self, view: memoryview, /) -> int: ...
+
+
+class Sink(Protocol):
+    """Where a writer puts its bytes: a Channel, or a file."""
+
+    def send(self, *parts: Buffer) -> None: ...
+
+
+class MemorySource:
+    """Bytes that are here already: a package, a golden stream."""
+
+    def __init__(self, data: Buffer) -> None:
+        self._data = memoryview(data).cast("B")
+
+    def receive_into(self, view: memoryview, /) -> int:
+        n = min(len(view), len(self._data))
+        view[:n] = self._data[:n]
+        self._data = self._data[n:]
+        return n
+
+
+class MemorySink:
+    """Collects what is written."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def send(self, *parts: Buffer) -> None:
+        for part in parts:
+            self.data += part
+
+
+class StreamReader:
+    """A buffered reader over a Source.
+
+    offset   bytes consumed since the start of the stream
+    where    what is being read, for messages; handlers set it ("section 'ram'")
+    """
+
+    def __init__(self, source: Source, size: int = BUFFER_SIZE, where: str = "stream") -> None:
+        self._source = source
+        self._buffer = bytearray(size)
+        self._view = memoryview(self._buffer)
+        self._start = 0
+        self._end = 0
+        self._base = 0
+        self.where = where
+
+    @property
+    def offset(self) -> int:
+        return self._base + self._start
+
+    # -- for handlers that parse many records at once --------------------------------------------------------------
+
+    @property
+    def buffer(self) -> bytearray:
+        """The whole buffer, for NumPy views made once; what is valid in it is `span()`. It never moves."""
+        return self._buffer
+
+    def span(self) -> tuple[int, int]:
+        """(start, end) of the bytes in `buffer` that are received and not consumed."""
+        return self._start, self._end
+
+    def fill(self) -> bool:
+        """Receive once more behind what is there (moving it to the buffer's start when room is short).
+
+        False at the end of the stream. The buffer must not be full: then nothing could be received, which is a bug.
+        """
+        held = self._end - self._start
+        if self._start and (held == 0 or len(self._buffer) - self._end < len(self._buffer) // 2):
+            self._view[:held] = self._view[self._start : self._end]
+            self._base += self._start
+            self._start, self._end = 0, held
+        assert self._end < len(self._buffer), "fill() of a full buffer"
+        n = self._source.receive_into(self._view[self._end :])
+        self._end += n
+        return n > 0
+
+    def skip(self, count: int) -> None:
+        """Consume `count` bytes that are in the buffer."""
+        assert 0 <= count <= self._end - self._start
+        self._start += count
+
+    # -- one value at a time ---------------------------------------------------------------------------------------
+
+    def _need(self, count: int, what: str) -> int:
+        """Have `count` bytes (at most the buffer's size) in the buffer; their position in it. Consumes them."""
+        while self._end - self._start < count:
+            if not self.fill():
+                held = self._end - self._start
+                raise self.error(f"{count} bytes of {what}", f"the end of the stream after {held}")
+        at = self._start
+        self._start += count
+        return at
+
+    def peek(self, count: int) -> bytes:
+        """Up to `count` bytes without consuming them; fewer only at the end of the stream."""
+        while self._end - self._start < count and self.fill():
+            pass
+        return bytes(self._view[self._start : min(self._start + count, self._end)])
+
+    def at_end(self) -> bool:
+        """True when the stream has ended and everything is consumed. Blocks until that is known."""
+        return not self.peek(1)
+
+    def u8(self, what: str) -> int:
+        return self._buffer[self._need(1, what)]
+
+    def be16(self, what: str) -> int:
+        return int(BE16.unpack_from(self._buffer, self._need(2, what))[0])
+
+    def be32(self, what: str) -> int:
+        return int(BE32.unpack_from(self._buffer, self._need(4, what))[0])
+
+    def be64(self, what: str) -> int:
+        return int(BE64.unpack_from(self._buffer, self._need(8, what))[0])
+
+    def read(self, count: int, what: str, limit: int | None = None) -> bytes:
+        """Exactly `count` bytes. `limit` caps a count that came from the peer, before anything is allocated.
+
+        Memory grows with what has arrived, not with what was announced.
+        """
+        if limit is not None and count > limit:
+            raise self.error(f"at most {limit} bytes of {what}", f"a length of {count}")
+        if count <= len(self._buffer):
+            at = self._need(count, what)
+            return bytes(self._view[at : at + count])
+        pieces = bytearray()
+        while len(pieces) < count:
+            pieces += self.read(min(count - len(pieces), len(self._buffer)), what)
+        return bytes(pieces)
+
+    def read_into(self, view: memoryview, what: str) -> None:
+        """Fill `view`; straight from the source once the buffer is empty."""
+        at = 0
+        while at < len(view):
+            held = min(self._end - self._start, len(view) - at)
+            if held:
+                view[at : at + held] = self._view[self._start : self._start + held]
+                self._start += held
+                at += held
+                continue
+            n = self._source.receive_into(view[at:])
+            if n == 0:
+                raise self.error(f"{len(view)} bytes of {what}", f"the end of the stream after {at}")
+            self._base += n
+            at += n
+
+    def string(self, what: str) -> str:
+        """u8 length, then UTF-8 text."""
+        at = self.offset
+        data = self.read(self.u8(f"the length of {what}"), what)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise RemoteStreamError(at, self.where, f"{what} as text", repr(data)) from None
+
+    def error(self, expected: str, got: str) -> RemoteStreamError:
+        """An error at the present offset."""
+        return RemoteStreamError(self.offset, self.where, expected, got)
+
+
+class StreamWriter:
+    """A writer over a Sink. Small values gather in a buffer; `payload` sends that and a large part in one go.
+
+    position   bytes written since the start of the stream, the buffered ones included
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._pending = bytearray()
+        self._sent = 0
+
+    @property
+    def position(self) -> int:
+        return self._sent + len(self._pending)
+
+    def u8(self, value: int) -> None:
+        self._pending.append(value)
+
+    def be16(self, value: int) -> None:
+        self._pending += BE16.pack(value)
+
+    def be32(self, value: int) -> None:
+        self._pending += BE32.pack(value)
+
+    def be64(self, value: int) -> None:
+        self._pending += BE64.pack(value)
+
+    def string(self, text: str) -> None:
+        data = text.encode()
+        if len(data) > 255:
+            raise StreamError(f"'{text}' is longer than the 255 bytes that a name in the stream can have")
+        self.u8(len(data))
+        self._pending += data
+
+    def write(self, data: Buffer) -> None:
+        """Small data: copied into the buffer."""
+        self._pending += data
+        if len(self._pending) >= BUFFER_SIZE:
+            self.flush()
+
+    def payload(self, data: Buffer) -> None:
+        """Large data: sent from where it is; may change once this returns."""
+        count = len(memoryview(data).cast("B"))
+        pending, self._pending = self._pending, bytearray()
+        if pending:
+            self._sink.send(pending, data)
+        else:
+            self._sink.send(data)
+        self._sent += len(pending) + count
+
+    def flush(self) -> None:
+        """Hand everything buffered to the sink. Raises ChannelError."""
+        if self._pending:
+            pending, self._pending = self._pending, bytearray()
+            self._sink.send(pending)
+            self._sent += len(pending)
