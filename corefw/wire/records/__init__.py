@@ -1,0 +1,84 @@
+"""The records of the stream's frame: what stands between the bodies that handlers write and read.
+
+The law: `read_x` stands above `write_x`, and whatever one reads the other writes back byte for byte. Reading is total:
+a record, or RemoteStreamError with offset, expected and got; what the peer announces is checked against a limit before
+anything is allocated. Nothing here knows what a section's body means. The type byte of a section is read by whoever
+has to choose, so `read_x` begins behind it and `write_x` writes it.
+
+docs/stream.md tells the format in prose. Threads: those of the reader and the writer.
+"""
+
+from __future__ import annotations
+
+from corefw.wire.records.commands import (
+    CommandRecord,
+    PostcopyAdvice,
+    parse_ping,
+    parse_postcopy_advise,
+    ping_payload,
+    postcopy_advise_payload,
+    read_command,
+    read_package,
+    write_command,
+    write_package,
+)
+from corefw.wire.records.configuration import (
+    CONFIGURATION_SUBSECTIONS,
+    UUID_SIZE,
+    Configuration,
+    configuration_capabilities,
+    read_configuration_body,
+    write_configuration,
+)
+from corefw.wire.records.frame import (
+    WITH_NAME,
+    WITHOUT_NAME,
+    SectionHeader,
+    read_description_body,
+    read_footer,
+    read_header,
+    read_part_header,
+    read_section_header,
+    write_description,
+    write_footer,
+    write_header,
+    write_part_header,
+    write_section_header,
+)
+from corefw.wire.records.ram import MAX_BLOCKS, BlockEntry, read_block_list, write_block_list
+
+__all__ = [
+    "CONFIGURATION_SUBSECTIONS",
+    "MAX_BLOCKS",
+    "UUID_SIZE",
+    "WITHOUT_NAME",
+    "WITH_NAME",
+    "BlockEntry",
+    "CommandRecord",
+    "Configuration",
+    "PostcopyAdvice",
+    "SectionHeader",
+    "configuration_capabilities",
+    "parse_ping",
+    "parse_postcopy_advise",
+    "ping_payload",
+    "postcopy_advise_payload",
+    "read_block_list",
+    "read_command",
+    "read_configuration_body",
+    "read_description_body",
+    "read_footer",
+    "read_header",
+    "read_package",
+    "read_part_header",
+    "read_section_header",
+    "write_block_list",
+    "write_command",
+    "write_configuration",
+    "write_description",
+    "write_footer",
+    "write_header",
+    "write_package",
+    "write_part_header",
+    "write_section_header",
+]

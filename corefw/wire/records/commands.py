@@ -1,0 +1,90 @@
+"""Commands: what the source tells the destination between sections, and the payloads that have an inside.
+
+Source: QEMU 7.2's mig_cmd_args and loadvm_process_command (migration/savevm.c).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from corefw.channel import Buffer
+from corefw.errors import StreamError
+from corefw.wire.constants import BE32, BE64, COMMAND_LENGTHS, MAX_PACKAGE, Command, SectionType
+from corefw.wire.stream import StreamReader, StreamWriter
+
+
+@dataclass(frozen=True, slots=True)
+class CommandRecord:
+    """A command and its payload. The package of PACKAGED follows the record, it is not the payload."""
+
+    command: Command
+    payload: bytes = b""
+
+
+def _lengths_in_words(lengths: frozenset[int]) -> str:
+    return " or ".join(str(length) for length in sorted(lengths))
+
+
+def read_command(reader: StreamReader) -> CommandRecord:
+    """What follows the type byte COMMAND. RemoteStreamError for an unknown command or a length not its own."""
+    number = reader.be16("a command's number")
+    length = reader.be16("a command's length")
+    try:
+        command = Command(number)
+    except ValueError:
+        raise reader.error(f"a command from {min(Command)} to {max(Command)}", f"command {number}") from None
+    allowed = COMMAND_LENGTHS[command]
+    if allowed is not None and length not in allowed:
+        raise reader.error(f"{_lengths_in_words(allowed)} bytes of payload for command {command.name}", f"{length}")
+    return CommandRecord(command, reader.read(length, f"the payload of command {command.name}"))
+
+
+def write_command(writer: StreamWriter, command: Command, payload: bytes = b"") -> None:
+    """The whole section, type byte included."""
+    allowed = COMMAND_LENGTHS[command]
+    assert allowed is None or len(payload) in allowed, f"{command.name} with {len(payload)} bytes"
+    writer.u8(SectionType.COMMAND)
+    writer.be16(command)
+    writer.be16(len(payload))
+    writer.write(payload)
+
+
+def parse_ping(payload: bytes) -> int:
+    """The number that the destination has to echo."""
+    return int(BE32.unpack(payload)[0])
+
+
+def ping_payload(value: int) -> bytes:
+    return BE32.pack(value)
+
+
+@dataclass(frozen=True, slots=True)
+class PostcopyAdvice:
+    """Bytes: the OR of all blocks' host page sizes, and the target's page size."""
+
+    page_sizes: int
+    target_page_size: int
+
+
+def parse_postcopy_advise(payload: bytes) -> PostcopyAdvice | None:
+    """None when it is empty: then only dirty bitmaps go by postcopy."""
+    return PostcopyAdvice(int(BE64.unpack(payload[:8])[0]), int(BE64.unpack(payload[8:])[0])) if payload else None
+
+
+def postcopy_advise_payload(advice: PostcopyAdvice | None) -> bytes:
+    return b"" if advice is None else BE64.pack(advice.page_sizes) + BE64.pack(advice.target_page_size)
+
+
+def read_package(reader: StreamReader, record: CommandRecord) -> bytes:
+    """The stream within the stream that follows a PACKAGED command."""
+    (length,) = BE32.unpack(record.payload)
+    return reader.read(length, "a package", MAX_PACKAGE)
+
+
+def write_package(writer: StreamWriter, package: Buffer) -> None:
+    """A PACKAGED command with its package."""
+    length = len(memoryview(package).cast("B"))
+    if length > MAX_PACKAGE:
+        raise StreamError(f"the device state has {length} bytes, more than the {MAX_PACKAGE} that a package can have")
+    write_command(writer, Command.PACKAGED, BE32.pack(length))
+    writer.payload(package)

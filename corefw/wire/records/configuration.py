@@ -1,0 +1,110 @@
+"""The configuration section: the machine type, and subsections that say what else the two sides have to agree on.
+
+Source: QEMU 7.2's vmstate_configuration (migration/savevm.c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from corefw.errors import StreamError
+from corefw.wire.constants import BE32, MAX_CONFIGURATION_CAPABILITIES, MAX_MACHINE_NAME, SectionType
+from corefw.wire.stream import StreamReader, StreamWriter
+
+UUID_SIZE: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """The machine type, and the configuration's subsections byte for byte (empty: none)."""
+
+    name: str
+    tail: bytes = b""
+
+
+def _read_target_page_bits(reader: StreamReader) -> bytes:
+    return reader.read(4, "the target page bits")
+
+
+def _read_capabilities(reader: StreamReader) -> bytes:
+    count = reader.be32("the number of capabilities")
+    if count > MAX_CONFIGURATION_CAPABILITIES:
+        raise reader.error(f"at most {MAX_CONFIGURATION_CAPABILITIES} capabilities", f"{count}")
+    raw = bytearray(BE32.pack(count))
+    for _ in range(count):
+        length = reader.u8("the length of a capability's name")
+        raw += bytes((length,)) + reader.read(length, "a capability's name")
+    return bytes(raw)
+
+
+def _read_uuid(reader: StreamReader) -> bytes:
+    return reader.read(UUID_SIZE, "the machine's UUID")
+
+
+CONFIGURATION_SUBSECTIONS: Final[Mapping[str, Callable[[StreamReader], bytes]]] = {
+    "configuration/target-page-bits": _read_target_page_bits,
+    "configuration/capabilities": _read_capabilities,
+    "configuration/uuid": _read_uuid,
+}
+"""What reads the body of each to its end. They carry no length, so one that is not here cannot be skipped."""
+
+
+def read_configuration_body(reader: StreamReader) -> Configuration:
+    """What follows the type byte CONFIGURATION, all subsections included (they end where the next type byte stands)."""
+    length = reader.be32("the length of the machine's name")
+    raw = reader.read(length, "the machine's name", MAX_MACHINE_NAME)
+    try:
+        name = raw.decode()
+    except UnicodeDecodeError:
+        raise reader.error("the machine's name as text", repr(raw)) from None
+    tail = bytearray()
+    seen: set[str] = set()
+    while reader.peek(1) == bytes((SectionType.SUBSECTION,)):
+        tail += _read_configuration_subsection(reader, seen)
+    return Configuration(name, bytes(tail))
+
+
+def _read_configuration_subsection(reader: StreamReader, seen: set[str]) -> bytes:
+    reader.u8("the type of a subsection")
+    name = reader.string("the name of a configuration subsection")
+    if name not in CONFIGURATION_SUBSECTIONS:
+        raise reader.error(
+            f"a configuration subsection that is known ({', '.join(CONFIGURATION_SUBSECTIONS)})", f"'{name}'"
+        )
+    if name in seen:
+        raise reader.error("each configuration subsection once", f"'{name}' again")
+    seen.add(name)
+    version = reader.be32(f"the version of '{name}'")
+    encoded = name.encode()
+    head = bytes((SectionType.SUBSECTION, len(encoded))) + encoded + BE32.pack(version)
+    return head + CONFIGURATION_SUBSECTIONS[name](reader)
+
+
+def write_configuration(writer: StreamWriter, configuration: Configuration) -> None:
+    """The whole section, type byte included."""
+    name = configuration.name.encode()
+    if len(name) > MAX_MACHINE_NAME:
+        raise StreamError(f"the machine's name '{configuration.name}' is longer than {MAX_MACHINE_NAME} bytes")
+    writer.u8(SectionType.CONFIGURATION)
+    writer.be32(len(name))
+    writer.write(name)
+    writer.write(configuration.tail)
+
+
+def configuration_capabilities(configuration: Configuration) -> frozenset[str]:
+    """The capability names of `configuration/capabilities`: those of the source's that change the stream's layout."""
+    label = b"configuration/capabilities"
+    start = configuration.tail.find(bytes((SectionType.SUBSECTION, len(label))) + label)
+    if start < 0:
+        return frozenset()
+    at = start + 2 + len(label) + 4
+    (count,) = BE32.unpack_from(configuration.tail, at)
+    at += 4
+    names = set()
+    for _ in range(count):
+        length = configuration.tail[at]
+        names.add(configuration.tail[at + 1 : at + 1 + length].decode(errors="replace"))
+        at += 1 + length
+    return frozenset(names)

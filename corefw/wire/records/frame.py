@@ -1,0 +1,124 @@
+"""The file's header, section headers, footers and the description.
+
+Source: QEMU 7.2's migration/savevm.c (qemu_loadvm_state, save_section_header, check_section_footer).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from corefw.wire.constants import (
+    BE32,
+    FILE_MAGIC,
+    FILE_VERSION,
+    FILE_VERSION_OBSOLETE,
+    MAX_DESCRIPTION,
+    SectionType,
+)
+from corefw.wire.stream import StreamReader, StreamWriter
+
+
+def read_header(reader: StreamReader) -> None:
+    """Check magic and version. Raises RemoteStreamError that says what came instead."""
+    magic = reader.peek(4)
+    if len(magic) == 4 and magic != BE32.pack(FILE_MAGIC):
+        raise reader.error("a migration stream, beginning with 'QEVM'", f"bytes {magic.hex(' ')}")
+    reader.be32("the magic number")
+    version = reader.be32("the stream's version")
+    if version == FILE_VERSION_OBSOLETE:
+        raise reader.error(
+            f"version {FILE_VERSION}", f"version {version}, which is obsolete (send it again from a newer QEMU)"
+        )
+    if version != FILE_VERSION:
+        raise reader.error(f"version {FILE_VERSION}", f"version {version}")
+
+
+def write_header(writer: StreamWriter) -> None:
+    writer.be32(FILE_MAGIC)
+    writer.be32(FILE_VERSION)
+
+
+WITH_NAME: Final = frozenset({SectionType.START, SectionType.FULL})
+WITHOUT_NAME: Final = frozenset({SectionType.PART, SectionType.END})
+
+
+@dataclass(frozen=True, slots=True)
+class SectionHeader:
+    """What a START or FULL section says of itself."""
+
+    type: SectionType
+    section_id: int
+    idstr: str
+    instance_id: int
+    version_id: int
+
+    def __str__(self) -> str:
+        return f"section {self.section_id} '{self.idstr}' (instance {self.instance_id})"
+
+
+def read_section_header(reader: StreamReader, section_type: SectionType) -> SectionHeader:
+    """What follows the type byte of START or FULL."""
+    assert section_type in WITH_NAME
+    return SectionHeader(
+        section_type,
+        reader.be32("a section's id"),
+        reader.string("a section's name"),
+        reader.be32("a section's instance id"),
+        reader.be32("a section's version"),
+    )
+
+
+def write_section_header(writer: StreamWriter, header: SectionHeader) -> None:
+    """Type byte and header of START or FULL."""
+    assert header.type in WITH_NAME
+    writer.u8(header.type)
+    writer.be32(header.section_id)
+    writer.string(header.idstr)
+    writer.be32(header.instance_id)
+    writer.be32(header.version_id)
+
+
+def read_part_header(reader: StreamReader) -> int:
+    """What follows the type byte of PART or END: the section's id."""
+    return reader.be32("a section's id")
+
+
+def write_part_header(writer: StreamWriter, section_type: SectionType, section_id: int) -> None:
+    """Type byte and header of PART or END."""
+    assert section_type in WITHOUT_NAME
+    writer.u8(section_type)
+    writer.be32(section_id)
+
+
+def read_footer(reader: StreamReader, section_id: int, where: str) -> None:
+    """Type byte and id; they prove that the body before ended where its handler thinks. `where` names the section."""
+    reader.where = where
+    mark = reader.peek(1)
+    if mark and mark[0] != SectionType.FOOTER:
+        raise reader.error(f"a footer (0x{SectionType.FOOTER:02x}) behind the section's body", f"0x{mark[0]:02x}")
+    reader.u8("a section's footer")
+    got = reader.be32("the id in a section's footer")
+    if got != section_id:
+        raise reader.error(f"the footer of section {section_id}", f"that of section {got}")
+
+
+def write_footer(writer: StreamWriter, section_id: int) -> None:
+    writer.u8(SectionType.FOOTER)
+    writer.be32(section_id)
+
+
+def read_description_body(reader: StreamReader) -> bytes:
+    """What follows the type byte VMDESCRIPTION: the JSON text, as it came (see corefw.wire.description)."""
+    length = reader.be32("the length of the description")
+    return reader.read(length, "the description", MAX_DESCRIPTION)
+
+
+def write_description(writer: StreamWriter, description: Mapping[str, object] | bytes) -> None:
+    """The whole section, type byte included, from an object or from JSON text."""
+    text = description if isinstance(description, bytes) else json.dumps(description).encode()
+    writer.u8(SectionType.VMDESCRIPTION)
+    writer.be32(len(text))
+    writer.payload(text)

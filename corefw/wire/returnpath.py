@@ -1,0 +1,121 @@
+"""The return path: what a destination tells its source.
+
+The law: a message goes out whole, in one send, for several threads may answer; one that comes in is checked against its
+length before its body is read, for the source trusts the destination no more than the other way round.
+
+    u16 type, u16 length, body
+
+Source: QEMU 7.2's migrate_send_rp_message and source_return_path_thread. The bitmap that follows RECV_BITMAP is no part
+of the message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from struct import Struct
+from typing import Final
+
+from corefw.errors import StreamError
+from corefw.wire.constants import BE32, RETURN_MESSAGE_LENGTHS, RETURN_MESSAGE_LIMIT, ReturnMessage
+from corefw.wire.stream import StreamReader
+
+_HEAD: Final = Struct(">HH")
+_REQUEST: Final = Struct(">QI")
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnMessageRecord:
+    type: ReturnMessage
+    body: bytes
+
+
+def read_return_message(reader: StreamReader) -> ReturnMessageRecord:
+    """One message. Raises RemoteStreamError for an unknown type or a length that is not its own."""
+    number = reader.be16("the type of a return-path message")
+    length = reader.be16("the length of a return-path message")
+    try:
+        message = ReturnMessage(number)
+    except ValueError:
+        raise reader.error(
+            f"a return-path message from {min(ReturnMessage)} to {max(ReturnMessage)}", f"type {number}"
+        ) from None
+    expected = RETURN_MESSAGE_LENGTHS[message]
+    if expected is not None and length != expected:
+        raise reader.error(f"{expected} bytes of body for message {message.name}", f"{length}")
+    return ReturnMessageRecord(message, reader.read(length, f"the body of {message.name}", RETURN_MESSAGE_LIMIT))
+
+
+def encode_return_message(message_type: ReturnMessage | int, body: bytes = b"") -> bytes:
+    """The message's bytes, to be sent in one go."""
+    message = ReturnMessage(message_type)
+    expected = RETURN_MESSAGE_LENGTHS[message]
+    assert expected is None or len(body) == expected, f"{message.name} with {len(body)} bytes"
+    assert len(body) <= RETURN_MESSAGE_LIMIT, f"{message.name} with {len(body)} bytes"
+    return _HEAD.pack(message, len(body)) + body
+
+
+# -- bodies ------------------------------------------------------------------------------------------------------------
+
+
+def parse_number(body: bytes) -> int:
+    """SHUT (not 0: the destination failed), PONG (the ping's number), RESUME_ACK (1)."""
+    return int(BE32.unpack(body)[0])
+
+
+def number_body(value: int) -> bytes:
+    return BE32.pack(value)
+
+
+@dataclass(frozen=True, slots=True)
+class PageRequest:
+    """`length` bytes from `start` on in RAM block `block`; None means the block named last."""
+
+    start: int
+    length: int
+    block: str | None = None
+
+
+def parse_page_request(record: ReturnMessageRecord) -> PageRequest:
+    """The body of REQ_PAGES or REQ_PAGES_ID. Raises StreamError for a name that does not fill the body."""
+    if record.type is not ReturnMessage.REQ_PAGES_ID:
+        start, length = _REQUEST.unpack(record.body)
+        return PageRequest(start, length)
+    if len(record.body) <= _REQUEST.size:
+        raise StreamError(f"REQ_PAGES_ID: expected more than {_REQUEST.size} bytes of body, got {len(record.body)}")
+    start, length = _REQUEST.unpack_from(record.body)
+    return PageRequest(start, length, _parse_string(record.body[_REQUEST.size :], "REQ_PAGES_ID"))
+
+
+def page_request_message(request: PageRequest) -> bytes:
+    """The whole message: REQ_PAGES_ID where a block is named, else REQ_PAGES."""
+    body = _REQUEST.pack(request.start, request.length)
+    if request.block is None:
+        return encode_return_message(ReturnMessage.REQ_PAGES, body)
+    return encode_return_message(ReturnMessage.REQ_PAGES_ID, body + _string(request.block))
+
+
+def parse_recv_bitmap(body: bytes) -> str:
+    """The RAM block whose bitmap follows the message."""
+    return _parse_string(body, "RECV_BITMAP")
+
+
+def recv_bitmap_body(block: str) -> bytes:
+    return _string(block)
+
+
+def _parse_string(data: bytes, what: str) -> str:
+    if not data or len(data) != 1 + data[0]:
+        raise StreamError(
+            f"{what}: expected a block's name of {data[0] if data else 'some'} bytes, got {len(data) - 1}"
+        )
+    try:
+        return data[1:].decode()
+    except UnicodeDecodeError:
+        raise StreamError(f"{what}: expected a block's name as text, got {data[1:]!r}") from None
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    if len(data) > 255:
+        raise StreamError(f"'{text}' is longer than the 255 bytes that a name in the stream can have")
+    return bytes((len(data),)) + data
