@@ -76,7 +76,6 @@ class Plugins:
             PLUGINS,
             invoke_on_load=False,
             on_load_failure_callback=plugins._failed,
-            warn_on_missing_entrypoint=False,
         )
         for one in found:
             plugins._register(one.name, one.plugin)

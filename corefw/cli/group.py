@@ -1,0 +1,126 @@
+"""The table of commands, and `migfw` itself.
+
+The law: a command is named here with where it lives and one line of help; its module is imported when it runs, when its own
+help is asked for, and not before. What every command has (--verbose, an end by outcome.py's rules) is added here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Final, NamedTuple
+
+import click
+
+from corefw import __version__
+from corefw.cli.outcome import ExitStatus, Finished, guarded
+
+
+class Entry(NamedTuple):
+    """Where a command lives ("module:object"), and its line in `migfw --help`."""
+
+    target: str
+    help: str
+
+
+COMMANDS: Final[Mapping[str, Mapping[str, Entry]]] = {
+    "Guests": {
+        "run": Entry("corefw.cli.run:run", "Run a guest, or wait for one to migrate here."),
+        "demo": Entry("corefw.cli.demo:demo", "Watch a running guest move, and the proof that nothing was lost."),
+        "stop": Entry("corefw.cli.control:stop", "Stop the guest."),
+        "cont": Entry("corefw.cli.control:cont", "Let a stopped guest go on."),
+        "verify": Entry("corefw.cli.control:verify", "Let the guest check its own state."),
+        "quit": Entry("corefw.cli.control:quit_engine", "End the engine and its guest."),
+    },
+    "Migration": {
+        "migrate": Entry("corefw.cli.migrate:migrate", "Move the running guest to another host."),
+        "status": Entry("corefw.cli.status:status", "Show the guest and its migration."),
+        "cancel": Entry("corefw.cli.control:cancel", "Cancel the migration; the guest goes on here."),
+        "set": Entry("corefw.cli.control:set_values", "Change capabilities and parameters, also in flight."),
+        "continue": Entry("corefw.cli.control:continue_migration", "Let a migration in pre-switchover complete."),
+        "postcopy": Entry("corefw.cli.control:postcopy", "Switch to postcopy now."),
+        "pause": Entry("corefw.cli.control:pause", "Break a postcopy migration off, to recover it later."),
+        "recover": Entry("corefw.cli.control:recover", "Wait on the destination for a broken postcopy to resume."),
+    },
+    "Tools": {
+        "ps": Entry("corefw.cli.ps:ps", "List the engines that run on this host."),
+        "plugins": Entry("corefw.cli.plugins:plugins", "List the installed plugins, and what failed to load."),
+        "inspect": Entry("corefw.cli.inspect:inspect", "Show what is inside a recorded migration stream."),
+        "relay": Entry("corefw.cli.relay:relay", "Join two transports, both ways."),
+        "qmp": Entry("corefw.cli.qmp:qmp", "Send one QMP command and print the answer."),
+    },
+}
+
+_ENTRIES: Final[dict[str, Entry]] = {name: entry for part in COMMANDS.values() for name, entry in part.items()}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are lines of COMMANDS until one of them is needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(_ENTRIES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
+        entry = _ENTRIES.get(cmd_name)
+        if entry is None:
+            return None
+        module, _, attribute = entry.target.partition(":")
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        command.short_help = entry.help
+        if not any(parameter.name == "verbose" for parameter in command.params):
+            command.params.append(_verbose_option())
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's signature
+        for heading, entries in COMMANDS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, entry.help) for name, entry in entries.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        return guarded(lambda: super(LazyGroup, self).invoke(ctx))
+
+
+def _verbose_option() -> click.Option:
+    return click.Option(
+        ["-v", "--verbose"],
+        count=True,
+        expose_value=False,
+        callback=_set_verbosity,
+        help="Log to stderr what happens; -vv logs everything.",
+    )
+
+
+def _set_verbosity(ctx: click.Context, _parameter: click.Parameter, count: int) -> None:
+    """`migfw -v run` and `migfw run -v` are the same: counts add up over the command line."""
+    import logging
+
+    total = ctx.meta["migfw.verbosity"] = ctx.meta.get("migfw.verbosity", 0) + count
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(total, 2)]
+    plain, detailed = "migfw: %(message)s", "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=level, format=detailed if total else plain, force=True)
+    logging.getLogger("stevedore").setLevel(logging.DEBUG if total > 1 else logging.CRITICAL)  # we say it better
+
+
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    params=[_verbose_option()],
+    epilog="'migfw COMMAND --help' has the options and examples of each command.",
+)
+@click.version_option(__version__, message="migfw %(version)s")
+@click.pass_context
+def migfw(ctx: click.Context) -> None:
+    """Move running guests between hosts while they run.
+
+    \b
+    A guest is a Python program, or a machine that left a QEMU.
+      migfw run heat.py:Heat                       run a program as a guest
+      migfw run --incoming tcp:0.0.0.0:4444        wait for it, on the other host
+      migfw migrate tcp:other.example.org:4444     move it there while it runs
+      migfw demo                                   see it work on this host
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        raise Finished(ExitStatus.USAGE)
