@@ -1,7 +1,7 @@
 """The table of commands, and `migfw` itself.
 
-The law: a command is named here with where it lives and one line of help; its module is imported when it runs, when its own
-help is asked for, and not before. What every command has (--verbose, an end by outcome.py's rules) is added here.
+The law: a command is named here with where it lives and one line of help; its module is imported when it runs or when
+its own help is asked for, not before. What every command has (--verbose, an end by outcome.py's rules) is added here.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ _ENTRIES: Final[dict[str, Entry]] = {name: entry for part in COMMANDS.values() f
 class LazyGroup(click.Group):
     """A group whose commands are lines of COMMANDS until one of them is needed."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+    def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_ENTRIES)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         entry = _ENTRIES.get(cmd_name)
         if entry is None:
             return None
@@ -72,7 +72,7 @@ class LazyGroup(click.Group):
             command.params.append(_verbose_option())
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's signature
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, entries in COMMANDS.items():
             with formatter.section(heading):
                 formatter.write_dl([(name, entry.help) for name, entry in entries.items()])

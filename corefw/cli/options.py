@@ -1,7 +1,7 @@
 """Options that several commands share, and how their values are written.
 
-The law: an option means the same and reads the same wherever it is; its help text is here once. A value that is wrong is
-refused while the command line is read, before anything is started.
+The law: an option means the same and reads the same wherever it is; its help text is here once. A value that is wrong
+is refused before anything is started.
 """
 
 from __future__ import annotations

@@ -1,0 +1,35 @@
+"""What a finished migration was like: a few lines for people, one document for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from corefw.quantities import format_milliseconds, format_size
+
+
+def throughput(answer: Mapping[str, Any]) -> float:
+    """Bytes per second over the time that data flowed; 0 when that is not known."""
+    milliseconds = answer.get("total-time", 0) - answer.get("setup-time", 0)
+    transferred: int = answer.get("ram", {}).get("transferred", 0)
+    return transferred * 1000 / milliseconds if milliseconds > 0 else 0.0
+
+
+def summary(answer: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """query-migrate's last answer as (name, value) lines. What the engine did not say is left out."""
+    ram = answer.get("ram", {})
+    facts = [("status", str(answer.get("status", "none")))]
+    if "error-desc" in answer:
+        facts.append(("error", str(answer["error-desc"])))
+    for name, key in (("total time", "total-time"), ("setup time", "setup-time"), ("downtime", "downtime")):
+        if key in answer:
+            facts.append((name, format_milliseconds(answer[key])))
+    if rate := throughput(answer):
+        facts.append(("throughput", f"{format_size(rate)}/s"))
+    if "dirty-sync-count" in ram:
+        facts.append(("passes", str(ram["dirty-sync-count"])))
+    if "transferred" in ram:
+        facts.append(("sent", f"{format_size(ram['transferred'])} for {format_size(ram.get('total', 0))} of RAM"))
+    if "normal" in ram:
+        facts.append(("pages", f"{ram['normal']:,} sent whole, {ram.get('duplicate', 0):,} zero"))
+    return facts
