@@ -1,0 +1,10 @@
+"""Guest memory on Linux: blocks behind memfds, their dirty logs, userfaultfd.
+
+iovec      gather and scatter with NumPy's arrays as `struct iovec`
+runs       page numbers <-> runs of pages
+blocks     MemfdBlock: a RamBlock
+userfault  the userfaultfd system call, what of it is needed
+pagemap    PagemapLog: the dirty log by PAGEMAP_SCAN
+hashes     HashLog: the dirty log by comparing hashes, on any Linux
+logs       which dirty log this host can have
+"""

@@ -1,0 +1,62 @@
+"""Pages as numbers, as a mask, and as runs.
+
+The law: runs have shape (n, 2), dtype int64, rows (first, end), `end` exclusive, ascending, apart (the end of one is
+less than the first of the next). Every function here gives such runs or says that it needs them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Runs = NDArray[np.int64]
+
+
+def no_runs() -> Runs:
+    return np.empty((0, 2), dtype=np.int64)
+
+
+def runs_of_pages(pages: NDArray[np.int64]) -> Runs:
+    """Ascending page numbers without repetition -> runs."""
+    if len(pages) == 0:
+        return no_runs()
+    last = np.flatnonzero(np.diff(pages) != 1)
+    runs = np.empty((len(last) + 1, 2), dtype=np.int64)
+    runs[0, 0], runs[-1, 1] = pages[0], pages[-1] + 1
+    runs[1:, 0] = pages[last + 1]
+    runs[:-1, 1] = pages[last] + 1
+    return runs
+
+
+def runs_of_mask(mask: NDArray[np.bool_], first: int = 0) -> Runs:
+    """A mask of the pages from `first` on -> runs of those that are set."""
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)) + first
+    return edges.astype(np.int64).reshape(-1, 2)
+
+
+def pages_of_runs(runs: Runs) -> NDArray[np.int64]:
+    """Runs -> page numbers, ascending."""
+    if len(runs) == 0:
+        return np.empty(0, dtype=np.int64)
+    lengths = runs[:, 1] - runs[:, 0]
+    ends = np.cumsum(lengths)
+    shifts: NDArray[np.int64] = np.repeat(runs[:, 0] - (ends - lengths), lengths)
+    return shifts + np.arange(len(shifts))
+
+
+def join(runs: Runs) -> Runs:
+    """Ascending runs that may touch or overlap -> runs that are apart."""
+    if len(runs) < 2:
+        return runs
+    furthest = np.maximum.accumulate(runs[:, 1])
+    new = np.concatenate(([True], runs[1:, 0] > furthest[:-1]))
+    starts = np.flatnonzero(new)
+    joined = np.empty((len(starts), 2), dtype=np.int64)
+    joined[:, 0] = runs[starts, 0]
+    joined[:, 1] = furthest[np.append(starts[1:], len(runs)) - 1]
+    return joined
+
+
+def count(runs: Runs) -> int:
+    """How many pages the runs have."""
+    return int((runs[:, 1] - runs[:, 0]).sum())
