@@ -1,7 +1,8 @@
 """Byte streams between two hosts, and how a URI becomes one.
 
-The law: a channel moves bytes whole and in order, or raises; it knows nothing of what they mean. Whoever holds a channel
-may call `abort()` from any thread at any time, and every call that is blocked in it then raises `Interrupted` soon.
+The law: a channel moves bytes whole and in order, or raises; it knows nothing of what they mean. Whoever holds a
+channel may call `abort()` from any thread at any time, and every call that is blocked in it then raises `Interrupted`
+soon.
 
     Transport   one URI; makes channels by connecting or through a Listener
     Listener    waits for peers; `uri` is what a peer has to dial, with the port it really got
@@ -35,12 +36,14 @@ class TransportFeatures:
     return_path     bytes flow back from the destination, so "completed" can mean that the destination said so
     multi_channel   more than one channel can be made (several connections, a second one for recovery)
     incoming, outgoing   which ends it can be
+    atomic   nobody sees anything of what was sent until a clean send_eof(), so a failure before that ran no guest
     """
 
     return_path: bool
     multi_channel: bool
     incoming: bool = True
     outgoing: bool = True
+    atomic: bool = False
 
 
 class Interrupt:
@@ -124,7 +127,8 @@ class Channel(_Closing, ABC):
     def receive_into(self, view: memoryview) -> int:
         """Receive between 1 and len(view) bytes into the start of `view`; 0 when the peer has ended its stream.
 
-        Blocks until there is at least one byte. A connection that broke raises ChannelError, it never looks like an end.
+        Blocks until there is at least one byte. A connection that broke raises ChannelError; it never looks like an
+        end.
         """
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """File descriptors that somebody handed to this process under a name (QMP `getfd`), for the URI `fd:NAME`.
 
-The law: whoever takes a descriptor owns it and closes it; one that is put under a taken name replaces the old one, which is
-closed, as QEMU does. Thread-safe.
+The law: whoever takes a descriptor owns it and closes it; one that is put under a taken name replaces the old one,
+which is closed, as QEMU does. Thread-safe.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@
      ├── MachineError                the guest, or the process that runs it, failed
      └── PeerError                   the destination reported failure on the return path
 
-Foreign exceptions (OSError, paramiko's, ZeroMQ's) are translated once, where the library is called. Whatever reaches the
-command line and is not a MigfwError is a bug and keeps its traceback.
+Foreign exceptions (OSError, paramiko's, ZeroMQ's) are translated once, where the library is called. Whatever reaches
+the command line and is not a MigfwError is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

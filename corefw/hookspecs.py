@@ -1,15 +1,16 @@
-"""The extension points. A plugin is a module or object with functions of these names marked `@hookimpl`, registered under the
-entry point group `corefw.plugins`.
+"""The extension points. A plugin is a module or object with functions of these names marked `@hookimpl`, registered
+under the entry point group `corefw.plugins`.
 
-Two groups beside it name one driver each, loaded only when it is asked for: `corefw.transport` (the entry point's name is
-the URI scheme, its object `factory(uri: MigrationUri) -> Transport`) and `corefw.machine` (`factory(config: MachineConfig)
--> Machine`). Hooks are called once per migration, never on the hot path; all of them in the thread of the caller.
+Two groups beside it name one driver each, loaded only when it is asked for: `corefw.transport` (the entry point's name
+is the URI scheme, its object `factory(uri: MigrationUri) -> Transport`) and `corefw.machine`
+(`factory(config: MachineConfig) -> Machine`). Hooks are called once per migration, never on the hot path; all of them
+in the thread of the caller.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import pluggy
 
@@ -29,7 +30,7 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 def hookimpl(function: _Function) -> _Function:
     """Mark a plugin's implementation of a hook."""
-    return cast(_Function, pluggy.HookimplMarker(PROJECT)(function))
+    return pluggy.HookimplMarker(PROJECT)(function)
 
 
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -1,7 +1,7 @@
 """What a migration moves: a machine with RAM blocks and devices that can be stopped and started.
 
-The law: the engine knows machines only by this page. A machine that can do more (take sections nobody knows, make RAM blocks
-from the stream, verify itself, be throttled, serve page faults) says so by a Protocol.
+The law: the engine knows machines only by this page. A machine that can do more (take sections nobody knows, make RAM
+blocks from the stream, verify itself, be throttled, serve page faults) says so by a Protocol.
 
 Threads: every method may be called from the engine's threads, one call at a time; `run_state` may be read from any.
 """
@@ -191,7 +191,8 @@ class MakesRamBlocks(Protocol):
 @dataclass(frozen=True, slots=True)
 class StreamFormat:
     """What of the optional frame a stream had: the seed's send-configuration and send-section-footer; the configuration
-    section's own subsections as they came (empty: none); and the ids of its live sections, which the stored ones avoid."""
+    section's own subsections as they came (empty: none); and the ids of its live sections, which the stored ones
+    avoid."""
 
     configuration: bool
     footers: bool

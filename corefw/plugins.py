@@ -1,27 +1,31 @@
 """Finds plugins and asks them. The only importer of pluggy and stevedore, beside the hook specs.
 
 The law: stevedore for one name and one driver (a scheme, a machine), imported only when asked for; pluggy for many
-implementers. A plugin that fails to load is remembered with its reason and takes nobody down.
+implementers. A plugin that fails to load is remembered with its reason and takes nobody down; one that fails when it is
+asked is named in the error, and whatever it raised is a PluginError by then.
+
+What is installed is always asked of importlib.metadata: stevedore's own cache on disk goes by modification times
+rounded to minutes, and would not see a plugin that was just installed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import pluggy
 from stevedore import driver, extension
-from stevedore.exception import NoMatches
 
 from corefw import hookspecs
 from corefw.channel import Transport
-from corefw.errors import MigfwError, PluginError, UriError, UsageError
+from corefw.errors import MigfwError, PluginError, SettingsError, UriError, UsageError
 from corefw.machine import Machine, MachineConfig
 from corefw.section import SectionHandler, SectionRegistry
-from corefw.settings import Settings
+from corefw.settings import Declarations, Settings
 from corefw.states import MigrationStatus, Side
 from corefw.uri import MigrationUri
 
@@ -33,7 +37,8 @@ MACHINES: Final = "corefw.machine"
 PLUGINS: Final = "corefw.plugins"
 GROUPS: Final = (TRANSPORTS, MACHINES, PLUGINS)
 
-_T = TypeVar("_T")
+HOOKS: Final = tuple(sorted(name for name in vars(hookspecs) if name.startswith("corefw_")))
+"""The names of all hooks."""
 
 log = logging.getLogger(__name__)
 
@@ -56,149 +61,285 @@ class _EntryPointTransports:
     @hookspecs.hookimpl
     def corefw_transport(self, uri: MigrationUri) -> Transport | None:
         factory = _driver(TRANSPORTS, uri.scheme)
-        return None if factory is None else _made(factory, uri, Transport, f"transport '{uri.scheme}'")
+        if factory is None:
+            return None
+        made = _call(f"transport '{uri.scheme}'", factory, uri)
+        if not isinstance(made, Transport):
+            raise PluginError(f"transport '{uri.scheme}' made a {type(made).__name__}, expected a Transport")
+        return made
 
 
 class Plugins:
-    """Every plugin of this process. Make one with `Plugins.load()`."""
+    """Every plugin of this process. Make one with `Plugins.load()`.
+
+    failures   "name = target" of each entry point in `corefw.plugins` that was left out -> why
+    """
 
     def __init__(self) -> None:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
-        self._manager.register(_EntryPointTransports(), "corefw:entry-point-transports")
+        self._declarations: dict[str, Declarations] = {}
         self.failures: dict[str, str] = {}
+        self.register(_EntryPointTransports(), "corefw:entry-point-transports")
 
     @classmethod
     def load(cls) -> Plugins:
-        """Load everything in the group `corefw.plugins`."""
+        """Load everything in the group `corefw.plugins`, in the order of the names. Does not raise for a plugin."""
         plugins = cls()
-        found = extension.ExtensionManager(
-            PLUGINS,
-            invoke_on_load=False,
-            on_load_failure_callback=plugins._failed,
-        )
-        for one in found:
-            plugins._register(one.name, one.plugin)
+        for point in _installed(PLUGINS):
+            try:
+                plugins.register(_load(point), point.name)
+            except PluginError as error:
+                plugins.failures[_line(point)] = str(error)
+                log.warning("%s; it is left out", error)
         return plugins
 
     def register(self, plugin: object, name: str | None = None) -> None:
-        """Add a plugin from inside a program. Raises PluginError for a hook that does not exist, a name taken twice."""
-        registered = self._manager.register(plugin, name)
-        if registered is None:
-            raise PluginError(f"a plugin with the name '{name}' is registered already")
+        """Add a plugin from inside a program. All or nothing.
+
+        Raises PluginError for a hook that does not exist or takes other arguments, a name or plugin that is registered
+        already, and declarations that do not go with those of the others.
+        """
+        if plugin is None or isinstance(plugin, type):
+            raise PluginError(f"plugin '{name}' is {plugin!r}: expected a module or an object with hooks, not a class")
+        name = name or self._manager.get_canonical_name(plugin)
+        if self._manager.has_plugin(name) or self._manager.is_registered(plugin):
+            raise PluginError(f"plugin '{name}' is registered already: give this one another name")
         try:
+            self._manager.register(plugin, name)
             self._manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            self._manager.unregister(plugin)
-            raise PluginError(f"plugin '{registered}': {error}") from None
+            self._declare(name, plugin)
+        except (pluggy.PluginValidationError, MigfwError) as error:
+            if self._manager.has_plugin(name):
+                self._manager.unregister(plugin, name)
+            raise PluginError(f"plugin '{name}': {_one_line(error)}{_nearest_hook(plugin)}") from None
 
-    def _register(self, name: str, plugin: object) -> None:
-        try:
-            self.register(plugin, name)
-        except (PluginError, ValueError, pluggy.PluginValidationError) as error:
-            self.failures[name] = str(error)
-            log.warning("plugin '%s' is left out: %s", name, error)
-
-    def _failed(self, _manager: object, entry_point: EntryPoint, error: BaseException) -> None:
-        self.failures[entry_point.name] = f"{type(error).__name__}: {error}"
-        log.warning("plugin '%s' failed to load: %s", entry_point.name, error)
+    def _declare(self, name: str, plugin: object) -> None:
+        """Ask a new plugin for its settings and see whether they go with the others'."""
+        for implementation in self._manager.hook.corefw_settings.get_hookimpls():
+            if implementation.plugin is plugin:
+                declared = _call("corefw_settings", implementation.function)
+                if not isinstance(declared, Declarations):
+                    raise PluginError(f"corefw_settings returned a {type(declared).__name__}, expected Declarations")
+                try:
+                    Settings([*self._declarations.values(), declared])
+                except SettingsError:
+                    raise
+                except Exception as error:
+                    raise PluginError(f"its Declarations are not in order: {_one_line(error)}") from error
+                self._declarations[name] = declared
 
     # -- one name, one driver --------------------------------------------------------------------------------------
 
     def transport(self, uri: MigrationUri | str) -> Transport:
-        """The transport for a URI. Raises UriError (nobody knows the scheme; the rest is wrong), PluginError."""
+        """The transport for a URI. Raises UriError (nobody knows the scheme; the rest is wrong), PluginError.
+
+        A plugin that fails when it is asked is passed over; what it raised is told when nobody else knows the scheme.
+        """
         parsed = MigrationUri.parse(uri) if isinstance(uri, str) else uri
-        transport = self._manager.hook.corefw_transport(uri=parsed)
-        if transport is None:
-            known = ", ".join(sorted({point.name for point in entry_points(group=TRANSPORTS)})) or "none"
-            raise UriError(f"'{parsed}': no installed plugin has the scheme '{parsed.scheme}' (installed: {known})")
-        assert isinstance(transport, Transport)
-        return transport
+        failed: list[PluginError] = []
+        for name, ask in self._implementers("corefw_transport", last_first=True):
+            try:
+                made = ask(uri=parsed)
+                if isinstance(made, Transport):
+                    return made
+                if made is not None:
+                    raise PluginError(f"plugin '{name}' made a {type(made).__name__}, expected a Transport")
+            except PluginError as error:
+                log.warning("%s", error)
+                failed.append(error)
+        if failed:
+            raise failed[-1]
+        known = _names(TRANSPORTS)
+        raise UriError(f"'{parsed}': no installed plugin has the scheme '{parsed.scheme}' (installed: {known})")
 
     def machine(self, kind: str, config: MachineConfig) -> Machine:
-        """Make a machine of this kind. Raises UsageError (unknown kind, wrong options), MachineError."""
+        """Make a machine of this kind. Raises UsageError (unknown kind, wrong options), MachineError, PluginError."""
         factory = _driver(MACHINES, kind)
         if factory is None:
-            known = ", ".join(sorted({point.name for point in entry_points(group=MACHINES)})) or "none"
-            raise UsageError(f"no installed plugin has a machine '{kind}' (installed: {known})")
-        return _made(factory, config, Machine, f"machine '{kind}'")
+            raise UsageError(f"no installed plugin has a machine '{kind}' (installed: {_names(MACHINES)})")
+        made = _call(f"machine '{kind}'", factory, config)
+        if not isinstance(made, Machine):
+            raise PluginError(f"machine '{kind}' made a {type(made).__name__}, expected a Machine")
+        return made
 
     # -- many implementers -----------------------------------------------------------------------------------------
 
     def settings(self) -> Settings:
         """The table of all settings that the core and the plugins declare, at their defaults."""
-        return Settings(self._manager.hook.corefw_settings())
+        return Settings(self._declarations.values())
 
     def section_handlers(self, machine: Machine, settings: Settings) -> SectionRegistry:
+        """New handlers for one migration. Raises PluginError: without one of them the guest would not be whole."""
         registry = SectionRegistry()
-        for handlers in reversed(self._manager.hook.corefw_section_handlers(machine=machine, settings=settings)):
-            for handler in handlers:
+        for name, ask in self._implementers("corefw_section_handlers"):
+            for handler in _listed(name, "corefw_section_handlers", ask(machine=machine, settings=settings)):
                 if not isinstance(handler, SectionHandler):
-                    raise PluginError(f"{handler!r} is no SectionHandler: corefw_section_handlers has to return those")
+                    raise PluginError(f"plugin '{name}': {handler!r} is no SectionHandler")
                 registry.add(handler)
         return registry
 
     def blockers(self, machine: Machine, settings: Settings) -> list[str]:
-        found = self._manager.hook.corefw_blockers(machine=machine, settings=settings)
-        return [reason for reasons in reversed(found) for reason in reasons]
+        """Every reason against a migration. A plugin that fails to answer is one: it may have had one."""
+        reasons: list[str] = []
+        for name, ask in self._implementers("corefw_blockers"):
+            try:
+                found = _listed(name, "corefw_blockers", ask(machine=machine, settings=settings))
+                reasons += [str(reason) for reason in found]
+            except MigfwError as error:
+                reasons.append(str(error))
+        return reasons
 
     def state_changed(self, side: Side, old: MigrationStatus, new: MigrationStatus) -> None:
         """Tell every observer; one that raises is logged and does not keep the others from hearing it."""
-        for implementation in self._manager.hook.corefw_state_changed.get_hookimpls():
-            arguments = {"side": side, "old": old, "new": new}
+        for name, ask in self._implementers("corefw_state_changed"):
             try:
-                implementation.function(*(arguments[name] for name in implementation.argnames))
-            except Exception:
-                log.exception("plugin '%s' failed in corefw_state_changed", implementation.plugin_name)
+                ask(side=side, old=old, new=new)
+            except MigfwError:
+                log.exception("plugin '%s' failed in corefw_state_changed", name)
 
     def commands(self, engine: Engine) -> dict[str, Callable[..., object]]:
+        """QMP commands of the plugins. A plugin that fails to answer, and a name that is taken, are logged and left
+        out."""
         merged: dict[str, Callable[..., object]] = {}
-        commands: Mapping[str, Callable[..., object]]
-        for commands in reversed(self._manager.hook.corefw_commands(engine=engine)):
-            merged.update(commands)
+        for name, ask in self._implementers("corefw_commands"):
+            try:
+                commands = ask(engine=engine)
+            except MigfwError:
+                log.exception("plugin '%s' failed in corefw_commands", name)
+                continue
+            if not isinstance(commands, Mapping | None):
+                log.error("plugin '%s' returned a %s from corefw_commands", name, type(commands).__name__)
+                continue
+            for command, function in (commands or {}).items():
+                if merged.setdefault(command, function) is not function:
+                    log.error("plugin '%s' adds the command '%s' that another plugin has", name, command)
         return merged
+
+    def _implementers(self, hook: str, last_first: bool = False) -> Iterator[tuple[str, Callable[..., object]]]:
+        """The plugins that implement a hook, first registered first, each with a function that asks it alone."""
+        caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
+        found = caller.get_hookimpls()
+        for implementation in reversed(found) if last_first else found:
+            yield implementation.plugin_name, _asker(hook, implementation)
 
     # -- what is there ---------------------------------------------------------------------------------------------
 
     def inventory(self) -> Iterator[PluginInfo]:
         """Every installed entry point, loaded to see whether it does."""
         for group in GROUPS:
-            for point in sorted(entry_points(group=group), key=lambda point: point.name):
-                error = self.failures.get(point.name) if group == PLUGINS else _load_error(point)
+            for point in _installed(group):
+                error = self.failures.get(_line(point)) if group == PLUGINS else _driver_error(point)
                 name, version = (point.dist.name, point.dist.version) if point.dist else ("?", "?")
                 yield PluginInfo(group, point.name, point.value, name, version, error)
 
 
-def _load_error(point: EntryPoint) -> str | None:
+def _asker(hook: str, implementation: pluggy.HookImpl) -> Callable[..., object]:
+    def ask(**arguments: object) -> object:
+        wanted = (arguments[name] for name in implementation.argnames)
+        return _call(f"plugin '{implementation.plugin_name}' ({hook})", implementation.function, *wanted)
+
+    return ask
+
+
+def _call(what: str, function: Callable[..., object], *arguments: object) -> object:
+    """Call a plugin. A MigfwError goes through; anything else that it raises becomes a PluginError naming `what`."""
     try:
-        point.load()
-    except Exception as error:  # a plugin may fail in any way; that is what is asked here
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def _driver(group: str, name: str) -> Callable[[Any], object] | None:
-    """The object behind one entry point; None when nobody has that name. Raises PluginError when it does not load."""
-    try:
-        # `.driver` would give the class where an instance is falsy, so the factory is called here, not by stevedore.
-        found = driver.DriverManager(group, name, invoke_on_load=False, on_load_failure_callback=_raise)
-    except NoMatches:
-        return None
-    factory: Callable[[Any], object] = found.driver
-    return factory
-
-
-def _raise(_manager: object, entry_point: EntryPoint, error: BaseException) -> None:
-    raise PluginError(f"plugin '{entry_point.name}' ({entry_point.value}) failed to load: {error}") from error
-
-
-def _made(factory: Callable[[Any], object], argument: object, kind: type[_T], what: str) -> _T:
-    try:
-        made = factory(argument)
+        return function(*arguments)
     except MigfwError:
         raise
     except Exception as error:
-        raise PluginError(f"{what} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(made, kind):
-        raise PluginError(f"{what} made a {type(made).__name__}, expected a {kind.__name__}")
+        raise PluginError(f"{what} failed: {_one_line(error)}") from error
+
+
+def _listed(name: str, hook: str, answer: object) -> list[object]:
+    """What a hook returned, as a list. Generators run here, so that their errors have a name."""
+    if answer is None:
+        return []
+    if not isinstance(answer, Iterable) or isinstance(answer, str):
+        raise PluginError(f"plugin '{name}' ({hook}) returned a {type(answer).__name__}, expected a list")
+    items: Iterable[object] = answer
+    made = _call(f"plugin '{name}' ({hook})", list, items)
+    assert isinstance(made, list)
     return made
+
+
+# -- entry points --------------------------------------------------------------------------------------------------
+
+
+def _installed(group: str) -> list[EntryPoint]:
+    """The entry points of a group, each once, in the order of their names."""
+    found = {(point.name, point.value): point for point in entry_points(group=group)}
+    return [found[key] for key in sorted(found)]
+
+
+def _names(group: str) -> str:
+    return ", ".join(sorted({point.name for point in _installed(group)})) or "none"
+
+
+def _line(point: EntryPoint) -> str:
+    """As it stands in entry_points.txt."""
+    return f"{point.name} = {point.value}"
+
+
+def _load(point: EntryPoint) -> object:
+    try:
+        return point.load()
+    except (Exception, SystemExit) as error:
+        raise _not_loaded(point, error) from error
+
+
+def _not_loaded(point: EntryPoint, error: BaseException) -> PluginError:
+    return PluginError(f"plugin '{point.name}' ({point.value}) failed to load: {_one_line(error)}")
+
+
+def _driver_error(point: EntryPoint) -> str | None:
+    try:
+        _driver(point.group, point.name)
+    except PluginError as error:
+        return str(error)
+    return None
+
+
+def _driver(group: str, name: str) -> Callable[..., object] | None:
+    """The factory behind one entry point; None when nobody has that name. Raises PluginError when it does not load."""
+    points = _installed(group)
+    mine = [point for point in points if point.name == name]
+    if not mine:
+        return None
+    if len(mine) > 1:
+        owners = ", ".join(f"{point.value} of {point.dist.name if point.dist else '?'}" for point in mine)
+        raise PluginError(f"'{name}' is claimed more than once in {group}: {owners} (uninstall all but one)")
+    extension.ExtensionManager.ENTRY_POINT_CACHE[group] = points
+    try:
+        # `.driver` would give the class where an instance is falsy, so the factory is called here, not by stevedore.
+        manager: driver.DriverManager[object] = driver.DriverManager(
+            group, name, invoke_on_load=False, on_load_failure_callback=_reraise
+        )
+    except (Exception, SystemExit) as error:
+        raise _not_loaded(mine[0], error) from error
+    factory = manager.driver
+    if not callable(factory):
+        raise PluginError(
+            f"plugin '{name}' ({mine[0].value}) is a {type(factory).__name__}, expected a class or function"
+        )
+    return factory
+
+
+def _reraise(_manager: object, _point: EntryPoint, error: BaseException) -> None:
+    raise error
+
+
+# -- words ---------------------------------------------------------------------------------------------------------
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, MigfwError | pluggy.PluginValidationError) else f"{type(error).__name__}: {text}"
+
+
+def _nearest_hook(plugin: object) -> str:
+    """ " (did you mean corefw_blockers?)" where a plugin has a name like a hook's that is none."""
+    misspelt = [name for name in dir(plugin) if name.startswith("corefw_") and name not in HOOKS]
+    near = {match for name in misspelt for match in get_close_matches(name, HOOKS, 1)}
+    return f" (did you mean {', '.join(sorted(near))}?)" if near else ""

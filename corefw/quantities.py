@@ -1,6 +1,7 @@
-"""Sizes, rates and times as people write them: "1G", "32MiB", "300ms". Units are powers of 1024 for bytes, as QEMU's are.
+"""Sizes, rates and times as people write them: "1G", "32MiB", "300ms".
 
-Anything else is a UriError-like UsageError that shows what would have been right. A number alone is bytes, or milliseconds.
+The law: units of bytes are powers of 1024, as QEMU's are; a number alone is bytes, or milliseconds. Anything else is a
+UsageError that shows what would have been right.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from typing import Final
 from corefw.errors import UsageError
 
 _BYTES: Final = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50, "E": 1 << 60}
-_MILLISECONDS: Final = {"": Decimal(1), "MS": Decimal(1), "US": Decimal("0.001"), "S": Decimal(1000), "M": Decimal(60000)}
+_MILLISECONDS: Final = {
+    "": Decimal(1),
+    "MS": Decimal(1),
+    "US": Decimal("0.001"),
+    "S": Decimal(1000),
+    "M": Decimal(60000),
+}
 _NUMBER: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)\Z")
 
 

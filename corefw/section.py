@@ -1,8 +1,8 @@
 """Section handlers: who writes and reads the body of a section, and the registry that finds them.
 
-The law: the engine frames sections (type, id, name, version, footer); a handler writes and reads bodies and knows nothing of
-the frame. The callbacks are those of QEMU's SaveVMHandlers (include/migration/register.h). All of them are abstract: what
-is optional is a Protocol of its own, asked for with isinstance.
+The law: the engine frames sections (type, id, name, version, footer); a handler writes and reads bodies and knows
+nothing of the frame. The callbacks are those of QEMU's SaveVMHandlers (include/migration/register.h). All of them are
+abstract: what is optional is a Protocol of its own, asked for with isinstance.
 
     LiveHandler    START/PART/END: sent while the guest runs (RAM, dirty bitmaps, storage)
     StateHandler   FULL: sent once, when the guest has stopped (devices)

@@ -1,7 +1,7 @@
 """Capabilities, parameters and properties: what a migration may use, and how.
 
-The law: every name is declared in a table, with default and range; a change is checked as a whole, against the tables and
-against what the result would be, and then applied as a whole or not at all. A capability that no installed plugin
+The law: every name is declared in a table, with default and range; a change is checked as a whole, against the tables
+and against what the result would be, and then applied as a whole or not at all. A capability that no installed plugin
 implements is refused when it is enabled; it is never accepted and ignored.
 
 Source: the seed's migrate_caps_check and migrate_params_check, QEMU 7.2's QAPI schema. Sizes are bytes, times are
@@ -111,8 +111,8 @@ Check = Callable[[Mapping[str, bool], Mapping[str, Value]], str | None]
 
 @dataclass(frozen=True, slots=True)
 class Declarations:
-    """What a plugin adds to the tables: its own capabilities and parameters, which of all of them it `implements` (names),
-    and checks across them."""
+    """What a plugin adds to the tables: its own capabilities and parameters, which of all of them it `implements`
+    (names), and checks across them."""
 
     capabilities: tuple[Capability, ...] = ()
     parameters: tuple[Parameter, ...] = ()
@@ -158,9 +158,7 @@ PARAMETERS: Final = (
     Parameter("block-incremental", Kind.BOOLEAN, False, "storage: only what differs from the backing image"),
     Parameter("multifd-channels", Kind.INTEGER, 2, "channels", 1, 255, aliases=("x-multifd-channels",)),
     Parameter("x-multifd-page-count", Kind.INTEGER, 16, "pages in a multifd packet", 1, 10000),
-    Parameter(
-        "xbzrle-cache-size", Kind.SIZE, 64 << 20, "bytes of the XBZRLE cache", minimum=4096, power_of_two=True
-    ),
+    Parameter("xbzrle-cache-size", Kind.SIZE, 64 << 20, "bytes of the XBZRLE cache", minimum=4096, power_of_two=True),
 )
 
 IMPLEMENTED_BY_CORE: Final = frozenset(
@@ -198,7 +196,8 @@ class Settings:
         self._checks: list[Check] = []
         core = Declarations(CAPABILITIES, PARAMETERS, IMPLEMENTED_BY_CORE, CHECKS)
         for declared in (core, *declarations):
-            for entry in (*declared.capabilities, *declared.parameters):
+            entries: tuple[Capability | Parameter, ...] = (*declared.capabilities, *declared.parameters)
+            for entry in entries:
                 for name in (entry.name, *entry.aliases):
                     if name in self._names:
                         raise SettingsError(f"'{name}' is declared by two plugins")

@@ -1,6 +1,7 @@
 """Migration URIs: a scheme, a colon, and what the scheme's transport makes of the rest.
 
-The core knows no scheme. Splitting `host:port` is here because several transports, the QMP server and third parties need it.
+The law: the core knows no scheme. Splitting `host:port` is here because several transports, the QMP server and third
+parties need it.
 """
 
 from __future__ import annotations
