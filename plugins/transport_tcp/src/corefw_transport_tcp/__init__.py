@@ -1,0 +1,48 @@
+"""The transports tcp: and unix:, as QEMU speaks them: a plain stream over one socket.
+
+tcp:HOST:PORT   a name, an IPv4 address or an IPv6 address in brackets; listening, port 0 takes a free one and an
+                empty host means every address
+unix:PATH       a socket file; unix:@NAME is a name in Linux's abstract space, which needs no file
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw.dialing import check_unix_path, connect_tcp, connect_unix, listen_tcp, listen_unix
+from corefw.uri import MigrationUri, split_host_port
+
+_BOTH_WAYS: Final = TransportFeatures(return_path=True, multi_channel=True)
+
+
+class TcpTransport(Transport):
+    """tcp:HOST:PORT"""
+
+    features = _BOTH_WAYS
+
+    def __init__(self, uri: MigrationUri) -> None:
+        super().__init__(uri)
+        self._host, self._port = split_host_port(uri.rest, str(uri))
+
+    def connect(self, interrupt: Interrupt) -> Channel:
+        return connect_tcp(self._host, self._port, self.uri, interrupt)
+
+    def listen(self) -> Listener:
+        return listen_tcp(self._host, self._port, self.uri)
+
+
+class UnixTransport(Transport):
+    """unix:PATH, unix:@NAME"""
+
+    features = _BOTH_WAYS
+
+    def __init__(self, uri: MigrationUri) -> None:
+        super().__init__(uri)
+        check_unix_path(uri.rest, uri)
+
+    def connect(self, interrupt: Interrupt) -> Channel:
+        return connect_unix(self.uri.rest, self.uri, interrupt)
+
+    def listen(self) -> Listener:
+        return listen_unix(self.uri.rest, self.uri)

@@ -1,0 +1,285 @@
+"""Dials and listens at TCP and UNIX addresses.
+
+The law: a wait ends when its Interrupt says so, name resolution included; every address of a name is tried; an error
+names the URI and the cause. A socket file is the listener's own: mode 0600, a stale one is replaced, a live one is not,
+and it is removed at the end unless it is somebody else's by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import stat
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from corefw.channel import Interrupt
+from corefw.errors import ChannelError, UriError
+from corefw.sockets import SocketChannel, SocketListener, reason
+from corefw.uri import MigrationUri, join_host_port
+
+BACKLOG: Final = 256
+"""Peers that may wait to be accepted: a migration may open 255 channels at once."""
+
+UNIX_PATH_LIMIT: Final = 107
+"""Bytes of a socket's path: sun_path has 108 and ends with a zero (an abstract name begins with it)."""
+
+_RETRY: Final = 0.05
+"""Seconds between two attempts at a UNIX socket whose backlog is full; poll cannot wait for that."""
+
+_PORT_ATTEMPTS: Final = 20
+_FILE_ATTEMPTS: Final = 3
+
+_NOT_HERE: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENODEV})
+"""One of a name's addresses cannot be had on this host; the others may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """What a name was resolved to. `sockaddr` is the socket module's form: the host first, then the port."""
+
+    family: int
+    sockaddr: tuple[Any, ...]
+
+    def with_port(self, port: int) -> tuple[Any, ...]:
+        return (self.sockaddr[0], port, *self.sockaddr[2:])
+
+
+# -- TCP -----------------------------------------------------------------------------------------------------------
+
+
+def connect_tcp(host: str, port: int, uri: MigrationUri, interrupt: Interrupt) -> SocketChannel:
+    """Connect to the first address of `host` ("": this host) that answers. Raises ChannelError, Interrupted."""
+    if port == 0:
+        raise ChannelError(f"{uri}: port 0 cannot be dialled (use the port that the listener reports)")
+    failures: dict[str, str] = {}
+    for address in resolve(host, port, uri, interrupt):
+        try:
+            return SocketChannel(_connected(address.family, address.sockaddr, interrupt), str(uri))
+        except OSError as error:
+            failures[str(address.sockaddr[0])] = reason(error)
+    if len(set(failures.values())) == 1:
+        raise ChannelError(f"{uri}: {next(iter(failures.values()))}")
+    raise ChannelError(f"{uri}: " + "; ".join(f"at {address}: {why}" for address, why in failures.items()))
+
+
+def listen_tcp(host: str, port: int, uri: MigrationUri) -> SocketListener:
+    """Listen at every address of `host` ("" and "::": IPv4 and IPv6 alike); port 0 takes a free one, and the listener's
+    `uri` names it. Raises ChannelError. Blocks for as long as the name's resolution."""
+    if host:
+        addresses = _lookup(host, port, uri)
+    elif socket.has_dualstack_ipv6():
+        addresses = [Address(socket.AF_INET6, ("::", port, 0, 0))]
+    else:
+        addresses = [Address(socket.AF_INET, ("0.0.0.0", port))]  # noqa: S104 - an empty host asks for all addresses
+    for attempt in range(1, _PORT_ATTEMPTS + 1):
+        try:
+            sockets = _listen_everywhere(addresses, port)
+        except OSError as error:
+            # The port that was free at the first address may be taken at the second: try another.
+            if port or error.errno != errno.EADDRINUSE or attempt == _PORT_ATTEMPTS:
+                raise ChannelError(f"{uri}: {reason(error)}") from None
+        else:
+            break
+    real_port = sockets[0].getsockname()[1]
+    return SocketListener(MigrationUri(uri.scheme, join_host_port(host, real_port)), sockets)
+
+
+def _listen_everywhere(addresses: Sequence[Address], port: int) -> list[socket.socket]:
+    """Listen at the same port of all addresses that this host has. OSError, and nothing is left open, otherwise."""
+    with contextlib.ExitStack() as undo:
+        sockets: list[socket.socket] = []
+        missing: OSError | None = None
+        for address in addresses:
+            sock = undo.enter_context(socket.socket(address.family, socket.SOCK_STREAM))
+            try:
+                _bind_tcp(sock, address.with_port(port))
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+                missing = error
+                continue
+            sockets.append(sock)
+            port = sock.getsockname()[1]
+        if not sockets:
+            assert missing
+            raise missing
+        undo.pop_all()
+        return sockets
+
+
+def _bind_tcp(sock: socket.socket, sockaddr: tuple[Any, ...]) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sock.family == socket.AF_INET6:
+        # "::" means every address; any other takes part in a list where IPv4 has a socket of its own.
+        only = int(sockaddr[0] != "::" or not socket.has_dualstack_ipv6())
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+    sock.bind(sockaddr)
+    sock.listen(BACKLOG)
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+def resolve(host: str, port: int, uri: MigrationUri, interrupt: Interrupt) -> list[Address]:
+    """Every address of a name. The resolver cannot be interrupted, so that it runs in a thread which is left to itself
+    when the wait ends early. Raises ChannelError, Interrupted."""
+    try:
+        return _getaddrinfo(host, port, socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        pass  # a name
+    found: list[list[Address] | ChannelError] = []
+    done = Interrupt()
+
+    def look_up() -> None:
+        try:
+            found.append(_lookup(host, port, uri))
+        except ChannelError as error:
+            found.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=look_up, name="migfw-resolve", daemon=True)
+    thread.start()
+    try:
+        interrupt.wait_for(done.fileno(), select.POLLIN)
+    except BaseException:
+        threading.Thread(target=_close_after, args=(done, thread), daemon=True).start()
+        raise
+    thread.join()
+    done.close()
+    if isinstance(found[0], ChannelError):
+        raise found[0]
+    return found[0]
+
+
+def _close_after(done: Interrupt, thread: threading.Thread) -> None:
+    thread.join()
+    done.close()
+
+
+def _lookup(host: str, port: int, uri: MigrationUri) -> list[Address]:
+    try:
+        return _getaddrinfo(host, port, 0)
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ChannelError(f"{uri}: cannot find the host '{host}': {why[:1].lower()}{why[1:]}") from None
+
+
+def _getaddrinfo(host: str, port: int, flags: int) -> list[Address]:
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
+    return [Address(family, sockaddr) for family, _, _, _, sockaddr in found]
+
+
+# -- UNIX ----------------------------------------------------------------------------------------------------------
+
+
+def check_unix_path(path: str, uri: MigrationUri) -> None:
+    """Raises UriError for what no socket can be called. "@name" is a name in the abstract space."""
+    length = len(os.fsencode(path))
+    if length > UNIX_PATH_LIMIT + path.startswith("@"):
+        raise UriError(f"'{uri}': the path has {length} bytes, a UNIX socket's can have {UNIX_PATH_LIMIT}")
+    if "\0" in path:
+        raise UriError(f"'{uri}': a socket's path has no zero byte (an abstract name begins with @)")
+    if path == "@":
+        raise UriError(f"'{uri}': expected a name after @")
+
+
+def _unix_address(path: str) -> bytes:
+    raw = os.fsencode(path)
+    return b"\0" + raw[1:] if path.startswith("@") else raw
+
+
+def connect_unix(path: str, uri: MigrationUri, interrupt: Interrupt) -> SocketChannel:
+    """Raises ChannelError, Interrupted."""
+    while True:
+        try:
+            return SocketChannel(_connected(socket.AF_UNIX, _unix_address(path), interrupt), str(uri))
+        except BlockingIOError:
+            if interrupt.wait(_RETRY):
+                interrupt.check()
+        except OSError as error:
+            raise ChannelError(f"{uri}: {reason(error)}") from None
+
+
+def listen_unix(path: str, uri: MigrationUri) -> SocketListener:
+    """Listen at a path or, for "@name", in the abstract space. Raises ChannelError."""
+    with contextlib.ExitStack() as undo:
+        sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        try:
+            os.fchmod(sock.fileno(), 0o600)  # before bind: the file never has another mode
+            _bind_unix(sock, path, uri)
+            remove = None if path.startswith("@") else _remover(path)
+            sock.listen(BACKLOG)
+        except OSError as error:
+            raise ChannelError(f"{uri}: {reason(error)}") from None
+        undo.pop_all()
+    return SocketListener(uri, [sock], remove)
+
+
+def _bind_unix(sock: socket.socket, path: str, uri: MigrationUri) -> None:
+    for attempt in range(1, _FILE_ATTEMPTS + 1):
+        try:
+            return sock.bind(_unix_address(path))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or path.startswith("@") or attempt == _FILE_ATTEMPTS:
+                raise
+        _remove_stale(Path(path), uri)
+    return None
+
+
+def _remove_stale(path: Path, uri: MigrationUri) -> None:
+    """Remove a socket file at which nobody listens. Raises ChannelError when it is anything else."""
+    try:
+        before = path.lstat()
+        if not stat.S_ISSOCK(before.st_mode):
+            raise ChannelError(f"{uri}: there is a file of that name, and it is no socket (choose another path)")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            if probe.connect_ex(os.fsencode(path)) != errno.ECONNREFUSED:
+                raise ChannelError(f"{uri}: {reason(OSError(errno.EADDRINUSE, ''))}")
+        if os.path.samestat(path.lstat(), before):
+            path.unlink()
+    except FileNotFoundError:
+        pass  # its owner has removed it
+
+
+def _remover(path: str) -> Callable[[], None]:
+    """A function that removes the socket file unless another has taken its place."""
+    file = Path(path).absolute()
+    ours = file.lstat()
+
+    def remove() -> None:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(file.lstat(), ours):
+                file.unlink()
+
+    return remove
+
+
+# -- both ----------------------------------------------------------------------------------------------------------
+
+
+def _connected(family: int, sockaddr: tuple[Any, ...] | bytes, interrupt: Interrupt) -> socket.socket:
+    """A connected socket. OSError (BlockingIOError: a full backlog), Interrupted; nothing is left open then."""
+    with contextlib.ExitStack() as undo:
+        sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        sock.setblocking(False)
+        code = sock.connect_ex(sockaddr)
+        if code == errno.EINPROGRESS:
+            interrupt.wait_for(sock.fileno(), select.POLLOUT)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        interrupt.check()
+        if code:
+            raise OSError(code, os.strerror(code))
+        if family != socket.AF_UNIX and sock.getsockname() == sock.getpeername():
+            # The kernel had chosen the very port that we dialled, and connected us to ourselves.
+            raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        undo.pop_all()
+        return sock

@@ -1,0 +1,292 @@
+"""Channels and listeners over sockets: for tcp:, unix:, fd:, tunnels, the QMP server and third parties.
+
+The law: bytes leave in one gathering system call from where they are; a connection that broke never looks like an end,
+not even when another thread was told of the break first; an aborted TCP channel is reset, so that its peer sees a break
+and not an end (a UNIX socket has no such signal: there the stream itself has to say where it ends).
+
+`corefw.dialing` makes the sockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import socket
+import struct
+import termios
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from corefw.channel import Buffer, Channel, Interrupt, Listener
+from corefw.errors import ChannelError, Interrupted
+from corefw.uri import MigrationUri, join_host_port
+
+IOV_MAX: Final = os.sysconf("SC_IOV_MAX")
+"""Parts that one sendmsg takes."""
+
+SEND_TICK: Final = 0.1
+"""Seconds after which a blocked send looks whether it was aborted. A blocked *receive* ends when the reading side is
+shut down, which the peer does not notice; doing that to the writing side would send the peer a clean end."""
+
+LINGER: Final = 60.0
+"""Seconds that close() goes on, in the background, to take what the peer sends while our last bytes are under way."""
+
+LINGER_TICK: Final = 0.02
+
+KEEPALIVE: Final = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6}
+"""A silent peer is found dead after 90 seconds, instead of two hours."""
+
+_TCP_CLOSE: Final = 7  # the kernel's TCP_CLOSE, first byte of struct tcp_info
+
+REASONS: Final = {
+    errno.ECONNREFUSED: "connection refused (is the destination listening?)",
+    errno.ECONNRESET: "the peer broke the connection",
+    errno.EPIPE: "the peer closed the connection",
+    errno.ETIMEDOUT: "no answer from the peer",
+    errno.EADDRINUSE: "the address is in use (is another one listening there?)",
+    errno.EADDRNOTAVAIL: "this host does not have that address",
+    errno.EACCES: "permission denied",
+    errno.ENOENT: "no such file (is the destination listening?)",
+}
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, as a phrase; strerror where there is nothing better to say."""
+    if error.errno in REASONS:
+        return REASONS[error.errno]
+    text = error.strerror or str(error) or type(error).__name__
+    return text[:1].lower() + text[1:]
+
+
+def is_tcp(sock: socket.socket) -> bool:
+    return sock.family in (socket.AF_INET, socket.AF_INET6)
+
+
+class SocketChannel(Channel):
+    """A connected stream socket. Owns it.
+
+    After abort() a receive ends at once and a send within SEND_TICK; the peer learns of it when the channel is closed.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.peer = peer
+        self.has_return_path = True
+        self._socket = sock
+        self._tcp = is_tcp(sock)
+        self._lock = threading.Lock()
+        self._aborted = False
+        self._closed = False
+        self._failure: str | None = None
+        self._ended = False
+        self._eof_sent = False
+        _prepare(sock, self._tcp)
+
+    def send(self, *parts: Buffer) -> None:
+        views = [memoryview(part).cast("B") for part in parts]
+        at = 0
+        self._check()
+        while at < len(views):
+            try:
+                sent = self._socket.sendmsg(views[at : at + IOV_MAX], (), socket.MSG_NOSIGNAL)
+            except BlockingIOError:  # SEND_TICK is over
+                self._check()
+                continue
+            except OSError as error:
+                raise self._failed(error) from None
+            while at < len(views) and sent >= len(views[at]):
+                sent -= len(views[at])
+                at += 1
+            if sent:
+                views[at] = views[at][sent:]
+            self._check()
+
+    def receive_into(self, view: memoryview) -> int:
+        assert len(view), "receive_into an empty view"
+        self._check()
+        if self._ended:
+            return 0
+        try:
+            count = self._socket.recv_into(view)
+        except OSError as error:
+            raise self._failed(error) from None
+        self._check_aborted()
+        if count == 0:
+            self._check_end()
+            self._ended = True
+        return count
+
+    def wait_readable(self, seconds: float) -> bool:
+        self._check()
+        if self._ended:
+            return True
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        ready = poll.poll(max(0.0, seconds) * 1000)
+        self._check_aborted()
+        return bool(ready)
+
+    def send_eof(self) -> None:
+        self._check()
+        if self._eof_sent:
+            return
+        self._eof_sent = True
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def abort(self) -> None:
+        with self._lock:
+            if self._aborted or self._closed:
+                return
+            self._aborted = True
+            try:
+                if self._tcp:
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self._socket.shutdown(socket.SHUT_RD)
+            except OSError:
+                pass  # not connected any more: then nobody is blocked either
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._aborted or self._failure or not _end_politely(self._socket, self._tcp):
+            self._socket.close()
+
+    # -- what went wrong -------------------------------------------------------------------------------------------
+
+    def _check_aborted(self) -> None:
+        if self._aborted:
+            raise Interrupted(f"{self.peer}: cancelled")
+
+    def _check(self) -> None:
+        self._check_aborted()
+        if self._failure:
+            raise ChannelError(self._failure)
+        assert not self._closed, "use of a closed channel"
+
+    def _failed(self, error: OSError) -> ChannelError:
+        """The error to raise. It is kept: the kernel tells of a reset once and shows an end ever after."""
+        self._check_aborted()
+        self._failure = self._failure or f"{self.peer}: {reason(error)}"
+        return ChannelError(self._failure)
+
+    def _check_end(self) -> None:
+        """Raise ChannelError when what looks like an end is a reset of which the sending thread has just been told.
+
+        While our own direction is open, a clean end leaves the connection half open; only a reset closes it.
+        """
+        if self._failure:
+            raise ChannelError(self._failure)
+        if self._tcp and not self._eof_sent:
+            state = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+            if state == _TCP_CLOSE:
+                raise self._failed(ConnectionResetError(errno.ECONNRESET, ""))
+
+
+def _prepare(sock: socket.socket, tcp: bool) -> None:
+    sock.setblocking(True)
+    try:
+        tick = struct.pack("ll", 0, int(SEND_TICK * 1_000_000))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
+        if tcp:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEPALIVE.items():
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    except OSError:
+        pass  # a peer that is gone already shows at the first send or receive
+
+
+def _end_politely(sock: socket.socket, tcp: bool) -> bool:
+    """End our direction, and take what the peer sent and nobody read: closing over that would reset the connection and
+    throw our own last bytes away. True when a thread goes on with that and closes the socket itself."""
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        sock.setblocking(False)
+        if not tcp or _drain(sock) or _unsent(sock) == 0:
+            return False
+    except OSError:
+        return False
+    threading.Thread(target=_linger, args=(sock,), name="migfw-linger", daemon=True).start()
+    return True
+
+
+def _drain(sock: socket.socket) -> bool:
+    """Throw away what is there; True at the end of the stream."""
+    scrap = bytearray(65536)
+    try:
+        while sock.recv_into(scrap):
+            pass
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _unsent(sock: socket.socket) -> int:
+    """Bytes that the peer's kernel has not got yet."""
+    count = fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0")
+    return int(struct.unpack("i", count)[0])
+
+
+def _linger(sock: socket.socket) -> None:
+    deadline = time.monotonic() + LINGER
+    with sock, contextlib.suppress(OSError):
+        while not _drain(sock) and _unsent(sock) and time.monotonic() < deadline:
+            time.sleep(LINGER_TICK)
+
+
+class SocketListener(Listener):
+    """Listening sockets that belong together: every address of a name, under one URI. Owns them.
+
+    sockets   for servers that accept in a way of their own (asyncio)
+    remove    called once at close(), before the sockets are closed: it removes a socket file
+    """
+
+    def __init__(
+        self, uri: MigrationUri, sockets: Sequence[socket.socket], remove: Callable[[], None] | None = None
+    ) -> None:
+        self.uri = uri
+        self.sockets = tuple(sockets)
+        self._remove = remove
+        for sock in self.sockets:
+            sock.setblocking(False)
+
+    def accept(self, interrupt: Interrupt) -> SocketChannel:
+        poll = select.poll()
+        poll.register(interrupt, select.POLLIN)
+        by_fd = {sock.fileno(): sock for sock in self.sockets if sock.fileno() >= 0}
+        if not by_fd:
+            raise ChannelError(f"{self.uri}: does not listen any more")
+        for fd in by_fd:
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = [fd for fd, _ in poll.poll()]
+            if interrupt.fileno() in ready:
+                raise Interrupted(f"{self.uri}: cancelled")
+            try:
+                connection, address = by_fd[ready[0]].accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                continue  # that peer is gone again
+            except OSError as error:
+                raise ChannelError(f"{self.uri}: {reason(error)}") from None
+            return SocketChannel(connection, self._peer(address))
+
+    def close(self) -> None:
+        remove, self._remove = self._remove, None
+        if remove:
+            remove()
+        for sock in self.sockets:
+            sock.close()
+
+    def _peer(self, address: object) -> str:
+        if isinstance(address, tuple):
+            return f"{self.uri.scheme}:{join_host_port(address[0].removeprefix('::ffff:'), address[1])}"
+        return str(self.uri)
