@@ -26,7 +26,7 @@ from corefw.errors import ChannelClosed, ChannelError, Interrupted
 from corefw.uri import MigrationUri
 
 Buffer = bytes | bytearray | memoryview
-"""What may be sent: contiguous bytes. NumPy arrays go through `memoryview(array).cast("B")`."""
+"""What may be sent: contiguous bytes. NumPy arrays go through `array.data.cast("B")`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,76 @@
+# Everything that a developer does, by name; `make` alone lists it.
+#
+# The law: every goal works on a fresh clone with nothing but Python, make and a C library, and installs what it needs
+# into .venv. Nothing outside this folder is touched but stevedore's cache of entry points, which may be out of date.
+
+PYTHON ?= python3
+ARGS   ?=
+
+VENV     := .venv
+BIN      := $(VENV)/bin
+PLUGINS  := $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml)))
+PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
+PIP      := $(BIN)/python -m pip --disable-pip-version-check --quiet
+DEV      := $(VENV)/.dev-installed
+DOCS     := $(VENV)/.docs-installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help dev demo test check format bench docs clean
+
+help: ## Show this list
+	@echo "Goals of this Makefile; each installs what it needs into $(VENV) first."
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  ARGS=...      is passed on: make test ARGS='tests/wire -k truncated', make demo ARGS=--help"
+	@echo "  PYTHON=...    is the interpreter that $(VENV) is made with (3.11 or newer; default python3)"
+
+dev: $(DEV) ## Install migfw, every plugin (editable) and the tools for tests and checks
+
+demo: $(DEV) ## Watch a running program move from one process to another, with proof that nothing was lost
+	@$(BIN)/migfw demo $(ARGS)
+
+test: $(DEV) ## Run all tests; those that need a missing program (QEMU, sshd) are skipped and name it
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(DEV) ## Check format, lint, types (strict) and the order of imports
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_imports.py
+
+format: $(DEV) ## Format the code and mend what the linter can
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(DEV) ## Measure speed and memory beside a real QEMU; results go to bench/results
+	@$(BIN)/python bench/run.py $(ARGS)
+
+docs: $(DOCS) ## Build the documentation into site/; a broken link is an error
+	@rm -rf site
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
+	@echo "site/index.html"
+
+clean: ## Remove .venv, caches and everything that was built
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist site
+	@find . -name .git -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "migfw needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1): try make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "'$(PYTHON)' cannot make virtual environments: install Debian's python3-venv, or another Python" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+# Dev requirements first: they have hatchling, so that the projects below build without an environment for each.
+$(DEV): $(PROJECTS) requirements-dev.txt | $(BIN)/python
+	@echo "Installing migfw, its plugins and the tools into $(VENV) ..."
+	@$(PIP) install -r requirements-dev.txt
+	@$(PIP) install --no-build-isolation -e . $(PLUGINS:%=-e ./%)
+	@rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/python-entrypoints"
+	@touch $@
+
+$(DOCS): docs/requirements.txt $(DEV)
+	@$(PIP) install -r docs/requirements.txt
+	@touch $@
