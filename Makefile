@@ -10,7 +10,7 @@ VENV     := .venv
 BIN      := $(VENV)/bin
 PLUGINS  := $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml)))
 PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
-PIP      := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP      := $(BIN)/python -m pip --disable-pip-version-check -qq
 DEV      := $(VENV)/.dev-installed
 DOCS     := $(VENV)/.docs-installed
 

@@ -12,44 +12,46 @@ from typing import Final
 
 from corefw.errors import UsageError
 
-_BYTES: Final = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50, "E": 1 << 60}
+_BYTES: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 _MILLISECONDS: Final = {
     "": Decimal(1),
-    "MS": Decimal(1),
-    "US": Decimal("0.001"),
-    "S": Decimal(1000),
-    "M": Decimal(60000),
+    "us": Decimal("0.001"),
+    "ms": Decimal(1),
+    "s": Decimal(1000),
+    "m": Decimal(60000),
 }
-_NUMBER: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)\Z")
+_NUMBER: Final = r"([0-9]{1,20}(?:\.[0-9]{1,9})?)\s*"
+_SIZE: Final = re.compile(_NUMBER + r"([kmgtpe]?)(?:(?<=[a-z])ib|b)?(?:/s)?", re.IGNORECASE)
+_TIME: Final = re.compile(_NUMBER + r"(us|ms|s|m)?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """ "4096", "64K", "1.5GiB", "100MB/s" -> bytes (per second)."""
-    match = _NUMBER.match(text.strip().removesuffix("/s"))
-    unit = match[2].upper().removesuffix("IB") if match else ""
-    unit = unit.removesuffix("B") if len(unit) > 1 else unit
-    if match is None or unit not in _BYTES:
+    """ "4096", "64K", "1.5GiB", "100MB/s" -> bytes (per second), rounded down."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
         raise UsageError(f"'{text}' is no size: expected a number with K, M, G or T, as in 64M or 1.5GiB")
-    return int(Decimal(match[1]) * _BYTES[unit])
+    return int(Decimal(match[1]) * _BYTES[match[2].lower()])
 
 
 def parse_milliseconds(text: str) -> int:
-    """ "300", "300ms", "0.3s" -> milliseconds."""
-    match = _NUMBER.match(text.strip())
-    if match is None or match[2].upper() not in _MILLISECONDS:
+    """ "300", "300ms", "0.3s", "2m" -> milliseconds, rounded down."""
+    match = _TIME.fullmatch(text.strip())
+    if match is None:
         raise UsageError(f"'{text}' is no time: expected a number with ms, s or m, as in 300ms or 0.3s")
-    return int(Decimal(match[1]) * _MILLISECONDS[match[2].upper()])
+    return int(Decimal(match[1]) * _MILLISECONDS[(match[2] or "").lower()])
 
 
 def format_size(count: float) -> str:
     """1610612736 -> "1.5 GiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    if abs(count) < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
         count /= 1024
-    return f"{count:.1f} TiB"
+        if abs(count) < 1023.95:  # what rounds to 1024.0 is one of the next unit
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"
 
 
 def format_milliseconds(milliseconds: float) -> str:
     """35 -> "35 ms", 2500 -> "2.50 s"."""
-    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.2f} s"
+    return f"{milliseconds:.0f} ms" if milliseconds < 999.5 else f"{milliseconds / 1000:.2f} s"

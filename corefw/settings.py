@@ -247,12 +247,14 @@ class Settings:
 
     # -- changing --------------------------------------------------------------------------------------------------
 
-    def set_capabilities(self, changes: Mapping[str, bool]) -> None:
+    def set_capabilities(self, changes: Mapping[str, object]) -> None:
         """Switch several, all or none. Raises SettingsError. The engine refuses it while a migration runs."""
         with self._lock:
             wanted = dict(self._enabled)
             for name, state in changes.items():
                 real = self._known(name, self._capabilities, "capability")
+                if not isinstance(state, bool):
+                    raise SettingsError(f"capability '{real}' expects true or false, got {state!r}")
                 if state and real not in self._implemented:
                     raise SettingsError(f"capability '{real}' is not supported by any installed plugin")
                 wanted[real] = state

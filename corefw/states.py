@@ -68,12 +68,13 @@ SOURCE_TRANSITIONS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] 
     _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER, _S.CANCELLING, _S.FAILED}),
     _S.POSTCOPY_RECOVER: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.CANCELLING, _S.FAILED}),
     _S.COLO: frozenset({_S.COMPLETED, _S.FAILED}),
-    _S.CANCELLING: frozenset({_S.CANCELLED}),
+    _S.CANCELLING: frozenset({_S.CANCELLED, _S.COMPLETED}),
     _S.CANCELLED: frozenset({_S.SETUP}),
     _S.COMPLETED: frozenset({_S.SETUP}),
     _S.FAILED: frozenset({_S.SETUP}),
 }
-"""A finished migration goes straight to SETUP of the next (the seed resets to NONE without telling anybody)."""
+"""A finished migration goes straight to SETUP of the next (the seed resets to NONE without telling anybody). A cancel
+that comes when the destination has the guest already is too late: the migration completes."""
 
 DESTINATION_TRANSITIONS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] = {
     _S.NONE: frozenset({_S.SETUP}),
@@ -88,7 +89,22 @@ DESTINATION_TRANSITIONS: Final[Mapping[MigrationStatus, frozenset[MigrationStatu
 }
 """A destination that failed may be told to wait again (migrate-incoming); one that completed runs the guest."""
 
-TRANSITIONS: Final = {Side.SOURCE: SOURCE_TRANSITIONS, Side.DESTINATION: DESTINATION_TRANSITIONS}
+TRANSITIONS: Final[Mapping[Side, Mapping[MigrationStatus, frozenset[MigrationStatus]]]] = {
+    Side.SOURCE: SOURCE_TRANSITIONS,
+    Side.DESTINATION: DESTINATION_TRANSITIONS,
+}
+
+
+def diagram(side: Side) -> str:
+    """The table of one side as a Mermaid state diagram; docs/states.md shows it."""
+    rows = [
+        f"    {old.replace('-', '_')} --> {new.replace('-', '_')}"
+        for old, after in TRANSITIONS[side].items()
+        for new in MigrationStatus
+        if new in after
+    ]
+    return "\n".join(["stateDiagram-v2", "    [*] --> none", *rows])
+
 
 Observer = Callable[[Side, MigrationStatus, MigrationStatus], None]
 
@@ -104,13 +120,18 @@ class StateMachine:
         self._observers: list[Observer] = []
         self._news: deque[tuple[MigrationStatus, MigrationStatus]] = deque()
         self._announcing = threading.RLock()
+        self._telling = False
 
     @property
     def status(self) -> MigrationStatus:
         return self._status
 
     def observe(self, observer: Observer) -> None:
-        """Call `observer(side, old, new)` after each change, one change at a time, in some thread."""
+        """Call `observer(side, old, new)` after each change, in the thread of some `advance()`.
+
+        One change at a time: every observer has heard of it before the first one hears of the next, also where an
+        observer makes the next change itself. What an observer raises is logged and goes no further.
+        """
         self._observers.append(observer)
 
     def advance(self, expected: MigrationStatus, new: MigrationStatus) -> bool:
@@ -137,10 +158,18 @@ class StateMachine:
 
     def _announce(self) -> None:
         with self._announcing:
-            while self._news:
-                old, new = self._news.popleft()
-                for observer in self._observers:
-                    try:
-                        observer(self.side, old, new)
-                    except Exception:
-                        log.exception("an observer of the %s's status failed", self.side)
+            if self._telling:  # an observer made this change: the loop that called it goes on with it
+                return
+            self._telling = True
+            try:
+                while self._news:
+                    self._tell(*self._news.popleft())
+            finally:
+                self._telling = False
+
+    def _tell(self, old: MigrationStatus, new: MigrationStatus) -> None:
+        for observer in tuple(self._observers):
+            try:
+                observer(self.side, old, new)
+            except Exception:
+                log.exception("an observer of the %s's status failed", self.side)

@@ -39,10 +39,10 @@ def split_host_port(text: str, what: str) -> tuple[str, int]:
 
     `what` is the whole URI, for the message. An IPv6 address needs its brackets.
     """
-    bracketed = re.fullmatch(r"\[([^\]]*)\]:(.*)", text)
+    bracketed = re.fullmatch(r"\[([^\[\]]*)\]:(.*)", text)
     host, colon, port = (bracketed[1], ":", bracketed[2]) if bracketed else text.rpartition(":")
-    if not colon:
-        raise UriError(f"'{what}' has no port: expected HOST:PORT")
+    if not colon or (text.startswith("[") and not bracketed):
+        raise UriError(f"'{what}' has no port: expected HOST:PORT, or [HOST]:PORT for an IPv6 address")
     if ":" in host and not bracketed:
         raise UriError(f"'{what}': put an IPv6 address in brackets, as in [{host}]:{port}")
     if not (port.isascii() and port.isdigit()) or int(port) > 65535:
@@ -51,4 +51,5 @@ def split_host_port(text: str, what: str) -> tuple[str, int]:
 
 
 def join_host_port(host: str, port: int) -> str:
+    """The inverse of split_host_port: brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
