@@ -97,13 +97,11 @@ TRANSITIONS: Final[Mapping[Side, Mapping[MigrationStatus, frozenset[MigrationSta
 
 def diagram(side: Side) -> str:
     """The table of one side as a Mermaid state diagram; docs/states.md shows it."""
-    rows = [
-        f"    {old.replace('-', '_')} --> {new.replace('-', '_')}"
-        for old, after in TRANSITIONS[side].items()
-        for new in MigrationStatus
-        if new in after
-    ]
-    return "\n".join(["stateDiagram-v2", "    [*] --> none", *rows])
+    table = TRANSITIONS[side]
+    ids = {status: status.replace("-", "_") for status in MigrationStatus}  # Mermaid's have no hyphen
+    names = [f'    state "{status}" as {ids[status]}' for status in table if ids[status] != status]
+    edges = [f"    {ids[old]} --> {ids[new]}" for old in table for new in MigrationStatus if new in table[old]]
+    return "\n".join(["stateDiagram-v2", *names, "    [*] --> none", *edges])
 
 
 Observer = Callable[[Side, MigrationStatus, MigrationStatus], None]

@@ -1,0 +1,95 @@
+"""MigrationUri and HOST:PORT: what parses, what is refused and with which words."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corefw.errors import UriError, UsageError
+from corefw.uri import MigrationUri, join_host_port, split_host_port
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme", "rest"),
+    [
+        ("tcp:10.0.0.7:4444", "tcp", "10.0.0.7:4444"),
+        ("unix:/run/a b.sock", "unix", "/run/a b.sock"),
+        ("ssh://me@host:22/tcp:localhost:1", "ssh", "//me@host:22/tcp:localhost:1"),
+        ("zmq:tcp://host:1", "zmq", "tcp://host:1"),
+        ("exec:gzip -c > x\ny", "exec", "gzip -c > x\ny"),
+        ("x-9.y+z:q", "x-9.y+z", "q"),
+    ],
+)
+def test_a_uri_is_a_scheme_and_the_rest(text: str, scheme: str, rest: str) -> None:
+    uri = MigrationUri.parse(text)
+    assert (uri.scheme, uri.rest) == (scheme, rest)
+    assert str(uri) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' is no migration URI: expected SCHEME:ADDRESS"),
+        ("host", "'host' is no migration URI: expected SCHEME:ADDRESS"),
+        (":4444", "':4444' is no migration URI"),
+        ("TCP:host:1", "'TCP:host:1' is no migration URI"),
+        ("/path:1", "'/path:1' is no migration URI"),
+        ("tcp:", "'tcp:' has no address: expected something after 'tcp:'"),
+    ],
+)
+def test_what_is_no_uri_is_refused_with_an_example(text: str, message: str) -> None:
+    with pytest.raises(UriError) as caught:
+        MigrationUri.parse(text)
+    assert str(caught.value).startswith(message)
+    assert isinstance(caught.value, UsageError)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("example.org:4444", ("example.org", 4444)),
+        ("10.0.0.7:0", ("10.0.0.7", 0)),
+        ("[::1]:4444", ("::1", 4444)),
+        ("[fe80::1%eth0]:1", ("fe80::1%eth0", 1)),
+        (":65535", ("", 65535)),
+        ("[]:1", ("", 1)),
+    ],
+)
+def test_host_and_port(text: str, expected: tuple[str, int]) -> None:
+    assert split_host_port(text, f"tcp:{text}") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("example.org", "'tcp:example.org' has no port: expected HOST:PORT"),
+        ("[::1]", "'tcp:[::1]' has no port"),
+        ("[::1:4", "'tcp:[::1:4' has no port"),
+        ("::1:4", "'tcp:::1:4': put an IPv6 address in brackets, as in [::1]:4"),
+        ("h:65536", "'tcp:h:65536': '65536' is no port, expected a number from 0 to 65535"),
+        ("h:-1", "'tcp:h:-1': '-1' is no port"),
+        ("h:http", "'tcp:h:http': 'http' is no port"),
+        ("h:", "'tcp:h:': '' is no port"),
+        ("h:²", "'tcp:h:²': '²' is no port"),  # a digit to str.isdigit, a ValueError to int
+    ],
+)
+def test_what_is_no_host_and_port(text: str, message: str) -> None:
+    with pytest.raises(UriError) as caught:
+        split_host_port(text, f"tcp:{text}")
+    assert str(caught.value).startswith(message)
+
+
+@given(
+    host=st.one_of(st.ip_addresses().map(str), st.from_regex(r"[a-z0-9.-]*", fullmatch=True)),
+    port=st.integers(0, 65535),
+)
+def test_joining_is_the_inverse_of_splitting(host: str, port: int) -> None:
+    assert split_host_port(join_host_port(host, port), "") == (host, port)
+
+
+@given(st.text())
+def test_any_text_is_a_uri_or_a_uri_error(text: str) -> None:
+    try:
+        uri = MigrationUri.parse(text)
+        split_host_port(uri.rest, text)
+    except UriError as error:
+        assert text in str(error)
