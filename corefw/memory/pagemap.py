@@ -1,0 +1,180 @@
+"""The dirty log by PAGEMAP_SCAN and asynchronous write-protection (Linux 6.7), of this process's memory or another's.
+
+The law: the kernel remembers the writes. A page of a registered range is write-protected by a mark in the page table;
+the first write takes the mark away without anybody waiting; one ioctl finds the pages without the mark and sets it
+again, page by page under the page table's lock, so a write is in this harvest or in the next.
+
+The process that is watched calls open_tracker() and passes the two descriptors on; whoever holds them can watch it,
+without any right over it. A guest that nobody migrates pays nothing: its memory is registered by start() and let go
+by stop().
+
+Source: Documentation/admin-guide/mm/pagemap.rst, include/uapi/linux/fs.h. Measured on Linux 6.18: 1 GiB with 11 dirty
+pages 0.4 ms, with 52,429 scattered ones 8 ms.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+from dataclasses import dataclass
+from struct import Struct
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corefw.errors import MachineError
+from corefw.machine import DirtyLog
+from corefw.memory import userfault
+from corefw.memory.runs import Runs, join, no_runs
+
+log = logging.getLogger(__name__)
+
+_PAGEMAP_SCAN: Final = 0xC0606610
+_WP_MATCHING: Final = 1
+_CHECK_WPASYNC: Final = 2
+_PAGE_IS_WRITTEN: Final = 2
+
+# struct pm_scan_arg: size, flags, start, end, walk_end, vec, vec_len, max_pages, category_inverted, category_mask,
+# category_anyof_mask, return_mask
+_ScanArgument: Final = Struct("=12Q")
+_WALK_END: Final = 4
+
+REGIONS: Final = 1 << 15
+"""Regions that one call can report: 768 KiB. More take more calls."""
+
+FIRST_REGIONS: Final = 1 << 10
+"""Regions that the buffer starts with; it grows when a harvest fills it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tracker:
+    """What lets another process watch this one's memory. Whoever gets it closes it.
+
+    userfaultfd   of the watched process
+    pagemap       its /proc/PID/pagemap, opened by itself, so it needs no right over it and no pid that may be
+    somebody else's
+    """
+
+    userfaultfd: int
+    pagemap: int
+
+    def close(self) -> None:
+        os.close(self.userfaultfd)
+        os.close(self.pagemap)
+
+
+def open_tracker() -> Tracker:
+    """Make this process's memory watchable. Raises OSError where the kernel cannot: see unsupported()."""
+    features = userfault.Feature.WP_ASYNC | userfault.Feature.WP_UNPOPULATED | userfault.Feature.WP_HUGETLBFS_SHMEM
+    userfaultfd = userfault.create(features)
+    try:
+        return Tracker(userfaultfd, os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError:
+        os.close(userfaultfd)
+        raise
+
+
+def unsupported() -> str | None:
+    """Why PagemapLog does not work for this process on this host, or None where it does. Tries it on one page."""
+    try:
+        tracker = open_tracker()
+    except OSError as error:
+        return f"no userfaultfd with asynchronous write-protection ({error.strerror})"
+    page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+    array = np.frombuffer(page, dtype=np.uint8)
+    watch = PagemapLog(tracker, array.ctypes.data, len(array), len(array))
+    try:
+        watch.start()
+        found = watch.harvest()
+        array[0] = 1
+        return None if len(found) == 0 and len(watch.harvest()) == 1 else "PAGEMAP_SCAN does not see a write"
+    except MachineError as error:
+        return str(error)
+    finally:
+        watch.stop()
+        tracker.close()
+
+
+class PagemapLog(DirtyLog):
+    """The dirty log of the mapping at `address` (of `length` bytes) in the memory that `tracker` watches.
+
+    It sees writes through that mapping by anyone, the kernel included (read(2) into an array); not through others. Does
+    not own the tracker, which several logs share.
+    """
+
+    def __init__(self, tracker: Tracker, address: int, length: int, page_size: int = 4096) -> None:
+        self._tracker = tracker
+        self._address = address
+        self._length = length
+        self._page_size = page_size
+        self._regions = np.empty((0, 3), dtype=np.uint64)
+        self._armed = False
+
+    def start(self) -> None:
+        """See DirtyLog. Raises MachineError: the guest has gone, or the kernel cannot."""
+        try:
+            userfault.register(self._tracker.userfaultfd, self._address, self._length, userfault.Mode.WP)
+            self._armed = True
+            userfault.write_protect(self._tracker.userfaultfd, self._address, self._length)
+        except OSError as error:
+            self.stop()
+            raise MachineError(f"cannot watch the guest's memory with userfaultfd: {error.strerror}") from None
+        self._regions = np.empty((FIRST_REGIONS, 3), dtype=np.uint64)
+
+    def harvest(self) -> NDArray[np.int64]:
+        """See DirtyLog. At most 5 ms per GiB when few pages are dirty."""
+        if not self._armed:
+            return no_runs()
+        found: list[NDArray[np.uint64]] = []
+        at, end = self._address, self._address + self._length
+        while at < end:
+            count, at = self._scan(at, end)
+            found.append(self._regions[:count, :2].copy())
+            if count == len(self._regions) < REGIONS:
+                self._regions = np.empty((min(4 * count, REGIONS), 3), dtype=np.uint64)
+        return self._as_runs(np.concatenate(found))
+
+    def _scan(self, start: int, end: int) -> tuple[int, int]:
+        """One PAGEMAP_SCAN: how many regions it reported, and where it stopped because the buffer was full."""
+        fields = [0] * 12
+        fields[:8] = [
+            _ScanArgument.size,
+            _WP_MATCHING | _CHECK_WPASYNC,
+            start,
+            end,
+            0,
+            self._regions.ctypes.data,
+            len(self._regions),
+            0,
+        ]
+        fields[9] = fields[11] = _PAGE_IS_WRITTEN
+        argument = bytearray(_ScanArgument.pack(*fields))
+        try:
+            count = fcntl.ioctl(self._tracker.pagemap, _PAGEMAP_SCAN, argument, True)
+        except OSError as error:
+            raise MachineError(f"cannot read the guest's dirty log by PAGEMAP_SCAN: {error.strerror}") from None
+        stopped = int(_ScanArgument.unpack(argument)[_WALK_END])
+        if not start < stopped <= end:
+            raise MachineError(f"PAGEMAP_SCAN stopped at {stopped:#x}, expected {start:#x} to {end:#x}")
+        return count, stopped
+
+    def _as_runs(self, regions: NDArray[np.uint64]) -> Runs:
+        # The host's pages need not be the guest's: outwards to whole ones.
+        runs = (regions - np.uint64(self._address)).view(np.int64)
+        runs[:, 0] //= self._page_size
+        runs[:, 1] += self._page_size - 1
+        runs[:, 1] //= self._page_size
+        return join(runs)
+
+    def stop(self) -> None:
+        if not self._armed:
+            return
+        self._armed = False
+        self._regions = np.empty((0, 3), dtype=np.uint64)
+        try:
+            userfault.unregister(self._tracker.userfaultfd, self._address, self._length)
+        except OSError as error:  # the guest has gone, and its memory with it
+            log.debug("cannot let go of the guest's memory: %s", error)

@@ -1,0 +1,84 @@
+"""The userfaultfd of Linux: as much of it as the dirty log needs.
+
+The law: a userfaultfd belongs to the memory of the process that made it, and works from any process that holds it. It
+is made with UFFD_USER_MODE_ONLY, so an ordinary user may, whatever vm.unprivileged_userfaultfd says.
+
+Source: include/uapi/linux/userfaultfd.h. Raises OSError; the callers know what to do without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from enum import IntFlag
+from struct import Struct
+from typing import Final
+
+SYSCALL: Final = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "loongarch64": 282}
+"""The number of userfaultfd(2), by os.uname().machine."""
+
+USER_MODE_ONLY: Final = 1
+API: Final = 0xAA
+
+_UFFDIO_API: Final = 0xC018AA3F
+_UFFDIO_REGISTER: Final = 0xC020AA00
+_UFFDIO_UNREGISTER: Final = 0x8010AA01
+_UFFDIO_WRITEPROTECT: Final = 0xC018AA06
+
+_ApiArgument: Final = Struct("=QQQ")  # api, features, ioctls
+_RegisterArgument: Final = Struct("=QQQQ")  # start, length, mode, ioctls
+_RangeArgument: Final = Struct("=QQ")  # start, length
+_WriteProtectArgument: Final = Struct("=QQQ")  # start, length, mode
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+class Feature(IntFlag):
+    """What to ask for in the handshake; the kernel refuses what it does not know."""
+
+    WP_HUGETLBFS_SHMEM = 1 << 12
+    WP_UNPOPULATED = 1 << 13
+    WP_ASYNC = 1 << 15
+
+
+class Mode(IntFlag):
+    """Which faults a registered range reports."""
+
+    MISSING = 1
+    WP = 2
+    MINOR = 4
+
+
+def create(features: Feature) -> int:
+    """A userfaultfd for this process's memory, close-on-exec, not blocking, with the handshake done."""
+    number = SYSCALL.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, f"the number of userfaultfd(2) on {os.uname().machine} is not known here")
+    fd = int(_libc.syscall(ctypes.c_long(number), ctypes.c_int(os.O_CLOEXEC | os.O_NONBLOCK | USER_MODE_ONLY)))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    try:
+        fcntl.ioctl(fd, _UFFDIO_API, bytearray(_ApiArgument.pack(API, features, 0)), True)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def register(fd: int, address: int, length: int, mode: Mode) -> None:
+    """Have faults in a range of whole pages reported, or answered, as `mode` says. Again with another mode
+    replaces it."""
+    fcntl.ioctl(fd, _UFFDIO_REGISTER, bytearray(_RegisterArgument.pack(address, length, mode, 0)), True)
+
+
+def unregister(fd: int, address: int, length: int) -> None:
+    """Undo register(); protections go with it."""
+    fcntl.ioctl(fd, _UFFDIO_UNREGISTER, _RangeArgument.pack(address, length))
+
+
+def write_protect(fd: int, address: int, length: int) -> None:
+    """Let the next write to each page of the range be noticed."""
+    fcntl.ioctl(fd, _UFFDIO_WRITEPROTECT, bytearray(_WriteProtectArgument.pack(address, length, 1)), True)

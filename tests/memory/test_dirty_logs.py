@@ -1,0 +1,241 @@
+"""Each dirty log, forced, finds every write to another mapping of the block, and nothing else."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from corefw.errors import MachineError, UsageError
+from corefw.machine import DirtyLog
+from corefw.memory import logs, pagemap, userfault
+from corefw.memory.blocks import MemfdBlock
+from corefw.memory.hashes import HashLog
+from corefw.memory.logs import LogKind, best_dirty_log, wanted_log
+from corefw.memory.pagemap import PagemapLog, Tracker, open_tracker
+from corefw.memory.runs import pages_of_runs
+
+PAGE = 4096
+PAGES = 512
+
+needs_pagemap = pytest.mark.skipif(pagemap.unsupported() is not None, reason=f"PAGEMAP_SCAN: {pagemap.unsupported()}")
+KINDS = [pytest.param(LogKind.PAGEMAP, marks=needs_pagemap), LogKind.HASHES]
+
+
+@dataclass
+class Guest:
+    """A block and the mapping of it that a guest would have."""
+
+    block: MemfdBlock
+    pages: NDArray[np.uint8]
+    log: DirtyLog
+
+    def harvest(self) -> list[int]:
+        return [int(page) for page in pages_of_runs(self.log.harvest())]
+
+
+@pytest.fixture(params=KINDS)
+def guest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
+    monkeypatch.setenv(logs.VARIABLE, request.param)
+    block = MemfdBlock("ram", PAGES * PAGE)
+    pages = np.frombuffer(mmap.mmap(block.fd, block.length), dtype=np.uint8).reshape(-1, PAGE)
+    tracker = open_tracker() if request.param == LogKind.PAGEMAP else None
+    block.dirty_log = best_dirty_log(block, tracker, pages.ctypes.data)
+    assert isinstance(block.dirty_log, PagemapLog if tracker else HashLog)
+    yield Guest(block, pages, block.dirty_log)
+    block.close()
+    if tracker:
+        tracker.close()
+
+
+def test_writes_are_found_once(guest: Guest) -> None:
+    guest.pages[:100] = 1
+    guest.log.start()
+    assert guest.harvest() == []
+    guest.pages[[7, 100, 101, 102, PAGES - 1], 3] += 1
+    assert guest.log.harvest().tolist() == [[7, 8], [100, 103], [PAGES - 1, PAGES]]
+    assert guest.harvest() == []
+    guest.pages[7, 4095] = 9
+    assert guest.harvest() == [7]
+
+
+def test_pages_that_were_never_touched(guest: Guest) -> None:
+    guest.log.start()
+    guest.pages[300, 0] = 1
+    assert guest.harvest() == [300]
+    assert guest.block.holes().tolist() == [[0, 300], [301, PAGES]]
+
+
+def test_everything_dirty_and_every_other_page(guest: Guest) -> None:
+    guest.log.start()
+    guest.pages[:] = 1
+    assert guest.log.harvest().tolist() == [[0, PAGES]]
+    guest.pages[::2] += 1
+    assert guest.harvest() == list(range(0, PAGES, 2))
+
+
+def test_writes_by_the_kernel_into_the_guests_mapping(guest: Guest) -> None:
+    guest.log.start()
+    fd = os.memfd_create("source")
+    try:
+        os.write(fd, b"x" * (2 * PAGE))
+        os.preadv(fd, [memoryview(guest.pages[20:22].reshape(-1))], 0)
+    finally:
+        os.close(fd)
+    assert guest.harvest() == [20, 21]
+
+
+def test_stop_and_start_again(guest: Guest) -> None:
+    guest.log.start()
+    guest.pages[5] = 1
+    guest.log.stop()
+    guest.log.stop()
+    guest.pages[6] = 1
+    assert guest.harvest() == []
+    guest.log.start()
+    guest.pages[7] = 1
+    assert guest.harvest() == [7]
+
+
+def test_no_write_is_lost_between_harvests_under_load(guest: Guest) -> None:
+    """Counters that only grow: what was copied after each harvest has to be the truth in the end."""
+    counters = guest.pages.view(np.uint64)[:, 0]
+    copy = np.zeros((PAGES, PAGE), dtype=np.uint8)
+    done = threading.Event()
+
+    def write() -> None:
+        rng = np.random.default_rng(4)
+        for _ in range(400):
+            counters[np.unique(rng.integers(0, PAGES, 20))] += np.uint64(1)
+        done.set()
+
+    guest.log.start()
+    copy[:] = guest.block.pages
+    writer = threading.Thread(target=write)
+    writer.start()
+    rounds = 0
+    while not done.is_set() or rounds < 3:
+        dirty = pages_of_runs(guest.log.harvest())
+        copy[dirty] = guest.block.pages[dirty]
+        rounds += 1
+    writer.join()
+    dirty = pages_of_runs(guest.log.harvest())
+    copy[dirty] = guest.block.pages[dirty]
+    assert np.array_equal(copy, guest.pages)
+
+
+@needs_pagemap
+@pytest.mark.parametrize("regions", [1, 2, 7])
+def test_pagemap_goes_on_where_its_buffer_was_full(monkeypatch: pytest.MonkeyPatch, regions: int) -> None:
+    monkeypatch.setattr(pagemap, "FIRST_REGIONS", regions)
+    monkeypatch.setattr(pagemap, "REGIONS", regions)
+    _scattered(lambda first: list(range(first, PAGES, 3)))
+
+
+@needs_pagemap
+def test_pagemap_lets_its_buffer_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pagemap, "FIRST_REGIONS", 1)
+    _scattered(lambda first: [*range(first, 50, 2), *range(60, 300), PAGES - 1])
+
+
+def _scattered(pattern: Callable[[int], list[int]]) -> None:
+    block = MemfdBlock("ram", PAGES * PAGE)
+    pages = np.frombuffer(mmap.mmap(block.fd, block.length), dtype=np.uint8).reshape(-1, PAGE)
+    tracker = open_tracker()
+    log = PagemapLog(tracker, pages.ctypes.data, block.length)
+    try:
+        log.start()
+        for first in range(3):
+            pages[pattern(first), 1] += 1
+            runs = log.harvest()
+            assert pages_of_runs(runs).tolist() == pattern(first)
+            assert (runs[1:, 0] > runs[:-1, 1]).all()
+    finally:
+        log.stop()
+        tracker.close()
+        block.close()
+
+
+@needs_pagemap
+def test_pagemap_with_a_guest_page_of_several_host_pages() -> None:
+    block = MemfdBlock("ram", PAGES * PAGE, 4 * PAGE)
+    pages = np.frombuffer(mmap.mmap(block.fd, block.length), dtype=np.uint8).reshape(-1, PAGE)
+    tracker = open_tracker()
+    log = PagemapLog(tracker, pages.ctypes.data, block.length, block.page_size)
+    try:
+        log.start()
+        pages[[3, 4, 20], 0] = 1
+        assert log.harvest().tolist() == [[0, 2], [5, 6]]
+    finally:
+        log.stop()
+        tracker.close()
+        block.close()
+
+
+def test_hashes_do_not_allocate_what_was_never_touched() -> None:
+    block = MemfdBlock("ram", PAGES * PAGE)
+    log = HashLog(block)
+    try:
+        block.pages[9] = 1
+        log.start()
+        log.harvest()
+        assert os.fstat(block.fd).st_blocks * 512 == PAGE
+    finally:
+        block.close()
+
+
+def test_hashes_see_a_hole_that_was_punched() -> None:
+    block = MemfdBlock("ram", PAGES * PAGE)
+    log = HashLog(block)
+    try:
+        block.pages[:3] = 1
+        log.start()
+        block.pages[1] = 0
+        assert log.harvest().tolist() == [[1, 2]]
+    finally:
+        block.close()
+
+
+def test_a_log_that_is_forced_and_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = MemfdBlock("ram", PAGE)
+    monkeypatch.setenv(logs.VARIABLE, "pagemap")
+    with pytest.raises(UsageError, match="MIGFW_DIRTY_LOG=pagemap, but this host cannot: Linux is too old"):
+        best_dirty_log(block, None, 0, "Linux is too old")
+    monkeypatch.setenv(logs.VARIABLE, "auto")
+    assert isinstance(best_dirty_log(block, None, 0, "Linux is too old"), HashLog)
+    block.close()
+
+
+def test_a_log_that_is_none() -> None:
+    assert wanted_log({}) is None
+    with pytest.raises(
+        UsageError, match="MIGFW_DIRTY_LOG='soft' is no dirty log: expected one of pagemap, hashes, auto"
+    ):
+        wanted_log({logs.VARIABLE: "soft"})
+
+
+def test_a_processor_whose_system_call_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(userfault, "SYSCALL", {})
+    assert "not known here" in str(pagemap.unsupported())
+
+
+@needs_pagemap
+def test_a_range_that_cannot_be_watched() -> None:
+    tracker = open_tracker()
+    log = PagemapLog(tracker, PAGE, PAGE)
+    try:
+        with pytest.raises(MachineError, match="cannot watch the guest's memory"):
+            log.start()
+        log.stop()
+    finally:
+        tracker.close()
+
+
+def test_tracker_is_a_pair_of_descriptors() -> None:
+    assert Tracker(3, 4).pagemap == 4

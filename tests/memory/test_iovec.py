@@ -1,0 +1,110 @@
+"""Gathered writes: whole, in order, whatever the kernel takes at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from corefw.memory import iovec
+
+
+def pieces(*arrays: NDArray[np.uint8]) -> iovec.Iovecs:
+    return np.array([[array.ctypes.data, array.nbytes] for array in arrays], dtype=np.uint64).reshape(-1, 2)
+
+
+def receive(sock: socket.socket, into: bytearray, slowly: bool = False) -> None:
+    while data := sock.recv(1 << 16):
+        into += data
+        if slowly:
+            time.sleep(0.0005)
+
+
+def test_rows_that_lie_apart_are_pieces_and_others_one() -> None:
+    buffer = np.arange(60, dtype=np.uint8).reshape(6, 10)
+    assert len(iovec.rows(buffer[:, 2:])) == 6
+    assert iovec.rows(buffer[2:4]).tolist() == [[buffer.ctypes.data + 20, 20]]
+    assert iovec.rows(buffer[::2]).tolist() == [[buffer.ctypes.data + 20 * i, 10] for i in range(3)]
+    assert iovec.rows(buffer[::-1])[0, 0] == buffer.ctypes.data + 50
+
+
+def test_pwritev_of_more_pieces_than_one_call_takes() -> None:
+    data = np.random.default_rng(1).integers(0, 256, (5000, 24), dtype=np.uint8)
+    fd = os.memfd_create("test")
+    try:
+        iovec.pwritev(fd, iovec.rows(data[:, 8:]), 100)
+        assert os.pread(fd, 1 << 20, 0) == bytes(100) + data[:, 8:].tobytes()
+    finally:
+        os.close(fd)
+
+
+def test_pwritev_says_what_is_wrong() -> None:
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        iovec.pwritev(-1, iovec.rows(np.zeros((1, 5), dtype=np.uint8)), 0)
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_sendmsg_is_whole_against_a_slow_reader(blocking: bool) -> None:
+    left, right = socket.socketpair()
+    left.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    left.setblocking(blocking)
+    rng = np.random.default_rng(2)
+    arrays = [rng.integers(0, 256, int(length), dtype=np.uint8) for length in rng.integers(0, 3000, 1500)]
+    got = bytearray()
+    reader = threading.Thread(target=receive, args=(right, got, True))
+    reader.start()
+    try:
+        iovec.sendmsg(left.fileno(), pieces(*arrays))
+    finally:
+        left.close()
+        reader.join()
+        right.close()
+    assert bytes(got) == b"".join(array.tobytes() for array in arrays)
+
+
+def test_sendmsg_goes_on_after_signals() -> None:
+    left, right = socket.socketpair()
+    data = np.random.default_rng(3).integers(0, 256, 8 << 20, dtype=np.uint8)
+    got, rang = bytearray(), []
+    before = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
+    reader = threading.Thread(target=receive, args=(right, got, True))
+    reader.start()
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    try:
+        iovec.sendmsg(left.fileno(), pieces(data))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        left.close()
+        reader.join()
+        right.close()
+    assert bytes(got) == data.tobytes()
+    assert rang
+
+
+def test_sendmsg_to_a_closed_peer_raises_and_does_not_kill() -> None:
+    data = np.zeros(5, dtype=np.uint8)
+    left, right = socket.socketpair()
+    right.close()
+    with left, pytest.raises(BrokenPipeError):
+        iovec.sendmsg(left.fileno(), pieces(data))
+
+
+def test_the_wait_can_be_ones_own() -> None:
+    class Enough(Exception):
+        pass
+
+    def wait() -> None:
+        raise Enough
+
+    data = np.zeros(32 << 20, dtype=np.uint8)
+    left, right = socket.socketpair()
+    left.setblocking(False)
+    with left, right, pytest.raises(Enough):
+        iovec.sendmsg(left.fileno(), pieces(data), wait)
