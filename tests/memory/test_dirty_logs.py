@@ -85,7 +85,7 @@ def test_writes_by_the_kernel_into_the_guests_mapping(guest: Guest) -> None:
     fd = os.memfd_create("source")
     try:
         os.write(fd, b"x" * (2 * PAGE))
-        os.preadv(fd, [memoryview(guest.pages[20:22].reshape(-1))], 0)
+        os.preadv(fd, [guest.pages[20:22].reshape(-1).data], 0)
     finally:
         os.close(fd)
     assert guest.harvest() == [20, 21]
