@@ -1,0 +1,199 @@
+"""Two ends of a transport, and traffic between them: what the contract kit for transports is written with.
+
+The law: a workbench clears away all that was made on it, whatever happened; traffic is the same each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Final, TypeVar
+
+from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport
+from corefw.errors import MigfwError
+from corefw.testing.tasks import Task, settled
+from corefw.uri import MigrationUri
+
+MIB: Final = 1 << 20
+
+_C = TypeVar("_C", Channel, Listener)
+_E = TypeVar("_E", bound=MigfwError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransportCase:
+    """A transport, and how to make two ends meet.
+
+    transport          URI -> Transport: the class itself
+    listen             a fresh URI to listen at, each time it is called
+    dial               from the listener's `uri` to the URI to dial; as it is unless you say otherwise
+    listen_transport   URI -> Transport of the listening end, where that is another transport (behind a tunnel)
+    wrong              URIs that the transport has to refuse with UriError
+    refused            a URI at which nobody listens
+    stuck              makes a context with a URI at which a dial does not come to an end
+    stored             what is sent is read when the sender has ended (a file), not while it sends
+    shows_breaks       the far side can tell a broken connection from an end (a pipe or a UNIX socket cannot)
+    stream_bytes       how much the long checks send
+    """
+
+    transport: Callable[[MigrationUri], Transport]
+    listen: Callable[[], str]
+    dial: Callable[[MigrationUri], str] = str
+    listen_transport: Callable[[MigrationUri], Transport] | None = None
+    wrong: Sequence[str] = ()
+    refused: str | None = None
+    stuck: Callable[[], AbstractContextManager[str]] | None = None
+    stored: bool = False
+    shows_breaks: bool = True
+    stream_bytes: int = 64 * MIB
+
+
+@dataclass(slots=True)
+class Workbench:
+    """Makes ends for one check and clears them away."""
+
+    case: TransportCase
+    _mine: ExitStack = field(default_factory=ExitStack)
+
+    def outgoing(self, uri: str) -> Transport:
+        return self.case.transport(MigrationUri.parse(uri))
+
+    def incoming(self, uri: str) -> Transport:
+        factory = self.case.listen_transport or self.case.transport
+        return factory(MigrationUri.parse(uri))
+
+    def keep(self, what: _C) -> _C:
+        self._mine.callback(what.close)
+        if isinstance(what, Channel):
+            self._mine.callback(what.abort)
+        return what
+
+    def interrupt(self) -> Interrupt:
+        made = Interrupt()
+        self._mine.callback(made.close)
+        return made
+
+    def listener(self, uri: str | None = None) -> Listener:
+        return self.keep(self.incoming(uri or self.case.listen()).listen())
+
+    def dial(self, listener: Listener) -> Transport:
+        return self.outgoing(self.case.dial(listener.uri))
+
+    def pair(self, listener: Listener | None = None) -> tuple[Channel, Channel]:
+        """(outgoing, incoming), connected to each other."""
+        listener = listener or self.listener()
+        accepting = Task("accept", lambda: self.keep(listener.accept(self.interrupt())))
+        connecting = Task("connect", lambda: self.keep(self.dial(listener).connect(self.interrupt())))
+        out = connecting.result()
+        return out, accepting.result()
+
+    def stored(self, send: Callable[[Channel], object]) -> Channel:
+        """Let `send` write to a channel and end it; the channel that reads it again."""
+        uri = MigrationUri.parse(self.case.listen())
+        out = self.keep(self.outgoing(self.case.dial(uri)).connect(self.interrupt()))
+        send(out)
+        out.send_eof()
+        out.close()
+        return self.keep(self.listener(str(uri)).accept(self.interrupt()))
+
+    def ways(self) -> Iterator[tuple[str, Channel, Channel]]:
+        """(name, sender, receiver) for each direction, each on channels of its own."""
+        out, into = self.pair()
+        yield "to the destination", out, into
+        if out.has_return_path:
+            out, into = self.pair()
+            yield "back to the source", into, out
+
+    def close(self) -> None:
+        self._mine.close()
+
+
+# -- helpers -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def pattern(count: int) -> bytes:
+    """The same bytes each time, no two stretches of them alike."""
+    return hashlib.shake_128(b"%d" % count).digest(count)
+
+
+def dice(*faces: int) -> Iterator[int]:
+    """One of `faces` after the other, in an order that is the same each time and has no pattern."""
+    return (faces[byte % len(faces)] for byte in itertools.cycle(pattern(4099)))
+
+
+def send_chunks(channel: Channel, data: bytes) -> None:
+    """Send `data` in calls of many sizes, in one or several parts."""
+    rest = memoryview(data)
+    counts, sizes = dice(1, 1, 2, 5), dice(0, 1, 8, 4104, 65536, MIB)
+    while rest:
+        parts = []
+        for size in itertools.islice(sizes, next(counts)):
+            parts.append(rest[:size])
+            rest = rest[size:]
+        channel.send(*parts)
+
+
+def receive_all(channel: Channel) -> bytearray:
+    """Everything up to the end of the stream, by views of many sizes."""
+    got, room = bytearray(), memoryview(bytearray(MIB))
+    for size in dice(1, 7, 4096, MIB, MIB, MIB):
+        count = channel.receive_into(room[:size])
+        assert 0 <= count <= size, f"receive_into a view of {size} bytes returned {count}"
+        if count == 0:
+            break
+        got += room[:count]
+    return got
+
+
+class Flood:
+    """A thread that sends the same chunk again and again, up to `limit` bytes, and then ends the stream.
+
+    sent   bytes that the channel has taken
+    """
+
+    def __init__(self, channel: Channel, what: str, chunk: bytes, limit: int) -> None:
+        self.sent = 0
+        self._channel = channel
+        self._chunk = chunk
+        self._limit = limit
+        self.task = Task(what, self._send)
+
+    def _send(self) -> None:
+        while self.sent < self._limit:
+            self._channel.send(self._chunk)
+            self.sent += len(self._chunk)
+        self._channel.send_eof()
+
+    def blocked(self, quiet: float = 0.4) -> int:
+        """Wait until nothing more is taken; what was sent."""
+        return settled(lambda: self.sent, quiet)
+
+
+def same(got: Buffer, expected: Buffer) -> None:
+    """AssertionError naming the first byte that differs."""
+    if got == expected:
+        return
+    a, b = memoryview(got), memoryview(expected)
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
+    raise AssertionError(f"sent {len(b)} bytes and received {len(a)}; they differ from byte {low} on")
+
+
+def raises(kind: type[_E], what: str, function: Callable[..., object], *arguments: object) -> _E:
+    """Call it in a thread; the error, which must be of this kind and have a message of one line."""
+    error = Task(what, function, *arguments).error()
+    assert isinstance(error, kind), f"{what}: expected {kind.__name__}, got {told(error)}"
+    text = str(error)
+    assert text and "\n" not in text, f"{what}: expected a message of one line, got {text!r}"
+    return error
+
+
+def told(error: BaseException | None) -> str:
+    return "no error" if error is None else f"{type(error).__name__}: {error}"
