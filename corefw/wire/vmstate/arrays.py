@@ -33,7 +33,7 @@ class Array(Counted):
 
     def load(self, reader: StreamReader, state: object) -> None:
         count, layout = self.count_to_load(reader, state), self.kind.layout
-        here = getattr(state, self.name, None)
+        here = self.held(state)
         if isinstance(here, np.ndarray) and here.size == count and here.flags.writeable:
             if self._fills_straight(here):
                 self._load_straight(reader, here)
@@ -43,13 +43,13 @@ class Array(Counted):
                 return
         values = self._read(reader, layout, count)
         if isinstance(here, list | tuple):
-            setattr(state, self.name, type(here)(values.tolist()))
+            self.set(state, type(here)(values.tolist()))
         elif isinstance(here, bytes | bytearray) and self.kind is Kind.U8:
-            setattr(state, self.name, type(here)(values.tobytes()))
+            self.set(state, type(here)(values.tobytes()))
         elif isinstance(here, array.array):
-            setattr(state, self.name, array.array(here.typecode, values.tolist()))
+            self.set(state, array.array(here.typecode, values.tolist()))
         else:
-            setattr(state, self.name, values.astype(layout.dtype))
+            self.set(state, values.astype(layout.dtype))
 
     def _fills_straight(self, here: np.ndarray[Any, Any]) -> bool:
         """Whether the stream's bytes may go into the array's memory as they are. Truth values are looked at first."""
@@ -70,7 +70,7 @@ class Array(Counted):
         return np.frombuffer(data, layout.wire_dtype)
 
     def save(self, writer: StreamWriter, state: object, where: str) -> list[Description]:
-        value, layout = self.value(state, where), self.kind.layout
+        value, layout = self.get(state, where), self.kind.layout
         count = self.count_to_save(state, where)
         there = f"{where}, {self.what}"
         if isinstance(value, np.ndarray):

@@ -41,12 +41,14 @@ LARGE: Final = 1 << 16
 class Field(ABC):
     """One row of a table.
 
-    name     the attribute of the state, and the name in the description
-    since    the first version of the table that has the field
-    exists   decides alone, where it is given, whether the field is there; when loading it sees what was loaded before
+    name        in the description and in messages
+    attribute   of the state; called as the field, unless it is given
+    since       the first version of the table that has the field
+    exists      decides alone, where it is given, whether the field is there; when loading it sees what came before
     """
 
     name: str
+    attribute: str = field(default="", kw_only=True)
     since: int = field(default=0, kw_only=True)
     exists: Exists | None = field(default=None, kw_only=True)
 
@@ -71,12 +73,19 @@ class Field(ABC):
         """Write the field; what the description says of it, but for the name. Raises MachineError for a value that does
         not fit, its message beginning with `where` ("device 'rtc'")."""
 
-    def value(self, state: object, where: str) -> Any:
-        """The attribute. Raises MachineError where the state has none."""
-        return attribute(state, self.name, where)
+    def get(self, state: object, where: str) -> Any:
+        """The attribute's value. Raises MachineError where the state has none."""
+        return attribute_of(state, self.attribute or self.name, where)
+
+    def held(self, state: object) -> Any:
+        """The same, or None."""
+        return getattr(state, self.attribute or self.name, None)
+
+    def set(self, state: object, value: object) -> None:
+        setattr(state, self.attribute or self.name, value)
 
 
-def attribute(state: object, name: str, where: str) -> Any:
+def attribute_of(state: object, name: str, where: str) -> Any:
     try:
         return getattr(state, name)
     except AttributeError:
@@ -103,13 +112,13 @@ class Scalar(Field):
         if self.kind is Kind.BOOL and data[0] > 1:
             raise RemoteStreamError(at, reader.where, f"0 or 1 in {self.what}", str(data[0]))
         (value,) = layout.struct.unpack(data)
-        if self.equal and value != (here := self.value(state, reader.where)):
+        if self.equal and value != (here := self.get(state, reader.where)):
             raise RemoteStreamError(at, reader.where, f"{here} in {self.what}, as it is here", str(value))
-        setattr(state, self.name, value)
+        self.set(state, value)
 
     def save(self, writer: StreamWriter, state: object, where: str) -> list[Description]:
         layout = self.kind.layout
-        writer.write(pack_scalar(layout, self.value(state, where), f"{where}, {self.what}"))
+        writer.write(pack_scalar(layout, self.get(state, where), f"{where}, {self.what}"))
         return [{"type": layout.equal_name if self.equal else layout.type_name, "size": layout.size}]
 
 
@@ -132,7 +141,7 @@ class Counted(Field, ABC):
     def count_to_load(self, reader: StreamReader, state: object) -> int:
         if isinstance(self.count, int):
             return self.count
-        count = attribute(state, self.count, reader.where)
+        count = attribute_of(state, self.count, reader.where)
         assert self.limit is not None
         if not isinstance(count, int | np.integer) or not 0 <= count <= self.limit:
             raise reader.error(f"a length from 0 to {self.limit} for {self.what}", f"{self.count} = {count!r}")
@@ -141,7 +150,7 @@ class Counted(Field, ABC):
     def count_to_save(self, state: object, where: str) -> int:
         if isinstance(self.count, int):
             return self.count
-        count = attribute(state, self.count, where)
+        count = attribute_of(state, self.count, where)
         assert self.limit is not None
         if not isinstance(count, int | np.integer) or not 0 <= count <= self.limit:
             raise MachineError(f"{where}, {self.what}: {self.count} is {count!r}, expected 0 to {self.limit}")
@@ -160,14 +169,14 @@ class Buffer(Counted):
 
     def load(self, reader: StreamReader, state: object) -> None:
         count = self.count_to_load(reader, state)
-        view = _bytes_of(getattr(state, self.name, None))
+        view = _bytes_of(self.held(state))
         if view is not None and not view.readonly and view.nbytes == count:
             reader.read_into(view, self.what)
         else:
-            setattr(state, self.name, reader.read(count, self.what))
+            self.set(state, reader.read(count, self.what))
 
     def save(self, writer: StreamWriter, state: object, where: str) -> list[Description]:
-        value = self.value(state, where)
+        value = self.get(state, where)
         data = _bytes_of(np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value)
         if data is None:
             raise MachineError(f"{where}, {self.what}: expected bytes, got {type(value).__name__}")

@@ -92,8 +92,8 @@ class VMState:
         """Read a section's whole body into `state`; `version_id` is what its header says.
 
         Raises RemoteStreamError, with the reader's `where` for the section; the state is then half loaded, to be thrown
-        away. Reads not one byte more, but looks at the next: in a stream something always follows, and where nothing does
-        a subsection may be missing.
+        away. Reads not one byte more, but looks at the next: in a stream something always follows a section, and where
+        nothing does a subsection may be missing.
         """
         self._load(reader, state, version_id)
         if _is_subsection(reader):
@@ -212,17 +212,17 @@ class Struct(Field):
         return self.exists is None and self.table.compressible
 
     def load(self, reader: StreamReader, state: object) -> None:
-        inner = getattr(state, self.name, None)
+        inner = self.held(state)
         if inner is None and self.make is not None:
             inner = self.make()
-            setattr(state, self.name, inner)
+            self.set(state, inner)
         if inner is None:
             raise MachineError(f"{reader.where}: '{self.name}' is not there to be loaded, and its table has no `make`")
         with _within(reader, self.name):
             self.table._load(reader, inner, self.table.version_id)
 
     def save(self, writer: StreamWriter, state: object, where: str) -> list[Description]:
-        return [_save_struct(self.table, writer, self.value(state, where), f"{where}, {self.name}")]
+        return [_save_struct(self.table, writer, self.get(state, where), f"{where}, {self.name}")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,14 +241,14 @@ class StructArray(Counted):
 
     def load(self, reader: StreamReader, state: object) -> None:
         count = self.count_to_load(reader, state)
-        here = getattr(state, self.name, None)
+        here = self.held(state)
         make = self.make
         if here is not None and len(here) == count:
             for i, inner in enumerate(here):
                 self._load_element(reader, inner, i)
         elif make is not None:
             made: list[object] = []
-            setattr(state, self.name, made)
+            self.set(state, made)
             for i in range(count):  # one by one: memory grows with what has arrived
                 made.append(make())
                 self._load_element(reader, made[-1], i)
@@ -261,7 +261,7 @@ class StructArray(Counted):
             self.table._load(reader, inner, self.table.version_id)
 
     def save(self, writer: StreamWriter, state: object, where: str) -> list[Description]:
-        inner = self.value(state, where)
+        inner = self.get(state, where)
         self.check_length(len(inner), self.count_to_save(state, where), where)
         saved = [_save_struct(self.table, writer, one, f"{where}, {self.name}[{i}]") for i, one in enumerate(inner)]
         return describe_elements(saved, self.compressible)

@@ -1,0 +1,85 @@
+"""The section 'globalstate': in which run state the source's guest was, so that a paused one stays paused.
+
+The law: the run state is stored before the guest is stopped for the migration, and sent as bytes of a fixed length with
+a NUL behind the name; a name that is not known here is refused, never guessed. Source: QEMU 7.2's
+migration/global_state.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+
+from corefw.wire.vmstate import Buffer, Kind, Refused, Scalar, VMState
+
+if TYPE_CHECKING:
+    from corefw.machine import RunState
+
+SECTION: Final = "globalstate"
+RUNSTATE_SIZE: Final = 100
+UNREMARKABLE: Final = frozenset({"running", "paused"})
+"""The states that may be left out: the destination then starts the guest, or not, as it was told to (autostart)."""
+
+
+class GlobalState:
+    """What the section carries.
+
+    known      the names of run states that may arrive
+    always     send it in any state (property store-global-state)
+    runstate   the name stored on the source, or received
+    received   whether it came in the stream
+    """
+
+    def __init__(self, known: Collection[str], *, always: bool) -> None:
+        self.known = known
+        self.always = always
+        self.runstate: str = ""
+        self.received = False
+        self.size = 0
+        self.padded = bytes(RUNSTATE_SIZE)
+
+    def needed(self) -> bool:
+        return self.always or self.runstate not in UNREMARKABLE
+
+    def encode(self) -> None:
+        """Before saving."""
+        name = self.runstate.encode()
+        assert len(name) < RUNSTATE_SIZE, "no run state's name is that long"
+        self.size = len(name) + 1
+        self.padded = name.ljust(RUNSTATE_SIZE, b"\0")
+
+    def decode(self, _version_id: int) -> None:
+        """After loading. Raises Refused. What stands behind the NUL is free: QEMU 8.2 and later have flags there."""
+        name, nul, _ = bytes(self.padded).partition(b"\0")
+        if not nul:
+            raise Refused(
+                f"a run state's name of at most {RUNSTATE_SIZE - 1} bytes", f"{len(name)} bytes without a NUL"
+            )
+        if self.size != len(name) + 1:
+            raise Refused(f"size {len(name) + 1} for run state {name!r}", f"size {self.size}")
+        text = name.decode(errors="replace")
+        if text not in self.known:
+            raise Refused(f"one of the run states {', '.join(sorted(self.known))}", f"'{text}'")
+        self.runstate = text
+        self.received = True
+
+
+GLOBAL_STATE: Final = VMState(
+    SECTION,
+    version_id=1,
+    fields=(Scalar("size", Kind.U32), Buffer("runstate", RUNSTATE_SIZE, attribute="padded")),
+    needed=GlobalState.needed,
+    pre_save=GlobalState.encode,
+    post_load=GlobalState.decode,
+)
+
+
+@runtime_checkable
+class CarriesRunState(Protocol):
+    """The handler of this section, as the engine knows it."""
+
+    def store(self, run_state: RunState) -> None:
+        """On the source, before the guest is stopped for the migration (QEMU's global_state_store)."""
+
+    def run_state(self) -> RunState | None:
+        """On the destination, after the stream: what was received, or None."""

@@ -1,0 +1,24 @@
+"""The handler of section 'globalstate': what the engine stores in it and finds in it (CarriesRunState)."""
+
+from __future__ import annotations
+
+from corefw.machine import RunState
+from corefw.section import SectionKey
+from corefw.settings import Settings
+from corefw.wire.globalstate import GLOBAL_STATE, SECTION, GlobalState
+from corefw_devices.handler import DeviceHandler
+
+
+class GlobalStateHandler(DeviceHandler):
+    """Sent always with property store-global-state, and else in any run state but running and paused."""
+
+    def __init__(self, settings: Settings) -> None:
+        state = GlobalState(frozenset(RunState), always=settings.property("store-global-state"))
+        super().__init__(SectionKey(SECTION, 0), GLOBAL_STATE, lambda: state)
+        self._global = state
+
+    def store(self, run_state: RunState) -> None:
+        self._global.runstate = run_state.value
+
+    def run_state(self) -> RunState | None:
+        return RunState(self._global.runstate) if self._global.received else None

@@ -1,0 +1,70 @@
+"""The handler of a device's section: its VMState table, in the form in which the engine asks.
+
+The law: nothing is known of the device but its table and its state; the state is asked for when it is sent or loaded,
+for a machine may hand out another object once it has stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from corefw.errors import MachineError
+from corefw.machine import Device, Machine
+from corefw.section import IncomingContext, Priority, SectionKey, StateHandler
+from corefw.wire.stream import StreamReader, StreamWriter
+from corefw.wire.vmstate import VMState
+
+
+class DeviceHandler(StateHandler):
+    """One section, one migration. `state()` gives the object with the attributes."""
+
+    def __init__(self, key: SectionKey, table: VMState, state: Callable[[], object]) -> None:
+        self.idstr, self.instance_id = key
+        self.version_id = table.version_id
+        self.minimum_version = table.oldest
+        self.priority = Priority.DEVICES if table.priority is None else table.priority
+        self._table = table
+        self._state = state
+        self._described: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, machine: Machine, device: Device) -> DeviceHandler:
+        key = SectionKey(device.name, device.instance_id)
+        return cls(key, device.vmstate, lambda: _state_of(machine, key))
+
+    def required(self) -> bool:
+        """A table that says when it is needed may be left out by the source; any other may not."""
+        return self._table.needed is None
+
+    def blocked(self) -> str | None:
+        reason = self._table.unmigratable
+        return None if reason is None else f"'{self.idstr}': {reason}"
+
+    def needed(self) -> bool:
+        return self._table.is_needed(self._state())
+
+    def save(self, writer: StreamWriter) -> None:
+        """Raises MachineError for a value that does not fit its field."""
+        self._described = self._table.save(writer, self._state())
+
+    def describe(self) -> dict[str, Any]:
+        assert self._described is not None, "describe() before save()"
+        return self._described
+
+    def load_setup(self, context: IncomingContext) -> None:
+        pass
+
+    def load(self, reader: StreamReader, version_id: int) -> None:
+        reader.where = f"section {self.key}"
+        self._table.load(reader, self._state(), version_id)
+
+    def load_cleanup(self) -> None:
+        pass
+
+
+def _state_of(machine: Machine, key: SectionKey) -> object:
+    for device in machine.devices():
+        if (device.name, device.instance_id) == key:
+            return device.state
+    raise MachineError(f"device {key} was there when the migration began, but the {machine.kind} machine has lost it")
