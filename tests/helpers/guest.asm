@@ -1,0 +1,84 @@
+; A guest whose memory proves a migration: a PC boot sector, assembled with
+;
+;     nasm -f bin -D END=0x1000000 -D PAGES=256 -D DELAY=2000 guest.asm -o guest.bin
+;
+; The law: it prints 'A' when it starts, fills memory from 1 MiB up to END with a xorshift32 sequence of little-endian
+; words, prints 'F', and then, for ever, adds 1 to the first byte of each of the PAGES pages from 1 MiB on, in order, and
+; prints 'B' after each pass. At any instant those bytes, less what the sequence put there, are all the same number c
+; (mod 256), but that from some page on they may still be c - 1; every other byte is the sequence's. DELAY iterations of
+; an empty loop lie between two pages, so that the dirty rate can be chosen. tests/helpers/qemu.py checks it.
+
+BASE    equ 0x100000
+SEED    equ 0x12345678
+PAGE    equ 4096
+SERIAL  equ 0x3f8
+
+        org     0x7c00
+        bits    16
+
+        cli
+        xor     cx, cx
+        mov     ds, cx
+        in      al, 0x92                ; the fast A20 gate: all of memory, odd megabytes too
+        or      al, 2
+        out     0x92, al
+        lgdt    [gdt_pointer]
+        mov     ecx, cr0
+        inc     cx                      ; the protection bit; the BIOS leaves it clear
+        mov     cr0, ecx
+        jmp     CODE:flat
+
+        bits    32
+flat:   mov     cx, DATA
+        mov     ds, cx
+        mov     es, cx
+        mov     ss, cx
+
+        mov     dx, SERIAL
+        mov     al, 'A'
+        out     dx, al
+
+        cld
+        mov     edi, BASE
+        mov     ecx, (END - BASE) / 4
+        mov     eax, SEED
+next:   mov     edx, eax                ; x ^= x << 13; x ^= x >> 17; x ^= x << 5
+        shl     edx, 13
+        xor     eax, edx
+        mov     edx, eax
+        shr     edx, 17
+        xor     eax, edx
+        mov     edx, eax
+        shl     edx, 5
+        xor     eax, edx
+        stosd
+        loop    next
+
+        mov     dx, SERIAL
+        mov     al, 'F'
+        out     dx, al
+
+again:  mov     edi, BASE
+        mov     esi, PAGES
+count:  inc     byte [edi]
+        mov     ecx, DELAY
+rest:   loop    rest
+        add     edi, PAGE
+        dec     esi
+        jnz     count
+        mov     al, 'B'
+        out     dx, al
+        jmp     again
+
+        align   8
+gdt:    dq      0
+CODE    equ     $ - gdt
+        dq      0x00cf9a000000ffff      ; all 4 GiB, code
+DATA    equ     $ - gdt
+        dq      0x00cf92000000ffff      ; all 4 GiB, data
+gdt_pointer:
+        dw      $ - gdt - 1
+        dd      gdt
+
+        times   510 - ($ - $$) db 0
+        dw      0xaa55

@@ -1,0 +1,293 @@
+"""A real QEMU as the peer of a test, and a guest whose memory proves that a migration lost nothing.
+
+The law: everything is QEMU's own (the program, its QMP, its TCG); whatever was started is ended and removed, however
+the test ended. A wait is bounded and says what it waited for.
+
+    with Qemu(boot=guest.image) as source:
+        source.wait_printed("B")
+        source.command("migrate", uri="unix:/tmp/x")
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+PROGRAM: Final = "qemu-system-x86_64"
+SOURCE: Final = Path(__file__).with_name("guest.asm")
+BASE: Final = 0x100000
+SEED: Final = 0x12345678
+PAGE: Final = 4096
+PATIENCE: Final = 60.0
+"""Seconds until a wait gives up: far more than any needs on a busy machine."""
+
+needs_qemu: Final = pytest.mark.skipif(
+    not shutil.which(PROGRAM) or not shutil.which("nasm"),
+    reason=f"needs {PROGRAM} and nasm (apt-get install qemu-system-x86 nasm)",
+)
+
+
+class QmpError(Exception):
+    """QEMU's own answer to a command that failed."""
+
+
+class Qemu:
+    """One QEMU process with `-nodefaults`, its QMP socket, and the guest's serial port as a file.
+
+    `incoming` is a URI or "defer"; `boot` a raw image of a disk; `extra` more arguments.
+    """
+
+    def __init__(
+        self,
+        *extra: str,
+        boot: Path | None = None,
+        machine: str = "pc",
+        memory: str = "32M",
+        incoming: str | None = None,
+        paused: bool = False,
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="migfw-qemu-", dir="/tmp"))
+        self.serial = self.folder / "serial"
+        self.serial.touch()
+        self.events: list[dict[str, Any]] = []
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(PATIENCE)
+        self._log = (self.folder / "log").open("w+b")
+        disk = ["-drive", f"file={boot},format=raw,if=ide,snapshot=on"] if boot else []
+        waiting = ["-incoming", incoming] if incoming else []
+        self.process = subprocess.Popen(
+            [
+                *(PROGRAM, "-accel", "tcg", "-M", machine, "-m", memory, "-display", "none", "-nodefaults"),
+                *("-serial", f"file:{self.serial}", "-qmp", f"unix:{self.folder}/qmp,server=on,wait=off"),
+                *(["-S"] if paused else []),
+                *(*disk, *waiting, *extra),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            pass_fds=pass_fds,
+        )
+        try:
+            self._negotiate()
+        except BaseException:
+            self.close()
+            raise
+
+    def _negotiate(self) -> None:
+        def connected() -> bool:
+            assert self.process.poll() is None, f"{PROGRAM} ended: {self.output()}"
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                self._socket.connect(f"{self.folder}/qmp")
+                return True
+            return False
+
+        wait_until(connected, "QEMU's QMP socket")
+        self._lines = self._socket.makefile("rb")
+        self._next()  # the greeting
+        self.command("qmp_capabilities")
+
+    def _next(self) -> dict[str, Any]:
+        line = self._lines.readline()
+        assert line, f"{PROGRAM} ended: {self.output()}"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def command(self, execute: str, /, *, fd: int | None = None, **arguments: object) -> Any:
+        """A QMP command's answer. "_" in a keyword stands for "-". Raises QmpError."""
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        data = json.dumps({"execute": execute, "arguments": named}).encode()
+        if fd is None:
+            self._socket.sendall(data)
+        else:
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+            self._socket.sendmsg([data], ancillary)
+        while True:
+            answer = self._next()
+            if "event" in answer:
+                self.events.append(answer)
+            elif "error" in answer:
+                raise QmpError(answer["error"]["desc"])
+            else:
+                return answer["return"]
+
+    def capabilities(self, *names: str) -> None:
+        self.command("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in names])
+
+    def migrate(self, uri: str, *, bandwidth: int = 1 << 40) -> None:
+        """Start a migration, as fast as it goes."""
+        self.command("migrate-set-parameters", max_bandwidth=bandwidth)
+        self.command("migrate", uri=uri)
+
+    def status(self) -> str:
+        """Of the migration: "active", "completed", ..."""
+        return str(self.command("query-migrate").get("status", "none"))
+
+    def wait_migrated(self) -> dict[str, Any]:
+        """Wait for the end of the outgoing migration; its figures. Fails when it failed."""
+        wait_until(lambda: self.status() in ("completed", "failed", "cancelled"), "the end of QEMU's migration")
+        answer: dict[str, Any] = self.command("query-migrate")
+        assert answer["status"] == "completed", f"{answer}: {self.output()}"
+        return answer
+
+    def wait_running(self) -> None:
+        """Wait until a destination runs the guest."""
+
+        def running() -> bool:
+            assert self.process.poll() is None, f"{PROGRAM} ended: {self.output()}"
+            return bool(self.command("query-status")["running"])
+
+        wait_until(running, "QEMU to run the guest")
+
+    def printed(self) -> str:
+        """What the guest has printed on its serial port."""
+        return self.serial.read_text(errors="replace")
+
+    def wait_printed(self, text: str, times: int = 1) -> None:
+        """Wait until the guest has printed `text` that many times."""
+
+        def seen() -> bool:
+            assert self.process.poll() is None, f"{PROGRAM} ended: {self.output()}"
+            return self.printed().count(text) >= times
+
+        wait_until(seen, f"the guest to print {text!r}")
+
+    def memory(self, start: int, size: int) -> bytes:
+        """Guest-physical memory; stop the guest first."""
+        path = self.folder / "memory"
+        self.command("pmemsave", val=start, size=size, filename=str(path))
+        data = path.read_bytes()
+        path.unlink()
+        return data
+
+    def output(self) -> str:
+        """What QEMU itself said."""
+        self._log.flush()
+        return (self.folder / "log").read_text(errors="replace").strip()
+
+    def close(self) -> None:
+        """End the process and remove its files. Idempotent."""
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(AttributeError):
+            self._lines.close()
+        self._socket.close()
+        self._log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+    """Poll `condition` until it is true; fail naming `what` after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds:.0f} s in vain for {what}"
+        time.sleep(0.01)
+
+
+# -- the guest ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """guest.asm, assembled: fills memory from BASE to `end`, counts in `pages` pages."""
+
+    image: Path
+    end: int
+    pages: int
+
+    def check(self, qemu: Qemu) -> int:
+        """Stop the guest and prove its memory (the law of guest.asm); the number of its pass, mod 256."""
+        qemu.command("stop")
+        return check_memory(qemu.memory(BASE, self.end - BASE), self.pages)
+
+
+def assemble(folder: Path, *, end: int = 0x1000000, pages: int = 256, delay: int = 2000) -> Guest:
+    """Build the boot sector in `folder`."""
+    image = folder / "guest.bin"
+    subprocess.run(
+        ["nasm", "-f", "bin", f"-DEND={end:#x}", f"-DPAGES={pages}", f"-DDELAY={delay}", SOURCE, "-o", image],
+        check=True,
+    )
+    return Guest(image, end, pages)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder with a path short enough for UNIX sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="migfw-", dir="/tmp"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_memory(data: bytes, pages: int) -> int:
+    """Prove the guest's memory from BASE on; the count that its first page has reached, mod 256."""
+    found = np.frombuffer(data, np.uint8).reshape(-1, PAGE).copy()
+    expected = xorshift32(SEED, len(data) // 4).view(np.uint8).reshape(-1, PAGE)
+    counts = found[:pages, 0] - expected[:pages, 0]
+    steps = counts[:-1] - counts[1:]
+    assert set(steps.tolist()) <= {0, 1}, f"the counters differ by other than one step: {sorted(set(counts.tolist()))}"
+    assert np.count_nonzero(steps) <= 1, f"the counters step down {np.count_nonzero(steps)} times"
+    found[:pages, 0] = expected[:pages, 0]
+    wrong = np.flatnonzero((found != expected).any(axis=1))
+    assert not len(wrong), (
+        f"{len(wrong)} pages are not what the guest wrote, the first at {BASE + int(wrong[0]) * PAGE:#x}"
+    )
+    return int(counts[0])
+
+
+def xorshift32(seed: int, count: int) -> NDArray[np.uint32]:
+    """The `count` values that follow `seed`: little-endian words.
+
+    A step is linear over GF(2). So n steps are a matrix, kept as the images of the 32 single bits; with it n known
+    values give the next n at once, and applied to itself it gives the matrix of 2n steps.
+    """
+    bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    matrix = _step(bits)
+    values = _step(np.array([seed], np.uint32))
+    while len(values) < count:
+        values = np.concatenate([values, _apply(matrix, values)])
+        matrix = _apply(matrix, matrix)
+    return values[:count].astype("<u4")
+
+
+def _step(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    x = x ^ (x << np.uint32(13))
+    x = x ^ (x >> np.uint32(17))
+    return x ^ (x << np.uint32(5))
+
+
+def _apply(matrix: NDArray[np.uint32], values: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The matrix times each value, a byte at a time through tables of 256 images."""
+    result = np.zeros_like(values)
+    byte = np.arange(256, dtype=np.uint32)
+    for low in range(0, 32, 8):
+        table = np.zeros(256, np.uint32)
+        for bit in range(8):
+            table ^= np.where(byte >> np.uint32(bit) & np.uint32(1), matrix[low + bit], np.uint32(0)).astype(np.uint32)
+        result ^= table[values >> np.uint32(low) & np.uint32(255)]
+    return result
