@@ -65,7 +65,7 @@ class _EntryPointTransports:
             return None
         made = _call(f"transport '{uri.scheme}'", factory, uri)
         if not isinstance(made, Transport):
-            raise PluginError(f"transport '{uri.scheme}' made a {type(made).__name__}, expected a Transport")
+            raise PluginError(f"transport '{uri.scheme}' gave {type(made).__name__}, expected a Transport")
         return made
 
 
@@ -120,7 +120,7 @@ class Plugins:
             if implementation.plugin is plugin:
                 declared = _call("corefw_settings", implementation.function)
                 if not isinstance(declared, Declarations):
-                    raise PluginError(f"corefw_settings returned a {type(declared).__name__}, expected Declarations")
+                    raise PluginError(f"corefw_settings gave {type(declared).__name__}, expected Declarations")
                 try:
                     Settings([*self._declarations.values(), declared])
                 except SettingsError:
@@ -144,7 +144,7 @@ class Plugins:
                 if isinstance(made, Transport):
                     return made
                 if made is not None:
-                    raise PluginError(f"plugin '{name}' made a {type(made).__name__}, expected a Transport")
+                    raise PluginError(f"plugin '{name}' gave {type(made).__name__}, expected a Transport")
             except PluginError as error:
                 log.warning("%s", error)
                 failed.append(error)
@@ -160,7 +160,7 @@ class Plugins:
             raise UsageError(f"no installed plugin has a machine '{kind}' (installed: {_names(MACHINES)})")
         made = _call(f"machine '{kind}'", factory, config)
         if not isinstance(made, Machine):
-            raise PluginError(f"machine '{kind}' made a {type(made).__name__}, expected a Machine")
+            raise PluginError(f"machine '{kind}' gave {type(made).__name__}, expected a Machine")
         return made
 
     # -- many implementers -----------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ class Plugins:
                 log.exception("plugin '%s' failed in corefw_commands", name)
                 continue
             if not isinstance(commands, Mapping | None):
-                log.error("plugin '%s' returned a %s from corefw_commands", name, type(commands).__name__)
+                log.error("plugin '%s' (corefw_commands) gave %s, expected a mapping", name, type(commands).__name__)
                 continue
             for command, function in (commands or {}).items():
                 if merged.setdefault(command, function) is not function:
@@ -257,7 +257,7 @@ def _listed(name: str, hook: str, answer: object) -> list[object]:
     if answer is None:
         return []
     if not isinstance(answer, Iterable) or isinstance(answer, str):
-        raise PluginError(f"plugin '{name}' ({hook}) returned a {type(answer).__name__}, expected a list")
+        raise PluginError(f"plugin '{name}' ({hook}) gave {type(answer).__name__}, expected a list")
     items: Iterable[object] = answer
     made = _call(f"plugin '{name}' ({hook})", list, items)
     assert isinstance(made, list)
@@ -321,7 +321,7 @@ def _driver(group: str, name: str) -> Callable[..., object] | None:
     factory = manager.driver
     if not callable(factory):
         raise PluginError(
-            f"plugin '{name}' ({mine[0].value}) is a {type(factory).__name__}, expected a class or function"
+            f"plugin '{name}' ({mine[0].value}) gives {type(factory).__name__}, expected a class or function"
         )
     return factory
 

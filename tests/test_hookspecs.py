@@ -1,0 +1,276 @@
+"""Every hook has a test here and a section in docs/plugins.md; the last tests see to it."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from corefw import hookspecs
+from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw.errors import ChannelError, PluginError, SettingsError, UriError
+from corefw.hookspecs import hookimpl
+from corefw.plugins import HOOKS, Plugins
+from corefw.section import IncomingContext, SectionHandler, SectionKey
+from corefw.settings import Capability, Declarations, Settings
+from corefw.states import MigrationStatus, Side
+from corefw.uri import MigrationUri
+from corefw.wire.stream import StreamReader
+
+if TYPE_CHECKING:
+    from corefw.engine import Engine
+    from corefw.machine import Machine
+
+PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
+MACHINE = cast("Machine", object())  # handed through to the hooks, which do not look at it
+ENGINE = cast("Engine", object())
+
+
+class NoTransport(Transport):
+    """Refuses to connect; what is tested here is who makes it."""
+
+    features = TransportFeatures(return_path=False, multi_channel=False)
+
+    def connect(self, interrupt: Interrupt) -> Channel:
+        raise ChannelError("no way")
+
+    def listen(self) -> Listener:
+        raise ChannelError("no way")
+
+
+class Handler(SectionHandler):
+    version_id = minimum_version = 1
+
+    def __init__(self, idstr: str, priority: int = 0) -> None:
+        self.idstr = idstr
+        self.priority = priority
+
+    def required(self) -> bool:
+        return False
+
+    def load_setup(self, context: IncomingContext) -> None:
+        pass
+
+    def load(self, reader: StreamReader, version_id: int) -> None:
+        pass
+
+    def load_cleanup(self) -> None:
+        pass
+
+
+class Plugin:
+    """An object whose hooks are the functions that it is made with."""
+
+    def __init__(self, **hooks: Callable[..., object]) -> None:
+        for name, function in hooks.items():
+            setattr(self, name, hookimpl(function))
+
+
+def plugins(**named: Plugin) -> Plugins:
+    made = Plugins()
+    for name, plugin in named.items():
+        made.register(plugin, name)
+    return made
+
+
+def fail(message: str) -> Any:
+    raise ZeroDivisionError(message)
+
+
+def test_corefw_transport() -> None:
+    asked: list[str] = []
+
+    def of(name: str, scheme: str) -> Plugin:
+        def corefw_transport(uri: MigrationUri) -> Transport | None:
+            asked.append(name)
+            return NoTransport(uri) if uri.scheme == scheme else None
+
+        return Plugin(corefw_transport=corefw_transport)
+
+    found = plugins(one=of("one", "x-one"), two=of("two", "x-two"))
+    assert isinstance(found.transport("x-one:there"), NoTransport)
+    assert asked == ["two", "one"], "the last registered is asked first"
+    assert str(found.transport(MigrationUri("x-two", "there")).uri) == "x-two:there"
+    assert asked == ["two", "one", "two"], "the first answer counts"
+    with pytest.raises(UriError, match=r"'x-three:y': no installed plugin has the scheme 'x-three' \(installed: .*tcp"):
+        found.transport("x-three:y")
+
+
+def test_corefw_transport_that_fails_is_passed_over() -> None:
+    broken = Plugin(corefw_transport=lambda uri: fail("oh"))
+    wrong = Plugin(corefw_transport=lambda uri: 5)
+    good = Plugin(corefw_transport=lambda uri: NoTransport(uri))
+    assert isinstance(plugins(good=good, broken=broken, wrong=wrong).transport("x:y"), NoTransport)
+    with pytest.raises(PluginError, match=r"plugin 'broken' \(corefw_transport\) failed: ZeroDivisionError: oh"):
+        plugins(broken=broken).transport("x:y")
+    with pytest.raises(PluginError, match="plugin 'wrong' gave int, expected a Transport"):
+        plugins(wrong=wrong).transport("x:y")
+
+
+def test_corefw_transport_says_what_is_wrong_with_a_uri() -> None:
+    def corefw_transport(uri: MigrationUri) -> Transport | None:
+        raise UriError(f"'{uri}': no")
+
+    with pytest.raises(UriError, match="'x:y': no"):
+        plugins(picky=Plugin(corefw_transport=corefw_transport)).transport("x:y")
+
+
+def test_corefw_section_handlers() -> None:
+    found = plugins(
+        b=Plugin(corefw_section_handlers=lambda machine, settings: [Handler("b1"), Handler("b2", 10)]),
+        a=Plugin(corefw_section_handlers=lambda settings: (Handler(name) for name in ("a1",))),
+        none=Plugin(corefw_section_handlers=lambda: None),
+    )
+    registry = found.section_handlers(MACHINE, Settings())
+    assert [handler.idstr for handler in registry] == ["b2", "b1", "a1"], (
+        "by priority, then in the order of registration"
+    )
+    assert registry.find(SectionKey("a1", 0)) is not registry.find(SectionKey("b1", 0))
+    again = found.section_handlers(MACHINE, Settings())
+    assert not set(map(id, again)) & set(map(id, registry)), "new ones each time"
+
+
+def generator_that_fails() -> Iterable[Handler]:
+    yield Handler("x")
+    fail("midway")
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        (lambda: fail("oh"), r"plugin 'it' \(corefw_section_handlers\) failed: ZeroDivisionError: oh"),
+        (generator_that_fails, r"plugin 'it' \(corefw_section_handlers\) failed: ZeroDivisionError: midway"),
+        (lambda: 5, r"plugin 'it' \(corefw_section_handlers\) gave int, expected a list"),
+        (lambda: ["x"], "plugin 'it': 'x' is no SectionHandler"),
+        (lambda: [Handler("x"), Handler("x")], r"two handlers claim section 'x' \(instance 0\)"),
+    ],
+)
+def test_corefw_section_handlers_that_fail(hook: Callable[..., object], message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        plugins(it=Plugin(corefw_section_handlers=hook)).section_handlers(MACHINE, Settings())
+
+
+def test_corefw_blockers() -> None:
+    found = plugins(
+        one=Plugin(corefw_blockers=lambda machine, settings: ["'grid' is attached to a GPU (detach it first)"]),
+        free=Plugin(corefw_blockers=lambda: ()),
+        broken=Plugin(corefw_blockers=lambda: fail("no idea")),
+        two=Plugin(corefw_blockers=lambda: (reason for reason in ("a", "b"))),
+    )
+    assert found.blockers(MACHINE, Settings()) == [
+        "'grid' is attached to a GPU (detach it first)",
+        "plugin 'broken' (corefw_blockers) failed: ZeroDivisionError: no idea",
+        "a",
+        "b",
+    ]
+
+
+def test_corefw_settings() -> None:
+    asked: list[str] = []
+
+    def corefw_settings() -> Declarations:
+        asked.append("once")
+        return Declarations((Capability("x-mine", "mine"),), implements=frozenset({"x-mine", "xbzrle"}))
+
+    found = plugins(mine=Plugin(corefw_settings=corefw_settings))
+    settings = found.settings()
+    settings.set_capabilities({"x-mine": True, "xbzrle": True})
+    assert not found.settings().capability("x-mine"), "each engine has its own values"
+    assert asked == ["once"]
+    with pytest.raises(SettingsError, match="capability 'multifd' is not supported by any installed plugin"):
+        settings.set_capabilities({"multifd": True})
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        (lambda: fail("oh"), "plugin 'it': corefw_settings failed: ZeroDivisionError: oh"),
+        (lambda: None, "plugin 'it': corefw_settings gave NoneType, expected Declarations"),
+        (lambda: Declarations((Capability("events", "again"),)), "plugin 'it': 'events' is declared by two plugins"),
+        (lambda: Declarations(implements=frozenset({"evnts"})), "plugin 'it': plugins implement what nobody declares"),
+        (
+            lambda: Declarations(capabilities=cast("Any", ("x",))),
+            "plugin 'it': its Declarations are not in order: AttributeError",
+        ),
+    ],
+)
+def test_corefw_settings_that_are_wrong_leave_the_plugin_out(hook: Callable[..., object], message: str) -> None:
+    found = plugins(other=Plugin(corefw_blockers=lambda: ["other"]))
+    before = found.settings().capabilities()
+    with pytest.raises(PluginError, match=message):
+        found.register(Plugin(corefw_settings=hook, corefw_blockers=lambda: ["it"]), "it")
+    assert found.settings().capabilities() == before
+    assert found.blockers(MACHINE, Settings()) == ["other"], "as a whole"
+
+
+def test_corefw_state_changed(caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[tuple[object, ...]] = []
+    found = plugins(
+        all=Plugin(corefw_state_changed=lambda side, old, new: heard.append((side, old, new))),
+        broken=Plugin(corefw_state_changed=lambda: fail("oh")),
+        some=Plugin(corefw_state_changed=lambda new: heard.append((new,))),
+    )
+    found.state_changed(Side.SOURCE, MigrationStatus.NONE, MigrationStatus.SETUP)
+    assert heard == [(Side.SOURCE, MigrationStatus.NONE, MigrationStatus.SETUP), (MigrationStatus.SETUP,)]
+    assert "plugin 'broken' failed in corefw_state_changed" in caplog.text
+
+
+def test_corefw_commands(caplog: pytest.LogCaptureFixture) -> None:
+    def one() -> int:
+        return 1
+
+    def two() -> int:
+        return 2
+
+    found = plugins(
+        first=Plugin(corefw_commands=lambda engine: {"x-one": one}),
+        broken=Plugin(corefw_commands=lambda: fail("oh")),
+        wrong=Plugin(corefw_commands=lambda: ["x-two"]),
+        late=Plugin(corefw_commands=lambda: {"x-one": two, "x-two": two}),
+    )
+    assert found.commands(ENGINE) == {"x-one": one, "x-two": two}
+    assert "plugin 'broken' failed in corefw_commands" in caplog.text
+    assert "plugin 'wrong' (corefw_commands) gave list, expected a mapping" in caplog.text
+    assert "plugin 'late' adds the command 'x-one' that another plugin has" in caplog.text
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+def sections() -> Mapping[str, list[str]]:
+    """Hook -> arguments, as the page's headings have them."""
+    headings = re.findall(r"^### (corefw_\w+)\((.*)\)$", PAGE, re.MULTILINE)
+    return {name: [argument for argument in arguments.split(", ") if argument] for name, arguments in headings}
+
+
+def test_every_hook_has_a_section_with_its_arguments() -> None:
+    assert sections() == {name: list(signature(getattr(hookspecs, name)).parameters) for name in HOOKS}
+
+
+def test_every_hook_has_a_test() -> None:
+    assert [name for name in HOOKS if f"test_{name}" not in globals()] == []
+
+
+def test_every_hook_says_what_it_is_for() -> None:
+    assert all(getattr(hookspecs, name).__doc__ for name in HOOKS)
+
+
+def test_the_plugin_on_the_page_works() -> None:
+    (source,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    module = types.ModuleType("night")
+    exec(compile(source, "docs/plugins.md", "exec"), vars(module))
+    found = Plugins()
+    found.register(module)
+    settings = found.settings()
+    assert found.blockers(MACHINE, settings) == []
+    settings.set_capabilities({"x-night-only": True})
+    assert found.blockers(MACHINE, settings) == ["it is not night yet (wait, or switch x-night-only off)"]
+    settings.set_parameters({"x-night-begins": 0})
+    assert found.blockers(MACHINE, settings) == []
+    found.state_changed(Side.SOURCE, MigrationStatus.DEVICE, MigrationStatus.COMPLETED)
+    assert found.commands(ENGINE)["x-query-finished"](side="source") == {"times": 1}
