@@ -1,0 +1,261 @@
+"""The contract kit for section handlers: run it on yours, and what corefw.section promises holds.
+
+    from corefw.testing.handler import CHECKS, HandlerCase, check_handler
+
+    CASE = HandlerCase(source=lambda: handler_of(some_state()), destination=lambda: handler_of(empty_state()))
+
+    @pytest.mark.parametrize("check", CHECKS)
+    def test_contract(check):
+        check_handler(CASE, only=[check])
+
+The law: every check states one promise of the interface, finds out by sending the section for real, and fails with an
+AssertionError that says in one line what was promised and what happened. Afterwards nothing may be left behind: no
+descriptor, process or thread. It needs no test framework and no machine.
+"""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable, Collection
+from typing import Any, Final
+
+from corefw.errors import RemoteStreamError, StreamError
+from corefw.section import LiveHandler, StateHandler
+from corefw.testing.recording import (
+    FOOTER,
+    HandlerCase,
+    Pieces,
+    Recording,
+    loading_error,
+    opened,
+    record,
+    replay,
+    written,
+)
+from corefw.testing.tasks import Possessions, Task
+from corefw.wire.stream import StreamReader
+
+__all__ = ["CHECKS", "HandlerCase", "check_handler"]
+
+CHECK_DEADLINE: Final = 90.0
+"""Seconds for one whole check."""
+
+LETTING_GO: Final = 2.0
+"""Seconds for threads and descriptors to go away after it."""
+
+Check = Callable[[HandlerCase], None]
+CHECKS: Final[dict[str, Check]] = {}
+"""Every check by name, in the order in which they run."""
+
+
+def _check(function: Check) -> Check:
+    CHECKS[function.__name__.removeprefix("_").replace("_", "-")] = function
+    return function
+
+
+def check_handler(case: HandlerCase, *, only: Collection[str] | None = None) -> list[str]:
+    """Run every check (or `only` these) on a LiveHandler or StateHandler; the names of those that were run.
+
+    Raises AssertionError on the first promise that is broken.
+    """
+    unknown = set(only or ()) - CHECKS.keys()
+    assert not unknown, f"no check is called {', '.join(sorted(unknown))}: expected some of {', '.join(CHECKS)}"
+    chosen = [name for name in CHECKS if only is None or name in only]
+    for name in chosen:
+        before = Possessions.now()
+        try:
+            Task("the check", CHECKS[name], case).result(CHECK_DEADLINE)
+            before.assert_no_more(LETTING_GO)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+        except Exception as error:
+            raise AssertionError(f"{name}: {_told(error)}") from error
+    return chosen
+
+
+# -- what it says of itself ----------------------------------------------------------------------------------------
+
+
+@_check
+def _identity(case: HandlerCase) -> None:
+    """Both sides have the same key, which fits into a header, and versions that make sense."""
+    with opened(case, case.source) as (source, _), opened(case, case.destination) as (destination, _):
+        for handler in (source, destination):
+            assert isinstance(handler, LiveHandler | StateHandler), f"{handler!r} is no LiveHandler and no StateHandler"
+            length = len(handler.idstr.encode())
+            assert 1 <= length <= 255, f"idstr has 1 to 255 bytes, this one has {length}"
+            assert 0 <= handler.instance_id < 1 << 32, f"instance_id {handler.instance_id} does not fit into 32 bits"
+            low, high = handler.minimum_version, handler.version_id
+            assert 0 <= low <= high < 1 << 32, f"it reads versions from {low} but is of version {high}"
+            assert isinstance(handler.required(), bool), "required() has to be True or False"
+        assert source.key == destination.key, f"the source sends {source.key}, the destination loads {destination.key}"
+        assert source.minimum_version <= destination.version_id, "the destination's version is older than any it reads"
+
+
+@_check
+def _description(case: HandlerCase) -> None:
+    """A StateHandler's describe() says of every byte that save() wrote to which field it belongs; it is JSON."""
+    recording = record(case)
+    if recording.description is None:
+        return
+    described, body = recording.description, recording.bodies[0]
+    json.dumps(described, allow_nan=False)
+    size = _measure(described, "describe()")
+    assert size == len(body.data), f"describe() accounts for {size} bytes of {body}"
+
+
+def _measure(described: dict[str, Any], where: str) -> int:
+    """How many bytes a table's description accounts for; every entry is looked at."""
+    for key, kind in (("vmsd_name", str), ("version", int), ("fields", list)):
+        assert isinstance(described.get(key), kind), f"{where} has no '{key}' that is a {kind.__name__}"
+    size = sum(_measure_field(one, f"{where}['fields'][{i}]") for i, one in enumerate(described["fields"]))
+    for i, sub in enumerate(described.get("subsections", ())):
+        size += _measure(sub, f"{where}['subsections'][{i}]") + len(f"tn{sub['vmsd_name']}vers".encode())
+    return size
+
+
+def _measure_field(entry: dict[str, Any], where: str) -> int:
+    for key, kind in (("name", str), ("type", str), ("size", int)):
+        assert isinstance(entry.get(key), kind), f"{where} has no '{key}' that is a {kind.__name__}"
+    if "struct" in entry:
+        inner = _measure(entry["struct"], f"{where}['struct']")
+        assert inner == entry["size"], f"{where} has size {entry['size']}, but the fields in it {inner}"
+    return int(entry["size"]) * int(entry.get("array_len", 1))
+
+
+# -- what is sent and what is loaded -------------------------------------------------------------------------------
+
+
+@_check
+def _round_trip(case: HandlerCase) -> None:
+    """The destination has the source's state in the end, each load() has read its body and not one byte more, pending()
+    has come to zero, and complete_precopy() has left nothing."""
+    _compare(case, record(case), piece=1 << 20)
+
+
+@_check
+def _pieces(case: HandlerCase) -> None:
+    """It is the same when the bytes arrive in other portions than they were sent in."""
+    recording = record(case)
+    for piece in (1, 3, 4095):
+        if recording.size < 4096 * piece:
+            _compare(case, recording, piece=piece)
+
+
+def _compare(case: HandlerCase, recording: Recording, piece: int) -> None:
+    found = replay(case, recording, [body.data for body in recording.bodies], piece=piece)
+    body = recording.bodies[found.body]
+    assert found.error is None, f"load() of {body} failed: {_told(found.error)}"
+    assert found.taken == len(body.data), f"load() read {found.taken} bytes of {body}"
+    same = found.state == recording.state
+    assert isinstance(same, bool), "the case's `state` has to give something that == compares, no array"
+    assert same, f"the destination has another state than the source: {_cut(found.state)}, not {_cut(recording.state)}"
+
+
+# -- hostile input -------------------------------------------------------------------------------------------------
+
+
+@_check
+def _truncated(case: HandlerCase) -> None:
+    """A stream that ends at any byte of a body is a RemoteStreamError: no short read is ever taken for zeros, no other
+    exception gets out, nothing hangs."""
+    recording = record(case)
+    for number, at in _places(case, recording):
+        bodies = [body.data for body in recording.bodies[: number + 1]]
+        bodies[number] = bodies[number][:at]
+        error = replay(case, recording, bodies).error
+        what = f"{recording.bodies[number]}, cut after {at}"
+        assert isinstance(error, RemoteStreamError), f"{what}: expected RemoteStreamError, got {_told(error)}"
+
+
+@_check
+def _damaged(case: HandlerCase) -> None:
+    """A stream with any byte changed loads, where nobody can know better, or is a StreamError; the memory that it takes
+    is bounded either way."""
+    recording = record(case)
+    limit = case.memory + 4 * recording.size
+    started = not tracemalloc.is_tracing()
+    if started:
+        tracemalloc.start()
+    try:
+        for number, at in _places(case, recording):
+            for change in (0xFF, 1 << at % 8):
+                bodies = [body.data for body in recording.bodies]
+                bodies[number] = _changed(bodies[number], at, change)
+                tracemalloc.reset_peak()
+                before, _ = tracemalloc.get_traced_memory()
+                error = replay(case, recording, bodies).error
+                taken = tracemalloc.get_traced_memory()[1] - before
+                what = f"{recording.bodies[number]}, byte {at} xor 0x{change:02x}"
+                right = error is None or isinstance(error, StreamError)
+                assert right, f"{what}: expected a StreamError or a load, got {_told(error)}"
+                assert taken < limit, f"{what}: load() took {taken} bytes of memory, expected at most {limit}"
+    finally:
+        if started:
+            tracemalloc.stop()
+
+
+@_check
+def _newer_version(case: HandlerCase) -> None:
+    """A version that is newer than the handler's is a StreamError. The engine refuses it before; load() has to as well,
+    for nobody can guess a format that comes later."""
+    recording = record(case)
+    with opened(case, case.destination) as (destination, context):
+        reader = StreamReader(Pieces(recording.bodies[0].data + FOOTER), where=f"section {destination.key}")
+        destination.load_setup(context)
+        version = destination.version_id + 1
+        error = loading_error(destination, reader, version)
+        destination.load_cleanup()
+        assert isinstance(error, StreamError), f"load() of version {version}: expected StreamError, got {_told(error)}"
+
+
+# -- the end, however it comes -------------------------------------------------------------------------------------
+
+
+@_check
+def _abandoned(case: HandlerCase) -> None:
+    """cleanup() and load_cleanup() succeed before anything was begun, in the middle, and twice."""
+    with opened(case, case.destination) as (destination, context):
+        destination.load_cleanup()
+        destination.load_setup(context)
+        destination.load_cleanup()
+        destination.load_cleanup()
+    with opened(case, case.source) as (source, context):
+        if not isinstance(source, LiveHandler):
+            return
+        source.cleanup()
+        thrown_away = Recording(source.version_id)
+        written(thrown_away, "START", lambda writer: source.setup(writer, context))
+        written(thrown_away, "PART", lambda writer: source.iterate(writer, case.budget))
+        source.cleanup()
+        source.cleanup()
+
+
+# -- helpers -------------------------------------------------------------------------------------------------------
+
+
+def _places(case: HandlerCase, recording: Recording) -> list[tuple[int, int]]:
+    """(number of the body, offset in it): all of a small stream; of a large one the beginnings and ends of bodies, and
+    places in between, the same each time."""
+    sizes = [len(body.data) for body in recording.bodies]
+    edge = case.samples // (4 * len(sizes)) + 1
+    step = 1 if recording.size <= case.samples else 2 * recording.size // case.samples
+    places: list[tuple[int, int]] = []
+    for number, size in enumerate(sizes):
+        ends = (*range(min(edge, size)), *range(max(0, size - edge), size))
+        places += [(number, at) for at in sorted({*ends, *range(0, size, step)})]
+    return places[:: -(-len(places) // case.samples) or 1]
+
+
+def _changed(data: bytes, at: int, change: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ change]) + data[at + 1 :]
+
+
+def _told(error: BaseException | None) -> str:
+    return "no error" if error is None else f"{type(error).__name__}: {error}"
+
+
+def _cut(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
