@@ -27,6 +27,7 @@ from corefw.wire.records.configuration import (
     UUID_SIZE,
     Configuration,
     configuration_capabilities,
+    configuration_page_size,
     read_configuration_body,
     write_configuration,
 )
@@ -34,6 +35,7 @@ from corefw.wire.records.frame import (
     WITH_NAME,
     WITHOUT_NAME,
     SectionHeader,
+    peek_section_name,
     read_description_body,
     read_footer,
     read_header,
@@ -45,11 +47,22 @@ from corefw.wire.records.frame import (
     write_part_header,
     write_section_header,
 )
-from corefw.wire.records.ram import MAX_BLOCKS, BlockEntry, read_block_list, write_block_list
+from corefw.wire.records.ram import (
+    MAX_BLOCKS,
+    PAGE_BODIES,
+    BlockEntry,
+    RamLayout,
+    RamRecord,
+    read_block_list,
+    read_ram_record,
+    write_block_list,
+    write_ram_record,
+)
 
 __all__ = [
     "CONFIGURATION_SUBSECTIONS",
     "MAX_BLOCKS",
+    "PAGE_BODIES",
     "UUID_SIZE",
     "WITHOUT_NAME",
     "WITH_NAME",
@@ -57,10 +70,14 @@ __all__ = [
     "CommandRecord",
     "Configuration",
     "PostcopyAdvice",
+    "RamLayout",
+    "RamRecord",
     "SectionHeader",
     "configuration_capabilities",
+    "configuration_page_size",
     "parse_ping",
     "parse_postcopy_advise",
+    "peek_section_name",
     "ping_payload",
     "postcopy_advise_payload",
     "read_block_list",
@@ -71,6 +88,7 @@ __all__ = [
     "read_header",
     "read_package",
     "read_part_header",
+    "read_ram_record",
     "read_section_header",
     "write_block_list",
     "write_command",
@@ -80,5 +98,6 @@ __all__ = [
     "write_header",
     "write_package",
     "write_part_header",
+    "write_ram_record",
     "write_section_header",
 ]

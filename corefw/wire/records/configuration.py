@@ -93,13 +93,24 @@ def write_configuration(writer: StreamWriter, configuration: Configuration) -> N
     writer.write(configuration.tail)
 
 
+def _subsection_body(configuration: Configuration, name: str) -> int | None:
+    """Where in the tail the body of this subsection begins."""
+    head = bytes((SectionType.SUBSECTION, len(name))) + name.encode()
+    start = configuration.tail.find(head)
+    return None if start < 0 else start + len(head) + BE32.size
+
+
+def configuration_page_size(configuration: Configuration) -> int | None:
+    """Bytes of a target page, where `configuration/target-page-bits` says so (targets whose page size varies)."""
+    at = _subsection_body(configuration, "configuration/target-page-bits")
+    return None if at is None else 1 << min(int(BE32.unpack_from(configuration.tail, at)[0]), 30)
+
+
 def configuration_capabilities(configuration: Configuration) -> frozenset[str]:
     """The capability names of `configuration/capabilities`: those of the source's that change the stream's layout."""
-    label = b"configuration/capabilities"
-    start = configuration.tail.find(bytes((SectionType.SUBSECTION, len(label))) + label)
-    if start < 0:
+    at = _subsection_body(configuration, "configuration/capabilities")
+    if at is None:
         return frozenset()
-    at = start + 2 + len(label) + 4
     (count,) = BE32.unpack_from(configuration.tail, at)
     at += 4
     names = set()

@@ -71,6 +71,15 @@ def read_section_header(reader: StreamReader, section_type: SectionType) -> Sect
     )
 
 
+def peek_section_name(reader: StreamReader) -> str | None:
+    """The idstr of the START or FULL section that comes next, nothing consumed; None where the stream ends."""
+    head = reader.peek(6)
+    if len(head) < 6:
+        return None
+    name = reader.peek(6 + head[5])[6:]
+    return name.decode(errors="replace") if len(name) == head[5] else None
+
+
 def write_section_header(writer: StreamWriter, header: SectionHeader) -> None:
     """Type byte and header of START or FULL."""
     assert header.type in WITH_NAME

@@ -1,14 +1,18 @@
-"""What the ram section carries: the list of blocks that MEM_SIZE announces.
+"""What the ram section carries: the list of blocks that MEM_SIZE announces, and records of single pages.
+
+The records are here for whoever takes a stream apart one by one (inspect); the ram plugin reads and writes runs of
+them.
 
 Source: QEMU 7.2's ram_save_setup and ram_load_precopy (migration/ram.c).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
 from corefw.wire.stream import StreamReader, StreamWriter
 
 MAX_BLOCKS: Final = 4096
@@ -79,3 +83,87 @@ def write_block_list(writer: StreamWriter, entries: Sequence[BlockEntry]) -> Non
             writer.be64(entry.page_size)
         if entry.address is not None:
             writer.be64(entry.address)
+
+
+# -- records of pages --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RamRecord:
+    """One record of a ram section.
+
+    address   offset in the block; the sum of the blocks' lengths for MEM_SIZE; 0 where it says nothing
+    idstr     the block, where the record names one (without CONTINUE)
+    body      what follows, byte for byte: a page, a fill byte, a compressed page with its length
+    blocks    the list behind MEM_SIZE
+    """
+
+    flags: RamFlag
+    address: int
+    idstr: str | None = None
+    body: bytes = b""
+    blocks: tuple[BlockEntry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RamLayout:
+    """What of the stream before decides how its ram records look."""
+
+    page_size: int = TARGET_PAGE_SIZE
+    page_sizes: bool = False
+    addresses: bool = False
+
+
+def _read_page(reader: StreamReader, layout: RamLayout) -> bytes:
+    return reader.read(layout.page_size, "a page")
+
+
+def _read_fill(reader: StreamReader, _: RamLayout) -> bytes:
+    return reader.read(1, "a page's fill byte")
+
+
+def _read_xbzrle(reader: StreamReader, layout: RamLayout) -> bytes:
+    head = reader.read(3, "the head of an XBZRLE page")
+    return head + reader.read(int.from_bytes(head[1:], "big"), "an XBZRLE page", layout.page_size)
+
+
+def _read_compressed(reader: StreamReader, layout: RamLayout) -> bytes:
+    head = reader.read(4, "the length of a compressed page")
+    # zlib's worst case (compressBound) stays below twice the page.
+    return head + reader.read(int.from_bytes(head, "big"), "a compressed page", 2 * layout.page_size)
+
+
+PAGE_BODIES: Final[Mapping[RamFlag, Callable[[StreamReader, RamLayout], bytes]]] = {
+    RamFlag.PAGE: _read_page,
+    RamFlag.ZERO: _read_fill,
+    RamFlag.XBZRLE: _read_xbzrle,
+    RamFlag.COMPRESS_PAGE: _read_compressed,
+}
+"""Records that are about one page, and name its block unless CONTINUE is set."""
+
+MARKS: Final = frozenset({RamFlag.EOS, RamFlag.MULTIFD_FLUSH})
+"""Records that are a word and nothing else."""
+
+
+def read_ram_record(reader: StreamReader, layout: RamLayout) -> RamRecord:
+    """One record, EOS included. Whether its block exists is left to the caller."""
+    word = reader.be64("a RAM record")
+    flags, address = RamFlag(word & (layout.page_size - 1)), word & ~(layout.page_size - 1)
+    kind = flags & ~RamFlag.CONTINUE
+    if kind in PAGE_BODIES:
+        idstr = None if flags & RamFlag.CONTINUE else reader.string("the name of a RAM block")
+        return RamRecord(flags, address, idstr, PAGE_BODIES[kind](reader, layout))
+    if flags == RamFlag.MEM_SIZE:
+        entries = read_block_list(reader, address, page_sizes=layout.page_sizes, addresses=layout.addresses)
+        return RamRecord(flags, address, blocks=tuple(entries))
+    if flags in MARKS:
+        return RamRecord(flags, address)
+    raise reader.error("a RAM record of a kind that is known", f"flags {int(flags):#x}")
+
+
+def write_ram_record(writer: StreamWriter, record: RamRecord) -> None:
+    writer.be64(record.address | record.flags)
+    if record.idstr is not None:
+        writer.string(record.idstr)
+    write_block_list(writer, record.blocks)
+    writer.write(record.body)

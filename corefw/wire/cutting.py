@@ -1,0 +1,110 @@
+"""Finds where device sections end, for they do not say so themselves.
+
+The law: the description knows; where there is none, a footer does when something that can follow a footer stands behind
+it. Either way the cut counts only when every section's footer (where there are footers) carries the section's own id
+and the last section ends where the stream does.
+
+Source: QEMU 7.2's save_section_header and qemu_savevm_state_complete_precopy (migration/savevm.c).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from corefw.errors import StreamError
+from corefw.wire.constants import BE16, BE32, COMMAND_LENGTHS, MAX_DESCRIPTION, Command, SectionType
+from corefw.wire.description import Description, DeviceDescription
+from corefw.wire.records import SectionHeader
+
+FOOTER_SIZE: Final = 5
+_DESCRIPTION_HEAD: Final = 5
+
+
+class Cutter:
+    """Measures the bodies in `data`, sections with all that follows them.
+
+    `footers`: whether there is one behind each body; None when that is to be found out from the first body.
+    """
+
+    def __init__(self, data: bytes, description: Description | None = None, footers: bool | None = None) -> None:
+        self._data = data
+        self._footers = footers
+        devices = description.devices if description else ()
+        self._devices = {(device.name, device.instance_id): device for device in devices}
+
+    def measure(self, header: SectionHeader, at: int) -> tuple[int, DeviceDescription | None]:
+        """Bytes of the body that begins at `at`, and its shape if the description's is the right one.
+
+        Raises StreamError when nothing says where it ends.
+        """
+        device = self._devices.get((header.idstr, header.instance_id))
+        if device is not None and self._ends(header, at + device.state.size):
+            return device.state.size, device
+        # QEMU describes an array of pointers of which some are null as if it were all of one kind: the footer knows.
+        if self._footers is not False:
+            end = self._find_footer(header, at)
+            if end is not None:
+                return end - at, None
+        known = "the description is wrong about its end" if device else "no description tells where it ends"
+        raise StreamError(f"{known}, and no footer of its own follows")
+
+    def _ends(self, header: SectionHeader, at: int) -> bool:
+        """Whether the description's end is one: there the section's footer stands, or what may follow without one."""
+        if self._footers is None:
+            self._footers = at < len(self._data) and self._data[at] == SectionType.FOOTER
+        if self._footers:
+            return self._data.startswith(_footer(header), at)
+        return at <= len(self._data) and self._plausible(at)
+
+    def _find_footer(self, header: SectionHeader, at: int) -> int | None:
+        footer = _footer(header)
+        end = self._data.find(footer, at)
+        while end >= 0:
+            if self._plausible(end + FOOTER_SIZE):
+                return end
+            end = self._data.find(footer, end + 1)
+        return None
+
+    def _plausible(self, at: int) -> bool:
+        """Whether what stands here may follow a section: the end, EOF, a section with a sensible name, a command."""
+        data = self._data
+        if at >= len(data):
+            return True
+        kind = data[at]
+        if kind == SectionType.EOF:
+            return at + 1 == len(data) or data[at + 1] == SectionType.VMDESCRIPTION
+        if kind in (SectionType.START, SectionType.FULL):
+            name = data[at + 6 : at + 6 + data[at + 5]] if at + 5 < len(data) else b""
+            return bool(name) and name.isascii() and name.decode("ascii").isprintable()
+        if kind in (SectionType.PART, SectionType.END):
+            return at + 5 <= len(data)
+        return kind == SectionType.COMMAND and self._is_command(at + 1)
+
+    def _is_command(self, at: int) -> bool:
+        if at + 4 > len(self._data):
+            return False
+        (number,), (length,) = BE16.unpack_from(self._data, at), BE16.unpack_from(self._data, at + 2)
+        if number not in Command._value2member_map_:
+            return False
+        allowed = COMMAND_LENGTHS[Command(number)]
+        return allowed is None or length in allowed
+
+
+def _footer(header: SectionHeader) -> bytes:
+    return bytes((SectionType.FOOTER,)) + BE32.pack(header.section_id)
+
+
+def find_description(data: bytes | bytearray, last_zero: int | None = None) -> int | None:
+    """Where the description section begins that ends exactly with `data`; None when there is none.
+
+    JSON has no zero byte, but the description's length, below 2^24, has. So the last zero of the stream is one of the
+    four bytes of that length, and there is nothing to search. `last_zero` is its place where the caller knows it.
+    """
+    zero = data.rfind(0) if last_zero is None else last_zero
+    for kind_at in range(max(zero - 4, 0), zero):
+        text_at = kind_at + _DESCRIPTION_HEAD
+        if data[kind_at] == SectionType.VMDESCRIPTION and text_at < len(data):
+            (length,) = BE32.unpack_from(data, kind_at + 1)
+            if length == len(data) - text_at and length <= MAX_DESCRIPTION:
+                return kind_at
+    return None
