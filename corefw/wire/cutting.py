@@ -18,6 +18,8 @@ from corefw.wire.records import SectionHeader
 
 FOOTER_SIZE: Final = 5
 _DESCRIPTION_HEAD: Final = 5
+_BRACE: Final = ord("{")
+_UNBRACE: Final = ord("}")
 
 
 class Cutter:
@@ -105,6 +107,6 @@ def find_description(data: bytes | bytearray, last_zero: int | None = None) -> i
         text_at = kind_at + _DESCRIPTION_HEAD
         if data[kind_at] == SectionType.VMDESCRIPTION and text_at < len(data):
             (length,) = BE32.unpack_from(data, kind_at + 1)
-            if length == len(data) - text_at and length <= MAX_DESCRIPTION:
+            if length == len(data) - text_at <= MAX_DESCRIPTION and data[text_at] == _BRACE and data[-1] == _UNBRACE:
                 return kind_at
     return None

@@ -1,0 +1,129 @@
+"""Takes the device state of a QEMU from the stream, to its end, without knowing the devices.
+
+The law: what is taken is complete, or it is an error. Nothing in the stream says where it ends when the source waits
+for our answer instead of closing, so the end is told from the bytes, by the strongest sign there is:
+
+    the description    its text ends with the last byte that came, and cuts everything before it: complete, at once
+    footers and EOF    the last section's footer, the EOF byte, and nothing more for QUIET_WITH_FOOTERS seconds
+    EOF alone          that byte, and nothing more for QUIET_WITHOUT seconds: a stream cut short just behind some zero
+                       byte cannot be told from a whole one, so QEMU's defaults (description, footers) are worth keeping
+
+Threads: the incoming thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+from corefw.errors import RemoteStreamError
+from corefw.machine import WaitReadable
+from corefw.wire import items
+from corefw.wire.constants import MAX_DESCRIPTION, SectionType
+from corefw.wire.cutting import FOOTER_SIZE, find_description
+from corefw.wire.decoder import MAX_DEVICE_STATE, decode_sections
+from corefw.wire.stream import StreamReader
+
+QUIET_WITH_FOOTERS: Final = 0.5
+QUIET_WITHOUT: Final = 2.0
+STALLED: Final = 30.0
+"""Seconds of silence in the middle of the device state, after which the source is given up: its guest is stopped by
+now, and it has nothing to do but send."""
+
+_EOF: Final = bytes((SectionType.EOF,))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDevice:
+    """A device section: bytes on the wire with head and footer."""
+
+    name: str
+    instance_id: int
+    version: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """Everything from the first device section to the end of the stream.
+
+    pieces    the bytes: a piece for each section where they could be cut, then EOF and description
+    devices   what the pieces are; empty where they could not be cut
+    """
+
+    pieces: tuple[bytes, ...]
+    devices: tuple[StoredDevice, ...]
+
+
+def take_device_state(reader: StreamReader, footers: bool, live: WaitReadable) -> DeviceState:
+    """Take all that is left of the stream. Raises RemoteStreamError, ChannelError."""
+    base = reader.offset
+    reader.where = "device state"
+    return cut_device_state(_take(reader, footers, live), base, footers)
+
+
+def _take(reader: StreamReader, footers: bool, live: WaitReadable) -> bytes:
+    held = bytearray()
+    last_zero = -1
+    while True:
+        start, end = reader.span()
+        if start == end:
+            ended = _may_have_ended(held, footers)
+            if not live(_patience(ended, footers)):
+                if ended:
+                    return bytes(held)
+                raise reader.error("more of the device state", f"nothing for {STALLED:.0f} seconds")
+            if not reader.fill():
+                return bytes(held)
+            continue
+        zero = reader.buffer.rfind(0, start, end)
+        last_zero = last_zero if zero < 0 else len(held) + zero - start
+        held += memoryview(reader.buffer)[start:end]
+        reader.skip(end - start)
+        if len(held) > MAX_DEVICE_STATE + MAX_DESCRIPTION:
+            raise reader.error(f"at most {MAX_DEVICE_STATE >> 20} MiB of device state", "more")
+        if find_description(held, last_zero) is not None:
+            return bytes(held)
+
+
+def _may_have_ended(held: bytearray, footers: bool) -> bool:
+    if not held.endswith(_EOF):
+        return False
+    return not footers or held[-1 - FOOTER_SIZE : -FOOTER_SIZE] == bytes((SectionType.FOOTER,))
+
+
+def _patience(ended: bool, footers: bool) -> float:
+    if not ended:
+        return STALLED
+    return QUIET_WITH_FOOTERS if footers else QUIET_WITHOUT
+
+
+def cut_device_state(data: bytes, base: int, footers: bool) -> DeviceState:
+    """Tell the sections apart, and prove that they are whole. `base` is the place of `data` in its stream."""
+    starts: list[items.Section] = []
+    tail: int | None = None
+    for item in decode_sections(data, base=base, footers=footers):
+        match item:
+            case items.Section():
+                starts.append(item)
+            case items.Uncut():
+                return DeviceState((data,), ())
+            case items.Eof():
+                tail = item.offset - base
+            case items.Body() | items.Footer() | items.DescriptionItem():
+                pass
+            case _:
+                raise RemoteStreamError(item.offset, "device state", "device sections", type(item).__name__)
+    assert tail is not None, "the decoder ends with EOF or an error"
+    bounds = [section.offset - base for section in starts] + [tail]
+    pieces = [data[first:end] for first, end in pairwise(bounds)]
+    return DeviceState((*pieces, data[tail:]), _devices(starts, pieces))
+
+
+def _devices(starts: Sequence[items.Section], pieces: Sequence[bytes]) -> tuple[StoredDevice, ...]:
+    return tuple(
+        StoredDevice(one.header.idstr, one.header.instance_id, one.header.version_id, len(piece))
+        for one, piece in zip(starts, pieces, strict=True)
+    )

@@ -1,0 +1,151 @@
+"""A QEMU machine that is not running: its RAM in memory, its devices byte for byte as QEMU sent them.
+
+The law: it comes from a stream and goes into a stream, and nothing here changes it in between, so a QEMU that takes it
+in goes on with the guest as if it had come straight from the other. It cannot run here, and says so.
+
+Threads: as corefw.machine says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from corefw.errors import MachineError, UsageError
+from corefw.machine import Device, Machine, MachineConfig, RamBlock, RunState, StreamFormat, WaitReadable
+from corefw.memory.blocks import MemfdBlock
+from corefw.quantities import format_size, parse_size
+from corefw.wire.constants import TARGET_PAGE_SIZE
+from corefw.wire.stream import StreamReader
+from corefw_machine_qemu.adopting import DeviceState, take_device_state
+
+RAM_LIMIT: Final = "ram-limit"
+OPTIONS: Final[Mapping[str, str]] = {
+    RAM_LIMIT: "the most RAM that an incoming machine may have, as in 4G (default: as much as this host has)",
+}
+
+
+class ParkedMachine(Machine):
+    """The machine "qemu". Options: see OPTIONS. It is a destination first: `migfw run --machine qemu --incoming
+    URI`."""
+
+    kind = "qemu"
+
+    def __init__(self, config: MachineConfig) -> None:
+        self._ram_limit = _ram_limit(config.options)
+        if config.program is not None:
+            raise UsageError(f"machine 'qemu' runs no program, got '{config.program}': leave it out")
+        if not config.incoming:
+            raise UsageError("machine 'qemu' takes in what a QEMU sends: say where it comes from with --incoming URI")
+        self._name = ""
+        self._state = RunState.INMIGRATE
+        self._blocks: dict[str, MemfdBlock] = {}
+        self._format: StreamFormat | None = None
+        self._stored = DeviceState((), ())
+        self._observers: list[Callable[[RunState, RunState], None]] = []
+
+    @property
+    def name(self) -> str:
+        """QEMU's machine type, as "pc-i440fx-7.2"; "" until it is here, and where the stream does not tell."""
+        return self._name
+
+    # -- run state -------------------------------------------------------------------------------------------------
+
+    @property
+    def run_state(self) -> RunState:
+        return self._state
+
+    def start(self) -> None:
+        raise MachineError(
+            "a parked QEMU machine cannot run here: migrate it to a QEMU that waits for it (-incoming URI), or store it"
+            " with 'migfw migrate file:PATH'"
+        )
+
+    def stop(self, state: RunState) -> None:
+        self.set_run_state(state)
+
+    def set_run_state(self, state: RunState) -> None:
+        if state is RunState.RUNNING:
+            self.start()
+        old, self._state = self._state, state
+        if old is not state:
+            for observer in self._observers:
+                observer(old, state)
+
+    def watch(self, observer: Callable[[RunState, RunState], None]) -> None:
+        self._observers.append(observer)
+
+    # -- RAM -------------------------------------------------------------------------------------------------------
+
+    def ram_blocks(self) -> Sequence[RamBlock]:
+        return tuple(self._blocks.values())
+
+    def make_ram_block(self, idstr: str, length: int) -> RamBlock:
+        """See MakesRamBlocks. Memory is used only as pages arrive."""
+        if length <= 0 or length % TARGET_PAGE_SIZE:
+            raise MachineError(
+                f"cannot make RAM block '{idstr}': expected a multiple of {TARGET_PAGE_SIZE} bytes, got {length}"
+            )
+        total = sum(block.length for block in self._blocks.values()) + length
+        if total > self._ram_limit:
+            raise MachineError(
+                f"cannot make RAM block '{idstr}' of {format_size(length)}: the machine would have"
+                f" {format_size(total)}, more than the {format_size(self._ram_limit)} allowed (raise it with --opt {RAM_LIMIT}=SIZE)"
+            )
+        block = MemfdBlock(idstr, length)
+        self._blocks[idstr] = block
+        return block
+
+    # -- devices ---------------------------------------------------------------------------------------------------
+
+    def devices(self) -> Sequence[Device]:
+        """None: they are in stored_sections()."""
+        return ()
+
+    def adopt_sections(self, name: str, stream_format: StreamFormat, reader: StreamReader, live: WaitReadable) -> None:
+        """See AdoptsStreams. Raises RemoteStreamError where the device state is not whole."""
+        self._stored = take_device_state(reader, stream_format.footers, live)
+        self._format = stream_format
+        self._name = name
+
+    def stored_format(self) -> StreamFormat | None:
+        return self._format
+
+    def stored_sections(self) -> Sequence[bytes]:
+        return self._stored.pieces
+
+    # -- the rest --------------------------------------------------------------------------------------------------
+
+    def information(self) -> Mapping[str, object]:
+        """The machine type (null where the stream did not tell it), RAM blocks and devices with their bytes."""
+        return {
+            "machine": self._name or None,
+            "parked": self._format is not None,
+            "ram": {block.idstr: block.length for block in self._blocks.values()},
+            "devices": [
+                {"name": one.name, "instance-id": one.instance_id, "version": one.version, "size": one.size}
+                for one in self._stored.devices
+            ],
+            "device-state": sum(len(piece) for piece in self._stored.pieces),
+        }
+
+    def close(self) -> None:
+        while self._blocks:
+            _, block = self._blocks.popitem()
+            block.close()
+
+
+def _ram_limit(options: Mapping[str, str]) -> int:
+    for name in options:
+        if name not in OPTIONS:
+            raise UsageError(f"machine 'qemu' has no option '{name}': expected {', '.join(OPTIONS)}")
+    if RAM_LIMIT not in options:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = parse_size(options[RAM_LIMIT])
+    except UsageError as error:
+        raise UsageError(f"option '{RAM_LIMIT}': {error}") from None
+    if limit < TARGET_PAGE_SIZE:
+        raise UsageError(f"option '{RAM_LIMIT}' expects at least one page of {TARGET_PAGE_SIZE} bytes, got {limit}")
+    return limit
