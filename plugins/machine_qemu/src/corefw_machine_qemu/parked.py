@@ -91,7 +91,8 @@ class ParkedMachine(Machine):
         if total > self._ram_limit:
             raise MachineError(
                 f"cannot make RAM block '{idstr}' of {format_size(length)}: the machine would have"
-                f" {format_size(total)}, more than the {format_size(self._ram_limit)} allowed (raise it with --opt {RAM_LIMIT}=SIZE)"
+                f" {format_size(total)}, more than the {format_size(self._ram_limit)} allowed"
+                f" (raise it with --opt {RAM_LIMIT}=SIZE)"
             )
         block = MemfdBlock(idstr, length)
         self._blocks[idstr] = block
