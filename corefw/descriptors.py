@@ -27,3 +27,9 @@ def take(name: str) -> int | None:
     """Remove and return the descriptor with this name; it is the caller's now."""
     with _lock:
         return _named.pop(name, None)
+
+
+def peek(name: str) -> int | None:
+    """The descriptor with this name, to look at: it stays where it is."""
+    with _lock:
+        return _named.get(name)

@@ -204,6 +204,8 @@ def connect_unix(path: str, uri: MigrationUri, interrupt: Interrupt) -> SocketCh
         except BlockingIOError:
             if interrupt.wait(_RETRY):
                 interrupt.check()
+        except FileNotFoundError:
+            raise ChannelError(f"{uri}: no such file (is the destination listening?)") from None
         except OSError as error:
             raise ChannelError(f"{uri}: {reason(error)}") from None
 

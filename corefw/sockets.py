@@ -51,7 +51,6 @@ REASONS: Final = {
     errno.EADDRINUSE: "the address is in use (is another one listening there?)",
     errno.EADDRNOTAVAIL: "this host does not have that address",
     errno.EACCES: "permission denied",
-    errno.ENOENT: "no such file (is the destination listening?)",
 }
 
 

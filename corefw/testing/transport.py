@@ -39,6 +39,8 @@ from corefw.uri import MigrationUri
 
 _T = TypeVar("_T")
 
+__all__ = ["CHECKS", "TransportCase", "check_transport"]
+
 CHECK_DEADLINE: Final = 90.0
 """Seconds for one whole check."""
 
@@ -395,10 +397,11 @@ def _interrupt_ends_accept(bench: Workbench) -> None:
 
 @_check(Need.LIVE)
 def _interrupt_ends_connect(bench: Workbench) -> None:
-    """connect() with an Interrupt that is set makes no channel."""
+    """connect() with an Interrupt that is set makes no channel, and spoils nothing for the next."""
     listener, interrupt = bench.listener(), bench.interrupt()
     interrupt.set()
     raises(Interrupted, "connect with an Interrupt that is set", bench.dial(listener).connect, interrupt)
+    bench.pair(listener)
 
 
 @_check(Need.STUCK)
@@ -438,6 +441,8 @@ def _shows_a_break_as_an_error(bench: Workbench) -> None:
 def _sending_to_nobody_fails(bench: Workbench) -> None:
     """A sender whose peer has gone gets ChannelError, after what the buffers on the way hold."""
     for way, sender, receiver in bench.ways():
+        sender.send(b"x")
+        receive_exactly(receiver, memoryview(bytearray(1)))
         receiver.abort()
         receiver.close()
 

@@ -1,0 +1,183 @@
+"""A channel over one file descriptor: a pipe, a FIFO, a device, a file. Bytes go one way.
+
+The law: the descriptor does not block, a poll beside the channel's Interrupt does; so abort() ends every wait. What
+else has to happen at an end (a command's exit status, a file's new name) is in a subclass's _finish, _ended and _leave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from corefw.channel import Buffer, Channel, Interrupt, Listener
+from corefw.errors import ChannelError, Interrupted
+from corefw.sockets import IOV_MAX, reason
+from corefw.uri import MigrationUri
+
+PIPE_SIZE: Final = 1 << 20
+"""Bytes that a pipe is asked to hold, the most that an ordinary user can have (fs.pipe-max-size). With the usual 64 KiB
+both ends of a 1 GiB stream wait for each other far more often."""
+
+
+class PipeChannel(Channel):
+    """Sends through `fd` when it is `outgoing`, else receives from it. Owns it."""
+
+    has_return_path = False
+
+    def __init__(self, fd: int, peer: str, *, outgoing: bool) -> None:
+        self.peer = peer
+        self._fd = fd
+        self._outgoing = outgoing
+        self._wake = Interrupt()
+        self._flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        fcntl.fcntl(fd, fcntl.F_SETFL, self._flags | os.O_NONBLOCK)
+        with contextlib.suppress(OSError):  # no pipe, or the user has many
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+        self._lock = threading.Lock()
+        self._failure: str | None = None
+        self._at_end = False
+        self._aborted = False
+        self._closed = False
+
+    def send(self, *parts: Buffer) -> None:
+        self._check(outgoing=True)
+        assert not self._at_end, "send after send_eof"
+        views = [memoryview(part).cast("B") for part in parts]
+        at = 0
+        while at < len(views):
+            batch = views[at : at + IOV_MAX]
+            try:
+                sent = os.writev(self._fd, batch) if any(batch) else 0
+            except BlockingIOError:
+                self._wait(select.POLLOUT)
+                continue
+            except OSError as error:
+                raise self._failed(error) from None
+            while at < len(views) and sent >= len(views[at]):
+                sent -= len(views[at])
+                at += 1
+            if sent:
+                views[at] = views[at][sent:]
+            self._check_aborted()
+
+    def receive_into(self, view: memoryview) -> int:
+        assert len(view), "receive_into an empty view"
+        self._check(outgoing=False)
+        while not self._at_end:
+            try:
+                count = os.readv(self._fd, [view])
+            except BlockingIOError:
+                self._wait(select.POLLIN)
+                continue
+            except OSError as error:
+                raise self._failed(error) from None
+            if count:
+                return count
+            self._ended()
+            self._at_end = True
+        return 0
+
+    def wait_readable(self, seconds: float) -> bool:
+        self._check(outgoing=False)
+        return self._at_end or self._wait(select.POLLIN, seconds)
+
+    def send_eof(self) -> None:
+        self._check(outgoing=True)
+        if not self._at_end:
+            self._at_end = True
+            self._finish()
+
+    def abort(self) -> None:
+        with self._lock:
+            if not self._aborted and not self._closed:
+                self._aborted = True
+                self._wake.set()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._leave()
+        self._let_go()
+        self._wake.close()
+
+    # -- for subclasses --------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """All was sent: make it final. Raises ChannelError, Interrupted."""
+        self._let_go()
+
+    def _ended(self) -> None:
+        """The descriptor has nothing more to read: raise ChannelError when that is no clean end."""
+
+    def _leave(self) -> None:
+        """close() was called, after _finish or without it. Never raises."""
+
+    def _let_go(self) -> None:
+        """Close the descriptor, once."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(fd, fcntl.F_SETFL, self._flags)  # others may share the open file
+            os.close(fd)
+
+    def _failed(self, error: OSError) -> ChannelError:
+        """The error to raise, now and ever after."""
+        self._failure = self._failure or f"{self.peer}: {reason(error)}"
+        return ChannelError(self._failure)
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def _check_aborted(self) -> None:
+        if self._aborted:
+            raise Interrupted(f"{self.peer}: cancelled")
+
+    def _check(self, *, outgoing: bool) -> None:
+        self._check_aborted()
+        if self._failure:
+            raise ChannelError(self._failure)
+        assert not self._closed, "use of a closed channel"
+        if outgoing != self._outgoing:
+            raise ChannelError(f"{self.peer}: bytes go one way only here, from the source to the destination")
+
+    def _wait(self, events: int, seconds: float | None = None) -> bool:
+        try:
+            return self._wake.wait_for(self._fd, events, seconds)
+        except Interrupted:
+            self._check_aborted()
+            raise
+
+
+class OneShotListener(Listener):
+    """A source that is there already: accept() gives its one channel, and then no more.
+
+    opens    makes the channel; may wait on the interrupt
+    closes   lets go of what `opens` would have used; called when no channel was made
+    """
+
+    def __init__(
+        self, uri: MigrationUri, opens: Callable[[Interrupt], Channel], closes: Callable[[], None] = lambda: None
+    ) -> None:
+        self.uri = uri
+        self._opens = opens
+        self._closes = closes
+        self._used = False
+
+    def accept(self, interrupt: Interrupt) -> Channel:
+        interrupt.check()
+        if self._used:
+            raise ChannelError(f"{self.uri}: there is one stream, and it was taken already")
+        channel = self._opens(interrupt)
+        self._used = True
+        return channel
+
+    def close(self) -> None:
+        if not self._used:
+            self._used = True
+            self._closes()

@@ -1,0 +1,203 @@
+"""file: in particular: a stream is there whole, or what was there before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from corefw_transport_exec import FileTransport
+
+from corefw.channel import Channel, Interrupt
+from corefw.errors import ChannelError, Interrupted
+from corefw.testing.tasks import Task
+from corefw.uri import MigrationUri
+
+NEVER = Interrupt()
+"""An interrupt that nobody sets."""
+
+
+def outgoing(path: Path | str) -> Channel:
+    return FileTransport(MigrationUri("file", str(path))).connect(NEVER)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(one.name for one in folder.iterdir())
+
+
+def receive_all(path: Path) -> bytes:
+    room, got = memoryview(bytearray(65536)), b""
+    with FileTransport(MigrationUri("file", str(path))).listen() as listener, listener.accept(NEVER) as channel:
+        while count := channel.receive_into(room):
+            got += room[:count]
+    return got
+
+
+def test_the_name_comes_with_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "guest"
+    with outgoing(path) as channel:
+        channel.send(b"all of it")
+        assert not path.exists()
+        channel.send_eof()
+        assert path.read_bytes() == b"all of it"
+    assert names(tmp_path) == ["guest"]
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert receive_all(path) == b"all of it"
+
+
+@pytest.mark.parametrize("how", ["close", "abort", "error"])
+def test_a_failed_save_keeps_the_old_file(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "guest"
+    path.write_bytes(b"the old one")
+    with contextlib.suppress(ZeroDivisionError), outgoing(path) as channel:
+        channel.send(b"half of it")
+        if how == "abort":
+            channel.abort()
+            with pytest.raises(Interrupted):
+                channel.send_eof()
+        if how == "error":
+            raise ZeroDivisionError
+    assert path.read_bytes() == b"the old one"
+    assert names(tmp_path) == ["guest"]
+
+
+def test_it_keeps_mode_and_links(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_bytes(b"old")
+    real.chmod(0o640)
+    link.symlink_to("real")
+    with outgoing(link) as channel:
+        channel.send(b"new")
+        channel.send_eof()
+    assert link.is_symlink()
+    assert real.read_bytes() == b"new"
+    assert real.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("missing", "no such file"), ("folder", "is a directory"), ("file/below", "not a directory")],
+)
+def test_what_cannot_be_read_is_told_before_anything_waits(tmp_path: Path, name: str, expected: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ChannelError, match=f"file:{tmp_path}/{name}: {expected}"):
+        FileTransport(MigrationUri("file", f"{tmp_path}/{name}")).listen()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("none/below", "no such file"), ("folder", "is a directory"), ("file/below", "not a directory")],
+)
+def test_what_cannot_be_written_is_told_at_once(tmp_path: Path, name: str, expected: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ChannelError, match=f"file:{tmp_path}/{name}: {expected}"):
+        outgoing(tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may do everything")
+def test_no_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ChannelError, match="permission denied"):
+        outgoing(tmp_path / "x")
+
+
+def test_a_full_device() -> None:
+    with outgoing("/dev/full") as channel, pytest.raises(ChannelError, match="file:/dev/full: no space left on device"):
+        channel.send(b"x")
+
+
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    """On a real file system of 1 MiB, in a mount namespace of its own."""
+    script = textwrap.dedent("""
+        import os, sys
+        from pathlib import Path
+        from corefw_transport_exec import FileTransport
+        from corefw.channel import Interrupt
+        from corefw.errors import ChannelError
+        from corefw.uri import MigrationUri
+
+        path = Path(sys.argv[1], "guest")
+        path.write_bytes(b"the old one")
+        with FileTransport(MigrationUri("file", str(path))).connect(Interrupt()) as channel:
+            try:
+                channel.send(bytes(4 << 20))
+                channel.send_eof()
+            except ChannelError as error:
+                print(error)
+        print(path.read_bytes().decode(), os.listdir(sys.argv[1]))
+    """)
+    mount = 'mount -t tmpfs -o size=1m none "$1" || exit 77; exec "$2" -c "$3" "$1"'
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", mount, "-", str(tmp_path), sys.executable, script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip(f"cannot make a mount namespace: {done.stderr.strip()}")
+    expected = f"file:{tmp_path}/guest: no space left on device\nthe old one ['guest']\n"
+    assert (done.stdout, done.stderr) == (expected, "")
+
+
+def test_devices_and_standard_output() -> None:
+    with outgoing("/dev/null") as channel:
+        channel.send(b"x")
+        channel.send_eof()
+    script = (
+        "from corefw_transport_exec import FileTransport; from corefw.channel import Interrupt\n"
+        "from corefw.uri import MigrationUri\n"
+        "with FileTransport(MigrationUri('file', '/dev/stdout')).connect(Interrupt()) as channel:\n"
+        "    channel.send(b'the stream'); channel.send_eof()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert done.stdout == b"the stream"
+
+
+def test_standard_output_that_is_a_file_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    script = (
+        "from corefw_transport_exec import FileTransport; from corefw.channel import Interrupt\n"
+        "from corefw.uri import MigrationUri\n"
+        "with FileTransport(MigrationUri('file', '/dev/fd/1')).connect(Interrupt()) as channel:\n"
+        "    channel.send(b'the stream'); channel.send_eof()\n"
+    )
+    with path.open("wb") as file:
+        inode = path.stat().st_ino
+        subprocess.run([sys.executable, "-c", script], stdout=file, check=True)
+    assert (path.read_bytes(), path.stat().st_ino) == (b"the stream", inode)
+
+
+def test_a_fifo_joins_two(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+
+    def send() -> None:
+        with outgoing(fifo) as channel:
+            channel.send(b"through a fifo")
+            channel.send_eof()
+
+    sending = Task("send", send)
+    sending.let_block()
+    assert receive_all(fifo) == b"through a fifo"
+    sending.result()
+
+
+def test_waiting_for_a_fifo_can_be_interrupted(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    transport = FileTransport(MigrationUri("file", str(fifo)))
+    with transport.listen() as listener:
+        interrupted(listener.accept)
+    interrupted(transport.connect)
+
+
+def interrupted(wait: Callable[[Interrupt], Channel]) -> None:
+    interrupt = Interrupt()
+    waiting = Task("wait", wait, interrupt)
+    waiting.let_block()
+    interrupt.set()
+    assert isinstance(waiting.error(), Interrupted)
+    interrupt.close()
