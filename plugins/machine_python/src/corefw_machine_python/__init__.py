@@ -1,0 +1,31 @@
+"""The machine "python": an ordinary Python program as the guest.
+
+    guest          what a program's author writes against: Program, array, field, option
+    declarations   what a program class declares, checked; nothing here runs user code
+    loading        from "heat.py:Heat" to the class
+    protocol       the messages between the engine and the guest's process
+    guestmain      the guest's process: maps the arrays, runs the program
+    process        the engine's end of it: spawns, asks, hears of its death
+    table          a program's fields as a VMState
+    machine        PythonMachine, put together from these
+    programs       the bundled programs
+
+The guest imports this package too, so the engine's half is loaded only when it is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from corefw_machine_python.machine import PythonMachine
+
+__all__ = ["PythonMachine"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "PythonMachine":
+        from corefw_machine_python.machine import PythonMachine  # noqa: PLC0415 - see above
+
+        return PythonMachine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

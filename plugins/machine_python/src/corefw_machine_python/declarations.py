@@ -1,0 +1,286 @@
+"""What a program declares: arrays (its RAM), fields (its device state) and options (what --opt takes).
+
+The law: a declaration is a descriptor on the class and says everything about one name; a wrong one raises TypeError or
+ValueError when the class is made, a wrong value when it is assigned, both naming the program's own line as the place.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Protocol, overload
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from corefw.errors import UsageError
+from corefw.quantities import parse_size
+
+Shape = int | tuple[int, ...]
+Value = int | float | bool | bytes | str
+
+INTEGERS: Final = {f"{sign}{bits}": (sign, bits) for sign in "ui" for bits in (8, 16, 32, 64)}
+ALIASES: Final = {"double": "f64"}
+_SIZED: Final = re.compile(r"(bytes|str)\[([1-9][0-9]*)\]\Z")
+MAX_SIZED: Final = 1 << 20
+"""Bytes that one field may have; what is larger is an array."""
+
+_TRUTH: Final = {
+    "on": True,
+    "yes": True,
+    "true": True,
+    "1": True,
+    "off": False,
+    "no": False,
+    "false": False,
+    "0": False,
+}
+
+
+class Options(Mapping[str, Any]):
+    """A program's options: `options["dirty-rate"]`, or `options.dirty_rate`."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __getattr__(self, name: str) -> Any:
+        for spelt in (name, name.replace("_", "-")):
+            if spelt in self.__dict__.get("_values", {}):
+                return self._values[spelt]
+        raise AttributeError(f"no option '{name}' (the program declares: {', '.join(self) or 'none'})")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def parse_truth(text: str) -> bool:
+    """ "on", "yes", "true", "1" and their opposites."""
+    if text.lower() not in _TRUTH:
+        raise UsageError(f"'{text}' is neither on nor off")
+    return _TRUTH[text.lower()]
+
+
+_PARSERS: Final[Mapping[type, Callable[[str], object]]] = {bool: parse_truth, int: int, float: float, str: str}
+
+
+class Option:
+    """See guest.option()."""
+
+    def __init__(self, name: str, default: object, kind: Callable[[str], object] | None, help_text: str) -> None:
+        self.name = name
+        self.help = help_text
+        self._parse = kind or _PARSERS.get(type(default), str)
+        self.default = self.parse(default) if isinstance(default, str) else default
+
+    def parse(self, text: str) -> object:
+        """The value of what stands behind `--opt NAME=`. Raises UsageError."""
+        try:
+            return self._parse(text)
+        except UsageError as error:
+            raise UsageError(f"option '{self.name}': {error}") from None
+        except (ValueError, TypeError, ArithmeticError):
+            kind = getattr(self._parse, "__name__", "value")
+            like = f"as in {self.name}={self.default}" if hasattr(self, "default") else "its own default"
+            raise UsageError(f"option '{self.name}': '{text}' is no {kind} ({like})") from None
+
+
+class HasOptions(Protocol):
+    """What a descriptor needs of the program that it is on."""
+
+    options: Options
+
+
+class Array:
+    """See guest.array()."""
+
+    def __init__(self, name: str, shape: Shape | Callable[[Any], Shape], dtype: DTypeLike) -> None:
+        if not 0 < len(name.encode()) < 256:
+            raise ValueError(f"an array's name has 1 to 255 bytes, got '{name}'")
+        self.name = name
+        self._shape = shape
+        self.dtype = np.dtype(dtype)
+        if self.dtype.hasobject:
+            raise TypeError(f"array '{name}': Python objects ({self.dtype}) cannot be in RAM that moves")
+        self._attribute = name
+
+    def __set_name__(self, owner: type, attribute: str) -> None:
+        self._attribute = attribute
+
+    def shape(self, options: Options) -> tuple[int, ...]:
+        """The shape with these options. Raises UsageError."""
+        try:
+            shape = self._shape(options) if callable(self._shape) else self._shape
+            sizes = (shape,) if isinstance(shape, int) else tuple(operator.index(size) for size in shape)
+        except UsageError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the author's own function: it may raise anything
+            raise UsageError(f"array '{self.name}' has no shape with these options: {error}") from None
+        if any(size <= 0 for size in sizes):
+            raise UsageError(f"array '{self.name}' would have the shape {sizes}: every size has to be at least 1")
+        return sizes
+
+    @overload
+    def __get__(self, program: None, owner: type) -> Array: ...
+    @overload
+    def __get__(self, program: HasOptions, owner: type) -> NDArray[Any]: ...
+    def __get__(self, program: HasOptions | None, owner: type) -> Array | NDArray[Any]:
+        if program is None:
+            return self
+        array: NDArray[Any] | None = program.__dict__.get(self._attribute)
+        if array is None:
+            raise AttributeError(f"array '{self.name}' is not there yet: use it from setup(), after_start() or tick()")
+        return array
+
+    def __set__(self, program: HasOptions, value: object) -> None:
+        # `self.grid += 1` assigns the array to itself.
+        if value is not program.__dict__.get(self._attribute):
+            name = self._attribute
+            raise AttributeError(f"an array's memory stays where it is: write into it, as in self.{name}[...] = value")
+
+    def bind(self, program: HasOptions, memory: NDArray[np.uint8]) -> None:
+        """Let the attribute be the first bytes of this memory."""
+        shape = self.shape(program.options)
+        length = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
+        program.__dict__[self._attribute] = memory[:length].view(self.dtype).reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class FieldType:
+    """What a field holds. `size` is in bytes, for "bytes" and "str"."""
+
+    kind: str
+    size: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> FieldType:
+        """ "u64", "f64", "bool", "bytes[16]", "str[40]". Raises ValueError."""
+        kind = ALIASES.get(text, text)
+        if kind in INTEGERS or kind in ("f64", "bool"):
+            return cls(kind)
+        sized = _SIZED.match(text)
+        if sized is None or int(sized[2]) > MAX_SIZED:
+            known = ", ".join([*INTEGERS, "f64", "bool", "bytes[N]", "str[N]"])
+            raise ValueError(f"'{text}' is no type of field: expected one of {known} (N at most {MAX_SIZED})")
+        return cls(sized[1], int(sized[2]))
+
+    def __str__(self) -> str:
+        return f"{self.kind}[{self.size}]" if self.size else self.kind
+
+    @property
+    def zero(self) -> Value:
+        zeros: dict[str, Value] = {"f64": 0.0, "bool": False, "bytes": bytes(self.size), "str": ""}
+        return zeros.get(self.kind, 0)
+
+    def check(self, value: object) -> Value:
+        """The value as it is kept. Raises TypeError, ValueError: a phrase that goes behind the field's name."""
+        if self.kind in INTEGERS:
+            return self._check_integer(value)
+        if self.kind == "f64":
+            if not isinstance(value, int | float | np.number):
+                raise TypeError(f"is f64, got {value!r}")
+            return float(value)
+        if self.kind == "bool":
+            if not isinstance(value, bool | np.bool_):
+                raise TypeError(f"is bool, got {value!r}")
+            return bool(value)
+        return self._check_bytes(value)
+
+    def _check_integer(self, value: object) -> int:
+        sign, bits = INTEGERS[self.kind]
+        low, high = (0, (1 << bits) - 1) if sign == "u" else (-(1 << bits - 1), (1 << bits - 1) - 1)
+        try:
+            number = operator.index(value)  # type: ignore[arg-type]  # whatever is no integer raises TypeError
+        except TypeError:
+            raise TypeError(f"is {self.kind}, got {value!r}") from None
+        if not low <= number <= high:
+            raise ValueError(f"is {self.kind}: {number} is not in {low} to {high}")
+        return number
+
+    def _check_bytes(self, value: object) -> bytes | str:
+        text = isinstance(value, str)
+        if text is not (self.kind == "str") or not isinstance(value, str | bytes | bytearray | memoryview):
+            raise TypeError(f"is {self}, got {value!r}")
+        data = value.encode() if isinstance(value, str) else bytes(value)
+        if len(data) > self.size:
+            raise ValueError(f"is {self}: {len(data)} bytes are too many")
+        if isinstance(value, str):
+            if "\0" in value:
+                raise ValueError(f"is {self}: text with a NUL")
+            return value
+        return data.ljust(self.size, b"\0")
+
+
+class Field:
+    """See guest.field()."""
+
+    def __init__(self, kind: str, default: Value | None, since: int) -> None:
+        self.type = FieldType.parse(kind)
+        self.default = self.type.zero if default is None or default == 0 else self.type.check(default)
+        self.since = since
+        self.name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, program: None, owner: type) -> Field: ...
+    @overload
+    def __get__(self, program: object, owner: type) -> Any: ...
+    def __get__(self, program: object | None, owner: type) -> Any:
+        return self if program is None else program.__dict__.get(self.name, self.default)
+
+    def __set__(self, program: object, value: object) -> None:
+        try:
+            program.__dict__[self.name] = self.type.check(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"field '{self.name}' {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Declarations:
+    """All that a program class declares, its bases' first, in the order of the source."""
+
+    arrays: tuple[Array, ...]
+    fields: tuple[Field, ...]
+    options: tuple[Option, ...]
+
+    MAX_ARRAYS: ClassVar[int] = 250
+    """The kernel passes at most 253 descriptors in one message."""
+
+    @classmethod
+    def of(cls, program: type) -> Declarations:
+        """Raises ValueError when the class declares a name twice."""
+        found: dict[str, object] = {}
+        for base in reversed(program.__mro__):
+            found.update(vars(base))
+        arrays = tuple(one for one in found.values() if isinstance(one, Array))
+        options = tuple(one for one in found.values() if isinstance(one, Option))
+        for what, names in (("arrays", [one.name for one in arrays]), ("options", [one.name for one in options])):
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise ValueError(f"two {what} have the name '{min(twice)}'")
+        if len(arrays) > cls.MAX_ARRAYS:
+            raise ValueError(f"{len(arrays)} arrays are more than the {cls.MAX_ARRAYS} that a program can have")
+        return cls(arrays, tuple(one for one in found.values() if isinstance(one, Field)), options)
+
+    def parse_options(self, given: Mapping[str, str]) -> Options:
+        """What `--opt` said, with the defaults. Raises UsageError."""
+        known = {option.name: option for option in self.options}
+        if wrong := next((name for name in given if name not in known), None):
+            listed = ", ".join(known) or "none"
+            raise UsageError(f"the program has no option '{wrong}' (its options: {listed})")
+        return Options(
+            {name: option.parse(given[name]) if name in given else option.default for name, option in known.items()}
+        )
+
+
+def size(text: str) -> int:
+    """ "512M" -> bytes, for guest.option(kind=guest.size)."""
+    return parse_size(text)

@@ -1,0 +1,287 @@
+"""The guest's process: `python -m corefw_machine_python.guestmain LINK LIFELINE`, two descriptor numbers.
+
+The law: between two ticks it looks whether the engine wants something; the program's code runs nowhere else. It dies
+with the engine: the lifeline is a pipe whose other end only the engine holds, and the kernel kills this process when
+that is closed, whatever it does at that moment (PR_SET_PDEATHSIG would be about the thread that spawned it).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corefw.errors import MigfwError, UsageError
+from corefw.memory import pagemap
+from corefw_machine_python.declarations import Declarations, Field
+from corefw_machine_python.guest import Program
+from corefw_machine_python.loading import load_program
+from corefw_machine_python.protocol import Link, Message
+
+Answer = tuple[Message, list[int]]
+F_SETSIG: Final = 10
+
+
+class _Stranger(MigfwError):
+    """The engine asked for what is not in the protocol, or at the wrong time."""
+
+
+class Guest:
+    """The program and where it stands."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._program_made: Program | None = None
+        self._declared = Declarations((), (), ())
+        self._memory: list[NDArray[np.uint8]] = []
+        self._running = False
+        self._set_up = False
+        self._started = False  # after_start() was called and before_stop() was not
+        self._known_attributes: set[str] = set()
+        self._percent = 0
+        self._nap = 0.0
+        self._commands: dict[str, Callable[[Message, list[int]], Answer]] = {
+            "load": self._load,
+            "map": self._map,
+            "start": self._start,
+            "resume": self._resume,
+            "stop": self._stop,
+            "verify": self._verify,
+            "throttle": self._throttle,
+        }
+
+    @property
+    def _program(self) -> Program:
+        if self._program_made is None:
+            raise _Stranger("there is no program yet")
+        return self._program_made
+
+    def serve(self) -> int:
+        """Until the engine says "quit" or is gone, or the program ends. The process's exit status."""
+        while True:
+            if self._running and not self._link.ready(self._nap):
+                try:
+                    self._step()
+                except BaseException as error:  # noqa: BLE001 - a user's code: whatever it raises ends the guest
+                    return self._ended(error)
+                if self._program.__dict__.get("finished"):
+                    return self._ended(None)
+                continue
+            received = self._link.receive()
+            if received is None or received[0].get("command") == "quit":
+                return 0
+            self._link.send(*self._answer(*received))
+
+    def _step(self) -> None:
+        began = time.monotonic()
+        if not self._set_up:
+            self._program.setup()
+            self._set_up = True
+        if not self._started:
+            self._after_start()
+        self._program.tick()
+        took = time.monotonic() - began
+        self._nap = took * self._percent / (100 - self._percent) if self._percent else 0.0
+
+    def _after_start(self) -> None:
+        """What after_start() sets need not be declared: it is set again wherever the program arrives."""
+        before = set(vars(self._program))
+        self._started = True
+        self._program.after_start()
+        self._known_attributes |= set(vars(self._program)) - before
+
+    def _ended(self, error: BaseException | None) -> int:
+        finished = error is None or (isinstance(error, SystemExit) and not error.code)
+        message: Message = {"event": "ended", "values": self._values(), "reason": None, "traceback": ""}
+        if error is not None and not finished:
+            message |= {"reason": _reason(error), "traceback": _traceback(error)}
+        sys.stdout.flush()
+        self._link.send(message)
+        return 0 if finished else 1
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def _answer(self, request: Message, fds: list[int]) -> Answer:
+        identity: Message = {"id": request.get("id")}
+        try:
+            command = self._commands.get(str(request.get("command")))
+            if command is None:
+                raise _Stranger(f"no request '{request.get('command')}'")
+            answer, sent = command(request, fds)
+        except MigfwError as error:
+            return identity | {"error": str(error), "usage": isinstance(error, UsageError), "traceback": ""}, []
+        except Exception as error:  # noqa: BLE001 - a user's code may raise anything; the engine gets to know
+            return identity | {"error": _reason(error), "usage": False, "traceback": _traceback(error)}, []
+        return identity | {"ok": True} | answer, sent
+
+    def _load(self, request: Message, _fds: list[int]) -> Answer:
+        kind = load_program(request["program"])
+        try:
+            self._declared = Declarations.of(kind)
+        except ValueError as error:
+            raise UsageError(f"program '{kind.__name__}': {error}") from None
+        options = self._declared.parse_options(request["options"])
+        self._program_made = kind(options)
+        self._known_attributes = {"options", *(field.name for field in self._declared.fields)}
+        sizes = [(array, array.shape(options)) for array in self._declared.arrays]
+        return {
+            "name": kind.__name__,
+            "version": kind.version,
+            "minimum_version": kind.version if kind.minimum_version is None else kind.minimum_version,
+            "stop_timeout": kind.stop_timeout,
+            "arrays": [
+                {"name": array.name, "dtype": array.dtype.descr, "shape": shape, "length": _length(array.dtype, shape)}
+                for array, shape in sizes
+            ],
+            "fields": [{"name": one.name, "type": str(one.type), "since": one.since} for one in self._declared.fields],
+            "values": self._values(),
+        }, []
+
+    def _map(self, _request: Message, fds: list[int]) -> Answer:
+        for array, fd in zip(self._declared.arrays, fds, strict=True):
+            mapping = mmap.mmap(fd, os.fstat(fd).st_size)
+            os.close(fd)
+            # The dirty log watches this process: a forked one shall not write unseen.
+            mapping.madvise(mmap.MADV_DONTFORK)
+            self._memory.append(np.frombuffer(mapping, dtype=np.uint8))
+            array.bind(self._program, self._memory[-1])
+        self._known_attributes |= set(vars(self._program))
+        addresses = [memory.ctypes.data for memory in self._memory]
+        if reason := pagemap.unsupported():
+            return {"addresses": addresses, "reason": reason}, []
+        tracker = pagemap.open_tracker()
+        return {"addresses": addresses, "reason": ""}, [tracker.userfaultfd, tracker.pagemap]
+
+    def _start(self, request: Message, _fds: list[int]) -> Answer:
+        self._set_values(request)
+        if self._set_up and not self._started:
+            self._after_start()
+        self._running = True
+        return {}, []
+
+    def _resume(self, _request: Message, _fds: list[int]) -> Answer:
+        if self._set_up and not self._started:
+            self._after_start()
+        self._running = True
+        return {}, []
+
+    def _stop(self, _request: Message, _fds: list[int]) -> Answer:
+        if self._started:
+            self._program.before_stop()
+            self._started = False
+        self._running = False
+        sys.stdout.flush()
+        undeclared = sorted(set(vars(self._program)) - self._known_attributes)
+        return {"values": self._values(), "set_up": self._set_up, "undeclared": undeclared}, []
+
+    def _verify(self, request: Message, _fds: list[int]) -> Answer:
+        if type(self._program).verify is Program.verify:
+            raise UsageError(f"program '{type(self._program).__name__}' cannot verify itself: it has no verify()")
+        if request["values"] is not None:
+            self._set_values(request)
+        return {"facts": dict(self._program.verify() or {})}, []
+
+    def _throttle(self, request: Message, _fds: list[int]) -> Answer:
+        self._percent = min(99, max(0, int(request["percent"])))
+        self._nap = 0.0
+        return {}, []
+
+    # -- fields ----------------------------------------------------------------------------------------------------
+
+    def _values(self) -> list[Any]:
+        return [_encode(one, getattr(self._program, one.name)) for one in self._declared.fields]
+
+    def _set_values(self, request: Message) -> None:
+        for one, value in zip(self._declared.fields, request["values"], strict=True):
+            setattr(self._program, one.name, _decode(one, value))
+        self._set_up = request["set_up"]
+
+
+def _encode(field: Field, value: Any) -> object:
+    if field.type.size:
+        data = value.encode() if isinstance(value, str) else bytes(value)
+        return data.ljust(field.type.size, b"\0").hex()
+    return value
+
+
+def _decode(field: Field, value: Any) -> object:
+    if not field.type.size:
+        return value
+    data = bytes.fromhex(value)
+    return data.rstrip(b"\0").decode() if field.type.kind == "str" else data
+
+
+def _length(dtype: np.dtype[Any], shape: Sequence[int]) -> int:
+    length = dtype.itemsize
+    for size in shape:
+        length *= int(size)
+    return length
+
+
+# -- what went wrong in a user's code ----------------------------------------------------------------------------------
+
+
+def _of_the_program(error: BaseException) -> TracebackType | None:
+    """The error's traceback from where it left this module."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return trace
+
+
+def _reason(error: BaseException) -> str:
+    """One line: "ZeroDivisionError: division by zero (heat.py, line 12, in tick)"."""
+    text = traceback.format_exception_only(error)[-1].strip()
+    frames = traceback.extract_tb(_of_the_program(error))
+    if not frames:
+        return text
+    last = frames[-1]
+    return f"{text} ({Path(last.filename).name}, line {last.lineno}, in {last.name})"
+
+
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(type(error), error, _of_the_program(error)))
+
+
+# -- the process -------------------------------------------------------------------------------------------------------
+
+
+def die_with_the_engine(lifeline: int) -> None:
+    """Have the kernel send SIGKILL when the last writer of this pipe is gone."""
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+    poll = select.poll()
+    poll.register(lifeline, 0)
+    if poll.poll(0):  # it went before we asked
+        os._exit(1)
+
+
+def main(link: int, lifeline: int) -> int:
+    die_with_the_engine(lifeline)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which ends us
+    for fd in (link, lifeline):
+        os.set_inheritable(fd, False)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a real file, here in a process of our own
+    try:
+        return Guest(Link(socket.socket(fileno=link))).serve()
+    except OSError:
+        return 1  # the engine has gone, and so do we
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, sys.argv[1:3])))

@@ -1,0 +1,95 @@
+"""From the words on the command line to a program class: "heat.py:Heat", "package.module:Heat", or a bundled name.
+
+The law: whatever is wrong with the name or the module is a UsageError that says what would be right. Runs in the
+guest's process only: the engine never imports a user's code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+from corefw.errors import UsageError
+from corefw_machine_python.guest import Program
+
+BUNDLED: Final = {
+    "life": "corefw_machine_python.programs.life:Life",
+    "stress": "corefw_machine_python.programs.stress:Stress",
+}
+
+EXPECTED: Final = f"expected FILE.py:CLASS, PACKAGE.MODULE:CLASS, or one of {', '.join(BUNDLED)}"
+
+
+def load_program(name: str) -> type[Program]:
+    """The class. Raises UsageError."""
+    place, colon, class_name = BUNDLED.get(name, name).rpartition(":")
+    if not colon or not class_name:
+        raise UsageError(_which_class(name.rstrip(":")))
+    module = _load(place, name)
+    found = getattr(module, class_name, None)
+    if isinstance(found, type) and issubclass(found, Program):
+        return found
+    has = f"its programs: {', '.join(_programs(module)) or 'none'}"
+    if found is None:
+        raise UsageError(f"'{place}' has no class '{class_name}' ({has})")
+    raise UsageError(f"'{name}' is no program: expected a subclass of guest.Program ({has})")
+
+
+def _which_class(place: str) -> str:
+    """What to say to a name without a class."""
+    if place.endswith(".py") and Path(place).is_file():
+        programs = _programs(_load(place, place))
+        if programs:
+            return f"'{place}' does not say which class: expected {' or '.join(f'{place}:{one}' for one in programs)}"
+        return f"'{place}' has no program in it: expected a class that is a subclass of guest.Program"
+    return f"'{place}' is no program: {EXPECTED}"
+
+
+def _programs(module: ModuleType) -> list[str]:
+    return [
+        name
+        for name, one in vars(module).items()
+        if isinstance(one, type) and issubclass(one, Program) and one is not Program and not name.startswith("_")
+    ]
+
+
+def _load(place: str, name: str) -> ModuleType:
+    try:
+        return _load_file(Path(place)) if place.endswith(".py") else _load_module(place, name)
+    except UsageError:
+        raise
+    except Exception as error:  # the user's own module: it may raise anything
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        line = error.lineno if isinstance(error, SyntaxError) else last.lineno
+        file = error.filename if isinstance(error, SyntaxError) else last.filename
+        what = error.msg if isinstance(error, SyntaxError) else error
+        raise UsageError(f"cannot load '{place}': {type(error).__name__}: {what} ({file}, line {line})") from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UsageError(f"no file '{path}'")
+    # As Python does it for a script: modules beside the file can be imported.
+    sys.path.insert(0, str(path.resolve().parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _load_module(place: str, name: str) -> ModuleType:
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise UsageError(f"'{name}' is no program: {EXPECTED}")
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (place + ".").startswith(error.name + "."):
+            raise  # a module that the user's module wanted
+        raise UsageError(f"no module '{place}' can be imported here ({EXPECTED})") from None

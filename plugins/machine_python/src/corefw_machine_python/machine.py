@@ -1,0 +1,217 @@
+"""PythonMachine: a program in a process of its own, its arrays in memfds that both map.
+
+The law: while the guest runs, its process has the truth about the fields; while it is stopped, the state object behind
+devices() has. start() hands the one over, stop() the other. Where an order to the guest fails or takes too long, the
+guest stays in the state that it was in.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from corefw.errors import MachineError, UsageError
+from corefw.machine import Device, Machine, MachineConfig, RamBlock, RunState
+from corefw.memory.blocks import MemfdBlock
+from corefw.memory.logs import best_dirty_log
+from corefw.memory.pagemap import Tracker
+from corefw_machine_python.loading import BUNDLED, EXPECTED
+from corefw_machine_python.process import START_TIMEOUT, Ending, GuestProcess, GuestTimeout
+from corefw_machine_python.table import SET_UP, get_values, make_device, set_values
+
+log = logging.getLogger(__name__)
+
+PAGE_SIZE: Final = 4096
+VERIFY_TIMEOUT: Final = 600.0
+DEAD: Final = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
+
+Observer = Callable[[RunState, RunState], None]
+
+
+class PythonMachine(Machine):
+    """See the module, and corefw.machine.Machine for what each method promises.
+
+    `config.program` is a program's name (see loading); `config.options` are those that its class declares. Raises
+    UsageError for a wrong name or option, MachineError where the process or the memory cannot be had.
+    """
+
+    kind = "python"
+
+    def __init__(self, config: MachineConfig) -> None:
+        if config.program is None:
+            raise UsageError(f"which program? {EXPECTED}")
+        self._program = config.program
+        self._run_state = RunState.INMIGRATE if config.incoming else RunState.PRELAUNCH
+        self._reason: str | None = None
+        self._observers: list[Observer] = []
+        self._lock = threading.Lock()
+        self._blocks: list[MemfdBlock] = []
+        self._tracker: Tracker | None = None
+        self._told_undeclared = False
+        self._guest = GuestProcess(self._guest_ended)
+        try:
+            self._load(config)
+            self._map()
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, config: MachineConfig) -> None:
+        self._loaded, _ = self._guest.ask(
+            "load", START_TIMEOUT, program=config.program, options=dict(config.options), incoming=config.incoming
+        )
+        try:
+            self._device = make_device(self._loaded)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        for array in self._loaded["arrays"]:
+            length = -(-array["length"] // PAGE_SIZE) * PAGE_SIZE
+            self._blocks.append(MemfdBlock(array["name"], length, PAGE_SIZE))
+
+    def _map(self) -> None:
+        answer, fds = self._guest.ask("map", START_TIMEOUT, fds=[block.fd for block in self._blocks])
+        if fds:
+            self._tracker = Tracker(*fds)
+        for block, address in zip(self._blocks, answer["addresses"], strict=True):
+            block.dirty_log = best_dirty_log(block, self._tracker, address, answer["reason"])
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return f"python/{self._loaded['name']}"
+
+    @property
+    def pid(self) -> int:
+        """The guest's process."""
+        return self._guest.pid
+
+    def ram_blocks(self) -> Sequence[RamBlock]:
+        return tuple(self._blocks)
+
+    def devices(self) -> Sequence[Device]:
+        return (self._device,)
+
+    def information(self) -> Mapping[str, object]:
+        fields = zip(self._loaded["fields"], get_values(self._device, self._loaded["fields"]), strict=True)
+        return {
+            "program": BUNDLED.get(self._program, self._program),
+            "pid": self._guest.pid,
+            "ram": {block.idstr: block.length for block in self._blocks},
+            "dirty-log": {block.idstr: type(block.dirty_log).__name__ for block in self._blocks},
+            "fields": {} if self._run_state is RunState.RUNNING else {field["name"]: value for field, value in fields},
+            **({"error": self._reason} if self._reason else {}),
+        }
+
+    # -- run states ------------------------------------------------------------------------------------------------
+
+    @property
+    def run_state(self) -> RunState:
+        return self._run_state
+
+    def watch(self, observer: Observer) -> None:
+        self._observers.append(observer)
+
+    def set_run_state(self, state: RunState) -> None:
+        if self._run_state is RunState.RUNNING:
+            raise MachineError(f"the guest runs: stop it before its state becomes '{state}'")
+        self._change(state)
+
+    def _change(self, new: RunState) -> None:
+        """Dead is dead: no state follows it."""
+        with self._lock:
+            old = self._run_state
+            if old is new or old in DEAD:
+                return
+            self._run_state = new
+        for observer in list(self._observers):
+            observer(old, new)
+
+    def _guest_ended(self, ending: Ending) -> None:
+        if ending.values is not None:
+            set_values(self._device, self._loaded["fields"], ending.values)
+        self._reason = ending.reason
+        if ending.reason is None:
+            log.info("the program has finished")
+            self._change(RunState.SHUTDOWN)
+            return
+        if ending.traceback:
+            log.error("the guest's program failed:\n%s", ending.traceback.rstrip())
+        log.error("the guest has ended: %s", ending.reason)
+        self._change(RunState.INTERNAL_ERROR)
+
+    # -- start and stop --------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        if self._run_state is RunState.RUNNING:
+            return
+        try:
+            self._guest.ask("start", self._patience, **self._fields())
+        except GuestTimeout:
+            self._guest.tell("stop")
+            raise MachineError(
+                f"the guest did not start within {self._patience:g} s: after_start() takes longer"
+                f" (let '{self._loaded['name']}' have a larger stop_timeout)"
+            ) from None
+        self._change(RunState.RUNNING)
+
+    def stop(self, state: RunState) -> None:
+        if self._run_state in DEAD:
+            raise MachineError(f"the guest has ended{f': {self._reason}' if self._reason else ''}")
+        if self._run_state is not RunState.RUNNING:
+            self._change(state)
+            return
+        try:
+            answer, _ = self._guest.ask("stop", self._patience)
+        except GuestTimeout:
+            # It will find both requests behind the tick, and so run on.
+            self._guest.tell("resume")
+            raise MachineError(
+                f"the guest did not stop within {self._patience:g} s, for its tick() takes longer; it runs on"
+                f" (do less in a tick, or let '{self._loaded['name']}' have a larger stop_timeout)"
+            ) from None
+        set_values(self._device, self._loaded["fields"], answer["values"])
+        setattr(self._device.state, SET_UP, answer["set_up"])
+        self._warn_undeclared(answer["undeclared"])
+        self._change(state)
+
+    @property
+    def _patience(self) -> float:
+        return float(self._loaded["stop_timeout"])
+
+    def _fields(self) -> dict[str, Any]:
+        values = get_values(self._device, self._loaded["fields"])
+        return {"values": values, "set_up": getattr(self._device.state, SET_UP)}
+
+    def _warn_undeclared(self, names: Sequence[str]) -> None:
+        if names and not self._told_undeclared:
+            self._told_undeclared = True
+            log.warning(
+                "program '%s': %s will not move: declare guest.field() or guest.array(), or set it in after_start()",
+                self._loaded["name"],
+                ", ".join(f"'{name}'" for name in names),
+            )
+
+    # -- SupportsVerify, SupportsThrottle --------------------------------------------------------------------------
+
+    def verify(self) -> Mapping[str, object]:
+        """See SupportsVerify. Between two ticks of a guest that runs; its run state does not change."""
+        running = self._run_state is RunState.RUNNING
+        fields: dict[str, Any] = {"values": None, "set_up": None} if running else self._fields()
+        answer, _ = self._guest.ask("verify", VERIFY_TIMEOUT, **fields)
+        facts: Mapping[str, object] = answer["facts"]
+        return facts
+
+    def throttle(self, percent: int) -> None:
+        """See SupportsThrottle: the guest sleeps between ticks."""
+        self._guest.ask("throttle", self._patience, percent=percent)
+
+    def close(self) -> None:
+        self._guest.close()
+        for block in self._blocks:
+            block.close()
+        if self._tracker is not None:
+            self._tracker.close()
+            self._tracker = None

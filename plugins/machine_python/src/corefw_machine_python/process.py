@@ -1,0 +1,208 @@
+"""The engine's end of the guest's process: spawn it, ask it, hear of its death.
+
+The law: whoever asks gets an answer, an error, or the news that the guest is dead; nobody waits for ever. One thread
+reads everything that the guest says and reaps it; `on_end` is called from that thread, once, unless close() came
+first.
+
+The guest is an interpreter of its own in a session of its own: the terminal's Ctrl-C reaches the engine alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import queue
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from corefw.errors import MachineError, UsageError
+from corefw_machine_python.protocol import Link, Message
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT = 60.0
+"""Seconds that a fresh interpreter may take to import the program's module."""
+
+QUIT_TIMEOUT = 1.0
+
+
+class GuestTimeout(MachineError):
+    """The guest did not answer in time; it goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How the guest ended. `reason` is None where the program finished; `values` its last fields, None when unknown."""
+
+    reason: str | None
+    traceback: str = ""
+    values: Sequence[object] | None = None
+
+
+class GuestProcess:
+    """One guest. Thread-safe."""
+
+    def __init__(self, on_end: Callable[[Ending], None]) -> None:
+        """Raises MachineError when the process cannot be made."""
+        self._on_end = on_end
+        self._ids = itertools.count(1)
+        self._sending = threading.Lock()
+        self._waiting: dict[int, queue.SimpleQueue[tuple[Message, list[int]] | None]] = {}
+        self._lock = threading.Lock()
+        self._ended = False
+        self._closing = False
+        self._ending: Ending | None = None
+        ours, theirs = socket.socketpair()
+        lifeline, self._lifeline = os.pipe()
+        try:
+            # S: the interpreter that runs us, with our own module.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "corefw_machine_python.guestmain", str(theirs.fileno()), str(lifeline)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), lifeline),
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            os.close(self._lifeline)
+            raise MachineError(f"cannot start a process for the guest: {error.strerror}") from None
+        finally:
+            theirs.close()
+            os.close(lifeline)
+        self._link = Link(ours)
+        self._pidfd = os.pidfd_open(self._process.pid)
+        self._reader = threading.Thread(target=self._read, name=f"guest-{self._process.pid}", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    # -- asking ----------------------------------------------------------------------------------------------------
+
+    def ask(
+        self, command: str, seconds: float, *, fds: Sequence[int] = (), **fields: object
+    ) -> tuple[Message, list[int]]:
+        """The answer, and descriptors that are the caller's now.
+
+        Raises UsageError or MachineError as the guest answered, MachineError when it is dead, GuestTimeout.
+        """
+        number = next(self._ids)
+        answers: queue.SimpleQueue[tuple[Message, list[int]] | None] = queue.SimpleQueue()
+        with self._lock:
+            if self._ended or self._closing:
+                raise self._dead()
+            self._waiting[number] = answers
+        try:
+            self._send({"command": command, "id": number, **fields}, fds)
+            got = answers.get(timeout=seconds)
+        except queue.Empty:
+            raise GuestTimeout(f"the guest did not answer '{command}' within {seconds:g} s") from None
+        finally:
+            with self._lock:
+                self._waiting.pop(number, None)
+        if got is None:
+            raise self._dead()
+        answer, received = got
+        if "error" in answer:
+            if answer["traceback"]:
+                log.error("the guest's program failed in '%s':\n%s", command, answer["traceback"].rstrip())
+            raise (UsageError if answer["usage"] else MachineError)(answer["error"])
+        return answer, received
+
+    def tell(self, command: str, **fields: object) -> None:
+        """Ask without waiting; the answer is thrown away. Never raises."""
+        try:
+            self._send({"command": command, "id": 0, **fields}, ())
+        except MachineError:
+            log.debug("the guest has gone before it could be told '%s'", command)
+
+    def _send(self, message: Message, fds: Sequence[int]) -> None:
+        try:
+            with self._sending:
+                self._link.send(message, list(fds))
+        except OSError:
+            self._reader.join(QUIT_TIMEOUT)
+            raise self._dead() from None
+
+    def _dead(self) -> MachineError:
+        reason = self._ending.reason if self._ending else None
+        return MachineError(f"the guest has ended{f': {reason}' if reason else ''}")
+
+    # -- listening -------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        poll = select.poll()
+        poll.register(self._link, select.POLLIN)
+        poll.register(self._pidfd, select.POLLIN)
+        try:
+            while any(fd == self._link.fileno() for fd, _ in poll.poll()) or self._link.ready(0):
+                received = self._link.receive()
+                if received is None:
+                    break
+                self._received(*received)
+        except (OSError, ValueError) as error:
+            log.debug("the link to the guest broke: %s", error)
+        self._reap()
+
+    def _received(self, message: Message, fds: list[int]) -> None:
+        if message.get("event") == "ended":
+            self._ending = Ending(message["reason"], message["traceback"], message["values"])
+            return
+        with self._lock:
+            waiting = self._waiting.get(message.get("id", 0))
+        if waiting is not None:
+            waiting.put((message, fds))
+            return
+        for fd in fds:
+            os.close(fd)
+
+    def _reap(self) -> None:
+        """The link is closed or the process has ended: see to both, and tell everybody."""
+        try:
+            status = self._process.wait(QUIT_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        ending = self._ending or Ending(_how(status))
+        with self._lock:
+            self._ending = ending
+            self._ended = True
+            waiting = list(self._waiting.values())
+            closing = self._closing
+        for answers in waiting:
+            answers.put(None)
+        if not closing:
+            self._on_end(ending)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the guest: kindly, and then not. Idempotent; does not raise."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        self.tell("quit")
+        try:
+            self._process.wait(QUIT_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        if threading.current_thread() is not self._reader:
+            self._reader.join()
+        os.close(self._lifeline)
+        os.close(self._pidfd)
+        self._link.close()
+
+
+def _how(status: int) -> str:
+    if status < 0:
+        return f"its process was killed by {signal.Signals(-status).name}"
+    return f"its process ended with status {status}"

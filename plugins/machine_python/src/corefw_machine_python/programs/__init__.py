@@ -1,0 +1,1 @@
+"""Programs that come with the machine: `migfw run stress`, `migfw run life`."""

@@ -1,0 +1,88 @@
+"""The messages between the engine and the guest's process, over a socketpair.
+
+The law: the engine asks and the guest answers each request once, in order; an answer has the request's id. Without
+being asked the guest says only "ended", once, and nothing after it. A message is a u32 of length (this host's byte
+order) and JSON; file descriptors travel with its first byte.
+
+    request     fields                        answer
+    load        program, options, incoming    name, version, minimum_version, stop_timeout, arrays, fields
+    map         (descriptors of the memfds)   addresses, reason (why the memory cannot be watched, or "")
+                                              (descriptors: userfaultfd, pagemap, unless there is a reason)
+    start       values, set_up                -
+    resume      -                             -              (a stop was given up: run on with what is there)
+    stop        -                             values, set_up, undeclared
+    verify      values, set_up                facts          (null: go on as it is, for a guest that runs)
+    throttle    percent                       -
+    quit        -                             -              (and the process ends)
+
+    event       fields
+    ended       reason, traceback             reason null: the program finished; its values come along
+
+An answer has "ok", or "error" with "usage" (whether the request was wrong) and "traceback" ("" where it says nothing).
+Values are a list in the order of the fields: numbers, truth values, and hexadecimal digits for bytes and text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+from struct import Struct
+from typing import Any, Final
+
+Message = dict[str, Any]
+
+_LENGTH: Final = Struct("=I")
+MAX_MESSAGE: Final = 256 << 20
+MAX_FDS: Final = 253
+
+
+class Link:
+    """One end. Each direction is used by one thread at a time. Raises OSError when the other end has gone."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def receive(self) -> tuple[Message, list[int]] | None:
+        """The next message and its descriptors, which the caller owns; None when the other end has closed."""
+        head, fds, _, _ = socket.recv_fds(self._socket, _LENGTH.size, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        try:
+            if not head:
+                return None
+            (length,) = _LENGTH.unpack(head + self._exactly(_LENGTH.size - len(head)))
+            if length > MAX_MESSAGE:
+                raise ConnectionError(f"a message of {length} bytes")
+            message: Message = json.loads(self._exactly(length))
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return message, fds
+
+    def send(self, message: Message, fds: list[int] | None = None) -> None:
+        body = json.dumps(message).encode()
+        data = memoryview(_LENGTH.pack(len(body)) + body)
+        sent = socket.send_fds(self._socket, [data], fds or [])
+        self._socket.sendall(data[sent:])
+
+    def _exactly(self, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            piece = self._socket.recv(min(count - len(data), 1 << 16))
+            if not piece:
+                raise ConnectionError("the message ended early")
+            data += piece
+        return bytes(data)
+
+    def ready(self, seconds: float | None) -> bool:
+        """Whether receive() would return at once; waits up to `seconds` (None: for ever)."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(None if seconds is None else seconds * 1000))
+
+    def close(self) -> None:
+        self._socket.close()
