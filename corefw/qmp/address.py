@@ -1,0 +1,178 @@
+"""Where an engine's QMP server listens, and how a command finds it.
+
+The law: an address is `unix:PATH` or `tcp:HOST:PORT`, for our engines and for a real QEMU alike. A named engine's
+socket is `NAME.qmp` in the user's own runtime directory, which nobody else can enter: whoever connects there talks to
+an engine of the same user. A socket file that nobody listens on any more is removed by whoever comes across it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from corefw.errors import UriError, UsageError
+from corefw.uri import join_host_port, split_host_port
+
+MAX_PATH: Final = 107
+"""Bytes in a UNIX socket's path (sockaddr_un.sun_path, less the NUL)."""
+
+PROBE_SECONDS: Final = 1.0
+"""How long a live engine may take to accept; a local connect() answers at once unless its backlog is full."""
+
+_SUFFIX: Final = ".qmp"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"tcp:{join_host_port(self.host, self.port)}"
+
+
+QmpAddress = UnixAddress | TcpAddress
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """A live engine that has a name."""
+
+    name: str
+    address: UnixAddress
+
+
+def parse_address(text: str) -> QmpAddress:
+    """ "unix:/run/x.qmp", "tcp:[::1]:4444" -> an address. Raises UriError."""
+    scheme, _, rest = text.partition(":")
+    if scheme == "unix" and rest:
+        return _unix(rest, text)
+    if scheme == "tcp" and rest:
+        return TcpAddress(*split_host_port(rest, text))
+    raise UriError(f"'{text}' is no QMP address: expected unix:PATH or tcp:HOST:PORT")
+
+
+def _unix(path: str, text: str) -> UnixAddress:
+    if "\0" in path or path.startswith("@"):
+        raise UriError(f"{text!r}: a QMP socket has to be a file, for its mode keeps other users out")
+    if len(os.fsencode(path)) > MAX_PATH:
+        raise UriError(f"'{text}': the path is longer than the {MAX_PATH} bytes that a socket's path may have")
+    return UnixAddress(path)
+
+
+def runtime_directory(environment: Mapping[str, str] = os.environ) -> Path:
+    """The user's own directory for engines' sockets, made (mode 0700) where it is missing.
+
+    $XDG_RUNTIME_DIR/migfw, or /tmp/migfw-UID where that variable names no directory of this user's. Raises UsageError
+    when what is there cannot be trusted: a symbolic link, no directory, somebody else's.
+    """
+    base = environment.get("XDG_RUNTIME_DIR", "")
+    directory = Path(base, "migfw") if base and _owned_directory(base) else Path(f"/tmp/migfw-{os.geteuid()}")  # noqa: S108 - checked below
+    try:
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        found = directory.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise UsageError(
+                f"'{directory}' has to be a directory, it is something else: remove it, or set XDG_RUNTIME_DIR"
+            )
+        if found.st_uid != os.geteuid():
+            raise UsageError(
+                f"'{directory}' belongs to user {found.st_uid}, expected {os.geteuid()}: set XDG_RUNTIME_DIR to a "
+                "directory of your own, or give --qmp unix:PATH"
+            )
+        if found.st_mode & 0o077:
+            directory.chmod(0o700)
+    except OSError as error:
+        raise UsageError(f"cannot use '{directory}' for engines' sockets: {error.strerror}") from None
+    return directory
+
+
+def _owned_directory(path: str) -> bool:
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+
+
+def named_address(name: str) -> UnixAddress:
+    """The address of the engine called `name`, whether it runs or not. Raises UsageError for a name that cannot be."""
+    if not _NAME.match(name):
+        raise UsageError(
+            f"'{name}' is no name for an engine: expected up to 64 letters, digits, '.', '_' and '-', "
+            "the first one a letter or digit"
+        )
+    path = str(runtime_directory() / f"{name}{_SUFFIX}")
+    return _unix(path, f"unix:{path}")
+
+
+def find_engines() -> list[EngineInfo]:
+    """The named engines of this user that are running, by name. Removes sockets that nobody listens on."""
+    found = []
+    for path in sorted(runtime_directory().glob(f"*{_SUFFIX}")):
+        name = path.name.removesuffix(_SUFFIX)
+        if _NAME.match(name) and remove_stale(path):
+            found.append(EngineInfo(name, UnixAddress(str(path))))
+    return found
+
+
+def resolve(name: str | None = None, qmp: str | None = None) -> QmpAddress:
+    """The engine that the user means: at this address, with this name, or the only one that runs.
+
+    Raises UsageError; when it cannot tell, the message names the engines that are running.
+    """
+    if qmp is not None:
+        return parse_address(qmp)
+    wanted = named_address(name) if name is not None else None
+    running = find_engines()
+    names = ", ".join(one.name for one in running) or "none"
+    if wanted is not None:
+        if any(one.address == wanted for one in running):
+            return wanted
+        raise UsageError(f"no engine named '{name}' is running (running: {names})")
+    if not running:
+        raise UsageError("no engine is running: start one with 'migfw run', or name one with --qmp ADDRESS")
+    if len(running) > 1:
+        raise UsageError(f"several engines are running: choose one with --name ({names})")
+    return running[0].address
+
+
+def remove_stale(path: Path) -> bool:
+    """True when somebody listens on the socket at `path`. False when nobody does, or there is no socket; one that its
+    owner left behind is removed. What is no socket is left alone."""
+    try:
+        before = path.lstat()
+        if not stat.S_ISSOCK(before.st_mode):
+            return False
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(PROBE_SECONDS)
+            probe.connect(str(path))
+    except ConnectionRefusedError:
+        # Sockets are put in place when they are listening already, so refused means dead, never "not yet". A new engine
+        # may have replaced the file since: remove only what was probed.
+        with contextlib.suppress(OSError):
+            if path.lstat().st_ino == before.st_ino:
+                path.unlink()
+        return False
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+    return True

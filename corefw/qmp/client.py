@@ -1,0 +1,211 @@
+"""A QMP client, for our engines and for a real QEMU.
+
+The law: a call answers or raises, within its time, and what the peer sends is read within bounds. Light to import:
+every command of the command line starts with it.
+
+Threads: one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Self
+
+from corefw.errors import ChannelClosed, ChannelError
+from corefw.qmp.address import QmpAddress, UnixAddress, parse_address
+from corefw.qmp.json_stream import QEMU_LIMITS, JsonStream, Malformed
+from corefw.qmp.protocol import ErrorClass, QmpError, Request, write_request
+
+CONNECT_SECONDS: Final = 10.0
+REPLY_SECONDS: Final = 600.0
+"""A command may stop a guest or check all of its memory before it answers."""
+
+_CHUNK: Final = 1 << 16
+_EVENTS: Final = 1 << 16
+"""How many events are kept for a caller who does not ask for them; then the oldest go."""
+
+
+@dataclass(frozen=True, slots=True)
+class QmpEvent:
+    """`timestamp` in seconds since 1970."""
+
+    name: str
+    data: Mapping[str, Any]
+    timestamp: float
+
+
+class QmpClient:
+    """A connection whose negotiation is done. Use it with `with`.
+
+    address    where it is connected to
+    greeting   what the server said of itself: {"version": {...}, "capabilities": [...]}
+    """
+
+    def __init__(self, address: QmpAddress | str, *, timeout: float = CONNECT_SECONDS) -> None:
+        """Connect and negotiate, within `timeout` seconds. Raises UriError, ChannelError."""
+        self.address: Final = parse_address(address) if isinstance(address, str) else address
+        self._stream = JsonStream(QEMU_LIMITS)
+        self._messages: deque[dict[str, Any]] = deque()
+        self._events: deque[QmpEvent] = deque(maxlen=_EVENTS)
+        self._ids = itertools.count(1)
+        deadline = time.monotonic() + timeout
+        self._socket = self._connected(timeout)
+        try:
+            self.greeting: Final[Mapping[str, Any]] = self._greeting(deadline)
+            self.execute("qmp_capabilities", timeout=max(0.0, deadline - time.monotonic()))
+        except BaseException:
+            self.close()
+            raise
+
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        fds: Sequence[int] = (),
+        *,
+        timeout: float = REPLY_SECONDS,
+    ) -> Any:
+        """Run a command; what it returned. `fds` go along with it (UNIX sockets only) and stay the caller's.
+
+        Raises QmpError when it was refused, ChannelError when the connection broke or no reply came in time.
+        """
+        id_ = f"migfw-{next(self._ids)}"
+        self._send(write_request(Request(command, arguments or {}, id_)), fds)
+        deadline = time.monotonic() + timeout
+        while (message := self._next(deadline)) is not None:
+            if message.get("id") != id_ and not ("error" in message and "id" not in message):
+                continue  # the late reply to a command that timed out
+            if "error" in message:
+                raise _refusal(message["error"])
+            return message.get("return")
+        raise ChannelError(f"{self.address} did not answer '{command}' within {timeout:g} s")
+
+    def wait_event(self, seconds: float) -> QmpEvent | None:
+        """The oldest event that was not asked for yet; None when none comes for `seconds`. Raises ChannelError."""
+        deadline = time.monotonic() + seconds
+        while not self._events:
+            if self._next(deadline, or_event=True) is None and not self._events:
+                return None
+        return self._events.popleft()
+
+    def events(self, seconds: float) -> Iterator[QmpEvent]:
+        """Events as they come, for `seconds`; those that came already first. Raises ChannelError."""
+        deadline = time.monotonic() + seconds
+        while (event := self.wait_event(max(0.0, deadline - time.monotonic()))) is not None:
+            yield event
+
+    def close(self) -> None:
+        """Idempotent; does not raise."""
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- the connection --------------------------------------------------------------------------------------------
+
+    def _connected(self, timeout: float) -> socket.socket:
+        address = self.address
+        try:
+            if not isinstance(address, UnixAddress):
+                return socket.create_connection((address.host or "localhost", address.port), timeout)
+            sock = socket.socket(socket.AF_UNIX)
+            try:
+                sock.settimeout(timeout)
+                sock.connect(address.path)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+        except OSError as error:
+            raise ChannelError(f"no migfw or QEMU answers at {address}: {error.strerror or error}") from None
+
+    def _greeting(self, deadline: float) -> Mapping[str, Any]:
+        message = self._next(deadline)
+        if message is None:
+            raise ChannelError(
+                f"no migfw or QEMU answers at {self.address}: it accepts, but sends no greeting (a QEMU serves one "
+                "client at a time: is another one connected?)"
+            )
+        greeting = message.get("QMP")
+        if not isinstance(greeting, dict):
+            raise self._not_qmp("its first message is no greeting")
+        return greeting
+
+    def _not_qmp(self, why: str) -> ChannelError:
+        return ChannelError(f"what answers at {self.address} does not speak QMP: {why}")
+
+    def _send(self, data: bytes, fds: Sequence[int]) -> None:
+        try:
+            self._socket.settimeout(REPLY_SECONDS)
+            if fds and not isinstance(self.address, UnixAddress):
+                raise ChannelError(f"{self.address}: file descriptors can be passed over a UNIX socket only")
+            sent = socket.send_fds(self._socket, [data], list(fds)) if fds else 0
+            self._socket.sendall(data[sent:])
+        except OSError as error:
+            raise ChannelClosed(f"the connection to {self.address} broke: {error.strerror or error}") from None
+
+    def _next(self, deadline: float, *, or_event: bool = False) -> dict[str, Any] | None:
+        """The next message that is no event; None at the deadline, and with `or_event` for an event. Those are kept."""
+        late = False
+        while True:
+            while self._messages:
+                message = self._messages.popleft()
+                if "event" not in message:
+                    return message
+                self._events.append(_event(message))
+                if or_event:
+                    return None
+            if late or not self._receive(deadline):
+                return None
+            late = time.monotonic() >= deadline
+
+    def _receive(self, deadline: float) -> bool:
+        """Read what is there, waiting for it; False at the deadline."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            return False
+        try:
+            data = self._socket.recv(_CHUNK)
+        except OSError as error:
+            raise ChannelClosed(f"the connection to {self.address} broke: {error.strerror or error}") from None
+        if not data:
+            raise ChannelClosed(f"{self.address} closed the connection")
+        for item in self._stream.feed(data):
+            if isinstance(item, Malformed):
+                raise self._not_qmp(item.reason)
+            if not isinstance(item, dict):
+                raise self._not_qmp("a message that is no object")
+            self._messages.append(item)
+        return True
+
+
+def _event(message: Mapping[str, Any]) -> QmpEvent:
+    seconds = 0.0
+    data = message.get("data")
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        stamp = message["timestamp"]
+        seconds = float(stamp["seconds"]) + float(stamp["microseconds"]) / 1_000_000
+    return QmpEvent(str(message["event"]), data if isinstance(data, dict) else {}, seconds)
+
+
+def _refusal(error: object) -> QmpError:
+    if not isinstance(error, dict):
+        return QmpError(str(error))
+    return QmpError(str(error.get("desc", error)), str(error.get("class", ErrorClass.GENERIC)))
+
+
+__all__ = ["QmpClient", "QmpError", "QmpEvent"]

@@ -1,0 +1,97 @@
+"""The table of commands: name -> function. Its typed keyword signature is the command's schema (schema.py).
+
+The law: a command is in this table or in a plugin's, and nowhere else; names, fields and texts are QEMU 7.2's where
+QEMU has the command, the seed's where only that has it. A command does all that was asked or raises a MigfwError.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from corefw.errors import PluginError
+from corefw.qmp.commands import control, guest, migration
+from corefw.qmp.commands.context import Context
+from corefw.qmp.schema import Signature, signature
+
+if TYPE_CHECKING:
+    from corefw.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command. `run(context, keywords)` takes what `signature.bind` gave.
+
+    out_of_band   may run at once, while the commands before it still wait (QEMU's allow-oob)
+    """
+
+    name: str
+    signature: Signature
+    run: Callable[[Context, dict[str, object]], object]
+    out_of_band: bool
+    help: str
+
+
+CORE: Final[Mapping[str, Callable[..., object]]] = {
+    "qmp_capabilities": control.qmp_capabilities,
+    "query-version": control.query_version,
+    "query-commands": control.query_commands,
+    "query-name": control.query_name,
+    "getfd": control.getfd,
+    "closefd": control.closefd,
+    "quit": control.quit_engine,
+    "query-status": guest.query_status,
+    "stop": guest.stop,
+    "cont": guest.cont,
+    "x-migfw-status": guest.x_migfw_status,
+    "x-migfw-verify": guest.x_migfw_verify,
+    "migrate": migration.migrate,
+    "migrate-incoming": migration.migrate_incoming,
+    "migrate_cancel": migration.migrate_cancel,
+    "migrate-continue": migration.migrate_continue,
+    "migrate-start-postcopy": migration.migrate_start_postcopy,
+    "migrate-pause": migration.migrate_pause,
+    "migrate-recover": migration.migrate_recover,
+    "query-migrate": migration.query_migrate,
+    "migrate-set-capabilities": migration.migrate_set_capabilities,
+    "query-migrate-capabilities": migration.query_migrate_capabilities,
+    "migrate-set-parameters": migration.migrate_set_parameters,
+    "query-migrate-parameters": migration.query_migrate_parameters,
+    "migrate_set_speed": migration.migrate_set_speed,
+    "migrate_set_downtime": migration.migrate_set_downtime,
+    "migrate-set-cache-size": migration.migrate_set_cache_size,
+    "query-migrate-cache-size": migration.query_migrate_cache_size,
+}
+
+OUT_OF_BAND: Final = frozenset({"migrate-pause", "migrate-recover"})
+"""As in QEMU: what has to get through while another command hangs on a broken network."""
+
+
+def command_table(engine: Engine) -> dict[str, Command]:
+    """Every command of this engine, the plugins' too. Raises PluginError for one that cannot be a command."""
+    table = {name: _core(name, function) for name, function in CORE.items()}
+    for name, function in engine.plugins.commands(engine).items():
+        if name in table:
+            raise PluginError(f"a plugin adds the command '{name}', which the core has already")
+        table[name] = _plugin(name, function)
+    return table
+
+
+def _core(name: str, function: Callable[..., object]) -> Command:
+    def run(context: Context, keywords: dict[str, object]) -> object:
+        return function(context, **keywords)
+
+    return Command(name, signature(function, skip=1), run, name in OUT_OF_BAND, _first_line(function))
+
+
+def _plugin(name: str, function: Callable[..., object]) -> Command:
+    def run(_: Context, keywords: dict[str, object]) -> object:
+        return function(**keywords)
+
+    return Command(name, signature(function), run, False, _first_line(function))
+
+
+def _first_line(function: Callable[..., object]) -> str:
+    return (inspect.getdoc(function) or "").partition("\n")[0]

@@ -1,0 +1,52 @@
+"""Commands about the guest: its run state, and what only this project's engines tell."""
+
+from __future__ import annotations
+
+import os
+
+from corefw import __version__
+from corefw.qmp.commands.context import Context
+from corefw.settings import as_json
+
+
+def query_status(context: Context) -> object:
+    """The guest's run state; "singlestep" is always false."""
+    return context.engine.query_status()
+
+
+def stop(context: Context) -> None:
+    """Stop the guest; nothing when it does not run."""
+    context.engine.stop()
+
+
+def cont(context: Context) -> None:
+    """Let the guest run on."""
+    context.engine.cont()
+
+
+def x_migfw_status(context: Context) -> object:
+    """Everything that `migfw status` shows, in one document."""
+    engine = context.engine
+    status = engine.query_status()
+    return {
+        "name": engine.name,
+        "pid": os.getpid(),
+        "version": __version__,
+        "running": status["running"],
+        "status": status["status"],
+        "machine": {
+            "kind": engine.machine.kind,
+            "name": engine.machine.name,
+            "information": dict(engine.machine.information()),
+        },
+        "outgoing": engine.outgoing.status,
+        "incoming": engine.incoming.status,
+        "incoming-uri": engine.incoming_uri,
+        "migration": engine.query_migrate(),
+        "settings": as_json(engine.settings),
+    }
+
+
+def x_migfw_verify(context: Context) -> object:
+    """Let the guest prove its own state, where it can; the facts that it found."""
+    return dict(context.engine.verify())

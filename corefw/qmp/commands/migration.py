@@ -1,0 +1,118 @@
+"""Commands about migration: the seed's migration object, under its QMP names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, TypedDict
+
+from corefw.errors import SettingsError
+from corefw.qmp.commands.context import Context
+from corefw.qmp.protocol import QmpError
+from corefw.settings import MAX_DOWNTIME
+from corefw.states import MigrationStatus
+
+
+class CapabilityStatus(TypedDict):
+    """QAPI's MigrationCapabilityStatus."""
+
+    capability: str
+    state: bool
+
+
+def migrate(
+    context: Context, uri: str, blk: bool = False, inc: bool = False, detach: bool = False, resume: bool = False
+) -> None:
+    """Start to migrate the guest to `uri`; returns at once, with or without `detach`, as in QEMU."""
+    context.engine.migrate(uri, blk=blk, inc=inc, detach=detach, resume=resume)
+
+
+def migrate_incoming(context: Context, uri: str) -> None:
+    """Wait at `uri` for a guest, in an engine that was started with `--incoming defer`."""
+    context.engine.migrate_incoming(uri)
+
+
+def migrate_cancel(context: Context) -> None:
+    """Cancel the migration; nothing when there is none."""
+    context.engine.cancel()
+
+
+def migrate_continue(context: Context, state: MigrationStatus) -> None:
+    """Go on from `state`, in which the migration waits (pre-switchover)."""
+    context.engine.continue_migration(state)
+
+
+def migrate_start_postcopy(context: Context) -> None:
+    """Switch the running migration to postcopy."""
+    context.engine.start_postcopy()
+
+
+def migrate_pause(context: Context) -> None:
+    """Break the connection of a postcopy migration on purpose, so that it can be recovered over another."""
+    context.engine.pause_migration()
+
+
+def migrate_recover(context: Context, uri: str) -> None:
+    """On the destination: wait at `uri` for the source of a paused postcopy migration."""
+    context.engine.recover(uri)
+
+
+def query_migrate(context: Context) -> object:
+    """How the migration goes, or went."""
+    return context.engine.query_migrate()
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def migrate_set_capabilities(context: Context, capabilities: Sequence[CapabilityStatus]) -> None:
+    """Switch capabilities, all or none of them. Earlier names are accepted."""
+    context.engine.set_capabilities({one["capability"]: one["state"] for one in capabilities})
+
+
+def query_migrate_capabilities(context: Context) -> object:
+    """Every capability, and whether it is on."""
+    enabled = context.engine.settings.capabilities()
+    return [{"capability": name, "state": state} for name, state in enabled.items()]
+
+
+def migrate_set_parameters(context: Context, **parameters: object) -> None:
+    """Change parameters, all or none of them; also while a migration runs. Earlier names are accepted, and null for a
+    string means the empty one."""
+    for name in parameters:
+        try:
+            context.engine.settings.declared_parameter(name)
+        except SettingsError:
+            raise QmpError(f"Parameter '{name}' is unexpected") from None
+    context.engine.set_parameters(parameters)
+
+
+def query_migrate_parameters(context: Context) -> object:
+    """The value of every parameter."""
+    return context.engine.settings.parameters()
+
+
+_MAX_DOWNTIME_SECONDS: Final = MAX_DOWNTIME // 1000
+
+
+def migrate_set_speed(context: Context, value: int) -> None:
+    """The same as migrate-set-parameters max-bandwidth, in bytes per second."""
+    context.engine.set_parameters({"max-bandwidth": value})
+
+
+def migrate_set_downtime(context: Context, value: float) -> None:
+    """The same as migrate-set-parameters downtime-limit, but in seconds."""
+    if not 0 <= value <= _MAX_DOWNTIME_SECONDS:
+        raise QmpError(
+            f"Parameter 'downtime_limit' expects an integer in the range of 0 to {_MAX_DOWNTIME_SECONDS} seconds"
+        )
+    context.engine.set_parameters({"downtime-limit": round(value * 1000)})
+
+
+def migrate_set_cache_size(context: Context, value: int) -> None:
+    """The same as migrate-set-parameters xbzrle-cache-size, in bytes."""
+    context.engine.set_parameters({"xbzrle-cache-size": value})
+
+
+def query_migrate_cache_size(context: Context) -> object:
+    """Bytes of the XBZRLE cache."""
+    return context.engine.settings.integer("xbzrle-cache-size")

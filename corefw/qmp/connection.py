@@ -1,0 +1,246 @@
+"""One client of the server: its socket, two threads, and queues that cannot grow without bound.
+
+The law: no client makes anybody else wait, the engine least of all. What is to be sent is queued, and a thread of this
+client's own sends it. A client that does not read its replies is not read from either, and one that lets events pile up
+beyond the limit is disconnected.
+
+    the io thread     reads, parses, writes; answers what overtakes (exec-oob)
+    the worker        runs the other commands, one after the other, in the order in which they came
+
+A client that only ends its sending side still gets its answers. When one disconnects, what it asked for and has not
+begun is dropped, as in QEMU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import select
+import socket
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from corefw.qmp.json_stream import JsonStream
+from corefw.qmp.session import Handed, Session
+
+log = logging.getLogger(__name__)
+
+CHUNK: Final = 1 << 16
+OUTPUT_PAUSE: Final = 1 << 16
+"""Bytes waiting to be sent from which on no further request is taken."""
+
+OUTPUT_LIMIT: Final = 4 << 20
+"""Bytes waiting to be sent from which on the client is disconnected."""
+
+REQUESTS: Final = 8
+"""In-band requests that may wait where out-of-band ones can overtake them (QEMU's QMP_REQ_QUEUE_LEN_MAX)."""
+
+DESCRIPTORS: Final = 16
+"""File descriptors that may come with one message; the kernel drops the others."""
+
+_DESCRIPTOR_SPACE: Final = socket.CMSG_SPACE(DESCRIPTORS * array("i").itemsize)
+
+
+class Connection:
+    """Start with `start`. `post` and `close` may be called from any thread; `ended(self)` is called when it is over."""
+
+    def __init__(self, sock: socket.socket, peer: str, session: Session, ended: Callable[[Connection], None]) -> None:
+        self._socket = sock
+        self._peer = peer
+        self._session = session
+        self._ended = ended
+        self._stream = JsonStream()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
+        self._output: deque[memoryview] = deque()
+        self._output_size = 0
+        self._wants_events = False
+        self._overflowed = False
+        self._items: Iterator[object] | None = None
+        self._descriptors: deque[int] = deque()
+        self._jobs: queue.SimpleQueue[tuple[object, Handed] | None] = queue.SimpleQueue()
+        self._waiting = 0
+        self._end_of_input = False
+        self._deadline: float | None = None
+        self._threads = (
+            threading.Thread(target=self._io, name=f"qmp-io {peer}", daemon=True),
+            threading.Thread(target=self._work, name=f"qmp-worker {peer}", daemon=True),
+        )
+
+    def start(self, greeting: bytes) -> None:
+        self._socket.setblocking(False)
+        self._post(greeting)
+        for thread in self._threads:
+            thread.start()
+
+    def post(self, line: bytes) -> None:
+        """Send an event, if the client gets events yet. Never blocks."""
+        if self._wants_events:
+            self._post(line)
+
+    def close(self, seconds: float) -> None:
+        """Read no more; let what is queued go out for up to `seconds`, then disconnect. Returns at once: see `join`."""
+        self._deadline = time.monotonic() + seconds
+        self._notify()
+
+    def join(self, seconds: float) -> None:
+        self._threads[0].join(seconds)
+
+    # -- output ----------------------------------------------------------------------------------------------------
+
+    def _post(self, line: bytes, *, answers: bool = False) -> None:
+        """Queue a line; `answers` says that it is the reply to what the worker was given."""
+        with self._lock:
+            self._output.append(memoryview(line))
+            self._output_size += len(line)
+            self._overflowed = self._overflowed or self._output_size > OUTPUT_LIMIT
+            if answers:
+                self._waiting -= 1
+                # From the reply to qmp_capabilities on: clients do not expect an event before it.
+                self._wants_events = self._session.negotiated
+        self._notify()
+
+    def _notify(self) -> None:
+        with self._lock, contextlib.suppress(BlockingIOError):
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
+
+    def _send(self) -> None:
+        """Send what the socket takes. Raises OSError when the client is gone."""
+        while self._output:
+            try:
+                sent = self._socket.send(self._output[0])
+            except BlockingIOError:
+                return
+            with self._lock:
+                self._output_size -= sent
+                if sent == len(self._output[0]):
+                    self._output.popleft()
+                else:
+                    self._output[0] = self._output[0][sent:]
+
+    # -- the io thread ---------------------------------------------------------------------------------------------
+
+    def _io(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except OSError as error:
+            log.debug("QMP client %s is gone: %s", self._peer, error)
+        finally:
+            self._clean_up()
+
+    def _turn(self) -> bool:
+        """Do what can be done, then wait until more can. False when the conversation is over."""
+        self._send()
+        if self._overflowed:
+            log.warning("QMP client %s does not read what it is sent: disconnected", self._peer)
+            return False
+        self._take_requests()
+        if self._is_over():
+            return False
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        interest = (select.POLLIN if self._may_read() else 0) | (select.POLLOUT if self._output else 0)
+        poll.register(self._socket, interest)
+        for fd, ready in poll.poll(self._patience()):
+            if fd == self._wake:
+                os.eventfd_read(self._wake)
+            elif ready & select.POLLIN:
+                self._read()
+            elif ready & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
+                return False
+        return True
+
+    def _patience(self) -> float | None:
+        """Milliseconds."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic()) * 1000
+
+    def _is_over(self) -> bool:
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return True
+        reading = self._items is not None or not (self._end_of_input or self._deadline is not None)
+        with self._lock:
+            return not reading and not self._waiting and not self._output
+
+    def _may_read(self) -> bool:
+        return self._items is None and not self._end_of_input and self._deadline is None
+
+    def _read(self) -> None:
+        data, descriptors = self._receive()
+        if len(self._descriptors) + len(descriptors) > DESCRIPTORS:
+            self._close_descriptors()
+        self._descriptors.extend(descriptors)
+        self._end_of_input = not data
+        self._items = self._stream.feed(data)
+
+    def _receive(self) -> tuple[bytes, array[int]]:
+        descriptors = array("i")
+        if self._socket.family != socket.AF_UNIX:
+            return self._socket.recv(CHUNK), descriptors
+        data, ancillary, _, _ = self._socket.recvmsg(CHUNK, _DESCRIPTOR_SPACE, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
+        return data, descriptors
+
+    def _take_requests(self) -> None:
+        """Hand what was read to the worker, as long as it may."""
+        while self._items is not None and self._deadline is None and self._has_room():
+            item = next(self._items, _NO_MORE)
+            if item is _NO_MORE:
+                self._items = None
+                if self._stream.between_values:
+                    self._close_descriptors()
+            elif self._session.overtakes(item):
+                self._post(self._session.answer(item, Handed()))
+            else:
+                with self._lock:
+                    self._waiting += 1
+                self._jobs.put((item, self._handed_to(item)))
+        if self._deadline is not None:
+            self._items = None
+
+    def _has_room(self) -> bool:
+        with self._lock:
+            room = REQUESTS if self._session.out_of_band else 1
+            return self._waiting < room and self._output_size < OUTPUT_PAUSE
+
+    def _handed_to(self, item: object) -> Handed:
+        if self._descriptors and isinstance(item, dict) and item.get("execute") == "getfd":
+            return Handed(self._descriptors.popleft())
+        return Handed()
+
+    def _close_descriptors(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+
+    def _clean_up(self) -> None:
+        while not self._jobs.empty():
+            with contextlib.suppress(queue.Empty):
+                if (job := self._jobs.get_nowait()) is not None:
+                    job[1].close()
+        self._jobs.put(None)
+        self._close_descriptors()
+        self._socket.close()
+        with self._lock:
+            self._wants_events = False
+            self._output.clear()
+            os.close(self._wake)
+            self._wake = -1
+        self._ended(self)
+
+    # -- the worker ------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._post(self._session.answer(*job), answers=True)
+
+
+_NO_MORE: Final = object()

@@ -1,0 +1,190 @@
+"""A function's signature -> what a command's arguments have to be.
+
+The law: the annotations are the schema; there is no second one. Arguments are checked in whole before the function is
+called, with QEMU's texts: missing, wrong type (naming the place in nested ones), unexpected.
+
+    str  int  bool  float              string, integer, boolean, number (an integer too)
+    dict  list  object                 object, array, anything
+    list[T]  Sequence[T]  T | None     array of T; T or null
+    a StrEnum, Literal["a", "b"]       one of these strings
+    a TypedDict                        object with these members
+    **names: T                         further members, of any name
+
+`_` in a Python name is `-` in JSON. A parameter with a default is optional.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from corefw.errors import PluginError
+from corefw.qmp.protocol import QmpError
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a JSON value has to be. `text` is for people; `check(value, path)` gives the value for Python, or raises
+    QmpError naming the path."""
+
+    text: str
+    check: Callable[[object, str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One argument: `keyword` in Python, `name` in JSON."""
+
+    keyword: str
+    shape: Shape
+    optional: bool
+
+    @property
+    def name(self) -> str:
+        return self.keyword.replace("_", "-")
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A command's arguments. `others` is what members of any other name have to be; None: there may be none."""
+
+    parameters: tuple[Parameter, ...]
+    others: Shape | None
+
+    def bind(self, arguments: Mapping[str, object]) -> dict[str, object]:
+        """The keyword arguments for the function. Raises QmpError for the first that is wrong."""
+        bound: dict[str, object] = {}
+        for parameter in self.parameters:
+            if parameter.name in arguments:
+                bound[parameter.keyword] = parameter.shape.check(arguments[parameter.name], parameter.name)
+            elif not parameter.optional:
+                raise QmpError(f"Parameter '{parameter.name}' is missing")
+        known = {parameter.name for parameter in self.parameters}
+        for name, value in arguments.items():
+            if name not in known:
+                if self.others is None or name in bound:
+                    raise QmpError(f"Parameter '{name}' is unexpected")
+                bound[name] = self.others.check(value, name)
+        return bound
+
+
+def signature(function: Callable[..., object], *, skip: int = 0) -> Signature:
+    """Read a function's signature, without its first `skip` parameters. Raises PluginError when it is no schema."""
+    what = getattr(function, "__qualname__", repr(function))
+    try:
+        found = list(inspect.signature(function, eval_str=True).parameters.values())[skip:]
+        others = [one for one in found if one.kind is inspect.Parameter.VAR_KEYWORD]
+        return Signature(
+            tuple(
+                Parameter(one.name, shape(one.annotation), one.default is not inspect.Parameter.empty)
+                for one in found
+                if one not in others and _is_keyword(one)
+            ),
+            shape(others[0].annotation) if others else None,
+        )
+    except (TypeError, NameError, ValueError) as error:
+        raise PluginError(f"the signature of {what} is no schema for a command: {error}") from None
+
+
+def _is_keyword(parameter: inspect.Parameter) -> bool:
+    if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+        raise TypeError(f"'{parameter.name}' is positional, expected keywords only")
+    return True
+
+
+def shape(annotation: object) -> Shape:
+    """The shape that an annotation stands for. Raises TypeError."""
+    if annotation is inspect.Parameter.empty:
+        raise TypeError("a parameter has no type")
+    simple = _SIMPLE.get(annotation) if isinstance(annotation, type) else None
+    if simple is not None:
+        return simple
+    if annotation is Any:
+        return _ANYTHING
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return _one_of({str(member): member for member in annotation})
+    if is_typeddict(annotation):
+        return _object(annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return _one_of({str(value): value for value in arguments})
+    if origin in (list, Sequence):
+        return _array(shape(arguments[0]))
+    if origin in (Union, types.UnionType) and len(arguments) == 2 and types.NoneType in arguments:
+        return _nullable(shape(next(one for one in arguments if one is not types.NoneType)))
+    raise TypeError(f"{annotation!r} stands for no JSON type")
+
+
+# -- the shapes ------------------------------------------------------------------------------------------------------
+
+
+def _instance_of(text: str, *kinds: type) -> Shape:
+    def check(value: object, path: str) -> object:
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise _wrong_type(path, text)
+        return value
+
+    return Shape(text, check)
+
+
+def _wrong_type(path: str, expected: str) -> QmpError:
+    return QmpError(f"Invalid parameter type for '{path}', expected: {expected}")
+
+
+_STRING: Final = _instance_of("string", str)
+_LIST: Final = _instance_of("array", list)
+_DICT: Final = _instance_of("object", dict)
+_ANYTHING: Final = Shape("any", lambda value, _: value)
+_SIMPLE: Final[Mapping[type, Shape]] = {
+    str: _STRING,
+    int: _instance_of("integer", int),
+    bool: _instance_of("boolean", bool),
+    float: _instance_of("number", float, int),
+    list: _LIST,
+    dict: _DICT,
+    object: _ANYTHING,
+}
+
+
+def _one_of(values: Mapping[str, object]) -> Shape:
+    def check(value: object, path: str) -> object:
+        text = _STRING.check(value, path)
+        if text not in values:
+            raise QmpError(f"Parameter '{path}' does not accept value '{text}'")
+        return values[str(text)]
+
+    return Shape(" | ".join(f'"{value}"' for value in values), check)
+
+
+def _nullable(inner: Shape) -> Shape:
+    return Shape(f"{inner.text} | null", lambda value, path: None if value is None else inner.check(value, path))
+
+
+def _array(item: Shape) -> Shape:
+    def check(value: object, path: str) -> object:
+        _LIST.check(value, path)
+        assert isinstance(value, list)
+        return [item.check(one, f"{path}[{index}]") for index, one in enumerate(value)]
+
+    return Shape(f"[{item.text}]", check)
+
+
+def _object(kind: Any) -> Shape:
+    members = {name: shape(annotation) for name, annotation in get_type_hints(kind).items()}
+
+    def check(value: object, path: str) -> object:
+        _DICT.check(value, path)
+        assert isinstance(value, dict)
+        for name in members:
+            if name not in value and name in kind.__required_keys__:
+                raise QmpError(f"Parameter '{path}.{name}' is missing")
+        for name in value:
+            if name not in members:
+                raise QmpError(f"Parameter '{path}.{name}' is unexpected")
+        return {name: members[name].check(one, f"{path}.{name}") for name, one in value.items()}
+
+    return Shape("{" + ", ".join(f"{name}: {inner.text}" for name, inner in members.items()) + "}", check)

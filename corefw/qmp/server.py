@@ -1,0 +1,153 @@
+"""The QMP server of one engine.
+
+The law: whatever a client does, the engine and the other clients go on. The server speaks as QEMU does (protocol.py,
+commands/), so that QEMU's tools drive it.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import threading
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from corefw.channel import Interrupt
+from corefw.errors import Interrupted
+from corefw.qmp import protocol
+from corefw.qmp.address import QmpAddress, parse_address
+from corefw.qmp.commands import command_table
+from corefw.qmp.connection import Connection
+from corefw.qmp.listening import listen
+from corefw.qmp.session import Session
+
+if TYPE_CHECKING:
+    from corefw.engine import Engine, Event
+
+log = logging.getLogger(__name__)
+
+MAX_CLIENTS: Final = 32
+FLUSH_SECONDS: Final = 2.0
+"""How long close() lets clients take what was sent to them."""
+
+_ACCEPT_PAUSE: Final = 0.2
+"""Seconds to wait when there is no descriptor or memory for one more client."""
+
+
+class QmpServer:
+    """Listens from its construction on. One thread accepts, two serve each client; all of them daemons.
+
+    address   what clients dial; port 0 has become the real one
+    """
+
+    def __init__(self, engine: Engine, address: QmpAddress | str) -> None:
+        """Raises UriError, UsageError (somebody else listens there), ChannelError, PluginError (a plugin's command)."""
+        self._engine = engine
+        self._commands = command_table(engine)
+        self._listening = listen(parse_address(address) if isinstance(address, str) else address)
+        self.address: Final = self._listening.address
+        self._lock = threading.Lock()
+        self._clients: set[Connection] = set()
+        self._closed = False
+        self._quit = threading.Event()
+        self._interrupt = Interrupt()
+        self._greeting = protocol.encode(protocol.greeting())
+        self._unobserve = engine.observe(self._broadcast)
+        self._accepting = threading.Thread(target=self._accept, name="qmp-accept", daemon=True)
+        self._accepting.start()
+
+    @property
+    def clients(self) -> int:
+        """How many are connected now."""
+        with self._lock:
+            return len(self._clients)
+
+    def wait_quit(self, seconds: float | None = None) -> bool:
+        """Block until a client has sent `quit`; False after `seconds`. Whoever waits ends the process then."""
+        return self._quit.wait(seconds)
+
+    def close(self) -> None:
+        """Stop listening, let clients take what was sent to them, disconnect them. Idempotent; does not raise."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._unobserve()
+        self._interrupt.set()
+        self._accepting.join()
+        self._listening.close()
+        self._interrupt.close()
+        with self._lock:
+            clients = list(self._clients)
+        for client in clients:
+            client.close(FLUSH_SECONDS)
+        deadline = time.monotonic() + FLUSH_SECONDS + 1
+        for client in clients:
+            client.join(max(0.0, deadline - time.monotonic()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- clients ---------------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                self._interrupt.wait_for(self._listening.socket.fileno(), select.POLLIN)
+                sock, where = self._listening.socket.accept()
+            except Interrupted:
+                return
+            except ConnectionError:
+                continue
+            except OSError as error:
+                log.warning("QMP: cannot accept a client: %s", error)
+                if self._interrupt.wait(_ACCEPT_PAUSE):
+                    return
+                continue
+            self._welcome(sock, str(where) if where else str(self.address))
+
+    def _welcome(self, sock: socket.socket, peer: str) -> None:
+        if len(self._clients) >= MAX_CLIENTS:
+            log.warning("QMP: %d clients are connected already, one more is refused", MAX_CLIENTS)
+            sock.close()
+            return
+        try:
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            client = Connection(sock, peer, Session(self._engine, self._commands, self._ask_quit), self._gone)
+        except OSError as error:
+            log.warning("QMP: cannot serve a client: %s", error)
+            sock.close()
+            return
+        with self._lock:
+            self._clients.add(client)
+        client.start(self._greeting)
+
+    def _gone(self, client: Connection) -> None:
+        with self._lock:
+            self._clients.discard(client)
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def _broadcast(self, event: Event) -> None:
+        self._post(protocol.encode(protocol.event(event.name, event.data, event.timestamp)))
+
+    def _post(self, line: bytes) -> None:
+        with self._lock:
+            clients = list(self._clients)
+        for client in clients:
+            client.post(line)
+
+    def _ask_quit(self) -> None:
+        """The event comes before the reply, as in QEMU."""
+        self._post(
+            protocol.encode(protocol.event("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"}, time.time()))
+        )
+        self._quit.set()
