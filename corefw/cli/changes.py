@@ -1,0 +1,116 @@
+"""Capabilities and parameters as people write them -> as QMP takes them.
+
+The law: the tables decide how a value reads ("500M" is a rate, "300ms" a time); whether it may be set is the engine's
+to say. Several changes are made all together, or none of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING
+
+from corefw.cli.options import ON_OFF, parse_switch, parse_switches, split_pairs
+from corefw.errors import SettingsError, UsageError
+from corefw.quantities import parse_size
+from corefw.settings import Capability, Parameter, Settings, Value
+
+if TYPE_CHECKING:
+    from corefw.cli.engines import EngineClient
+
+
+@dataclass(slots=True)
+class Changes:
+    """What to set before something starts."""
+
+    capabilities: dict[str, bool] = field(default_factory=dict)
+    parameters: dict[str, Value] = field(default_factory=dict)
+
+    def apply(self, engine: EngineClient) -> None:
+        """Set everything. Raises UsageError when the engine refuses something; then all is as it was."""
+        before = engine.call("query-migrate-parameters") if self.parameters else {}
+        for name in self.parameters:
+            if engine.is_migfw and name not in before:
+                raise UsageError(f"unknown parameter '{name}': expected one of {', '.join(before)}")
+        if self.parameters:
+            engine.call("migrate-set-parameters", **self.parameters)
+        try:
+            self._switch(engine)
+        except UsageError:
+            if self.parameters:
+                engine.call("migrate-set-parameters", **{name: before[name] for name in self.parameters})
+            raise
+
+    def _switch(self, engine: EngineClient) -> None:
+        if self.capabilities:
+            wanted = [{"capability": name, "state": state} for name, state in self.capabilities.items()]
+            engine.call("migrate-set-capabilities", capabilities=wanted)
+
+
+def read_changes(caps: Iterable[str], params: Iterable[str], *, plugins: bool = True) -> Changes:
+    """--cap and --param. `plugins` asks the installed plugins about names that the core does not declare (a QEMU has
+    names of its own, which are passed on). Raises UsageError for a value that does not read."""
+    return Changes(
+        {
+            _real_name(name, plugins=plugins): state
+            for name, state in parse_switches(caps, "--cap NAME, --cap NAME=on or --cap NAME=off").items()
+        },
+        dict(
+            _parameter(name, text, plugins=plugins)
+            for name, text in split_pairs(params, "--param NAME=VALUE, as in --param downtime-limit=100ms").items()
+        ),
+    )
+
+
+def read_mixed(pairs: Iterable[str], capabilities: frozenset[str], *, plugins: bool = True) -> Changes:
+    """`migfw set`: NAME=VALUE of both kinds; `capabilities` are those that the engine has, whatever the tables say."""
+    changes = Changes()
+    for name, text in split_pairs(pairs, "NAME=VALUE, as in downtime-limit=100ms or return-path=on").items():
+        real = _real_name(name, plugins=plugins)
+        if real in capabilities or isinstance(_declared(name, plugins=plugins), Capability):
+            changes.capabilities[real] = parse_switch(name, text)
+        else:
+            changes.parameters.update([_parameter(name, text, plugins=plugins)])
+    return changes
+
+
+def _parameter(name: str, text: str, *, plugins: bool) -> tuple[str, Value]:
+    declared = _declared(name, plugins=plugins)
+    if isinstance(declared, Parameter):
+        return declared.name, declared.parse(text)
+    return name, _guess(text)
+
+
+def _guess(text: str) -> Value:
+    """A value whose kind nobody here knows: on or off, a number or size, or else a string."""
+    if text.lower() in ON_OFF:
+        return ON_OFF[text.lower()]
+    return parse_size(text) if re.fullmatch(r"\d+(\.\d+)?[KMGTkmgt]?(iB|B)?", text) else text
+
+
+def _real_name(name: str, *, plugins: bool) -> str:
+    declared = _declared(name, plugins=plugins)
+    return declared.name if declared else name
+
+
+def _declared(name: str, *, plugins: bool) -> Capability | Parameter | None:
+    """What the tables say of a name; the plugins' are loaded only when the core's do not have it."""
+    return _lookup(Settings(), name) or (_lookup(_plugin_settings(), name) if plugins else None)
+
+
+def _lookup(settings: Settings, name: str) -> Capability | Parameter | None:
+    for find in (settings.declared_capability, settings.declared_parameter):
+        try:
+            return find(name)
+        except SettingsError:
+            continue
+    return None
+
+
+@cache
+def _plugin_settings() -> Settings:
+    from corefw.plugins import Plugins
+
+    return Plugins.load().settings()

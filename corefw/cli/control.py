@@ -1,0 +1,206 @@
+"""The small commands: one QMP command each, to the engine that --name or --qmp says.
+
+The law: a command that changed something says in one line what holds now; with --json it says so in a document.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import click
+
+from corefw.cli.changes import read_mixed
+from corefw.cli.engines import EngineClient, connect
+from corefw.cli.options import engine_options, json_option
+from corefw.cli.output import print_facts, print_json
+from corefw.errors import MigfwError
+
+QUIT_SECONDS: Final = 30.0
+"""How long an engine may take to end its guest."""
+
+
+def _confirm(engine: EngineClient, text: str, *, as_json: bool) -> None:
+    """Say what was done, and what the guest and the migration do now."""
+    if as_json:
+        print_json({"guest": engine.run_state(), "migration": engine.migration_status()})
+    else:
+        click.echo(text)
+
+
+@click.command()
+@engine_options
+@json_option
+def stop(name: str | None, qmp: str | None, as_json: bool) -> None:
+    """Stop the guest; it stays as it is until 'migfw cont'.
+
+    \b
+    Example:
+      migfw stop --name heat
+    """
+    with connect(name, qmp) as engine:
+        engine.call("stop")
+        _confirm(engine, f"the guest is {engine.run_state()}", as_json=as_json)
+
+
+@click.command()
+@engine_options
+@json_option
+def cont(name: str | None, qmp: str | None, as_json: bool) -> None:
+    """Let a stopped guest go on.
+
+    After a migration that may have started the guest elsewhere this is refused on the source: two of it must never run.
+
+    \b
+    Example:
+      migfw cont --name heat
+    """
+    with connect(name, qmp) as engine:
+        engine.call("cont")
+        _confirm(engine, f"the guest is {engine.run_state()}", as_json=as_json)
+
+
+@click.command("quit")
+@engine_options
+def quit_engine(name: str | None, qmp: str | None) -> None:
+    """End the engine and its guest. What the guest has in memory is lost.
+
+    \b
+    Example:
+      migfw quit --name heat
+    """
+    with connect(name, qmp) as engine:
+        engine.call("quit")
+        if not engine.wait_end(QUIT_SECONDS):
+            raise MigfwError(f"the engine at {engine.address} was told to quit, and is still there")
+
+
+@click.command()
+@engine_options
+@json_option
+def verify(name: str | None, qmp: str | None, as_json: bool) -> None:
+    """Let the guest check its own state, and print what it found.
+
+    The guest is stopped for as long as that takes. Exit status 1 when something is wrong with it.
+
+    \b
+    Example:
+      migfw verify --name stress
+    """
+    with connect(name, qmp) as engine:
+        facts = engine.call("x-migfw-verify")
+    if as_json:
+        print_json(facts)
+        return
+    print_facts([(str(key), str(value)) for key, value in facts.items()])
+    click.echo("verified: ok")
+
+
+@click.command()
+@engine_options
+@json_option
+def cancel(name: str | None, qmp: str | None, as_json: bool) -> None:
+    """Cancel the migration that runs; the guest goes on here. Fine when none runs.
+
+    \b
+    Example:
+      migfw cancel --name heat
+    """
+    with connect(name, qmp) as engine:
+        engine.call("migrate_cancel")
+        status = engine.wait_idle()
+        _confirm(engine, f"migration: {status}; the guest is {engine.run_state()}", as_json=as_json)
+
+
+@click.command("continue")
+@engine_options
+@json_option
+def continue_migration(name: str | None, qmp: str | None, as_json: bool) -> None:
+    """Let a migration that waits in pre-switchover complete.
+
+    A migration waits there when the capability pause-before-switchover is on: the guest is stopped, everything but the
+    last of its state is sent.
+
+    \b
+    Example:
+      migfw migrate tcp:other:4444 --cap pause-before-switchover --detach
+      migfw continue
+    """
+    with connect(name, qmp) as engine:
+        engine.call("migrate-continue", state="pre-switchover")
+        _confirm(engine, "the migration goes on", as_json=as_json)
+
+
+@click.command()
+@engine_options
+@json_option
+def postcopy(name: str | None, qmp: str | None, as_json: bool) -> None:
+    """Start the guest on the destination now; the RAM that is left follows.
+
+    The migration must have been started with the capability postcopy-ram.
+
+    \b
+    Example:
+      migfw postcopy --name heat
+    """
+    with connect(name, qmp) as engine:
+        engine.call("migrate-start-postcopy")
+        _confirm(engine, "the migration switches to postcopy", as_json=as_json)
+
+
+@click.command()
+@engine_options
+@json_option
+def pause(name: str | None, qmp: str | None, as_json: bool) -> None:
+    """Break a postcopy migration's connection off, to go on over another one.
+
+    \b
+    Example:
+      migfw pause                          on the source
+      migfw recover tcp:0.0.0.0:4445       on the destination
+      migfw migrate tcp:other:4445 --resume
+    """
+    with connect(name, qmp) as engine:
+        engine.call("migrate-pause")
+        _confirm(engine, "the migration is paused", as_json=as_json)
+
+
+@click.command()
+@click.argument("uri")
+@engine_options
+@json_option
+def recover(uri: str, name: str | None, qmp: str | None, as_json: bool) -> None:
+    """Wait at URI, on the destination, for a broken postcopy migration to resume.
+
+    \b
+    Example:
+      migfw recover tcp:0.0.0.0:4445
+    """
+    with connect(name, qmp) as engine:
+        engine.call("migrate-recover", uri=uri)
+        _confirm(engine, f"waiting for the source to resume at {uri}", as_json=as_json)
+
+
+@click.command("set")
+@click.argument("pairs", metavar="NAME=VALUE...", nargs=-1, required=True)
+@engine_options
+@json_option
+def set_values(pairs: tuple[str, ...], name: str | None, qmp: str | None, as_json: bool) -> None:
+    """Change migration capabilities (NAME=on, NAME=off) and parameters (NAME=VALUE), all or none.
+
+    Parameters may change while a migration runs. Rates and sizes take K, M, G (powers of 1024), times ms or s;
+    without a unit they are bytes, bytes per second and milliseconds. max-bandwidth=0 means no limit.
+
+    \b
+    Examples:
+      migfw set max-bandwidth=200M downtime-limit=50ms
+      migfw set return-path=on events=on
+    """
+    with connect(name, qmp) as engine:
+        changes = read_mixed(pairs, engine.capabilities(), plugins=engine.is_migfw)
+        changes.apply(engine)
+    made = {**changes.capabilities, **changes.parameters}
+    if as_json:
+        print_json(made)
+        return
+    shown = {True: "on", False: "off"}
+    print_facts([(key, shown[value] if isinstance(value, bool) else str(value)) for key, value in made.items()])

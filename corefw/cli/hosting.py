@@ -1,0 +1,161 @@
+"""The life of an engine's process, from its first word to its end.
+
+The law: exactly one reason ends it, the first that comes; then everything that was made is undone. A guest that has
+moved elsewhere takes its old process with it, but not before whoever watches the migration could read how it went.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import click
+
+from corefw.cli.outcome import ExitStatus, Finished, note
+from corefw.engine import Engine, Event
+from corefw.errors import MigfwError
+from corefw.qmp.address import UnixAddress
+from corefw.qmp.server import QmpServer
+from corefw.states import MigrationStatus, Side
+
+LINGER: Final = 10.0
+"""Seconds that a source stays, at most, for clients that are still connected when its guest has moved."""
+
+_LOOK: Final = 0.02
+
+
+class Ending(Enum):
+    """Why the process ends."""
+
+    QUIT = auto()
+    GUEST_ENDED = auto()
+    GUEST_FAILED = auto()
+    MOVED = auto()
+    NOT_ARRIVED = auto()
+    INTERRUPTED = auto()
+    TERMINATED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """incoming   where to wait for a guest; None: it is here
+    deferred   wait for migrate-incoming instead
+    paused     do not start the guest
+    stay       outlive a guest that moved, or that failed to arrive"""
+
+    incoming: str | None
+    deferred: bool
+    paused: bool
+    stay: bool
+
+
+def say(text: str) -> None:
+    """A line on stdout. Nobody reading it is no reason to end a guest."""
+    with contextlib.suppress(OSError):
+        click.echo(f"migfw: {text}")
+
+
+def host(engine: Engine, server: QmpServer, plan: Plan) -> None:
+    """Begin, wait for the end, and say why it came. Raises MigfwError or Finished when that is no good one."""
+    endings: queue.SimpleQueue[Ending] = queue.SimpleQueue()
+    _hear_signals(endings, server)
+    _watch(engine, server, endings, plan)
+    _begin(engine, server, plan)
+    _last_words(engine, server, endings.get())
+
+
+def _begin(engine: Engine, server: QmpServer, plan: Plan) -> None:
+    where = f"'{engine.name}', QMP at {server.address}"
+    if plan.incoming is not None:
+        say(f"{where}; waiting for a migration at {engine.migrate_incoming(plan.incoming)}")
+    elif plan.deferred:
+        say(f"{where}; waiting for migrate-incoming to say where a guest comes in")
+    elif plan.paused:
+        say(f"{where}; the guest is not started yet: 'migfw cont' does")
+    else:
+        engine.cont()
+        say(f"{where}; the guest is running")
+
+
+def _watch(engine: Engine, server: QmpServer, endings: queue.SimpleQueue[Ending], plan: Plan) -> None:
+    """Put every reason to end into the queue when it comes."""
+
+    def status_changed(side: Side, _old: MigrationStatus, new: MigrationStatus) -> None:
+        if side is Side.SOURCE and new is MigrationStatus.COMPLETED and not plan.stay:
+            endings.put(Ending.MOVED)
+        if side is Side.DESTINATION and new is MigrationStatus.FAILED:
+            if plan.stay:
+                note(f"{_why_not_arrived(engine)}; waiting for migrate-incoming")
+            else:
+                endings.put(Ending.NOT_ARRIVED)
+        if side is Side.DESTINATION and new is MigrationStatus.COMPLETED:
+            say(f"the guest has arrived, and is {engine.query_status()['status']}")
+
+    def happened(event: Event) -> None:
+        if event.name == "SHUTDOWN":
+            ended = event.data.get("reason") == "guest-shutdown"
+            endings.put(Ending.GUEST_ENDED if ended else Ending.GUEST_FAILED)
+
+    def wait_quit() -> None:
+        server.wait_quit()
+        endings.put(Ending.QUIT)
+
+    engine.outgoing.observe(status_changed)
+    engine.incoming.observe(status_changed)
+    engine.observe(happened)
+    threading.Thread(target=wait_quit, name="quit", daemon=True).start()
+
+
+def _hear_signals(endings: queue.SimpleQueue[Ending], server: QmpServer) -> None:
+    """From now on the first Ctrl-C or SIGTERM ends the process in order, the second at once, and the guest with it."""
+    heard: list[int] = []
+
+    def handler(number: int, _frame: FrameType | None) -> None:
+        if heard:
+            if isinstance(server.address, UnixAddress):
+                Path(server.address.path).unlink(missing_ok=True)
+            os._exit(ExitStatus.INTERRUPTED)
+        heard.append(number)
+        endings.put(Ending.INTERRUPTED if number == signal.SIGINT else Ending.TERMINATED)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def _last_words(engine: Engine, server: QmpServer, ending: Ending) -> None:
+    match ending:
+        case Ending.QUIT | Ending.TERMINATED:
+            return
+        case Ending.GUEST_ENDED:
+            say("the guest has ended")
+        case Ending.GUEST_FAILED:
+            reason = engine.machine.information().get("error", "its process ended")
+            raise MigfwError(f"the guest failed: {reason}")
+        case Ending.MOVED:
+            say("the guest has moved")
+            _linger(server)
+        case Ending.NOT_ARRIVED:
+            raise MigfwError(_why_not_arrived(engine))
+        case Ending.INTERRUPTED:
+            note("interrupted; the guest ends")
+            raise Finished(ExitStatus.INTERRUPTED)
+
+
+def _why_not_arrived(engine: Engine) -> str:
+    reason = engine.query_migrate().get("error-desc", "no reason given")
+    return f"the incoming migration failed: {reason}"
+
+
+def _linger(server: QmpServer) -> None:
+    end = time.monotonic() + LINGER
+    while server.clients and time.monotonic() < end:
+        time.sleep(_LOOK)

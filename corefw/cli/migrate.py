@@ -1,0 +1,132 @@
+"""`migfw migrate`: move the guest, and stay to watch.
+
+The law: what can be refused is refused before the engine is asked; from then on this process only watches, and the
+engine goes on whatever becomes of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from corefw.cli.changes import Changes, read_changes
+from corefw.cli.engines import EngineClient, connect
+from corefw.cli.follow import Follower
+from corefw.cli.interrupts import Interrupts
+from corefw.cli.options import engine_options, json_option, settings_options
+from corefw.cli.outcome import ExitStatus, Finished, note
+from corefw.cli.output import print_facts, print_json
+from corefw.cli.progress import open_display
+from corefw.cli.routes import Route, find_route
+from corefw.cli.summary import summary
+from corefw.errors import MigfwError, UsageError
+from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED
+from corefw.states import MigrationStatus
+
+
+@click.command()
+@click.argument("uri")
+@engine_options
+@settings_options
+@click.option("--postcopy", is_flag=True, help="Switch to postcopy when everything was sent once.")
+@click.option("--detach", is_flag=True, help="Start it and leave; 'migfw status' shows how far it is.")
+@click.option("--resume", is_flag=True, help="Go on with a postcopy migration whose connection broke.")
+@json_option
+def migrate(
+    uri: str,
+    name: str | None,
+    qmp: str | None,
+    caps: tuple[str, ...],
+    params: tuple[str, ...],
+    postcopy: bool,
+    detach: bool,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Move the running guest to whoever waits at URI, and show how far it is.
+
+    \b
+    URI says how to get there:
+      tcp:HOST:PORT                                unix:PATH
+      ssh://[USER@]HOST[:PORT]/tcp:HOST:PORT       ssh://[USER@]HOST[:PORT]/unix:PATH
+      zmq:tcp://HOST:PORT                          zmq:ipc://PATH
+      exec:COMMAND                                 fd:N or fd:NAME
+      file:PATH                                    what else 'migfw plugins' lists
+
+    Paths and commands are those of the host and the folder that the engine was started in. The return path is on
+    wherever URI has two ways, so that "completed" means that the destination has said so; the bandwidth is not
+    limited. --cap and --param say otherwise.
+
+    Ctrl-C cancels the migration and waits until the guest goes on here; a second one leaves at once. With --qmp it
+    moves a real QEMU as well: over transports that QEMU does not know, this process relays.
+
+    \b
+    Examples:
+      migfw migrate tcp:other.example.org:4444
+      migfw migrate ssh://other.example.org/tcp:localhost:4444 --param downtime-limit=50ms
+      migfw migrate tcp:other:4444 --param max-bandwidth=200M --json
+      migfw migrate zmq:tcp://other:4444 --qmp unix:/run/qemu.sock
+    """
+    with connect(name, qmp) as engine, contextlib.ExitStack() as stack:
+        route = find_route(engine, uri)
+        changes = read_changes(caps, params, plugins=engine.is_migfw)
+        if postcopy:
+            changes.capabilities.setdefault("postcopy-ram", True)
+        if not resume:
+            _add_defaults(changes, engine, route)
+        if detach and route.relayed:
+            raise UsageError(f"'{uri}': this process has to stay and relay for the QEMU, so --detach cannot be")
+        relay = None
+        changes.apply(engine)
+        engine.call("migrate", uri=relay.uri if relay else uri, **({"resume": True} if resume else {}))
+        if detach:
+            _say_detached(engine, uri, as_json=as_json)
+            return
+        with Interrupts() as interrupts, open_display(f"migrating to {uri}", as_json=as_json) as display:
+            hopeless = relay.has_failed if relay else bool
+            answer = Follower(engine, display, interrupts, postcopy=postcopy, hopeless=hopeless).wait()
+            problem = relay.finish(answer["status"]) if relay else None
+        if as_json:
+            print_json({"uri": uri, **answer})
+        elif answer["status"] == MigrationStatus.COMPLETED and problem is None:
+            print_facts(summary(answer))
+        _end(engine, uri, answer, problem, cancelled=interrupts.requested)
+
+
+def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str | None, *, cancelled: bool) -> None:
+    """Return when the guest has moved; else raise what says why not, and where the guest is."""
+    status = answer["status"]
+    if status == MigrationStatus.COMPLETED and problem is None:
+        if cancelled:
+            note("too late to cancel: the guest has moved")
+        return
+    here = f"the guest is {engine.run_state()} here"
+    if cancelled and status in (MigrationStatus.CANCELLED, MigrationStatus.FAILED):
+        note(f"cancelled; {here}")
+        raise Finished(ExitStatus.INTERRUPTED)
+    if status == MigrationStatus.CANCELLED and problem is None:
+        raise MigfwError(f"the migration to {uri} was cancelled; {here}")
+    if status == MigrationStatus.POSTCOPY_PAUSED:
+        raise MigfwError(
+            f"the connection to {uri} broke in postcopy: 'migfw recover URI' on the destination, then"
+            " 'migfw migrate URI --resume' here"
+        )
+    raise MigfwError(f"the migration to {uri} failed: {problem or answer.get('error-desc', status)}; {here}")
+
+
+def _add_defaults(changes: Changes, engine: EngineClient, route: Route) -> None:
+    """The command line's own defaults, for what neither --cap, --param nor 'migfw set' said."""
+    if route.return_path is not None:
+        changes.capabilities.setdefault("return-path", route.return_path)
+    if engine.call("query-migrate-parameters").get("max-bandwidth") == QMP_MAX_BANDWIDTH:
+        changes.parameters.setdefault("max-bandwidth", UNLIMITED)
+
+
+def _say_detached(engine: EngineClient, uri: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"uri": uri, **engine.query_migrate()})
+    else:
+        click.echo(f"migrating to {uri}; 'migfw status' shows how far it is")

@@ -1,0 +1,64 @@
+"""Which way a migration goes: by the engine itself, or relayed by this process for a real QEMU.
+
+The law: a URI that cannot be is refused here, before the engine is asked for anything; only the one scheme's driver is
+loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from corefw.channel import TransportFeatures
+from corefw.cli.engines import EngineClient
+from corefw.errors import UriError, UsageError
+from corefw.uri import MigrationUri, split_host_port
+
+QEMU_TWO_WAY: Final = {"tcp": True, "unix": True, "vsock": True, "rdma": True, "exec": False, "fd": None}
+"""Schemes of every QEMU -> whether bytes flow back; None: that depends on the descriptor, so the setting stays."""
+
+_QEMU_FILE_SINCE: Final = (8, 2)
+"""The QEMU that first knew file:."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """relayed       this process carries the bytes between the QEMU and the transport
+    return_path   whether there is one; None: unknown"""
+
+    relayed: bool
+    return_path: bool | None
+
+
+def features(uri: str) -> TransportFeatures:
+    """What the transport of a URI can do. Raises UriError."""
+    from corefw.plugins import Plugins
+
+    try:
+        return Plugins().transport(uri).features
+    except UriError:
+        # A scheme that is a hook and no entry point, or no scheme at all: then this raises the same again.
+        return Plugins.load().transport(uri).features
+
+
+def find_route(engine: EngineClient, uri: str) -> Route:
+    """Raises UriError (no such scheme, a wrong address), UsageError (the transport only receives)."""
+    parsed = MigrationUri.parse(uri)
+    if not engine.is_migfw and _qemu_knows(engine, parsed):
+        return Route(relayed=False, return_path=QEMU_TWO_WAY.get(parsed.scheme, False))
+    found = features(uri)
+    if not found.outgoing:
+        raise UsageError(f"'{uri}': the transport '{parsed.scheme}' only receives")
+    return Route(relayed=not engine.is_migfw, return_path=found.return_path)
+
+
+def _qemu_knows(engine: EngineClient, uri: MigrationUri) -> bool:
+    """Whether a QEMU itself dials this URI as it is written. Raises UriError for an address that is wrong."""
+    if uri.scheme == "tcp":
+        split_host_port(uri.rest, str(uri))
+    if uri.scheme == "unix":
+        return not uri.rest.startswith("@")  # an abstract name; QEMU's URIs have only paths
+    if uri.scheme == "file":
+        version = engine.call("query-version")["qemu"]
+        return (version["major"], version["minor"]) >= _QEMU_FILE_SINCE
+    return uri.scheme in QEMU_TWO_WAY

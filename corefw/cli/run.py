@@ -1,0 +1,135 @@
+"""`migfw run`: put a guest, its engine and the QMP server together, and stay until it is over.
+
+The law: everything that can be wrong in the command line is refused before the guest is made; whatever was made is
+undone on every way out, so nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from corefw.cli.naming import claim
+from corefw.cli.options import parse_switches, settings_options, split_pairs
+from corefw.errors import UsageError
+
+if TYPE_CHECKING:
+    from corefw.plugins import Plugins
+    from corefw.settings import Settings
+
+DEFER: Final = "defer"
+
+
+@click.command()
+@click.argument("program", required=False)
+@click.option(
+    "--machine", "kind", metavar="KIND", default="python", show_default=True, help="Kind of guest: python or qemu."
+)
+@click.option(
+    "--opt", "opts", metavar="NAME=VALUE", multiple=True, help="An option of the program or machine. Repeatable."
+)
+@click.option("--name", metavar="NAME", help="Name of the engine, for --name elsewhere.  [default: from PROGRAM]")
+@click.option(
+    "--qmp",
+    metavar="ADDRESS",
+    help="Listen for QMP at unix:PATH or tcp:HOST:PORT instead of at the name's own socket. Whoever can reach a tcp:"
+    " address is in control.",
+)
+@click.option(
+    "--incoming",
+    metavar="URI",
+    help="Wait for a guest to migrate here. 'defer': wait for the QMP command migrate-incoming first.",
+)
+@settings_options
+@click.option(
+    "--property",
+    "properties",
+    metavar="NAME=on|off",
+    multiple=True,
+    help="Set a machine property: send-configuration, send-section-footer, store-global-state, ... Repeatable.",
+)
+@click.option("--only-migratable", is_flag=True, help="Refuse whatever would keep the guest from migrating.")
+@click.option("--paused", is_flag=True, help="Do not start the guest; 'migfw cont' does.")
+@click.option("--stay", is_flag=True, help="Stay when the guest has left, or when a guest failed to arrive.")
+def run(
+    program: str | None,
+    kind: str,
+    opts: tuple[str, ...],
+    name: str | None,
+    qmp: str | None,
+    incoming: str | None,
+    caps: tuple[str, ...],
+    params: tuple[str, ...],
+    properties: tuple[str, ...],
+    only_migratable: bool,
+    paused: bool,
+    stay: bool,
+) -> None:
+    """Run PROGRAM as a guest that can migrate, or wait for one to migrate here.
+
+    PROGRAM is FILE.py:CLASS, PACKAGE.MODULE:CLASS, or the name of a bundled one (stress). A destination needs the same
+    PROGRAM and options as the source. It runs until the guest ends, until it has moved elsewhere, until 'migfw quit' or
+    Ctrl-C. One line on stdout says when it is ready; with --incoming it says which address it got, so port 0 is fine.
+
+    \b
+    Examples:
+      migfw run heat.py:Heat
+      migfw run stress --opt ram=1G --opt dirty-rate=100M
+      migfw run heat.py:Heat --incoming tcp:0.0.0.0:4444
+      migfw run --machine qemu --incoming unix:/tmp/vm.sock
+
+    \b
+    Exit status:
+      0    the guest ended, has moved elsewhere, or was told to quit
+      1    the guest failed, or could not be loaded
+      2    wrong usage, nothing was started
+      130  Ctrl-C
+    """
+    from corefw.cli.hosting import Plan, host
+    from corefw.engine import Engine
+    from corefw.machine import MachineConfig
+    from corefw.plugins import Plugins
+    from corefw.qmp.server import QmpServer
+
+    options = split_pairs(opts, "--opt NAME=VALUE, as in --opt ram=1G")
+    plugins = Plugins.load()
+    settings = plugins.settings()
+    _apply(settings, caps, params, properties, only_migratable=only_migratable)
+    deferred = incoming == DEFER
+    if incoming is not None and not deferred:
+        _check_incoming(plugins, incoming)
+    chosen, address = claim(name, qmp, program or kind)
+    with contextlib.ExitStack() as stack:
+        machine = plugins.machine(kind, MachineConfig(program, options, incoming=incoming is not None))
+        stack.callback(machine.close)
+        engine = Engine(machine, plugins, settings, name=chosen, autostart=not paused)
+        stack.callback(engine.close)
+        server = stack.enter_context(QmpServer(engine, address))
+        host(engine, server, Plan(None if deferred else incoming, deferred, paused, stay))
+
+
+def _check_incoming(plugins: Plugins, uri: str) -> None:
+    transport = plugins.transport(uri)
+    if not transport.features.incoming:
+        raise UsageError(f"'{uri}': one cannot wait for a guest at '{transport.uri.scheme}:'")
+
+
+def _apply(
+    settings: Settings,
+    caps: Iterable[str],
+    params: Iterable[str],
+    properties: Iterable[str],
+    *,
+    only_migratable: bool,
+) -> None:
+    """Set everything that the command line says. Raises UsageError."""
+    for name, state in parse_switches(properties, "--property NAME=on or --property NAME=off").items():
+        settings.set_property(name, state)
+    if only_migratable:
+        settings.set_property("only-migratable", True)
+    texts = split_pairs(params, "--param NAME=VALUE, as in --param downtime-limit=100ms")
+    settings.set_parameters({name: settings.declared_parameter(name).parse(text) for name, text in texts.items()})
+    settings.set_capabilities(parse_switches(caps, "--cap NAME, --cap NAME=on or --cap NAME=off"))

@@ -1,0 +1,100 @@
+"""`migfw status`: what an engine does, for people or as a document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import click
+
+from corefw.cli.engines import EngineClient, connect
+from corefw.cli.options import engine_options, json_option
+from corefw.cli.output import print_facts, print_json
+from corefw.cli.progress import Progress
+from corefw.cli.summary import summary
+from corefw.quantities import format_size
+
+Fact = tuple[str, str]
+
+_NAMES: Final = {"pid": "guest process", "dirty-log": "dirty log"}
+"""What a machine's information is called here, where its own word would mislead."""
+
+
+@click.command()
+@engine_options
+@json_option
+def status(name: str | None, qmp: str | None, as_json: bool) -> None:
+    """Show the guest, its RAM, and the migration that runs or ran last; of a real QEMU as well.
+
+    \b
+    Examples:
+      migfw status
+      migfw status --name heat --json
+      migfw status --qmp unix:/run/qemu.sock
+    """
+    with connect(name, qmp) as engine:
+        document = engine.call("x-migfw-status") if engine.is_migfw else _of_qemu(engine)
+    if as_json:
+        print_json(document)
+    else:
+        print_facts(list(_facts(document)))
+
+
+def _of_qemu(engine: EngineClient) -> dict[str, Any]:
+    """The part of x-migfw-status's answer that a real QEMU can give."""
+    version = engine.call("query-version")["qemu"]
+    state = engine.call("query-status")
+    return {
+        "name": engine.call("query-name").get("name", ""),
+        "version": "QEMU {major}.{minor}.{micro}".format(**version),
+        "running": state["running"],
+        "status": state["status"],
+        "migration": engine.query_migrate(),
+    }
+
+
+def _facts(document: Mapping[str, Any]) -> Iterator[Fact]:
+    yield "name", document["name"] or "(none)"
+    if "pid" in document:
+        yield "process", f"{document['pid']} (migfw {document['version']})"
+    else:
+        yield "process", document["version"]
+    if "machine" in document:
+        yield from _machine(document["machine"])
+    yield "guest", document["status"]
+    if document.get("incoming", "none") != "none" or document.get("incoming-uri"):
+        yield "incoming", " at ".join(part for part in (document["incoming"], document["incoming-uri"]) if part)
+    yield from _migration(document["migration"])
+
+
+def _machine(machine: Mapping[str, Any]) -> Iterator[Fact]:
+    yield "machine", f"{machine['kind']}, type {machine['name']}"
+    information = dict(machine["information"])
+    ram = information.pop("ram", {})
+    if ram:
+        blocks = ", ".join(f"{block} {format_size(length)}" for block, length in ram.items())
+        yield "RAM", f"{format_size(sum(ram.values()))} ({blocks})"
+    for key, value in information.items():
+        if value in ({}, [], "", None):
+            continue
+        yield _NAMES.get(key) or key, _phrase(value)
+
+
+def _phrase(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_phrase(inner)}" for key, inner in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(_phrase(inner) for inner in value) or "none"
+    return str(value)
+
+
+def _migration(answer: Mapping[str, Any]) -> Iterator[Fact]:
+    progress = Progress.of(answer)
+    if "expected-downtime" in answer:
+        yield "migration", ", ".join([progress.heading(), f"{100 * progress.fraction:.0f} %", *progress.details()])
+    else:
+        (_, first), *rest = summary(answer)
+        yield "migration", first
+        yield from rest
+    for reason in answer.get("blocked-reasons", ()):
+        yield "blocked", str(reason)

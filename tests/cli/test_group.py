@@ -1,0 +1,91 @@
+"""The group: it is fast to load, every command has help, and wrong usage is one line with status 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import click
+import pytest
+
+from corefw.cli.group import COMMANDS, migfw
+from tests.helpers.cli import migfw as call
+
+NAMES = [name for part in COMMANDS.values() for name in part]
+
+HEAVY = ("numpy", "pluggy", "stevedore", "rich", "corefw.plugins", "corefw.qmp", "corefw.engine", "logging.config")
+
+
+def test_help_lists_every_command_and_loads_none_of_them() -> None:
+    program = (
+        "import sys; sys.argv = ['migfw', '--help']\n"
+        "from corefw.cli import main\n"
+        "assert main() == 0\n"
+        "print(*sorted(sys.modules), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    loaded = set(done.stderr.split())
+    allowed = {"corefw", "corefw.cli", "corefw.cli.group", "corefw.cli.outcome", "corefw.errors"}
+    assert {name for name in loaded if name.split(".")[0] == "corefw"} <= allowed
+    assert not loaded & set(HEAVY)
+    for name in NAMES:
+        assert f"  {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_explains_itself(name: str) -> None:
+    context = click.Context(migfw, info_name="migfw")
+    command = migfw.get_command(context, name)
+    assert command is not None
+    text = command.get_help(click.Context(command, info_name=name, parent=context))
+    assert "Example" in text
+    assert "--verbose" in text
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help, f"{name} {option.opts} has no help"
+
+
+def test_help_of_a_command_on_the_command_line() -> None:
+    done = call("migrate", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: migfw migrate [OPTIONS] URI")
+
+
+def test_version() -> None:
+    assert call("--version").stdout == f"migfw {version('migfw')}\n"
+
+
+def test_without_a_command_it_shows_help_and_fails() -> None:
+    done = call()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Usage: migfw" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["fly"], "migfw: No such command 'fly' (see 'migfw --help')"),
+        (["migrate"], "migfw: Missing argument 'URI' (see 'migfw migrate --help')"),
+        (["migrate", "a:b", "c"], "migfw: Got unexpected extra argument (c) (see 'migfw migrate --help')"),
+        (["cancel", "--name"], "migfw: Option '--name' requires an argument (see 'migfw cancel --help')"),
+        (["--fast"], "migfw: No such option '--fast' (see 'migfw --help')"),
+        (["set"], "migfw: Missing argument 'NAME=VALUE...' (see 'migfw set --help')"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_is_one_line(arguments: list[str], line: str) -> None:
+    done = call(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line + "\n")
+
+
+def test_a_reader_that_goes_away_makes_no_noise() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "corefw.cli", "plugins", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    with process.stderr as stderr:
+        assert stderr.read() == b""
+    assert process.wait(60) == 141
