@@ -1,0 +1,302 @@
+"""What the outside calls: QMP, the command line, programs that embed migfw.
+
+The law: every command is checked before anything is started; what is refused changes nothing. The errors' texts are the
+seed's where it has them (qmp_migrate, migrate_prepare, qmp_migrate_incoming, qmp_migrate_continue, ...).
+
+Threads: everything here may be called from any thread. Events come from the thread that caused them, without locks
+held.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from corefw.channel import Transport
+from corefw.engine.blockers import Blockers
+from corefw.engine.incoming import IncomingMigration
+from corefw.engine.outgoing import OutgoingMigration
+from corefw.engine.statistics import idle_document, with_blockers
+from corefw.errors import BlockedError, SettingsError, StateError, UriError, UsageError
+from corefw.machine import AdoptsStreams, Machine, RunState, SupportsVerify
+from corefw.plugins import Plugins
+from corefw.section import SectionRegistry
+from corefw.settings import Settings
+from corefw.states import IDLE, SETUP_OR_ACTIVE, MigrationStatus, Side, StateMachine
+
+log = logging.getLogger(__name__)
+
+_S = MigrationStatus
+MIGRATION_ACTIVE: Final = "There's a migration process in progress"
+ENDED: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED})
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A QMP event: its name, its data, and when it happened (time.time())."""
+
+    name: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+    timestamp: float = field(default_factory=time.time)
+
+
+Observer = Callable[[Event], None]
+
+
+class Engine:
+    """One guest and what can be done to it."""
+
+    def __init__(
+        self, machine: Machine, plugins: Plugins, settings: Settings, *, name: str = "", autostart: bool = True
+    ) -> None:
+        self.machine: Final = machine
+        self.plugins: Final = plugins
+        self.settings: Final = settings
+        self.name: Final = name
+        self.outgoing: Final = StateMachine(Side.SOURCE)
+        self.incoming: Final = StateMachine(Side.DESTINATION)
+        self.incoming_uri: str | None = None
+        self._autostart = autostart
+        self._lock = threading.RLock()
+        self._observers: list[Observer] = []
+        self._blockers = Blockers(machine, plugins, settings)
+        self._migration: OutgoingMigration | None = None
+        self._arrival: IncomingMigration | None = None
+        for side in (self.outgoing, self.incoming):
+            side.observe(self._status_changed)
+            side.observe(plugins.state_changed)
+        machine.watch(self._run_state_changed)
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Call `observer(event)` for every event from now on; returns what ends that."""
+        self._observers.append(observer)
+        return lambda: self._observers.remove(observer) if observer in self._observers else None
+
+    def _emit(self, name: str, data: Mapping[str, Any] | None = None) -> None:
+        event = Event(name, data or {})
+        for observer in list(self._observers):
+            try:
+                observer(event)
+            except Exception:
+                log.exception("an observer of event %s failed", name)
+
+    def _status_changed(self, _side: Side, _old: MigrationStatus, new: MigrationStatus) -> None:
+        if self.settings.capability("events"):
+            self._emit("MIGRATION", {"status": str(new)})
+
+    def _pass_began(self, number: int) -> None:
+        if self.settings.capability("events"):
+            self._emit("MIGRATION_PASS", {"pass": number})
+
+    def _run_state_changed(self, old: RunState, new: RunState) -> None:
+        if new is RunState.RUNNING:
+            self._emit("RESUME")
+        elif old is RunState.RUNNING and new not in (RunState.SHUTDOWN, RunState.INTERNAL_ERROR):
+            self._emit("STOP")
+        elif new in (RunState.SHUTDOWN, RunState.INTERNAL_ERROR):
+            self._emit(
+                "SHUTDOWN", {"guest": True, "reason": "guest-shutdown" if new is RunState.SHUTDOWN else "host-error"}
+            )
+
+    # -- the guest -------------------------------------------------------------------------------------------------
+
+    def query_status(self) -> dict[str, Any]:
+        """query-status."""
+        state = self.machine.run_state
+        return {"running": state is RunState.RUNNING, "singlestep": False, "status": str(state)}
+
+    def stop(self) -> None:
+        """Pause the guest. Nothing happens when it does not run."""
+        with self._lock:
+            if self.machine.run_state is RunState.RUNNING:
+                self.machine.stop(RunState.PAUSED)
+
+    def cont(self) -> None:
+        """Let the guest run. Raises StateError where it may run elsewhere, or is not here yet."""
+        with self._lock:
+            state = self.machine.run_state
+            if state is RunState.RUNNING:
+                return
+            if state is RunState.INMIGRATE:
+                raise StateError("Guest is waiting for an incoming migration")
+            if self.outgoing.status in SETUP_OR_ACTIVE and state is RunState.FINISH_MIGRATE:
+                raise StateError("the guest is stopped for the switchover (cancel the migration to let it run on here)")
+            if self._migration is not None and self._migration.confirmed and self.outgoing.status is _S.COMPLETED:
+                raise StateError("the guest has moved: the destination said that it has it")
+            if state in (RunState.SHUTDOWN, RunState.INTERNAL_ERROR):
+                raise StateError(f"the guest has ended ({state})")
+            self.machine.start()
+
+    def verify(self) -> Mapping[str, object]:
+        """Let the guest prove its own state. Raises UsageError where it cannot, MachineError when it is wrong."""
+        if not isinstance(self.machine, SupportsVerify):
+            raise UsageError(f"a machine of kind '{self.machine.kind}' cannot verify itself")
+        if self.machine.run_state is RunState.INMIGRATE:
+            raise StateError("Guest is waiting for an incoming migration")
+        return self.machine.verify()
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def migrate(
+        self, uri: str, *, blk: bool = False, inc: bool = False, detach: bool = False, resume: bool = False
+    ) -> None:
+        """Start to send the guest away; returns once it has started (`wait_outgoing` for the end).
+
+        Raises UsageError (and nothing was started): StateError, BlockedError, UriError, SettingsError. `detach` has no
+        meaning in QMP, as in QEMU.
+        """
+        del detach
+        with self._lock:
+            if resume:
+                raise StateError("Cannot resume if there is no paused migration")
+            if self.outgoing.status not in IDLE:
+                raise StateError(MIGRATION_ACTIVE)
+            if self.machine.run_state is RunState.INMIGRATE:
+                raise StateError("Guest is waiting for an incoming migration")
+            if blk or inc:
+                raise SettingsError("capability 'block' is not supported by any installed plugin")
+            transport = self._outgoing_transport(uri)
+            registry = self._registry()
+            if reasons := self._blockers.reasons(registry):
+                raise BlockedError(reasons)
+            self._begin_outgoing(transport, registry)
+
+    def _outgoing_transport(self, uri: str) -> Transport:
+        if uri == "defer":
+            raise UriError("'defer' is for a destination: expected the URI of one, as in tcp:HOST:PORT")
+        transport = self.plugins.transport(uri)
+        if not transport.features.outgoing:
+            raise UriError(f"'{uri}': one cannot send to '{transport.uri.scheme}:'")
+        if self.settings.capability("return-path") and not transport.features.return_path:
+            raise SettingsError(
+                f"'{uri}': '{transport.uri.scheme}:' has no return path (switch capability 'return-path' off)"
+            )
+        return transport
+
+    def _begin_outgoing(self, transport: Transport, registry: SectionRegistry) -> None:
+        migration = OutgoingMigration(self.machine, self.settings, registry, transport, self.outgoing, self._pass_began)
+        self._migration = migration
+        if not self.outgoing.advance(self.outgoing.status, _S.SETUP):
+            raise StateError(MIGRATION_ACTIVE)
+        migration.start()
+
+    def _registry(self) -> SectionRegistry:
+        """New handlers for one migration. Of a machine that keeps its sections as they came, only the live ones."""
+        registry = self.plugins.section_handlers(self.machine, self.settings)
+        return SectionRegistry(registry.live()) if isinstance(self.machine, AdoptsStreams) else registry
+
+    def wait_outgoing(self, seconds: float | None = None) -> MigrationStatus:
+        """Block until the present migration has ended; its status."""
+        self.outgoing.wait(ENDED, seconds)
+        return self.outgoing.status
+
+    def cancel(self) -> None:
+        """Begin to end the outgoing migration; nothing happens when there is none."""
+        if self._migration is not None:
+            self._migration.cancel()
+
+    def continue_migration(self, state: MigrationStatus) -> None:
+        """Go on from pre-switchover. Raises StateError when the status is not `state`."""
+        status = self.outgoing.status
+        if status is not state or status is not _S.PRE_SWITCHOVER or self._migration is None:
+            raise StateError(f"Migration not in expected state: {status}")
+        self._migration.proceed()
+
+    def start_postcopy(self) -> None:
+        """Raises StateError or SettingsError as the seed does; nothing implements postcopy-ram yet."""
+        if not (self.settings.capability("postcopy-ram") or self.settings.capability("dirty-bitmaps")):
+            raise StateError("Enable postcopy with migrate_set_capability before the start of migration")
+        raise StateError("Postcopy must be started after migration has been started")
+
+    def pause_migration(self) -> None:
+        """migrate-pause: only a postcopy can be paused."""
+        raise StateError("migrate-pause is currently only supported during postcopy-active state")
+
+    def recover(self, uri: str) -> None:
+        """migrate-recover, on a destination whose postcopy broke."""
+        self.plugins.transport(uri)
+        raise StateError("Migrate recover can only be run when postcopy is paused.")
+
+    # -- in --------------------------------------------------------------------------------------------------------
+
+    def migrate_incoming(self, uri: str) -> str:
+        """Begin to wait for a source; the URI that it has to dial. Raises UsageError, ChannelError."""
+        with self._lock:
+            if self.machine.run_state is not RunState.INMIGRATE:
+                raise StateError("'-incoming' was not specified on the command line")
+            if self.incoming.status not in (_S.NONE, _S.FAILED):
+                raise StateError("The incoming migration has already been started")
+            transport = self.plugins.transport(uri)
+            if not transport.features.incoming:
+                raise UriError(f"'{uri}': one cannot wait for a migration at '{transport.uri.scheme}:'")
+            registry = self._registry()
+            listener = transport.listen()
+            arrival = IncomingMigration(
+                self.machine, self.settings, registry, listener, self.incoming, lambda: self._autostart
+            )
+            self._arrival = arrival
+            self.incoming_uri = str(listener.uri)
+            self.incoming.advance(self.incoming.status, _S.SETUP)
+            arrival.start()
+            return self.incoming_uri
+
+    def wait_incoming(self, seconds: float | None = None) -> MigrationStatus:
+        """Block until the guest has come, or failed to."""
+        self.incoming.wait(ENDED, seconds)
+        return self.incoming.status
+
+    # -- settings and blockers -------------------------------------------------------------------------------------
+
+    def set_capabilities(self, changes: Mapping[str, bool]) -> None:
+        """Raises StateError while a migration runs, SettingsError."""
+        with self._lock:
+            if self.outgoing.status in SETUP_OR_ACTIVE or self.outgoing.status is _S.CANCELLING:
+                raise StateError(MIGRATION_ACTIVE)
+            self.settings.set_capabilities(changes)
+
+    def set_parameters(self, changes: Mapping[str, object]) -> None:
+        """Also in flight. Raises SettingsError."""
+        self.settings.set_parameters(changes)
+
+    def add_blocker(self, reason: str) -> None:
+        """Raises StateError while a migration runs, UsageError under only-migratable."""
+        with self._lock:
+            self._blockers.add(reason, migrating=self.outgoing.status not in IDLE)
+
+    def remove_blocker(self, reason: str) -> None:
+        self._blockers.remove(reason)
+
+    # -- what is known ---------------------------------------------------------------------------------------------
+
+    def query_migrate(self) -> dict[str, Any]:
+        """query-migrate: the outgoing migration where there was one, else the incoming one."""
+        migration, status = self._migration, self.outgoing.status
+        if migration is not None and status is not _S.NONE:
+            info = migration.statistics.document(status)
+        else:
+            arrival = self._arrival
+            error = arrival.error if arrival is not None else None
+            info = idle_document(self.incoming.status, error, Side.DESTINATION)
+        return with_blockers(info, self._blocked_now())
+
+    def _blocked_now(self) -> list[str]:
+        return self._blockers.reasons(self._registry()) if self.outgoing.status in IDLE else []
+
+    def close(self) -> None:
+        """End migrations and the guest. A source that may have handed the guest over does not start it again."""
+        if self._migration is not None:
+            self._migration.cancel()
+            self._migration.join()
+        if self._arrival is not None:
+            self._arrival.abort()
+            self._arrival.join()
+        self.machine.close()
+
+
+__all__ = ["Engine", "Event", "Observer"]

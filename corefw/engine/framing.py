@@ -1,0 +1,66 @@
+"""Frames sections on the source: type byte, header, body, footer; and collects the description.
+
+The law: handlers write bodies, this page writes everything around them, and each section has the same id from START to
+END. Source: QEMU 7.2's save_section_header, save_section_footer, qemu_savevm_state_* (migration/savevm.c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Any, Final
+
+from corefw.section import LiveHandler, SectionHandler, SectionKey, StateHandler
+from corefw.wire.constants import TARGET_PAGE_SIZE, SectionType
+from corefw.wire.records import SectionHeader, write_footer, write_part_header, write_section_header
+from corefw.wire.stream import StreamWriter
+
+
+class SectionWriter:
+    """Writes one stream's sections. `ids` fixes the ids of some sections, the others get free ones."""
+
+    def __init__(self, writer: StreamWriter, *, footers: bool, ids: Mapping[SectionKey, int]) -> None:
+        self._writer: Final = writer
+        self._footers = footers
+        self._ids = dict(ids)
+        taken = set(ids.values())
+        self._free = (number for number in count() if number not in taken)
+        self._devices: list[dict[str, Any]] = []
+
+    def start(self, handler: LiveHandler, body: Callable[[], None]) -> None:
+        self._whole(SectionType.START, handler, body)
+
+    def part(self, handler: LiveHandler, body: Callable[[], bool]) -> bool:
+        """One PART; what the body returned."""
+        write_part_header(self._writer, SectionType.PART, self._id(handler))
+        finished = body()
+        self._footer(handler)
+        return finished
+
+    def end(self, handler: LiveHandler) -> None:
+        write_part_header(self._writer, SectionType.END, self._id(handler))
+        handler.complete_precopy(self._writer)
+        self._footer(handler)
+
+    def full(self, handler: StateHandler) -> None:
+        self._whole(SectionType.FULL, handler, lambda: handler.save(self._writer))
+        self._devices.append({"name": handler.idstr, "instance_id": handler.instance_id} | handler.describe())
+
+    def description(self) -> dict[str, Any]:
+        """What the FULL sections written so far contain."""
+        return {"page_size": TARGET_PAGE_SIZE, "devices": self._devices}
+
+    def _whole(self, kind: SectionType, handler: SectionHandler, body: Callable[[], None]) -> None:
+        header = SectionHeader(kind, self._id(handler), handler.idstr, handler.instance_id, handler.version_id)
+        write_section_header(self._writer, header)
+        body()
+        self._footer(handler)
+
+    def _footer(self, handler: SectionHandler) -> None:
+        if self._footers:
+            write_footer(self._writer, self._id(handler))
+
+    def _id(self, handler: SectionHandler) -> int:
+        if handler.key not in self._ids:
+            self._ids[handler.key] = next(self._free)
+        return self._ids[handler.key]

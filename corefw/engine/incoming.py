@@ -1,0 +1,172 @@
+"""The destination's side of one migration: wait for the source, load the stream, start the guest.
+
+The law: the stream is hostile until it is loaded. Whatever is wrong with it ends in `failed` with the offset, what was
+expected and what came, is reported to the source with SHUT 1, and the guest is never started here.
+
+Source: the seed's process_incoming_migration_co and _bh, QEMU's qemu_loadvm_state (migration/savevm.c).
+Threads: one of its own; `abort` comes from others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from corefw.channel import Channel, Interrupt, Listener
+from corefw.engine.returnpath import ReturnPathWriter
+from corefw.engine.unframing import StreamLoader
+from corefw.errors import ChannelError, MachineError, MigfwError
+from corefw.machine import AdoptsStreams, Machine, RunState
+from corefw.section import SectionRegistry
+from corefw.settings import Settings
+from corefw.states import MigrationStatus, StateMachine
+from corefw.wire.constants import ReturnMessage
+from corefw.wire.globalstate import CarriesRunState
+from corefw.wire.stream import StreamReader
+
+log = logging.getLogger(__name__)
+
+_S = MigrationStatus
+DRAIN_SECONDS: Final = 2.0
+DRAIN_BYTES: Final = 16 << 20
+
+
+class IncomingMigration:
+    """One attempt to take a guest in. It is an IncomingContext for the handlers."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        settings: Settings,
+        registry: SectionRegistry,
+        listener: Listener,
+        state: StateMachine,
+        autostart: Callable[[], bool],
+    ) -> None:
+        self.settings = settings
+        self.interrupt = Interrupt()
+        self.error: str | None = None
+        self._machine = machine
+        self._registry = registry
+        self._listener = listener
+        self._state = state
+        self._autostart = autostart
+        self._channel: Channel | None = None
+        self._return_path: ReturnPathWriter | None = None
+        self._thread = threading.Thread(target=self._run, name="incoming migration", daemon=True)
+
+    # -- from other threads ----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def abort(self) -> None:
+        """End it, wherever it is."""
+        self.interrupt.set()
+        if self._channel is not None:
+            self._channel.abort()
+
+    # -- for the handlers and the loader ---------------------------------------------------------------------------
+
+    def accept_channel(self) -> Channel:
+        return self._listener.accept(self.interrupt)
+
+    def send_return_message(self, message: int, body: bytes) -> None:
+        if self._return_path is None:
+            raise ChannelError("the source has not opened the return path")
+        self._return_path.send(ReturnMessage(message), body)
+
+    def open_return_path(self) -> ReturnPathWriter:
+        """The source asked for it. Raises ChannelError where bytes flow one way only."""
+        assert self._channel is not None
+        if not self._channel.has_return_path:
+            raise ChannelError(
+                f"the source wants a return path, but {self._channel.peer} carries bytes one way only"
+                " (switch its capability 'return-path' off)"
+            )
+        self._return_path = ReturnPathWriter(self._channel)
+        return self._return_path
+
+    # -- the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._take_in()
+        except MigfwError as error:
+            self._fail(str(error))
+        except Exception as bug:
+            log.exception("the incoming migration failed")
+            self._fail(f"internal error: {type(bug).__name__}: {bug}")
+        finally:
+            self._listener.close()
+            if self._channel is not None:
+                self._channel.close()
+
+    def _take_in(self) -> None:
+        self._channel = channel = self._listener.accept(self.interrupt)
+        self.interrupt.check()
+        if not self.settings.capability("multifd"):
+            self._listener.close()  # who dials in now learns at once that nobody waits for him
+        self._advance(_S.SETUP, _S.ACTIVE)
+        reader = StreamReader(channel)
+        handlers = list(self._registry)
+        begun = []
+        try:
+            for handler in handlers:
+                begun.append(handler)
+                handler.load_setup(self)
+            StreamLoader(reader, channel, self._machine, self._registry, self.settings, self).load()
+        except ChannelError as error:
+            raise ChannelError(f"{error} (at offset {reader.offset} of the stream)") from error
+        finally:
+            for handler in begun:
+                handler.load_cleanup()
+        self._start_guest()
+        self._advance(_S.ACTIVE, _S.COMPLETED)
+        self._say_goodbye(0)
+
+    def _start_guest(self) -> None:
+        """Bring the guest into the run state that the source had (process_incoming_migration_bh)."""
+        carried = [handler.run_state() for handler in self._registry if isinstance(handler, CarriesRunState)]
+        source = next((state for state in carried if state is not None), RunState.RUNNING)
+        if isinstance(self._machine, AdoptsStreams):
+            self._machine.set_run_state(RunState.PAUSED)
+        elif source is not RunState.RUNNING:
+            self._machine.set_run_state(source)
+        elif self._autostart():
+            self._machine.start()
+        else:
+            self._machine.set_run_state(RunState.PAUSED)
+
+    def _fail(self, reason: str) -> None:
+        self.error = f"load of migration failed: {reason}"
+        log.warning("%s", self.error)
+        self._say_goodbye(1)
+        while (status := self._state.status) is not _S.FAILED:
+            self._state.advance(status, _S.FAILED)
+
+    def _say_goodbye(self, status: int) -> None:
+        """SHUT; then take in what the source still sends, for a socket closed on unread bytes would take SHUT with
+        it."""
+        if self._channel is None or self._return_path is None:
+            return
+        self._return_path.shut(status)
+        scratch = memoryview(bytearray(1 << 16))
+        taken = 0
+        try:
+            while taken < DRAIN_BYTES and self._channel.wait_readable(DRAIN_SECONDS):
+                count = self._channel.receive_into(scratch)
+                if not count:
+                    return
+                taken += count
+        except ChannelError as error:
+            log.debug("the source went away: %s", error)
+
+    def _advance(self, expected: MigrationStatus, new: MigrationStatus) -> None:
+        if not self._state.advance(expected, new):
+            raise MachineError(f"the incoming migration is {self._state.status}, expected {expected}")

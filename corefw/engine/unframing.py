@@ -1,0 +1,253 @@
+"""Takes a stream apart on the destination: sections to their handlers, commands to their tables.
+
+The law: every section is known, in its place, of a version that its handler reads, and ends where its footer says;
+whatever is not so ends the load with RemoteStreamError. Source: QEMU 7.2's qemu_loadvm_state_main and what it calls.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from corefw.channel import Channel
+from corefw.engine.returnpath import ReturnPathWriter
+from corefw.errors import MigfwError, RemoteStreamError
+from corefw.machine import AdoptsStreams, Machine, StreamFormat
+from corefw.section import LiveHandler, SectionHandler, SectionKey, SectionRegistry
+from corefw.settings import Settings
+from corefw.wire.constants import Command, SectionType
+from corefw.wire.records import (
+    Configuration,
+    SectionHeader,
+    parse_ping,
+    read_command,
+    read_configuration_body,
+    read_description_body,
+    read_footer,
+    read_header,
+    read_part_header,
+    read_section_header,
+)
+from corefw.wire.stream import StreamReader
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION_WAIT: Final = 1.0
+"""Seconds to wait for a description where the source does not end its stream: it comes in the same breath as EOF, or
+never."""
+
+
+class ReturnPathOpener(Protocol):
+    """The one thing that commands need of the incoming migration."""
+
+    def open_return_path(self) -> ReturnPathWriter: ...
+
+
+class StreamLoader:
+    """Loads one stream. `load()` returns when the guest is complete."""
+
+    def __init__(
+        self,
+        reader: StreamReader,
+        channel: Channel,
+        machine: Machine,
+        registry: SectionRegistry,
+        settings: Settings,
+        owner: ReturnPathOpener,
+    ) -> None:
+        self._reader = reader
+        self._channel = channel
+        self._machine = machine
+        self._registry = registry
+        self._settings = settings
+        self._owner = owner
+        self._configuration: Configuration | None = None
+        self._footers: bool | None = (
+            None if isinstance(machine, AdoptsStreams) else settings.property("send-section-footer")
+        )
+        self._opened: dict[int, tuple[SectionHeader, LiveHandler]] = {}
+        self._loaded: set[SectionKey] = set()
+        self._ids: dict[SectionKey, int] = {}
+        self._return_path: ReturnPathWriter | None = None
+        self._kinds: dict[SectionType, Callable[[], None]] = {
+            SectionType.START: self._load_start,
+            SectionType.PART: lambda: self._load_part(ends=False),
+            SectionType.END: lambda: self._load_part(ends=True),
+            SectionType.FULL: self._load_full,
+            SectionType.COMMAND: self._load_command,
+        }
+        self._commands: dict[Command, Callable[[bytes], None]] = {
+            Command.OPEN_RETURN_PATH: self._open_return_path,
+            Command.PING: self._ping,
+        }
+
+    def load(self) -> None:
+        """Raises StreamError, ChannelError, MachineError."""
+        reader = self._reader
+        reader.where = "header"
+        read_header(reader)
+        self._load_configuration()
+        while True:
+            if self._adopted():
+                return
+            reader.where = "stream"
+            at = reader.offset
+            kind = reader.u8("a section's type")
+            if kind == SectionType.EOF:
+                break
+            load = self._kinds.get(SectionType(kind)) if kind in SectionType._value2member_map_ else None
+            if load is None:
+                raise RemoteStreamError(at, "stream", "a section or a command", f"the type byte 0x{kind:02x}")
+            load()
+        self._check_complete()
+        self._read_description()
+
+    # -- the frame -------------------------------------------------------------------------------------------------
+
+    def _load_configuration(self) -> None:
+        reader = self._reader
+        reader.where = "configuration"
+        if reader.peek(1) != bytes((SectionType.CONFIGURATION,)):
+            if self._settings.property("send-configuration") and not isinstance(self._machine, AdoptsStreams):
+                raise reader.error(
+                    "a configuration section",
+                    "none (set send-configuration alike on both sides)",
+                )
+            return
+        reader.u8("the section's type")
+        at = reader.offset
+        self._configuration = read_configuration_body(reader)
+        name = self._configuration.name
+        if not isinstance(self._machine, AdoptsStreams) and name != self._machine.name:
+            raise RemoteStreamError(at, "configuration", f"a machine '{self._machine.name}'", f"'{name}'")
+
+    def _load_start(self) -> None:
+        header = read_section_header(self._reader, SectionType.START)
+        if header.section_id in self._opened:
+            raise self._reader.error("a section id that is not in use", f"{header.section_id} again")
+        handler = self._handler(header)
+        if not isinstance(handler, LiveHandler):
+            raise self._reader.error(f"section {handler.key} as FULL", "START")
+        self._opened[header.section_id] = header, handler
+        self._ids[handler.key] = header.section_id
+        self._load_body(header, handler)
+
+    def _load_part(self, *, ends: bool) -> None:
+        section_id = read_part_header(self._reader)
+        if section_id not in self._opened:
+            raise self._reader.error("the id of a section that was started", str(section_id))
+        header, handler = self._opened[section_id]
+        self._load_body(header, handler)
+        if ends:
+            del self._opened[section_id]
+            self._loaded.add(handler.key)
+
+    def _load_full(self) -> None:
+        header = read_section_header(self._reader, SectionType.FULL)
+        handler = self._handler(header)
+        self._load_body(header, handler)
+        self._loaded.add(handler.key)
+
+    def _handler(self, header: SectionHeader) -> SectionHandler:
+        """The handler of a START or FULL; checks that it may come now, and its version."""
+        key = SectionKey(header.idstr, header.instance_id)
+        handler = self._registry.find(key)
+        known = ", ".join(str(one.key) for one in self._registry)
+        if handler is None:
+            raise self._reader.error(f"one of the sections {known}", f"section {key}")
+        if key in self._loaded or any(one is handler for _, one in self._opened.values()):
+            raise self._reader.error(f"section {key} once", "it again")
+        if not handler.minimum_version <= header.version_id <= handler.version_id:
+            raise self._reader.error(
+                f"section {key} of a version from {handler.minimum_version} to {handler.version_id}",
+                f"version {header.version_id}",
+            )
+        return handler
+
+    def _load_body(self, header: SectionHeader, handler: SectionHandler) -> None:
+        reader = self._reader
+        reader.where = f"section {handler.key}"
+        handler.load(reader, header.version_id)
+        if self._footers is None:
+            self._footers = reader.peek(1) == bytes((SectionType.FOOTER,))
+        if self._footers:
+            read_footer(reader, header.section_id, f"section {handler.key}")
+
+    def _check_complete(self) -> None:
+        if self._opened:
+            header, _ = next(iter(self._opened.values()))
+            raise self._reader.error(f"the END of {header}", "the end of the stream")
+        for handler in self._registry:
+            if handler.required() and handler.key not in self._loaded:
+                raise self._reader.error(f"section {handler.key}", "the end of the stream")
+
+    def _read_description(self) -> None:
+        """Nobody needs it, but it belongs to the stream: a cut one means that the stream was cut."""
+        reader = self._reader
+        reader.where = "description"
+        start, end = reader.span()
+        if start == end and self._return_path is not None and not self._channel.wait_readable(DESCRIPTION_WAIT):
+            return
+        if reader.peek(1) == bytes((SectionType.VMDESCRIPTION,)):
+            reader.u8("the section's type")
+            read_description_body(reader)
+        elif reader.peek(1):
+            raise reader.error("the description or the end of the stream", f"0x{reader.peek(1)[0]:02x}")
+
+    # -- what nobody here can decode -------------------------------------------------------------------------------
+
+    def _adopted(self) -> bool:
+        """Give the rest of the stream to a machine that keeps what nobody knows, when such a section comes next."""
+        if not isinstance(self._machine, AdoptsStreams) or self._opened or not self._loaded:
+            return False
+        name = self._peek_name()
+        if name is None or self._registry.find(name) is not None:
+            return False
+        configuration = self._configuration or Configuration("", b"")
+        form = StreamFormat(
+            configuration=self._configuration is not None,
+            footers=bool(self._footers),
+            configuration_tail=configuration.tail,
+            section_ids=self._ids,
+        )
+        self._machine.adopt_sections(configuration.name, form, self._reader, self._channel.wait_readable)
+        return True
+
+    def _peek_name(self) -> SectionKey | None:
+        """The key of the FULL or START section that comes next; None when something else does."""
+        reader = self._reader
+        kind = reader.peek(1)
+        if not kind or kind[0] not in (SectionType.START, SectionType.FULL):
+            return None
+        head = reader.peek(6)
+        if len(head) < 6:
+            return None
+        whole = reader.peek(6 + head[5] + 4)
+        name = whole[6 : 6 + head[5]].decode(errors="replace")
+        return SectionKey(name, int.from_bytes(whole[6 + head[5] :], "big"))
+
+    # -- commands --------------------------------------------------------------------------------------------------
+
+    def _load_command(self) -> None:
+        self._reader.where = "command"
+        record = read_command(self._reader)
+        run = self._commands.get(record.command)
+        if run is None:
+            raise self._reader.error(
+                "a command of precopy", f"{record.command.name} (no installed plugin supports what it belongs to)"
+            )
+        try:
+            run(record.payload)
+        except MigfwError as error:
+            raise self._reader.error(f"{record.command.name} to succeed", str(error)) from error
+
+    def _open_return_path(self, _payload: bytes) -> None:
+        if self._return_path is not None:
+            raise self._reader.error("OPEN_RETURN_PATH once", "it again")
+        self._return_path = self._owner.open_return_path()
+
+    def _ping(self, payload: bytes) -> None:
+        if self._return_path is None:
+            raise self._reader.error("OPEN_RETURN_PATH before PING", "PING")
+        self._return_path.pong(parse_ping(payload))

@@ -1,0 +1,72 @@
+"""The handler of section 'ram': what the engine calls, passed on to the saver or the loader.
+
+The law: one handler serves one migration in one direction.
+"""
+
+from __future__ import annotations
+
+from corefw.machine import Machine
+from corefw.section import IncomingContext, LiveHandler, OutgoingContext, Pending, Priority, RamStatistics
+from corefw.wire.constants import RAM_IDSTR, RAM_VERSION
+from corefw.wire.stream import StreamReader, StreamWriter
+from corefw_ram.load import RamLoader
+from corefw_ram.save import RamSaver
+
+
+class RamHandler(LiveHandler):
+    """QEMU's savevm_ram_handlers, for any machine's RAM blocks."""
+
+    idstr = RAM_IDSTR
+    version_id = RAM_VERSION
+    minimum_version = RAM_VERSION
+    priority = Priority.RAM
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._saver: RamSaver | None = None
+        self._loader: RamLoader | None = None
+        self._statistics = RamStatistics()
+
+    def active(self) -> bool:
+        return True
+
+    def required(self) -> bool:
+        return True
+
+    def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
+        self._saver = RamSaver(self._machine.ram_blocks(), self._statistics)
+        self._saver.setup(writer)
+
+    def pending(self, threshold: int) -> Pending:
+        return Pending(must_precopy=self._saving.pending(threshold), can_postcopy=0)
+
+    def iterate(self, writer: StreamWriter, budget: int) -> bool:
+        return self._saving.iterate(writer, budget)
+
+    def complete_precopy(self, writer: StreamWriter) -> None:
+        self._saving.complete(writer)
+
+    def cleanup(self) -> None:
+        if self._saver is not None:
+            self._saver.cleanup()
+            self._saver = None
+
+    def ram_statistics(self) -> RamStatistics:
+        return self._statistics
+
+    def load_setup(self, context: IncomingContext) -> None:
+        self._loader = RamLoader(self._machine)
+
+    def load(self, reader: StreamReader, version_id: int) -> None:
+        assert self._loader is not None, "load() before load_setup()"
+        self._loader.load(reader)
+
+    def load_cleanup(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+
+    @property
+    def _saving(self) -> RamSaver:
+        assert self._saver is not None, "called before setup()"
+        return self._saver

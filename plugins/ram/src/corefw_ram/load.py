@@ -1,0 +1,175 @@
+"""The destination's half: records into guest RAM.
+
+The law: nothing of a record touches RAM before its block, its offset and its flags are checked. Runs of records of one
+kind are told from the receive buffer with NumPy and stored in one go; whatever is not such a run is read one record at
+a time.
+
+Threads: the incoming thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corefw.machine import Machine, MakesRamBlocks, RamBlock
+from corefw.quantities import format_size
+from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
+from corefw.wire.records import BlockEntry, read_block_list
+from corefw.wire.stream import StreamReader
+
+HEADER: Final = 8
+PAGE_RECORD: Final = HEADER + TARGET_PAGE_SIZE
+ZERO_RECORD: Final = HEADER + 1
+FLAGS: Final = TARGET_PAGE_SIZE - 1
+LONG_RUN: Final = 4
+"""Records of one kind in the buffer from which on NumPy is worth its calls."""
+
+REFUSED: Final = {
+    RamFlag.FULL: "a record of an obsolete kind (RAM_SAVE_FLAG_FULL; send it again from a newer QEMU)",
+    RamFlag.XBZRLE: "an XBZRLE page (switch capability 'xbzrle' off on the source)",
+    RamFlag.HOOK: "an RDMA record (migrate with another transport than rdma:)",
+    RamFlag.COMPRESS_PAGE: "a compressed page (switch capability 'compress' off on the source)",
+    RamFlag.MULTIFD_FLUSH: "a multifd record (switch capability 'multifd' off on the source)",
+}
+
+
+class RamLoader:
+    """Loads the bodies of one migration's 'ram' sections."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._blocks = {block.idstr: block for block in machine.ram_blocks()}
+        self._block: RamBlock | None = None
+        self._records: dict[RamFlag, Callable[[StreamReader, int], None]] = {
+            RamFlag.MEM_SIZE: self._load_block_list,
+            RamFlag.PAGE: self._load_page,
+            RamFlag.ZERO: self._load_zero,
+        }
+
+    def close(self) -> None:
+        self._block = None
+
+    def load(self, reader: StreamReader) -> None:
+        """One body, up to and including its EOS."""
+        while True:
+            if self._block is not None:
+                while self._load_run(reader, self._block):
+                    pass
+            word = reader.be64("a RAM record's header")
+            flags = RamFlag(word & FLAGS)
+            if flags is RamFlag.EOS:
+                return
+            kind = flags if flags & RamFlag.MEM_SIZE or not flags & RamFlag.CONTINUE else flags ^ RamFlag.CONTINUE
+            load = self._records.get(kind)
+            if load is None:
+                raise reader.error("a RAM record", REFUSED.get(kind, f"one with the flags {int(flags):#x}"))
+            if kind is not RamFlag.MEM_SIZE and not flags & RamFlag.CONTINUE:
+                self._block = self._named_block(reader)
+            load(reader, word & ~FLAGS)
+
+    # -- one record ------------------------------------------------------------------------------------------------
+
+    def _named_block(self, reader: StreamReader) -> RamBlock:
+        name = reader.string("a RAM block's name")
+        block = self._blocks.get(name)
+        if block is None:
+            raise reader.error(f"one of the RAM blocks {', '.join(self._blocks) or '(none)'}", f"block '{name}'")
+        return block
+
+    def _page_of(self, reader: StreamReader, offset: int) -> tuple[RamBlock, NDArray[np.int64]]:
+        block = self._block
+        if block is None:
+            raise reader.error("a record that names its RAM block", "one that goes on with the block before")
+        if offset >= block.length:
+            raise _outside(reader, block, offset)
+        return block, np.array([offset // TARGET_PAGE_SIZE])
+
+    def _load_page(self, reader: StreamReader, offset: int) -> None:
+        block, page = self._page_of(reader, offset)
+        data = np.frombuffer(reader.read(TARGET_PAGE_SIZE, "a page"), dtype=np.uint8)
+        block.store(page, data.reshape(1, TARGET_PAGE_SIZE))
+
+    def _load_zero(self, reader: StreamReader, offset: int) -> None:
+        block, page = self._page_of(reader, offset)
+        block.fill(page, reader.u8("a page's fill byte"))
+
+    def _load_block_list(self, reader: StreamReader, total: int) -> None:
+        entries = read_block_list(reader, total)
+        if isinstance(self._machine, MakesRamBlocks):
+            for entry in entries:
+                if entry.idstr not in self._blocks:
+                    self._blocks[entry.idstr] = self._machine.make_ram_block(entry.idstr, entry.length)
+        for entry in entries:
+            self._check_entry(reader, entry)
+        if missing := self._blocks.keys() - {entry.idstr for entry in entries}:
+            raise reader.error(f"all RAM blocks of this machine ({', '.join(self._blocks)})", f"none '{min(missing)}'")
+
+    def _check_entry(self, reader: StreamReader, entry: BlockEntry) -> None:
+        block = self._blocks.get(entry.idstr)
+        if block is None:
+            raise reader.error(f"one of the RAM blocks {', '.join(self._blocks) or '(none)'}", f"block '{entry.idstr}'")
+        if block.length != entry.length:
+            raise reader.error(
+                f"RAM block '{entry.idstr}' of {block.length} bytes ({format_size(block.length)})",
+                f"one of {entry.length} bytes ({format_size(entry.length)}); start both sides with the same RAM size",
+            )
+
+    # -- runs of records -------------------------------------------------------------------------------------------
+
+    def _load_run(self, reader: StreamReader, block: RamBlock) -> bool:
+        """Store the whole records of one kind at the buffer's start; False when there are too few to be worth it."""
+        start, end = reader.span()
+        if end - start < LONG_RUN * ZERO_RECORD:
+            return False
+        flags = reader.buffer[start + 7] | (reader.buffer[start + 6] & 0xF) << 8
+        if flags == RamFlag.PAGE | RamFlag.CONTINUE:
+            rows = _records_at(reader, PAGE_RECORD)
+            offsets = _offsets_of(rows, flags)
+            if len(offsets) < LONG_RUN:
+                return False
+            self._check_offsets(reader, block, offsets, PAGE_RECORD)
+            block.store(offsets // TARGET_PAGE_SIZE, rows[: len(offsets), HEADER:])
+            reader.skip(len(offsets) * PAGE_RECORD)
+            return True
+        if flags == RamFlag.ZERO | RamFlag.CONTINUE:
+            rows = _records_at(reader, ZERO_RECORD)
+            offsets = _offsets_of(rows, flags)
+            if len(offsets) < LONG_RUN:
+                return False
+            self._check_offsets(reader, block, offsets, ZERO_RECORD)
+            fills = rows[: len(offsets), HEADER]
+            for value in np.unique(fills):
+                block.fill(offsets[fills == value] // TARGET_PAGE_SIZE, int(value))
+            reader.skip(len(offsets) * ZERO_RECORD)
+            return True
+        return False
+
+    def _check_offsets(self, reader: StreamReader, block: RamBlock, offsets: NDArray[np.int64], size: int) -> None:
+        outside = np.flatnonzero((offsets < 0) | (offsets >= block.length))
+        if len(outside):
+            reader.skip(int(outside[0]) * size)
+            raise _outside(reader, block, int(np.uint64(offsets[outside[0]])))
+
+
+def _records_at(reader: StreamReader, size: int) -> NDArray[np.uint8]:
+    """The whole records of `size` bytes in the reader's buffer, one a row. A view: valid until the next read."""
+    start, end = reader.span()
+    count = (end - start) // size
+    return np.frombuffer(reader.buffer, dtype=np.uint8, count=count * size, offset=start).reshape(count, size)
+
+
+def _offsets_of(rows: NDArray[np.uint8], flags: int) -> NDArray[np.int64]:
+    """The byte offsets of the records at the start that all have these flags."""
+    words = np.ascontiguousarray(rows[:, :HEADER]).view(">u8").reshape(-1).astype(np.uint64)
+    different = np.flatnonzero(words & np.uint64(FLAGS) != np.uint64(flags))
+    if len(different):
+        words = words[: different[0]]
+    return (words & ~np.uint64(FLAGS)).view(np.int64)
+
+
+def _outside(reader: StreamReader, block: RamBlock, offset: int) -> Exception:
+    return reader.error(f"an offset below {block.length:#x} in RAM block '{block.idstr}'", f"{offset:#x}")
