@@ -49,8 +49,9 @@ bench: $(DEV) ## Measure speed and memory beside a real QEMU; results go to benc
 
 docs: $(DOCS) ## Build the documentation into site/; a broken link is an error
 	@rm -rf site
-	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
-	@echo "site/index.html"
+	@$(BIN)/python -m sphinx -q -W --keep-going -d $(VENV)/doctrees -b html docs site
+	@$(BIN)/python -W ignore -m pdoc -o site/api corefw
+	@echo "Open site/index.html"
 
 clean: ## Remove .venv, caches and everything that was built
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist site
