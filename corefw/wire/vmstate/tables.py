@@ -95,9 +95,9 @@ class VMState:
         away. Reads not one byte more, but looks at the next: in a stream something always follows a section, and where
         nothing does a subsection may be missing.
         """
-        self._load(reader, state, version_id)
+        seen = self._load(reader, state, version_id)
         if _is_subsection(reader):
-            raise reader.error(self._expected(), f"subsection '{_peek_name(reader)}'")
+            raise reader.error(self._expected(seen), f"subsection '{_peek_name(reader)}'")
         if not reader.peek(1):
             raise reader.error(f"what follows '{self.name}'", "the end of the stream")
 
@@ -108,7 +108,8 @@ class VMState:
         """
         return self._save(writer, state, f"device '{self.name}'")
 
-    def _load(self, reader: StreamReader, state: object, version_id: int) -> None:
+    def _load(self, reader: StreamReader, state: object, version_id: int) -> set[str]:
+        """As load, inside a section too; the names of the subsections that came."""
         if not self.oldest <= version_id <= self.version_id:
             versions = " to ".join(str(version) for version in sorted({self.oldest, self.version_id}))
             raise reader.error(f"version {versions} of '{self.name}'", f"version {version_id}")
@@ -117,9 +118,10 @@ class VMState:
         for row in self.fields:
             if row.present(state, version_id):
                 row.load(reader, state)
-        self._load_subsections(reader, state)
+        seen = self._load_subsections(reader, state)
         if self.post_load is not None:
             self._after_load(self.post_load, reader, state, version_id)
+        return seen
 
     def _after_load(
         self, post_load: Callable[[Any, int], None], reader: StreamReader, state: object, version_id: int
@@ -154,11 +156,12 @@ class VMState:
 
     # -- subsections -----------------------------------------------------------------------------------------------
 
-    def _load_subsections(self, reader: StreamReader, state: object) -> None:
+    def _load_subsections(self, reader: StreamReader, state: object) -> set[str]:
+        """One that comes again is left: it is the next struct's, where a table has no fields; or load() refuses it."""
         seen: set[str] = set()
-        while (name := self._next_subsection(reader)) is not None:
+        while (name := self._next_subsection(reader)) is not None and name not in seen:
             table = next((sub for sub in self.subsections if sub.name == name), None)
-            if table is None or name in seen:
+            if table is None:
                 raise reader.error(self._expected(seen), f"subsection '{name}'")
             seen.add(name)
             reader.u8("the subsection's type")
@@ -166,6 +169,7 @@ class VMState:
             version_id = reader.be32("the subsection's version")
             with _within(reader, f"subsection '{name}'"):
                 table._load(reader, state, version_id)
+        return seen
 
     def _next_subsection(self, reader: StreamReader) -> str | None:
         """The name of the subsection that comes next, if it is this table's: one that it knows, or that begins with its
@@ -174,20 +178,17 @@ class VMState:
         Inside a struct an 0x05 may as well be the next field's first byte; QEMU tells them apart by the name, and so
         does this. It looks no further than it must, for a stream that waits for its answer may hold no more bytes.
         """
-        if not _is_subsection(reader):
-            return None
         mine = self.name.encode()
-        head = reader.peek(2)
-        if len(head) < 2 or head[1] <= len(mine):
+        if not _is_subsection(reader) or _peek_byte(reader, 1) <= len(mine):
             return None
-        if not all(reader.peek(3 + i)[2 + i :] == mine[i : i + 1] for i in range(len(mine))):
+        if any(_peek_byte(reader, 2 + i) != byte for i, byte in enumerate(mine)):
             return None
         name = _peek_name(reader)
         mine_by_name = name.startswith(self.name + "/") or any(sub.name == name for sub in self.subsections)
         return name if mine_by_name else None
 
-    def _expected(self, seen: set[str] | None = None) -> str:
-        rest = [f"'{sub.name}'" for sub in self.subsections if sub.name not in (seen or ())]
+    def _expected(self, seen: set[str]) -> str:
+        rest = [f"'{sub.name}'" for sub in self.subsections if sub.name not in seen]
         return f"the end of '{self.name}'" + (f" or one of its subsections {', '.join(rest)}" if rest else "")
 
     def _save_subsection(self, writer: StreamWriter, state: object, where: str) -> Description:
@@ -283,13 +284,20 @@ def _is_subsection(reader: StreamReader) -> bool:
     return reader.peek(1) == bytes([SectionType.SUBSECTION])
 
 
+def _peek_byte(reader: StreamReader, index: int) -> int:
+    """A byte of what may be a subsection's head. Raises RemoteStreamError where the stream has ended before it."""
+    head = reader.peek(index + 1)
+    if len(head) <= index:
+        raise reader.error("the head of a subsection", f"the end of the stream after {len(head)} bytes")
+    return head[index]
+
+
 def _peek_name(reader: StreamReader) -> str:
-    """The name of the subsection that comes next. Raises RemoteStreamError where the stream ends within."""
-    length = 2 + (reader.peek(2)[1:] or b"\0")[0]
-    head = reader.peek(length)
-    if len(head) < max(length, 2):
-        raise reader.error("the name of a subsection", f"the end of the stream after {len(head)} bytes")
-    return head[2:].decode(errors="replace")
+    """The name of the subsection that comes next."""
+    length = _peek_byte(reader, 1)
+    if length:
+        _peek_byte(reader, 1 + length)
+    return reader.peek(2 + length)[2:].decode(errors="replace")
 
 
 @contextmanager
