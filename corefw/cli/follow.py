@@ -41,14 +41,14 @@ class Follower:
         self,
         engine: EngineClient,
         display: Display,
-        interrupts: Interrupts,
+        interrupts: Interrupts | None = None,
         *,
         postcopy: bool = False,
         hopeless: Callable[[], bool] = lambda: False,
     ) -> None:
         self._engine = engine
         self._display = display
-        self._interrupts = interrupts
+        self._interrupts = interrupts or Interrupts()
         self._postcopy = postcopy
         self._hopeless = hopeless
         self._cancelling = False

@@ -1,0 +1,176 @@
+"""`migfw demo`: two engines on this host, a guest that goes on writing, and the proof that its move lost no write.
+
+The law: it does what a user would do, with the same commands over the same QMP; whatever happens, both engines are gone
+and nothing is left behind when it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from corefw.cli.changes import Changes
+from corefw.cli.engines import POLL, EngineClient, connect
+from corefw.cli.follow import Follower
+from corefw.cli.outcome import ExitStatus
+from corefw.cli.output import print_facts
+from corefw.cli.progress import open_display
+from corefw.cli.summary import summary
+from corefw.errors import MigfwError, UsageError
+from corefw.quantities import format_size, parse_size
+from corefw.settings import UNLIMITED
+from corefw.states import MigrationStatus
+
+PATIENCE: Final = 120.0
+"""Seconds that an engine may take for a step; far more than any needs."""
+
+_END_SECONDS: Final = 10.0
+
+
+@click.command()
+@click.option(
+    "--ram", default="512M", show_default=True, help="RAM of the guest, filled with bytes that do not compress."
+)
+@click.option(
+    "--dirty-rate", default="100M", show_default=True, help="Bytes of pages that the guest dirties in a second."
+)
+@click.option("--working-set", default="64M", show_default=True, help="How much of its RAM the guest writes to.")
+def demo(ram: str, dirty_rate: str, working_set: str) -> None:
+    """Move a running guest from one process to another on this host, and prove that not one write was lost.
+
+    The guest 'stress' fills its RAM, goes on writing all the time and counts its writes. After the move it runs on in
+    the other process; then the writes that it counted are compared with those that its RAM has seen. The last line is
+    "demo: ok".
+
+    \b
+    Examples:
+      migfw demo
+      migfw demo --ram 2G --dirty-rate 400M
+    """
+    sizes = {"ram": ram, "dirty-rate": dirty_rate, "working-set": working_set}
+    for name, text in sizes.items():
+        if parse_size(text) == 0:
+            raise UsageError(f"--{name} {text}: expected more than nothing")
+    # SIGTERM, too, has to find its way through the cleaning up.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with _folder() as folder:
+        _play(folder, [f"--opt={name}={text}" for name, text in sizes.items()])
+    click.echo("demo: ok")
+
+
+def _play(folder: Path, options: list[str]) -> None:
+    with (
+        _engine(folder, "destination", *options, "--incoming=tcp:127.0.0.1:0") as (destination, _),
+        _engine(folder, "source", *options) as (source, left),
+    ):
+        uri = _wait_for("the destination to listen", lambda: destination.call("x-migfw-status")["incoming-uri"])
+        _wait_for("the guest to fill its RAM and write", lambda: _verified_beyond(source, 0))
+        click.echo(f"a guest with {_ram(source)} of RAM is running, and moves to another process at {uri}")
+        answer = _migrate(source, uri)
+        print_facts(summary(answer))
+        before = _writes(source)
+        source.client.close()  # it waits for us, before it leaves
+        _wait_for("the source to leave", lambda: left() is not None)
+        facts = _wait_for("the guest to write on", lambda: _verified_beyond(destination, before))
+        click.echo(
+            f"proof: {facts['writes']:,} writes counted, {facts['found']:,} found in RAM;"
+            f" {facts['writes'] - before:,} of them after the move"
+        )
+        if facts["writes"] != facts["found"]:
+            raise MigfwError(f"demo: {facts['writes'] - facts['found']} writes were lost")
+
+
+def _migrate(source: EngineClient, uri: str) -> Mapping[str, Any]:
+    Changes({"return-path": True}, {"max-bandwidth": UNLIMITED}).apply(source)
+    with open_display(f"migrating to {uri}", as_json=False) as display:
+        source.call("migrate", uri=uri)
+        answer = Follower(source, display).wait()
+    if answer["status"] != MigrationStatus.COMPLETED:
+        raise MigfwError(f"demo: the migration did not complete: {answer.get('error-desc', answer['status'])}")
+    return answer
+
+
+def _verified_beyond(destination: EngineClient, before: int) -> Mapping[str, Any] | None:
+    """What the guest's own check found, once it has written more than `before`."""
+    facts: Mapping[str, Any] = destination.call("x-migfw-verify")
+    return facts if facts["writes"] > before else None
+
+
+def _writes(source: EngineClient) -> int:
+    """What the guest had counted when it left."""
+    writes: int = source.call("x-migfw-status")["machine"]["information"]["fields"]["writes"]
+    return writes
+
+
+def _ram(engine: EngineClient) -> str:
+    return format_size(sum(engine.call("x-migfw-status")["machine"]["information"]["ram"].values()))
+
+
+# -- the two engines ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="migfw-demo-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _engine(folder: Path, name: str, *arguments: str) -> Iterator[tuple[EngineClient, Callable[[], int | None]]]:
+    """`migfw run stress` in a process of its own: a connection to it, and what says whether it has ended."""
+    address = f"unix:{folder}/{name}"
+    errors = folder / f"{name}.err"
+    with errors.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "corefw.cli", "run", "stress", f"--name={name}", f"--qmp={address}", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,  # the terminal's Ctrl-C is ours to hear, and the engines' to be told of
+        )
+    try:
+        _wait_for(f"the {name} to start", lambda: _started(process, Path(f"{folder}/{name}"), errors))
+        with connect(None, address) as client:
+            yield client, process.poll
+    finally:
+        _end(process)
+
+
+def _started(process: subprocess.Popen[bytes], socket: Path, errors: Path) -> bool:
+    if process.poll() is not None:
+        said = errors.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        problem = said[-1].removeprefix("migfw: ")
+        raise (UsageError if process.returncode == ExitStatus.USAGE else MigfwError)(problem)
+    return socket.exists()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _wait_for(what: str, look: Callable[[], Any]) -> Any:
+    """What `look` finds, once that is something. Raises MigfwError naming `what` when it takes too long."""
+    end = time.monotonic() + PATIENCE
+    while not (found := look()):
+        if time.monotonic() > end:
+            raise MigfwError(f"demo: waited {PATIENCE:.0f} s in vain for {what}")
+        time.sleep(POLL)
+    return found
