@@ -1,0 +1,170 @@
+"""What a reader relies on: links lead somewhere, commands exist, every distribution is set up alike."""
+
+from __future__ import annotations
+
+import re
+import stat
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corefw.cli.group import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+TEXT = {".py", ".md", ".toml", ".txt", ".asm", ".html", ".json", ""}
+HERE = Path(__file__).relative_to(ROOT)
+
+
+@cache
+def files() -> tuple[Path, ...]:
+    """What git would commit, relative to the root; without git (an unpacked archive), everything visible."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    names = listed.stdout.splitlines() if listed.returncode == 0 else map(str, _visible())
+    return tuple(sorted(Path(name) for name in names if (ROOT / name).is_file()))
+
+
+def _visible() -> Iterator[Path]:
+    for path in ROOT.rglob("*"):
+        relative = path.relative_to(ROOT)
+        if not any(part.startswith(".") or part in ("__pycache__", "build", "dist", "site") for part in relative.parts):
+            yield relative
+
+
+def texts(*suffixes: str) -> Iterator[tuple[Path, str]]:
+    for path in files():
+        if path.suffix in (suffixes or TEXT) and path != HERE:
+            try:
+                yield path, (ROOT / path).read_text()
+            except UnicodeDecodeError:  # a golden stream
+                continue
+
+
+def pages() -> list[Path]:
+    return [path for path, _ in texts(".md")]
+
+
+def project(distribution: Path) -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads((ROOT / distribution / "pyproject.toml").read_text())
+    return found
+
+
+def plugins() -> list[Path]:
+    return sorted(path.parent.relative_to(ROOT) for path in ROOT.glob("plugins/*/pyproject.toml"))
+
+
+# -- pages ---------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", pages(), ids=str)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = ROOT / page.parent / name if name else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(target.read_text()), f"{page}: {link}"
+
+
+def test_the_index_has_every_page() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    missing = [page for page in pages() if page.parts[0] == "docs" and page.name != "index.md"]
+    assert [page for page in missing if f"({page.relative_to('docs')})" not in index] == []
+
+
+@pytest.mark.parametrize("page", pages(), ids=str)
+def test_every_command_on_a_page_exists(page: Path) -> None:
+    known = {name for part in COMMANDS.values() for name in part} | {"--help", "--version"}
+    goals = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    text = (ROOT / page).read_text()
+    code = re.findall(r"```(?:console|sh|shell|bash|text)?\n(.*?)```", text, re.DOTALL) + re.findall(
+        r"`([^`\n]+)`", text
+    )
+    for snippet in code:
+        for command in re.findall(r"(?:^|\$ +|`)(?:\.venv/bin/)?migfw +([\w-]+)", snippet, re.MULTILINE):
+            assert command in known, f"{page}: migfw {command}"
+        for goal in re.findall(r"(?:^|\$ +)make +([a-z]+)", snippet, re.MULTILINE):
+            assert goal in goals, f"{page}: make {goal}"
+
+
+def test_the_first_commands_of_the_readme_are_the_two_that_matter() -> None:
+    first = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    assert re.findall(r"^\$ (make \w+)", first, re.MULTILINE) == ["make demo", "make test"]
+
+
+def test_make_help_explains_every_goal() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^  make (\w+) +\w", shown, re.MULTILINE) == phony.split()
+
+
+# -- words ---------------------------------------------------------------------------------------------------------
+
+UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
+ELSEWHERE = re.compile(r"(?<![\w.])/(?:work|home/\w+|root|Users)/\w")
+
+
+def test_nothing_is_left_to_do() -> None:
+    assert [f"{path}: {match.group()}" for path, text in texts() for match in UNFINISHED.finditer(text)] == []
+
+
+def test_no_path_of_somebody_s_machine() -> None:
+    assert [f"{path}: {match.group()}" for path, text in texts() for match in ELSEWHERE.finditer(text)] == []
+
+
+def test_every_module_opens_with_its_law() -> None:
+    modules = [(path, text) for path, text in texts(".py") if path.parts[0] == "corefw" or "src" in path.parts]
+    assert [str(path) for path, text in modules if text and not text.startswith('"""')] == []
+
+
+def test_text_files_end_with_one_newline_and_have_no_blanks_at_line_ends() -> None:
+    wrong = [
+        str(path)
+        for path, text in texts(".py", ".md", ".toml", ".txt")
+        if text and (not text.endswith("\n") or text.endswith("\n\n") or re.search(r"[ \t]$", text, re.MULTILINE))
+    ]
+    assert wrong == []
+
+
+# -- distributions -------------------------------------------------------------------------------------------------
+
+
+def test_the_changelog_has_this_version() -> None:
+    version = project(Path())["project"]["version"]
+    assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
+
+
+@pytest.mark.parametrize("path", plugins(), ids=lambda path: path.name)
+def test_a_plugin_is_set_up_like_the_others(path: Path) -> None:
+    core, plugin = project(Path()), project(path)
+    name = plugin["project"]["name"]
+    assert name == f"migfw-{path.name.replace('_', '-')}"
+    for key in ("version", "license", "requires-python"):
+        assert plugin["project"][key] == core["project"][key], key
+    assert plugin["build-system"] == core["build-system"]
+    assert "migfw>=0.1,<0.2" in plugin["project"]["dependencies"]
+    package = path / "src" / f"corefw_{path.name}"
+    assert plugin["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == [str(package.relative_to(path))]
+    assert (ROOT / package / "py.typed").exists()
+    assert name in core["project"]["optional-dependencies"]["all"]
+    assert f"$MYPY_CONFIG_FILE_DIR/{path}/src" in core["tool"]["mypy"]["mypy_path"]
+    assert list((ROOT / path / "tests").glob("test_*.py")), "a plugin has tests"
+
+
+def test_what_is_run_is_executable() -> None:
+    assert (ROOT / ".ci" / "run").stat().st_mode & stat.S_IXUSR
