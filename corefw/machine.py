@@ -53,6 +53,15 @@ class DirtyLog(ABC):
         """End logging. Idempotent; does not raise."""
 
 
+@runtime_checkable
+class NotesSentPages(Protocol):
+    """A dirty log that compares contents, and so is exact only when it knows what the sender read: a page may change,
+    be sent, and change back between two harvests."""
+
+    def sent(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
+        """These are the bytes that were sent for these pages (shape (n, page_size), rows may be strided)."""
+
+
 class RamBlock(ABC):
     """A piece of guest RAM: shared memory behind a file descriptor (usually a memfd), mapped by the engine.
 

@@ -1,11 +1,12 @@
 """The dirty log by comparing hashes of pages: for hosts without PAGEMAP_SCAN. It needs nothing but to read the RAM.
 
-The law: a page whose bytes differ from those at the last harvest is reported; a page that was never touched is not
-read, for reading would allocate it, and counts as zero. 16 bytes of memory a page, whatever the guest does.
+The law: a page whose bytes differ from those that were sent is reported; a page that was never touched is not read, for
+reading would allocate it, and counts as zero. 16 bytes of memory a page, whatever the guest does.
 
-Two things that a reader must know. It is slow: about 0.8 s per GiB with SHA instructions, so convergence is up to the
-bandwidth of the hash. And it compares two instants: a page that is changed, sent, and changed back to the same 4096
-bytes, all between two harvests, looks untouched. PagemapLog has neither limit, and is used wherever the kernel has it.
+What was sent the sender tells by sent(). Without that the log compares with the last harvest, and then a page that is
+changed, sent, and changed back to the same 4096 bytes, all between two harvests, looks untouched: so tell it.
+
+It is slow, about 0.8 s per GiB with SHA instructions; PagemapLog is used wherever the kernel has it.
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ class HashLog(DirtyLog):
         size = self._block.page_size
         digests = [hashlib.sha256(data[at : at + size]).digest()[: 8 * _WORDS] for at in range(0, len(data), size)]
         return np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, _WORDS)
+
+    def sent(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
+        """See NotesSentPages. A page that the guest changed while it was copied is dirty then, as it has to be."""
+        if self._known is not None:
+            self._known[pages] = self._hashes(np.ascontiguousarray(data).reshape(-1).data)
 
     def stop(self) -> None:
         self._known = None

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from corefw.errors import MachineError, UsageError
-from corefw.machine import DirtyLog
+from corefw.machine import DirtyLog, NotesSentPages
 from corefw.memory import logs, pagemap, userfault
 from corefw.memory.blocks import MemfdBlock
 from corefw.memory.hashes import HashLog
@@ -186,6 +186,24 @@ def test_hashes_do_not_allocate_what_was_never_touched() -> None:
         log.start()
         log.harvest()
         assert os.fstat(block.fd).st_blocks * 512 == PAGE
+    finally:
+        block.close()
+
+
+def test_hashes_see_a_page_that_was_sent_and_changed_back() -> None:
+    block = MemfdBlock("ram", PAGES * PAGE)
+    log = HashLog(block)
+    assert isinstance(log, NotesSentPages)
+    try:
+        block.pages[:10] = 1
+        log.start()
+        block.pages[3:6] = 2
+        rows = np.zeros((3, PAGE + 8), dtype=np.uint8)
+        rows[:, 8:] = block.pages[3:6]
+        log.sent(np.arange(3, 6), rows[:, 8:])
+        block.pages[3:5] = 1
+        assert log.harvest().tolist() == [[3, 5]]
+        assert log.harvest().tolist() == []
     finally:
         block.close()
 
