@@ -1,0 +1,180 @@
+"""The distributions as others get them: wheels of the core, the plugins and the examples in a clean environment.
+
+The law: nothing here sees the source tree. What runs was built into a wheel and installed with the libraries that the
+wheels themselves declare.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from email import message_from_bytes
+from email.message import Message
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DISTRIBUTIONS = [ROOT, *sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))]
+EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/*/pyproject.toml"))
+NO_REGISTRY = re.compile(r"NewConnectionError|NameResolutionError|ConnectTimeoutError|Network is unreachable")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def run(*command: str | Path, **more: str) -> str:
+    """Standard output of a program that has to succeed."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd="/",  # the source tree must not be found by accident
+        env={**os.environ, "PYTHONPATH": "", **more},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Distribution -> its wheel."""
+    into = tmp_path_factory.mktemp("wheels")
+
+    def build(distribution: Path) -> None:
+        run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", into, distribution)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(build, [*DISTRIBUTIONS, *EXAMPLES]))
+    return {path.name.split("-")[0].replace("_", "-"): path for path in sorted(into.glob("*.whl"))}
+
+
+@pytest.fixture(scope="module")
+def clean(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of programs of an environment that has the wheels and what they declare, and nothing else."""
+    home = tmp_path_factory.mktemp("clean")
+    run(sys.executable, "-m", "venv", "--without-pip", home)
+    python = home / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
+    done = subprocess.run(
+        [*pip, "install", "--quiet", "--no-compile", *map(str, wheels.values())],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    if done.returncode and NO_REGISTRY.search(done.stderr):
+        pytest.skip("needs a package registry, and none can be reached")
+    assert done.returncode == 0, done.stderr
+    run(*pip, "check")
+    return python.parent
+
+
+def about(wheel: Path) -> tuple[set[str], Message]:
+    """The names of a wheel's files, and its metadata."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        return names, message_from_bytes(archive.read(metadata))
+
+
+def test_every_distribution_is_a_wheel_that_is_typed_and_has_no_tests(wheels: dict[str, Path]) -> None:
+    assert len(wheels) == len(DISTRIBUTIONS) + len(EXAMPLES)
+    for wheel in wheels.values():
+        names, metadata = about(wheel)
+        assert any(name.endswith("/py.typed") for name in names), wheel
+        assert not [name for name in names if "test_" in name or "/tests/" in name or name.endswith(".pyc")]
+        assert metadata["Requires-Python"] == ">=3.11"
+        assert metadata["Summary"]
+    names, metadata = about(wheels["migfw"])
+    assert metadata["License-Expression"] == "GPL-2.0-or-later"
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "# migfw" in str(metadata.get_payload())
+
+
+def test_everything_that_is_installed_loads(clean: Path, wheels: dict[str, Path]) -> None:
+    listed = json.loads(run(clean / "migfw", "plugins", "--json"))
+    assert [row for row in listed if row["error"]] == []
+    assert {row["distribution"] for row in listed} == wheels.keys() - {"migfw"}
+    version = about(wheels["migfw"])[1]["Version"]
+    assert version in run(clean / "migfw", "--version")
+
+
+def test_nothing_of_it_comes_from_the_source_tree(clean: Path) -> None:
+    listed = json.loads(run(clean / "migfw", "plugins", "--json"))
+    modules = sorted({row["target"].partition(":")[0] for row in listed} | {"corefw"})
+    script = "import importlib, sys\nfor name in sys.argv[1:]: print(importlib.import_module(name).__file__)"
+    for file in run(clean / "python", "-c", script, *modules).splitlines():
+        assert Path(file).is_relative_to(clean.parent), file
+
+
+# -- a migration ---------------------------------------------------------------------------------------------------
+
+Migfw = Callable[..., str]
+
+
+class Engines:
+    """`migfw run` of the clean environment, as many as are wanted; all of them end with the test."""
+
+    def __init__(self, programs: Path, runtime: Path) -> None:
+        self._migfw = str(programs / "migfw")
+        self._environment = {**os.environ, "PYTHONPATH": "", "XDG_RUNTIME_DIR": str(runtime)}
+        self._running: list[subprocess.Popen[str]] = []
+
+    def run(self, name: str, *arguments: str) -> str:
+        """Start one; what it says when it is ready."""
+        process = subprocess.Popen(
+            [self._migfw, "run", "--name", name, *arguments],
+            cwd="/",
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._running.append(process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, f"'{name}' ended with {process.wait()} before it was ready"
+        return line
+
+    def ask(self, *arguments: str) -> str:
+        return run(self._migfw, *arguments, XDG_RUNTIME_DIR=self._environment["XDG_RUNTIME_DIR"])
+
+    def close(self) -> None:
+        for process in self._running:
+            process.terminate()
+        for process in self._running:
+            process.wait(30)
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+@pytest.fixture
+def engines(clean: Path) -> Iterator[Engines]:
+    runtime = Path(tempfile.mkdtemp(dir="/tmp"))  # short, for sockets live there
+    made = Engines(clean, runtime)
+    yield made
+    made.close()
+    shutil.rmtree(runtime)
+
+
+@pytest.mark.parametrize("incoming", ["tcp:127.0.0.1:0"])
+def test_a_guest_moves(engines: Engines, incoming: str) -> None:
+    options = ("stress", "--opt", "ram=16M", "--opt", "working-set=4M")
+    ready = engines.run("there", *options, "--incoming", incoming)
+    scheme = incoming.partition(":")[0]
+    (uri,) = re.findall(rf"\b{re.escape(scheme)}:\S*[^\s'\".,)]", ready)
+    engines.run("here", *options)
+    engines.ask("migrate", uri, "--name", "here")
+    assert json.loads(engines.ask("status", "--name", "there", "--json"))
+    engines.ask("verify", "--name", "there")
+    engines.ask("quit", "--name", "there")
