@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from corefw.errors import ChannelError, MigfwError, UsageError
+from corefw.machine import RunState
 from corefw.qmp.address import resolve
 from corefw.qmp.client import QmpClient, QmpError
 from corefw.states import MigrationStatus
 
 POLL: Final = 0.1
 """Seconds between two looks at a migration."""
+
+_SETTLE: Final = 5.0
 
 _TRIED: Final = frozenset({"stop", "cont", "x-migfw-verify"})
 """Commands that try something: their error is a failure, not a refusal."""
@@ -56,6 +59,13 @@ class EngineClient:
 
     def run_state(self) -> str:
         state: str = self.call("query-status")["status"]
+        return state
+
+    def settled_run_state(self) -> str:
+        """The run state, once a guest whose migration failed or was cancelled has been let go again."""
+        end = time.monotonic() + _SETTLE
+        while (state := self.run_state()) == RunState.FINISH_MIGRATE and time.monotonic() < end:
+            time.sleep(POLL)
         return state
 
     def query_migrate(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,6 +25,9 @@ from corefw.cli.summary import summary
 from corefw.errors import MigfwError, UsageError
 from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED
 from corefw.states import MigrationStatus
+
+if TYPE_CHECKING:
+    from corefw.cli.relayed import QemuRelay
 
 
 @click.command()
@@ -79,16 +82,17 @@ def migrate(
             _add_defaults(changes, engine, route)
         if detach and route.relayed:
             raise UsageError(f"'{uri}': this process has to stay and relay for the QEMU, so --detach cannot be")
-        relay = None
+        relay = stack.enter_context(_relay(uri)) if route.relayed else None
+        interrupts = stack.enter_context(Interrupts())
         changes.apply(engine)
         engine.call("migrate", uri=relay.uri if relay else uri, **({"resume": True} if resume else {}))
         if detach:
             _say_detached(engine, uri, as_json=as_json)
             return
-        with Interrupts() as interrupts, open_display(f"migrating to {uri}", as_json=as_json) as display:
+        with open_display(f"migrating to {uri}", as_json=as_json) as display:
             hopeless = relay.has_failed if relay else bool
             answer = Follower(engine, display, interrupts, postcopy=postcopy, hopeless=hopeless).wait()
-            problem = relay.finish(answer["status"]) if relay else None
+        problem = relay.finish(answer, changes.capabilities, interrupts) if relay else None
         if as_json:
             print_json({"uri": uri, **answer})
         elif answer["status"] == MigrationStatus.COMPLETED and problem is None:
@@ -103,7 +107,7 @@ def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str
         if cancelled:
             note("too late to cancel: the guest has moved")
         return
-    here = f"the guest is {engine.run_state()} here"
+    here = f"the guest is {engine.settled_run_state()} here"
     if cancelled and status in (MigrationStatus.CANCELLED, MigrationStatus.FAILED):
         note(f"cancelled; {here}")
         raise Finished(ExitStatus.INTERRUPTED)
@@ -115,6 +119,12 @@ def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str
             " 'migfw migrate URI --resume' here"
         )
     raise MigfwError(f"the migration to {uri} failed: {problem or answer.get('error-desc', status)}; {here}")
+
+
+def _relay(uri: str) -> QemuRelay:
+    from corefw.cli.relayed import QemuRelay
+
+    return QemuRelay(uri)
 
 
 def _add_defaults(changes: Changes, engine: EngineClient, route: Route) -> None:

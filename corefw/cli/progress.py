@@ -109,8 +109,9 @@ class Lines(Display):
         self._last = ""
 
     def update(self, progress: Progress) -> None:
-        percent = [f"{100 * progress.fraction:.0f} %"] if progress.total else []
-        line = ", ".join([progress.heading(), *percent, *progress.details()])
+        if not progress.total:
+            return
+        line = ", ".join([progress.heading(), f"{100 * progress.fraction:.0f} %", *progress.details()])
         if line == self._last or self._clock() < self._next:
             return
         self._last, self._next = line, self._clock() + LINE_INTERVAL

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from corefw.channel import TransportFeatures
+from corefw.channel import Transport
 from corefw.cli.engines import EngineClient
 from corefw.errors import UriError, UsageError
 from corefw.uri import MigrationUri, split_host_port
@@ -30,15 +30,15 @@ class Route:
     return_path: bool | None
 
 
-def features(uri: str) -> TransportFeatures:
-    """What the transport of a URI can do. Raises UriError."""
+def find_transport(uri: str) -> Transport:
+    """The transport of a URI, loading as little as possible. Raises UriError, PluginError."""
     from corefw.plugins import Plugins
 
     try:
-        return Plugins().transport(uri).features
+        return Plugins().transport(uri)
     except UriError:
         # A scheme that is a hook and no entry point, or no scheme at all: then this raises the same again.
-        return Plugins.load().transport(uri).features
+        return Plugins.load().transport(uri)
 
 
 def find_route(engine: EngineClient, uri: str) -> Route:
@@ -46,7 +46,7 @@ def find_route(engine: EngineClient, uri: str) -> Route:
     parsed = MigrationUri.parse(uri)
     if not engine.is_migfw and _qemu_knows(engine, parsed):
         return Route(relayed=False, return_path=QEMU_TWO_WAY.get(parsed.scheme, False))
-    found = features(uri)
+    found = find_transport(uri).features
     if not found.outgoing:
         raise UsageError(f"'{uri}': the transport '{parsed.scheme}' only receives")
     return Route(relayed=not engine.is_migfw, return_path=found.return_path)
