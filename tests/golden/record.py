@@ -84,7 +84,7 @@ RECORDINGS: Final[dict[str, Recording]] = {
     "pc-devices": Recording(arguments=DEVICES),
     "pc-passes": Recording(passes=4),
     "pc-compress": Recording(capabilities=("compress",), passes=1),
-    "pc-xbzrle": Recording(capabilities=("xbzrle",), passes=6),
+    "pc-xbzrle": Recording(capabilities=("xbzrle",), passes=5),
     "pc-uuid": Recording(arguments=("-uuid", UUID), capabilities=("validate-uuid",)),
     "pc-return-path": Recording(capabilities=("return-path",), both_ends=True),
     "pc-postcopy": Recording(capabilities=("postcopy-ram",), both_ends=True, passes=1, postcopy=True),

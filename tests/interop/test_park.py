@@ -1,0 +1,259 @@
+"""A real QEMU's machine is parked here and wakes up in a real QEMU, with every byte of the guest's memory proved.
+
+The guest (tests/helpers/guest.asm) runs and writes while it is sent, prints on as soon as it wakes up, and is then
+checked: its memory is a known sequence but for counters that may differ by one step only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from corefw.engine import Engine
+from corefw.machine import MachineConfig, RunState
+from corefw.plugins import Plugins
+from corefw.states import MigrationStatus
+from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder
+
+pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
+
+PATIENCE = 60.0
+NO_CONFIGURATION = ("-global", "migration.send-configuration=off")
+NO_FOOTERS = ("-global", "migration.send-section-footer=off")
+NO_DESCRIPTION = "pc,suppress-vmdesc=on"
+
+
+@pytest.fixture(scope="session")
+def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
+    return assemble(tmp_path_factory.mktemp("guest"))
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with temporary_folder() as path:
+        yield path
+
+
+@contextlib.contextmanager
+def parking(**options: str) -> Iterator[Engine]:
+    """An engine with an empty place for a machine."""
+    plugins = Plugins.load()
+    machine = plugins.machine("qemu", MachineConfig(options=options, incoming=True))
+    engine = Engine(machine, plugins, plugins.settings())
+    engine.set_parameters({"max-bandwidth": 0})
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def wait_parked(engine: Engine) -> None:
+    status = engine.wait_incoming(PATIENCE)
+    assert status is MigrationStatus.COMPLETED, engine.query_migrate()
+    assert engine.machine.run_state is RunState.PAUSED
+    assert not engine.query_status()["running"]
+
+
+def send(engine: Engine, uri: str) -> None:
+    engine.migrate(uri)
+    status = engine.wait_outgoing(PATIENCE)
+    assert status is MigrationStatus.COMPLETED, engine.query_migrate()
+
+
+def park(source: Qemu, engine: Engine, uri: str) -> None:
+    """Move the machine from QEMU into the engine over tcp or unix."""
+    source.migrate(engine.migrate_incoming(uri))
+    wait_parked(engine)
+    source.wait_migrated()
+
+
+def prove(guest: Guest, destination: Qemu) -> None:
+    """The guest goes on there: it prints, and its memory is right."""
+    destination.wait_running()
+    destination.wait_printed("B", 2)
+    assert set(destination.printed()) == {"B"}, "it went on, it did not start anew"
+    guest.check(destination)
+
+
+# -- 1: over every transport that QEMU and migfw share
+# -------------------------------------------------------------------
+
+
+def _by_address(uri: str) -> Callable[[Qemu, Engine, Qemu, Path], None]:
+    def move(source: Qemu, engine: Engine, destination: Qemu, folder: Path) -> None:
+        park(source, engine, uri.format(folder=folder, side="in"))
+        address = uri.format(folder=folder, side="out")
+        destination.command("migrate-incoming", uri=address)
+        if address.startswith("tcp:"):
+            (listening,) = destination.command("query-migrate")["socket-address"]
+            address = f"tcp:{listening['host']}:{listening['port']}"
+        send(engine, address)
+
+    return move
+
+
+def _by_pipes(source: Qemu, engine: Engine, destination: Qemu, folder: Path) -> None:
+    for name in ("in", "out"):
+        os.mkfifo(folder / name)
+    engine.migrate_incoming(f"exec:cat {folder}/in")
+    source.migrate(f"exec:cat > {folder}/in")
+    wait_parked(engine)
+    source.wait_migrated()
+    destination.command("migrate-incoming", uri=f"exec:cat {folder}/out")
+    send(engine, f"exec:cat > {folder}/out")
+
+
+def _by_descriptors(source: Qemu, engine: Engine, destination: Qemu, _folder: Path) -> None:
+    theirs, ours = socket.socketpair()
+    source.command("getfd", fdname="way", fd=theirs.fileno())
+    theirs.close()
+    engine.migrate_incoming(f"fd:{ours.detach()}")
+    source.migrate("fd:way")
+    wait_parked(engine)
+    source.wait_migrated()
+    theirs, ours = socket.socketpair()
+    destination.command("getfd", fdname="way", fd=theirs.fileno())
+    theirs.close()
+    destination.command("migrate-incoming", uri="fd:way")
+    send(engine, f"fd:{ours.detach()}")
+
+
+WAYS = {
+    "tcp": _by_address("tcp:127.0.0.1:0"),
+    "unix": _by_address("unix:{folder}/{side}"),
+    "exec": _by_pipes,
+    "fd": _by_descriptors,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_machine_is_parked_and_wakes_up(way: str, guest: Guest, folder: Path) -> None:
+    with (
+        Qemu(boot=guest.image) as source,
+        parking() as engine,
+        Qemu(boot=guest.image, incoming="defer") as destination,
+    ):
+        source.wait_printed("B")
+        WAYS[way](source, engine, destination, folder)
+        prove(guest, destination)
+
+
+# -- 2: through a chain ------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_goes_through_a_chain(guest: Guest, folder: Path) -> None:
+    """QEMU, parked, zmq, parked elsewhere, a file, parked, QEMU."""
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(Qemu(boot=guest.image))
+        first, second, third = (stack.enter_context(parking()) for _ in range(3))
+        source.wait_printed("B")
+        park(source, first, f"unix:{folder}/first")
+
+        dial = second.migrate_incoming("zmq:tcp://127.0.0.1:0")
+        send(first, dial)
+        wait_parked(second)
+
+        send(second, f"file:{folder}/stored")
+        third.migrate_incoming(f"file:{folder}/stored")
+        wait_parked(third)
+        assert third.machine.information() == first.machine.information()
+
+        destination = stack.enter_context(Qemu(boot=guest.image, incoming=f"unix:{folder}/out"))
+        send(third, f"unix:{folder}/out")
+        prove(guest, destination)
+
+
+# -- 4, 5: with the options of the stream ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("return_path", [False, True], ids=["one-way", "return-path"])
+@pytest.mark.parametrize(
+    ("machine", "options"),
+    [
+        ("pc", ()),
+        ("pc", NO_CONFIGURATION),
+        ("pc", NO_FOOTERS),
+        (NO_DESCRIPTION, ()),
+        (NO_DESCRIPTION, (*NO_CONFIGURATION, *NO_FOOTERS)),
+    ],
+    ids=["all", "no-configuration", "no-footers", "no-description", "bare"],
+)
+def test_every_option_of_the_stream(
+    machine: str, options: tuple[str, ...], return_path: bool, guest: Guest, folder: Path
+) -> None:
+    with (
+        Qemu(*options, machine=machine, boot=guest.image) as source,
+        parking() as engine,
+        Qemu(*options, machine=machine, boot=guest.image, incoming=f"unix:{folder}/out") as destination,
+    ):
+        if return_path:
+            source.capabilities("return-path")
+            destination.capabilities("return-path")
+            engine.set_capabilities({"return-path": True})
+        source.wait_printed("B")
+        park(source, engine, f"unix:{folder}/in")
+        send(engine, f"unix:{folder}/out")
+        prove(guest, destination)
+
+
+def test_a_machine_with_many_devices(guest: Guest, folder: Path) -> None:
+    devices = [
+        *("-device", "VGA,vgamem_mb=1", "-device", "e1000", "-device", "virtio-net-pci", "-device", "virtio-rng-pci"),
+        *(
+            "-device",
+            "piix3-usb-uhci",
+            "-device",
+            "usb-tablet",
+            "-device",
+            "virtio-serial-pci",
+            "-device",
+            "lsi53c895a",
+        ),
+    ]
+    with (
+        Qemu(*devices, boot=guest.image) as source,
+        parking() as engine,
+        Qemu(*devices, boot=guest.image, incoming=f"unix:{folder}/out") as destination,
+    ):
+        source.wait_printed("B")
+        park(source, engine, f"unix:{folder}/in")
+        information = json.loads(json.dumps(engine.machine.information()))
+        assert information["machine"].startswith("pc-i440fx-")
+        assert information["ram"]["pc.ram"] == 32 << 20
+        assert information["ram"]["0000:00:02.0/vga.vram"] == 1 << 20
+        names = {device["name"] for device in information["devices"]}
+        assert {"timer", "cpu", "globalstate", "0000:00:03.0/e1000"} <= names
+        send(engine, f"unix:{folder}/out")
+        prove(guest, destination)
+
+
+# -- and when it cannot be ---------------------------------------------------------------------------------------------
+
+
+def test_a_machine_that_is_too_large_is_refused_and_runs_on_at_its_source(guest: Guest, folder: Path) -> None:
+    with Qemu(boot=guest.image) as source, parking(**{"ram-limit": "16M"}) as engine:
+        source.capabilities("return-path")
+        source.wait_printed("B")
+        source.migrate(engine.migrate_incoming(f"unix:{folder}/in"))
+        assert engine.wait_incoming(PATIENCE) is MigrationStatus.FAILED
+        assert "ram-limit" in engine.query_migrate()["error-desc"]
+        with pytest.raises(AssertionError, match="failed"):
+            source.wait_migrated()
+        seen = source.printed().count("B")
+        source.wait_printed("B", seen + 2)
+        guest.check(source)
+
+
+def test_a_parked_machine_does_not_run_here(guest: Guest, folder: Path) -> None:
+    with Qemu(boot=guest.image) as source, parking() as engine:
+        source.wait_printed("B")
+        park(source, engine, f"unix:{folder}/in")
+        with pytest.raises(Exception, match="cannot run here"):
+            engine.cont()
+        assert engine.machine.run_state is RunState.PAUSED
