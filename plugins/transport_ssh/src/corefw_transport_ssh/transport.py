@@ -1,0 +1,163 @@
+"""connect() opens a tunnel; listen() asks the far sshd to listen for us.
+
+The law: each channel that we dial has a connection of its own, so that one does not slow or break another; the channels
+that a listener accepts share the listener's, which lives until the last of them is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from collections import deque
+from typing import Final
+
+import paramiko
+
+from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw.errors import ChannelError
+from corefw.uri import MigrationUri, join_host_port
+from corefw_transport_ssh.address import SshAddress, Target, TcpTarget, UnixTarget, parse_address
+from corefw_transport_ssh.channel import FAILURES, SshChannel
+from corefw_transport_ssh.connection import OPEN_SECONDS, Connection
+from corefw_transport_ssh.dial import dial, shut_by
+
+BACKLOG: Final = 16
+"""Peers that wait to be accepted; each may have sent a window already. More are turned away."""
+
+CANCEL_SECONDS: Final = 2.0
+
+_PROHIBITED: Final = 1
+_CONNECT_FAILED: Final = 2
+
+_REFUSALS: Final[dict[tuple[type[Target], int], str]] = {
+    (TcpTarget, _PROHIBITED): "does not allow a tunnel to {target} (AllowTcpForwarding, PermitOpen)",
+    (TcpTarget, _CONNECT_FAILED): "cannot connect to {target} (is the destination listening there?)",
+    (UnixTarget, _PROHIBITED): (
+        "cannot connect to {target}: nobody listens there, or it does not allow that (AllowStreamLocalForwarding)"
+    ),
+    (UnixTarget, _CONNECT_FAILED): "cannot connect to {target} (is the destination listening there?)",
+}
+
+
+class SshTransport(Transport):
+    """ssh://[USER@]HOST[:PORT]/tcp:HOST:PORT, ssh://…/unix:PATH"""
+
+    def __init__(self, uri: MigrationUri) -> None:
+        super().__init__(uri)
+        self._address = parse_address(uri)
+        can_wait = isinstance(self._address.target, TcpTarget)
+        self.features = TransportFeatures(return_path=True, multi_channel=True, incoming=can_wait)
+
+    def connect(self, interrupt: Interrupt) -> Channel:
+        target = self._address.target
+        if isinstance(target, TcpTarget) and target.port == 0:
+            raise ChannelError(f"{self.uri}: port 0 cannot be dialled (use the port that the listener reports)")
+        connection = dial(self.uri, self._address, interrupt)
+        try:
+            with shut_by(interrupt, connection.shut):
+                channel = self._open(connection, target)
+        except BaseException:
+            connection.shut()
+            raise
+        return SshChannel(channel, connection, str(self.uri))
+
+    def _open(self, connection: Connection, target: Target) -> paramiko.Channel:
+        try:
+            if isinstance(target, UnixTarget):
+                return connection.open_unix(target.path)
+            return connection.open_tcp(target.host or "localhost", target.port)
+        except paramiko.ChannelException as error:
+            said = _REFUSALS.get((type(target), error.code), f"refuses a tunnel to {{target}}: {error.text}")
+            raise ChannelError(f"{self.uri}: the far sshd {said.format(target=target)}") from None
+        except FAILURES as error:
+            raise ChannelError(f"{self.uri}: the ssh connection was lost: {error}") from None
+
+    def listen(self) -> Listener:
+        target = self._address.target
+        if not isinstance(target, TcpTarget):
+            raise ChannelError(f"{self.uri}: cannot wait at a UNIX socket of a far host (use tcp:HOST:PORT)")
+        never = Interrupt()
+        try:
+            connection = dial(self.uri, self._address, never)
+        finally:
+            never.close()
+        return SshListener(self.uri, self._address, target, connection)
+
+
+class SshListener(Listener):
+    """A port at the far host. Its sshd hands us each connection that arrives there; paramiko's thread queues them."""
+
+    def __init__(self, uri: MigrationUri, address: SshAddress, target: TcpTarget, connection: Connection) -> None:
+        """Takes over the maker's use of `connection`, also when it fails. Raises ChannelError."""
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[paramiko.Channel, str]] = deque()
+        self._arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._closed = False
+        self._target = target
+        connection.on_end = self._wake
+        limit = threading.Timer(OPEN_SECONDS, connection.shut)  # paramiko would wait for the answer for ever
+        limit.daemon = True
+        limit.start()
+        try:
+            port = connection.request_port_forward(target.host, target.port, self._queue)
+        except FAILURES:
+            self.close()
+            raise ChannelError(
+                f"{uri}: the far sshd does not listen at {target} for us "
+                "(is the port in use there? AllowTcpForwarding? PermitListen?)"
+            ) from None
+        finally:
+            limit.cancel()
+        self._target = TcpTarget(target.host, port)
+        self.uri = address.with_target(self._target)
+
+    def accept(self, interrupt: Interrupt) -> Channel:
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise ChannelError(f"{self.uri}: does not listen any more")
+                if self._waiting:
+                    channel, origin = self._waiting.popleft()
+                    self._connection.retain()
+                    return SshChannel(channel, self._connection, f"{self.uri} from {origin}")
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._arrived)
+            if not self._connection.is_active():
+                raise ChannelError(f"{self.uri}: the ssh connection was lost")
+            interrupt.wait_for(self._arrived, select.POLLIN)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            turned_away = [channel for channel, _ in self._waiting]
+            self._waiting.clear()
+            os.close(self._arrived)
+        # In a thread, for it blocks when nothing gets through any more.
+        thread = threading.Thread(target=self._cancel, args=(turned_away,), name="migfw-ssh-cancel", daemon=True)
+        thread.start()
+        thread.join(CANCEL_SECONDS)
+        self._connection.release()
+
+    def _cancel(self, turned_away: list[paramiko.Channel]) -> None:
+        with contextlib.suppress(*FAILURES):
+            for channel in turned_away:
+                channel.close()
+            self._connection.cancel_port_forward(self._target.host, self._target.port)
+
+    def _queue(self, channel: paramiko.Channel, origin: tuple[str, int], _: tuple[str, int]) -> None:
+        with self._lock:
+            if not self._closed and len(self._waiting) < BACKLOG:
+                self._waiting.append((channel, join_host_port(*origin)))
+                os.eventfd_write(self._arrived, 1)
+                return
+        channel.close()
+
+    def _wake(self) -> None:
+        with self._lock:
+            if not self._closed:
+                os.eventfd_write(self._arrived, 1)

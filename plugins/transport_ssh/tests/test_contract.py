@@ -1,0 +1,90 @@
+"""ssh: keeps the contract of corefw.channel, by every way through a real sshd."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from corefw_transport_ssh import SshTransport
+from corefw_transport_tcp import TcpTransport, UnixTransport
+
+from corefw.testing.transport import CHECKS, MIB, TransportCase, check_transport
+from tests.helpers.sshd import Sshd
+
+COUNT = itertools.count()
+
+WRONG = (
+    "ssh:host/tcp:a:1",
+    "ssh://host",
+    "ssh://host/",
+    "ssh:///tcp:a:1",
+    "ssh://user@/tcp:a:1",
+    "ssh://host/exec:true",
+    "ssh://host/tcp:nohost",
+    "ssh://host/tcp:a:65536",
+    "ssh://host/unix:relative",
+    "ssh://host/unix:/" + "x" * 108,
+    "ssh://host:0/tcp:a:1",
+    "ssh://host:port/tcp:a:1",
+    "ssh://-oProxyCommand=x/tcp:a:1",
+    "ssh://us er@host/tcp:a:1",
+)
+
+
+@contextlib.contextmanager
+def stuck() -> Iterator[str]:
+    """A host that accepts the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"ssh://127.0.0.1:{listener.getsockname()[1]}/tcp:127.0.0.1:1"
+
+
+def to_tcp(sshd: Sshd, _: Path) -> TransportCase:
+    """Dial through the sshd to an ordinary tcp: listener."""
+    return TransportCase(
+        transport=SshTransport,
+        listen_transport=TcpTransport,
+        listen=lambda: "tcp:127.0.0.1:0",
+        dial=lambda uri: f"ssh://{sshd.address}/{uri}",
+        wrong=WRONG,
+        refused=f"ssh://{sshd.address}/tcp:127.0.0.1:1",
+        stuck=stuck,
+        shows_breaks=False,  # sshd ends the connection behind it as if all had been well
+        stream_bytes=16 * MIB,
+    )
+
+
+def to_unix(sshd: Sshd, folder: Path) -> TransportCase:
+    """Dial through the sshd to a unix: listener."""
+    return TransportCase(
+        transport=SshTransport,
+        listen_transport=UnixTransport,
+        listen=lambda: f"unix:{folder}/{next(COUNT)}",
+        dial=lambda uri: f"ssh://{sshd.address}/{uri}",
+        refused=f"ssh://{sshd.address}/unix:{folder}/nobody",
+        shows_breaks=False,
+        stream_bytes=16 * MIB,
+    )
+
+
+def both_ends(sshd: Sshd, _: Path) -> TransportCase:
+    """Wait at the sshd's host and dial there, as two hosts do that reach only a third."""
+    return TransportCase(
+        transport=SshTransport,
+        listen=lambda: f"ssh://{sshd.address}/tcp:127.0.0.1:0",
+        shows_breaks=False,
+        stream_bytes=16 * MIB,
+    )
+
+
+@pytest.mark.sshd
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("case", [to_tcp, to_unix, both_ends])
+def test_contract(
+    case: Callable[[Sshd, Path], TransportCase], check: str, sshd: Sshd, home: Path, short_folder: Path
+) -> None:
+    if not check_transport(case(sshd, short_folder), only=[check]):
+        pytest.skip("not asked of this one")
