@@ -28,7 +28,8 @@ from corefw.wire.vmstate import (
     VMState,
 )
 
-FOLLOWS = b"\x7e"
+FOLLOWS = b"\x7e\0\0\0\7\0"
+"""A footer and the end of the stream."""
 
 
 def save(table: VMState, **state: Any) -> tuple[bytes, Description]:

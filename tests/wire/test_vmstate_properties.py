@@ -29,6 +29,8 @@ from corefw.wire.vmstate import (
 
 FEW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LIMIT = 6
+FOLLOWS = b"\x7e\0\0\0\7\0"
+"""A footer and the end of the stream."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def measure(described: Description) -> int:
 @given(cases())
 def test_round_trip_and_description(case: Case) -> None:
     body, description = saved(case)
-    state, taken = load(case, body + b"\x7e")
+    state, taken = load(case, body + FOLLOWS)
     assert taken == len(body)
     assert normal(state) == normal(SimpleNamespace(**case.values))
     assert measure(json.loads(json.dumps(description))) == len(body)
@@ -178,7 +180,7 @@ def test_damaged_anywhere(case: Case, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(body) - 1))
     changed = bytes([body[at] ^ data.draw(st.integers(1, 255))])
     try:
-        load(case, body[:at] + changed + body[at + 1 :] + b"\x7e")
+        load(case, body[:at] + changed + body[at + 1 :] + FOLLOWS)
     except StreamError as error:
         assert isinstance(error, RemoteStreamError)
 

@@ -17,6 +17,8 @@ from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWri
 from corefw.wire.vmstate import Array, Buffer, Kind, Scalar, Struct, StructArray, Unused, VMState
 
 RECORDED = {one["name"]: one for one in json.loads((Path(__file__).parent / "vmstate_qemu72.json").read_text())}
+FOLLOWS = b"\x7e\0\0\0\7\0"
+"""A footer and the end of the stream."""
 
 
 def u8(*names: str) -> tuple[Scalar, ...]:
@@ -173,7 +175,7 @@ def test_qemu_device_decodes_and_encodes_to_the_same(name: str) -> None:
     table, state = EMPTY[name]
     body = bytes.fromhex(RECORDED[name]["body"])
 
-    reader = StreamReader(MemorySource(body + b"\x7e"))
+    reader = StreamReader(MemorySource(body + FOLLOWS))
     table.load(reader, state, RECORDED[name]["version"])
     assert reader.offset == len(body)
 
@@ -191,7 +193,7 @@ def test_values_are_what_qemu_had() -> None:
     pit, pic, state = (EMPTY[name][1] for name in ("i8254", "i8259", "globalstate"))
     for name in ("i8254", "i8259", "globalstate"):
         table, loaded = EMPTY[name]
-        reader = StreamReader(MemorySource(bytes.fromhex(RECORDED[name]["body"]) + b"\x7e"))
+        reader = StreamReader(MemorySource(bytes.fromhex(RECORDED[name]["body"]) + FOLLOWS))
         table.load(reader, loaded, RECORDED[name]["version"])
     assert pit.channels[0].count == 65536
     assert pic.irq_base == 8
