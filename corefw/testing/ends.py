@@ -15,13 +15,14 @@ from typing import Final, TypeVar
 
 from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport
 from corefw.errors import MigfwError
-from corefw.testing.tasks import Task, settled
+from corefw.testing.tasks import Task, settled, wait_until
 from corefw.uri import MigrationUri
 
 MIB: Final = 1 << 20
 
 _C = TypeVar("_C", Channel, Listener)
 _E = TypeVar("_E", bound=MigfwError)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +148,20 @@ def receive_all(channel: Channel) -> bytearray:
         if count == 0:
             break
         got += room[:count]
+    return got
+
+
+def transferred(sending: Task[None], receiving: Task[_T], seconds: float | None = None) -> _T:
+    """What was received, when both have ended. A sender's error comes first: the receiver may wait for ever by it."""
+
+    def over() -> bool:
+        return not receiving.running or (not sending.running and sending.error() is not None)
+
+    wait_until(over, seconds)
+    if not sending.running:
+        sending.result()
+    got = receiving.result(0.0)
+    sending.result()
     return got
 
 

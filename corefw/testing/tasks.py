@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
-DEADLINE: Final = 20.0
+DEADLINE = 20.0
 """Seconds for one step."""
 
 POLL: Final = 0.02
@@ -50,15 +50,17 @@ class Task(Generic[_T]):
         """Give it the time to come to where it blocks."""
         self._thread.join(seconds)
 
-    def result(self, seconds: float = DEADLINE) -> _T:
-        """What it returned. Raises what it raised, or AssertionError with its stack when it goes on after `seconds`."""
+    def result(self, seconds: float | None = None) -> _T:
+        """What it returned. Raises what it raised, or AssertionError with its stack when it goes on after `seconds`
+        (DEADLINE)."""
         error = self.error(seconds)
         if error is not None:
             raise error
         return self._results[0]
 
-    def error(self, seconds: float = DEADLINE) -> BaseException | None:
+    def error(self, seconds: float | None = None) -> BaseException | None:
         """What it raised, or None. AssertionError as for result()."""
+        seconds = DEADLINE if seconds is None else seconds
         self._thread.join(seconds)
         if self._thread.is_alive():
             raise AssertionError(f"{self.what} did not end within {seconds:g} s; it is at {self._where()}")
@@ -70,9 +72,9 @@ class Task(Generic[_T]):
         return " > ".join(f"{Path(one.filename).name}:{one.lineno} {one.name}" for one in stack)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = DEADLINE) -> bool:
-    """Look again and again; False when it did not come true."""
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool], seconds: float | None = None) -> bool:
+    """Look again and again for `seconds` (DEADLINE); False when it did not come true."""
+    deadline = time.monotonic() + (DEADLINE if seconds is None else seconds)
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -110,8 +112,9 @@ class Possessions:
     def now(cls) -> Possessions:
         return cls(_descriptors(), _children(), frozenset(threading.enumerate()))
 
-    def assert_no_more(self, seconds: float = 5.0) -> None:
-        """AssertionError naming what this process has gained since, if it does not let go of it within `seconds`."""
+    def assert_no_more(self, seconds: float | None = None) -> None:
+        """AssertionError naming what this process has gained since, if it does not let go of it within `seconds`
+        (DEADLINE)."""
         gained: list[str] = []
 
         def nothing() -> bool:

@@ -33,6 +33,7 @@ from corefw.testing.ends import (
     same,
     send_chunks,
     told,
+    transferred,
 )
 from corefw.testing.tasks import Possessions, Task, private_memory, wait_until
 from corefw.uri import MigrationUri
@@ -173,8 +174,7 @@ def _streams_whole_and_in_order(bench: Workbench) -> None:
         return same(receive_all(bench.stored(lambda channel: send_chunks(channel, data))), data)
     for way, sender, receiver in bench.ways():
         sending = Task(f"sending {way}", _send_and_end, sender, data)
-        same(Task(f"receiving {way}", receive_all, receiver).result(CHECK_DEADLINE), data)
-        sending.result()
+        same(transferred(sending, Task(f"receiving {way}", receive_all, receiver), CHECK_DEADLINE), data)
     return None
 
 
@@ -199,9 +199,8 @@ def _takes_parts_of_every_kind(bench: Workbench) -> None:
         reused[:] = b"reused buffer"
         sending = Task(f"sending {way}", send, sender)
         room = memoryview(bytearray(len(expected)))
-        Task(f"receiving {way}", receive_exactly, receiver, room).result()
+        transferred(sending, Task(f"receiving {way}", receive_exactly, receiver, room))
         same(room, expected)
-        sending.result()
     return None
 
 
@@ -243,10 +242,8 @@ def _goes_both_ways_at_once(bench: Workbench) -> None:
     there, back = pattern(bench.case.stream_bytes // 4), pattern(bench.case.stream_bytes // 4 + 1)
     sending = [Task("sending", _send_and_end, out, there), Task("sending back", _send_and_end, into, back)]
     receiving = [Task("receiving", receive_all, into), Task("receiving back", receive_all, out)]
-    same(receiving[0].result(CHECK_DEADLINE), there)
-    same(receiving[1].result(CHECK_DEADLINE), back)
-    for task in sending:
-        task.result()
+    for sent, received, data in zip(sending, receiving, (there, back), strict=True):
+        same(transferred(sent, received, CHECK_DEADLINE), data)
 
 
 @_check(Need.LIVE)
@@ -318,8 +315,7 @@ def _half_closes_in_either_order(bench: Workbench) -> None:
         same(Task("receiving to the first end", receive_all, second).result(), b"last words")
         data = pattern(MIB)
         sending = Task("sending after the peer's end", _send_and_end, second, data)
-        same(Task("receiving after send_eof", receive_all, first).result(), data)
-        sending.result()
+        same(transferred(sending, Task("receiving after send_eof", receive_all, first)), data)
 
 
 @_check(Need.LIVE)
@@ -334,9 +330,8 @@ def _delivers_before_it_closes(bench: Workbench) -> None:
             data = pattern(2 * MIB)
             sending = Task(f"sending and closing {way}", _send_and_close, sender, data)
             room = memoryview(bytearray(len(data)))
-            Task(f"receiving {way}", receive_exactly, receiver, room).result()
+            transferred(sending, Task(f"receiving {way}", receive_exactly, receiver, room))
             same(room, data)
-            sending.result()
             with receiver:
                 pass
             receiver.close()

@@ -1,0 +1,280 @@
+"""The contract kit for transports finds what it is there to find: every kind of broken transport is caught by name."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+from corefw_transport_tcp import TcpTransport
+
+from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw.errors import ChannelError
+from corefw.testing import tasks
+from corefw.testing.transport import CHECKS, TransportCase, check_transport
+from corefw.uri import MigrationUri
+
+
+class Proxy(Channel):
+    """Does what another channel does. Each fault below overrides one thing."""
+
+    def __init__(self, inner: Channel) -> None:
+        self.inner = inner
+        self.peer = inner.peer
+        self.has_return_path = inner.has_return_path
+
+    def send(self, *parts: Buffer) -> None:
+        self.inner.send(*parts)
+
+    def receive_into(self, view: memoryview) -> int:
+        return self.inner.receive_into(view)
+
+    def wait_readable(self, seconds: float) -> bool:
+        return self.inner.wait_readable(seconds)
+
+    def send_eof(self) -> None:
+        self.inner.send_eof()
+
+    def abort(self) -> None:
+        self.inner.abort()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class Wrapped(Listener):
+    def __init__(self, inner: Listener, wrap: Callable[[Channel], Channel]) -> None:
+        self.inner = inner
+        self.uri = inner.uri
+        self.wrap = wrap
+
+    def accept(self, interrupt: Interrupt) -> Channel:
+        return self.wrap(self.inner.accept(interrupt))
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def faulty(
+    channel: Callable[[Channel], Channel] = Proxy,
+    listener: Callable[[Listener, Callable[[Channel], Channel]], Listener] = Wrapped,
+    features: TransportFeatures = TcpTransport.features,
+) -> Callable[[MigrationUri], Transport]:
+    """A tcp: transport with something wrong."""
+
+    class Faulty(TcpTransport):
+        def connect(self, interrupt: Interrupt) -> Channel:
+            return channel(super().connect(interrupt))
+
+        def listen(self) -> Listener:
+            return listener(super().listen(), channel)
+
+    Faulty.features = features
+    return Faulty
+
+
+# -- faults --------------------------------------------------------------------------------------------------------
+
+
+class LosesBytes(Proxy):
+    """Forgets the rest of a long send."""
+
+    def send(self, *parts: Buffer) -> None:
+        self.inner.send(*(memoryview(part)[: 1 << 19] for part in parts))
+
+
+class Reorders(Proxy):
+    def send(self, *parts: Buffer) -> None:
+        self.inner.send(*reversed(parts))
+
+
+class TakesFewParts(Proxy):
+    def send(self, *parts: Buffer) -> None:
+        if len(parts) > 1024:
+            raise OSError(22, "Invalid argument")
+        self.inner.send(*parts)
+
+
+class BreaksLookLikeEnds(Proxy):
+    def receive_into(self, view: memoryview) -> int:
+        try:
+            return self.inner.receive_into(view)
+        except ChannelError:
+            return 0
+
+
+class Queues(Proxy):
+    """Takes whatever it is given, and sends it later."""
+
+    def __init__(self, inner: Channel) -> None:
+        super().__init__(inner)
+        self.queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
+
+    def work(self) -> None:
+        try:
+            while (data := self.queue.get()) is not None:
+                self.inner.send(data)
+            self.inner.send_eof()
+        except ChannelError:
+            return
+
+    def send(self, *parts: Buffer) -> None:
+        self.queue.put(b"".join(parts))
+
+    def send_eof(self) -> None:
+        self.queue.put(None)
+
+    def close(self) -> None:
+        self.queue.put(None)
+        self.inner.close()
+
+
+class SendsLater(Proxy):
+    """Keeps a small part by reference until the next call."""
+
+    def __init__(self, inner: Channel) -> None:
+        super().__init__(inner)
+        self.kept: tuple[Buffer, ...] = ()
+
+    def send(self, *parts: Buffer) -> None:
+        kept, self.kept = self.kept, parts
+        self.inner.send(*kept)
+
+    def send_eof(self) -> None:
+        self.send()
+        self.inner.send_eof()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class WaitsForMore(Proxy):
+    """Fills the whole view, as if there were always more to come."""
+
+    def receive_into(self, view: memoryview) -> int:
+        got = 0
+        while got < len(view) and (count := self.inner.receive_into(view[got:])):
+            got += count
+        return got
+
+
+class AbortDoesNotWake(Proxy):
+    def abort(self) -> None:
+        pass
+
+
+class AlwaysReadable(Proxy):
+    def wait_readable(self, seconds: float) -> bool:
+        return True
+
+
+class EndsBothWays(Proxy):
+    def send_eof(self) -> None:
+        self.inner.send_eof()
+        self.receive_into = lambda view: 0  # type: ignore[method-assign]  # the fault itself
+
+
+class EndsOnce(Proxy):
+    ended = False
+
+    def receive_into(self, view: memoryview) -> int:
+        if self.ended:
+            raise ChannelError("there was an end already")
+        count = self.inner.receive_into(view)
+        self.ended = count == 0
+        return count
+
+
+class CloseThrowsAway(Proxy):
+    def close(self) -> None:
+        self.inner.abort()
+        self.inner.close()
+
+
+class LeaksDescriptors(Proxy):
+    def __init__(self, inner: Channel) -> None:
+        super().__init__(inner)
+        LEAKED.append(os.dup(0))
+
+
+class IgnoresInterrupts(Wrapped):
+    def accept(self, interrupt: Interrupt) -> Channel:
+        return super().accept(Interrupt())
+
+
+class KeepsListening(Wrapped):
+    def close(self) -> None:
+        LISTENING.append(self.inner)
+
+
+LEAKED: list[int] = []
+LISTENING: list[Listener] = []
+ONE_WAY = TransportFeatures(return_path=False, multi_channel=True)
+
+
+@dataclass(frozen=True)
+class Fault:
+    transport: Callable[[MigrationUri], Transport]
+    caught_by: str
+    says: str
+
+
+FAULTS = {
+    "loses-bytes": Fault(faulty(LosesBytes), "streams-whole-and-in-order", "they differ from byte"),
+    "reorders": Fault(faulty(Reorders), "streams-whole-and-in-order", "they differ from byte"),
+    "few-parts": Fault(faulty(TakesFewParts), "takes-parts-of-every-kind", "OSError: .* Invalid argument"),
+    "later": Fault(faulty(SendsLater), "takes-parts-of-every-kind", ""),
+    "fills-views": Fault(faulty(WaitsForMore), "delivers-without-delay", "did not end within"),
+    "queues": Fault(faulty(Queues), "holds-back-a-fast-sender", "MiB that nobody had read"),
+    "readable": Fault(faulty(AlwaysReadable), "waits-for-bytes", "before anything was sent"),
+    "break-is-end": Fault(faulty(BreaksLookLikeEnds), "shows-a-break-as-an-error", "got no error"),
+    "abort-receive": Fault(faulty(AbortDoesNotWake), "abort-wakes-a-receiver", "did not end within"),
+    "abort-send": Fault(faulty(AbortDoesNotWake), "abort-wakes-a-sender", "did not end within"),
+    "ends-both-ways": Fault(faulty(EndsBothWays), "half-closes-in-either-order", "received 0"),
+    "ends-once": Fault(faulty(EndsOnce), "shows-the-end-for-ever", "there was an end already"),
+    "close-loses": Fault(faulty(CloseThrowsAway), "delivers-before-it-closes", "ChannelError"),
+    "leaks": Fault(faulty(LeaksDescriptors), "says-what-it-is", "left behind: descriptor"),
+    "deaf-listener": Fault(faulty(listener=IgnoresInterrupts), "interrupt-ends-accept", "did not end within"),
+    "features-lie": Fault(faulty(features=ONE_WAY), "says-what-it-is", "has_return_path is True"),
+    "keeps-listening": Fault(faulty(listener=KeepsListening), "stops-listening", "the address is in use"),
+    "accepts-anything": Fault(faulty(), "refuses-wrong-uris", "expected UriError, got no error"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "DEADLINE", 1.5)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_caught_by_name(name: str) -> None:
+    fault = FAULTS[name]
+    wrong = ("tcp:127.0.0.1:0",) if name == "accepts-anything" else ()
+    case = TransportCase(transport=fault.transport, listen=lambda: "tcp:127.0.0.1:0", wrong=wrong)
+    with pytest.raises(AssertionError, match=rf"^{fault.caught_by}: .*{fault.says}") as caught:
+        check_transport(case, only=[fault.caught_by])
+    assert "\n" not in str(caught.value)
+    while LEAKED:
+        os.close(LEAKED.pop())
+    while LISTENING:
+        LISTENING.pop().close()
+
+
+def test_what_is_right_passes_and_is_told() -> None:
+    case = TransportCase(transport=faulty(), listen=lambda: "tcp:127.0.0.1:0", stream_bytes=1 << 20)
+    done = check_transport(case, only=["says-what-it-is", "interrupt-ends-a-stuck-connect"])
+    assert done == ["says-what-it-is"]  # the case has no place where a dial is stuck
+
+
+def test_an_unknown_check_is_no_pass() -> None:
+    with pytest.raises(AssertionError, match="no check is called nonsense"):
+        check_transport(TransportCase(transport=faulty(), listen=lambda: "tcp:127.0.0.1:0"), only=["nonsense"])
+
+
+def test_every_check_has_a_sentence() -> None:
+    assert all(function.__doc__ for function, _ in CHECKS.values())
