@@ -153,7 +153,13 @@ class IncomingMigration:
     def _say_goodbye(self, status: int) -> None:
         """SHUT; then take in what the source still sends, for a socket closed on unread bytes would take SHUT with
         it."""
-        if self._channel is None or self._return_path is None:
+        if self._channel is None:
+            return
+        if self._return_path is None and status and self._channel.has_return_path:
+            # It failed before OPEN_RETURN_PATH came. A source that will open it learns that its guest is safe to run on;
+            # one that will not never reads this.
+            self._return_path = ReturnPathWriter(self._channel)
+        if self._return_path is None:
             return
         self._return_path.shut(status)
         scratch = memoryview(bytearray(1 << 16))

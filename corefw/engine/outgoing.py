@@ -290,6 +290,8 @@ class OutgoingMigration:
         if error is not None and self._return_path is not None and not self.interrupt.is_set():
             try:
                 self._return_path.check()
+            except Interrupted:
+                pass  # that was our own abort
             except MigfwError as first:
                 return first
         return error

@@ -187,8 +187,10 @@ class StreamLoader:
         reader = self._reader
         reader.where = "description"
         start, end = reader.span()
-        if start == end and self._return_path is not None and not self._channel.wait_readable(DESCRIPTION_WAIT):
-            return
+        if start == end and self._return_path is not None:
+            wait = DESCRIPTION_WAIT if self._settings.property("send-vmdescription") else 0
+            if not self._channel.wait_readable(wait):
+                return
         if reader.peek(1) == bytes((SectionType.VMDESCRIPTION,)):
             reader.u8("the section's type")
             read_description_body(reader)

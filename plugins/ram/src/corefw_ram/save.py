@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw.machine import RamBlock
+from corefw.machine import NotesSentPages, RamBlock
 from corefw.section import RamStatistics
 from corefw.wire.constants import BE64, RamFlag
 from corefw.wire.records import BlockEntry, write_block_list
@@ -149,9 +149,12 @@ class _PageWriter:
         self._statistics = statistics
         self._staging = np.empty((BATCH, HEADER + page_size), dtype=np.uint8)
         self._current: RamBlock | None = None
+        self._notes: NotesSentPages | None = None
 
     def send(self, writer: StreamWriter, state: BlockState, pages: NDArray[np.int64], limit: int | None) -> int:
         """Send these pages of one block (at least one batch, then up to `limit`); how many went."""
+        log = state.block.dirty_log
+        self._notes = log if isinstance(log, NotesSentPages) else None
         if state.hole[pages].all():
             self._send_zeros(writer, state.block, pages)
             return len(pages)
@@ -172,6 +175,8 @@ class _PageWriter:
         first, end = int(pages[0]), int(pages[-1]) + 1
         rows = self._staging[:count]
         rows[:, HEADER:] = block.pages[first:end] if end - first == count else block.pages[pages]
+        if self._notes is not None:
+            self._notes.sent(pages, rows[:, HEADER:])
         zero = _zero_rows(rows)
         if zero is not None:
             self._send_zeros(writer, block, pages[zero])

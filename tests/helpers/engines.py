@@ -1,0 +1,140 @@
+"""A source and a destination in one process, for tests of the engine; and peers that misbehave on purpose."""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from corefw.engine import Engine, Event
+from corefw.machine import Machine, RunState
+from corefw.plugins import Plugins
+from corefw.states import MigrationStatus
+from corefw.wire.constants import ReturnMessage
+from corefw.wire.returnpath import encode_return_message, number_body
+from tests.helpers.machines import CountingMachine
+
+PATIENCE = 20.0
+
+
+class Pair:
+    """Two engines. `source()` and `destination()` make them; everything is closed at the end."""
+
+    def __init__(self, plugins: Plugins) -> None:
+        self.plugins = plugins
+        self._stack = ExitStack()
+        self.events: list[Event] = []
+
+    def engine(self, machine: Machine, **properties: bool) -> Engine:
+        settings = self.plugins.settings()
+        for name, state in properties.items():
+            settings.set_property(name.replace("_", "-"), state)
+        settings.set_capabilities({"events": True, "return-path": True})
+        settings.set_parameters({"max-bandwidth": 0})
+        engine = Engine(machine, self.plugins, settings)
+        self._stack.callback(engine.close)
+        return engine
+
+    def source(self, machine: CountingMachine | None = None, *, running: bool = True, **properties: bool) -> Engine:
+        machine = machine or CountingMachine()
+        engine = self.engine(machine, **properties)
+        engine.observe(self.events.append)
+        if running:
+            machine.start()
+        return engine
+
+    def destination(self, machine: CountingMachine | None = None, **properties: bool) -> Engine:
+        return self.engine(machine or CountingMachine(incoming=True), **properties)
+
+    def statuses(self) -> list[str]:
+        """The source's statuses, in the order in which they were told."""
+        return [event.data["status"] for event in self.events if event.name == "MIGRATION"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+def counting(engine: Engine) -> CountingMachine:
+    assert isinstance(engine.machine, CountingMachine)
+    return engine.machine
+
+
+def ended(engine: Engine) -> MigrationStatus:
+    """The status that the source's migration ended with."""
+    status = engine.wait_outgoing(PATIENCE)
+    assert status in ("completed", "failed", "cancelled"), f"the migration did not end: {status}"
+    return status
+
+
+def arrived(engine: Engine) -> MigrationStatus:
+    status = engine.wait_incoming(PATIENCE)
+    assert status in ("completed", "failed"), f"the migration did not end: {status}"
+    return status
+
+
+def runs_on(engine: Engine) -> None:
+    """The guest runs here, writes, and has lost nothing."""
+    machine = counting(engine)
+    assert machine.run_state is RunState.RUNNING
+    before = machine.state.writes
+    deadline = time.monotonic() + PATIENCE
+    while machine.state.writes == before:
+        assert time.monotonic() < deadline, "the guest writes nothing"
+        time.sleep(0.001)
+    machine.stop(RunState.PAUSED)
+    assert machine.check() > before
+
+
+class Peer:
+    """A destination that is driven by hand: listens on loopback, takes one connection."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(PATIENCE)
+        self.uri = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
+        self.connection: socket.socket | None = None
+
+    def accept(self) -> socket.socket:
+        self.connection, _ = self._listener.accept()
+        self.connection.settimeout(PATIENCE)
+        return self.connection
+
+    def read_all(self, until: Callable[[bytes], bool]) -> bytes:
+        """What comes, until it satisfies `until`."""
+        assert self.connection is not None
+        data = b""
+        while not until(data):
+            more = self.connection.recv(1 << 16)
+            assert more, "the source ended its stream"
+            data += more
+        return data
+
+    def read_while(self, condition: Callable[[], bool]) -> None:
+        """Take in and forget what comes, as long as the condition holds."""
+        assert self.connection is not None
+        while condition():
+            if select.select([self.connection], [], [], 0.01)[0]:
+                self.connection.recv(1 << 16)
+
+    def say(self, message: ReturnMessage, value: int) -> None:
+        assert self.connection is not None
+        self.connection.sendall(encode_return_message(message, number_body(value)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._listener.close()
+        if self.connection is not None:
+            self.connection.close()
