@@ -237,7 +237,7 @@ class Field:
     def __get__(self, program: object | None, owner: type) -> Any:
         return self if program is None else program.__dict__.get(self.name, self.default)
 
-    def __set__(self, program: object, value: object) -> None:
+    def __set__(self, program: object, value: Any) -> None:
         try:
             program.__dict__[self.name] = self.type.check(value)
         except (TypeError, ValueError) as error:

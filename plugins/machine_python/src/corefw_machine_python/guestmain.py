@@ -87,14 +87,18 @@ class Guest:
 
     def _step(self) -> None:
         began = time.monotonic()
+        self._begin()
+        self._program.tick()
+        took = time.monotonic() - began
+        self._nap = took * self._percent / (100 - self._percent) if self._percent else 0.0
+
+    def _begin(self) -> None:
+        """What has to come before the first tick after a start."""
         if not self._set_up:
             self._program.setup()
             self._set_up = True
         if not self._started:
             self._after_start()
-        self._program.tick()
-        took = time.monotonic() - began
-        self._nap = took * self._percent / (100 - self._percent) if self._percent else 0.0
 
     def _after_start(self) -> None:
         """What after_start() sets need not be declared: it is set again wherever the program arrives."""
@@ -190,8 +194,12 @@ class Guest:
     def _verify(self, request: Message, _fds: list[int]) -> Answer:
         if type(self._program).verify is Program.verify:
             raise UsageError(f"program '{type(self._program).__name__}' cannot verify itself: it has no verify()")
-        if request["values"] is not None:
+        if self._running:
+            self._begin()
+        else:
             self._set_values(request)
+        if not self._set_up:
+            return {"facts": {"set-up": False}}, []  # there is nothing yet that could be wrong
         return {"facts": dict(self._program.verify() or {})}, []
 
     def _throttle(self, request: Message, _fds: list[int]) -> Answer:

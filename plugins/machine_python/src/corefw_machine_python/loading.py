@@ -64,11 +64,21 @@ def _load(place: str, name: str) -> ModuleType:
     except UsageError:
         raise
     except Exception as error:  # the user's own module: it may raise anything
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        line = error.lineno if isinstance(error, SyntaxError) else last.lineno
-        file = error.filename if isinstance(error, SyntaxError) else last.filename
-        what = error.msg if isinstance(error, SyntaxError) else error
-        raise UsageError(f"cannot load '{place}': {type(error).__name__}: {what} ({file}, line {line})") from error
+        raise UsageError(f"cannot load '{place}': {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """What went wrong, and where in the user's files: not in ours, nor in the import system."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    ours = str(Path(__file__).parent)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((ours, "<frozen importlib"))
+    ]
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -11,7 +11,7 @@ order) and JSON; file descriptors travel with its first byte.
     start       values, set_up                -
     resume      -                             -              (a stop was given up: run on with what is there)
     stop        -                             values, set_up, undeclared
-    verify      values, set_up                facts          (null: go on as it is, for a guest that runs)
+    verify      values, set_up                facts          (null: as it is, for a guest that runs)
     throttle    percent                       -
     quit        -                             -              (and the process ends)
 

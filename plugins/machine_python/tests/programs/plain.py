@@ -1,0 +1,167 @@
+"""Programs for the tests: good ones, and some that go wrong in one way each."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from corefw_machine_python import guest
+
+
+class Plain(guest.Program):
+    """Two arrays whose sizes are no multiple of a page, and a field of every kind."""
+
+    rows = guest.option("rows", 3, help="of the first array")
+    fast = guest.option("fast", True)
+
+    small = guest.array("small", shape=lambda options: (options.rows, 7), dtype="int32")
+    large = guest.array("large", shape=100_001, dtype=np.uint8)
+    u8 = guest.field("u8", 200)
+    i64 = guest.field("i64", -5)
+    real = guest.field("double", 0.1)
+    flag = guest.field("bool", True)
+    raw = guest.field("bytes[5]", b"ab")
+    text = guest.field("str[9]", "Grüße")
+    steps = guest.field("u64")
+    starts = guest.field("u32")
+
+    def setup(self) -> None:
+        self.small[:] = 1
+
+    def after_start(self) -> None:
+        self.starts += 1
+
+    def tick(self) -> None:
+        self.small += 1
+        self.large[self.steps % 100_001] += 1
+        self.steps += 1
+        self.u8 = self.steps % 256
+        self.real = self.steps / 3
+        self.flag = not self.flag
+        self.raw = (self.steps % 2**32).to_bytes(4, "big")
+        self.text = f"{self.steps % 1000} ä"
+        time.sleep(0.001)
+
+    def verify(self) -> Mapping[str, object]:
+        if int(self.small[0, 0]) != self.steps + 1 or self.real != self.steps / 3:
+            raise AssertionError(f"{self.steps} steps, but the array has {self.small[0, 0]}")
+        return {"steps": self.steps, "u8": self.u8, "starts": self.starts, "text": self.text}
+
+
+class Silent(guest.Program):
+    """Has neither arrays nor verify()."""
+
+    steps = guest.field("u64")
+
+    def tick(self) -> None:
+        self.steps += 1
+        time.sleep(0.001)
+
+
+class Fails(Silent):
+    """Raises in its tenth tick."""
+
+    def tick(self) -> None:
+        super().tick()
+        if self.steps == 10:
+            raise ZeroDivisionError("ten is enough")
+
+
+class FailsInSetup(Silent):
+    def setup(self) -> None:
+        raise RuntimeError("no setup today")
+
+
+class FailsInAfterStart(Silent):
+    def after_start(self) -> None:
+        if self.steps:
+            raise RuntimeError("the printer is on fire")
+
+
+class Refuses(Silent):
+    """Does not want to stop the first time."""
+
+    asked = guest.field("u32")
+
+    def verify(self) -> Mapping[str, object]:
+        return {"steps": self.steps}
+
+    def before_stop(self) -> None:
+        self.asked += 1
+        if self.asked == 1:
+            raise RuntimeError("in the middle of something")
+
+
+class Finishes(Silent):
+    def tick(self) -> None:
+        super().tick()
+        if self.steps == 5:
+            self.finish()
+
+
+class Exits(Silent):
+    """Ends like a program that does not know where it is."""
+
+    code = guest.option("code", 0)
+
+    def tick(self) -> None:
+        raise SystemExit(self.options.code)
+
+
+class Dies(Silent):
+    def tick(self) -> None:
+        os.abort()
+
+
+class Slow(Silent):
+    """A tick that takes longer than a stop may."""
+
+    stop_timeout = 0.3
+    seconds = guest.option("seconds", 1.0)
+
+    def tick(self) -> None:
+        super().tick()
+        time.sleep(self.options.seconds)
+
+
+class Forgetful(Silent):
+    """Keeps something where it will not move, and something where it need not."""
+
+    def after_start(self) -> None:
+        self.log: list[int] = []
+
+    def tick(self) -> None:
+        super().tick()
+        self.total = self.steps * 2
+
+
+class Older(guest.Program):
+    """The first version of a program that is `Newer` by now: see test_fields.py."""
+
+    steps = guest.field("u64")
+
+    def tick(self) -> None:
+        time.sleep(0.001)
+
+
+class Wide(Silent):
+    """An array whose shape an option decides, without minding whether it can be had."""
+
+    size = guest.option("size", 1)
+    grid = guest.array("grid", shape=lambda options: (8 // options.size,), dtype="u1")
+
+
+class NoProgram:
+    pass
+
+
+class Twice(Silent):
+    one = guest.array("same", shape=3)
+    two = guest.array("same", shape=3)
+
+
+class WrongVersion(Silent):
+    version = 1
+    minimum_version = 2
