@@ -32,6 +32,7 @@ CORE: Final[dict[str, set[str]]] = {
     "channel": {"errors", "uri"},
     "sockets": {"errors", "uri", "channel"},
     "dialing": {"errors", "uri", "channel", "sockets"},
+    "relay": {"errors", "uri", "channel"},
     "wire": {"errors", "channel"},
     "section": {"errors", "channel", "settings", "wire"},
     "machine": {"errors"},
@@ -42,7 +43,7 @@ CORE: Final[dict[str, set[str]]] = {
     "engine": {
         *("errors", "uri", "states", "settings", "channel", "wire", "section", "machine", "plugins"),
     },
-    "qmp": {"errors", "uri", "quantities", "descriptors", "states", "settings", "plugins", "engine"},
+    "qmp": {"errors", "uri", "quantities", "descriptors", "states", "settings", "channel", "plugins", "engine"},
 }
 """Part of the core -> what it may import. `cli` is missing: it is the only place where everything meets."""
 
