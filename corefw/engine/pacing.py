@@ -10,6 +10,7 @@ Threads: the migration thread; the limit may change in flight.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Final
 
 from corefw.channel import Interrupt
@@ -24,8 +25,9 @@ MOST_DEBT: Final = 0.02
 class Pacer:
     """`budget()` before sending, `sent()` after it."""
 
-    def __init__(self) -> None:
-        self._due = time.monotonic()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._due = clock()
 
     def budget(self, limit: int) -> int:
         """How many bytes to send now. `limit` is bytes per second, 0 for none."""
@@ -35,11 +37,11 @@ class Pacer:
 
     def sent(self, count: int, limit: int, interrupt: Interrupt) -> None:
         """Sleep until `count` more bytes are due. Raises Interrupted."""
-        now = time.monotonic()
+        now = self._clock()
         if not limit:
             self._due = now
             return
         self._due = max(self._due, now - MOST_DEBT) + count / limit
-        while (rest := self._due - time.monotonic()) > 0:
+        while (rest := self._due - self._clock()) > 0:
             if interrupt.wait(rest):
                 interrupt.check()

@@ -43,14 +43,14 @@ def test_figures(pair: Pair) -> None:
     assert destination.query_migrate() == {"status": "completed"}
 
 
-PROPERTIES = ("send_configuration", "send_section_footer", "send_vmdescription", "store_global_state")
+PROPERTIES = ("send-configuration", "send-section-footer", "send-vmdescription", "store-global-state")
 
 
 @pytest.mark.parametrize("states", list(itertools.product((True, False), repeat=4)), ids=str)
 @pytest.mark.parametrize("return_path", [True, False])
 def test_every_way_of_framing(pair: Pair, states: tuple[bool, ...], return_path: bool) -> None:
     properties = dict(zip(PROPERTIES, states, strict=True))
-    source, destination = pair.source(**properties), pair.destination(**properties)
+    source, destination = pair.source(properties=properties), pair.destination(properties=properties)
     source.set_capabilities({"return-path": return_path})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "completed", source.query_migrate()
@@ -162,7 +162,7 @@ def test_blockers_are_told_all_at_once(pair: Pair) -> None:
 
 def test_blockers_are_refused_under_only_migratable_and_while_migrating(pair: Pair) -> None:
     with pytest.raises(UsageError, match="only-migratable"):
-        pair.source(only_migratable=True).add_blocker("a reason")
+        pair.source(properties={"only-migratable": True}).add_blocker("a reason")
     source, destination = pair.source(), pair.destination()
     source.set_capabilities({"pause-before-switchover": True})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from corefw.engine import Engine, Event
@@ -29,26 +29,34 @@ class Pair:
         self._stack = ExitStack()
         self.events: list[Event] = []
 
-    def engine(self, machine: Machine, **properties: bool) -> Engine:
+    def engine(self, machine: Machine, properties: Mapping[str, bool]) -> Engine:
         settings = self.plugins.settings()
         for name, state in properties.items():
-            settings.set_property(name.replace("_", "-"), state)
+            settings.set_property(name, state)
         settings.set_capabilities({"events": True, "return-path": True})
         settings.set_parameters({"max-bandwidth": 0})
         engine = Engine(machine, self.plugins, settings)
         self._stack.callback(engine.close)
         return engine
 
-    def source(self, machine: CountingMachine | None = None, *, running: bool = True, **properties: bool) -> Engine:
+    def source(
+        self,
+        machine: CountingMachine | None = None,
+        *,
+        running: bool = True,
+        properties: Mapping[str, bool] = MappingProxyType({}),
+    ) -> Engine:
         machine = machine or CountingMachine()
-        engine = self.engine(machine, **properties)
+        engine = self.engine(machine, properties)
         engine.observe(self.events.append)
         if running:
             machine.start()
         return engine
 
-    def destination(self, machine: CountingMachine | None = None, **properties: bool) -> Engine:
-        return self.engine(machine or CountingMachine(incoming=True), **properties)
+    def destination(
+        self, machine: CountingMachine | None = None, *, properties: Mapping[str, bool] = MappingProxyType({})
+    ) -> Engine:
+        return self.engine(machine or CountingMachine(incoming=True), properties)
 
     def statuses(self) -> list[str]:
         """The source's statuses, in the order in which they were told."""
