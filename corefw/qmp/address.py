@@ -126,11 +126,11 @@ def named_address(name: str) -> UnixAddress:
 def find_engines() -> list[EngineInfo]:
     """The named engines of this user that are running, by name. Removes sockets that nobody listens on."""
     found = []
-    for path in sorted(runtime_directory().glob(f"*{_SUFFIX}")):
+    for path in runtime_directory().glob(f"*{_SUFFIX}"):
         name = path.name.removesuffix(_SUFFIX)
         if _NAME.match(name) and remove_stale(path):
             found.append(EngineInfo(name, UnixAddress(str(path))))
-    return found
+    return sorted(found, key=lambda engine: engine.name)
 
 
 def resolve(name: str | None = None, qmp: str | None = None) -> QmpAddress:
