@@ -35,8 +35,8 @@ CHUNK: Final = 1 << 16
 OUTPUT_PAUSE: Final = 1 << 16
 """Bytes waiting to be sent from which on no further request is taken."""
 
-OUTPUT_LIMIT: Final = 4 << 20
-"""Bytes waiting to be sent from which on the client is disconnected."""
+OUTPUT_LIMIT: Final = 1 << 20
+"""Bytes waiting beyond which nothing is added, and the client is disconnected. Replies alone never get there."""
 
 REQUESTS: Final = 8
 """In-band requests that may wait where out-of-band ones can overtake them (QEMU's QMP_REQ_QUEUE_LEN_MAX)."""
@@ -97,9 +97,10 @@ class Connection:
     def _post(self, line: bytes, *, answers: bool = False) -> None:
         """Queue a line; `answers` says that it is the reply to what the worker was given."""
         with self._lock:
-            self._output.append(memoryview(line))
-            self._output_size += len(line)
             self._overflowed = self._overflowed or self._output_size > OUTPUT_LIMIT
+            if not self._overflowed:
+                self._output.append(memoryview(line))
+                self._output_size += len(line)
             if answers:
                 self._waiting -= 1
                 # From the reply to qmp_capabilities on: clients do not expect an event before it.

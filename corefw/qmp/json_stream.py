@@ -139,7 +139,7 @@ class _Builder:
     def __init__(self) -> None:
         self.value: object = None
         self._open: list[list[object] | dict[str, object]] = []
-        self._keys: list[str] = []
+        self._keys: list[str | None] = []
         self._expect: Callable[[Token], None] = self._value
 
     def feed(self, token: Token) -> None:
@@ -161,7 +161,10 @@ class _Builder:
             return
         container = self._open[-1]
         if isinstance(container, dict):
-            container[self._keys.pop()] = value
+            key = self._keys.pop()
+            if key is None:
+                raise _RejectedError("key is not a string in object")
+            container[key] = value
             self._expect = self._next_pair
         else:
             container.append(value)
@@ -188,7 +191,11 @@ class _Builder:
             self._key(token)
 
     def _key(self, token: Token) -> None:
-        key = None if token.text in (b"{", b"[") else _scalar(token)
+        if token.text in (b"{", b"["):
+            self._keys.append(None)  # no key, but what is inside is judged first
+            self._value(token)
+            return
+        key = _scalar(token)
         if not isinstance(key, str):
             raise _RejectedError("key is not a string in object")
         if key in self._open[-1]:
@@ -242,43 +249,51 @@ def _number(text: bytes) -> object:
     return value
 
 
-_HEX: Final = r"[0-9a-fA-F]"
-_ESCAPE: Final = re.compile(
-    rf"\\(?:u(?P<high>[dD][89abAB]{_HEX}{{2}})\\u(?P<low>[dD][c-fC-F]{_HEX}{{2}})|u(?P<code>{_HEX}{{4}})|(?P<short>.))",
+_HEX: Final = "[0-9a-fA-F]"
+_NO_CHARACTERS: Final = "\ud800-\udfff\ufdd0-\ufdef" + "".join(
+    chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF)
+)
+"""Code points that Unicode keeps out of text; QEMU refuses them. A byte that is no UTF-8 becomes a surrogate."""
+
+_NO_CHARACTER: Final = re.compile(f"[{_NO_CHARACTERS}]")
+
+_SPECIAL: Final = re.compile(
+    rf"\\u(?P<high>[dD][89abAB]{_HEX}{{2}})\\u(?P<low>[dD][c-fC-F]{_HEX}{{2}})"
+    rf"|\\u(?P<code>{_HEX}{{4}})"
+    r"|\\(?P<short>.)"
+    rf"|(?P<bad>[{_NO_CHARACTERS}])",
     re.DOTALL,
 )
 _SHORT: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", '"': '"', "'": "'", "\\": "\\", "/": "/"}
-_NO_CHARACTER: Final = re.compile(
-    "[\ufdd0-\ufdef" + "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF)) + "]"
-)
-"""Code points that Unicode keeps out of text; QEMU refuses them."""
 
 
 def _string(quoted: bytes) -> object:
-    try:
-        text = quoted.replace(b"\xc0\x80", b"\0").decode()  # QEMU's "modified UTF-8" writes NUL so
-    except UnicodeDecodeError:
-        raise _RejectedError("invalid UTF-8 sequence in string") from None
-    if not text.isascii() and _NO_CHARACTER.search(text):
+    # QEMU's "modified UTF-8" writes NUL in two bytes.
+    text = quoted.replace(b"\xc0\x80", b"\0").decode(errors="surrogateescape")
+    return text[1:-1] if text.isascii() and "\\" not in text else _SPECIAL.sub(_character, text)[1:-1]
+
+
+def _character(found: re.Match[str]) -> str:
+    if found["bad"] is not None:
         raise _RejectedError("invalid UTF-8 sequence in string")
-    return _ESCAPE.sub(_unescaped, text[1:-1]) if "\\" in text else text[1:-1]
-
-
-def _unescaped(found: re.Match[str]) -> str:
     if found["short"] is not None:
-        if found["short"] == "u":
-            raise _RejectedError(f"{found.string[found.start() : found.start() + 6]} is not a valid Unicode character")
-        if found["short"] not in _SHORT:
+        if found["short"] in _SHORT:
+            return _SHORT[found["short"]]
+        if found["short"] != "u":
             raise _RejectedError("invalid escape sequence in string")
-        return _SHORT[found["short"]]
-    if found["high"] is not None:
-        high, low = int(found["high"], 16) & 0x3FF, int(found["low"], 16) & 0x3FF
-        character = chr(0x10000 + (high << 10) + low)
     else:
-        character = chr(int(found["code"], 16))
-    if 0xD800 <= ord(character) < 0xE000 or _NO_CHARACTER.match(character):
-        raise _RejectedError(f"{found[0]} is not a valid Unicode character")
-    return character
+        character = _from_hex(found)
+        if not _NO_CHARACTER.match(character):
+            return character
+    shown = found.string[found.start() :].encode(errors="surrogateescape")[:6]
+    raise _RejectedError(f"{_shown(shown)} is not a valid Unicode character")
+
+
+def _from_hex(found: re.Match[str]) -> str:
+    if found["high"] is None:
+        return chr(int(found["code"], 16))
+    high, low = int(found["high"], 16) & 0x3FF, int(found["low"], 16) & 0x3FF
+    return chr(0x10000 + (high << 10) + low)
 
 
 _SCALARS: Final[dict[Kind, Callable[[bytes], object]]] = {

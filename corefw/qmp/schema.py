@@ -20,7 +20,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Final, Literal, NotRequired, Required, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from corefw.errors import PluginError
 from corefw.qmp.protocol import QmpError
@@ -174,17 +174,23 @@ def _array(item: Shape) -> Shape:
 
 
 def _object(kind: Any) -> Shape:
-    members = {name: shape(annotation) for name, annotation in get_type_hints(kind).items()}
+    required, members = {}, {}
+    for name, annotation in get_type_hints(kind, include_extras=True).items():
+        # Where annotations are strings, __required_keys__ does not see NotRequired.
+        marked = get_origin(annotation) if get_origin(annotation) in (Required, NotRequired) else None
+        required[name] = name in kind.__required_keys__ if marked is None else marked is Required
+        members[name] = shape(annotation if marked is None else get_args(annotation)[0])
 
     def check(value: object, path: str) -> object:
         _DICT.check(value, path)
         assert isinstance(value, dict)
         for name in members:
-            if name not in value and name in kind.__required_keys__:
+            if name not in value and required[name]:
                 raise QmpError(f"Parameter '{path}.{name}' is missing")
         for name in value:
             if name not in members:
                 raise QmpError(f"Parameter '{path}.{name}' is unexpected")
         return {name: members[name].check(one, f"{path}.{name}") for name, one in value.items()}
 
-    return Shape("{" + ", ".join(f"{name}: {inner.text}" for name, inner in members.items()) + "}", check)
+    texts = (f"{name}{'' if required[name] else '?'}: {inner.text}" for name, inner in members.items())
+    return Shape("{" + ", ".join(texts) + "}", check)

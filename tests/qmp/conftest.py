@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -50,12 +49,6 @@ def server(engine: Engine, folder: Path) -> Iterator[QmpServer]:
         yield server
     left = [entry.name for entry in folder.iterdir()]
     assert not [name for name in left if name.startswith(".") or name == "qmp"], f"the server left {left}"
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_leaks() -> Iterator[None]:
-    yield
-    assert len(os.listdir("/proc/self/fd")) < 200
 
 
 @pytest.fixture

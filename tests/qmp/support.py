@@ -70,12 +70,16 @@ class RawClient:
 
     def __init__(self, path: str | Path, *, negotiate: bool = True) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(20)
-        self.socket.connect(str(path))
         self._file = self.socket.makefile("rb")
-        self.greeting = self.read()
-        if negotiate:
-            assert self.ask(b'{"execute": "qmp_capabilities"}') == {"return": {}}
+        self.socket.settimeout(20)
+        try:
+            self.socket.connect(str(path))
+            self.greeting = self.read()
+            if negotiate:
+                assert self.ask(b'{"execute": "qmp_capabilities"}') == {"return": {}}
+        except BaseException:
+            self.close()
+            raise
 
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)

@@ -1,0 +1,76 @@
+"""QEMU's own tools drive our server: the qemu.qmp package's client, and its shell."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from corefw.engine import Engine
+from corefw.qmp.server import QmpServer
+from tests.qmp.support import path_of
+
+qmp = pytest.importorskip("qemu.qmp", reason="needs the package qemu.qmp")
+SHELL = Path(sys.executable).with_name("qmp-shell")
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_the_client(engine: Engine, folder: Path, transport: str) -> None:
+    async def drive(address: str | tuple[str, int]) -> None:
+        client = qmp.QMPClient("test")
+        await client.connect(address)
+        try:
+            names = [entry["name"] for entry in await client.execute("query-commands")]
+            assert {"migrate", "query-migrate", "x-migfw-status"} <= set(names)
+            with pytest.raises(qmp.ExecuteError, match="'uri' is missing"):
+                await client.execute("migrate")
+            with client.listener(("RESUME", "STOP")) as events:
+                await client.execute("cont")
+                assert (await client.execute("query-status"))["running"]
+                await client.execute("stop")
+                assert [(await events.get())["event"] for _ in range(2)] == ["RESUME", "STOP"]
+            # Many at once: each reply finds its request.
+            status, *replies = await asyncio.gather(
+                client.execute("query-status"), *(client.execute("query-name") for _ in range(20))
+            )
+            assert status["status"] == "paused"
+            assert replies == [{"name": "tiny"}] * 20
+            await client.execute("quit")
+        finally:
+            await client.disconnect()
+
+    where = f"unix:{folder}/qmp" if transport == "unix" else "tcp:127.0.0.1:0"
+    with QmpServer(engine, where) as server:
+        address = server.address
+        asyncio.run(drive(path_of(address) if transport == "unix" else (address.host, address.port)))  # type: ignore[union-attr]
+        assert server.wait_quit(20)
+
+
+def test_the_shell(server: QmpServer, folder: Path) -> None:
+    script = [
+        "query-name",
+        "migrate-set-capabilities capabilities=[{'capability':'events','state':true}]",
+        "migrate-set-parameters max-bandwidth=12345",
+        "query-migrate-parameters",
+        "cont",
+        "migrate",
+        "",
+    ]
+    shell = subprocess.run(
+        [SHELL, path_of(server.address)],
+        input="\n".join(script) + "\n",
+        env={**os.environ, "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    (folder / ".qmp-shell_history").unlink(missing_ok=True)
+    assert shell.returncode == 0, shell.stderr
+    assert "Connected to QEMU 7.2.0" in shell.stdout
+    for expected in ('{"return": {"name": "tiny"', '"max-bandwidth": 12345', "'event': 'RESUME'", "'uri' is missing"):
+        assert expected in shell.stdout, shell.stdout
