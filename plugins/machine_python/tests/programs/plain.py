@@ -29,6 +29,7 @@ class Plain(guest.Program):
 
     def setup(self) -> None:
         self.small[:] = 1
+        self.real = 0.0
 
     def after_start(self) -> None:
         self.starts += 1
@@ -80,13 +81,17 @@ class FailsInAfterStart(Silent):
             raise RuntimeError("the printer is on fire")
 
 
-class Refuses(Silent):
-    """Does not want to stop the first time."""
-
-    asked = guest.field("u32")
+class Counted(Silent):
+    """Tells how far it is."""
 
     def verify(self) -> Mapping[str, object]:
         return {"steps": self.steps}
+
+
+class Refuses(Counted):
+    """Does not want to stop the first time."""
+
+    asked = guest.field("u32")
 
     def before_stop(self) -> None:
         self.asked += 1
@@ -126,7 +131,7 @@ class Slow(Silent):
         time.sleep(self.options.seconds)
 
 
-class Forgetful(Silent):
+class Forgetful(Counted):
     """Keeps something where it will not move, and something where it need not."""
 
     def after_start(self) -> None:
