@@ -7,11 +7,16 @@
 ; prints 'B' after each pass. At any instant those bytes, less what the sequence put there, are all the same number c
 ; (mod 256), but that from some page on they may still be c - 1; every other byte is the sequence's. DELAY iterations of
 ; an empty loop lie between two pages, so that the dirty rate can be chosen. tests/helpers/qemu.py checks it.
+;
+; Before each count it flips CR0.WP, which means nothing here but empties the emulated TLB. QEMU 7.2's TCG needs that: when it
+; fetches the dirty log it leaves the TLB alone, so later writes to pages that are in there go unlogged, and a migration
+; of more than two passes between two QEMUs loses them.
 
 BASE    equ 0x100000
 SEED    equ 0x12345678
 PAGE    equ 4096
 SERIAL  equ 0x3f8
+WP      equ 1 << 16
 
         org     0x7c00
         bits    16
@@ -60,7 +65,10 @@ next:   mov     edx, eax                ; x ^= x << 13; x ^= x >> 17; x ^= x << 
 
 again:  mov     edi, BASE
         mov     esi, PAGES
-count:  inc     byte [edi]
+count:  mov     eax, cr0
+        xor     eax, WP
+        mov     cr0, eax
+        inc     byte [edi]
         mov     ecx, DELAY
 rest:   loop    rest
         add     edi, PAGE
