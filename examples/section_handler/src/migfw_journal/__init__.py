@@ -1,0 +1,43 @@
+"""A journal of the hosts that a guest has lived on: the smallest complete section-handler plugin.
+
+This module is what the entry point names. migfw registers it and calls its hooks; journal.py is the state, handler.py
+how it travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from corefw.hookspecs import hookimpl
+from corefw.section import SectionHandler
+from corefw.settings import Capability, Declarations, Settings
+from migfw_journal.handler import CAPABILITY, JournalHandler
+from migfw_journal.journal import journal_of
+
+if TYPE_CHECKING:
+    from corefw.engine import Engine
+    from corefw.machine import Machine
+
+
+@hookimpl
+def corefw_settings() -> Declarations:
+    """A capability of our own, and that we implement it."""
+    capability = Capability(CAPABILITY, "send the list of hosts that the guest has lived on")
+    return Declarations(capabilities=(capability,), implements=frozenset({CAPABILITY}))
+
+
+@hookimpl
+def corefw_section_handlers(machine: Machine, settings: Settings) -> Iterable[SectionHandler]:
+    """A new handler for each migration; the journal itself stays with the machine."""
+    return (JournalHandler(journal_of(machine), settings),)
+
+
+@hookimpl
+def corefw_commands(engine: Engine) -> Mapping[str, Callable[..., object]]:
+    """QMP: {"execute": "x-query-journal"}."""
+
+    def x_query_journal() -> list[dict[str, object]]:
+        return [{"host": hop.host, "since": hop.since} for hop in journal_of(engine.machine).hops]
+
+    return {"x-query-journal": x_query_journal}

@@ -1,0 +1,72 @@
+"""docs/write-a-section-handler.md: its code runs, its handlers move with a guest, it speaks of every method."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from corefw.hookspecs import hookimpl
+from corefw.plugins import Plugins
+from corefw.section import LiveHandler, StateHandler
+from corefw.wire import vmstate
+from tests.helpers.engines import Pair, arrived, counting, ended
+
+PAGE = Path(__file__).parents[2] / "docs" / "write-a-section-handler.md"
+
+
+@pytest.fixture(scope="module")
+def code() -> ModuleType:
+    """The page's blocks, run one after the other as one module; the last of them runs the contract kit."""
+    module = ModuleType("weather_plugin")
+    for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(block, str(PAGE), "exec", dont_inherit=True), vars(module))
+    return module
+
+
+def test_code_runs(code: ModuleType) -> None:
+    assert {"WEATHER", "WeatherHandler", "CacheHandler", "check_handler"} <= vars(code).keys()
+
+
+def test_handlers_move_with_a_guest(code: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through two engines: what the source's handlers have is what the destination's get."""
+    weather, cache = code.Weather(remark=b"fog", alarm=1), {number: number for number in range(300)}
+    arrived_weather, arrived_cache = code.Weather(), dict[int, int]()
+
+    def handlers(machine: Any) -> tuple[Any, ...]:
+        if machine is source.machine:
+            return code.WeatherHandler(weather), code.CacheHandler(cache)
+        return code.WeatherHandler(arrived_weather), code.CacheHandler(arrived_cache)
+
+    monkeypatch.setattr(code, "corefw_section_handlers", hookimpl(lambda machine: handlers(machine)))
+    plugins = Plugins.load()
+    plugins.register(code, "weather")
+    with Pair(plugins) as pair:
+        source, destination = pair.source(), pair.destination()
+        source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+        assert ended(source) == "completed", source.query_migrate()
+        assert arrived(destination) == "completed", destination.query_migrate()
+        assert counting(source).check() > 0
+    assert (arrived_weather, arrived_cache) == (weather, cache)
+
+
+def test_page_names_every_method_of_a_handler(code: ModuleType) -> None:
+    text = PAGE.read_text()
+    for kind in (LiveHandler, StateHandler):
+        missing = [name for name in kind.__abstractmethods__ if f"{name}(" not in text]
+        assert not missing, f"the page does not speak of {kind.__name__}'s {missing}"
+
+
+def test_page_names_every_field() -> None:
+    text = PAGE.read_text()
+    fields = [
+        name
+        for name, kind in vars(vmstate).items()
+        if inspect.isclass(kind) and issubclass(kind, vmstate.Field) and not inspect.isabstract(kind)
+    ]
+    assert len(fields) >= 7
+    assert [name for name in fields if f"`{name}(" not in text] == []
