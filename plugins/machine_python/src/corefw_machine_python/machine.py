@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from corefw.errors import MachineError, UsageError
@@ -19,12 +20,14 @@ from corefw.memory.logs import best_dirty_log
 from corefw.memory.pagemap import Tracker
 from corefw_machine_python.loading import BUNDLED, EXPECTED
 from corefw_machine_python.process import START_TIMEOUT, Ending, GuestProcess, GuestTimeout
+from corefw_machine_python.protocol import Message
 from corefw_machine_python.table import SET_UP, get_values, make_device, set_values
 
 log = logging.getLogger(__name__)
 
 PAGE_SIZE: Final = 4096
 VERIFY_TIMEOUT: Final = 600.0
+ORDER_TIMEOUT: Final = 60.0
 DEAD: Final = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
 
 Observer = Callable[[RunState, RunState], None]
@@ -47,6 +50,8 @@ class PythonMachine(Machine):
         self._reason: str | None = None
         self._observers: list[Observer] = []
         self._lock = threading.Lock()
+        self._no_order = threading.Event()  # cleared while start() or stop() is under way
+        self._no_order.set()
         self._blocks: list[MemfdBlock] = []
         self._tracker: Tracker | None = None
         self._told_undeclared = False
@@ -130,6 +135,8 @@ class PythonMachine(Machine):
             observer(old, new)
 
     def _guest_ended(self, ending: Ending) -> None:
+        # A guest may die as soon as it runs: that it ran has to be told first. The order itself never waits for this.
+        self._no_order.wait(ORDER_TIMEOUT)
         if ending.values is not None:
             set_values(self._device, self._loaded["fields"], ending.values)
         self._reason = ending.reason
@@ -147,15 +154,16 @@ class PythonMachine(Machine):
     def start(self) -> None:
         if self._run_state is RunState.RUNNING:
             return
-        try:
-            self._guest.ask("start", self._patience, **self._fields())
-        except GuestTimeout:
-            self._guest.tell("stop")
-            raise MachineError(
-                f"the guest did not start within {self._patience:g} s: after_start() takes longer"
-                f" (let '{self._loaded['name']}' have a larger stop_timeout)"
-            ) from None
-        self._change(RunState.RUNNING)
+        with self._order():
+            try:
+                self._guest.ask("start", self._patience, **self._fields())
+            except GuestTimeout:
+                self._guest.tell("stop")
+                raise MachineError(
+                    f"the guest did not start within {self._patience:g} s: after_start() takes longer"
+                    f" (let '{self._loaded['name']}' have a larger stop_timeout)"
+                ) from None
+            self._change(RunState.RUNNING)
 
     def stop(self, state: RunState) -> None:
         if self._run_state in DEAD:
@@ -163,6 +171,14 @@ class PythonMachine(Machine):
         if self._run_state is not RunState.RUNNING:
             self._change(state)
             return
+        with self._order():
+            answer = self._ask_to_stop()
+            set_values(self._device, self._loaded["fields"], answer["values"])
+            setattr(self._device.state, SET_UP, answer["set_up"])
+            self._warn_undeclared(answer["undeclared"])
+            self._change(state)
+
+    def _ask_to_stop(self) -> Message:
         try:
             answer, _ = self._guest.ask("stop", self._patience)
         except GuestTimeout:
@@ -172,10 +188,15 @@ class PythonMachine(Machine):
                 f"the guest did not stop within {self._patience:g} s, for its tick() takes longer; it runs on"
                 f" (do less in a tick, or let '{self._loaded['name']}' have a larger stop_timeout)"
             ) from None
-        set_values(self._device, self._loaded["fields"], answer["values"])
-        setattr(self._device.state, SET_UP, answer["set_up"])
-        self._warn_undeclared(answer["undeclared"])
-        self._change(state)
+        return answer
+
+    @contextmanager
+    def _order(self) -> Iterator[None]:
+        self._no_order.clear()
+        try:
+            yield
+        finally:
+            self._no_order.set()
 
     @property
     def _patience(self) -> float:
