@@ -7,7 +7,7 @@ how it travels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from corefw.hookspecs import hookimpl
 from corefw.section import SectionHandler
@@ -16,8 +16,13 @@ from migfw_journal.handler import CAPABILITY, JournalHandler
 from migfw_journal.journal import journal_of
 
 if TYPE_CHECKING:
-    from corefw.engine import Engine
     from corefw.machine import Machine
+
+
+class HasMachine(Protocol):
+    """As much of the engine as this plugin needs."""
+
+    machine: Machine
 
 
 @hookimpl
@@ -34,7 +39,7 @@ def corefw_section_handlers(machine: Machine, settings: Settings) -> Iterable[Se
 
 
 @hookimpl
-def corefw_commands(engine: Engine) -> Mapping[str, Callable[..., object]]:
+def corefw_commands(engine: HasMachine) -> Mapping[str, Callable[..., object]]:
     """QMP: {"execute": "x-query-journal"}."""
 
     def x_query_journal() -> list[dict[str, object]]:
