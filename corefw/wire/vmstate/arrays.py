@@ -85,7 +85,10 @@ class Array(Counted):
         else:
             raise MachineError(f"{there}: expected an array or a sequence, got {type(value).__name__}")
         write(writer, data)
-        return describe_elements([{"type": layout.type_name, "size": layout.size}] * count, self.compressible)
+        element: Description = {"type": layout.type_name, "size": layout.size}
+        if self.compressible and count > 1:
+            return [{"array_len": count, **element}]  # without looking at millions of them, for they are alike
+        return describe_elements([element] * count, self.compressible)
 
 
 def describe_elements(elements: list[Description], compressible: bool) -> list[Description]:
