@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from corefw.errors import StreamError
 from corefw.wire.constants import BE16, BE32, COMMAND_LENGTHS, MAX_DESCRIPTION, Command, SectionType
 from corefw.wire.description import Description, DeviceDescription
 from corefw.wire.records import SectionHeader
@@ -34,21 +33,17 @@ class Cutter:
         devices = description.devices if description else ()
         self._devices = {(device.name, device.instance_id): device for device in devices}
 
-    def measure(self, header: SectionHeader, at: int) -> tuple[int, DeviceDescription | None]:
+    def measure(self, header: SectionHeader, at: int) -> tuple[int, DeviceDescription | None] | None:
         """Bytes of the body that begins at `at`, and its shape if the description's is the right one.
 
-        Raises StreamError when nothing says where it ends.
+        None when nothing says where it ends.
         """
         device = self._devices.get((header.idstr, header.instance_id))
         if device is not None and self._ends(header, at + device.state.size):
             return device.state.size, device
         # QEMU describes an array of pointers of which some are null as if it were all of one kind: the footer knows.
-        if self._footers is not False:
-            end = self._find_footer(header, at)
-            if end is not None:
-                return end - at, None
-        known = "the description is wrong about its end" if device else "no description tells where it ends"
-        raise StreamError(f"{known}, and no footer of its own follows")
+        end = self._find_footer(header, at) if self._footers is not False else None
+        return None if end is None else (end - at, None)
 
     def _ends(self, header: SectionHeader, at: int) -> bool:
         """Whether the description's end is one: there the section's footer stands, or what may follow without one."""

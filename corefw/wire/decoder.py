@@ -173,10 +173,10 @@ class _Decoder:
     def _cut_body(self, header: SectionHeader) -> Item:
         reader, at = self._reader, self._reader.offset
         assert self._cutter is not None, "an unknown section is held first"
-        try:
-            size, device = self._cutter.measure(header, at)
-        except StreamError as error:
-            raise reader.error("a section whose end can be found", str(error)) from None
+        measured = self._cutter.measure(header, at)
+        if measured is None:
+            raise reader.error("the section's end, told by a description or by its own footer", "neither")
+        size, device = measured
         return items.Body(at, header, reader.read(size, "a device's state"), device)
 
     def _after_eof(self) -> Iterator[Item]:
@@ -204,6 +204,8 @@ class _Decoder:
             at = reader.offset
             record = read_ram_record(reader, state.layout)
             if record.flags is RamFlag.MEM_SIZE:
+                if state.blocks:
+                    raise RemoteStreamError(at, reader.where, "the list of RAM blocks once", "it again")
                 state.blocks = {entry.idstr: entry.length for entry in record.blocks}
             about_a_page = record.flags & ~RamFlag.CONTINUE in PAGE_BODIES
             yield items.Ram(at, record, self._block_of(record, at) if about_a_page else None)

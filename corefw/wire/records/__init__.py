@@ -28,6 +28,7 @@ from corefw.wire.records.configuration import (
     Configuration,
     configuration_capabilities,
     configuration_page_size,
+    configuration_subsections,
     read_configuration_body,
     write_configuration,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "SectionHeader",
     "configuration_capabilities",
     "configuration_page_size",
+    "configuration_subsections",
     "parse_ping",
     "parse_postcopy_advise",
     "peek_section_name",

@@ -11,9 +11,11 @@ from typing import Final
 
 from corefw.errors import StreamError
 from corefw.wire.constants import BE32, MAX_CONFIGURATION_CAPABILITIES, MAX_MACHINE_NAME, SectionType
-from corefw.wire.stream import StreamReader, StreamWriter
+from corefw.wire.stream import MemorySource, StreamReader, StreamWriter
 
 UUID_SIZE: Final = 16
+PAGE_BITS: Final = range(10, 17)
+"""Target pages of 1 KiB (the smallest that QEMU's Arm targets have) to 64 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,11 @@ class Configuration:
 
 
 def _read_target_page_bits(reader: StreamReader) -> bytes:
-    return reader.read(4, "the target page bits")
+    raw = reader.read(4, "the target page bits")
+    (bits,) = BE32.unpack(raw)
+    if bits not in PAGE_BITS:
+        raise reader.error(f"target pages of {PAGE_BITS[0]} to {PAGE_BITS[-1]} bits", f"{bits}")
+    return raw
 
 
 def _read_capabilities(reader: StreamReader) -> bytes:
@@ -93,29 +99,31 @@ def write_configuration(writer: StreamWriter, configuration: Configuration) -> N
     writer.write(configuration.tail)
 
 
-def _subsection_body(configuration: Configuration, name: str) -> int | None:
-    """Where in the tail the body of this subsection begins."""
-    head = bytes((SectionType.SUBSECTION, len(name))) + name.encode()
-    start = configuration.tail.find(head)
-    return None if start < 0 else start + len(head) + BE32.size
+def configuration_subsections(configuration: Configuration) -> dict[str, bytes]:
+    """The bodies of the subsections by name."""
+    reader = StreamReader(MemorySource(configuration.tail), size=max(len(configuration.tail), 1))
+    found: dict[str, bytes] = {}
+    while not reader.at_end():
+        reader.u8("the type of a subsection")
+        name = reader.string("the name of a configuration subsection")
+        reader.be32("its version")
+        found[name] = CONFIGURATION_SUBSECTIONS[name](reader)
+    return found
 
 
 def configuration_page_size(configuration: Configuration) -> int | None:
     """Bytes of a target page, where `configuration/target-page-bits` says so (targets whose page size varies)."""
-    at = _subsection_body(configuration, "configuration/target-page-bits")
-    return None if at is None else 1 << min(int(BE32.unpack_from(configuration.tail, at)[0]), 30)
+    body = configuration_subsections(configuration).get("configuration/target-page-bits")
+    return None if body is None else 1 << int(BE32.unpack(body)[0])
 
 
 def configuration_capabilities(configuration: Configuration) -> frozenset[str]:
     """The capability names of `configuration/capabilities`: those of the source's that change the stream's layout."""
-    at = _subsection_body(configuration, "configuration/capabilities")
-    if at is None:
-        return frozenset()
-    (count,) = BE32.unpack_from(configuration.tail, at)
-    at += 4
+    body = configuration_subsections(configuration).get("configuration/capabilities", bytes(BE32.size))
     names = set()
-    for _ in range(count):
-        length = configuration.tail[at]
-        names.add(configuration.tail[at + 1 : at + 1 + length].decode(errors="replace"))
-        at += 1 + length
+    at = BE32.size
+    while at < len(body):
+        end = at + 1 + body[at]
+        names.add(body[at + 1 : end].decode(errors="replace"))
+        at = end
     return frozenset(names)

@@ -1,0 +1,200 @@
+"""`migfw inspect`: what is inside a recorded stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from corefw.cli.options import json_option
+from corefw.cli.outcome import ExitStatus, Finished, note
+from corefw.cli.output import print_facts, print_json, print_table
+
+if TYPE_CHECKING:
+    from corefw.inspection import CommandInfo, Inspection, SectionInfo
+
+MOST_TEXT: Final = 60
+"""Characters of one value."""
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option("--device", "devices", metavar="NAME", multiple=True, help="Show this device's fields; may be repeated.")
+@click.option("--fields", "all_fields", is_flag=True, help="Show the fields of all devices.")
+@json_option
+def inspect(file: str, devices: Sequence[str], all_fields: bool, as_json: bool) -> None:
+    """Show the sections, RAM, devices and commands of the migration stream in FILE ("-": standard input).
+
+    Streams of QEMU and of migfw are read alike, with every option of the stream on or off. Of a damaged one all up to
+    the damage is shown, then the place of the damage, and the exit status is 1.
+
+    \b
+    Examples:
+      migfw inspect machine.stream
+      migfw inspect --device cpu --device timer machine.stream
+      migfw inspect --json machine.stream | jq '.ram'
+      zcat machine.stream.gz | migfw inspect -
+    """
+    from corefw.inspection import document
+    from corefw.inspection import inspect as inspect_stream
+    from corefw.inspection.source import FileSource
+
+    with FileSource.open(file) as source:
+        found = inspect_stream(source)
+    missing = [name for name in devices if all(section.idstr != name for section in found.sections)]
+    if as_json:
+        print_json(document(found))
+    else:
+        _print(found, None if all_fields else frozenset(devices))
+    if found.damage is not None:
+        note(f"'{file}' is damaged: {found.damage}")
+        raise Finished(ExitStatus.FAILED)
+    if missing:
+        note(f"'{file}' has no device '{missing[0]}' (the names are in the table of sections)")
+        raise Finished(ExitStatus.FAILED)
+
+
+def _print(found: Inspection, devices: frozenset[str] | None) -> None:
+    """`devices`: whose fields to show, None for all."""
+    print_facts(_facts(found))
+    if found.blocks:
+        click.echo()
+        _print_ram(found)
+    if found.entries:
+        click.echo()
+        _print_entries(found)
+    for entry in found.sections:
+        if devices is None or entry.idstr in devices:
+            _print_fields(entry)
+    for command in found.commands:
+        if command.package is not None:
+            click.echo(f"\nInside the package at {command.offset:#x} (offsets count from its first byte):")
+            _print(command.package, devices)
+
+
+def _facts(found: Inspection) -> list[tuple[str, str]]:
+    from corefw.quantities import format_size
+
+    configuration = found.configuration
+    description = "none" if found.description is None else format_size(found.description)
+    facts = [
+        ("machine", configuration.name if configuration is not None else "not in the stream"),
+        ("size", f"{found.size} bytes ({format_size(found.size)})"),
+        ("footers", {True: "yes", False: "no", None: "unknown"}[found.footers]),
+        ("description", description),
+    ]
+    if found.uncut is not None:
+        offset, size = found.uncut
+        facts.append(
+            ("devices", f"{size} bytes from {offset:#x} on, which neither footers nor a description tell apart")
+        )
+    if found.omitted:
+        facts.append(("not listed", f"{found.omitted} more sections and commands"))
+    return [*facts, ("complete", "yes" if found.complete else "no")]
+
+
+def _print_ram(found: Inspection) -> None:
+    from corefw.inspection.model import PAGE_KINDS
+    from corefw.quantities import format_size
+
+    headings = ("LENGTH", *(kind.upper() for kind in PAGE_KINDS), "AGAIN", "BYTES SENT", "RAM BLOCK")
+    rows = [
+        (
+            format_size(block.entry.length),
+            *(str(block.pages[kind]) for kind in PAGE_KINDS),
+            "?" if block.again is None else str(block.again),
+            str(block.bytes),
+            _text(name),
+        )
+        for name, block in found.blocks.items()
+    ]
+    _print_aligned(headings, rows, numbers=len(headings) - 1)
+
+
+def _print_entries(found: Inspection) -> None:
+    from corefw.inspection import SectionInfo
+
+    headings = ("OFFSET", "SIZE", "ID", "KIND", "VERSION", "NAME")
+    rows = [_section(entry) if isinstance(entry, SectionInfo) else _command(entry) for entry in found.entries]
+    _print_aligned(headings, rows, numbers=3)
+
+
+def _section(entry: SectionInfo) -> tuple[str, ...]:
+    kind = entry.type if entry.count == 1 else f"{entry.type} x{entry.count}"
+    version = "" if entry.version_id is None else str(entry.version_id)
+    instance = f" (instance {entry.instance_id})" if entry.instance_id else ""
+    return (f"{entry.offset:#x}", str(entry.size), str(entry.section_id), kind, version, _text(entry.idstr) + instance)
+
+
+def _command(entry: CommandInfo) -> tuple[str, ...]:
+    from corefw.inspection import command_meaning, command_name
+
+    meaning = command_meaning(entry)
+    text = command_name(entry) + (f": {_text(meaning)}" if meaning else "")
+    return (f"{entry.offset:#x}", str(5 + len(entry.record.payload)), "", "command", "", text)
+
+
+def _print_aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int) -> None:
+    """A table whose first `numbers` columns are flush right."""
+    widths = [max(len(row[column]) for row in (headings, *rows)) for column in range(numbers)]
+
+    def aligned(row: Sequence[str]) -> list[str]:
+        return [*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), *row[numbers:]]
+
+    print_table(aligned(headings), [aligned(row) for row in rows])
+
+
+def _print_fields(entry: SectionInfo) -> None:
+    from corefw.inspection import device_fields
+
+    if entry.body is None:
+        return
+    click.echo(f"\n{_text(entry.idstr)} (instance {entry.instance_id}), {len(entry.body)} bytes:")
+    if entry.device is None:
+        click.echo("  no description tells what they mean")
+        return
+    for line in _lines(device_fields(entry.device, entry.body), "  "):
+        click.echo(line)
+
+
+def _lines(value: object, indent: str) -> Iterator[str]:
+    """A field a line, those of structs indented below it."""
+    assert isinstance(value, dict)
+    for name, one in value.items():
+        label = f"{indent}{_text(str(name))}"
+        if _is_struct(one):
+            yield f"{label}:"
+            yield from _lines(one, indent + "  ")
+        elif isinstance(one, list) and any(_is_struct(element) for element in one):
+            for number, element in enumerate(one):
+                yield f"{label}[{number}]:"
+                yield from _lines(element if _is_struct(element) else {"": element}, indent + "  ")
+        else:
+            yield f"{label} = {_shown(one)}"
+
+
+def _is_struct(value: object) -> bool:
+    return isinstance(value, dict) and not _is_summary(value)
+
+
+def _is_summary(value: object) -> bool:
+    return isinstance(value, dict) and value.keys() == {"bytes", "zero", "crc32"}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return f"{value['bytes']} bytes, " + ("all zero" if value["zero"] else f"CRC-32 {value['crc32']}")
+    if isinstance(value, list):
+        text = " ".join(_shown(element) for element in value)
+        return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT].rsplit(' ', 1)[0]} ... ({len(value)} in all)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return f"{value} ({value:#x})" if abs(value) > 9 else str(value)
+    return _text(str(value))
+
+
+def _text(text: str) -> str:
+    """A name from the stream, fit for a terminal: whoever made the stream may have put anything there."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,0 +1,25 @@
+"""Shows what is inside a migration stream, of whatever origin, whole or damaged.
+
+    inspect(source) -> Inspection       reads and counts
+    document(inspection) -> dict        as JSON values
+
+Source: docs/stream.md.
+"""
+
+from corefw.inspection.collect import inspect
+from corefw.inspection.document import command_meaning, command_name, document
+from corefw.inspection.fields import SUBSECTIONS, device_fields
+from corefw.inspection.model import BlockInfo, CommandInfo, Inspection, SectionInfo
+
+__all__ = [
+    "SUBSECTIONS",
+    "BlockInfo",
+    "CommandInfo",
+    "Inspection",
+    "SectionInfo",
+    "command_meaning",
+    "command_name",
+    "device_fields",
+    "document",
+    "inspect",
+]

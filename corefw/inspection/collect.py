@@ -1,0 +1,186 @@
+"""Reads a stream from its first byte to its last, or to what is damaged, and counts.
+
+The law: memory does not grow with the pages: a page is counted and forgotten. What grows with what a hostile file may
+contain has a limit (MAX_LISTED, MAX_TRACKED, the decoder's own). Nothing that the bytes can be makes this raise, apart
+from the source's own errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from corefw.errors import RemoteStreamError
+from corefw.inspection.model import BlockInfo, CommandInfo, Inspection, SectionInfo
+from corefw.wire import items
+from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
+from corefw.wire.decoder import decode
+from corefw.wire.items import Item
+from corefw.wire.records import BlockEntry, configuration_page_size
+from corefw.wire.stream import Source, StreamReader
+
+MAX_LISTED: Final = 100_000
+MAX_TRACKED: Final = 1 << 40
+"""Bytes of RAM, in all blocks together, up to which pages that come again are counted (a bit a page: 32 MiB)."""
+
+
+def inspect(source: Source) -> Inspection:
+    """Everything that can be told about the stream. Raises ChannelError when the source itself fails."""
+    reader = StreamReader(source)
+    collector = _Collector()
+    try:
+        collector.take(decode(reader))
+        collector.inspection.complete = True
+    except RemoteStreamError as damage:
+        collector.inspection.damage = damage
+    collector.end(reader.offset)
+    return collector.inspection
+
+
+class _Collector:
+    def __init__(self) -> None:
+        self.inspection = Inspection()
+        self._open: SectionInfo | None = None
+        self._open_at = 0
+        self._page: tuple[BlockInfo, int] | None = None
+        self._seen: dict[str, bytearray] = {}
+        self._kinds: Mapping[type[Item], Callable[[Any], None]] = {
+            items.Header: lambda _: None,
+            items.ConfigurationItem: self._configuration,
+            items.Section: self._section,
+            items.Part: self._part,
+            items.Ram: self._ram,
+            items.Body: self._body,
+            items.Footer: self._footer,
+            items.CommandItem: self._command,
+            items.Package: self._package,
+            items.Eof: lambda item: self._close(item.offset),
+            items.DescriptionItem: self._description,
+            items.Uncut: self._uncut,
+        }
+
+    def take(self, stream: Iterable[Item]) -> None:
+        for item in stream:
+            self._close_page(item.offset)
+            self._kinds[type(item)](item)
+
+    def end(self, offset: int) -> None:
+        self.inspection.size = offset
+        self._close(offset)
+
+    # -- sections --------------------------------------------------------------------------------------------------
+
+    def _configuration(self, item: items.ConfigurationItem) -> None:
+        self.inspection.configuration = item.configuration
+        self.inspection.page_size = configuration_page_size(item.configuration) or TARGET_PAGE_SIZE
+
+    def _section(self, item: items.Section) -> None:
+        self._close(item.offset)
+        header = item.header
+        kind = header.type.name.lower()
+        self._list(
+            SectionInfo(item.offset, kind, header.section_id, header.idstr, header.instance_id, header.version_id)
+        )
+
+    def _part(self, item: items.Part) -> None:
+        before = self._open
+        self._close(item.offset)
+        header, kind = item.header, item.type.name.lower()
+        if before is not None and (before.type, before.section_id) == (kind, header.section_id):
+            before.count += 1
+            self._open, self._open_at = before, item.offset
+            return
+        self._list(SectionInfo(item.offset, kind, header.section_id, header.idstr, header.instance_id, None))
+
+    def _list(self, entry: SectionInfo) -> None:
+        self._open, self._open_at = entry, entry.offset
+        self._add(entry)
+
+    def _add(self, entry: SectionInfo | CommandInfo) -> None:
+        if len(self.inspection.entries) < MAX_LISTED:
+            self.inspection.entries.append(entry)
+        else:
+            self.inspection.omitted += 1
+
+    def _close(self, offset: int) -> None:
+        self._close_page(offset)
+        if self._open is not None:
+            self._open.size += offset - self._open_at
+            if self.inspection.footers is None:
+                self.inspection.footers = False
+        self._open = None
+
+    def _body(self, item: items.Body) -> None:
+        assert self._open is not None
+        self._open.body, self._open.device = item.data, item.device
+
+    def _footer(self, _item: items.Footer) -> None:
+        self.inspection.footers = True
+
+    def _description(self, item: items.DescriptionItem) -> None:
+        self.inspection.description = len(item.text)
+
+    def _uncut(self, item: items.Uncut) -> None:
+        self._close(item.offset)
+        self.inspection.uncut = (item.offset, len(item.data))
+
+    # -- commands --------------------------------------------------------------------------------------------------
+
+    def _command(self, item: items.CommandItem) -> None:
+        self._close(item.offset)
+        self._add(CommandInfo(item.offset, item.record))
+
+    def _package(self, item: items.Package) -> None:
+        inner = _Collector()
+        inner.take(item.items)
+        inner.end(len(item.data))
+        inner.inspection.complete = item.error is None
+        if isinstance(item.error, RemoteStreamError):
+            inner.inspection.damage = item.error
+        entry = self.inspection.entries[-1] if not self.inspection.omitted else None
+        if isinstance(entry, CommandInfo):
+            entry.package = inner.inspection
+
+    # -- pages -----------------------------------------------------------------------------------------------------
+
+    def _ram(self, item: items.Ram) -> None:
+        record = item.record
+        if record.flags is RamFlag.MEM_SIZE:
+            self._list_blocks(record.blocks)
+        if item.block is None:
+            return
+        block = self.inspection.blocks[item.block]
+        self._page = block, item.offset
+        kind = _PAGE_KINDS[record.flags & ~RamFlag.CONTINUE]
+        block.pages["filled" if kind == "zero" and record.body != b"\0" else kind] += 1
+        if block.again is not None:
+            block.again += self._is_again(item.block, record.address // self.inspection.page_size)
+
+    def _list_blocks(self, blocks: Sequence[BlockEntry]) -> None:
+        tracked = sum(entry.length for entry in blocks) <= MAX_TRACKED
+        for entry in blocks:
+            self.inspection.blocks[entry.idstr] = BlockInfo(entry, again=0 if tracked else None)
+            if tracked:
+                self._seen[entry.idstr] = bytearray(entry.length // self.inspection.page_size // 8 + 1)
+
+    def _is_again(self, block: str, page: int) -> bool:
+        seen = self._seen[block]
+        at, bit = divmod(page, 8)
+        before = bool(seen[at] >> bit & 1)
+        seen[at] |= 1 << bit
+        return before
+
+    def _close_page(self, offset: int) -> None:
+        """A page's record ends where the next item begins."""
+        if self._page is not None:
+            block, began = self._page
+            block.bytes += offset - began
+        self._page = None
+
+
+_PAGE_KINDS: Final[Mapping[RamFlag, str]] = {
+    RamFlag.PAGE: "normal",
+    RamFlag.ZERO: "zero",
+    RamFlag.COMPRESS_PAGE: "compressed",
+    RamFlag.XBZRLE: "xbzrle",
+}

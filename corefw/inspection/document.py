@@ -1,0 +1,127 @@
+"""An inspection as one JSON document: what `migfw inspect --json` prints.
+
+The law: offsets and sizes are bytes; names are those of the stream; what is not there is null or left out, never
+invented.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from corefw.inspection.fields import device_fields
+from corefw.inspection.model import BlockInfo, CommandInfo, Inspection, SectionInfo
+from corefw.wire.constants import BE32, BE64, Command
+from corefw.wire.records import Configuration, configuration_subsections, parse_ping, parse_postcopy_advise
+
+
+def document(inspection: Inspection) -> dict[str, object]:
+    """JSON values only."""
+    return {
+        "complete": inspection.complete,
+        "size": inspection.size,
+        "configuration": None if inspection.configuration is None else _configuration(inspection.configuration),
+        "footers": inspection.footers,
+        "description": inspection.description,
+        "page-size": inspection.page_size,
+        "ram": {name: _block(block) for name, block in inspection.blocks.items()},
+        "sections": [_section(entry) for entry in inspection.sections],
+        "commands": [_command(entry) for entry in inspection.commands],
+        "omitted": inspection.omitted,
+        "uncut": None if inspection.uncut is None else dict(zip(("offset", "size"), inspection.uncut, strict=True)),
+        "damage": _damage(inspection),
+    }
+
+
+def _configuration(configuration: Configuration) -> dict[str, object]:
+    return {"machine": configuration.name, "subsections": list(configuration_subsections(configuration))}
+
+
+def _block(block: BlockInfo) -> dict[str, object]:
+    entry = block.entry
+    extra = {"page-size": entry.page_size, "address": entry.address}
+    return {
+        "length": entry.length,
+        **{name: value for name, value in extra.items() if value is not None},
+        "pages": dict(block.pages),
+        "duplicates": block.again,
+        "bytes": block.bytes,
+    }
+
+
+def _section(entry: SectionInfo) -> dict[str, object]:
+    shown: dict[str, object] = {
+        "offset": entry.offset,
+        "type": entry.type,
+        "count": entry.count,
+        "id": entry.section_id,
+        "name": entry.idstr,
+        "instance": entry.instance_id,
+        "version": entry.version_id,
+        "size": entry.size,
+    }
+    if entry.body is not None:
+        shown["body"] = len(entry.body)
+    if entry.body is not None and entry.device is not None:
+        shown["fields"] = device_fields(entry.device, entry.body)
+    return shown
+
+
+def _command(entry: CommandInfo) -> dict[str, object]:
+    shown: dict[str, object] = {
+        "offset": entry.offset,
+        "command": command_name(entry),
+        "payload": entry.record.payload.hex(),
+    }
+    if (meaning := command_meaning(entry)) is not None:
+        shown["meaning"] = meaning
+    if entry.package is not None:
+        shown["package"] = document(entry.package)
+    return shown
+
+
+def _damage(inspection: Inspection) -> dict[str, object] | None:
+    damage = inspection.damage
+    if damage is None:
+        return None
+    return {"offset": damage.offset, "where": damage.where, "expected": damage.expected, "got": damage.got}
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def command_name(entry: CommandInfo) -> str:
+    """As in QEMU's documentation, in lower case: "open-return-path"."""
+    return entry.record.command.name.lower().replace("_", "-")
+
+
+def command_meaning(entry: CommandInfo) -> str | None:
+    """What the payload says, in words."""
+    read = _MEANINGS.get(entry.record.command)
+    return read(entry.record.payload) if read is not None else None
+
+
+def _advise(payload: bytes) -> str:
+    advice = parse_postcopy_advise(payload)
+    if advice is None:
+        return "dirty bitmaps only"
+    return f"host pages {advice.page_sizes:#x}, target pages {advice.target_page_size:#x}"
+
+
+def _discard(payload: bytes) -> str:
+    """u8 version, str block, u8 0, then (u64 start, u64 length) each."""
+    name_end = 2 + payload[1] if len(payload) > 1 else 0
+    pairs = payload[name_end + 1 :]
+    if not name_end or len(pairs) % 16 or len(payload) <= name_end:
+        return "not as it has to be"
+    total = sum(BE64.unpack_from(pairs, at + 8)[0] for at in range(0, len(pairs), 16))
+    return f"{len(pairs) // 16} runs, {total} bytes of '{payload[2:name_end].decode(errors='replace')}'"
+
+
+_MEANINGS: Final[Mapping[Command, Callable[[bytes], str]]] = {
+    Command.PING: lambda payload: f"{parse_ping(payload)}",
+    Command.POSTCOPY_ADVISE: _advise,
+    Command.POSTCOPY_RAM_DISCARD: _discard,
+    Command.PACKAGED: lambda payload: f"{BE32.unpack(payload)[0]} bytes",
+    Command.RECV_BITMAP: lambda payload: f"'{payload[1:].decode(errors='replace')}'",
+}

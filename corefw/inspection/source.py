@@ -1,0 +1,47 @@
+"""A file, or standard input, as the source of a stream."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from corefw.errors import ChannelError
+
+
+class FileSource:
+    """Reads a file as it is, without a copy. Its errors are ChannelErrors that name it."""
+
+    def __init__(self, file: io.FileIO, name: str) -> None:
+        self._file = file
+        self._name = name
+
+    @classmethod
+    def open(cls, path: str) -> Self:
+        """`path` may be "-" for standard input. Raises ChannelError."""
+        if path == "-":
+            return cls(io.FileIO(sys.stdin.fileno(), closefd=False), "standard input")
+        try:
+            return cls(Path(path).open("rb", buffering=0), path)
+        except OSError as error:
+            raise ChannelError(f"cannot open '{path}': {error.strerror}") from None
+
+    def receive_into(self, view: memoryview, /) -> int:
+        """Some bytes into the start of `view`; 0 at the end. Raises ChannelError."""
+        try:
+            return self._file.readinto(view) or 0
+        except OSError as error:
+            raise ChannelError(f"cannot read '{self._name}': {error.strerror}") from None
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
