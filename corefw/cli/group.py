@@ -78,7 +78,15 @@ class LazyGroup(click.Group):
                 formatter.write_dl([(name, entry.help) for name, entry in entries.items()])
 
     def invoke(self, ctx: click.Context) -> object:
-        return guarded(lambda: super(LazyGroup, self).invoke(ctx))
+        try:
+            return guarded(lambda: super(LazyGroup, self).invoke(ctx))
+        except click.UsageError as error:
+            if error.ctx is None and ctx.invoked_subcommand in _ENTRIES:
+                # Click's parser does not say whose option it was.
+                command = self.get_command(ctx, ctx.invoked_subcommand)
+                assert command is not None
+                error.ctx = click.Context(command, info_name=ctx.invoked_subcommand, parent=ctx)
+            raise
 
 
 def _verbose_option() -> click.Option:

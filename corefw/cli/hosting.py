@@ -7,6 +7,7 @@ moved elsewhere takes its old process with it, but not before whoever watches th
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import signal
@@ -68,9 +69,16 @@ def host(engine: Engine, server: QmpServer, plan: Plan) -> None:
     """Begin, wait for the end, and say why it came. Raises MigfwError or Finished when that is no good one."""
     endings: queue.SimpleQueue[Ending] = queue.SimpleQueue()
     _hear_signals(endings, server)
+    _say_it_once()
     _watch(engine, server, endings, plan)
     _begin(engine, server, plan)
     _last_words(engine, server, endings.get())
+
+
+def _say_it_once() -> None:
+    """What failed an incoming migration is said here, as the reason to end; the engine's warning would repeat it."""
+    if not logging.getLogger().isEnabledFor(logging.INFO):
+        logging.getLogger("corefw.engine.incoming").setLevel(logging.ERROR)
 
 
 def _begin(engine: Engine, server: QmpServer, plan: Plan) -> None:
@@ -151,8 +159,8 @@ def _last_words(engine: Engine, server: QmpServer, ending: Ending) -> None:
 
 
 def _why_not_arrived(engine: Engine) -> str:
-    reason = engine.query_migrate().get("error-desc", "no reason given")
-    return f"the incoming migration failed: {reason}"
+    reason = str(engine.query_migrate().get("error-desc", "for no reason that it gave"))
+    return f"the guest could not be loaded: {reason.removeprefix('load of migration failed: ')}"
 
 
 def _linger(server: QmpServer) -> None:

@@ -118,7 +118,8 @@ def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str
             f"the connection to {uri} broke in postcopy: 'migfw recover URI' on the destination, then"
             " 'migfw migrate URI --resume' here"
         )
-    raise MigfwError(f"the migration to {uri} failed: {problem or answer.get('error-desc', status)}; {here}")
+    reason = str(problem or answer.get("error-desc", status))
+    raise MigfwError(f"the migration{'' if uri in reason else f' to {uri}'} failed: {reason}; {here}")
 
 
 def _relay(uri: str) -> QemuRelay:

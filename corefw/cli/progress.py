@@ -67,7 +67,9 @@ class Progress:
 
     def details(self) -> list[str]:
         """The figures that are known, as phrases, most wanted first."""
-        known = [f"{format_size(self.remaining)} to go", f"{format_size(self.rate)}/s"] if self.total else []
+        known = [f"{format_size(self.remaining)} to go"] if self.total else []
+        if self.rate:
+            known.append(f"{format_size(self.rate)}/s")
         if self.dirty_rate:
             known.append(f"dirtied {format_size(self.dirty_rate)}/s")
         if self.expected_downtime:

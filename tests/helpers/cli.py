@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,44 @@ def migfw(*arguments: str, runtime: Path | None = None, timeout: float = TIMEOUT
         timeout=timeout,
         check=False,
     )
+
+
+def migfw_each(commands: Sequence[Sequence[str]], runtime: Path) -> list[tuple[int, str, str]]:
+    """Run many command lines one after the other in a single fresh interpreter, for speed: status, stdout, stderr of
+    each. Only for such as end by themselves."""
+    program = (
+        "import contextlib, io, json, sys\n"
+        "from corefw.cli import main\n"
+        "results = []\n"
+        "for arguments in json.load(sys.stdin):\n"
+        "    sys.argv = ['migfw', *arguments]\n"
+        "    out, err = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))\n"
+        "    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):\n"
+        "        status = int(main())\n"
+        "    results.append([status, *(each.buffer.getvalue().decode() for each in (out, err))])\n"
+        "json.dump(results, sys.stdout)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps([list(arguments) for arguments in commands]),
+        capture_output=True,
+        text=True,
+        env=environment(runtime),
+        timeout=TIMEOUT,
+        check=True,
+    )
+    return [(status, out, err) for status, out, err in json.loads(done.stdout)]
+
+
+def check_refused(wrong: Mapping[tuple[str, ...], str], command: Sequence[str], runtime: Path) -> None:
+    """Each of these is wrong usage: nothing on stdout, one line on stderr with the complaint, status 2."""
+    results = migfw_each([(*command, *arguments) for arguments in wrong], runtime)
+    for (arguments, complaint), (status, out, err) in zip(wrong.items(), results, strict=True):
+        line = f"{' '.join((*command, *arguments))}: {status} {out!r} {err!r}"
+        assert (status, out) == (2, ""), line
+        assert err.startswith("migfw: "), line
+        assert err.count("\n") == 1, line
+        assert complaint in err, line
 
 
 def start(*arguments: str, runtime: Path | None = None) -> subprocess.Popen[str]:

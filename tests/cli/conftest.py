@@ -1,0 +1,116 @@
+"""Engines for the tests of the command line: each a real `migfw run`, ended and cleaned up after whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corefw.qmp.client import QmpClient
+from tests.helpers.cli import TIMEOUT, migfw, start
+
+SMALL = ("stress", "--opt=ram=1M", "--opt=working-set=64K", "--opt=dirty-rate=1M")
+
+
+class Engine:
+    """A `migfw run`; `line` is what it said when it was ready."""
+
+    def __init__(self, runtime: Path, *arguments: str) -> None:
+        self.runtime = runtime
+        self.process = start("run", *arguments, runtime=runtime)
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline().strip()
+
+    @property
+    def name(self) -> str:
+        found = re.match(r"migfw: '([^']*)'", self.line)
+        assert found, f"{self.line!r} {self.finish()}"
+        return found[1]
+
+    @property
+    def address(self) -> str:
+        return self.line.partition("QMP at ")[2].partition(";")[0]
+
+    @property
+    def uri(self) -> str:
+        """Where it waits for a migration."""
+        assert " at " in self.line, f"{self.line!r} {self.finish()}"
+        return self.line.rpartition(" at ")[2]
+
+    def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Another `migfw`, which means this engine."""
+        return migfw(*arguments, "--name", self.name, runtime=self.runtime)
+
+    def ask(self, command: str) -> Any:
+        """What a QMP command returns."""
+        with QmpClient(self.address) as client:
+            return client.execute(command)
+
+    def finish(self) -> tuple[int, str, str]:
+        """Wait for its end: status, stdout behind the first line, stderr."""
+        out, err = self.process.communicate(timeout=TIMEOUT)
+        return self.process.returncode, out, err
+
+    def end(self) -> None:
+        """It must not outlive its test, nor may its guest."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
+
+
+class Engines:
+    """Starts engines that share one runtime directory."""
+
+    def __init__(self, runtime: Path) -> None:
+        self.runtime = runtime
+        self._started: list[Engine] = []
+
+    def __call__(self, *arguments: str) -> Engine:
+        engine = Engine(self.runtime, *arguments)
+        self._started.append(engine)
+        return engine
+
+    def sockets(self) -> list[str]:
+        return sorted(path.name for path in (self.runtime / "migfw").glob("*"))
+
+    def close(self) -> None:
+        for engine in self._started:
+            engine.end()
+
+
+@contextlib.contextmanager
+def _engines() -> Iterator[Engines]:
+    runtime = Path(tempfile.mkdtemp(prefix="migfw-", dir="/tmp"))
+    started = Engines(runtime)
+    try:
+        yield started
+    finally:
+        started.close()
+        shutil.rmtree(runtime)
+
+
+@pytest.fixture
+def engines() -> Iterator[Engines]:
+    with _engines() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """One that all tests of a module may ask, but not end or migrate."""
+    with _engines() as started:
+        yield started(*SMALL)

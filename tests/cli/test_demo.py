@@ -1,0 +1,87 @@
+"""`migfw demo`, smaller than usual."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.cli import TIMEOUT, migfw, start
+from tests.helpers.qemu import wait_until
+
+SMALL = ("--ram=16M", "--working-set=1M", "--dirty-rate=4M")
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the demo may put things; nothing of it may be left."""
+    folder = Path(f"/tmp/migfw-t{os.getpid()}")
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    left = list(folder.iterdir())
+    folder.rmdir()
+    assert not left
+
+
+def engines(folder: Path) -> list[int]:
+    """Processes of engines whose socket is in this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except OSError:
+            continue
+        if os.fsencode(str(folder)) in command and b"run" in command.split(b"\0"):
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_it_ends_with_ok(temporary: Path) -> None:
+    done = migfw("demo", *SMALL)
+    assert (done.returncode, done.stderr) == (0, "")
+    *_, proof, last = done.stdout.splitlines()
+    assert last == "demo: ok"
+    assert proof.startswith("proof: ")
+    assert "status:     completed" in done.stdout
+    assert not engines(temporary)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_leaves_nothing(temporary: Path, number: signal.Signals) -> None:
+    process = start("demo", *SMALL)
+    wait_until(lambda: engines(temporary), "the demo's engines")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130
+    assert "demo: ok" not in out
+    assert "Traceback" not in err
+    assert not engines(temporary)
+
+
+@pytest.mark.parametrize(
+    ("argument", "complaint"),
+    [("--ram=much", "is no size"), ("--dirty-rate=0", "more than nothing"), ("--working-set=32M", "working-set")],
+)
+def test_a_wrong_size_is_one_line(temporary: Path, argument: str, complaint: str) -> None:
+    done = migfw("demo", *SMALL, argument)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert complaint in done.stderr
+
+
+def test_it_needs_no_terminal_size(temporary: Path) -> None:
+    """Also where nothing is set in the environment but where to find things."""
+    done = subprocess.run(
+        [sys.executable, "-m", "corefw.cli", "demo", *SMALL],
+        env={"PATH": os.environ["PATH"], "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, "demo: ok", "")

@@ -1,0 +1,230 @@
+"""`migfw migrate` between two engines: what it prints, what it sets, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import SMALL, Engine, Engines
+from tests.helpers.cli import MIGFW, TIMEOUT, check_refused, environment, start
+
+SLOW = "--param=max-bandwidth=100K"
+"""The guest of SMALL takes ten seconds at this rate: long enough for whatever happens on the way."""
+
+
+@pytest.fixture
+def pair(engines: Engines) -> tuple[Engine, Engine]:
+    """A guest, and where it may go."""
+    made: list[Engine] = []
+    starting = threading.Thread(
+        target=lambda: made.append(engines(*SMALL, "--name=there", "--incoming=tcp:127.0.0.1:0"))
+    )
+    starting.start()
+    here = engines(*SMALL, "--name=here")
+    starting.join()
+    return here, made[0]
+
+
+def wait_until(look: Callable[[], Any], what: str) -> Any:
+    end = time.monotonic() + TIMEOUT
+    while not (found := look()):
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.05)
+    return found
+
+
+def begin(here: Engine, *arguments: str) -> subprocess.Popen[str]:
+    """A `migfw migrate` whose migration is under way."""
+    process = start("migrate", *arguments, "--name", here.name, runtime=here.runtime)
+    wait_until(lambda: status(here) not in ("none", "setup"), "the migration to begin")
+    return process
+
+
+def status(engine: Engine) -> str:
+    answer: dict[str, str] = engine.ask("query-migrate")
+    return answer.get("status", "none")
+
+
+def setting(engine: Engine, name: str) -> object:
+    settings = engine.ask("x-migfw-status")["settings"]
+    return {**settings["capabilities"], **settings["parameters"]}[name]
+
+
+def test_the_guest_moves_and_its_old_engine_goes(pair: tuple[Engine, Engine]) -> None:
+    here, there = pair
+    done = here.call("migrate", there.uri)
+    assert (done.returncode, done.stderr) == (0, "")
+    facts = dict(line.split(":", 1) for line in done.stdout.splitlines() if ":" in line)
+    assert facts["status"].strip() == "completed"
+    assert {"total time", "downtime", "throughput", "passes", "sent", "pages"} <= facts.keys()
+    assert here.finish() == (0, "migfw: the guest has moved\n", "")
+    verified = there.call("verify")
+    assert verified.returncode == 0
+    assert verified.stdout.endswith("verified: ok\n")
+    assert there.process.stdout is not None
+    assert there.process.stdout.readline() == "migfw: the guest has arrived, and is running\n"
+
+
+def test_json_is_one_document_and_nothing_else(pair: tuple[Engine, Engine]) -> None:
+    here, there = pair
+    done = here.call("migrate", there.uri, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    assert (document["status"], document["uri"]) == ("completed", there.uri)
+    assert document["ram"]["remaining"] == 0
+
+
+def test_ctrl_c_cancels_and_the_guest_goes_on(pair: tuple[Engine, Engine]) -> None:
+    here, there = pair
+    process = begin(here, there.uri, SLOW)
+    # These are its own defaults, and the user's word comes before them.
+    assert setting(here, "return-path") is True
+    assert setting(here, "max-bandwidth") == 100 << 10
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130
+    assert err == "migfw: cancelled; the guest is running here\n"
+    assert "cancelling; press Ctrl-C again to leave at once" in out
+    assert status(here) == "cancelled"
+    assert there.finish()[0] == 1
+
+
+def test_a_second_ctrl_c_leaves_at_once(pair: tuple[Engine, Engine]) -> None:
+    here, there = pair
+    process = begin(here, there.uri, SLOW)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.005)
+    process.communicate()
+    assert process.returncode in (130, -signal.SIGINT)  # the last one may find the interpreter gone
+
+
+def test_somebody_elses_cancel_is_a_failure(pair: tuple[Engine, Engine]) -> None:
+    here, there = pair
+    process = begin(here, there.uri, SLOW, "--json")
+    assert here.call("cancel").stdout == "migration: cancelled; the guest is running\n"
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, json.loads(out)["status"]) == (1, "cancelled")
+    assert err == f"migfw: the migration to {there.uri} was cancelled; the guest is running here\n"
+
+
+def test_detached_it_can_be_watched_and_hurried(pair: tuple[Engine, Engine]) -> None:
+    here, there = pair
+    done = here.call("migrate", there.uri, SLOW, "--detach")
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+    wait_until(lambda: "active, pass" in here.call("status").stdout, "the first pass")
+    again = here.call("migrate", there.uri)
+    assert (again.returncode, again.stdout, again.stderr.count("\n")) == (2, "", 1)
+    assert "in progress" in again.stderr
+    assert here.call("set", "max-bandwidth=0").returncode == 0
+    assert here.finish() == (0, "migfw: the guest has moved\n", "")
+
+
+def test_before_the_switchover_it_says_what_to_do(pair: tuple[Engine, Engine]) -> None:
+    here, there = pair
+    process = start(*("migrate", there.uri, "--name", here.name, "--cap=pause-before-switchover"), runtime=here.runtime)
+    wait_until(lambda: status(here) == "pre-switchover", "pre-switchover")
+    assert here.call("continue").stdout == "the migration goes on\n"
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, err) == (0, "")
+    assert "the guest is stopped before the switchover: 'migfw continue' or 'migfw cancel'" in out
+
+
+def test_a_source_that_stays_can_be_asked(engines: Engines) -> None:
+    there = engines(*SMALL, "--name=there", "--incoming=tcp:127.0.0.1:0")
+    here = engines(*SMALL, "--name=here", "--stay")
+    assert here.call("migrate", there.uri).returncode == 0
+    assert "guest:         postmigrate" in here.call("status").stdout
+    refused = here.call("cont")
+    assert refused.returncode != 0
+    assert refused.stderr == "migfw: the guest has moved: the destination said that it has it\n"
+
+
+def test_nobody_there_is_a_failure_and_the_guest_goes_on(engines: Engines) -> None:
+    here = engines(*SMALL)
+    done = here.call("migrate", "unix:/nonexistent/socket")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "/nonexistent/socket" in done.stderr
+    assert done.stderr.endswith("; the guest is running here\n")
+    document = json.loads(here.call("migrate", "unix:/nonexistent/socket", "--json").stdout)
+    assert document["status"] == "failed"
+
+
+def test_without_a_return_path_it_is_left_off(engines: Engines, tmp_path: object) -> None:
+    here = engines(*SMALL, "--stay")
+    assert here.call("set", "return-path=on").returncode == 0
+    done = here.call("migrate", f"file:{tmp_path}/stream")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert setting(here, "return-path") is False
+    there = engines(*SMALL, "--name=there", f"--incoming=file:{tmp_path}/stream")
+    assert there.call("verify").returncode == 0
+
+
+def test_a_terminal_gets_a_live_display(pair: tuple[Engine, Engine]) -> None:
+    here, there = pair
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*MIGFW, "migrate", there.uri, "--name", here.name, "--param=max-bandwidth=1M"],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        env={**environment(here.runtime), "TERM": "xterm"},
+    )
+    os.close(theirs)
+    seen = b""
+    while select.select([ours], [], [], TIMEOUT)[0]:
+        try:
+            seen += os.read(ours, 1 << 16)
+        except OSError:  # the other end is closed: that is how a terminal ends
+            break
+    os.close(ours)
+    assert process.wait(TIMEOUT) == 0
+    assert b"\x1b[?25l" in seen  # the cursor is hidden while it lives
+    assert seen.rindex(b"\x1b[?25h") > seen.index(b"\x1b[?25l")  # and comes back
+    assert b"active, pass 1" in seen
+    assert b"completed" in seen
+
+
+WRONG = {
+    ("nonsense",): "is no migration URI",
+    ("carrier-pigeon:x",): "no installed plugin has the scheme 'carrier-pigeon'",
+    ("tcp:localhost",): "has no port",
+    ("tcp:localhost:70000",): "'70000' is no port",
+    ("tcp:localhost:1", "--cap", "levitate"): "unknown capability 'levitate'",
+    ("tcp:localhost:1", "--cap", "xbzrle"): "capability 'xbzrle' is not supported by any installed plugin",
+    ("tcp:localhost:1", "--cap", "events=perhaps"): "expected events=on or events=off",
+    ("tcp:localhost:1", "--param", "altitude=3"): "unknown parameter 'altitude'",
+    ("tcp:localhost:1", "--param", "max-bandwidth=fast"): "expects bytes per second",
+    ("tcp:localhost:1", "--param", "downtime-limit=9h"): "expects a time in milliseconds",
+    ("tcp:localhost:1", "--postcopy"): "capability 'postcopy-ram' is not supported",
+    ("tcp:localhost:1", "--resume"): "no paused migration",
+    ("exec:cat >/dev/null", "--cap", "return-path"): "has no return path",
+    ("defer",): "is no migration URI",
+}
+
+NOBODY = {
+    (): "no engine is running: start one with 'migfw run'",
+    ("--name", "nobody"): "no engine named 'nobody' is running",
+    ("--qmp", "unix:/nonexistent"): "no migfw or QEMU answers at unix:/nonexistent",
+    ("--qmp", "tcp:127.0.0.1:1"): "no migfw or QEMU answers at tcp:127.0.0.1:1",
+    ("--qmp", "/run/socket"): "is no QMP address",
+    ("--qmp", "unix:/x", "--name", "x"): "give one of them",
+}
+
+
+def test_wrong_usage_is_one_line_and_starts_nothing(engine: Engine) -> None:
+    check_refused(WRONG, ("migrate", "--name", engine.name), engine.runtime)
+    assert status(engine) == "none"
+
+
+def test_no_engine_is_one_line(engines: Engines) -> None:
+    check_refused(NOBODY, ("migrate", "tcp:localhost:1"), engines.runtime)
