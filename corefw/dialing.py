@@ -103,6 +103,7 @@ def _listen_everywhere(addresses: Sequence[Address], port: int) -> list[socket.s
             except OSError as error:
                 if error.errno not in _NOT_HERE:
                     raise
+                sock.close()
                 missing = error
                 continue
             sockets.append(sock)
@@ -132,8 +133,8 @@ def resolve(host: str, port: int, uri: MigrationUri, interrupt: Interrupt) -> li
     when the wait ends early. Raises ChannelError, Interrupted."""
     try:
         return _getaddrinfo(host, port, socket.AI_NUMERICHOST)
-    except socket.gaierror:
-        pass  # a name
+    except (OSError, ValueError):
+        pass  # a name, or nonsense that _lookup will tell of
     found: list[list[Address] | ChannelError] = []
     done = Interrupt()
 
@@ -167,7 +168,7 @@ def _close_after(done: Interrupt, thread: threading.Thread) -> None:
 def _lookup(host: str, port: int, uri: MigrationUri) -> list[Address]:
     try:
         return _getaddrinfo(host, port, 0)
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ChannelError(f"{uri}: cannot find the host '{host}': {why[:1].lower()}{why[1:]}") from None
 

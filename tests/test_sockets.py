@@ -1,0 +1,343 @@
+"""corefw.sockets and corefw.dialing: what the contract kit does not ask, because it is particular to sockets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+import struct
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from corefw import dialing
+from corefw.channel import Interrupt, receive_exactly
+from corefw.dialing import check_unix_path, connect_tcp, connect_unix, listen_tcp, listen_unix
+from corefw.errors import ChannelError, Interrupted, UriError
+from corefw.sockets import SocketChannel
+from corefw.testing.tasks import Possessions, Task, wait_until
+from corefw.uri import MigrationUri, split_host_port
+
+NEVER = Interrupt()
+"""An interrupt that nobody sets."""
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing() -> Iterator[None]:
+    before = Possessions.now()
+    yield
+    before.assert_no_more()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Its paths are short enough for sockets."""
+    made = Path(tempfile.mkdtemp(prefix="mt", dir="/tmp"))
+    yield made
+    shutil.rmtree(made)
+
+
+def tcp(text: str) -> tuple[str, int, MigrationUri]:
+    """What connect_tcp and listen_tcp take."""
+    return *split_host_port(text, text), MigrationUri("tcp", text)
+
+
+def unix(path: Path | str) -> tuple[str, MigrationUri]:
+    return str(path), MigrationUri("unix", str(path))
+
+
+def pair() -> tuple[SocketChannel, SocketChannel]:
+    with listen_tcp(*tcp("127.0.0.1:0")) as listener:
+        return connect_tcp(*tcp(listener.uri.rest), NEVER), listener.accept(NEVER)
+
+
+# -- tcp -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("listens", "dials"),
+    [
+        ("127.0.0.1:0", ("127.0.0.1",)),
+        ("[::1]:0", ("[::1]",)),
+        ("localhost:0", ("localhost", "127.0.0.1")),
+        (":0", ("127.0.0.1", "[::1]", "localhost", "")),
+        ("[::]:0", ("127.0.0.1", "[::1]")),
+        ("0.0.0.0:0", ("127.0.0.1", "127.0.0.7", "0.0.0.0")),
+    ],
+)
+def test_every_form_of_host(listens: str, dials: tuple[str, ...]) -> None:
+    if "[" in listens + "".join(dials) and not socket.has_dualstack_ipv6():
+        pytest.skip("this host has no IPv6")
+    with listen_tcp(*tcp(listens)) as listener:
+        host, _, port = listener.uri.rest.rpartition(":")
+        assert host == listens.rpartition(":")[0]
+        assert int(port) > 0
+        for one in dials:
+            with connect_tcp(*tcp(f"{one}:{port}"), NEVER) as out, listener.accept(NEVER) as into:
+                out.send(b"x")
+                receive_exactly(into, memoryview(bytearray(1)))
+                assert out.peer == f"tcp:{one}:{port}"
+                assert into.peer.startswith(("tcp:127.0.0.", "tcp:[::1]:"))
+                assert "ffff" not in into.peer
+
+
+def test_a_name_with_several_addresses_is_tried_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listen_tcp(*tcp("127.0.0.3:0")) as listener:
+        port = int(listener.uri.rest.rpartition(":")[2])
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{n}", port)) for n in (1, 2, 3)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        with connect_tcp("three", port, MigrationUri("tcp", "three"), NEVER), listener.accept(NEVER):
+            pass
+    with pytest.raises(ChannelError, match=r"^tcp:three: connection refused \(is the destination listening\?\)$"):
+        connect_tcp("three", port, MigrationUri("tcp", "three"), NEVER)
+
+
+def test_a_listener_takes_every_address_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{n}", 0)) for n in (1, 2)]
+    found.append((socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0)))  # not this host's
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with listen_tcp("two", 0, MigrationUri("tcp", "two:0")) as listener:
+        names = [sock.getsockname() for sock in listener.sockets]
+    port = int(listener.uri.rest.removeprefix("two:"))
+    assert names == [("127.0.0.1", port), ("127.0.0.2", port)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found[2:])
+    with pytest.raises(ChannelError, match="tcp:two:0: this host does not have that address"):
+        listen_tcp("two", 0, MigrationUri("tcp", "two:0"))
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("127.0.0.1:1", r"tcp:127.0.0.1:1: connection refused \(is the destination listening\?\)"),
+        ("127.0.0.1:0", "port 0 cannot be dialled"),
+        ("no-such-host.invalid:4444", "cannot find the host 'no-such-host.invalid': "),
+        ("a..b:4444", "cannot find the host 'a..b': "),
+        ("a\0b:4444", "cannot find the host"),
+    ],
+)
+def test_dialling_fails_with_the_cause(address: str, expected: str) -> None:
+    with pytest.raises(ChannelError, match=expected):
+        connect_tcp(*tcp(address), NEVER)
+
+
+def test_an_interrupt_ends_name_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = threading.Event()
+
+    def slow(*_: object, **options: int) -> list[object]:
+        if options.get("flags") == socket.AI_NUMERICHOST:
+            raise socket.gaierror
+        answer.wait(30)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    interrupt = Interrupt()
+    dialling = Task("dial", connect_tcp, *tcp("slow:1"), interrupt)
+    dialling.let_block()
+    interrupt.set()
+    assert isinstance(dialling.error(), Interrupted)
+    answer.set()
+    interrupt.close()
+
+
+def test_options_of_a_connection() -> None:
+    out, into = pair()
+    for channel in (out, into):
+        sock = channel._socket
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert not sock.get_inheritable()
+        channel.close()
+
+
+def test_a_reset_that_the_sender_saw_is_no_end_for_the_receiver() -> None:
+    """The kernel tells of a reset once, and shows an end ever after."""
+    out, into = pair()
+    into.abort()
+    into.close()
+    with pytest.raises(ChannelError):
+        while True:
+            out.send(bytes(1 << 16))
+    for _ in range(2):
+        with pytest.raises(ChannelError, match=r"^tcp:127\.0\.0\.1:\d+: the peer (broke|closed) the connection$"):
+            out.receive_into(memoryview(bytearray(1)))
+    out.close()
+
+
+def test_a_reset_that_nobody_was_told_of_yet_is_no_end_either() -> None:
+    """The sending thread has taken the error from the kernel, and has not come to keep it."""
+    out, into = pair()
+    into.abort()
+    into.close()
+    assert wait_until(lambda: bool(out._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)))  # takes it
+    assert out._socket.recv(1) == b""
+    with pytest.raises(ChannelError, match="the peer broke the connection"):
+        out.receive_into(memoryview(bytearray(1)))
+    out.close()
+
+
+def test_an_end_on_both_sides_is_no_reset() -> None:
+    out, into = pair()
+    for first, second in ((out, into), (into, out)):
+        first.send_eof()
+        assert second.receive_into(memoryview(bytearray(1))) == 0
+    for channel in (out, into):
+        assert channel.receive_into(memoryview(bytearray(1))) == 0
+        channel.close()
+
+
+def test_closing_over_unread_bytes_loses_nothing() -> None:
+    """Without care the kernel would answer with a reset, and throw away what is on its way."""
+    out, into = pair()
+    into.send(b"never read")
+    assert out.wait_readable(10)
+    data = os.urandom(6 << 20)
+
+    def send_and_close() -> None:
+        out.send(data)
+        out.close()
+
+    sending = Task("send and close", send_and_close)
+    room = memoryview(bytearray(len(data)))
+    receive_exactly(into, room)
+    assert room == data
+    sending.result()
+    assert into.receive_into(room) == 0
+    into.close()
+
+
+def test_close_lingers_in_the_background_while_a_slow_peer_sends() -> None:
+    out, into = pair()
+    chunk, sent = os.urandom(1 << 16), 0
+    with pytest.raises(BlockingIOError):
+        while True:
+            sent += out._socket.send(chunk[sent % len(chunk) :], socket.MSG_DONTWAIT)
+    out.close()
+    assert any(thread.name == "migfw-linger" for thread in threading.enumerate())
+    into.send(b"this would reset the connection")
+    room, got = memoryview(bytearray(len(chunk))), 0
+    while count := into.receive_into(room[: len(chunk) - got % len(chunk)]):
+        assert room[:count] == chunk[got % len(chunk) :][:count]
+        got += count
+    assert got == sent
+    into.close()
+
+
+def test_an_aborted_connection_is_reset() -> None:
+    out, into = pair()
+    out.send(b"x")
+    out.abort()
+    out.close()
+    with pytest.raises(ChannelError, match="the peer broke the connection"):
+        while into.receive_into(memoryview(bytearray(10))):
+            pass
+    into.close()
+
+
+def test_a_peer_that_has_gone_before_it_is_accepted_does_no_harm() -> None:
+    with listen_tcp(*tcp("127.0.0.1:0")) as listener:
+        address = split_host_port(listener.uri.rest, "")
+        with socket.create_connection(address) as gone:
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with listener.accept(NEVER) as first, pytest.raises(ChannelError, match="the peer broke the connection"):
+            first.receive_into(memoryview(bytearray(1)))
+        with connect_tcp(*address, listener.uri, NEVER), listener.accept(NEVER):
+            pass
+
+
+# -- unix ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_socket_file_is_private_and_goes_with_the_listener(folder: Path) -> None:
+    path = folder / "s"
+    before = os.umask(0)
+    try:
+        listener = listen_unix(*unix(path))
+    finally:
+        os.umask(before)
+    assert stat.S_ISSOCK(path.stat().st_mode)
+    assert path.stat().st_mode & 0o777 == 0o600
+    listener.close()
+    assert not path.exists()
+    listener.close()
+
+
+def test_a_stale_socket_is_replaced(folder: Path) -> None:
+    path = folder / "s"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with (
+        listen_unix(*unix(path)) as listener,
+        connect_unix(*unix(path), NEVER) as out,
+        listener.accept(NEVER) as into,
+    ):
+        assert out.peer == into.peer == f"unix:{path}"
+    assert not path.exists()
+
+
+def test_a_live_socket_and_a_file_are_not(folder: Path) -> None:
+    with listen_unix(*unix(folder / "s")), pytest.raises(ChannelError, match=f"unix:{folder}/s: the address is in use"):
+        listen_unix(*unix(folder / "s"))
+    (folder / "file").write_text("precious")
+    with pytest.raises(ChannelError, match="there is a file of that name, and it is no socket"):
+        listen_unix(*unix(folder / "file"))
+    assert (folder / "file").read_text() == "precious"
+    with pytest.raises(ChannelError, match=f"unix:{folder}/none/s: no such file or directory"):
+        listen_unix(*unix(folder / "none" / "s"))
+
+
+def test_a_socket_that_another_has_put_there_stays(folder: Path) -> None:
+    path = folder / "s"
+    with listen_unix(*unix(path)):
+        path.unlink()
+        other = listen_unix(*unix(path))
+    assert path.exists()
+    other.close()
+
+
+def test_the_socket_file_is_removed_from_another_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    with listen_unix(*unix("relative")):
+        monkeypatch.chdir("/")
+    assert not any(folder.iterdir())
+
+
+def test_abstract_names_leave_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    name = f"@{folder.name}"
+    with listen_unix(*unix(name)) as listener:
+        with connect_unix(*unix(name), NEVER), listener.accept(NEVER):
+            pass
+        with pytest.raises(ChannelError, match=f"unix:{name}: the address is in use"):
+            listen_unix(*unix(name))
+    assert not any(folder.iterdir())
+    with pytest.raises(ChannelError, match="connection refused"):
+        connect_unix(*unix(name), NEVER)
+
+
+@pytest.mark.parametrize("name", ["p" * 107, "@" + "n" * 107])
+def test_the_longest_names_work(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    check_unix_path(*unix(name))
+    with listen_unix(*unix(name)) as listener, connect_unix(*unix(name), NEVER), listener.accept(NEVER):
+        pass
+
+
+@pytest.mark.parametrize("name", ["p" * 108, "ä" * 54, "@" + "n" * 108, "@", "a\0b"])
+def test_names_that_cannot_be(name: str) -> None:
+    with pytest.raises(UriError):
+        check_unix_path(*unix(name))
+
+
+def test_a_full_backlog_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialing, "BACKLOG", 0)
+    with listen_unix(*unix(folder / "s")) as listener:
+        first = connect_unix(*unix(folder / "s"), NEVER)
+        dialling = Task("dial", connect_unix, *unix(folder / "s"), NEVER)
+        dialling.let_block()
+        assert dialling.running
+        for channel in (first, listener.accept(NEVER), dialling.result(), listener.accept(NEVER)):
+            channel.close()
