@@ -104,6 +104,10 @@ class SectionHandler(ABC):
         return SectionKey(self.idstr, self.instance_id)
 
     @abstractmethod
+    def required(self) -> bool:
+        """On the destination: whether a stream without this section is refused."""
+
+    @abstractmethod
     def load_setup(self, context: IncomingContext) -> None:
         """Before anything of the stream is loaded."""
 
@@ -118,6 +122,10 @@ class SectionHandler(ABC):
 
 class LiveHandler(SectionHandler):
     """A section that is sent in passes while the guest runs."""
+
+    @abstractmethod
+    def active(self) -> bool:
+        """On the source: whether there is anything to send; asked once, before setup (SaveVMHandlers.is_active)."""
 
     @abstractmethod
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:

@@ -59,6 +59,8 @@ class RamHandler(LiveHandler):
 
     def load(self, reader: StreamReader, version_id: int) -> None:
         assert self._loader is not None, "load() before load_setup()"
+        if version_id != RAM_VERSION:
+            raise reader.error(f"version {RAM_VERSION} of section '{RAM_IDSTR}'", f"version {version_id}")
         self._loader.load(reader)
 
     def load_cleanup(self) -> None:

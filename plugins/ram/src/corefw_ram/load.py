@@ -20,6 +20,7 @@ from corefw.quantities import format_size
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
 from corefw.wire.records import BlockEntry, read_block_list
 from corefw.wire.stream import StreamReader
+from corefw_ram.ahead import Forerunner
 
 HEADER: Final = 8
 PAGE_RECORD: Final = HEADER + TARGET_PAGE_SIZE
@@ -44,6 +45,7 @@ class RamLoader:
         self._machine = machine
         self._blocks = {block.idstr: block for block in machine.ram_blocks()}
         self._block: RamBlock | None = None
+        self._ahead = Forerunner()
         self._records: dict[RamFlag, Callable[[StreamReader, int], None]] = {
             RamFlag.MEM_SIZE: self._load_block_list,
             RamFlag.PAGE: self._load_page,
@@ -51,7 +53,7 @@ class RamLoader:
         }
 
     def close(self) -> None:
-        self._block = None
+        self._ahead.close()
 
     def load(self, reader: StreamReader) -> None:
         """One body, up to and including its EOS."""
@@ -132,7 +134,10 @@ class RamLoader:
             if len(offsets) < LONG_RUN:
                 return False
             self._check_offsets(reader, block, offsets, PAGE_RECORD)
-            block.store(offsets // TARGET_PAGE_SIZE, rows[: len(offsets), HEADER:])
+            pages = offsets // TARGET_PAGE_SIZE
+            block.store(pages, rows[: len(offsets), HEADER:])
+            first, end = int(pages[0]), int(pages[-1]) + 1
+            self._ahead.wrote(block, first, end, solid=end - first == len(pages))
             reader.skip(len(offsets) * PAGE_RECORD)
             return True
         if flags == RamFlag.ZERO | RamFlag.CONTINUE:

@@ -1,0 +1,285 @@
+"""Streams that are cut or changed: an error with the offset, or a load; never another exception, and bounded memory.
+
+The loader is called without a transport, so that every byte of a stream can be tried.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corefw.channel import Buffer, Channel, Interrupt
+from corefw.engine.returnpath import ReturnPathWriter
+from corefw.engine.unframing import StreamLoader
+from corefw.errors import ChannelError, MigfwError, RemoteStreamError
+from corefw.machine import AdoptsStreams, Machine, MachineConfig
+from corefw.plugins import Plugins
+from corefw.section import SectionRegistry
+from corefw.settings import Settings
+from corefw.wire.stream import StreamReader
+from tests.helpers.engines import Pair, ended
+from tests.helpers.machines import CountingMachine
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+FLIPS = (0x01, 0x80, 0xFF)
+MEMORY = 24 << 20
+"""Bytes that loading may allocate, whatever a stream announces (the RAM itself is not counted: it is in memfds)."""
+
+
+class Bytes(Channel):
+    """A channel that has all its bytes already, and swallows what is sent."""
+
+    peer = "bytes"
+    has_return_path = True
+
+    def __init__(self, data: bytes) -> None:
+        self._rest = memoryview(data)
+
+    def send(self, *parts: Buffer) -> None:
+        pass
+
+    def receive_into(self, view: memoryview) -> int:
+        count = min(len(view), len(self._rest))
+        view[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    def wait_readable(self, seconds: float) -> bool:
+        return True
+
+    def send_eof(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Context:
+    """What handlers and the loader need of an incoming migration."""
+
+    def __init__(self, settings: Settings, channel: Channel) -> None:
+        self.settings = settings
+        self.interrupt = Interrupt()
+        self._channel = channel
+
+    def accept_channel(self) -> Channel:
+        raise ChannelError("there is only one")
+
+    def send_return_message(self, message: int, body: bytes) -> None:
+        pass
+
+    def open_return_path(self) -> ReturnPathWriter:
+        return ReturnPathWriter(self._channel)
+
+
+def load(plugins: Plugins, machine: Machine, data: bytes) -> None:
+    """As IncomingMigration does it, but for the thread."""
+    settings = plugins.settings()
+    registry = plugins.section_handlers(machine, settings)
+    if isinstance(machine, AdoptsStreams):
+        registry = SectionRegistry(registry.live())
+    channel = Bytes(data)
+    context = Context(settings, channel)
+    try:
+        for handler in registry:
+            handler.load_setup(context)
+        StreamLoader(StreamReader(channel), channel, machine, registry, settings, context).load()
+    finally:
+        for handler in registry:
+            handler.load_cleanup()
+        context.interrupt.close()
+
+
+@contextmanager
+def memory_counted() -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        tracemalloc.stop()
+
+
+def outcome(plugins: Plugins, machine: Machine, data: bytes) -> MigfwError | None:
+    """None for a load. Whatever is not a MigfwError goes through and fails the test."""
+    with closing(machine):
+        try:
+            load(plugins, machine, data)
+        except MigfwError as error:
+            return error
+    return None
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A small guest: one page with data, one of zeros, two devices, every optional part of the frame."""
+    plugins = Plugins.load()
+    path = tmp_path_factory.mktemp("stream") / "guest"
+    with Pair(plugins) as pair:
+        source = pair.source(small(incoming=False), running=False)
+        source.set_capabilities({"return-path": False})
+        source.migrate(f"file:{path}")
+        assert ended(source) == "completed"
+    return path.read_bytes()
+
+
+def small(*, incoming: bool = True) -> CountingMachine:
+    machine = CountingMachine(2, incoming=incoming, instances=2)
+    if not incoming:
+        machine.block.pages[0, :] = 7
+    return machine
+
+
+def with_return_path(stream: bytes) -> bytes:
+    """The same stream, with the commands that open the return path behind the configuration."""
+    at = stream.index(b"\x01\x00\x00\x00\x00\x03ram")
+    return stream[:at] + b"\x08\x00\x01\x00\x00" + b"\x08\x00\x02\x00\x04\x00\x00\x00\x01" + stream[at:]
+
+
+def test_the_streams_themselves_load(plugins: Plugins, stream: bytes) -> None:
+    assert outcome(plugins, small(), stream) is None
+    assert outcome(plugins, small(), with_return_path(stream)) is None
+
+
+def test_cut_anywhere(plugins: Plugins, stream: bytes) -> None:
+    """Two cuts cannot be told from a source without a description: right behind EOF, and right behind the whole."""
+    stream = with_return_path(stream)
+    ends = {len(stream), stream.index(b'{"page_size"') - 5}
+    page = range(stream.index(bytes([7]) * 4096), stream.index(bytes([7]) * 4096) + 4000)
+    for length in range(len(stream)):
+        if length in page and length % 256:
+            continue  # inside a page one cut is like another
+        error = outcome(plugins, small(), stream[:length])
+        if length in ends:
+            assert error is None
+            continue
+        assert isinstance(error, RemoteStreamError), f"cut at {length}: {error!r}"
+        assert error.offset <= length and re.search(r"at offset \d+ of the stream", str(error))
+
+
+def test_any_byte_changed(plugins: Plugins, stream: bytes) -> None:
+    loads = 0
+    for at, damaged in changed(with_return_path(stream), FLIPS):
+        error = outcome(plugins, small(), damaged)
+        assert error is None or isinstance(error, RemoteStreamError), f"byte {at}: {error!r}"
+        loads += error is None
+    assert loads, "content that no check can know loads"
+
+
+def test_memory_is_bounded_whatever_is_announced(plugins: Plugins, stream: bytes) -> None:
+    with memory_counted():
+        for at, damaged in changed(with_return_path(stream), (0xFF,)):
+            machine = small()
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            outcome(plugins, machine, damaged)
+            assert tracemalloc.get_traced_memory()[1] - before < MEMORY, f"byte {at}"
+
+
+def changed(stream: bytes, flips: tuple[int, ...]) -> Iterator[tuple[int, bytes]]:
+    """The stream with one byte changed, for each byte up to the description's text but those inside a page."""
+    page = stream.index(bytes([7]) * 4096)
+    for at in range(stream.index(b'{"page_size"') + 8):
+        if page + 8 <= at < page + 4090:
+            continue
+        for flip in flips:
+            yield at, stream[:at] + bytes([stream[at] ^ flip]) + stream[at + 1 :]
+
+
+@given(prefix=st.integers(0, 200), tail=st.binary(max_size=400))
+@settings(deadline=None, max_examples=150)
+def test_arbitrary_bytes_behind_any_beginning(plugins: Plugins, stream: bytes, prefix: int, tail: bytes) -> None:
+    error = outcome(plugins, small(), with_return_path(stream)[:prefix] + tail)
+    assert isinstance(error, RemoteStreamError)
+
+
+HOSTILE: list[tuple[str, bytes, str]] = [
+    ("empty", b"", "the end of the stream"),
+    ("obsolete", b"QEVM\0\0\0\2", "obsolete"),
+    ("later version", b"QEVM\0\0\0\4", "version 4"),
+    ("endless name", b"QEVM\0\0\0\3\x07\xff\xff\xff\xff" + bytes(100), "at most"),
+    ("no configuration", b"QEVM\0\0\0\3\1", "a configuration section"),
+    ("unknown section type", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\x55", "the type byte 0x55"),
+    ("description first", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\x06\xff\xff\xff\xff", "the type byte 0x06"),
+    ("postcopy", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\x08\0\3\0\0", "POSTCOPY_ADVISE"),
+    ("unknown command", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\x08\0\x63\0\0", "command 99"),
+    ("part of nothing", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\x02\0\0\0\5", "the id of a section that was started"),
+    ("nothing at all", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\0", "the end of the stream"),
+]
+
+
+@pytest.mark.parametrize(("data", "told"), [row[1:] for row in HOSTILE], ids=[row[0] for row in HOSTILE])
+def test_hostile_beginnings(plugins: Plugins, data: bytes, told: str) -> None:
+    error = outcome(plugins, small(), data)
+    assert isinstance(error, RemoteStreamError) and told in str(error), error
+
+
+def ram(word: int, body: bytes = b"", name: bytes = b"") -> bytes:
+    return word.to_bytes(8, "big") + (bytes([len(name)]) + name if name else b"") + body
+
+
+FIRST_PAGE = ram(8, bytes(4096), b"counters")
+BELOW = "an offset below 0x2000"
+
+RAM_RECORDS: list[tuple[str, bytes, str]] = [
+    ("beyond the block", ram(0x2000 | 8, bytes(4096), b"counters"), BELOW),
+    ("run beyond the block", FIRST_PAGE + b"".join(ram(n << 12 | 0x28, bytes(4096)) for n in range(1, 9)), BELOW),
+    ("negative run", FIRST_PAGE + ram(0xFFFF_FFFF_FFFF_F022, b"\0") * 9, BELOW),
+    ("unknown block", ram(8, bytes(4096), b"other"), "block 'other'"),
+    ("no block yet", ram(0x28, bytes(4096)), "a record that names its RAM block"),
+    ("XBZRLE", ram(0x40), "XBZRLE"),
+    ("compressed", ram(0x100), "compressed"),
+    ("RDMA", ram(0x80), "RDMA"),
+    ("obsolete", ram(0x01), "obsolete"),
+    ("flags that exclude each other", ram(0x0A), "flags 0xa"),
+]
+
+
+@pytest.mark.parametrize(("record", "told"), [row[1:] for row in RAM_RECORDS], ids=[row[0] for row in RAM_RECORDS])
+def test_hostile_ram_records(plugins: Plugins, stream: bytes, record: bytes, told: str) -> None:
+    start = stream.index(b"\x02\x00\x00\x00\x00")  # the first PART
+    error = outcome(plugins, small(), stream[: start + 5] + record + bytes(1 << 16))
+    assert isinstance(error, RemoteStreamError) and told in str(error), error
+
+
+# -- a parked machine keeps what nobody knows, and is as careful -------------------------------------------------------
+
+
+def parked(plugins: Plugins) -> Machine:
+    return plugins.machine("qemu", MachineConfig(incoming=True))
+
+
+@pytest.fixture(scope="module")
+def recorded() -> bytes:
+    return gzip.decompress((GOLDEN / "microvm.gz").read_bytes())
+
+
+def damages(data: bytes, count: int) -> Iterator[int]:
+    """Places all over, thick where the devices are."""
+    devices = data.rindex(b"\x03\x00\x00\x00") if b"\x03\x00\x00\x00" in data else 0
+    yield from range(0, devices, max(1, devices // count))
+    yield from range(devices, len(data), max(1, (len(data) - devices) // count))
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_parked_machine(plugins: Plugins, recorded: bytes, damage: str) -> None:
+    change: Callable[[int], bytes] = {
+        "cut": lambda at: recorded[:at],
+        "changed": lambda at: recorded[:at] + bytes([recorded[at] ^ 0x41]) + recorded[at + 1 :],
+    }[damage]
+    assert outcome(plugins, parked(plugins), recorded) is None
+    for at in damages(recorded, 60):
+        error = outcome(plugins, parked(plugins), change(at))
+        assert error is None or isinstance(error, MigfwError)
+        if damage == "cut":
+            assert isinstance(error, RemoteStreamError), f"cut at {at} of {len(recorded)}: {error!r}"
