@@ -1,0 +1,87 @@
+"""Fields on the wire: versions, layouts, and what a destination refuses."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from corefw_machine_python import PythonMachine
+
+from corefw.errors import RemoteStreamError
+from corefw.machine import Device, MachineConfig
+from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
+
+Define = Callable[[str], Device]
+
+HEADER = "from corefw_machine_python import guest\nimport time\nclass P(guest.Program):\n"
+TICK = "    def tick(self): time.sleep(0.001)\n"
+
+
+@pytest.fixture
+def define(tmp_path: Path) -> Iterator[Define]:
+    """The device of a program with this body."""
+    with contextlib.ExitStack() as stack:
+
+        def define(body: str) -> Device:
+            path = tmp_path / f"p{len(list(tmp_path.iterdir()))}.py"
+            path.write_text(HEADER + "".join(f"    {line}\n" for line in body.split("; ")) + TICK)
+            machine = PythonMachine(MachineConfig(f"{path}:P", incoming=True))
+            stack.callback(machine.close)
+            return machine.devices()[0]
+
+        yield define
+
+
+def saved(device: Device) -> bytes:
+    sink = MemorySink()
+    writer = StreamWriter(sink)
+    device.vmstate.save(writer, device.state)
+    writer.flush()
+    return bytes(sink.data)
+
+
+def load(device: Device, data: bytes, version: int) -> None:
+    device.vmstate.load(StreamReader(MemorySource(data + b"\0"), where="section"), device.state, version)
+
+
+def test_the_table_is_named_after_the_class(define: Define) -> None:
+    device = define("version = 3; minimum_version = 2; a = guest.field('u16', 515)")
+    assert (device.name, device.instance_id) == ("program/P", 0)
+    assert (device.vmstate.name, device.vmstate.version_id, device.vmstate.oldest) == ("program/P", 3, 2)
+    assert saved(device)[-2:] == b"\x02\x03"
+
+
+def test_an_older_version_leaves_new_fields_at_their_defaults(define: Define) -> None:
+    old = define("a = guest.field('u8', 7)")
+    new = define(
+        "version = 2; minimum_version = 1; a = guest.field('u8', 1); b = guest.field('str[4]', 'new', since=2)"
+    )
+    load(new, saved(old), 1)
+    assert vars(new.state)["a"] == 7
+    assert vars(new.state)["b"] == b"new\0"
+
+
+def test_a_newer_version_is_refused(define: Define) -> None:
+    old, new = define("a = guest.field('u8')"), define("version = 2; a = guest.field('u8')")
+    with pytest.raises(RemoteStreamError, match="expected version 1 of 'program/P', got version 2"):
+        load(old, saved(new), 2)
+
+
+@pytest.mark.parametrize(
+    "there", ["g = guest.array('g', 8, 'float32')", "g = guest.array('g', (2, 2))", "g = guest.array('h', 4)"]
+)
+def test_arrays_of_one_size_and_another_shape_are_refused(define: Define, there: str) -> None:
+    here = define("g = guest.array('g', 4)")
+    load(define("g = guest.array('g', 4)"), saved(here), 1)
+    with pytest.raises(
+        RemoteStreamError, match=r"expected arrays as they are here .* got other names, shapes or dtypes"
+    ):
+        load(define(there), saved(here), 1)
+
+
+def test_text_that_is_no_text_is_refused(define: Define) -> None:
+    device = define("t = guest.field('str[3]')")
+    with pytest.raises(RemoteStreamError, match="UTF-8 in field 't'"):
+        load(device, saved(device)[:-3] + b"\xff\xfe\xfd", 1)
