@@ -34,6 +34,7 @@ CORE: Final[dict[str, set[str]]] = {
     "dialing": {"errors", "uri", "channel", "sockets"},
     "relay": {"errors", "uri", "channel"},
     "wire": {"errors", "channel"},
+    "inspection": {"errors", "channel", "wire"},
     "section": {"errors", "channel", "settings", "wire"},
     "machine": {"errors"},
     "memory": {"errors", "quantities", "machine"},

@@ -162,8 +162,15 @@ def test_a_plugin_is_set_up_like_the_others(path: Path) -> None:
     assert plugin["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == [str(package.relative_to(path))]
     assert (ROOT / package / "py.typed").exists()
     assert name in core["project"]["optional-dependencies"]["all"]
-    assert f"$MYPY_CONFIG_FILE_DIR/{path}/src" in core["tool"]["mypy"]["mypy_path"]
     assert list((ROOT / path / "tests").glob("test_*.py")), "a plugin has tests"
+
+
+def test_the_types_of_every_distribution_are_checked() -> None:
+    sources = [
+        path.parent / "src" for kind in ("plugins", "examples") for path in ROOT.glob(f"{kind}/*/pyproject.toml")
+    ]
+    named = project(Path())["tool"]["mypy"]["mypy_path"]
+    assert {f"$MYPY_CONFIG_FILE_DIR/{path.relative_to(ROOT)}" for path in sources} <= set(named)
 
 
 def test_what_is_run_is_executable() -> None:

@@ -10,11 +10,12 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from email import message_from_bytes
 from email.message import Message
@@ -119,8 +120,6 @@ def test_nothing_of_it_comes_from_the_source_tree(clean: Path) -> None:
 
 # -- a migration ---------------------------------------------------------------------------------------------------
 
-Migfw = Callable[..., str]
-
 
 class Engines:
     """`migfw run` of the clean environment, as many as are wanted; all of them end with the test."""
@@ -167,9 +166,9 @@ def engines(clean: Path) -> Iterator[Engines]:
     shutil.rmtree(runtime)
 
 
-@pytest.mark.parametrize("incoming", ["tcp:127.0.0.1:0"])
-def test_a_guest_moves(engines: Engines, incoming: str) -> None:
-    options = ("stress", "--opt", "ram=16M", "--opt", "working-set=4M")
+@pytest.mark.parametrize("incoming", ["tcp:127.0.0.1:0", "deflate:127.0.0.1:0"])
+def test_a_guest_moves_through_any_scheme_that_is_installed(engines: Engines, incoming: str) -> None:
+    options = ("stress", "--opt", "ram=16M", "--opt", "working-set=4M", "--cap", "x-journal")
     ready = engines.run("there", *options, "--incoming", incoming)
     scheme = incoming.partition(":")[0]
     (uri,) = re.findall(rf"\b{re.escape(scheme)}:\S*[^\s'\".,)]", ready)
@@ -177,4 +176,6 @@ def test_a_guest_moves(engines: Engines, incoming: str) -> None:
     engines.ask("migrate", uri, "--name", "here")
     assert json.loads(engines.ask("status", "--name", "there", "--json"))
     engines.ask("verify", "--name", "there")
+    journal = engines.ask("qmp", "x-query-journal", "--name", "there")
+    assert journal.count(socket.gethostname()) == 2, "the section of the other example came along"
     engines.ask("quit", "--name", "there")
