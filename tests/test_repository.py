@@ -91,11 +91,11 @@ def test_every_command_on_a_page_exists(page: Path) -> None:
     known = {name for part in COMMANDS.values() for name in part} | {"--help", "--version"}
     goals = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     text = (ROOT / page).read_text()
-    code = re.findall(r"```(?:console|sh|shell|bash|text)?\n(.*?)```", text, re.DOTALL) + re.findall(
-        r"`([^`\n]+)`", text
-    )
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    code = [body for language, body in fences if language in ("", "console", "sh", "text")]
+    code += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
     for snippet in code:
-        for command in re.findall(r"(?:^|\$ +|`)(?:\.venv/bin/)?migfw +([\w-]+)", snippet, re.MULTILINE):
+        for command in re.findall(r"(?:^|\$ +|`)(?:\.venv/bin/)?migfw +([a-z-]+)", snippet, re.MULTILINE):
             assert command in known, f"{page}: migfw {command}"
         for goal in re.findall(r"(?:^|\$ +)make +([a-z]+)", snippet, re.MULTILINE):
             assert goal in goals, f"{page}: make {goal}"
