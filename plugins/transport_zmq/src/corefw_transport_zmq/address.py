@@ -1,0 +1,98 @@
+"""zmq:tcp://HOST:PORT[?OPTIONS] and zmq:ipc://PATH[?OPTIONS], checked and taken apart.
+
+OPTIONS are NAME=VALUE joined by "&"; %XX stands for any byte in a value. As ZeroMQ has it, "*" is every address and, as
+a port, any free one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import unquote
+
+from corefw.dialing import check_unix_path
+from corefw.errors import UriError
+from corefw.uri import MigrationUri, join_host_port, split_host_port
+from corefw_transport_zmq.keys import OPTIONS
+
+_FORMS: Final = "zmq:tcp://HOST:PORT or zmq:ipc://PATH"
+
+
+@dataclass(frozen=True, slots=True)
+class TcpPlace:
+    """An empty host is every address to listen at, and this host to dial."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"tcp://{join_host_port(self.host, self.port) if self.host else f'*:{self.port}'}"
+
+
+@dataclass(frozen=True, slots=True)
+class IpcPlace:
+    """A socket file; "@name" is a name in Linux's abstract space."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"ipc://{self.path}"
+
+
+Place = TcpPlace | IpcPlace
+
+
+@dataclass(frozen=True, slots=True)
+class ZmqAddress:
+    """`query` is the options as they were written, with the "?"."""
+
+    place: Place
+    options: Mapping[str, str]
+    query: str
+
+    def at(self, place: Place) -> MigrationUri:
+        return MigrationUri("zmq", f"{place}{self.query}")
+
+
+def parse_address(uri: MigrationUri) -> ZmqAddress:
+    """Raises UriError."""
+    endpoint, question, query = uri.rest.partition("?")
+    kind, slashes, rest = endpoint.partition("://")
+    if not slashes or kind not in _PLACES or not rest:
+        raise UriError(f"'{uri}': expected {_FORMS}")
+    place = _PLACES[kind](rest, uri)
+    return ZmqAddress(place, _parse_options(query, uri) if question else {}, question + query)
+
+
+def _tcp(rest: str, uri: MigrationUri) -> Place:
+    if rest.endswith(":*"):
+        rest = rest[:-1] + "0"
+    host, port = split_host_port(rest, str(uri))
+    if any(character in host for character in "/;@ "):
+        raise UriError(f"'{uri}': '{host}' is no host name")
+    return TcpPlace("" if host == "*" else host, port)
+
+
+def _ipc(rest: str, uri: MigrationUri) -> Place:
+    if rest == "*":
+        raise UriError(f"'{uri}': expected a path, or @NAME for a name in the abstract space")
+    check_unix_path(rest, uri)
+    return IpcPlace(rest)
+
+
+_PLACES: Final = {"tcp": _tcp, "ipc": _ipc}
+
+
+def _parse_options(query: str, uri: MigrationUri) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for pair in query.split("&"):
+        name, equals, value = pair.partition("=")
+        if name not in OPTIONS:
+            raise UriError(f"'{uri}': unknown option '{name}', expected {', '.join(OPTIONS)}")
+        if name in options:
+            raise UriError(f"'{uri}': option '{name}' is there twice")
+        if not equals or not value:
+            raise UriError(f"'{uri}': option '{name}' needs a value, as in {name}=FILE")
+        options[name] = unquote(value)
+    return options

@@ -1,0 +1,138 @@
+"""The hub of one stream that we dial.
+
+The law: one connection, never another (ZeroMQ would reconnect to whoever comes next, in the middle of the stream). It
+is open when the listener has answered our greeting; until then it fails with what ZeroMQ's monitor tells, in words.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Sequence
+from typing import Final
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from corefw.channel import Interrupt
+from corefw_transport_zmq.hub import LOST, Hub, Socket, pack, read
+from corefw_transport_zmq.link import Link
+from corefw_transport_zmq.protocol import Kind, Message, ProtocolError, greeting, read_greeting, text
+
+_MONITOR: Final = "inproc://monitor"
+_GIVE_UP_SECONDS: Final = 3.0
+
+_NOBODY: Final = "nobody listens there (is the destination listening?)"
+_HANDSHAKE: Final = (
+    "the handshake failed: one side uses keys and the other does not, the server-key is not the listener's, "
+    "or it is no ZeroMQ socket of the right kind"
+)
+_NOT_AUTHORIZED: Final = "the listener does not let our key in (is its public half in the folder of authorized=?)"
+
+EVENTS: Final[dict[int, str]] = {
+    zmq.Event.CLOSED: _NOBODY,
+    zmq.Event.CONNECT_RETRIED: _NOBODY,
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: _HANDSHAKE,
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: _HANDSHAKE,
+    zmq.Event.HANDSHAKE_FAILED_AUTH: _NOT_AUTHORIZED,
+    zmq.Event.DISCONNECTED: LOST,
+}
+"""What ends a connection -> why. The first one counts."""
+
+
+class DiallingHub(Hub):
+    """failure   why the listener does not answer; None when it does"""
+
+    def __init__(self, socket: Socket, peer: str) -> None:
+        super().__init__(socket, "migfw-zmq-dial")
+        self.failure: str | None = None
+        self._answered = Interrupt()
+        self.link = Link(peer, self.wake, pack)
+        self._welcomed = False
+        self._gave_up = False
+        socket.reconnect_ivl = -1
+        socket.monitor(_MONITOR, sum(EVENTS))
+        self._monitor: Socket = socket.context.socket(zmq.PAIR)
+        self._monitor.linger = 0
+        self._monitor.connect(_MONITOR)
+        self._poller.register(self._monitor, zmq.POLLIN)
+
+    def dial(self, endpoint: str, interrupt: Interrupt, seconds: float) -> None:
+        """Connect, start the thread and wait until the listener answers: `failure` tells how that went. Once, and the
+        hub has ended unless it went well. Raises Interrupted, zmq.ZMQError."""
+        try:
+            try:
+                self.socket.connect(endpoint)
+            except BaseException:
+                self.discard()
+                raise
+            self.send((), greeting(Kind.HELLO))
+            self.start()
+            try:
+                if not interrupt.wait_for(self._answered.fileno(), select.POLLIN, seconds):
+                    self.failure = f"no answer within {seconds:.0f} s"
+            except BaseException:
+                self._give_up()
+                raise
+            if self.failure:
+                self._give_up()
+        finally:
+            with self._lock:
+                self._answered.close()
+
+    def _give_up(self) -> None:
+        """Nobody is there who would have to be told."""
+        self._gave_up = True
+        self.link.abort()
+        self.link.close()
+        self.wait(_GIVE_UP_SECONDS)
+
+    def links(self) -> Sequence[tuple[list[bytes], Link]]:
+        return [([], self.link)]
+
+    def arrived(self, parts: list[zmq.Frame]) -> None:
+        message = read(parts)
+        if self._welcomed:
+            if message:
+                self.link.handle(message)
+        elif message is None:
+            self._fail("what answers there does not speak migfw's protocol")
+        elif message.kind is Kind.REFUSE:
+            self._fail(f"the listener refuses: {text(message)}")
+        else:
+            self._welcome(message)
+
+    def _welcome(self, message: Message) -> None:
+        try:
+            self.link.open(read_greeting(message, Kind.WELCOME), answer=False)
+        except ProtocolError as error:
+            return self._fail(f"what answers there does not speak our version of migfw's protocol: {error}")
+        self._welcomed = True
+        return self._tell()
+
+    def look_around(self, ready: dict[object, int]) -> bool:
+        # What the peer sent before it went has been received in this turn or will be in the next: it first.
+        if self._monitor in ready and self.socket not in ready:
+            event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            self._fail(EVENTS.get(int(event["event"]), LOST))
+        return not self.link.done
+
+    def _fail(self, why: str) -> None:
+        if not self._welcomed and self.failure is None:
+            self.failure = why
+            self._tell()
+        self.socket.linger = 0
+        self.link.lost(why)
+
+    def _tell(self) -> None:
+        with self._lock:
+            if self._answered.fileno() >= 0:
+                self._answered.set()
+
+    def ended(self) -> None:
+        if self._gave_up:
+            self.socket.linger = 0
+        if not self._welcomed:
+            self.failure = self.failure or LOST
+            self._tell()
+        self.socket.disable_monitor()
+        self._monitor.close()

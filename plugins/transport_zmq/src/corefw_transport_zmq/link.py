@@ -1,0 +1,279 @@
+"""One stream's state, between the threads that use it and the hub that moves its messages.
+
+The law: bytes are counted on both sides and have to agree; nothing is queued beyond the peer's window; whatever ends
+the link wakes everybody who waits in it.
+
+Threads: `send`, `receive`, `abort` and so on are the users', as Channel has it; `handle`, `outgoing`, `lost` and `done`
+are the hub's. It knows no ZeroMQ: `pack` copies bytes into whatever the hub sends best.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from corefw.errors import ChannelError, Interrupted
+from corefw_transport_zmq.protocol import CHUNK, CREDIT_STEP, WINDOW, Kind, Message, ProtocolError, greeting, text
+
+LINGER_SECONDS: Final = 60.0
+"""How long a closed link waits for the peer to have received everything."""
+
+Payload = bytes | memoryview
+PEER_CLOSED: Final = "the peer closed the connection"
+
+
+class Link:
+    """peer    who is at the other end, for messages
+    wake    called when there is something for the hub to send
+    """
+
+    def __init__(self, peer: str, wake: Callable[[], None], pack: Callable[[memoryview], Payload] = bytes) -> None:
+        self.peer = peer
+        self._wake = wake
+        self._pack = pack
+        self._changed = threading.Condition()
+        self._outbox: deque[Message] = deque()
+        self._failure: str | None = None
+        self._aborted = False
+        self._closed_at: float | None = None
+        # our direction
+        self._peer_window = 0
+        self._sent = 0
+        self._acknowledged = 0
+        self._ended = False
+        self._seen = False
+        self._peer_left = False
+        # the peer's
+        self._inbox: deque[memoryview] = deque()
+        self._received = 0
+        self._consumed = 0
+        self._credited = 0
+        self._peer_ended = False
+
+    # -- users: sending --------------------------------------------------------------------------------------------
+
+    def send(self, data: memoryview) -> None:
+        """Queue it all, as the window allows. Raises ChannelError."""
+        while data:
+            count = min(len(data), CHUNK)
+            with self._changed:
+                self._check_sendable()
+                while self._peer_window - (self._sent - self._acknowledged) < count:
+                    self._changed.wait()
+                    self._check_sendable()
+                offset = self._sent
+                self._sent += count
+            piece = data[:count]
+            message = Message(Kind.DATA, offset, self._pack(piece))  # copies, so not under the lock
+            piece.release()
+            with self._changed:
+                self._queue(message)
+            data = data[count:]
+
+    def end(self) -> None:
+        with self._changed:
+            self._check_sendable()
+            self._end()
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._queue(Message(Kind.END, self._sent))
+
+    def _queue(self, message: Message) -> None:
+        self._outbox.append(message)
+        self._wake()
+
+    # -- users: receiving ------------------------------------------------------------------------------------------
+
+    def receive(self, view: memoryview) -> int:
+        with self._changed:
+            while not self._readable():
+                self._changed.wait()
+            if not self._inbox:
+                return 0
+            head = self._inbox[0]
+        count = min(len(view), len(head))
+        view[:count] = head[:count]
+        with self._changed:
+            if not self._inbox:  # emptied meanwhile, by abort()
+                self._readable()
+                return 0
+            if count == len(head):
+                self._inbox.popleft()
+            else:
+                self._inbox[0] = head[count:]
+            self._consumed += count
+            if self._consumed - self._credited >= CREDIT_STEP and not self._peer_ended:
+                self._credited = self._consumed
+                self._queue(Message(Kind.CREDIT, self._consumed))
+        return count
+
+    def wait_readable(self, seconds: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(self._readable, max(0.0, seconds))
+
+    def _readable(self) -> bool:
+        """Whether there are bytes or the end. Raises what a receive would."""
+        if self._aborted:
+            raise Interrupted(f"{self.peer}: cancelled")
+        assert self._closed_at is None, "use of a closed channel"
+        if self._inbox or self._peer_ended:
+            return True
+        if self._failure:
+            raise ChannelError(f"{self.peer}: {self._failure}")
+        return False
+
+    def _check_sendable(self) -> None:
+        if self._aborted:
+            raise Interrupted(f"{self.peer}: cancelled")
+        assert self._closed_at is None, "use of a closed channel"
+        if self._failure:
+            raise ChannelError(f"{self.peer}: {self._failure}")
+        if self._peer_left:
+            raise ChannelError(f"{self.peer}: {PEER_CLOSED}")
+        assert not self._ended, "send after send_eof"
+
+    # -- users: ending ---------------------------------------------------------------------------------------------
+
+    def abort(self) -> None:
+        with self._changed:
+            if self._aborted or self._closed_at is not None:
+                return
+            self._aborted = True
+            self._break_off("the peer aborted")
+
+    def close(self) -> None:
+        """From here on the hub brings to the peer what is left; `wait_done` waits for that."""
+        with self._changed:
+            if self._closed_at is not None:
+                return
+            self._closed_at = time.monotonic()
+            self._inbox.clear()
+            if not (self._aborted or self._failure):
+                self._end()
+                self._queue(Message(Kind.BYE))
+            self._changed.notify_all()
+            self._wake()
+
+    def _break_off(self, why: str) -> None:
+        """Forget what was to be sent, tell the peer, wake everybody."""
+        self._outbox.clear()
+        self._inbox.clear()
+        self._queue(Message(Kind.RESET, 0, why.encode()))
+        self._changed.notify_all()
+
+    # -- the hub's -------------------------------------------------------------------------------------------------
+
+    def open(self, window: int, answer: bool) -> None:
+        """The peer's greeting has come. `answer` queues ours, as a listener does."""
+        with self._changed:
+            self._peer_window = window
+            if answer:
+                self._queue(greeting(Kind.WELCOME))
+            self._changed.notify_all()
+
+    def outgoing(self) -> list[Message]:
+        """Everything to be sent now."""
+        with self._changed:
+            messages = list(self._outbox)
+            self._outbox.clear()
+            if messages and self._closed_at is not None:
+                self._changed.notify_all()  # wait_done
+            return messages
+
+    def handle(self, message: Message) -> None:
+        """One message from the peer. What breaks the rules breaks the link, on both sides."""
+        with self._changed:
+            if self._aborted or self._failure:
+                return
+            try:
+                _HANDLERS[message.kind](self, message)
+            except ProtocolError as error:
+                self._failure = f"the peer broke the protocol: {error}"
+                self._break_off(f"protocol error: {error}")
+            self._changed.notify_all()
+
+    def lost(self, why: str) -> None:
+        """The connection is gone. An end that has come stays an end."""
+        with self._changed:
+            self._failure = self._failure or (PEER_CLOSED if self._peer_left else why)
+            self._outbox.clear()
+            self._changed.notify_all()
+
+    @property
+    def done(self) -> bool:
+        """Whether the hub can forget it: closed here, and everything has arrived or cannot arrive any more."""
+        with self._changed:
+            return self._done()
+
+    def wait_done(self, seconds: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(self._done, seconds)
+
+    def _done(self) -> bool:
+        if self._closed_at is None or self._outbox:
+            return False
+        arrived = self._seen or self._peer_left or self._aborted or self._failure is not None
+        return arrived or time.monotonic() > self._closed_at + LINGER_SECONDS
+
+    # -- what the peer says ----------------------------------------------------------------------------------------
+
+    def _data(self, message: Message) -> None:
+        count = len(message.payload)
+        if self._peer_ended:
+            raise ProtocolError("DATA after END")
+        if message.argument != self._received:
+            raise ProtocolError(f"DATA at offset {message.argument}, expected {self._received}")
+        if self._received + count - self._consumed > WINDOW:
+            raise ProtocolError("DATA beyond the window")
+        self._received += count
+        if self._closed_at is None:
+            self._inbox.append(memoryview(message.payload))
+
+    def _credit(self, message: Message) -> None:
+        if not self._acknowledged <= message.argument <= self._sent:
+            raise ProtocolError(f"CREDIT for {message.argument} bytes of {self._sent}")
+        self._acknowledged = message.argument
+
+    def _end_of_peer(self, message: Message) -> None:
+        if self._peer_ended or message.argument != self._received:
+            raise ProtocolError(f"END after {message.argument} bytes, expected {self._received}")
+        self._peer_ended = True
+        self._queue(Message(Kind.SEEN, self._received))
+
+    def _seen_by_peer(self, message: Message) -> None:
+        if not self._ended or message.argument != self._sent:
+            raise ProtocolError(f"SEEN of {message.argument} bytes, {self._sent} were sent")
+        self._seen = True
+
+    def _bye(self, _: Message) -> None:
+        self._peer_left = True
+        self._outbox = deque(one for one in self._outbox if one.kind is not Kind.DATA)
+
+    def _reset(self, message: Message) -> None:
+        self._failure = f"the peer broke off: {text(message)}"
+        self._outbox.clear()
+
+    def _ping(self, _: Message) -> None:
+        pass
+
+    def _out_of_place(self, message: Message) -> None:
+        raise ProtocolError(f"{message.kind.name} in the midst of a stream")
+
+
+_HANDLERS: Final[dict[Kind, Callable[[Link, Message], None]]] = {
+    Kind.HELLO: Link._out_of_place,
+    Kind.WELCOME: Link._out_of_place,
+    Kind.REFUSE: Link._out_of_place,
+    Kind.DATA: Link._data,
+    Kind.CREDIT: Link._credit,
+    Kind.END: Link._end_of_peer,
+    Kind.SEEN: Link._seen_by_peer,
+    Kind.BYE: Link._bye,
+    Kind.RESET: Link._reset,
+    Kind.PING: Link._ping,
+}

@@ -1,0 +1,140 @@
+"""The hub of a listener: one socket, a link for each peer.
+
+The law: each peer is a stream of its own; bytes of two never mix, for ZeroMQ marks every message with its sender.
+What peers say before HELLO is dropped and leaves no trace in any stream. The socket lives until the last link is done;
+a listener that was closed refuses newcomers by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+import zmq
+
+from corefw_transport_zmq.hub import LOST, PING, Hub, PingTimer, Socket, pack, read
+from corefw_transport_zmq.keys import Gatekeeper
+from corefw_transport_zmq.link import Link
+from corefw_transport_zmq.protocol import Kind, Message, ProtocolError, read_greeting
+
+log = logging.getLogger(__name__)
+
+BACKLOG: Final = 16
+"""Peers that wait to be accepted; each may have sent a window already."""
+
+PING_SECONDS: Final = 0.5
+"""ZeroMQ tells a listener that a peer has gone only when one sends to it."""
+
+
+class ServingHub(Hub):
+    """arrived_fd   readable while somebody waits to be accepted, and once the hub has ended; poll it, no more"""
+
+    def __init__(self, socket: Socket, peer: str, gatekeeper: Gatekeeper | None) -> None:
+        super().__init__(socket, "migfw-zmq-listen")
+        socket.router_mandatory = True
+        self.arrived_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
+        self._peer = peer
+        self._links: dict[bytes, Link] = {}
+        self._waiting: deque[Link] = deque()
+        self._waiting_lock = threading.Lock()
+        self._closed = False
+        self._ping = PingTimer(PING_SECONDS)
+        self._gatekeeper = gatekeeper
+        if gatekeeper:
+            self._poller.register(gatekeeper.socket, zmq.POLLIN)
+
+    # -- the listener's --------------------------------------------------------------------------------------------
+
+    def take(self) -> Link | None:
+        """The next peer that waits to be accepted."""
+        with self._waiting_lock, contextlib.suppress(BlockingIOError):
+            if not self._closed:
+                os.eventfd_read(self.arrived_fd)
+                return self._waiting.popleft() if self._waiting else None
+        return None
+
+    def close(self) -> None:
+        """No more newcomers; the thread ends with the last link."""
+        with self._waiting_lock:
+            if self._closed:
+                return
+            self._closed = True
+            turned_away = list(self._waiting)
+            self._waiting.clear()
+            os.close(self.arrived_fd)
+        for link in turned_away:
+            link.abort()
+            link.close()
+        self.wake()
+
+    # -- the thread's ----------------------------------------------------------------------------------------------
+
+    def links(self) -> Sequence[tuple[list[bytes], Link]]:
+        return [([identity], link) for identity, link in self._links.items()]
+
+    def arrived(self, parts: list[zmq.Frame]) -> None:
+        identity = parts[0].bytes
+        message = read(parts[1:])
+        if message is None:
+            return
+        if link := self._links.get(identity):
+            link.handle(message)
+        elif message.kind is Kind.HELLO:
+            self._greet(identity, message, parts[1])
+
+    def _greet(self, identity: bytes, message: Message, frame: zmq.Frame) -> None:
+        try:
+            window = read_greeting(message, Kind.HELLO)
+        except ProtocolError as error:
+            log.warning("zmq: refused a peer: %s", error)
+            self.send([identity], Message(Kind.REFUSE, 0, str(error).encode()))
+            return
+        link = Link(f"{self._peer} from {_origin(frame)}", self.wake, pack)
+        with self._waiting_lock:
+            refusal = "it does not listen any more" if self._closed else None
+            if len(self._waiting) >= BACKLOG:
+                refusal = "too many wait to be accepted"
+            if refusal is None:
+                self._waiting.append(link)
+                os.eventfd_write(self.arrived_fd, 1)
+        if refusal:
+            self.send([identity], Message(Kind.REFUSE, 0, refusal.encode()))
+            return
+        self._links[identity] = link
+        link.open(window, answer=True)
+
+    def look_around(self, ready: dict[object, int]) -> bool:
+        if self._gatekeeper and self._gatekeeper.socket in ready:
+            self._gatekeeper.answer()
+        if self._ping.due():
+            for route, link in self.links():
+                if not self.send(route, PING):
+                    self._hear_out(link)
+        for identity in [identity for identity, link in self._links.items() if link.done]:
+            del self._links[identity]
+        return bool(self._links) or not self._closed
+
+    def _hear_out(self, link: Link) -> None:
+        """Its peer has gone: receive what is left of it, then tell the link."""
+        while self.socket.poll(0):
+            self.arrived(self.socket.recv_multipart(zmq.NOBLOCK, copy=False))
+        link.lost(LOST)
+
+    def ended(self) -> None:
+        if self._gatekeeper:
+            self._gatekeeper.socket.close()
+        with self._waiting_lock:
+            if not self._closed:  # it failed: whoever is in accept() has to wake up
+                os.eventfd_write(self.arrived_fd, 1)
+
+
+def _origin(frame: zmq.Frame) -> str:
+    try:
+        return str(frame.get("Peer-Address")) or "this host"
+    except zmq.ZMQError:
+        return "this host"

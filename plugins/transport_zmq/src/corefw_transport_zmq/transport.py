@@ -1,0 +1,144 @@
+"""connect() and listen().
+
+Threads: connect() and accept() block in the caller's; the sockets belong to the hubs' threads.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from typing import Final
+
+import zmq
+
+from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw.dialing import listen_tcp, listen_unix, resolve
+from corefw.errors import ChannelError
+from corefw.sockets import SocketListener
+from corefw.uri import MigrationUri, join_host_port
+from corefw_transport_zmq.address import IpcPlace, Place, TcpPlace, parse_address
+from corefw_transport_zmq.channel import ZmqChannel
+from corefw_transport_zmq.dialling import DiallingHub
+from corefw_transport_zmq.hub import make_socket
+from corefw_transport_zmq.keys import load_keys, secure_dialler, secure_listener
+from corefw_transport_zmq.serving import ServingHub
+
+ANSWER_SECONDS: Final = 10.0
+"""How long a listener may take to answer."""
+
+
+class ZmqTransport(Transport):
+    """zmq:tcp://HOST:PORT, zmq:ipc://PATH"""
+
+    def __init__(self, uri: MigrationUri) -> None:
+        super().__init__(uri)
+        self._address = parse_address(uri)
+        self._keys = load_keys(self._address.options, uri)
+        self.features = TransportFeatures(
+            return_path=True,
+            multi_channel=True,
+            incoming=self._keys is None or self._keys.authorized is not None,
+            outgoing=self._keys is None or self._keys.server is not None,
+        )
+
+    # -- dialling --------------------------------------------------------------------------------------------------
+
+    def connect(self, interrupt: Interrupt) -> Channel:
+        interrupt.check()
+        place = self._address.place
+        if isinstance(place, TcpPlace) and place.port == 0:
+            raise ChannelError(f"{self.uri}: port 0 cannot be dialled (use the port that the listener reports)")
+        failures: dict[str, None] = {}
+        for endpoint in self._endpoints(place, interrupt):
+            hub = self._dial(endpoint, interrupt)
+            if hub.failure is None:
+                return ZmqChannel(hub.link, hub)
+            failures[hub.failure] = None
+        raise ChannelError(f"{self.uri}: {'; '.join(failures)}")
+
+    def _endpoints(self, place: Place, interrupt: Interrupt) -> list[str]:
+        if isinstance(place, IpcPlace):
+            return [str(place)]
+        addresses = resolve(place.host, place.port, self.uri, interrupt)
+        return [f"tcp://{join_host_port(str(one.sockaddr[0]), place.port)}" for one in addresses]
+
+    def _dial(self, endpoint: str, interrupt: Interrupt) -> DiallingHub:
+        socket = make_socket(zmq.DEALER)
+        try:
+            secure_dialler(socket, self._keys, self.uri)
+        except BaseException:
+            socket.context.destroy(0)
+            raise
+        hub = DiallingHub(socket, str(self.uri))
+        try:
+            hub.dial(endpoint, interrupt, ANSWER_SECONDS)
+        except zmq.ZMQError as error:
+            raise ChannelError(f"{self.uri}: {error.strerror}") from None
+        return hub
+
+    # -- waiting ---------------------------------------------------------------------------------------------------
+
+    def listen(self) -> Listener:
+        place = self._address.place
+        socket = make_socket(zmq.ROUTER)
+        try:
+            gatekeeper = secure_listener(socket, self._keys, self.uri) if self._keys else None
+            if isinstance(place, IpcPlace):
+                listener = listen_unix(place.path, self.uri)
+            else:
+                listener = listen_tcp(place.host, place.port, self.uri)
+                place = TcpPlace(place.host, listener.sockets[0].getsockname()[1])
+            _bind(socket, listener, place)
+        except zmq.ZMQError as error:
+            socket.context.destroy(0)
+            raise ChannelError(f"{self.uri}: {error.strerror}") from None
+        except BaseException:
+            socket.context.destroy(0)
+            raise
+        uri = self._address.at(place)
+        hub = ServingHub(socket, str(uri), gatekeeper)
+        hub.start()
+        return ZmqListener(uri, hub, listener)
+
+
+def _bind(socket: zmq.Socket[bytes], listener: SocketListener, place: Place) -> None:
+    """Let ZeroMQ accept from sockets that we have made: its own way takes a socket file from whoever listens there."""
+    for sock in listener.sockets:
+        endpoint = str(place)
+        if isinstance(place, TcpPlace):
+            endpoint = f"tcp://{join_host_port(*sock.getsockname()[:2])}"
+        fd = os.dup(sock.fileno())
+        socket.setsockopt(zmq.USE_FD, fd)
+        try:
+            socket.bind(endpoint)
+        except zmq.ZMQError:
+            os.close(fd)
+            listener.close()
+            raise
+
+
+class ZmqListener(Listener):
+    """A hub, and the listening sockets that it accepts from."""
+
+    def __init__(self, uri: MigrationUri, hub: ServingHub, sockets: SocketListener) -> None:
+        self.uri = uri
+        self._hub = hub
+        self._sockets = sockets
+        self._closed = False
+
+    def accept(self, interrupt: Interrupt) -> Channel:
+        interrupt.check()
+        while not self._closed:
+            if link := self._hub.take():
+                return ZmqChannel(link)
+            if self._hub.wait(0):
+                raise ChannelError(f"{self.uri}: ZeroMQ failed, it does not listen any more")
+            interrupt.wait_for(self._hub.arrived_fd, select.POLLIN)
+        raise ChannelError(f"{self.uri}: does not listen any more")
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._sockets.close()
+        self._hub.close()
