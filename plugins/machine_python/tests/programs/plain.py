@@ -142,15 +142,6 @@ class Forgetful(Counted):
         self.total = self.steps * 2
 
 
-class Older(guest.Program):
-    """The first version of a program that is `Newer` by now: see test_fields.py."""
-
-    steps = guest.field("u64")
-
-    def tick(self) -> None:
-        time.sleep(0.001)
-
-
 class Wide(Silent):
     """An array whose shape an option decides, without minding whether it can be had."""
 
