@@ -1,0 +1,94 @@
+"""The displays and the summary, from the answers that they get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from corefw.cli.progress import Display, Lines, Progress, open_display
+from corefw.cli.summary import summary, throughput
+
+ACTIVE: dict[str, Any] = {
+    "status": "active",
+    "total-time": 1500,
+    "setup-time": 20,
+    "expected-downtime": 35,
+    "ram": {
+        "total": 1 << 30,
+        "remaining": 1 << 28,
+        "transferred": 3 << 28,
+        "mbps": 8.0,
+        "page-size": 4096,
+        "dirty-pages-rate": 256,
+        "dirty-sync-count": 2,
+        "normal": 1000,
+        "duplicate": 7,
+    },
+}
+
+COMPLETED: dict[str, Any] = {
+    **{name: value for name, value in ACTIVE.items() if name != "expected-downtime"},
+    "status": "completed",
+    "total-time": 2020,
+    "downtime": 12,
+}
+
+
+def test_progress_counts_in_bytes() -> None:
+    progress = Progress.of(ACTIVE)
+    assert (progress.rate, progress.dirty_rate, progress.fraction) == (1_000_000, 1 << 20, 0.75)
+    assert progress.heading() == "active, pass 2"
+    assert progress.details() == ["256.0 MiB to go", "976.6 KiB/s", "dirtied 1.0 MiB/s", "expected downtime 35 ms"]
+
+
+@pytest.mark.parametrize("answer", [{}, {"status": "setup"}, {"status": "active", "ram": {}}])
+def test_progress_of_an_answer_that_says_little(answer: dict[str, Any]) -> None:
+    progress = Progress.of(answer)
+    assert progress.fraction == 0.0
+    assert progress.details() == []
+
+
+def test_lines_come_once_a_second_and_only_on_change() -> None:
+    written: list[str] = []
+    now = [0.0]
+    lines = Lines(written.append, lambda: now[0])
+    answers = [ACTIVE, ACTIVE, {**ACTIVE, "expected-downtime": 1}, {**ACTIVE, "expected-downtime": 2}]
+    for number, answer in enumerate(answers):
+        now[0] = number * 0.6
+        lines.update(Progress.of(answer))
+    assert [line.rpartition(" downtime ")[2] for line in written] == ["35 ms", "1 ms"]
+    assert written[0].startswith("active, pass 2, 75 %, 256.0 MiB to go")
+
+
+def test_a_pass_that_sends_more_than_there_is_stays_in_bounds() -> None:
+    assert Progress(total=10, remaining=20).fraction == 0.0
+
+
+def test_without_a_terminal_there_are_lines_or_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_display("x", as_json=False) as display:
+        assert type(display) is Lines
+    with open_display("x", as_json=True) as display:
+        assert type(display) is Display
+        display.update(Progress.of(ACTIVE))
+        display.say("hello")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_summary_of_a_migration() -> None:
+    assert throughput(COMPLETED) == (3 << 28) / 2
+    assert summary(COMPLETED) == [
+        ("status", "completed"),
+        ("total time", "2.02 s"),
+        ("setup time", "20 ms"),
+        ("downtime", "12 ms"),
+        ("throughput", "384.0 MiB/s"),
+        ("passes", "2"),
+        ("sent", "768.0 MiB for 1.0 GiB of RAM"),
+        ("pages", "1,000 sent whole, 7 zero"),
+    ]
+
+
+def test_the_summary_of_one_that_failed() -> None:
+    assert summary({"status": "failed", "error-desc": "no route"}) == [("status", "failed"), ("error", "no route")]
+    assert summary({}) == [("status", "none")]

@@ -1,0 +1,107 @@
+"""`migfw migrate --qmp`, with a real QEMU: over what it knows by itself, over what it does not through a relay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.cli import TIMEOUT, migfw, start
+from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder
+
+pytestmark = [needs_qemu, pytest.mark.qemu]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with temporary_folder() as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def guest(folder: Path) -> Guest:
+    return assemble(folder, end=0x800000)
+
+
+@pytest.fixture
+def source(guest: Guest, folder: Path) -> Iterator[str]:
+    """The address of a QEMU that runs the guest: a second QMP socket, for QEMU serves one client at each."""
+    path = folder / "source.qmp"
+    with Qemu("-qmp", f"unix:{path},server=on,wait=off", boot=guest.image) as qemu:
+        qemu.wait_printed("B")
+        yield f"unix:{path}"
+    path.unlink(missing_ok=True)
+
+
+def test_a_uri_that_qemu_knows_is_passed_on(source: str, guest: Guest, folder: Path) -> None:
+    uri = f"unix:{folder}/known"
+    with Qemu(boot=guest.image, incoming=uri) as destination:
+        done = migfw("migrate", uri, "--json", "--qmp", source)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert json.loads(done.stdout)["status"] == "completed"
+        capabilities = migfw("qmp", "query-migrate-capabilities", "--qmp", source)
+        assert {"capability": "return-path", "state": True} in json.loads(capabilities.stdout)
+        destination.wait_running()
+        guest.check(destination)
+
+
+def test_any_other_is_relayed_with_the_return_path(source: str, guest: Guest, folder: Path) -> None:
+    # QEMU's URIs have no abstract names; the other half of the way is a relay as well.
+    far, near = f"unix:@{folder.name}", f"unix:{folder}/near"
+    with Qemu(boot=guest.image, incoming=near) as destination:
+        relay = start("relay", far, near)
+        try:
+            assert relay.stdout is not None
+            relay.stdout.readline()
+            done = migfw("migrate", far, "--qmp", source)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert "completed" in done.stdout
+            out, err = relay.communicate(timeout=TIMEOUT)
+        finally:
+            relay.kill()
+            relay.wait()
+        assert relay.returncode == 0, err
+        assert " back in " in out
+        destination.wait_running()
+        guest.check(destination)
+
+
+def test_a_file_is_relayed_without_one_and_loads(source: str, guest: Guest, folder: Path) -> None:
+    stream = folder / "stream"
+    done = migfw("migrate", f"file:{stream}", "--qmp", source)
+    assert (done.returncode, done.stderr) == (0, "")
+    with Qemu(boot=guest.image, incoming=f"exec:cat {stream}") as destination:
+        destination.wait_running()
+        guest.check(destination)
+    stopped = migfw("status", "--qmp", source)
+    assert "QEMU" in stopped.stdout
+    assert "guest:" in stopped.stdout
+    assert "postmigrate" in stopped.stdout
+
+
+def test_what_fails_is_named_and_the_guest_goes_on(source: str, folder: Path) -> None:
+    for uri, complaint in {
+        f"unix:{folder}/nobody": "Failed to connect",
+        "unix:@nobody-here": "unix:@nobody-here: connection refused",
+        "file:/nonexistent/stream": "/nonexistent/stream",
+    }.items():
+        done = migfw("migrate", uri, "--qmp", source)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+        assert complaint in done.stderr
+        assert done.stderr.endswith("; the guest is running here\n")
+    assert not [path for path in Path("/tmp").glob("migfw-relay-*") if path.stat().st_mtime > folder.stat().st_mtime]
+
+
+def test_wrong_usage_starts_nothing(source: str) -> None:
+    for arguments in (
+        ("carrier-pigeon:x",),
+        ("tcp:localhost:99999",),
+        ("unix:@x", "--detach"),
+        ("tcp:localhost:1", "--cap=levitate"),
+        ("tcp:localhost:1", "--param=altitude=3"),
+    ):
+        done = migfw("migrate", *arguments, "--qmp", source)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert json.loads(migfw("qmp", "query-migrate", "--qmp", source).stdout) == {}
