@@ -1,0 +1,155 @@
+"""A live QEMU moves to another QEMU over transports that no QEMU knows: through `migfw relay`, and by `migfw migrate`.
+
+Both QEMUs have their return-path capability on, so "completed" means that the destination's SHUT came back all the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.cli import MIGFW
+from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder, wait_until
+from tests.helpers.sshd import find_sshd, free_port, running_sshd
+
+pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(180)]
+
+needs_sshd = pytest.mark.skipif(find_sshd() is None, reason="needs sshd (apt-get install openssh-server)")
+TRANSPORTS = [pytest.param("ssh", marks=[pytest.mark.sshd, needs_sshd]), "zmq"]
+
+
+@pytest.fixture(scope="module")
+def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
+    return assemble(tmp_path_factory.mktemp("guest"))
+
+
+class Way:
+    """From a URI that a relay or `migrate` dials to the UNIX socket where a QEMU waits."""
+
+    def __init__(self, uri: str, environment: Mapping[str, str], helpers: contextlib.ExitStack) -> None:
+        self.uri = uri
+        self._environment = {**os.environ, **environment, "TERM": "dumb"}
+        self._helpers = helpers
+
+    def migfw(self, *arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*MIGFW, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self._environment,
+        )
+        self._helpers.callback(_end, process)
+        return process
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def _done(process: subprocess.Popen[str]) -> str:
+    """Wait for the end of a migfw that has to succeed; its stdout."""
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err + out
+    return out
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with temporary_folder() as path:
+        yield path
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest, folder: Path) -> Iterator[Way]:
+    """To unix:FOLDER/destination, by ssh or by zmq."""
+    with contextlib.ExitStack() as helpers:
+        if request.param == "ssh":
+            sshd = helpers.enter_context(running_sshd(folder / "sshd"))
+            home = sshd.make_home(folder / "home")
+            uri = f"ssh://{sshd.address}/unix:{folder}/destination"
+            yield Way(uri, {"HOME": str(home), "SSH_AUTH_SOCK": ""}, helpers)
+            return
+        made = Way(f"zmq:tcp://127.0.0.1:{free_port()}", {}, helpers)
+        far = made.migfw("relay", made.uri, f"unix:{folder}/destination")
+        yield made
+        _done(far)
+
+
+def _pair(guest: Guest, folder: Path, control: Path) -> tuple[Qemu, Qemu]:
+    source = Qemu("-qmp", f"unix:{control},server=on,wait=off", boot=guest.image)
+    try:
+        destination = Qemu(boot=guest.image, incoming="defer")
+    except BaseException:
+        source.close()
+        raise
+    for side in (source, destination):
+        side.capabilities("return-path")
+    destination.command("migrate-incoming", uri=f"unix:{folder}/destination")
+    source.wait_printed("B")
+    return source, destination
+
+
+def _prove(guest: Guest, source: Qemu, destination: Qemu) -> None:
+    figures = source.wait_migrated()
+    assert figures["ram"]["dirty-sync-count"] >= 2, "the guest ran while it was sent"
+    destination.wait_running()
+    destination.wait_printed("B", 2)
+    assert set(destination.printed()) == {"B"}, "it went on, it did not start anew"
+    guest.check(destination)
+
+
+@pytest.mark.parametrize("way", TRANSPORTS, indirect=True)
+def test_through_a_relay(way: Way, guest: Guest, folder: Path) -> None:
+    source, destination = _pair(guest, folder, folder / "qmp")
+    with source, destination:
+        near = way.migfw("relay", "--json", f"unix:{folder}/near", way.uri)
+        wait_until((folder / "near").exists, "the relay's socket")
+        source.migrate(f"unix:{folder}/near")
+        _prove(guest, source, destination)
+        report = json.loads(_done(near))
+        assert report["status"] == "completed" and report["return-path"]
+        assert report["forward-bytes"] > 16 << 20 and report["backward-bytes"] >= 8
+        assert not (folder / "near").exists()
+
+
+@pytest.mark.parametrize("way", TRANSPORTS, indirect=True)
+def test_by_migrate(way: Way, guest: Guest, folder: Path) -> None:
+    source, destination = _pair(guest, folder, folder / "qmp")
+    with source, destination:
+        report = json.loads(_done(way.migfw("migrate", "--json", "--qmp", f"unix:{folder}/qmp", way.uri)))
+        assert report["status"] == "completed"
+        _prove(guest, source, destination)
+
+
+def test_by_migrate_over_what_qemu_knows(guest: Guest, folder: Path) -> None:
+    source, destination = _pair(guest, folder, folder / "qmp")
+    with source, destination, contextlib.ExitStack() as helpers:
+        way = Way(f"unix:{folder}/destination", {}, helpers)
+        out = _done(way.migfw("migrate", "--qmp", f"unix:{folder}/qmp", way.uri))
+        assert "status:     completed" in out
+        _prove(guest, source, destination)
+
+
+def test_a_far_side_that_is_not_there(guest: Guest, folder: Path) -> None:
+    """The relay fails, the error says which side, and the guest goes on where it was."""
+    with Qemu("-qmp", f"unix:{folder}/qmp,server=on,wait=off", boot=guest.image) as source:
+        source.wait_printed("B")
+        done = subprocess.run(
+            [*MIGFW, "migrate", "--qmp", f"unix:{folder}/qmp", "zmq:ipc:///nonexistent/socket"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert done.stderr.count("\n") == 1 and "zmq:ipc:///nonexistent/socket" in done.stderr
+        assert source.command("query-status")["running"]
