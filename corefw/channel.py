@@ -83,9 +83,12 @@ class Interrupt:
         return bool(ready)
 
     def close(self) -> None:
+        """Idempotent; happens by itself when nobody has the object any more."""
         if self._event >= 0:
             os.close(self._event)
             self._event = -1
+
+    __del__ = close
 
 
 class _Closing:

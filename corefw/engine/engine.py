@@ -62,6 +62,7 @@ class Engine:
         self.incoming_uri: str | None = None
         self._autostart = autostart
         self._lock = threading.RLock()
+        self._guest_lock = threading.RLock()  # whoever starts, stops or asks the guest holds it
         self._observers: list[Observer] = []
         self._blockers = Blockers(machine, plugins, settings)
         self._migration: OutgoingMigration | None = None
@@ -113,13 +114,13 @@ class Engine:
 
     def stop(self) -> None:
         """Pause the guest. Nothing happens when it does not run."""
-        with self._lock:
+        with self._guest_lock:
             if self.machine.run_state is RunState.RUNNING:
                 self.machine.stop(RunState.PAUSED)
 
     def cont(self) -> None:
         """Let the guest run. Raises StateError where it may run elsewhere, or is not here yet."""
-        with self._lock:
+        with self._guest_lock:
             state = self.machine.run_state
             if state is RunState.RUNNING:
                 return
@@ -139,7 +140,8 @@ class Engine:
             raise UsageError(f"a machine of kind '{self.machine.kind}' cannot verify itself")
         if self.machine.run_state is RunState.INMIGRATE:
             raise StateError("Guest is waiting for an incoming migration")
-        return self.machine.verify()
+        with self._guest_lock:
+            return self.machine.verify()
 
     # -- out -------------------------------------------------------------------------------------------------------
 
@@ -180,7 +182,15 @@ class Engine:
         return transport
 
     def _begin_outgoing(self, transport: Transport, registry: SectionRegistry) -> None:
-        migration = OutgoingMigration(self.machine, self.settings, registry, transport, self.outgoing, self._pass_began)
+        migration = OutgoingMigration(
+            self.machine,
+            self.settings,
+            registry,
+            transport,
+            self.outgoing,
+            self._guest_lock,
+            self._pass_began,
+        )
         self._migration = migration
         if not self.outgoing.advance(self.outgoing.status, _S.SETUP):
             raise StateError(MIGRATION_ACTIVE)
@@ -238,7 +248,13 @@ class Engine:
             registry = self._registry()
             listener = transport.listen()
             arrival = IncomingMigration(
-                self.machine, self.settings, registry, listener, self.incoming, lambda: self._autostart
+                self.machine,
+                self.settings,
+                registry,
+                listener,
+                self.incoming,
+                self._guest_lock,
+                lambda: self._autostart,
             )
             self._arrival = arrival
             self.incoming_uri = str(listener.uri)

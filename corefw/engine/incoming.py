@@ -43,6 +43,7 @@ class IncomingMigration:
         registry: SectionRegistry,
         listener: Listener,
         state: StateMachine,
+        guest_lock: threading.RLock,
         autostart: Callable[[], bool],
     ) -> None:
         self.settings = settings
@@ -52,6 +53,7 @@ class IncomingMigration:
         self._registry = registry
         self._listener = listener
         self._state = state
+        self._guest_lock = guest_lock
         self._autostart = autostart
         self._channel: Channel | None = None
         self._return_path: ReturnPathWriter | None = None
@@ -126,7 +128,8 @@ class IncomingMigration:
         finally:
             for handler in begun:
                 handler.load_cleanup()
-        self._start_guest()
+        with self._guest_lock:
+            self._start_guest()
         self._advance(_S.ACTIVE, _S.COMPLETED)
         self._say_goodbye(0)
 
@@ -156,8 +159,8 @@ class IncomingMigration:
         if self._channel is None:
             return
         if self._return_path is None and status and self._channel.has_return_path:
-            # It failed before OPEN_RETURN_PATH came. A source that will open it learns that its guest is safe to run on;
-            # one that will not never reads this.
+            # It failed before OPEN_RETURN_PATH came. A source that will open it learns that its guest may run on; one
+            # that will not never reads this.
             self._return_path = ReturnPathWriter(self._channel)
         if self._return_path is None:
             return

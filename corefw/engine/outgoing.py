@@ -60,6 +60,7 @@ class OutgoingMigration:
         registry: SectionRegistry,
         transport: Transport,
         state: StateMachine,
+        guest_lock: threading.RLock,
         on_pass: Callable[[int], None],
     ) -> None:
         self.settings = settings
@@ -69,6 +70,7 @@ class OutgoingMigration:
         self._registry = registry
         self._transport = transport
         self._state = state
+        self._guest_lock = guest_lock
         self._on_pass = on_pass
         self._live: list[LiveHandler] = []
         self._proceed = threading.Event()
@@ -227,13 +229,13 @@ class OutgoingMigration:
     def _switch_over(self, writer: StreamWriter, sections: SectionWriter) -> None:
         """Stop the guest and send all the rest but the end mark (migration_completion)."""
         stop_began = time.monotonic()
-        run_state = self._machine.run_state
-        self._run_state_before = run_state
-        for handler in self._registry:
-            if isinstance(handler, CarriesRunState):
-                handler.store(run_state)
-        self._machine.stop(RunState.FINISH_MIGRATE)
-        self._stopped = True
+        with self._guest_lock:
+            self._run_state_before = self._machine.run_state
+            for handler in self._registry:
+                if isinstance(handler, CarriesRunState):
+                    handler.store(self._run_state_before)
+            self._machine.stop(RunState.FINISH_MIGRATE)
+            self._stopped = True
         if self.settings.capability("pause-before-switchover"):
             self._pause()
         self._downtime_began = stop_began
@@ -286,7 +288,10 @@ class OutgoingMigration:
             raise Interrupted("cancelled")
 
     def _cause(self, error: MigfwError | None) -> MigfwError | None:
-        """What failed first: a return path that broke aborts the channel, whose own error then says little."""
+        """What failed first: a guest that died takes its memory's logs along, and a return path that broke aborts the
+        channel; what they bring about says little."""
+        if error is not None and self._machine.run_state in DEAD:
+            return MachineError(f"the guest ended during the migration ({self._machine.run_state})")
         if error is not None and self._return_path is not None and not self.interrupt.is_set():
             try:
                 self._return_path.check()
@@ -318,7 +323,8 @@ class OutgoingMigration:
         statistics.downtime = milliseconds_since(self._downtime_began)
         statistics.mbps = statistics.transferred * 8 / max(1, statistics.total_time) / 1000
         statistics.ram.remaining_bytes = 0
-        self._machine.set_run_state(RunState.POSTMIGRATE)
+        with self._guest_lock:
+            self._machine.set_run_state(RunState.POSTMIGRATE)
         while not self._state.advance(self._state.status, _S.COMPLETED):
             pass  # a cancel that comes too late changes the state under our hands once
 
@@ -326,7 +332,8 @@ class OutgoingMigration:
         refused = self._return_path is not None and self._return_path.refused
         reason = str(error)
         if self._stopped:
-            reason += self._resume(may_run_there=self._handed_over and not refused)
+            with self._guest_lock:
+                reason += self._resume(may_run_there=self._handed_over and not refused)
         self.statistics.error = reason
         self.statistics.total_time = self.statistics.elapsed()
         while (status := self._state.status) not in (_S.FAILED, _S.CANCELLED):
