@@ -1,0 +1,325 @@
+"""The contract kit for machines catches every way to break the contract, and lets a good machine pass.
+
+Each broken machine is the good one with one thing changed; the kit has to name that thing, in the check made for it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from corefw.errors import MachineError
+from corefw.machine import Device, DirtyLog, Machine, RunState
+from corefw.memory.blocks import MemfdBlock
+from corefw.memory.hashes import HashLog
+from corefw.memory.runs import no_runs
+from corefw.testing import machine
+from corefw.testing.machine import CHECKS, MachineCase, check_machine
+from corefw.wire.vmstate import Kind, Scalar, VMState
+
+PAGES = 16
+
+
+class Count:
+    total = 0
+
+
+COUNT = VMState("count", fields=(Scalar("total", Kind.U64),))
+
+
+class Good(Machine):
+    """A thread that adds one to its pages, round and round."""
+
+    kind = "count"
+
+    def __init__(self, incoming: bool) -> None:
+        self._state = RunState.INMIGRATE if incoming else RunState.PRELAUNCH
+        self.observers: list[Callable[[RunState, RunState], None]] = []
+        self.count = Count()
+        self.block = MemfdBlock("counters", PAGES * 4096)
+        self.block.dirty_log = HashLog(self.block)
+        self.wanted = threading.Event()
+        self.thread: threading.Thread | None = None
+        self.slowly = 0.0
+
+    @property
+    def name(self) -> str:
+        return "count-1"
+
+    @property
+    def run_state(self) -> RunState:
+        return self._state
+
+    def ram_blocks(self) -> Sequence[MemfdBlock]:
+        return (self.block,)
+
+    def devices(self) -> Sequence[Device]:
+        return (Device("count", 0, COUNT, self.count),)
+
+    def start(self) -> None:
+        if self.block.fd < 0:
+            raise MachineError("closed")
+        if self.thread is None:
+            self.wanted.set()
+            self.thread = threading.Thread(target=self.run)
+            self.thread.start()
+            self.set_run_state(RunState.RUNNING)
+
+    def run(self) -> None:
+        while self.wanted.is_set():
+            self.block.pages[self.count.total % (PAGES // 2), 0] += 1
+            self.count.total += 1
+            time.sleep(0.0005 + self.slowly)
+
+    def stop(self, state: RunState) -> None:
+        if self.thread is not None:
+            self.wanted.clear()
+            self.thread.join()
+            self.thread = None
+        self.set_run_state(state)
+
+    def set_run_state(self, state: RunState) -> None:
+        old, self._state = self._state, state
+        if old is not state:
+            for observer in self.observers:
+                observer(old, state)
+
+    def watch(self, observer: Callable[[RunState, RunState], None]) -> None:
+        self.observers.append(observer)
+
+    def information(self) -> Mapping[str, object]:
+        return {"ram": {"counters": self.block.length}}
+
+    def verify(self) -> Mapping[str, object]:
+        return {"total": self.count.total}
+
+    def throttle(self, percent: int) -> None:
+        self.slowly = percent / 10000
+
+    def close(self) -> None:
+        if self.block.fd >= 0:
+            self.stop(RunState.SHUTDOWN)
+            self.block.close()
+
+
+def case(kind: Callable[[bool], Machine]) -> MachineCase:
+    return MachineCase(kind, seconds=0.02)
+
+
+def test_a_good_machine_passes_every_check() -> None:
+    assert check_machine(case(Good)) == list(CHECKS)
+
+
+def test_a_check_that_is_none() -> None:
+    with pytest.raises(AssertionError, match="no check is called nonsense: expected some of a-new-machine"):
+        check_machine(case(Good), only=["nonsense"])
+
+
+# -- one thing wrong in each -------------------------------------------------------------------------------------------
+
+
+class _BrokenLog(HashLog):
+    """Forgets the last page that it should name."""
+
+    def harvest(self) -> NDArray[np.int64]:
+        runs = super().harvest()
+        return runs[:-1] if len(runs) else runs
+
+
+class _Unsorted(HashLog):
+    def harvest(self) -> NDArray[np.int64]:
+        return np.array([[4, 5], [1, 2]]) if len(super().harvest()) else no_runs()
+
+
+class _Forever(HashLog):
+    """Names a page whether it was written or not."""
+
+    def harvest(self) -> NDArray[np.int64]:
+        super().harvest()
+        return np.array([[0, len(self._block.pages)]])
+
+
+class _Block(MemfdBlock):
+    """Touches what it should leave alone."""
+
+    def fill(self, pages: NDArray[np.int64], value: int) -> None:
+        self.pages[pages] = value
+
+
+class _HalfStore(MemfdBlock):
+    def store(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
+        super().store(pages[:-1], data[:-1])
+
+
+class _NoHoles(MemfdBlock):
+    def holes(self) -> NDArray[np.int64]:
+        return np.array([[0, self.page_count]])
+
+
+def with_log(log: Callable[[MemfdBlock], DirtyLog]) -> type[Good]:
+    class WithLog(Good):
+        def __init__(self, incoming: bool) -> None:
+            super().__init__(incoming)
+            self.block.dirty_log = log(self.block)
+
+    return WithLog
+
+
+def with_block(block: type[MemfdBlock]) -> type[Good]:
+    class WithBlock(Good):
+        def __init__(self, incoming: bool) -> None:
+            super().__init__(incoming)
+            self.block.close()
+            self.block = block("counters", PAGES * 4096)
+            self.block.dirty_log = HashLog(self.block)
+
+    return WithBlock
+
+
+class StartsRunning(Good):
+    def __init__(self, incoming: bool) -> None:
+        super().__init__(incoming)
+        self._state = RunState.PAUSED
+
+
+class NoSizes(Good):
+    def information(self) -> Mapping[str, object]:
+        return {"ram": 12}
+
+
+class TwoNames(Good):
+    made = 0
+
+    @property
+    def name(self) -> str:
+        TwoNames.made += 1
+        return f"count-{TwoNames.made}"
+
+
+class ForgetsState(Good):
+    def stop(self, state: RunState) -> None:
+        if self.thread is not None:
+            super().stop(state)
+
+
+class RunsOn(Good):
+    """stop() does not wait for the guest."""
+
+    def stop(self, state: RunState) -> None:
+        self.wanted.clear()
+        self.thread = None
+        self.set_run_state(state)
+
+    def run(self) -> None:
+        pages, until = self.block.pages, time.monotonic() + 0.5
+        while self.wanted.is_set() or time.monotonic() < until:
+            pages[0, 0] += 1
+            time.sleep(0.002)
+
+
+class DeviceMoves(Good):
+    def devices(self) -> Sequence[Device]:
+        self.count.total += 1
+        return super().devices()
+
+
+class TellsTooOften(Good):
+    def set_run_state(self, state: RunState) -> None:
+        old, self._state = self._state, state
+        for observer in self.observers:
+            observer(old, state)
+
+
+class TellsTooEarly(Good):
+    def set_run_state(self, state: RunState) -> None:
+        for observer in self.observers:
+            if state is not self._state:
+                observer(self._state, state)
+        self._state = state
+
+
+class LosesDevices(Good):
+    """What is loaded is not what is kept."""
+
+    def devices(self) -> Sequence[Device]:
+        count = Count()
+        count.total = self.count.total
+        return (Device("count", 0, COUNT, count),)
+
+
+class PausesToVerify(Good):
+    def verify(self) -> Mapping[str, object]:
+        if self.thread is not None:
+            self.stop(RunState.PAUSED)
+        return {}
+
+
+class StaysThrottled(Good):
+    def throttle(self, percent: int) -> None:
+        if percent == 0:
+            raise MachineError("too late")
+
+
+class ClosesOnce(Good):
+    def close(self) -> None:
+        if self.block.fd < 0:
+            raise MachineError("closed already")
+        super().close()
+
+
+class Leaks(Good):
+    def close(self) -> None:
+        if self.block.fd >= 0:
+            self.kept = os.dup(self.block.fd)
+            self.leaked.append(self.kept)
+        super().close()
+
+    leaked: list[int] = []  # noqa: RUF012 - the test closes them
+
+
+@pytest.mark.parametrize(
+    ("kind", "check", "message"),
+    [
+        (StartsRunning, "a-new-machine-says-what-it-is", "is paused, not prelaunch"),
+        (NoSizes, "a-new-machine-says-what-it-is", r"information\(\)\['ram'\] is 12"),
+        (TwoNames, "two-machines-fit-each-other", "the source is 'count-"),
+        (with_block(_Block), "pages-are-stored-and-filled", "zeroes touched pages of 'counters' that were holes"),
+        (with_block(_HalfStore), "pages-are-stored-and-filled", r"store\(\) did not store what it got"),
+        (with_block(_NoHoles), "holes-read-as-zero", "pages 0 to 16 of 'counters' are no hole"),
+        (with_log(_BrokenLog), "the-dirty-log-finds-every-write", "the dirty log of 'counters' lost writes to"),
+        (with_log(_Unsorted), "the-dirty-log-finds-every-write", "has runs that are not ascending and apart"),
+        (with_log(_Forever), "the-dirty-log-finds-every-write", "names pages again that nobody wrote"),
+        (ForgetsState, "start-and-stop-can-be-repeated", r"after stop\(FINISH_MIGRATE\) of a stopped guest is paused"),
+        (RunsOn, "nothing-changes-while-stopped", "block 'counters' changed while the guest was stopped"),
+        (DeviceMoves, "nothing-changes-while-stopped", "a device's state changed while the guest was stopped"),
+        (
+            TellsTooOften,
+            "observers-hear-every-change-once",
+            "observers heard prelaunch -> running, .*finish-migrate ->",
+        ),
+        (TellsTooEarly, "observers-hear-every-change-once", "an observer was called before run_state had changed"),
+        (LosesDevices, "state-moves-to-another-machine", "does not save what was loaded"),
+        (PausesToVerify, "verify-leaves-the-guest-as-it-was", r"after verify\(\) of a guest that runs is paused"),
+        (StaysThrottled, "throttle-can-be-ended", "MachineError: too late"),
+        (ClosesOnce, "close-can-be-repeated", "MachineError: closed already"),
+    ],
+)
+def test_a_broken_machine_is_caught(kind: Callable[[bool], Machine], check: str, message: str) -> None:
+    with pytest.raises(AssertionError, match=f"{check}: .*{message}"):
+        check_machine(case(kind), only=[check])
+
+
+def test_what_is_left_behind_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "SETTLE", 0.3)
+    try:
+        with pytest.raises(AssertionError, match=r"close-can-be-repeated: left behind: descriptor .* /memfd:counters"):
+            check_machine(case(Leaks), only=["close-can-be-repeated"])
+    finally:
+        for fd in Leaks.leaked:
+            os.close(fd)
