@@ -1,6 +1,4 @@
-"""corefw.channel: what it does itself."""
-
-from __future__ import annotations
+"""What of the channel interface is code: filling a view, and closing at the end of a block."""
 
 import pytest
 
@@ -8,57 +6,60 @@ from corefw.channel import Buffer, Channel, receive_exactly
 from corefw.errors import ChannelClosed, ChannelError
 
 
-class Scripted(Channel):
-    """Receives what it was given, one piece at a time, and then the end."""
+class Pieces(Channel):
+    """A channel that receives its pieces one by one."""
 
-    peer = "test:peer"
+    peer = "pieces:there"
     has_return_path = False
 
     def __init__(self, *pieces: bytes) -> None:
         self.pieces = list(pieces)
         self.closed = 0
 
+    def send(self, *parts: Buffer) -> None:
+        raise ChannelError("one way only")
+
     def receive_into(self, view: memoryview) -> int:
         if not self.pieces:
             return 0
         piece = self.pieces.pop(0)
-        count = min(len(piece), len(view))
-        view[:count] = piece[:count]
-        if piece[count:]:
-            self.pieces.insert(0, piece[count:])
-        return count
-
-    def send(self, *parts: Buffer) -> None:
-        raise ChannelError("one way")
+        taken = piece[: len(view)]
+        view[: len(taken)] = taken
+        if piece[len(taken) :]:
+            self.pieces.insert(0, piece[len(taken) :])
+        return len(taken)
 
     def wait_readable(self, seconds: float) -> bool:
         return True
 
     def send_eof(self) -> None:
-        pass
+        raise ChannelError("one way only")
 
     def abort(self) -> None:
-        pass
+        self.pieces.clear()
 
     def close(self) -> None:
         self.closed += 1
 
 
-def test_receive_exactly_takes_no_more_than_it_was_asked_for() -> None:
-    channel, room = Scripted(b"ab", b"c", b"defg"), bytearray(5)
-    receive_exactly(channel, memoryview(room))
-    assert room == b"abcde"
-    assert channel.pieces == [b"fg"]
-    receive_exactly(channel, memoryview(bytearray()))
+def test_a_view_is_filled_from_many_pieces() -> None:
+    channel = Pieces(b"a", b"bcd", b"efgh")
+    view = memoryview(bytearray(6))
+    receive_exactly(channel, view)
+    assert bytes(view) == b"abcdef"
+    receive_exactly(channel, view[:0])
+    assert channel.pieces == [b"gh"]
 
 
-def test_receive_exactly_says_how_much_is_missing() -> None:
-    with pytest.raises(ChannelClosed, match="test:peer ended the stream 7 bytes too early"):
-        receive_exactly(Scripted(b"abc"), memoryview(bytearray(10)))
+def test_an_end_that_comes_too_early_says_how_much_is_missing() -> None:
+    with pytest.raises(ChannelClosed, match="pieces:there ended the stream 2 bytes too early"):
+        receive_exactly(Pieces(b"abc"), memoryview(bytearray(5)))
 
 
-def test_with_closes_also_after_an_error() -> None:
-    channel = Scripted()
-    with pytest.raises(ZeroDivisionError), channel:
-        raise ZeroDivisionError
-    assert channel.closed == 1
+def test_a_channel_is_closed_at_the_end_of_its_block_also_when_that_fails() -> None:
+    channel = Pieces()
+    with channel as entered:
+        assert entered is channel
+    with pytest.raises(RuntimeError), channel:
+        raise RuntimeError
+    assert channel.closed == 2
