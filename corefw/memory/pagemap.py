@@ -108,8 +108,10 @@ class PagemapLog(DirtyLog):
     def __init__(self, tracker: Tracker, address: int, length: int, page_size: int = 4096) -> None:
         self._tracker = tracker
         self._address = address
-        self._length = length
+        # The last of the host's pages may reach beyond the block; it is mapped all the same.
+        self._length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
         self._page_size = page_size
+        self._page_count = length // page_size
         self._regions = np.empty((0, 3), dtype=np.uint64)
         self._armed = False
 
@@ -167,7 +169,7 @@ class PagemapLog(DirtyLog):
         runs[:, 0] //= self._page_size
         runs[:, 1] += self._page_size - 1
         runs[:, 1] //= self._page_size
-        return join(runs)
+        return join(np.minimum(runs, self._page_count))
 
     def stop(self) -> None:
         if not self._armed:

@@ -230,6 +230,19 @@ def test_arrays_are_rounded_up_to_pages(make: Make) -> None:
     assert {block.idstr: block.length for block in machine.ram_blocks()} == {"small": 4096, "large": 102_400}
 
 
+def test_what_status_shows(make: Make) -> None:
+    machine = make("Plain")
+    shown = machine.information()
+    assert shown["program"] == f"{PLAIN}:Plain"
+    assert shown["pid"] == machine.pid
+    assert shown["ram"] == {"small": 4096, "large": 102_400}
+    fields = shown["fields"]
+    assert isinstance(fields, dict)
+    assert (fields["u8"], fields["text"], fields["raw"], fields["flag"]) == (200, "Grüße", "6162000000", True)
+    machine.start()
+    assert machine.information()["fields"] == {}
+
+
 def test_undeclared_attributes_are_named_once(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     machine = make("Forgetful")
     for _ in range(2):

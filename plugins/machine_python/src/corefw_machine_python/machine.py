@@ -21,7 +21,7 @@ from corefw.memory.pagemap import Tracker
 from corefw_machine_python.loading import BUNDLED, EXPECTED
 from corefw_machine_python.process import START_TIMEOUT, Ending, GuestProcess, GuestTimeout
 from corefw_machine_python.protocol import Message
-from corefw_machine_python.table import SET_UP, get_values, make_device, set_values
+from corefw_machine_python.table import SET_UP, get_values, make_device, set_values, show_values
 
 log = logging.getLogger(__name__)
 
@@ -100,13 +100,13 @@ class PythonMachine(Machine):
         return (self._device,)
 
     def information(self) -> Mapping[str, object]:
-        fields = zip(self._loaded["fields"], get_values(self._device, self._loaded["fields"]), strict=True)
         return {
             "program": BUNDLED.get(self._program, self._program),
             "pid": self._guest.pid,
             "ram": {block.idstr: block.length for block in self._blocks},
             "dirty-log": {block.idstr: type(block.dirty_log).__name__ for block in self._blocks},
-            "fields": {} if self._run_state is RunState.RUNNING else {field["name"]: value for field, value in fields},
+            # Of a guest that runs, its process alone has the truth.
+            "fields": {} if self._run_state is RunState.RUNNING else show_values(self._device, self._loaded["fields"]),
             **({"error": self._reason} if self._reason else {}),
         }
 

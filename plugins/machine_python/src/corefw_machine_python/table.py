@@ -81,3 +81,12 @@ def get_values(device: Device, fields: Sequence[Mapping[str, Any]]) -> list[Any]
     """The state, as it is said to the guest."""
     values = [getattr(device.state, field["name"]) for field in fields]
     return [bytes(value).hex() if isinstance(value, bytes | bytearray) else value for value in values]
+
+
+def show_values(device: Device, fields: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state for people, by name: text as text, bytes as hexadecimal digits."""
+    shown = {}
+    for field, value in zip(fields, get_values(device, fields), strict=True):
+        text = FieldType.parse(field["type"]).kind == "str"
+        shown[field["name"]] = bytes.fromhex(value).rstrip(b"\0").decode(errors="replace") if text else value
+    return shown
