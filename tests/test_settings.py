@@ -1,12 +1,15 @@
 """The tables against the surface that QEMU's migration has, and the law: checked as a whole, applied as a whole."""
 
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from corefw.errors import SettingsError, UsageError
+from corefw.plugins import Plugins
+from corefw.quantities import format_size
 from corefw.settings import (
     CAPABILITIES,
     IMPLEMENTED_BY_CORE,
@@ -335,3 +338,43 @@ def test_changes_by_many_threads_are_each_whole(settings: Settings) -> None:
         assert seen["cpu-throttle-initial"] == seen["cpu-throttle-increment"] or seen["cpu-throttle-initial"] == 20
     for thread in threads:
         thread.join()
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+def rows() -> list[str]:
+    """The tables of docs/settings.md, from the tables of the code and what the repository's plugins implement."""
+    settings = Plugins.load().settings()
+    made = [
+        f"| `{one.name}` | {'yes' if settings.implemented(one.name) else 'refused'} | {one.help} |"
+        for one in CAPABILITIES
+    ]
+    made += [
+        f"| `{one.name}` | {_default(one)} | {_range(one)} | "
+        f"{'yes' if settings.implemented(one.name) else 'refused'} | {one.help} |"
+        for one in PARAMETERS
+    ]
+    return made + [f"| `{name}` | {'on' if on else 'off'} | {text} |" for name, (on, text) in PROPERTIES.items()]
+
+
+def _default(one: Parameter) -> str:
+    if isinstance(one.default, bool):
+        return "on" if one.default else "off"
+    return format_size(one.default) if isinstance(one.default, int) and one.kind in SIZES else str(one.default)
+
+
+def _range(one: Parameter) -> str:
+    if one.kind in (Kind.BOOLEAN, Kind.STRING):
+        return "on or off" if one.kind is Kind.BOOLEAN else "text"
+    unit = {Kind.SIZE: " bytes, a power of two", Kind.RATE: " bytes/s", Kind.MILLISECONDS: " ms"}.get(one.kind, "")
+    return f"{one.minimum} to {one.maximum}{unit}"
+
+
+SIZES = (Kind.SIZE, Kind.RATE)
+
+
+def test_the_page_has_every_setting() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "settings.md").read_text()
+    missing = [row for row in rows() if row not in page]
+    assert missing == [], "docs/settings.md lacks:\n" + "\n".join(missing)
