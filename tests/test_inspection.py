@@ -117,7 +117,7 @@ def test_fields_are_decoded() -> None:
     assert fields(found, "globalstate")["runstate"] == "prelaunch"
     assert fields(found, "timer")["cpu_clock_offset"] >= 0
     assert fields(found, "mc146818rtc")["cmos_data"]["bytes"] == 128
-    assert cpu[SUBSECTIONS] == {"cpu/poll_control_msr": {"env.poll_control_msr": 1}}
+    assert cpu[SUBSECTIONS] == {"cpu/poll_control_msr": {"env.poll_control_msr": 0}}
     assert set(fields(found, "fw_cfg")[SUBSECTIONS]) == {"fw_cfg/dma", "fw_cfg/acpi_mr"}
 
 
