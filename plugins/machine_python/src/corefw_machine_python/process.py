@@ -62,7 +62,7 @@ class GuestProcess:
         ours, theirs = socket.socketpair()
         lifeline, self._lifeline = os.pipe()
         try:
-            # S: the interpreter that runs us, with our own module.
+            # The interpreter that runs the engine, so with the same packages.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "corefw_machine_python.guestmain", str(theirs.fileno()), str(lifeline)],
                 stdin=subprocess.DEVNULL,
