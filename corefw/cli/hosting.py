@@ -6,7 +6,6 @@ moved elsewhere takes its old process with it, but not before whoever watches th
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
@@ -21,7 +20,7 @@ from typing import Final
 
 import click
 
-from corefw.cli.outcome import ExitStatus, Finished, note
+from corefw.cli.outcome import ExitStatus, Finished, abandon_stdout, note
 from corefw.engine import Engine, Event
 from corefw.errors import MigfwError
 from corefw.qmp.address import UnixAddress
@@ -61,8 +60,10 @@ class Plan:
 
 def say(text: str) -> None:
     """A line on stdout. Nobody reading it is no reason to end a guest."""
-    with contextlib.suppress(OSError):
+    try:
         click.echo(f"migfw: {text}")
+    except OSError:
+        abandon_stdout()
 
 
 def host(engine: Engine, server: QmpServer, plan: Plan) -> None:

@@ -6,20 +6,25 @@ import re
 from pathlib import Path
 
 from corefw.errors import UsageError
-from corefw.qmp.address import QmpAddress, find_engines, named_address, parse_address
+from corefw.qmp.address import QmpAddress, UnixAddress, find_engines, named_address, parse_address, remove_stale
 
 _LONGEST = 40
 """Characters of a name that was made up; a name given by --name may be longer."""
 
 
 def claim(name: str | None, qmp: str | None, program: str) -> tuple[str, QmpAddress]:
-    """The name and address of a new engine. A name that was given must be free; one made from `program` gets a number
+    """The name and address of a new engine. What was given must be free; a name made from `program` gets a number
     where it is taken. Raises UsageError."""
     taken = {engine.name for engine in find_engines()} if qmp is None else set()
     if name is not None and name in taken:
         raise UsageError(f"an engine named '{name}' runs already: choose another --name, or end it with 'migfw quit'")
     chosen = name if name is not None else _free(suggest(program), taken)
-    return chosen, named_address(chosen) if qmp is None else parse_address(qmp)
+    if qmp is None:
+        return chosen, named_address(chosen)
+    address = parse_address(qmp)
+    if isinstance(address, UnixAddress) and remove_stale(Path(address.path)):
+        raise UsageError(f"somebody listens at '{address}' already: choose another --qmp, or end it")
+    return chosen, address
 
 
 def suggest(program: str) -> str:

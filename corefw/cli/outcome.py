@@ -81,10 +81,16 @@ def guarded(command: Callable[[], object]) -> object:
     except BrokenPipeError as error:
         if not _stdout_is_gone():
             raise AssertionError("a broken pipe that nobody translated") from error
-        # What is still in the buffer has nowhere to go; the interpreter must not complain of that when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+        abandon_stdout()
         raise Finished(ExitStatus.BROKEN_PIPE) from None
     return result
+
+
+def abandon_stdout() -> None:
+    """Nobody reads it any more. What is still in the buffer, and what comes, goes nowhere and without complaint."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _stdout_is_gone() -> bool:

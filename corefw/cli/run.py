@@ -7,6 +7,7 @@ undone on every way out, so nothing is left behind.
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
@@ -70,9 +71,10 @@ def run(
 ) -> None:
     """Run PROGRAM as a guest that can migrate, or wait for one to migrate here.
 
-    PROGRAM is FILE.py:CLASS, PACKAGE.MODULE:CLASS, or the name of a bundled one (stress). A destination needs the same
-    PROGRAM and options as the source. It runs until the guest ends, until it has moved elsewhere, until 'migfw quit' or
-    Ctrl-C. One line on stdout says when it is ready; with --incoming it says which address it got, so port 0 is fine.
+    PROGRAM is FILE.py:CLASS, PACKAGE.MODULE:CLASS, or the name of a bundled one (stress, life). A destination needs the
+    same PROGRAM and options as the source. It runs until the guest ends, until it has moved elsewhere, until 'migfw
+    quit' or Ctrl-C. One line on stdout says when it is ready; with --incoming it says which address it got, so port 0
+    is fine.
 
     \b
     Examples:
@@ -94,6 +96,8 @@ def run(
     from corefw.plugins import Plugins
     from corefw.qmp.server import QmpServer
 
+    # Until the engine hears signals itself, SIGTERM finds its way through the cleaning up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = split_pairs(opts, "--opt NAME=VALUE, as in --opt ram=1G")
     plugins = Plugins.load()
     settings = plugins.settings()

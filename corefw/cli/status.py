@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import click
@@ -16,8 +16,34 @@ from corefw.quantities import format_size
 
 Fact = tuple[str, str]
 
-_NAMES: Final = {"pid": "guest process", "dirty-log": "dirty log"}
-"""What a machine's information is called here, where its own word would mislead."""
+
+def _phrase(value: object) -> str:
+    """Any JSON value in a line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_phrase(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(_phrase(inner) for inner in value)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _devices(value: Any) -> str:
+    """Names; of several with the same one, the later with their instance. Another plugin's may look otherwise."""
+    if not (isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value)):
+        return _phrase(value)
+    return ", ".join(f"{one['name']}/{one['instance-id']}" if one.get("instance-id") else one["name"] for one in value)
+
+
+def _size(value: Any) -> str:
+    return format_size(value) if isinstance(value, int) else _phrase(value)
+
+
+_SHOWN: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
+    "pid": ("guest process", _phrase),
+    "dirty-log": ("dirty log", _phrase),
+    "devices": ("devices", _devices),
+    "device-state": ("device state", _size),
+}
+"""What of a machine's information is called or written otherwise here: key -> (name, how to write the value)."""
 
 
 @click.command()
@@ -69,23 +95,15 @@ def _facts(document: Mapping[str, Any]) -> Iterator[Fact]:
 
 def _machine(machine: Mapping[str, Any]) -> Iterator[Fact]:
     yield "machine", f"{machine['kind']}, type {machine['name']}"
-    information = dict(machine["information"])
+    information = {key: value for key, value in machine["information"].items() if value != machine["name"]}
     ram = information.pop("ram", {})
     if ram:
         blocks = ", ".join(f"{block} {format_size(length)}" for block, length in ram.items())
         yield "RAM", f"{format_size(sum(ram.values()))} ({blocks})"
     for key, value in information.items():
-        if value in ({}, [], "", None):
-            continue
-        yield _NAMES.get(key) or key, _phrase(value)
-
-
-def _phrase(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_phrase(inner)}" for key, inner in value.items()) or "none"
-    if isinstance(value, list):
-        return ", ".join(_phrase(inner) for inner in value) or "none"
-    return str(value)
+        if value not in ({}, [], "", None):
+            name, written = _SHOWN.get(key, (key, _phrase))
+            yield name, written(value)
 
 
 def _migration(answer: Mapping[str, Any]) -> Iterator[Fact]:

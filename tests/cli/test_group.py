@@ -80,6 +80,15 @@ def test_wrong_usage_is_one_line(tmp_path: Path) -> None:
     assert found == [(2, "", f"migfw: {line}\n") for line in LINES.values()]
 
 
+def test_verbose_logs_to_stderr_before_and_behind_the_command(tmp_path: Path) -> None:
+    quiet, before, behind, all_of_it = migfw_each(
+        [("plugins",), ("-v", "plugins"), ("plugins", "-v"), ("-v", "plugins", "-v")], tmp_path
+    )
+    assert {found[:2] for found in (quiet, before, behind, all_of_it)} == {(0, quiet[1])}
+    assert (quiet[2], before[2], behind[2]) == ("", "", "")
+    assert " DEBUG stevedore" in all_of_it[2]
+
+
 def test_a_reader_that_goes_away_makes_no_noise() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "corefw.cli", "plugins", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import SMALL, Engines
-from tests.helpers.cli import check_refused, migfw
+from tests.helpers.cli import TIMEOUT, check_refused, migfw
 
 ENDS = """
 from corefw_machine_python import guest
@@ -53,6 +53,17 @@ def test_paused_it_waits_for_cont(engines: Engines) -> None:
     assert "not started" in engine.line
     assert "prelaunch" in engine.call("status").stdout
     assert engine.call("cont").stdout == "the guest is running\n"
+
+
+def test_a_reader_that_goes_away_does_not_end_the_guest(engines: Engines) -> None:
+    engine = engines(*SMALL, "--incoming", f"unix:{engines.runtime}/in")
+    assert engine.process.stdout is not None
+    engine.process.stdout.close()
+    other = engines(*SMALL, "--name", "other")
+    assert other.call("migrate", f"unix:{engines.runtime}/in").returncode == 0
+    assert engine.call("verify").returncode == 0  # it wanted to say that the guest has arrived
+    assert engine.call("quit").returncode == 0
+    assert engine.process.wait(TIMEOUT) == 0
 
 
 def test_ctrl_c_ends_it_in_order(engines: Engines) -> None:
@@ -106,6 +117,14 @@ def test_an_address_of_its_own(engines: Engines, tmp_path: Path) -> None:
     engine = engines(*SMALL, "--qmp", "tcp:127.0.0.1:0")
     assert engines.sockets() == []
     assert migfw("status", "--qmp", engine.address, runtime=engines.runtime).returncode == 0
+
+
+def test_an_address_where_somebody_listens_is_refused(engines: Engines) -> None:
+    engine = engines(*SMALL)
+    done = migfw("run", *SMALL, "--qmp", engine.address, runtime=engines.runtime)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert engine.address in done.stderr
+    assert engine.call("status").returncode == 0
 
 
 def test_incoming_says_what_to_dial(engines: Engines) -> None:
