@@ -171,8 +171,8 @@ def remove_stale(path: Path) -> bool:
             if path.lstat().st_ino == before.st_ino:
                 path.unlink()
         return False
-    except TimeoutError:
-        return True
+    except (TimeoutError, BlockingIOError):
+        return True  # its backlog is full
     except OSError:
         return False
     return True

@@ -29,6 +29,8 @@ REPLY_SECONDS: Final = 600.0
 """A command may stop a guest or check all of its memory before it answers."""
 
 _CHUNK: Final = 1 << 16
+_BUSY: Final = "it sends no greeting (a QEMU serves one client at a time: is another one connected?)"
+_RETRY: Final = 0.02
 _EVENTS: Final = 1 << 16
 """How many events are kept for a caller who does not ask for them; then the oldest go."""
 
@@ -121,24 +123,16 @@ class QmpClient:
         try:
             if not isinstance(address, UnixAddress):
                 return socket.create_connection((address.host or "localhost", address.port), timeout)
-            sock = socket.socket(socket.AF_UNIX)
-            try:
-                sock.settimeout(timeout)
-                sock.connect(address.path)
-            except BaseException:
-                sock.close()
-                raise
-            return sock
+            return _connected_unix(address.path, timeout)
+        except BlockingIOError:
+            raise ChannelError(f"no migfw or QEMU answers at {address}: {_BUSY}") from None
         except OSError as error:
             raise ChannelError(f"no migfw or QEMU answers at {address}: {error.strerror or error}") from None
 
     def _greeting(self, deadline: float) -> Mapping[str, Any]:
         message = self._next(deadline)
         if message is None:
-            raise ChannelError(
-                f"no migfw or QEMU answers at {self.address}: it accepts, but sends no greeting (a QEMU serves one "
-                "client at a time: is another one connected?)"
-            )
+            raise ChannelError(f"no migfw or QEMU answers at {self.address}: {_BUSY}")
         greeting = message.get("QMP")
         if not isinstance(greeting, dict):
             raise self._not_qmp("its first message is no greeting")
@@ -191,6 +185,25 @@ class QmpClient:
                 raise self._not_qmp("a message that is no object")
             self._messages.append(item)
         return True
+
+
+def _connected_unix(path: str, timeout: float) -> socket.socket:
+    """Raises OSError; BlockingIOError when the backlog stayed full."""
+    deadline = time.monotonic() + timeout
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(timeout)
+    try:
+        while True:
+            try:
+                sock.connect(path)
+                return sock
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_RETRY)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _event(message: Mapping[str, Any]) -> QmpEvent:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +53,13 @@ def server(engine: Engine, folder: Path) -> Iterator[QmpServer]:
     assert not [name for name in left if name.startswith(".") or name == "qmp"], f"the server left {left}"
 
 
+def is_listening(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+        probe.connect(str(path))
+        return True
+    return False
+
+
 @pytest.fixture
 def qemu(folder: Path) -> Iterator[Path]:
     """The QMP socket of a QEMU without a guest."""
@@ -60,8 +69,9 @@ def qemu(folder: Path) -> Iterator[Path]:
     command = [QEMU, "-M", "none", "-nodefaults", "-display", "none", "-S", "-qmp", f"unix:{path},server=on,wait=off"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        while not path.exists():
+        while not is_listening(path):
             assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.01)
         yield path
     finally:
         process.kill()

@@ -17,6 +17,7 @@ from corefw import descriptors
 from corefw.engine import Engine
 from corefw.errors import ChannelClosed, ChannelError
 from corefw.plugins import Plugins
+from corefw.qmp.address import remove_stale
 from corefw.qmp.client import QmpClient, QmpError
 from corefw.qmp.server import QmpServer
 from tests.qmp.support import TinyMachine
@@ -129,6 +130,17 @@ def test_nobody_there(address: str) -> None:
 def test_a_peer_that_says_nothing(folder: Path) -> None:
     with peer(folder, hold=True) as address, pytest.raises(ChannelError, match="sends no greeting"):
         QmpClient(address, timeout=0.05)
+
+
+def test_a_peer_whose_backlog_is_full(folder: Path) -> None:
+    path = str(folder / "full")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(path)
+        listener.listen(0)
+        first.connect(path)
+        with pytest.raises(ChannelError, match="sends no greeting"):
+            QmpClient(f"unix:{path}", timeout=0.05)
+        assert remove_stale(Path(path))
 
 
 @pytest.mark.parametrize(
