@@ -72,8 +72,9 @@ class Good(Machine):
             self.set_run_state(RunState.RUNNING)
 
     def run(self) -> None:
+        counters = self.block.pages.view(np.uint64)
         while self.wanted.is_set():
-            self.block.pages[self.count.total % (PAGES // 2), 0] += 1
+            counters[self.count.total % (PAGES // 2), 0] += np.uint64(1)
             self.count.total += 1
             time.sleep(0.0005 + self.slowly)
 
@@ -217,9 +218,9 @@ class RunsOn(Good):
         self.set_run_state(state)
 
     def run(self) -> None:
-        pages, until = self.block.pages, time.monotonic() + 0.5
+        counters, until = self.block.pages.view(np.uint64), time.monotonic() + 0.5
         while self.wanted.is_set() or time.monotonic() < until:
-            pages[0, 0] += 1
+            counters[0, 0] += np.uint64(1)
             time.sleep(0.002)
 
 
