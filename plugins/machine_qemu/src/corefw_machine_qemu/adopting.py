@@ -108,15 +108,14 @@ def cut_device_state(data: bytes, base: int, footers: bool) -> DeviceState:
         match item:
             case items.Section():
                 starts.append(item)
-            case items.Uncut():
-                return DeviceState((data,), ())
             case items.Eof():
                 tail = item.offset - base
-            case items.Body() | items.Footer() | items.DescriptionItem():
+            case items.Body() | items.Footer() | items.DescriptionItem() | items.Uncut():
                 pass
             case _:
                 raise RemoteStreamError(item.offset, "device state", "device sections", type(item).__name__)
-    assert tail is not None, "the decoder ends with EOF or an error"
+    if tail is None:  # uncut: EOF is its last byte
+        return DeviceState((data,), ())
     bounds = [section.offset - base for section in starts] + [tail]
     pieces = [data[first:end] for first, end in pairwise(bounds)]
     return DeviceState((*pieces, data[tail:]), _devices(starts, pieces))
