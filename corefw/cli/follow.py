@@ -13,6 +13,7 @@ from typing import Any, Final
 from corefw.cli.engines import POLL, EngineClient
 from corefw.cli.interrupts import Interrupts
 from corefw.cli.progress import Display, Progress
+from corefw.errors import ChannelError, MigfwError
 from corefw.states import MigrationStatus
 
 OVER: Final = frozenset(
@@ -44,7 +45,7 @@ class Follower:
         interrupts: Interrupts | None = None,
         *,
         postcopy: bool = False,
-        hopeless: Callable[[], bool] = lambda: False,
+        hopeless: Callable[[], bool] | None = None,
     ) -> None:
         self._engine = engine
         self._display = display
@@ -57,7 +58,10 @@ class Follower:
     def wait(self) -> dict[str, Any]:
         """Until it is over; the last answer of query-migrate. Raises MigfwError when the engine went away."""
         while True:
-            answer = self._engine.query_migrate()
+            try:
+                answer = self._engine.query_migrate()
+            except ChannelError as error:
+                raise MigfwError(f"the engine ended while its guest migrated ({error}): ask the destination") from None
             progress = Progress.of(answer)
             if progress.phase in OVER:
                 return answer
@@ -66,7 +70,8 @@ class Follower:
             time.sleep(POLL)
 
     def _act(self, progress: Progress) -> None:
-        if not self._cancelling and (self._interrupts.requested or self._hopeless()):
+        hopeless = self._hopeless is not None and self._hopeless()
+        if not self._cancelling and (self._interrupts.requested or hopeless):
             self._cancelling = True
             if self._interrupts.requested:
                 self._display.say("cancelling; press Ctrl-C again to leave at once")

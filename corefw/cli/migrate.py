@@ -90,11 +90,11 @@ def migrate(
             _say_detached(engine, uri, as_json=as_json)
             return
         with open_display(f"migrating to {uri}", as_json=as_json) as display:
-            hopeless = relay.has_failed if relay else bool
+            hopeless = relay.has_failed if relay else None
             answer = Follower(engine, display, interrupts, postcopy=postcopy, hopeless=hopeless).wait()
         problem = relay.finish(answer, changes.capabilities, interrupts) if relay else None
         if as_json:
-            print_json({"uri": uri, **answer})
+            print_json({"uri": uri, **answer, **({"error-desc": problem} if problem else {})})
         elif answer["status"] == MigrationStatus.COMPLETED and problem is None:
             print_facts(summary(answer))
         _end(engine, uri, answer, problem, cancelled=interrupts.requested)

@@ -118,6 +118,16 @@ def test_somebody_elses_cancel_is_a_failure(pair: tuple[Engine, Engine]) -> None
     assert err == f"migfw: the migration to {there.uri} was cancelled; the guest is running here\n"
 
 
+def test_an_engine_that_dies_is_a_failure(pair: tuple[Engine, Engine]) -> None:
+    here, there = pair
+    process = begin(here, there.uri, SLOW)
+    here.process.kill()
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, err.count("\n")) == (1, 1)
+    assert err.startswith("migfw: the engine ended while its guest migrated (")
+    assert there.finish()[0] == 1
+
+
 def test_detached_it_can_be_watched_and_hurried(pair: tuple[Engine, Engine]) -> None:
     here, there = pair
     done = here.call("migrate", there.uri, SLOW, "--detach")
