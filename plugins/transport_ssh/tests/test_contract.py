@@ -12,10 +12,11 @@ import pytest
 from corefw_transport_ssh import SshTransport
 from corefw_transport_tcp import TcpTransport, UnixTransport
 
-from corefw.testing.transport import CHECKS, MIB, TransportCase, check_transport
+from corefw.testing.transport import CHECKS, TransportCase, check_transport
 from tests.helpers.sshd import Sshd
 
 COUNT = itertools.count()
+MIB = 1 << 20
 
 WRONG = (
     "ssh:host/tcp:a:1",

@@ -78,6 +78,16 @@ def find_destination(user: str | None, host: str, port: int | None) -> Destinati
     )
 
 
+class _Config(paramiko.SSHConfig):
+    """paramiko would run the command of `Match exec` with our standard input."""
+
+    def _tokenize(self, config: paramiko.SSHConfigDict, host: str, key: str, value: str) -> str:
+        if key == "match-exec":
+            raise ValueError("'Match exec' is not supported here (use Host blocks)")
+        tokenized: str = super()._tokenize(config, host, key, value)  # type: ignore[misc]  # not in the stubs
+        return tokenized
+
+
 def _lookup(user: str | None, host: str, port: int | None) -> paramiko.SSHConfigDict:
     lines = ["Host *"]  # what the URI says, first and so for good
     if user:
@@ -89,9 +99,7 @@ def _lookup(user: str | None, host: str, port: int | None) -> paramiko.SSHConfig
             lines.append("Host *")
             lines += _included(file, "Host *", file.parent)
         lines += ["Host *", f"User {_present_user()}"]
-        return paramiko.SSHConfig.from_text("\n".join(lines)).lookup(host)
-    except ImportError:
-        raise ChannelError(f"{USER_CONFIG}: 'Match exec' is not supported here (use Host blocks)") from None
+        return _Config.from_text("\n".join(lines)).lookup(host)
     except (OSError, ValueError, paramiko.SSHException) as error:
         raise ChannelError(f"cannot use the ssh configuration for '{host}': {error}") from None
 

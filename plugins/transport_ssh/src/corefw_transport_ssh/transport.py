@@ -31,14 +31,17 @@ CANCEL_SECONDS: Final = 2.0
 _PROHIBITED: Final = 1
 _CONNECT_FAILED: Final = 2
 
+_UNIX_REFUSED: Final = (
+    "cannot connect to {target}: nobody listens there, or it does not allow that (AllowStreamLocalForwarding)"
+)
+
 _REFUSALS: Final[dict[tuple[type[Target], int], str]] = {
     (TcpTarget, _PROHIBITED): "does not allow a tunnel to {target} (AllowTcpForwarding, PermitOpen)",
     (TcpTarget, _CONNECT_FAILED): "cannot connect to {target} (is the destination listening there?)",
-    (UnixTarget, _PROHIBITED): (
-        "cannot connect to {target}: nobody listens there, or it does not allow that (AllowStreamLocalForwarding)"
-    ),
-    (UnixTarget, _CONNECT_FAILED): "cannot connect to {target} (is the destination listening there?)",
+    (UnixTarget, _PROHIBITED): _UNIX_REFUSED,
+    (UnixTarget, _CONNECT_FAILED): _UNIX_REFUSED,
 }
+"""OpenSSH does not tell the two apart for a UNIX socket."""
 
 
 class SshTransport(Transport):

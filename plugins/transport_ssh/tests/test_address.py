@@ -1,0 +1,55 @@
+"""URIs, as text alone."""
+
+from __future__ import annotations
+
+import pytest
+from corefw_transport_ssh import SshTransport
+from corefw_transport_ssh.address import SshAddress, TcpTarget, UnixTarget, parse_address
+
+from corefw.errors import ChannelError, UriError
+from corefw.uri import MigrationUri
+
+RIGHT = {
+    "ssh://host/tcp:a:1": SshAddress(None, "host", None, TcpTarget("a", 1)),
+    "ssh://me@host:2222/tcp:[::1]:80": SshAddress("me", "host", 2222, TcpTarget("::1", 80)),
+    "ssh://[fe80::1%eth0]:22/tcp::4444": SshAddress(None, "fe80::1%eth0", 22, TcpTarget("", 4444)),
+    "ssh://[::1]/unix:/run/a.sock": SshAddress(None, "::1", None, UnixTarget("/run/a.sock")),
+    "ssh://my-alias/unix:/a:b/c": SshAddress(None, "my-alias", None, UnixTarget("/a:b/c")),
+}
+
+WRONG = {
+    "ssh:host/tcp:a:1": "expected ssh://[USER@]HOST[:PORT]/tcp:HOST:PORT",
+    "ssh://host": "does not say where to go on the far host",
+    "ssh:///tcp:a:1": "names no host",
+    "ssh://me:secret@host/tcp:a:1": "no passwords here",
+    "ssh://@host/tcp:a:1": "'' is no user name",
+    "ssh://$(id)@host/tcp:a:1": "'$(id)' is no user name",
+    "ssh://ho st/tcp:a:1": "'ho st' is no host name",
+    "ssh://-oX/tcp:a:1": "'-oX' is no host name",
+    "ssh://host:x/tcp:a:1": "'x' is no port",
+    "ssh://host/exec:true": "expected tcp:HOST:PORT or unix:PATH",
+    "ssh://host/tcp:a": "has no port",
+    "ssh://host/unix:a.sock": "expected the absolute path",
+}
+
+
+@pytest.mark.parametrize("text", RIGHT)
+def test_parts(text: str) -> None:
+    address = parse_address(MigrationUri.parse(text))
+    assert address == RIGHT[text]
+    assert str(address.with_target(address.target)) == text
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_uris_say_what_would_be_right(text: str) -> None:
+    with pytest.raises(UriError) as caught:
+        SshTransport(MigrationUri.parse(text))
+    assert WRONG[text] in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_far_unix_socket_cannot_be_waited_at() -> None:
+    transport = SshTransport(MigrationUri.parse("ssh://host/unix:/run/a.sock"))
+    assert not transport.features.incoming
+    with pytest.raises(ChannelError, match=r"use tcp:HOST:PORT"):
+        transport.listen()
