@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from corefw.errors import RemoteStreamError, StreamError
 from corefw.wire import items
-from corefw.wire.constants import BE32, Command, RamFlag, SectionType
+from corefw.wire.constants import BE32, Command, RamFlag, ReturnMessage, SectionType
 from corefw.wire.cutting import find_description
 from corefw.wire.decoder import decode, decode_sections
 from corefw.wire.records import (
@@ -437,3 +438,19 @@ def test_mapped_ram_is_refused_by_name() -> None:
     _, error = outcome(b"QEVM\0\0\0\3\7\0\0\0\2pc" + tail)
     assert error is not None
     assert "mapped-ram" in str(error)
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_has_every_number() -> None:
+    """docs/stream.md is for people; its tables say what constants.py says."""
+    page = (Path(__file__).parents[2] / "docs" / "stream.md").read_text()
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in page.splitlines() if line.startswith("|")}
+    missing = [
+        *((kind.name, f"0x{kind:02X}") for kind in SectionType),
+        *((command.name, str(int(command))) for command in Command),
+        *((flag.name, f"0x{flag:02X}") for flag in RamFlag),
+        *((message.name, str(int(message))) for message in ReturnMessage),
+    ]
+    assert [row for row in missing if row not in rows] == []
