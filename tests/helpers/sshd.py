@@ -18,7 +18,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -68,7 +68,6 @@ class Sshd:
     host_key: Path
     log: Path
     process: subprocess.Popen[bytes]
-    _homes: list[Path] = field(default_factory=list)
 
     @property
     def address(self) -> str:

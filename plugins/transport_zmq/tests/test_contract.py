@@ -12,9 +12,10 @@ import pytest
 import zmq.auth
 from corefw_transport_zmq import ZmqTransport
 
-from corefw.testing.transport import CHECKS, MIB, TransportCase, check_transport
+from corefw.testing.transport import CHECKS, TransportCase, check_transport
 
 COUNT = itertools.count()
+MIB = 1 << 20
 
 WRONG = (
     "zmq:host:1",

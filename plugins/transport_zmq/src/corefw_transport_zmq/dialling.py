@@ -118,7 +118,7 @@ class DiallingHub(Hub):
 
     def _fail(self, why: str) -> None:
         if not self._welcomed and self.failure is None:
-            self.failure = why
+            self.failure = _HANDSHAKE if why is LOST else why
             self._tell()
         self.socket.linger = 0
         self.link.lost(why)
