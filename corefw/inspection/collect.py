@@ -145,13 +145,13 @@ class _Collector:
 
     def _ram(self, item: items.Ram) -> None:
         record = item.record
-        if record.flags is RamFlag.MEM_SIZE:
+        if record.kind is RamFlag.MEM_SIZE:
             self._list_blocks(record.blocks)
         if item.block is None:
             return
         block = self.inspection.blocks[item.block]
         self._page = block, item.offset
-        kind = _PAGE_KINDS[record.flags & ~RamFlag.CONTINUE]
+        kind = _PAGE_KINDS[record.kind]
         block.pages["filled" if kind == "zero" and record.body != b"\0" else kind] += 1
         if block.again is not None:
             block.again += self._is_again(item.block, record.address // self.inspection.page_size)

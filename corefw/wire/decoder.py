@@ -203,13 +203,13 @@ class _Decoder:
         while True:
             at = reader.offset
             record = read_ram_record(reader, state.layout)
-            if record.flags is RamFlag.MEM_SIZE:
+            if record.kind is RamFlag.MEM_SIZE:
                 if state.blocks:
                     raise RemoteStreamError(at, reader.where, "the list of RAM blocks once", "it again")
                 state.blocks = {entry.idstr: entry.length for entry in record.blocks}
-            about_a_page = record.flags & ~RamFlag.CONTINUE in PAGE_BODIES
+            about_a_page = record.kind in PAGE_BODIES
             yield items.Ram(at, record, self._block_of(record, at) if about_a_page else None)
-            if record.flags is RamFlag.EOS:
+            if record.kind is RamFlag.EOS:
                 return
 
     def _block_of(self, record: RamRecord, at: int) -> str:

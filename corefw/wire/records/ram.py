@@ -96,6 +96,7 @@ class RamRecord:
     idstr     the block, where the record names one (without CONTINUE)
     body      what follows, byte for byte: a page, a fill byte, a compressed page with its length
     blocks    the list behind MEM_SIZE
+    kind      the flags but for CONTINUE
     """
 
     flags: RamFlag
@@ -103,6 +104,10 @@ class RamRecord:
     idstr: str | None = None
     body: bytes = b""
     blocks: tuple[BlockEntry, ...] = ()
+
+    @property
+    def kind(self) -> RamFlag:
+        return _FLAGS[int(self.flags)][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,24 +146,34 @@ PAGE_BODIES: Final[Mapping[RamFlag, Callable[[StreamReader, RamLayout], bytes]]]
 }
 """Records that are about one page, and name its block unless CONTINUE is set."""
 
+CONTINUE: Final = int(RamFlag.CONTINUE)
+
 MARKS: Final = frozenset({RamFlag.EOS, RamFlag.MULTIFD_FLUSH})
 """Records that are a word and nothing else."""
+
+
+_FLAGS: Final[Mapping[int, tuple[RamFlag, RamFlag]]] = {
+    **{int(kind): (kind, kind) for kind in (RamFlag.MEM_SIZE, *MARKS, *PAGE_BODIES)},
+    **{int(kind | RamFlag.CONTINUE): (kind | RamFlag.CONTINUE, kind) for kind in PAGE_BODIES},
+}
+"""What may stand below the page size -> the flags, and the kind. A table, for IntFlag's own arithmetic takes longer
+than all the rest of a record."""
 
 
 def read_ram_record(reader: StreamReader, layout: RamLayout) -> RamRecord:
     """One record, EOS included. Whether its block exists is left to the caller."""
     word = reader.be64("a RAM record")
-    flags, address = RamFlag(word & (layout.page_size - 1)), word & ~(layout.page_size - 1)
-    kind = flags & ~RamFlag.CONTINUE
+    raw, address = word & (layout.page_size - 1), word & ~(layout.page_size - 1)
+    if raw not in _FLAGS:
+        raise reader.error("a RAM record of a kind that is known", f"flags {raw:#x}")
+    flags, kind = _FLAGS[raw]
     if kind in PAGE_BODIES:
-        idstr = None if flags & RamFlag.CONTINUE else reader.string("the name of a RAM block")
+        idstr = None if raw & CONTINUE else reader.string("the name of a RAM block")
         return RamRecord(flags, address, idstr, PAGE_BODIES[kind](reader, layout))
-    if flags == RamFlag.MEM_SIZE:
+    if kind is RamFlag.MEM_SIZE:
         entries = read_block_list(reader, address, page_sizes=layout.page_sizes, addresses=layout.addresses)
         return RamRecord(flags, address, blocks=tuple(entries))
-    if flags in MARKS:
-        return RamRecord(flags, address)
-    raise reader.error("a RAM record of a kind that is known", f"flags {int(flags):#x}")
+    return RamRecord(flags, address)
 
 
 def write_ram_record(writer: StreamWriter, record: RamRecord) -> None:
