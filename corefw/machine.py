@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +34,10 @@ class RunState(StrEnum):
     POSTMIGRATE = "postmigrate"
     SHUTDOWN = "shutdown"
     INTERNAL_ERROR = "internal-error"
+
+
+DEAD: Final = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
+"""The guest has ended; no other state follows."""
 
 
 class DirtyLog(ABC):

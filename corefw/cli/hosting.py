@@ -23,6 +23,7 @@ import click
 from corefw.cli.outcome import ExitStatus, Finished, abandon_stdout, note
 from corefw.engine import Engine, Event
 from corefw.errors import MigfwError
+from corefw.machine import DEAD
 from corefw.qmp.address import UnixAddress
 from corefw.qmp.server import QmpServer
 from corefw.states import MigrationStatus, Side
@@ -43,6 +44,10 @@ class Ending(Enum):
     NOT_ARRIVED = auto()
     INTERRUPTED = auto()
     TERMINATED = auto()
+
+
+Endings = queue.SimpleQueue[Ending | MigfwError]
+"""What the process ends for: one of those, or an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +73,15 @@ def say(text: str) -> None:
 
 def host(engine: Engine, server: QmpServer, plan: Plan) -> None:
     """Begin, wait for the end, and say why it came. Raises MigfwError or Finished when that is no good one."""
-    endings: queue.SimpleQueue[Ending] = queue.SimpleQueue()
+    endings: Endings = queue.SimpleQueue()
     _hear_signals(endings, server)
     _say_it_once()
     _watch(engine, server, endings, plan)
-    _begin(engine, server, plan)
-    _last_words(engine, server, endings.get())
+    _begin(engine, server, endings, plan)
+    ending = endings.get()
+    if isinstance(ending, MigfwError):
+        raise ending
+    _last_words(engine, server, ending)
 
 
 def _say_it_once() -> None:
@@ -82,7 +90,7 @@ def _say_it_once() -> None:
         logging.getLogger("corefw.engine.incoming").setLevel(logging.ERROR)
 
 
-def _begin(engine: Engine, server: QmpServer, plan: Plan) -> None:
+def _begin(engine: Engine, server: QmpServer, endings: Endings, plan: Plan) -> None:
     where = f"'{engine.name}', QMP at {server.address}"
     if plan.incoming is not None:
         say(f"{where}; waiting for a migration at {engine.migrate_incoming(plan.incoming)}")
@@ -91,11 +99,20 @@ def _begin(engine: Engine, server: QmpServer, plan: Plan) -> None:
     elif plan.paused:
         say(f"{where}; the guest is not started yet: 'migfw cont' does")
     else:
+        # A guest may take its time to start; Ctrl-C and QMP are heard meanwhile.
+        threading.Thread(target=_start, args=(engine, endings, where), name="start", daemon=True).start()
+
+
+def _start(engine: Engine, endings: Endings, where: str) -> None:
+    try:
         engine.cont()
         say(f"{where}; the guest is running")
+    except MigfwError as error:
+        if engine.machine.run_state not in DEAD:  # else there was an event, with the guest's own reason
+            endings.put(error)
 
 
-def _watch(engine: Engine, server: QmpServer, endings: queue.SimpleQueue[Ending], plan: Plan) -> None:
+def _watch(engine: Engine, server: QmpServer, endings: Endings, plan: Plan) -> None:
     """Put every reason to end into the queue when it comes."""
 
     def status_changed(side: Side, _old: MigrationStatus, new: MigrationStatus) -> None:
@@ -124,7 +141,7 @@ def _watch(engine: Engine, server: QmpServer, endings: queue.SimpleQueue[Ending]
     threading.Thread(target=wait_quit, name="quit", daemon=True).start()
 
 
-def _hear_signals(endings: queue.SimpleQueue[Ending], server: QmpServer) -> None:
+def _hear_signals(endings: Endings, server: QmpServer) -> None:
     """From now on the first Ctrl-C or SIGTERM ends the process in order, the second at once, and the guest with it."""
     heard: list[int] = []
 

@@ -22,7 +22,7 @@ from corefw.engine.incoming import IncomingMigration
 from corefw.engine.outgoing import OutgoingMigration
 from corefw.engine.statistics import idle_document, with_blockers
 from corefw.errors import BlockedError, SettingsError, StateError, UriError, UsageError
-from corefw.machine import AdoptsStreams, Machine, RunState, SupportsVerify
+from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, SupportsVerify
 from corefw.plugins import Plugins
 from corefw.section import SectionRegistry
 from corefw.settings import Settings
@@ -98,9 +98,9 @@ class Engine:
     def _run_state_changed(self, old: RunState, new: RunState) -> None:
         if new is RunState.RUNNING:
             self._emit("RESUME")
-        elif old is RunState.RUNNING and new not in (RunState.SHUTDOWN, RunState.INTERNAL_ERROR):
+        elif old is RunState.RUNNING and new not in DEAD:
             self._emit("STOP")
-        elif new in (RunState.SHUTDOWN, RunState.INTERNAL_ERROR):
+        elif new in DEAD:
             self._emit(
                 "SHUTDOWN", {"guest": True, "reason": "guest-shutdown" if new is RunState.SHUTDOWN else "host-error"}
             )
@@ -130,7 +130,7 @@ class Engine:
                 raise StateError("the guest is stopped for the switchover (cancel the migration to let it run on here)")
             if self._migration is not None and self._migration.confirmed and self.outgoing.status is _S.COMPLETED:
                 raise StateError("the guest has moved: the destination said that it has it")
-            if state in (RunState.SHUTDOWN, RunState.INTERNAL_ERROR):
+            if state in DEAD:
                 raise StateError(f"the guest has ended ({state})")
             self.machine.start()
 

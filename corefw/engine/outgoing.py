@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Final
 
 from corefw.channel import Channel, Interrupt, Transport
 from corefw.engine.convergence import Convergence
@@ -28,7 +27,7 @@ from corefw.engine.pacing import Pacer
 from corefw.engine.returnpath import ReturnPathReader
 from corefw.engine.statistics import OutgoingStatistics, milliseconds_since
 from corefw.errors import ChannelError, Interrupted, MachineError, MigfwError
-from corefw.machine import AdoptsStreams, Machine, RunState, StreamFormat, SupportsThrottle
+from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, StreamFormat, SupportsThrottle
 from corefw.section import HasRamStatistics, LiveHandler, SectionRegistry
 from corefw.settings import Settings
 from corefw.states import SETUP_OR_ACTIVE, MigrationStatus, StateMachine
@@ -47,7 +46,6 @@ from corefw.wire.stream import StreamWriter
 log = logging.getLogger(__name__)
 
 _S = MigrationStatus
-DEAD: Final = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
 
 
 class OutgoingMigration:

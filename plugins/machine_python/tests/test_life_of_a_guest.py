@@ -52,7 +52,6 @@ def field(machine: PythonMachine, name: str) -> object:
     ("program", "reason", "logged"),
     [
         ("Fails", "ZeroDivisionError: ten is enough (plain.py, line ", "in tick"),
-        ("FailsInSetup", "RuntimeError: no setup today (plain.py, line ", "in setup"),
         ("Dies", "its process was killed by SIGABRT", "SIGABRT"),
         ("Exits", "SystemExit: 3 (plain.py, line ", "SystemExit"),
     ],
@@ -74,6 +73,14 @@ def test_a_program_that_goes_wrong(
         assert "\n" not in str(caught.value)
     machine.set_run_state(RunState.POSTMIGRATE)
     assert machine.run_state is RunState.INTERNAL_ERROR
+
+
+def test_a_guest_runs_when_its_setup_is_through(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    machine = make("FailsInSetup")
+    with pytest.raises(MachineError, match="RuntimeError: no setup today"):
+        machine.start()
+    wait_for(machine, RunState.INTERNAL_ERROR)
+    assert "in setup" in caplog.text
 
 
 def test_the_traceback_begins_in_the_users_code(make: Make, caplog: pytest.LogCaptureFixture) -> None:

@@ -83,7 +83,15 @@ class Guest:
             received = self._link.receive()
             if received is None or received[0].get("command") == "quit":
                 return 0
-            self._link.send(*self._answer(*received))
+            answer = self._answer(*received)
+            if self._running and not self._set_up:
+                # The guest runs when setup() is through: a migration that begins before has nothing to send, and would
+                # wait for it with the guest neither here nor there.
+                try:
+                    self._begin()
+                except BaseException as error:  # noqa: BLE001 - as above
+                    return self._ended(error)
+            self._link.send(*answer)
 
     def _step(self) -> None:
         began = time.monotonic()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from corefw.errors import MachineError, UsageError
-from corefw.machine import Device, Machine, MachineConfig, RamBlock, RunState
+from corefw.machine import DEAD, Device, Machine, MachineConfig, RamBlock, RunState
 from corefw.memory.blocks import MemfdBlock
 from corefw.memory.logs import best_dirty_log
 from corefw.memory.pagemap import Tracker
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 PAGE_SIZE: Final = 4096
 VERIFY_TIMEOUT: Final = 600.0
 ORDER_TIMEOUT: Final = 60.0
-DEAD: Final = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
 
 Observer = Callable[[RunState, RunState], None]
 
@@ -156,7 +155,9 @@ class PythonMachine(Machine):
             return
         with self._order():
             try:
-                self._guest.ask("start", self._patience, **self._fields())
+                # setup() may take as long as it likes: the guest is not running before.
+                fresh = not getattr(self._device.state, SET_UP)
+                self._guest.ask("start", None if fresh else self._patience, **self._fields())
             except GuestTimeout:
                 self._guest.tell("stop")
                 raise MachineError(

@@ -88,9 +88,9 @@ class GuestProcess:
     # -- asking ----------------------------------------------------------------------------------------------------
 
     def ask(
-        self, command: str, seconds: float, *, fds: Sequence[int] = (), **fields: object
+        self, command: str, seconds: float | None, *, fds: Sequence[int] = (), **fields: object
     ) -> tuple[Message, list[int]]:
-        """The answer, and descriptors that are the caller's now.
+        """The answer, and descriptors that are the caller's now. `seconds` None waits as long as the guest lives.
 
         Raises UsageError or MachineError as the guest answered, MachineError when it is dead, GuestTimeout.
         """
