@@ -1,0 +1,295 @@
+"""The processes that are measured: `migfw run` and QEMU, both driven by QMP's client over a UNIX socket.
+
+The law: both sides get the same work and the same settings (return-path on, so that "completed" means that the
+destination said so; no limit of bandwidth). Every process that is started ends, and every file goes, on every way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+from bench.warming import MIB
+from corefw.errors import ChannelError
+from corefw.qmp.client import QmpClient, QmpError
+
+QEMU: Final = "qemu-system-x86_64"
+ASSEMBLER: Final = "nasm"
+PATIENCE: Final = 300.0
+"""Seconds until a wait gives up: an emulated guest takes a minute to fill a GiB on a busy machine."""
+
+PAGE: Final = 4096
+HERTZ: Final = 200
+"""Bursts a second, of both guests."""
+MARK: Final = 1024
+"""Pages between two marks that QEMU's guest prints."""
+
+UNLIMITED_QEMU: Final = 1 << 40
+
+T = TypeVar("T")
+
+
+class BenchError(Exception):
+    """Something that keeps a scenario from being measured; one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """What runs: `ram` bytes that do not compress, `rate` bytes of pages dirtied in a second within the first
+    `working_set` bytes; a rate of 0 for a guest that is paused."""
+
+    ram: int
+    rate: int = 0
+    working_set: int = 64 * MIB
+
+    @property
+    def live(self) -> bool:
+        return self.rate > 0
+
+
+class Process:
+    """One engine and the connection to it. Use it with `with`."""
+
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
+        """`folder` is its own: it is removed with it, and `folder/qmp` is the socket that `command` makes."""
+        self._folder = folder
+        self._log = (folder / "log").open("w+b")
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,  # Ctrl-C is ours to hear
+        )
+        try:
+            self.client: Final[QmpClient] = self._connect()
+        except BaseException:
+            self._end()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _connect(self) -> QmpClient:
+        def connected() -> QmpClient | None:
+            self.check()
+            with contextlib.suppress(ChannelError):
+                return QmpClient(f"unix:{self._folder}/qmp")
+            return None
+
+        return wait_for("an engine to answer", connected)
+
+    def call(self, command: str, /, **arguments: object) -> Any:
+        """Execute a command; "_" in a keyword stands for "-". Raises BenchError."""
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        try:
+            return self.client.execute(command, named)
+        except (QmpError, ChannelError) as error:
+            raise BenchError(f"'{command}' failed: {error} {self.said()}") from None
+
+    def check(self) -> None:
+        """Raise BenchError when it has ended."""
+        if self._process.poll() is not None:
+            raise BenchError(f"an engine ended: {self.said()}")
+
+    def said(self) -> str:
+        """Its output's last line."""
+        self._log.flush()
+        lines = (self._folder / "log").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.client.close()
+        self._end()
+
+
+class Side(ABC):
+    """One of the two that are compared.
+
+    name        for people
+    unlimited   the max-bandwidth that limits nothing
+    """
+
+    name: str
+    unlimited: int
+
+    @abstractmethod
+    def command(self, guest: Guest, folder: Path, *, incoming: bool) -> list[str]:
+        """The command line of an engine with `folder` for its files."""
+
+    @abstractmethod
+    def fill(self, source: Process, folder: Path) -> None:
+        """Wait until the guest has filled its RAM."""
+
+    @abstractmethod
+    def dirtied(self, source: Process, folder: Path) -> int:
+        """Bytes of pages that the guest has dirtied since it started. May stop it for a moment."""
+
+    @contextlib.contextmanager
+    def source(self, guest: Guest) -> Iterator[Process]:
+        """With its guest's RAM filled, running or paused."""
+        with self._start(guest, incoming=False) as (process, folder):
+            self.fill(process, folder)
+            if not guest.live:
+                process.call("stop")
+            yield process
+
+    @contextlib.contextmanager
+    def destination(self, guest: Guest) -> Iterator[tuple[Process, str]]:
+        """Listening; and the URI to dial."""
+        with self._start(guest, incoming=True) as (process, _):
+            uri = f"tcp:127.0.0.1:{free_port()}"
+            process.call("migrate-incoming", uri=uri)
+            yield process, uri
+
+    def measure_rate(self, guest: Guest, seconds: float) -> float:
+        """Bytes a second that such a guest really dirties."""
+        with self._start(guest, incoming=False) as (process, folder):
+            self.fill(process, folder)
+            before, began = self.dirtied(process, folder), time.monotonic()
+            time.sleep(seconds)
+            after, ended = self.dirtied(process, folder), time.monotonic()
+            return (after - before) / (ended - began)
+
+    @contextlib.contextmanager
+    def _start(self, guest: Guest, *, incoming: bool) -> Iterator[tuple[Process, Path]]:
+        folder = Path(tempfile.mkdtemp(prefix="migfw-bench-", dir="/tmp"))
+        try:
+            with Process(self.command(guest, folder, incoming=incoming), folder) as process:
+                self._configure(process)
+                yield process, folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _configure(self, process: Process) -> None:
+        wanted = [{"capability": name, "state": True} for name in ("events", "return-path")]
+        process.call("migrate-set-capabilities", capabilities=wanted)
+        process.call("migrate-set-parameters", max_bandwidth=self.unlimited)
+
+
+class Ours(Side):
+    """`migfw run stress`."""
+
+    name = "migfw"
+    unlimited = 0
+
+    def command(self, guest: Guest, folder: Path, *, incoming: bool) -> list[str]:
+        options = {"ram": guest.ram, "dirty-rate": guest.rate or PAGE, "working-set": min(guest.working_set, guest.ram)}
+        return [
+            *(sys.executable, "-m", "corefw.cli", "run", "stress", "--stay", f"--qmp=unix:{folder}/qmp"),
+            *(f"--opt={name}={value}" for name, value in options.items()),
+            *(["--incoming=defer"] if incoming else []),
+        ]
+
+    def fill(self, source: Process, folder: Path) -> None:
+        def stopped() -> bool:
+            # The guest fills its RAM in its first tick, and can only be stopped behind it.
+            with contextlib.suppress(BenchError):
+                source.call("stop")
+                return True
+            source.check()
+            return False
+
+        wait_for("the guest to fill its RAM", stopped)
+        source.call("cont")
+
+    def dirtied(self, source: Process, folder: Path) -> int:
+        source.call("stop")
+        writes: int = source.call("x-migfw-status")["machine"]["information"]["fields"]["writes"]
+        source.call("cont")
+        return writes * PAGE
+
+
+class Qemu(Side):
+    """A PC under TCG with the guest of guest.asm, whose image is in `images`.
+
+    `shared` puts its RAM into a memfd as ours is, so that what it has for itself can be told; its default is faster.
+    """
+
+    name = "QEMU"
+    unlimited = UNLIMITED_QEMU
+
+    def __init__(self, images: Path, *, shared: bool = False) -> None:
+        self._images = images
+        self._shared = shared
+
+    def command(self, guest: Guest, folder: Path, *, incoming: bool) -> list[str]:
+        size = f"{guest.ram // MIB}M"
+        memory = ["-object", f"memory-backend-memfd,id=ram,size={size},share=on"] if self._shared else []
+        machine = "pc,memory-backend=ram" if self._shared else "pc"
+        (folder / "serial").touch()
+        return [
+            *(QEMU, "-accel", "tcg", "-M", machine, "-m", size, "-display", "none", "-nodefaults", *memory),
+            *("-drive", f"file={self._image(guest)},format=raw,if=ide,snapshot=on"),
+            *("-serial", f"file:{folder}/serial", "-qmp", f"unix:{folder}/qmp,server=on,wait=off"),
+            *(["-incoming", "defer"] if incoming else []),
+        ]
+
+    def with_shared_memory(self) -> Qemu:
+        """The same with its guest's RAM in a memfd."""
+        return Qemu(self._images, shared=True)
+
+    def _image(self, guest: Guest) -> Path:
+        burst = max(1, round(guest.rate / PAGE / HERTZ))
+        values = {"END": guest.ram, "PAGES": guest.working_set // PAGE, "BURST": burst, "MARK": MARK}
+        image = self._images / f"{'-'.join(str(value) for value in values.values())}.bin"
+        if not image.exists():
+            defined = [f"-D{name}={value:#x}" for name, value in values.items()]
+            source = Path(__file__).with_name("guest.asm")
+            subprocess.run([ASSEMBLER, "-f", "bin", *defined, source, "-o", image], check=True)
+        return image
+
+    def fill(self, source: Process, folder: Path) -> None:
+        def filled() -> bool:
+            source.check()
+            return b"F" in (folder / "serial").read_bytes()
+
+        wait_for("the guest to fill its RAM", filled)
+
+    def dirtied(self, source: Process, folder: Path) -> int:
+        return (folder / "serial").read_bytes().count(b"B") * MARK * PAGE
+
+
+def lacking() -> str:
+    """Why the QEMU side cannot be measured on this machine; empty where it can."""
+    missing = [name for name in (QEMU, ASSEMBLER) if shutil.which(name) is None]
+    return f"there is no {' and no '.join(missing)} here" if missing else ""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def wait_for(what: str, look: Callable[[], T | None], seconds: float = PATIENCE) -> T:
+    """What `look` finds, once that is something. Raises BenchError naming `what`."""
+    end = time.monotonic() + seconds
+    while not (found := look()):
+        if time.monotonic() > end:
+            raise BenchError(f"waited {seconds:.0f} s in vain for {what}")
+        time.sleep(0.01)
+    return found

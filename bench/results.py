@@ -1,0 +1,115 @@
+"""What a scenario found: rows of a table, charts, notes, and the samples behind them.
+
+The law: a row is measured or it is not there; whether a goal is met is computed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Of(StrEnum):
+    """What a goal is about."""
+
+    OURS = "ours"
+    RATIO = "ratio"
+
+
+class Bound(StrEnum):
+    """Which side of its limit is good."""
+
+    AT_MOST = "<="
+    AT_LEAST = ">="
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """`limit` in the row's unit, or of the ratio."""
+
+    of: Of
+    bound: Bound
+    limit: float
+
+    def met(self, ours: float, ratio: float | None) -> bool | None:
+        """None: there is nothing to compare with."""
+        value = ours if self.of is Of.OURS else ratio
+        if value is None:
+            return None
+        return value <= self.limit if self.bound is Bound.AT_MOST else value >= self.limit
+
+
+def at_most(limit: float) -> Goal:
+    """Our figure is no more than this."""
+    return Goal(Of.OURS, Bound.AT_MOST, limit)
+
+
+def no_more_than_qemu() -> Goal:
+    return Goal(Of.RATIO, Bound.AT_MOST, 1.0)
+
+
+def no_less_than_qemu() -> Goal:
+    return Goal(Of.RATIO, Bound.AT_LEAST, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table. `ours` and `qemu` are medians; `ratio` is the median of the pairs' ratios ours/QEMU."""
+
+    what: str
+    unit: str
+    ours: float
+    qemu: float | None = None
+    ratio: float | None = None
+    goal: Goal | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """None where there is no goal, or nobody to compare with."""
+        return self.goal.met(self.ours, self.ratio) if self.goal else None
+
+
+class Shape(StrEnum):
+    """How a chart's points are drawn."""
+
+    LINE = "line"
+    DOTS = "dots"
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Series of (x, y). `limits` are horizontal lines: label -> y."""
+
+    title: str
+    x: str
+    y: str
+    series: Mapping[str, Sequence[tuple[float, float]]]
+    shape: Shape = Shape.LINE
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """All that a scenario found. `about` says how it was measured; `samples` has what the rows were made of."""
+
+    name: str
+    title: str
+    about: str
+    rows: Sequence[Row]
+    charts: Sequence[Chart] = ()
+    notes: Sequence[str] = ()
+    samples: Mapping[str, Any] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """As JSON has it; charts are made of samples and left out."""
+        rows = [asdict(row) | {"met": row.met} for row in self.rows]
+        return {
+            "name": self.name,
+            "title": self.title,
+            "about": self.about,
+            "rows": rows,
+            "notes": list(self.notes),
+            "samples": dict(self.samples),
+        }
