@@ -144,6 +144,22 @@ def test_a_machine_is_parked_and_wakes_up(way: str, guest: Guest, folder: Path) 
         prove(guest, destination)
 
 
+def test_a_machine_that_is_sent_in_several_passes(guest: Guest, folder: Path) -> None:
+    with (
+        Qemu(boot=guest.image) as source,
+        parking() as engine,
+        Qemu(boot=guest.image, incoming=f"unix:{folder}/out") as destination,
+    ):
+        source.wait_printed("B")
+        # The first pass takes a second; the megabyte that the guest writes again and again then fits into 200 ms.
+        source.command("migrate-set-parameters", downtime_limit=200)
+        source.migrate(engine.migrate_incoming(f"unix:{folder}/in"), bandwidth=16 << 20)
+        wait_parked(engine)
+        assert source.wait_migrated()["ram"]["dirty-sync-count"] > 2
+        send(engine, f"unix:{folder}/out")
+        prove(guest, destination)
+
+
 # -- 2: through a chain ------------------------------------------------------------------------------------------------
 
 

@@ -80,6 +80,8 @@ def test_ram_has_a_limit() -> None:
             parked.make_ram_block("more", (1 << 19) + 4096)
         with pytest.raises(MachineError, match="expected a multiple of 4096 bytes, got 5000"):
             parked.make_ram_block("odd", 5000)
+        with pytest.raises(MachineError, match=r"'pc\\x00ram': expected a printable name"):
+            parked.make_ram_block("pc\0ram", 4096)
     finally:
         parked.close()
 

@@ -83,6 +83,8 @@ class ParkedMachine(Machine):
 
     def make_ram_block(self, idstr: str, length: int) -> RamBlock:
         """See MakesRamBlocks. Memory is used only as pages arrive."""
+        if not idstr.isprintable():
+            raise MachineError(f"cannot make RAM block {idstr!r}: expected a printable name")
         if length <= 0 or length % TARGET_PAGE_SIZE:
             raise MachineError(
                 f"cannot make RAM block '{idstr}': expected a multiple of {TARGET_PAGE_SIZE} bytes, got {length}"
