@@ -226,6 +226,15 @@ def test_close_lingers_in_the_background_while_a_slow_peer_sends() -> None:
     into.close()
 
 
+def test_close_wakes_a_receiver_of_the_same_channel() -> None:
+    for out, into in (pair(), reversed(pair())):
+        blocked = Task("receive", into.receive_into, memoryview(bytearray(1)))
+        blocked.let_block()
+        into.close()
+        assert isinstance(blocked.error(), Interrupted)
+        out.close()
+
+
 def test_an_aborted_connection_is_reset() -> None:
     out, into = pair()
     out.send(b"x")
@@ -246,6 +255,16 @@ def test_a_peer_that_has_gone_before_it_is_accepted_does_no_harm() -> None:
             first.receive_into(memoryview(bytearray(1)))
         with connect_tcp(*address, listener.uri, NEVER), listener.accept(NEVER):
             pass
+
+
+def test_close_ends_an_accept_that_waits() -> None:
+    listener = listen_tcp(*tcp("127.0.0.1:0"))
+    waiting = Task("accept", listener.accept, NEVER)
+    waiting.let_block()
+    listener.close()
+    for error in (waiting.error(), Task("accept again", listener.accept, NEVER).error()):
+        assert isinstance(error, ChannelError)
+        assert str(error) == f"{listener.uri}: does not listen any more"
 
 
 # -- unix ----------------------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ class Flood:
             self.sent += len(self._chunk)
         self._channel.send_eof()
 
-    def blocked(self, quiet: float = 0.4) -> int:
+    def blocked(self, quiet: float = 0.25) -> int:
         """Wait until nothing more is taken; what was sent."""
         return settled(lambda: self.sent, quiet)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -204,7 +204,7 @@ class LeaksDescriptors(Proxy):
 
 class IgnoresInterrupts(Wrapped):
     def accept(self, interrupt: Interrupt) -> Channel:
-        return super().accept(Interrupt())
+        return super().accept(DEAF)
 
 
 class KeepsListening(Wrapped):
@@ -212,6 +212,7 @@ class KeepsListening(Wrapped):
         LISTENING.append(self.inner)
 
 
+DEAF = Interrupt()
 LEAKED: list[int] = []
 LISTENING: list[Listener] = []
 ONE_WAY = TransportFeatures(return_path=False, multi_channel=True)
@@ -247,8 +248,13 @@ FAULTS = {
 
 
 @pytest.fixture(autouse=True)
-def _short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "DEADLINE", 1.5)
+def _short_deadlines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kit gives up soon, and clears away whatever the faulty transports did."""
+    before = tasks.Possessions.now()
+    with monkeypatch.context() as short:
+        short.setattr(tasks, "DEADLINE", 1.0)
+        yield
+    before.assert_no_more()
 
 
 @pytest.mark.parametrize("name", FAULTS)

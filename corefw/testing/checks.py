@@ -1,0 +1,64 @@
+"""The table of what a transport has to keep. The modules transport_streams and transport_breaks enter its rows.
+
+The law: a check is a function of a Workbench that returns when the promise in its docstring holds, and raises
+AssertionError in one line when it does not. It says what a case must have for it to apply; nothing is skipped silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Flag, auto
+from typing import Final
+
+from corefw.channel import TransportFeatures
+from corefw.testing.ends import MIB, TransportCase, Workbench
+
+CHECK_DEADLINE: Final = 90.0
+"""Seconds for one whole check."""
+
+UNREAD_LIMIT: Final = 32 * MIB
+"""How much may be on its way, in buffers here, in the kernel and on the far side, when nobody reads."""
+
+MEMORY_LIMIT: Final = 24 * MIB
+"""How much this process may grow by that."""
+
+
+class Need(Flag):
+    """What a case must have for a check to apply."""
+
+    NOTHING = 0
+    LIVE = auto()
+    RETURN_PATH = auto()
+    MANY = auto()  # a listener takes one peer after the other
+    OWN_LISTENER = auto()
+    SHOWS_BREAKS = auto()
+    REFUSED = auto()
+    STUCK = auto()
+
+
+def has(case: TransportCase, features: TransportFeatures) -> Need:
+    """What this case has."""
+    own = case.listen_transport is None
+    had = {
+        Need.LIVE: not case.stored,
+        Need.RETURN_PATH: features.return_path,
+        Need.MANY: features.multi_channel,
+        Need.OWN_LISTENER: own and features.multi_channel,
+        Need.SHOWS_BREAKS: case.shows_breaks,
+        Need.REFUSED: case.refused is not None,
+        Need.STUCK: case.stuck is not None,
+    }
+    return Need(sum(need.value for need, there in had.items() if there))
+
+
+Check = Callable[[Workbench], None]
+CHECKS: Final[dict[str, tuple[Check, Need]]] = {}
+"""Every check by name, in the order in which they run, and what it needs."""
+
+
+def check(need: Need = Need.NOTHING) -> Callable[[Check], Check]:
+    def enter(function: Check) -> Check:
+        CHECKS[function.__name__.removeprefix("_").replace("_", "-")] = (function, need)
+        return function
+
+    return enter

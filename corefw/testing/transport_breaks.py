@@ -1,0 +1,177 @@
+"""Aborts, interrupts, broken connections and listeners: the promises that hold when something ends early."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from corefw.channel import Channel, receive_exactly
+from corefw.errors import ChannelError, Interrupted
+from corefw.testing.checks import UNREAD_LIMIT, Need, check
+from corefw.testing.ends import MIB, Flood, Workbench, pattern, raises, receive_all, same, told
+from corefw.testing.tasks import Task, wait_until
+
+_T = TypeVar("_T")
+
+# -- abort and interrupts ------------------------------------------------------------------------------------------
+
+
+@check(Need.LIVE)
+def _abort_wakes_a_receiver(bench: Workbench) -> None:
+    """abort() makes a blocked receive, a blocked wait and every later call raise Interrupted."""
+    for way, _, receiver in bench.ways():
+        blocked = Task(f"receive {way} after abort()", receiver.receive_into, memoryview(bytearray(8)))
+        blocked.let_block()
+        receiver.abort()
+        _was_interrupted(blocked)
+        receiver.abort()
+        later = memoryview(bytearray(8))
+        raises(Interrupted, f"a later receive {way} after abort()", receiver.receive_into, later)
+        raises(Interrupted, f"a later wait {way} after abort()", receiver.wait_readable, 10)
+    for way, _, receiver in bench.ways():
+        waiting = Task(f"wait_readable {way} after abort()", receiver.wait_readable, 600)
+        waiting.let_block()
+        receiver.abort()
+        _was_interrupted(waiting)
+
+
+@check(Need.LIVE)
+def _abort_wakes_a_sender(bench: Workbench) -> None:
+    """abort() makes a blocked send and every later one raise Interrupted."""
+    for way, sender, _ in bench.ways():
+        flood = Flood(sender, f"send {way} after abort()", pattern(256 << 10), 2 * UNREAD_LIMIT)
+        flood.blocked(0.2)
+        sender.abort()
+        _was_interrupted(flood.task)
+        raises(Interrupted, f"a later send {way} after abort()", sender.send, b"x")
+        sender.close()
+        sender.abort()
+
+
+@check(Need.OWN_LISTENER)
+def _interrupt_ends_accept(bench: Workbench) -> None:
+    """An Interrupt ends accept(), whether it is set before or while it waits; the listener is good afterwards."""
+    listener, interrupt = bench.listener(), bench.interrupt()
+    blocked = Task("accept after Interrupt.set()", listener.accept, interrupt)
+    blocked.let_block()
+    interrupt.set()
+    _was_interrupted(blocked)
+    raises(Interrupted, "accept with an Interrupt that is set", listener.accept, interrupt)
+    bench.pair(listener)
+
+
+@check(Need.LIVE)
+def _interrupt_ends_connect(bench: Workbench) -> None:
+    """connect() with an Interrupt that is set makes no channel, and spoils nothing for the next."""
+    listener, interrupt = bench.listener(), bench.interrupt()
+    interrupt.set()
+    raises(Interrupted, "connect with an Interrupt that is set", bench.dial(listener).connect, interrupt)
+    bench.pair(listener)
+
+
+@check(Need.STUCK)
+def _interrupt_ends_a_stuck_connect(bench: Workbench) -> None:
+    """An Interrupt ends a connect() to a host that does not answer."""
+    assert bench.case.stuck
+    with bench.case.stuck() as uri:
+        interrupt = bench.interrupt()
+        blocked = Task("connect after Interrupt.set()", bench.outgoing(uri).connect, interrupt)
+        blocked.let_block(0.3)
+        assert blocked.running, f"connect to '{uri}' was to be stuck, it ended with {told(blocked.error())}"
+        interrupt.set()
+        _was_interrupted(blocked)
+
+
+def _was_interrupted(task: Task[_T]) -> None:
+    error = task.error()
+    assert isinstance(error, Interrupted), f"{task.what}: expected Interrupted, got {told(error)}"
+
+
+# -- failures ------------------------------------------------------------------------------------------------------
+
+
+@check(Need.LIVE | Need.SHOWS_BREAKS)
+def _shows_a_break_as_an_error(bench: Workbench) -> None:
+    """A stream that was cut raises ChannelError at the receiver, each time it is asked; it never looks like an end."""
+    for way, sender, receiver in bench.ways():
+        sender.send(b"half of it")
+        receive_exactly(receiver, memoryview(bytearray(10)))
+        sender.abort()
+        sender.close()
+        for attempt in ("a receive", "the next receive"):
+            raises(ChannelError, f"{attempt} {way} from a peer that aborted", _receive_to_end, receiver)
+
+
+@check(Need.LIVE)
+def _sending_to_nobody_fails(bench: Workbench) -> None:
+    """A sender whose peer has gone gets ChannelError, after what the buffers on the way hold."""
+    for way, sender, receiver in bench.ways():
+        sender.send(b"x")
+        receive_exactly(receiver, memoryview(bytearray(1)))
+        receiver.abort()
+        receiver.close()
+
+        flood = Flood(sender, f"sending {way} to a peer that has gone", pattern(MIB), 4 * UNREAD_LIMIT)
+        error = flood.task.error()
+        assert isinstance(error, ChannelError), f"{flood.task.what}: expected ChannelError, got {told(error)}"
+        assert not isinstance(error, Interrupted), f"nobody aborted this end, yet it raised {told(error)}"
+
+
+@check(Need.REFUSED)
+def _names_a_destination_that_is_not_there(bench: Workbench) -> None:
+    """Dialling where nobody listens raises ChannelError that names the URI."""
+    assert bench.case.refused
+    error = raises(ChannelError, "connect", bench.outgoing(bench.case.refused).connect, bench.interrupt())
+    assert bench.case.refused in str(error), f"the error does not show '{bench.case.refused}': {error}"
+
+
+def _receive_to_end(channel: Channel) -> None:
+    while channel.receive_into(memoryview(bytearray(65536))):
+        pass
+
+
+# -- listeners -----------------------------------------------------------------------------------------------------
+
+
+@check(Need.LIVE | Need.MANY)
+def _keeps_channels_apart(bench: Workbench) -> None:
+    """One listener serves several peers at once, whoever ends first."""
+    listener = bench.listener()
+    pairs = [bench.pair(listener) for _ in range(3)]
+    for number, (out, _) in enumerate(pairs):
+        out.send(b"channel %d" % number)
+    for number, (out, into) in reversed(list(enumerate(pairs))):
+        out.send_eof()
+        same(Task("receiving", receive_all, into).result(), b"channel %d" % number)
+
+
+@check(Need.OWN_LISTENER)
+def _refuses_an_address_in_use(bench: Workbench) -> None:
+    """A second listener at the same address raises ChannelError and does not disturb the first."""
+    listener = bench.listener()
+    error = raises(ChannelError, "listening twice at one address", bench.listener, str(listener.uri))
+    assert str(listener.uri) in str(error), f"the error does not show '{listener.uri}': {error}"
+    bench.pair(listener)
+
+
+@check(Need.OWN_LISTENER)
+def _stops_listening(bench: Workbench) -> None:
+    """close() ends listening, twice does no harm; accepted channels go on, and the address is free for the next."""
+    listener = bench.listener()
+    out, into = bench.pair(listener)
+    listener.close()
+    listener.close()
+    out.send(b"still here")
+    out.send_eof()
+    same(Task("receiving after the listener was closed", receive_all, into).result(), b"still here")
+    for channel in (out, into):
+        channel.close()
+    again: list[object] = []
+
+    def listens() -> bool:
+        try:
+            again.append(bench.listener(str(listener.uri)))
+        except ChannelError as error:
+            again.append(error)
+        return not isinstance(again[-1], ChannelError)
+
+    assert wait_until(listens), f"listening at '{listener.uri}' again: {again[-1]}"

@@ -1,0 +1,217 @@
+"""What a transport says of itself, bytes, and ends: the promises that hold while nothing goes wrong."""
+
+from __future__ import annotations
+
+import itertools
+
+from corefw.channel import Channel, receive_exactly
+from corefw.errors import UriError
+from corefw.testing.checks import CHECK_DEADLINE, MEMORY_LIMIT, UNREAD_LIMIT, Need, check
+from corefw.testing.ends import MIB, Flood, Workbench, pattern, raises, receive_all, same, send_chunks, transferred
+from corefw.testing.tasks import Task, private_memory
+from corefw.uri import MigrationUri
+
+# -- what it says of itself ----------------------------------------------------------------------------------------
+
+
+@check()
+def _refuses_wrong_uris(bench: Workbench) -> None:
+    """A wrong URI raises UriError when the transport is made, before anything is started."""
+    for text in bench.case.wrong:
+        error = raises(UriError, f"making a transport for '{text}'", bench.outgoing, text)
+        assert text in str(error), f"the error for '{text}' does not show the URI: {error}"
+
+
+@check(Need.LIVE)
+def _says_what_it_is(bench: Workbench) -> None:
+    """Features, peers and return paths are told, and agree."""
+    listener = bench.listener()
+    assert isinstance(listener.uri, MigrationUri), f"listener.uri is {listener.uri!r}, expected a MigrationUri"
+    transport = bench.dial(listener)
+    out, into = bench.pair(listener)
+    for channel in (out, into):
+        assert isinstance(channel.peer, str) and channel.peer, f"peer is {channel.peer!r}, expected some text"
+        assert channel.has_return_path == transport.features.return_path, (
+            f"has_return_path is {channel.has_return_path}, the transport's features say "
+            f"{transport.features.return_path}"
+        )
+
+
+# -- bytes ---------------------------------------------------------------------------------------------------------
+
+
+@check()
+def _streams_whole_and_in_order(bench: Workbench) -> None:
+    """Many bytes, sent and received in pieces of any size, arrive as they were, each way."""
+    data = pattern(bench.case.stream_bytes)
+    if bench.case.stored:
+        return same(receive_all(bench.stored(lambda channel: send_chunks(channel, data))), data)
+    for way, sender, receiver in bench.ways():
+        sending = Task(f"sending {way}", _send_and_end, sender, data)
+        same(transferred(sending, Task(f"receiving {way}", receive_all, receiver), CHECK_DEADLINE), data)
+    return None
+
+
+@check()
+def _takes_parts_of_every_kind(bench: Workbench) -> None:
+    """No part, empty parts, more parts than the system takes at once, every type; they may change after the call."""
+    reused = bytearray(b"reused buffer")
+    many = [bytes([n % 251]) * (n % 5) for n in range(5000)]
+
+    def send(channel: Channel) -> None:
+        channel.send()
+        channel.send(b"")
+        channel.send(b"", b"one", bytearray(), bytearray(b"two"), memoryview(b"-three-")[1:6], b"")
+        channel.send(reused)
+        reused[:] = b"#" * len(reused)
+        channel.send(*many)
+
+    expected = b"onetwothree" + b"reused buffer" + b"".join(many)
+    if bench.case.stored:
+        return same(receive_all(bench.stored(send)), expected)
+    for way, sender, receiver in bench.ways():
+        reused[:] = b"reused buffer"
+        sending = Task(f"sending {way}", send, sender)
+        room = memoryview(bytearray(len(expected)))
+        transferred(sending, Task(f"receiving {way}", receive_exactly, receiver, room))
+        same(room, expected)
+    return None
+
+
+@check(Need.LIVE)
+def _delivers_without_delay(bench: Workbench) -> None:
+    """A few bytes are received while nothing follows, in a view that has room for more."""
+    for way, sender, receiver in bench.ways():
+        for word in (b"a", b"word"):
+            sender.send(word)
+            view = memoryview(bytearray(MIB))
+            receiving = Task(f"receiving {way}", receive_exactly, receiver, view[: len(word)])
+            receiving.result()
+            same(view[: len(word)], word)
+        sender.send(b"short")
+        assert receiver.wait_readable(10), f"{way}: wait_readable is False though bytes were sent"
+        count = Task(f"receiving into a large view {way}", receiver.receive_into, view).result()
+        assert 1 <= count <= 5, f"{way}: receive_into returned {count} for 5 bytes"
+
+
+@check(Need.LIVE)
+def _waits_for_bytes(bench: Workbench) -> None:
+    """wait_readable is False while there is nothing, True with the first byte, and at the end."""
+    for way, sender, receiver in bench.ways():
+        assert not receiver.wait_readable(0), f"{way}: wait_readable(0) is True before anything was sent"
+        assert not receiver.wait_readable(0.05), f"{way}: wait_readable is True before anything was sent"
+        sender.send(b"x")
+        assert receiver.wait_readable(10), f"{way}: wait_readable is False though a byte was sent"
+        receive_exactly(receiver, memoryview(bytearray(1)))
+        assert not receiver.wait_readable(0.05), f"{way}: wait_readable is True though all was received"
+        sender.send_eof()
+        assert receiver.wait_readable(10), f"{way}: wait_readable is False at the end"
+        assert receiver.receive_into(memoryview(bytearray(1))) == 0, f"{way}: bytes came out of nowhere"
+
+
+@check(Need.LIVE | Need.RETURN_PATH)
+def _goes_both_ways_at_once(bench: Workbench) -> None:
+    """One thread sends while another receives, on both ends."""
+    out, into = bench.pair()
+    there, back = pattern(bench.case.stream_bytes // 4), pattern(bench.case.stream_bytes // 4 + 1)
+    sending = [Task("sending", _send_and_end, out, there), Task("sending back", _send_and_end, into, back)]
+    receiving = [Task("receiving", receive_all, into), Task("receiving back", receive_all, out)]
+    for sent, received, data in zip(sending, receiving, (there, back), strict=True):
+        same(transferred(sent, received, CHECK_DEADLINE), data)
+
+
+@check(Need.LIVE)
+def _holds_back_a_fast_sender(bench: Workbench) -> None:
+    """A receiver that does not read blocks the sender; memory stays bounded, and nothing is lost."""
+    chunk = pattern(256 << 10)
+    for way, sender, receiver in bench.ways():
+        before = private_memory()
+        flood = Flood(sender, f"sending {way}", chunk, 2 * UNREAD_LIMIT)
+        unread = flood.blocked()
+        assert unread <= UNREAD_LIMIT, (
+            f"{way}: the sender was let to send {unread / MIB:.0f} MiB that nobody had read, "
+            f"expected it to block before {UNREAD_LIMIT // MIB} MiB"
+        )
+        grown = private_memory() - before
+        assert grown <= MEMORY_LIMIT, f"{way}: {grown / MIB:.0f} MiB of memory hold what nobody has read"
+        total = Task(f"receiving {way}", _count_repeats, receiver, chunk).result(CHECK_DEADLINE)
+        flood.task.result()
+        assert total == flood.sent, f"{way}: sent {flood.sent} bytes and received {total} after a pause"
+
+
+def _send_and_end(channel: Channel, data: bytes) -> None:
+    send_chunks(channel, data)
+    channel.send_eof()
+
+
+def _count_repeats(channel: Channel, chunk: bytes) -> int:
+    """Receive `chunk` again and again until the end; how many bytes that were."""
+    room = memoryview(bytearray(len(chunk)))
+    for number in itertools.count():
+        filled = 0
+        while filled < len(chunk):
+            count = channel.receive_into(room[filled:])
+            if count == 0:
+                return number * len(chunk) + filled
+            filled += count
+        same(room, chunk)
+    raise AssertionError("count() ended")
+
+
+# -- ends ----------------------------------------------------------------------------------------------------------
+
+
+@check()
+def _shows_the_end_for_ever(bench: Workbench) -> None:
+    """All bytes sent before send_eof arrive; then receive_into returns 0, again and again."""
+    if bench.case.stored:
+        channels = [("reading it again", bench.stored(lambda channel: channel.send(b"tail")))]
+    else:
+        channels = []
+        for way, sender, receiver in bench.ways():
+            sender.send(b"tail")
+            sender.send_eof()
+            channels.append((way, receiver))
+    for way, receiver in channels:
+        same(Task(f"receiving {way}", receive_all, receiver).result(), b"tail")
+        for _ in range(3):
+            again = Task(f"receiving at the end {way}", receiver.receive_into, memoryview(bytearray(8))).result()
+            assert again == 0, f"{way}: receive_into returned {again} after the end"
+
+
+@check(Need.LIVE | Need.RETURN_PATH)
+def _half_closes_in_either_order(bench: Workbench) -> None:
+    """send_eof ends one direction; the other goes on until it is ended too."""
+    for turned in (False, True):
+        first, second = reversed(bench.pair()) if turned else bench.pair()
+        first.send(b"last words")
+        first.send_eof()
+        same(Task("receiving to the first end", receive_all, second).result(), b"last words")
+        data = pattern(MIB)
+        sending = Task("sending after the peer's end", _send_and_end, second, data)
+        same(transferred(sending, Task("receiving after send_eof", receive_all, first)), data)
+
+
+@check(Need.LIVE)
+def _delivers_before_it_closes(bench: Workbench) -> None:
+    """What was sent arrives although the sender closes at once; close may be called again, and by `with`."""
+    for unread in (b"", b"never read"):
+        for way, sender, receiver in bench.ways():
+            if unread and not receiver.has_return_path:
+                continue
+            if unread:
+                receiver.send(unread)
+            data = pattern(2 * MIB)
+            sending = Task(f"sending and closing {way}", _send_and_close, sender, data)
+            room = memoryview(bytearray(len(data)))
+            transferred(sending, Task(f"receiving {way}", receive_exactly, receiver, room))
+            same(room, data)
+            with receiver:
+                pass
+            receiver.close()
+
+
+def _send_and_close(channel: Channel, data: bytes) -> None:
+    channel.send(data)
+    channel.close()
+    channel.close()
