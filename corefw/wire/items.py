@@ -117,13 +117,9 @@ class Uncut(Item):
     data: bytes
 
 
-def _write_configuration(writer: StreamWriter, item: ConfigurationItem) -> None:
-    write_configuration(writer, item.configuration)
-
-
 _WRITERS: Final[Mapping[type[Item], Callable[[StreamWriter, Any], None]]] = {
     Header: lambda writer, _: write_header(writer),
-    ConfigurationItem: _write_configuration,
+    ConfigurationItem: lambda writer, item: write_configuration(writer, item.configuration),
     Section: lambda writer, item: write_section_header(writer, item.header),
     Part: lambda writer, item: write_part_header(writer, item.type, item.header.section_id),
     Ram: lambda writer, item: write_ram_record(writer, item.record),
@@ -142,6 +138,3 @@ def encode(writer: StreamWriter, items: Iterable[Item]) -> None:
     for item in items:
         _WRITERS[type(item)](writer, item)
     writer.flush()
-
-
-__all__ = [name for name in globals() if not name.startswith("_")]
