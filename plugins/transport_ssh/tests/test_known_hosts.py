@@ -64,7 +64,8 @@ def test_port_22_and_alias(tmp_path: Path) -> None:
         "|1|damaged ssh-ed25519 AAAA\n",
     ],
 )
-def test_unknown(tmp_path: Path, text: str) -> None:
+def test_unknown(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/nowhere")
     with pytest.raises(ChannelError) as caught:
         check(tmp_path, text)
     assert "is not known" in str(caught.value)
