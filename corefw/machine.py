@@ -206,6 +206,9 @@ class SupportsThrottle(Protocol):
 class MakesRamBlocks(Protocol):
     """A destination that takes whatever RAM the stream brings."""
 
+    def forget_ram_blocks(self) -> None:
+        """A stream begins: what an earlier one that failed has made is in the way."""
+
     def make_ram_block(self, idstr: str, length: int) -> RamBlock:
         """A new empty block. Raises MachineError when it cannot have that much."""
 

@@ -81,6 +81,12 @@ class ParkedMachine(Machine):
     def ram_blocks(self) -> Sequence[RamBlock]:
         return tuple(self._blocks.values())
 
+    def forget_ram_blocks(self) -> None:
+        """See MakesRamBlocks."""
+        for block in self._blocks.values():
+            block.close()
+        self._blocks.clear()
+
     def make_ram_block(self, idstr: str, length: int) -> RamBlock:
         """See MakesRamBlocks. Memory is used only as pages arrive."""
         if not idstr.isprintable():

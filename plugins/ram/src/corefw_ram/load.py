@@ -9,12 +9,13 @@ Threads: the incoming thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from corefw.errors import MachineError
 from corefw.machine import Machine, MakesRamBlocks, RamBlock
 from corefw.quantities import format_size
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
@@ -43,6 +44,8 @@ class RamLoader:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
+        if isinstance(machine, MakesRamBlocks):
+            machine.forget_ram_blocks()
         self._blocks = {block.idstr: block for block in machine.ram_blocks()}
         self._block: RamBlock | None = None
         self._ahead = Forerunner()
@@ -102,13 +105,20 @@ class RamLoader:
     def _load_block_list(self, reader: StreamReader, total: int) -> None:
         entries = read_block_list(reader, total)
         if isinstance(self._machine, MakesRamBlocks):
-            for entry in entries:
-                if entry.idstr not in self._blocks:
-                    self._blocks[entry.idstr] = self._machine.make_ram_block(entry.idstr, entry.length)
+            self._make_blocks(reader, self._machine, entries)
         for entry in entries:
             self._check_entry(reader, entry)
         if missing := self._blocks.keys() - {entry.idstr for entry in entries}:
             raise reader.error(f"all RAM blocks of this machine ({', '.join(self._blocks)})", f"none '{min(missing)}'")
+
+    def _make_blocks(self, reader: StreamReader, machine: MakesRamBlocks, entries: Sequence[BlockEntry]) -> None:
+        for entry in entries:
+            if entry.idstr in self._blocks:
+                continue
+            try:
+                self._blocks[entry.idstr] = machine.make_ram_block(entry.idstr, entry.length)
+            except MachineError as error:
+                raise reader.error("RAM blocks that this machine can have", f"one too much: {error}") from error
 
     def _check_entry(self, reader: StreamReader, entry: BlockEntry) -> None:
         block = self._blocks.get(entry.idstr)

@@ -1,0 +1,36 @@
+"""A parked machine's place, after a stream that failed, takes any other guest."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from corefw.engine import Engine
+from corefw.machine import MachineConfig
+from corefw.plugins import Plugins
+
+GOLDEN = Path(__file__).parents[3] / "tests" / "golden"
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    plugins = Plugins.load()
+    machine = plugins.machine("qemu", MachineConfig(incoming=True))
+    with closing(Engine(machine, plugins, plugins.settings())) as engine:
+        yield engine
+
+
+def test_another_guest_after_a_stream_that_was_cut(engine: Engine, tmp_path: Path) -> None:
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    cut.write_bytes(gzip.decompress((GOLDEN / "pc.gz").read_bytes())[:-100])
+    whole.write_bytes(gzip.decompress((GOLDEN / "microvm.gz").read_bytes()))
+    engine.migrate_incoming(f"file:{cut}")
+    assert engine.wait_incoming(20) == "failed"
+    assert engine.machine.ram_blocks()
+    engine.migrate_incoming(f"file:{whole}")
+    assert engine.wait_incoming(20) == "completed", engine.query_migrate()
+    assert {block.idstr for block in engine.machine.ram_blocks()} != {"pc.ram"}
