@@ -52,6 +52,7 @@ def tcp(_: Path) -> TransportCase:
         wrong=WRONG,
         refused="zmq:tcp://127.0.0.1:1",
         stuck=stuck,
+        stream_bytes=32 * MIB,
     )
 
 

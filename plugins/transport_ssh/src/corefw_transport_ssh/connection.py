@@ -22,8 +22,9 @@ from paramiko.packet import Packetizer
 
 log = logging.getLogger(__name__)
 
-WINDOW: Final = 4 << 20
-"""Bytes that may be under way to us on one channel; paramiko keeps them in memory until they are received."""
+WINDOW: Final = 2 << 20
+"""Bytes that may be under way to us on one channel; paramiko keeps them in memory until they are received. As much as
+OpenSSH's: more would add to the downtime, since what is under way has to arrive before the guest can go on."""
 
 MAX_PACKET: Final = 32 << 10
 """What every implementation has to accept (RFC 4253, 6.1), and what OpenSSH sends and takes in a tunnel."""
@@ -69,7 +70,7 @@ class Connection(paramiko.Transport):
         self.auth_timeout = AUTHENTICATION_SECONDS
         self.channel_timeout = OPEN_SECONDS
         options = self.get_security_options()
-        options.ciphers = (*CIPHERS, *(cipher for cipher in options.ciphers if cipher not in CIPHERS))
+        options.ciphers = sorted(options.ciphers, key=lambda cipher: cipher not in CIPHERS)  # stable: ours first
         self.set_log_channel(_quiet_log())
         self._carriers = carriers
         self._users = 1
