@@ -168,6 +168,7 @@ class IncomingMigration:
         scratch = memoryview(bytearray(1 << 16))
         taken = 0
         try:
+            self._channel.send_eof()
             while taken < DRAIN_BYTES and self._channel.wait_readable(DRAIN_SECONDS):
                 count = self._channel.receive_into(scratch)
                 if not count:

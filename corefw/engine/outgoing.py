@@ -18,6 +18,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from corefw.channel import Channel, Interrupt, Transport
@@ -268,6 +269,8 @@ class OutgoingMigration:
         if self._return_path is not None:
             self._return_path.wait()
             self.confirmed = True
+            with suppress(ChannelError):  # the destination has all it wants; relays like to see an end
+                channel.send_eof()
         else:
             channel.send_eof()
 
