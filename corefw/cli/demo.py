@@ -63,6 +63,7 @@ def demo(ram: str, dirty_rate: str, working_set: str) -> None:
             raise UsageError(f"--{name} {text}: expected more than nothing")
     # SIGTERM, too, has to find its way through the cleaning up.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    click.echo(f"starting two engines, and filling the {ram} of RAM of a guest with bytes that do not compress")
     with _folder() as folder:
         _play(folder, [f"--opt={name}={text}" for name, text in sizes.items()])
     click.echo("demo: ok")
