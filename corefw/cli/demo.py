@@ -63,7 +63,6 @@ def demo(ram: str, dirty_rate: str, working_set: str) -> None:
             raise UsageError(f"--{name} {text}: expected more than nothing")
     # SIGTERM, too, has to find its way through the cleaning up.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    click.echo(f"starting two engines, and filling the {ram} of RAM of a guest with bytes that do not compress")
     with _folder() as folder:
         _play(folder, [f"--opt={name}={text}" for name, text in sizes.items()])
     click.echo("demo: ok")
@@ -75,8 +74,9 @@ def _play(folder: Path, options: list[str]) -> None:
         _engine(folder, "source", *options) as (source, left),
     ):
         uri = _wait_for("the destination to listen", lambda: destination.call("x-migfw-status")["incoming-uri"])
+        click.echo(f"a guest fills {_ram(source)} of RAM with bytes that do not compress")
         _wait_for("the guest to fill its RAM and write", lambda: _verified_beyond(source, 0))
-        click.echo(f"a guest with {_ram(source)} of RAM is running, and moves to another process at {uri}")
+        click.echo(f"it is running, goes on writing, and moves to another process at {uri}")
         answer = _migrate(source, uri)
         print_facts(summary(answer))
         before = _writes(source)
