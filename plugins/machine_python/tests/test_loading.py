@@ -78,7 +78,7 @@ def test_modules_that_do_not_load(tmp_path: Path, text: str, message: str) -> No
         ("stress", {"ram": "much"}, "option 'ram': 'much' is no size: expected a number with K, M, G or T"),
         (
             "stress",
-            {"ram": "1M"},
+            {"ram": "1M", "working-set": "2M"},
             "option 'working-set': expected from a page (4096 bytes) to all of the RAM (1048576)",
         ),
         ("stress", {"seed": "x"}, "option 'seed': 'x' is no int (as in seed=1)"),

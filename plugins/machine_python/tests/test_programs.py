@@ -53,6 +53,15 @@ def test_stress_counts_its_writes(stress: PythonMachine) -> None:
     assert stress.verify() == {"writes": state["writes"], "found": state["writes"], "pages": 1024}
 
 
+@pytest.mark.parametrize(("ram", "written_to"), [("1M", 256), ("80M", 16384)])
+def test_stress_writes_to_64_mib_or_to_all_that_it_has(make: Make, ram: str, written_to: int) -> None:
+    machine = make("stress", ram=ram)
+    machine.start()
+    assert wait_until(lambda: bool(machine.verify()["writes"]))
+    machine.stop(RunState.PAUSED)
+    assert vars(machine.devices()[0].state)["working_pages"] == written_to
+
+
 def test_stress_does_not_compress(stress: PythonMachine) -> None:
     import zlib
 

@@ -25,12 +25,19 @@ CHUNK: Final = 256
 PERIOD: Final = 0.005
 """Seconds between two bursts of writes."""
 
+WORKING_SET: Final = 64 << 20
+"""Bytes that are written to unless an option says otherwise; all of the RAM where that is less."""
+
+
+def _working_set(options: Any) -> int:
+    return int(min(WORKING_SET, options.ram) if options.working_set is None else options.working_set)
+
 
 def _pages(options: Any) -> tuple[int, int]:
     pages = options.ram // PAGE
     if pages < 1:
         raise UsageError(f"option 'ram': {options.ram} bytes are less than a page ({PAGE})")
-    if not PAGE <= options.working_set <= options.ram:
+    if not PAGE <= _working_set(options) <= options.ram:
         raise UsageError(f"option 'working-set': expected from a page ({PAGE} bytes) to all of the RAM ({options.ram})")
     return pages, WORDS
 
@@ -40,7 +47,7 @@ class Stress(guest.Program):
 
     ram_option = guest.option("ram", "512M", kind=guest.size, help="bytes of RAM")
     rate_option = guest.option("dirty-rate", "100M", kind=guest.size, help="bytes of pages dirtied in a second")
-    set_option = guest.option("working-set", "64M", kind=guest.size, help="bytes that are written to")
+    set_option = guest.option("working-set", None, kind=guest.size, help="bytes that are written to (at most 64M)")
     seed_option = guest.option("seed", 1, help="of the sequence that fills the RAM")
 
     ram = guest.array("ram", shape=_pages, dtype="uint64")
@@ -51,7 +58,7 @@ class Stress(guest.Program):
 
     def setup(self) -> None:
         self.seed = self.options.seed
-        self.working_pages = self.options.working_set // PAGE
+        self.working_pages = _working_set(self.options) // PAGE
         for first, words in self._sequence():
             self.ram[first : first + len(words)] = words
         self.ram[: self.working_pages, 0] = 0
