@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 
 import pytest
-from migfw_deflate import DeflateTransport
+from migfw_deflate import DeflateChannel, DeflateTransport
 
 from corefw.channel import Channel, Interrupt, receive_exactly
 from corefw.dialing import connect_tcp
@@ -60,6 +60,7 @@ def test_a_bomb_is_inflated_as_it_is_asked_for(ends: tuple[Channel, Channel]) ->
     room = memoryview(bytearray(4096))
     receive_exactly(channel, room)
     assert channel.wait_readable(10)
+    assert isinstance(channel, DeflateChannel)
     assert len(channel._ready) + len(channel._compressed) < 1 << 20
 
 
