@@ -157,8 +157,9 @@ class RamLoader:
                 return False
             self._check_offsets(reader, block, offsets, ZERO_RECORD)
             fills = rows[: len(offsets), HEADER]
-            for value in np.unique(fills):
-                block.fill(offsets[fills == value] // TARGET_PAGE_SIZE, int(value))
+            cuts = np.flatnonzero(np.diff(fills)) + 1  # nearly always none; in their order, for a page may come twice
+            for pages, values in zip(np.split(offsets // TARGET_PAGE_SIZE, cuts), np.split(fills, cuts), strict=True):
+                block.fill(pages, int(values[0]))
             reader.skip(len(offsets) * ZERO_RECORD)
             return True
         return False

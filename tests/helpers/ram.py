@@ -1,0 +1,285 @@
+"""The ram section without an engine: a machine that is nothing but RAM, both halves of the section driven by hand, and
+a plain reading of the records to compare with.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import Final, NamedTuple, Self
+
+import numpy as np
+from corefw_ram.handler import RamHandler
+from numpy.typing import NDArray
+
+from corefw.channel import Buffer, Interrupt
+from corefw.errors import MachineError
+from corefw.machine import Device, Machine, RamBlock, RunState
+from corefw.memory.blocks import MemfdBlock
+from corefw.memory.hashes import HashLog
+from corefw.settings import Settings
+from corefw.testing.recording import KitContext
+from corefw.wire.constants import BE64, RAM_VERSION, RamFlag
+from corefw.wire.records import RamLayout, read_ram_record
+from corefw.wire.stream import MemorySink, MemorySource, Sink, Source, StreamReader, StreamWriter
+
+PAGE: Final = 4096
+ZERO_PAGE: Final = bytes(PAGE)
+EOS: Final = BE64.pack(RamFlag.EOS)
+
+
+def block(idstr: str, pages: int, *, logged: bool = False) -> MemfdBlock:
+    """An empty RAM block; `logged`: its dirty log finds what is written through any mapping."""
+    made = MemfdBlock(idstr, pages * PAGE)
+    if logged:
+        made.dirty_log = HashLog(made)
+    return made
+
+
+def allocated(ram: RamBlock) -> int:
+    """Pages that the kernel holds for it."""
+    return os.fstat(ram.fd).st_blocks * 512 // PAGE
+
+
+def noise(pages: int, seed: int = 1) -> NDArray[np.uint8]:
+    """Pages that are not zero."""
+    made = np.frombuffer(np.random.default_rng(seed).bytes(pages * PAGE), dtype=np.uint8).reshape(pages, PAGE).copy()
+    made[:, 0] |= 1
+    return made
+
+
+class StillMachine(Machine):
+    """RAM blocks, and a guest that only a test moves: it writes into them."""
+
+    kind = "still"
+    name = "still"
+    run_state = RunState.PRELAUNCH
+
+    def __init__(self, *blocks: MemfdBlock) -> None:
+        self.blocks = list(blocks)
+
+    def ram_blocks(self) -> Sequence[MemfdBlock]:
+        return self.blocks
+
+    def contents(self) -> dict[str, bytes]:
+        return {one.idstr: bytes(one.view) for one in self.blocks}
+
+    def devices(self) -> Sequence[Device]:
+        return ()
+
+    def start(self) -> None:
+        raise MachineError("this guest does not run")
+
+    def stop(self, state: RunState) -> None:
+        pass
+
+    def set_run_state(self, state: RunState) -> None:
+        pass
+
+    def watch(self, observer: Callable[[RunState, RunState], None]) -> None:
+        pass
+
+    def information(self) -> Mapping[str, object]:
+        return {"ram": {one.idstr: one.length for one in self.blocks}}
+
+    def close(self) -> None:
+        for one in self.blocks:
+            one.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class MakingMachine(StillMachine):
+    """Takes whatever RAM the stream brings, up to `limit` bytes (MakesRamBlocks)."""
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        super().__init__()
+        self._limit = limit
+
+    def forget_ram_blocks(self) -> None:
+        self.close()
+        self.blocks.clear()
+
+    def make_ram_block(self, idstr: str, length: int) -> RamBlock:
+        if length <= 0 or length % PAGE or not idstr.isprintable():
+            raise MachineError(f"'{idstr}' with {length} bytes is no RAM block here")
+        if length + sum(one.length for one in self.blocks) > self._limit:
+            raise MachineError(f"'{idstr}' with {length} bytes is more than the {self._limit} allowed")
+        self.blocks.append(MemfdBlock(idstr, length))
+        return self.blocks[-1]
+
+
+# -- the source's half ---------------------------------------------------------------------------------------------
+
+
+class Sender:
+    """A source's ram section; each step gives the body that it wrote.
+
+    on_send   called while a part is on its way: before the bytes are taken from where they are
+    """
+
+    def __init__(self, machine: Machine, on_send: Callable[[], object] | None = None) -> None:
+        self.handler = RamHandler(machine)
+        self.statistics = self.handler.ram_statistics()
+        self._on_send = on_send
+        self._interrupt = Interrupt()
+        self._context = KitContext(Settings(), self._interrupt)
+
+    def setup(self) -> bytes:
+        return self._written(lambda writer: self.handler.setup(writer, self._context))
+
+    def part(self, budget: int = 1 << 40) -> bytes:
+        return self._written(lambda writer: self.handler.iterate(writer, budget))
+
+    def part_is_last(self, budget: int) -> bool:
+        """What iterate() says; its body is thrown away."""
+        return self.handler.iterate(StreamWriter(MemorySink()), budget)
+
+    def end(self) -> bytes:
+        return self._written(self.handler.complete_precopy)
+
+    def pending(self, threshold: int = 1 << 60) -> int:
+        left = self.handler.pending(threshold)
+        assert left.can_postcopy == 0
+        return left.must_precopy
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handler.cleanup()
+        self._interrupt.close()
+
+    def _written(self, write: Callable[[StreamWriter], object]) -> bytes:
+        sink = _Noticed(self._on_send)
+        writer = StreamWriter(sink)
+        write(writer)
+        writer.flush()
+        return bytes(sink.data)
+
+
+class _Noticed(MemorySink, Sink):
+    def __init__(self, on_send: Callable[[], object] | None) -> None:
+        super().__init__()
+        self._on_send = on_send
+
+    def send(self, *parts: Buffer) -> None:
+        if self._on_send is not None:
+            self._on_send()
+        super().send(*parts)
+
+
+# -- the destination's half ----------------------------------------------------------------------------------------
+
+
+class Portions:
+    """A Source that gives its bytes in portions of these sizes, round and round."""
+
+    def __init__(self, data: bytes, sizes: Sequence[int]) -> None:
+        self._source = MemorySource(data)
+        self._sizes = sizes
+        self._turn = 0
+
+    def receive_into(self, view: memoryview, /) -> int:
+        size = self._sizes[self._turn % len(self._sizes)]
+        self._turn += 1
+        return self._source.receive_into(view[:size])
+
+
+class Receiver:
+    """A destination's ram section, over one reader for all bodies."""
+
+    def __init__(self, machine: Machine, source: Source, *, buffer: int = 1 << 20) -> None:
+        self.handler = RamHandler(machine)
+        self.reader = StreamReader(source, size=buffer, where="section 'ram'")
+
+    def load(self, bodies: int = 1) -> None:
+        for _ in range(bodies):
+            self.handler.load(self.reader, RAM_VERSION)
+
+
+@contextmanager
+def receiving(machine: Machine, source: Source, *, buffer: int = 1 << 20) -> Iterator[Receiver]:
+    receiver = Receiver(machine, source, buffer=buffer)
+    with closing(Interrupt()) as interrupt:
+        receiver.handler.load_setup(KitContext(Settings(), interrupt))
+        try:
+            yield receiver
+        finally:
+            receiver.handler.load_cleanup()
+
+
+def load(machine: Machine, *bodies: bytes, sizes: Sequence[int] = (1 << 20,), buffer: int = 1 << 20) -> None:
+    """Load the bodies, received in these portions. Raises what the handler raises."""
+    with receiving(machine, Portions(b"".join(bodies), sizes), buffer=buffer) as receiver:
+        receiver.load(len(bodies))
+
+
+# -- records, one by one ---------------------------------------------------------------------------------------------
+
+
+class PageRecord(NamedTuple):
+    """`kind` is PAGE or ZERO, `page` a number, `data` a page's bytes or a fill byte."""
+
+    kind: RamFlag
+    block: str
+    page: int
+    data: bytes
+
+
+def page_records(*bodies: bytes) -> list[PageRecord]:
+    """The records about pages in these bodies of one section, each of which has to end with its EOS."""
+    found: list[PageRecord] = []
+    name = ""
+    for body in bodies:
+        reader = StreamReader(MemorySource(body))
+        while True:
+            record = read_ram_record(reader, RamLayout())
+            if record.kind in (RamFlag.PAGE, RamFlag.ZERO):
+                name = record.idstr or name
+                found.append(PageRecord(record.kind, name, record.address // PAGE, record.body))
+            elif record.kind is RamFlag.EOS:
+                break
+        assert reader.at_end(), f"{len(body) - reader.offset} bytes behind the EOS"
+    return found
+
+
+def apply(records: Iterable[PageRecord], contents: dict[str, bytearray]) -> None:
+    """What the records say, done the plain way."""
+    for record in records:
+        data = record.data if record.kind is RamFlag.PAGE else record.data * PAGE
+        contents[record.block][record.page * PAGE : (record.page + 1) * PAGE] = data
+
+
+# -- writing records by hand ---------------------------------------------------------------------------------------
+
+
+def header(page: int, flags: int) -> bytes:
+    return BE64.pack(page * PAGE | flags)
+
+
+def name(text: str) -> bytes:
+    return bytes([len(text)]) + text.encode()
+
+
+def block_list(**lengths: int) -> bytes:
+    """A MEM_SIZE record; lengths in pages."""
+    entries = [name(idstr) + BE64.pack(pages * PAGE) for idstr, pages in lengths.items()]
+    return header(sum(lengths.values()), RamFlag.MEM_SIZE) + b"".join(entries)
+
+
+def page_record(page: int, data: bytes, idstr: str | None = None) -> bytes:
+    return _begun(page, RamFlag.PAGE, idstr) + data
+
+
+def fill_record(page: int, value: int = 0, idstr: str | None = None) -> bytes:
+    return _begun(page, RamFlag.ZERO, idstr) + bytes([value])
+
+
+def _begun(page: int, kind: RamFlag, idstr: str | None) -> bytes:
+    return header(page, kind | RamFlag.CONTINUE) if idstr is None else header(page, kind) + name(idstr)
