@@ -1,7 +1,7 @@
 """The states of a migration, and every change between them that can be.
 
 The law: a state moves by `advance(expected, new)`, a compare-and-swap against the table of its side; a change that is
-not in the table is a bug and raises. Observers hear of it after the lock is let go, in the order of the changes.
+not in the table is a bug and raises. Observers hear of it with no lock held, in the order of the changes.
 Source: the seed's migrate_set_state and its callers; the names are QAPI's MigrationStatus.
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Final
+
+from corefw.news import News
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +117,7 @@ class StateMachine:
         self._changed = threading.Condition(self._lock)
         self._status = MigrationStatus.NONE
         self._observers: list[Observer] = []
-        self._news: deque[tuple[MigrationStatus, MigrationStatus]] = deque()
-        self._announcing = threading.RLock()
-        self._telling = False
+        self._news = News(self._tell)
 
     @property
     def status(self) -> MigrationStatus:
@@ -137,37 +136,35 @@ class StateMachine:
 
         Raises AssertionError for a transition that is not in the table: that is a bug here, not a user's error.
         """
+        moved = self.move(expected, new)
+        self.announce()
+        return moved
+
+    def move(self, expected: MigrationStatus, new: MigrationStatus) -> bool:
+        """As advance(), for a caller that holds a lock: it calls announce() when that is let go."""
         if new not in TRANSITIONS[self.side].get(expected, frozenset()):
             raise AssertionError(f"the {self.side} never goes from '{expected}' to '{new}'")
         with self._lock:
             if self._status is not expected:
                 return False
             self._status = new
-            self._news.append((expected, new))
+            self._news.post((expected, new))
             self._changed.notify_all()
         log.info("%s: %s -> %s", self.side, expected, new)
-        self._announce()
         return True
+
+    def announce(self) -> None:
+        """Tell the observers of what was moved, unless another thread is just doing that."""
+        self._news.tell()
 
     def wait(self, statuses: frozenset[MigrationStatus], seconds: float | None = None) -> bool:
         """Block until the status is one of these; False after `seconds`."""
         with self._lock:
             return self._changed.wait_for(lambda: self._status in statuses, seconds)
 
-    def _announce(self) -> None:
-        with self._announcing:
-            if self._telling:  # an observer made this change: the loop that called it goes on with it
-                return
-            self._telling = True
-            try:
-                while self._news:
-                    self._tell(*self._news.popleft())
-            finally:
-                self._telling = False
-
-    def _tell(self, old: MigrationStatus, new: MigrationStatus) -> None:
+    def _tell(self, change: tuple[MigrationStatus, MigrationStatus]) -> None:
         for observer in tuple(self._observers):
             try:
-                observer(self.side, old, new)
+                observer(self.side, *change)
             except Exception:
                 log.exception("an observer of the %s's status failed", self.side)

@@ -27,7 +27,8 @@ CORE: Final[dict[str, set[str]]] = {
     "uri": {"errors"},
     "quantities": {"errors"},
     "descriptors": set(),
-    "states": set(),
+    "news": set(),
+    "states": {"news"},
     "settings": {"errors", "quantities"},
     "channel": {"errors", "uri"},
     "sockets": {"errors", "uri", "channel"},
@@ -42,7 +43,7 @@ CORE: Final[dict[str, set[str]]] = {
     "plugins": {"errors", "uri", "states", "settings", "channel", "section", "machine", "hookspecs"},
     "testing": {"errors", "uri", "quantities", "settings", "channel", "wire", "section", "machine", "memory"},
     "engine": {
-        *("errors", "uri", "states", "settings", "channel", "wire", "section", "machine", "plugins"),
+        *("errors", "uri", "news", "states", "settings", "channel", "wire", "section", "machine", "plugins"),
     },
     "qmp": {"errors", "uri", "quantities", "descriptors", "states", "settings", "channel", "plugins", "engine"},
 }

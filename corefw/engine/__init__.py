@@ -1,11 +1,13 @@
 """The engine: one guest, its settings, and at most one migration each way.
 
-Read engine.py for what the outside calls, outgoing.py and incoming.py for the two threads. convergence.py and pacing.py
-are the arithmetic, framing.py and unframing.py the sections, returnpath.py the way back, statistics.py what is counted.
+Read engine.py for what the outside calls, outgoing.py and incoming.py for the two threads, custody.py for whose the
+guest is. convergence.py and pacing.py are the arithmetic, framing.py and unframing.py the sections, returnpath.py the
+way back, statistics.py what is counted, events.py what is told, guestlock.py who may touch the guest.
 """
 
 from __future__ import annotations
 
-from corefw.engine.engine import Engine, Event
+from corefw.engine.engine import Engine
+from corefw.engine.events import Event
 
 __all__ = ["Engine", "Event"]

@@ -3,48 +3,36 @@
 The law: every command is checked before anything is started; what is refused changes nothing. The errors' texts are the
 seed's where it has them (qmp_migrate, migrate_prepare, qmp_migrate_incoming, qmp_migrate_continue, ...).
 
-Threads: everything here may be called from any thread. Events come from the thread that caused them, without locks
-held.
+Threads: everything here may be called from any thread, by observers too. Events come in order, from some thread that
+caused one, with no lock held.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from corefw.channel import Transport
 from corefw.engine.blockers import Blockers
+from corefw.engine.events import Events, Observer
+from corefw.engine.guestlock import GuestLock
 from corefw.engine.incoming import IncomingMigration
 from corefw.engine.outgoing import OutgoingMigration
 from corefw.engine.statistics import idle_document, with_blockers
-from corefw.errors import BlockedError, SettingsError, StateError, UriError, UsageError
+from corefw.errors import BlockedError, MigfwError, SettingsError, StateError, UriError, UsageError
 from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, SupportsVerify
 from corefw.plugins import Plugins
 from corefw.section import SectionRegistry
 from corefw.settings import Settings
 from corefw.states import IDLE, SETUP_OR_ACTIVE, MigrationStatus, Side, StateMachine
 
-log = logging.getLogger(__name__)
-
 _S = MigrationStatus
 MIGRATION_ACTIVE: Final = "There's a migration process in progress"
+WAITS: Final = "Guest is waiting for an incoming migration"
+MOVED: Final = "the guest has moved: the destination said that it has it"
+CLOSED: Final = "the engine is closed"
 ENDED: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED})
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A QMP event: its name, its data, and when it happened (time.time())."""
-
-    name: str
-    data: Mapping[str, Any] = field(default_factory=dict)
-    timestamp: float = field(default_factory=time.time)
-
-
-Observer = Callable[[Event], None]
 
 
 class Engine:
@@ -61,9 +49,11 @@ class Engine:
         self.incoming: Final = StateMachine(Side.DESTINATION)
         self.incoming_uri: str | None = None
         self._autostart = autostart
-        self._lock = threading.RLock()
-        self._guest_lock = threading.RLock()  # whoever starts, stops or asks the guest holds it
-        self._observers: list[Observer] = []
+        self._closed = False
+        self._lock = threading.RLock()  # whoever begins a migration, or changes what one begins with, holds it
+        self._swap = threading.Lock()  # `_migration` changes together with the status that is its own
+        self._events = Events()
+        self._guest_lock = GuestLock(self._events.tell)
         self._blockers = Blockers(machine, plugins, settings)
         self._migration: OutgoingMigration | None = None
         self._arrival: IncomingMigration | None = None
@@ -76,16 +66,12 @@ class Engine:
 
     def observe(self, observer: Observer) -> Callable[[], None]:
         """Call `observer(event)` for every event from now on; returns what ends that."""
-        self._observers.append(observer)
-        return lambda: self._observers.remove(observer) if observer in self._observers else None
+        return self._events.observe(observer)
 
     def _emit(self, name: str, data: Mapping[str, Any] | None = None) -> None:
-        event = Event(name, data or {})
-        for observer in list(self._observers):
-            try:
-                observer(event)
-            except Exception:
-                log.exception("an observer of event %s failed", name)
+        self._events.post(name, data)
+        if not self._guest_lock.mine():
+            self._events.tell()
 
     def _status_changed(self, _side: Side, _old: MigrationStatus, new: MigrationStatus) -> None:
         if self.settings.capability("events"):
@@ -124,12 +110,8 @@ class Engine:
             state = self.machine.run_state
             if state is RunState.RUNNING:
                 return
-            if state is RunState.INMIGRATE:
-                raise StateError("Guest is waiting for an incoming migration")
-            if self.outgoing.status in SETUP_OR_ACTIVE and state is RunState.FINISH_MIGRATE:
-                raise StateError("the guest is stopped for the switchover (cancel the migration to let it run on here)")
-            if self._migration is not None and self._migration.confirmed and self.outgoing.status is _S.COMPLETED:
-                raise StateError("the guest has moved: the destination said that it has it")
+            self._check_is_ours()
+            self._check_not_held()
             if state in DEAD:
                 raise StateError(f"the guest has ended ({state})")
             self.machine.start()
@@ -138,10 +120,26 @@ class Engine:
         """Let the guest prove its own state. Raises UsageError where it cannot, MachineError when it is wrong."""
         if not isinstance(self.machine, SupportsVerify):
             raise UsageError(f"a machine of kind '{self.machine.kind}' cannot verify itself")
-        if self.machine.run_state is RunState.INMIGRATE:
-            raise StateError("Guest is waiting for an incoming migration")
         with self._guest_lock:
+            if self.machine.run_state is RunState.INMIGRATE:
+                raise StateError(WAITS)
+            self._check_not_held()
             return self.machine.verify()
+
+    def _check_is_ours(self) -> None:
+        """Raise where the guest is not here yet, or not any more."""
+        if self._closed:
+            raise StateError(CLOSED)
+        if self.machine.run_state is RunState.INMIGRATE:
+            raise StateError(WAITS)
+        # No migration begins after one that moved the guest, so that one stays the last.
+        if self._migration is not None and self._migration.confirmed:
+            raise StateError(MOVED)
+
+    def _check_not_held(self) -> None:
+        """Under the guest's lock."""
+        if self._migration is not None and self._migration.holds_guest:
+            raise StateError("the guest is stopped for the switchover (cancel the migration to let it run on here)")
 
     # -- out -------------------------------------------------------------------------------------------------------
 
@@ -159,8 +157,8 @@ class Engine:
                 raise StateError("Cannot resume if there is no paused migration")
             if self.outgoing.status not in IDLE:
                 raise StateError(MIGRATION_ACTIVE)
-            if self.machine.run_state is RunState.INMIGRATE:
-                raise StateError("Guest is waiting for an incoming migration")
+            self._check_is_ours()
+            self._check_left_nothing_open()
             if blk or inc:
                 raise SettingsError("capability 'block' is not supported by any installed plugin")
             transport = self._outgoing_transport(uri)
@@ -168,6 +166,16 @@ class Engine:
             if reasons := self._blockers.reasons(registry):
                 raise BlockedError(reasons)
             self._begin_outgoing(transport, registry)
+        self.outgoing.announce()
+
+    def _check_left_nothing_open(self) -> None:
+        """Raise when the guest may run elsewhere: a second copy of it must not come to run as well. A machine that
+        cannot run here is only stored and sent on."""
+        if self.machine.run_state is RunState.POSTMIGRATE and not isinstance(self.machine, AdoptsStreams):
+            raise StateError(
+                "Can't migrate the vm that was paused due to previous migration"
+                " ('cont' starts it, if you know that it does not run elsewhere)"
+            )
 
     def _outgoing_transport(self, uri: str) -> Transport:
         if uri == "defer":
@@ -191,10 +199,14 @@ class Engine:
             self._guest_lock,
             self._pass_began,
         )
-        self._migration = migration
-        if not self.outgoing.advance(self.outgoing.status, _S.SETUP):
-            raise StateError(MIGRATION_ACTIVE)
-        migration.start()
+        with self._swap:
+            self._migration = migration
+            self.outgoing.move(self.outgoing.status, _S.SETUP)
+        try:
+            migration.start()
+        except RuntimeError as error:  # the host gives us no thread
+            self.outgoing.advance(_S.SETUP, _S.FAILED)
+            raise MigfwError(f"cannot start a migration: {error}") from None
 
     def _registry(self) -> SectionRegistry:
         """New handlers for one migration. Of a machine that keeps its sections as they came, only the live ones."""
@@ -238,6 +250,8 @@ class Engine:
     def migrate_incoming(self, uri: str) -> str:
         """Begin to wait for a source; the URI that it has to dial. Raises UsageError, ChannelError."""
         with self._lock:
+            if self._closed:
+                raise StateError(CLOSED)
             if self.machine.run_state is not RunState.INMIGRATE:
                 raise StateError("'-incoming' was not specified on the command line")
             if self.incoming.status not in (_S.NONE, _S.FAILED):
@@ -257,10 +271,17 @@ class Engine:
                 lambda: self._autostart,
             )
             self._arrival = arrival
-            self.incoming_uri = str(listener.uri)
-            self.incoming.advance(self.incoming.status, _S.SETUP)
-            arrival.start()
-            return self.incoming_uri
+            self.incoming_uri = dialled = str(listener.uri)
+            self.incoming.move(self.incoming.status, _S.SETUP)
+            try:
+                arrival.start()
+            except RuntimeError as error:
+                listener.close()
+                self._arrival = None
+                self.incoming.advance(_S.SETUP, _S.FAILED)
+                raise MigfwError(f"cannot wait for a migration: {error}") from None
+        self.incoming.announce()
+        return dialled
 
     def wait_incoming(self, seconds: float | None = None) -> MigrationStatus:
         """Block until the guest has come, or failed to."""
@@ -292,7 +313,8 @@ class Engine:
 
     def query_migrate(self) -> dict[str, Any]:
         """query-migrate: the outgoing migration where there was one, else the incoming one."""
-        migration, status = self._migration, self.outgoing.status
+        with self._swap:
+            migration, status = self._migration, self.outgoing.status
         if migration is not None and status is not _S.NONE:
             info = migration.statistics.document(status)
         else:
@@ -306,6 +328,8 @@ class Engine:
 
     def close(self) -> None:
         """End migrations and the guest. A source that may have handed the guest over does not start it again."""
+        with self._lock:
+            self._closed = True
         if self._migration is not None:
             self._migration.cancel()
             self._migration.join()
@@ -315,4 +339,4 @@ class Engine:
         self.machine.close()
 
 
-__all__ = ["Engine", "Event", "Observer"]
+__all__ = ["Engine"]

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Final
 
 from corefw.channel import Channel, Interrupt, Listener
+from corefw.engine.guestlock import GuestLock
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.engine.unframing import StreamLoader
 from corefw.errors import ChannelError, MachineError, MigfwError
@@ -43,7 +44,7 @@ class IncomingMigration:
         registry: SectionRegistry,
         listener: Listener,
         state: StateMachine,
-        guest_lock: threading.RLock,
+        guest_lock: GuestLock,
         autostart: Callable[[], bool],
     ) -> None:
         self.settings = settings
@@ -65,7 +66,9 @@ class IncomingMigration:
         self._thread.start()
 
     def join(self) -> None:
-        self._thread.join()
+        """Nothing of it goes on when this returns, unless its own thread asks (in an observer)."""
+        if self._thread is not threading.current_thread():
+            self._thread.join()
 
     def abort(self) -> None:
         """End it, wherever it is."""
@@ -128,7 +131,8 @@ class IncomingMigration:
         finally:
             for handler in begun:
                 handler.load_cleanup()
-        with self._guest_lock:
+        with self._guest_lock.unless(self.interrupt.check):
+            self.interrupt.check()
             self._start_guest()
         self._advance(_S.ACTIVE, _S.COMPLETED)
         self._say_goodbye(0)

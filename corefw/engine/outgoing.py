@@ -1,7 +1,7 @@
 """The source's side of one migration: its thread, from setup to completion.
 
-The law: the guest belongs to the source until the destination may be running it. Every failure and every cancel before
-that moment lets the guest run on here, if it ran before; after it, only the destination's own word that it failed does.
+The law: however it ends, what becomes of the guest is decided first (custody.py), then everything is let go, and then
+the status says so: whoever sees the end sees the guest as it will be.
 
     setup        header, configuration, OPEN_RETURN_PATH, START sections
     iterate      PART sections until what is left fits into the downtime limit
@@ -17,13 +17,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
+from typing import Final
 
 from corefw.channel import Channel, Interrupt, Transport
 from corefw.engine.convergence import Convergence
+from corefw.engine.custody import Custody
 from corefw.engine.framing import SectionWriter
+from corefw.engine.guestlock import GuestLock
 from corefw.engine.pacing import Pacer
 from corefw.engine.returnpath import ReturnPathReader
 from corefw.engine.statistics import OutgoingStatistics, milliseconds_since
@@ -31,7 +34,7 @@ from corefw.errors import ChannelError, Interrupted, MachineError, MigfwError
 from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, StreamFormat, SupportsThrottle
 from corefw.section import HasRamStatistics, LiveHandler, SectionRegistry
 from corefw.settings import Settings
-from corefw.states import SETUP_OR_ACTIVE, MigrationStatus, StateMachine
+from corefw.states import IDLE, SETUP_OR_ACTIVE, MigrationStatus, StateMachine
 from corefw.wire.constants import Command, SectionType
 from corefw.wire.globalstate import CarriesRunState
 from corefw.wire.records import (
@@ -48,6 +51,11 @@ log = logging.getLogger(__name__)
 
 _S = MigrationStatus
 
+LOOK: Final = 0.1
+"""Seconds after which a stream that is held back by max-bandwidth looks for a new limit, and for a reason to end."""
+LAST_WORDS: Final = 1.0
+"""Seconds that a destination whose connection broke has to say why: what it said may still be on its way."""
+
 
 class OutgoingMigration:
     """One attempt to send the guest away. It is an OutgoingContext for the handlers."""
@@ -59,7 +67,7 @@ class OutgoingMigration:
         registry: SectionRegistry,
         transport: Transport,
         state: StateMachine,
-        guest_lock: threading.RLock,
+        guest_lock: GuestLock,
         on_pass: Callable[[int], None],
     ) -> None:
         self.settings = settings
@@ -69,16 +77,13 @@ class OutgoingMigration:
         self._registry = registry
         self._transport = transport
         self._state = state
-        self._guest_lock = guest_lock
+        self._custody = Custody(machine, guest_lock)
         self._on_pass = on_pass
         self._live: list[LiveHandler] = []
         self._proceed = threading.Event()
         self._channel: Channel | None = None
         self._return_path: ReturnPathReader | None = None
-        self._run_state_before = machine.run_state
-        self._stopped = False
         self._downtime_began = 0.0
-        self._handed_over = False
         self.confirmed = False
         self._thread = threading.Thread(target=self._run, name="migration", daemon=True)
 
@@ -88,7 +93,15 @@ class OutgoingMigration:
         self._thread.start()
 
     def join(self) -> None:
-        self._thread.join()
+        """Nothing of it goes on when this returns, unless its own thread asks (in an observer)."""
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    @property
+    def holds_guest(self) -> bool:
+        """Whether it has stopped the guest and not decided yet what becomes of it: then nobody else may start it. To
+        be asked under the guest's lock."""
+        return self._custody.held and self._state.status not in IDLE
 
     def cancel(self) -> None:
         """Begin to end it, in whatever state; nothing happens when it is over (the seed's migrate_fd_cancel)."""
@@ -133,27 +146,28 @@ class OutgoingMigration:
         except Exception as bug:
             log.exception("the migration thread failed")
             error = MigfwError(f"internal error: {type(bug).__name__}: {bug}")
-        try:
-            self._clean_up(graceful=error is None)
-        finally:
-            self._finish(self._cause(error))
+        if error is not None:
+            error = self._break_off(error)
+        if error is None:
+            self.statistics.finish(downtime=milliseconds_since(self._downtime_began))
+            self._custody.let_go()
+        else:
+            refused = self._return_path is not None and self._return_path.refused
+            self.statistics.fail(str(error) + self._custody.take_back(refused=refused))
+        self._clean_up()
+        self._end(_S.COMPLETED if error is None else _S.FAILED)
 
     def _migrate(self) -> None:
-        with self._timed_setup():
-            self._channel = channel = self._transport.connect(self.interrupt)
-            self.interrupt.check()
-            writer = StreamWriter(channel)
-            sections = self._setup(writer, channel)
+        self._channel = channel = self._transport.connect(self.interrupt)
+        self.interrupt.check()
+        setup_began = time.monotonic()
+        writer = StreamWriter(channel)
+        sections = self._setup(writer, channel)
+        self.statistics.setup_time = milliseconds_since(setup_began)
         self._advance(_S.SETUP, _S.ACTIVE)
         self._iterate(writer, sections)
         self._switch_over(writer, sections)
         self._hand_over(writer, sections, channel)
-
-    def _timed_setup(self) -> _Timer:
-        def done(milliseconds: int) -> None:
-            self.statistics.setup_time = milliseconds
-
-        return _Timer(done)
 
     def _setup(self, writer: StreamWriter, channel: Channel) -> SectionWriter:
         form = self._format()
@@ -193,17 +207,38 @@ class OutgoingMigration:
         convergence = Convergence(time.monotonic(), self.settings.integer("downtime-limit"), writer.position)
         while True:
             self._check()
-            passes = self.statistics.ram.dirty_sync_count
-            pending = sum(handler.pending(convergence.threshold).total for handler in self._live)
-            if self.statistics.ram.dirty_sync_count != passes:
-                self._on_pass(self.statistics.ram.dirty_sync_count)
+            with self._passes_told():
+                pending = sum(handler.pending(convergence.threshold).total for handler in self._live)
             if convergence.fits(pending):
                 return
             before = writer.position
-            limit = self.settings.integer("max-bandwidth")
-            self._send_parts(writer, sections, pacer.budget(limit))
-            pacer.sent(writer.position - before, limit, self.interrupt)
-            self._count(writer, convergence)
+            self._send_parts(writer, sections, pacer.budget(self._limit))
+            self._pace(pacer, writer.position - before)
+            convergence.update(
+                time.monotonic(),
+                writer.position,
+                self.settings.integer("downtime-limit"),
+                self.statistics.ram.dirty_pages_rate * self.statistics.ram.page_size,
+            )
+            self.statistics.update(convergence)
+
+    @contextmanager
+    def _passes_told(self) -> Iterator[None]:
+        """Tell of the pass that begins when the dirty log is harvested in here."""
+        passes = self.statistics.ram.dirty_sync_count
+        yield
+        if self.statistics.ram.dirty_sync_count != passes:
+            self._on_pass(self.statistics.ram.dirty_sync_count)
+
+    @property
+    def _limit(self) -> int:
+        return self.settings.integer("max-bandwidth")
+
+    def _pace(self, pacer: Pacer, count: int) -> None:
+        pacer.sent(count, self._limit)
+        while (rest := pacer.rest(self._limit)) > 0:
+            self.interrupt.wait(min(rest, LOOK))
+            self._check()
 
     def _send_parts(self, writer: StreamWriter, sections: SectionWriter, budget: int) -> None:
         """One PART of each handler; a later one has its turn only when those before have nothing left."""
@@ -212,43 +247,31 @@ class OutgoingMigration:
                 break
         writer.flush()
 
-    def _count(self, writer: StreamWriter, convergence: Convergence) -> None:
-        ram = self.statistics.ram
-        convergence.update(
-            time.monotonic(),
-            writer.position,
-            self.settings.integer("downtime-limit"),
-            ram.dirty_pages_rate * ram.page_size,
-        )
-        self.statistics.transferred = self.statistics.precopy_bytes = writer.position
-        self.statistics.mbps = convergence.bandwidth * 8 / 1e6
-        self.statistics.pages_per_second = int(convergence.bandwidth / ram.page_size)
-        self.statistics.expected_downtime = convergence.expected_downtime
-
     def _switch_over(self, writer: StreamWriter, sections: SectionWriter) -> None:
         """Stop the guest and send all the rest but the end mark (migration_completion)."""
         stop_began = time.monotonic()
-        with self._guest_lock:
-            self._run_state_before = self._machine.run_state
-            for handler in self._registry:
-                if isinstance(handler, CarriesRunState):
-                    handler.store(self._run_state_before)
-            self._machine.stop(RunState.FINISH_MIGRATE)
-            self._stopped = True
+        self._custody.stop(self._check, self._store_run_state)
         if self.settings.capability("pause-before-switchover"):
             self._pause()
         self._downtime_began = stop_began
-        for handler in self._live:
-            sections.end(handler)
+        with self._passes_told():
+            for handler in self._live:
+                sections.end(handler)
         for device in self._registry.state():
             if device.needed():
                 sections.full(device)
         writer.flush()
 
+    def _store_run_state(self, state: RunState) -> None:
+        for handler in self._registry:
+            if isinstance(handler, CarriesRunState):
+                handler.store(state)
+
     def _pause(self) -> None:
         """Wait in pre-switchover for migrate-continue. The seed counts this time as downtime, and so do we."""
         self._proceed.clear()
         self._advance(_S.ACTIVE, _S.PRE_SWITCHOVER)
+        self._check()  # what woke us before clear() would not wake us again
         self._proceed.wait()
         self._check()
         self._advance(_S.PRE_SWITCHOVER, _S.DEVICE)
@@ -256,7 +279,9 @@ class OutgoingMigration:
     def _hand_over(self, writer: StreamWriter, sections: SectionWriter, channel: Channel) -> None:
         """The end mark: from its first byte on the destination may run the guest."""
         self._check()
-        self._handed_over = not self._transport.features.atomic
+        self._custody.handed_over = not self._transport.features.atomic
+        if self._return_path is not None:
+            self._return_path.expect_end()
         if isinstance(self._machine, AdoptsStreams):
             for piece in self._machine.stored_sections():
                 writer.write(piece)
@@ -268,6 +293,7 @@ class OutgoingMigration:
         self.statistics.transferred = writer.position
         if self._return_path is not None:
             self._return_path.wait()
+            self._return_path.check()
             self.confirmed = True
             with suppress(ChannelError):  # the destination has all it wants; relays like to see an end
                 channel.send_eof()
@@ -288,12 +314,27 @@ class OutgoingMigration:
         if not self._state.advance(expected, new):
             raise Interrupted("cancelled")
 
-    def _cause(self, error: MigfwError | None) -> MigfwError | None:
+    def _break_off(self, error: MigfwError) -> MigfwError | None:
+        """Let nothing more reach the destination. What failed first; None where it turns out that the destination has
+        the guest."""
+        path = self._return_path
+        if path is not None and isinstance(error, ChannelError) and not self.interrupt.is_set():
+            path.wait(LAST_WORDS)
+        if self._channel is not None:
+            self._channel.abort()
+        if path is not None:
+            path.join()
+            if path.accepted:
+                self.confirmed = True
+                return None
+        return self._cause(error)
+
+    def _cause(self, error: MigfwError) -> MigfwError:
         """What failed first: a guest that died takes its memory's logs along, and a return path that broke aborts the
         channel; what they bring about says little."""
-        if error is not None and self._machine.run_state in DEAD:
+        if self._machine.run_state in DEAD:
             return MachineError(f"the guest ended during the migration ({self._machine.run_state})")
-        if error is not None and self._return_path is not None and not self.interrupt.is_set():
+        if self._return_path is not None and not self.interrupt.is_set():
             try:
                 self._return_path.check()
             except Interrupted:
@@ -302,71 +343,25 @@ class OutgoingMigration:
                 return first
         return error
 
-    def _clean_up(self, *, graceful: bool) -> None:
+    def _clean_up(self) -> None:
+        """Of what has to succeed nothing may keep the rest from being done."""
         for handler in self._live:
-            handler.cleanup()
+            try:
+                handler.cleanup()
+            except Exception:
+                log.exception("section %s: cleanup failed", handler.key)
+        if self._return_path is not None:
+            self._return_path.join()
         if self._channel is not None:
-            if not graceful:
-                self._channel.abort()
-            if self._return_path is not None:
-                self._return_path.join()
             self._channel.close()
 
-    def _finish(self, error: MigfwError | None) -> None:
-        if error is None:
-            self._complete()
-        else:
-            self._fail(error)
-
-    def _complete(self) -> None:
-        statistics = self.statistics
-        statistics.total_time = statistics.elapsed()
-        statistics.downtime = milliseconds_since(self._downtime_began)
-        statistics.mbps = statistics.transferred * 8 / max(1, statistics.total_time) / 1000
-        statistics.ram.remaining_bytes = 0
-        with self._guest_lock:
-            self._machine.set_run_state(RunState.POSTMIGRATE)
-        while not self._state.advance(self._state.status, _S.COMPLETED):
-            pass  # a cancel that comes too late changes the state under our hands once
-
-    def _fail(self, error: MigfwError) -> None:
-        refused = self._return_path is not None and self._return_path.refused
-        reason = str(error)
-        if self._stopped:
-            with self._guest_lock:
-                reason += self._resume(may_run_there=self._handed_over and not refused)
-        self.statistics.error = reason
-        self.statistics.total_time = self.statistics.elapsed()
-        while (status := self._state.status) not in (_S.FAILED, _S.CANCELLED):
-            self._state.advance(status, _S.CANCELLED if status is _S.CANCELLING else _S.FAILED)
-        log.warning("migration %s: %s", self._state.status, reason)
-
-    def _resume(self, *, may_run_there: bool) -> str:
-        """Let the guest run on here, unless it may run there; what to add to the reason."""
-        if may_run_there:
-            self._machine.set_run_state(RunState.POSTMIGRATE)
-            return (
-                "; the destination had everything and may be running the guest, so it stays stopped here"
-                " ('cont' starts it, if you know that the destination does not run it)"
-            )
-        if self._run_state_before is not RunState.RUNNING:
-            self._machine.set_run_state(self._run_state_before)
-            return ""
-        try:
-            self._machine.start()
-        except MachineError as failure:
-            return f"; and the guest could not be started again: {failure}"
-        return ""
-
-
-class _Timer:
-    """Milliseconds that a block took, also when it raises."""
-
-    def __init__(self, done: Callable[[int], None]) -> None:
-        self._done = done
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._done(milliseconds_since(self._began))
+    def _end(self, status: MigrationStatus) -> None:
+        """Last of all. A cancel may change the status under our hands once: then a failure is its end, but not where
+        the destination has the guest."""
+        while True:
+            now = self._state.status
+            end = _S.CANCELLED if status is _S.FAILED and now is _S.CANCELLING else status
+            if self._state.advance(now, end):
+                break
+        if self.statistics.error is not None:
+            log.warning("migration %s: %s", end, self.statistics.error)

@@ -2,9 +2,9 @@
 
 The law: over any second, what goes out is within 5 % of the limit. So the stream is paced in steps of a hundredth of a
 second, not in the seed's windows of a tenth, which let eleven windows' worth into a second; and time in which nobody
-had anything to send is not made up for.
+had anything to send is not made up for. A limit that changes counts from then on, also for what was sent already.
 
-Threads: the migration thread; the limit may change in flight.
+Threads: the migration thread. No waiting in here: `rest()` says how long.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import Final
-
-from corefw.channel import Interrupt
 
 STEP: Final = 0.01
 UNLIMITED_BUDGET: Final = 4 << 20
@@ -23,25 +21,33 @@ MOST_DEBT: Final = 0.02
 
 
 class Pacer:
-    """`budget()` before sending, `sent()` after it."""
+    """`budget()` before sending, `sent()` after it, then wait until `rest()` is 0. Limits are bytes a second, 0 for
+    none."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._due = clock()
+        self._at = clock()
+        self._ahead = 0.0  # bytes sent that were not due at `_at` yet
 
     def budget(self, limit: int) -> int:
-        """How many bytes to send now. `limit` is bytes per second, 0 for none."""
+        """How many bytes to send now."""
         if not limit:
             return UNLIMITED_BUDGET
         return max(LEAST_BUDGET, min(UNLIMITED_BUDGET, int(limit * STEP)))
 
-    def sent(self, count: int, limit: int, interrupt: Interrupt) -> None:
-        """Sleep until `count` more bytes are due. Raises Interrupted."""
+    def sent(self, count: int, limit: int) -> None:
+        """`count` more bytes went out."""
+        self._go_on(limit)
+        self._ahead += count
+
+    def rest(self, limit: int) -> float:
+        """Seconds until what went out is due."""
+        self._go_on(limit)
+        return max(0.0, self._ahead / limit) if limit else 0.0
+
+    def _go_on(self, limit: int) -> None:
+        """Let the time until now pay for what was sent."""
         now = self._clock()
-        if not limit:
-            self._due = now
-            return
-        self._due = max(self._due, now - MOST_DEBT) + count / limit
-        while (rest := self._due - self._clock()) > 0:
-            if interrupt.wait(rest):
-                interrupt.check()
+        paid = (now - self._at) * limit
+        self._at = now
+        self._ahead = max(-MOST_DEBT * limit, self._ahead - paid) if limit else 0.0

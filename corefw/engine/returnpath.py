@@ -1,7 +1,8 @@
 """The return path: what the destination tells the source, on the way back of the same channel.
 
-The law: until SHUT has come with 0, nobody has said that the guest arrived. Whatever else ends the return path fails
-the migration. Source: the seed's source_return_path_thread, await_return_path_close_on_source, migrate_send_rp_message.
+The law: until SHUT has come with 0, and not before everything was sent, nobody has said that the guest arrived.
+Whatever else ends the return path fails the migration. Source: the seed's source_return_path_thread,
+await_return_path_close_on_source, migrate_send_rp_message.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class ReturnPathReader:
     def __init__(self, channel: Channel, on_failure: Callable[[], None]) -> None:
         self._channel = channel
         self._on_failure = on_failure
+        self._may_accept = False
         self._ended = threading.Event()
+        self._accepted = False
         self._error: MigfwError | None = None
         self._thread = threading.Thread(target=self._run, name="return path", daemon=True)
 
@@ -45,10 +48,18 @@ class ReturnPathReader:
         """Whether the destination itself said that it failed: then it does not run the guest."""
         return isinstance(self._error, PeerError)
 
-    def wait(self) -> None:
-        """Block until the destination has said SHUT 0; raise what came instead. `Channel.abort()` ends the wait."""
-        self._ended.wait()
-        self.check()
+    @property
+    def accepted(self) -> bool:
+        """Whether the destination said that it has the guest."""
+        return self._accepted
+
+    def expect_end(self) -> None:
+        """From now on the destination may have everything, and say SHUT 0."""
+        self._may_accept = True
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Block until the path has ended, at most for `seconds`. `Channel.abort()` ends the wait."""
+        self._ended.wait(seconds)
 
     def join(self) -> None:
         """After abort() of the channel, or SHUT."""
@@ -60,8 +71,12 @@ class ReturnPathReader:
             reader = StreamReader(self._channel, size=4096, where="return path")
             while not self._handle(reader):
                 pass
+            self._accepted = True
         except MigfwError as error:
             self._error = error
+        except Exception as bug:
+            log.exception("the return path failed")
+            self._error = MigfwError(f"internal error on the return path: {type(bug).__name__}: {bug}")
         finally:
             self._ended.set()
         if self._error is not None:
@@ -79,6 +94,8 @@ class ReturnPathReader:
             raise StreamError(f"return path: unexpected {message.type.name} (postcopy is not in use)")
         if status := parse_number(message.body):
             raise PeerError(f"the destination failed to load the guest (status {status}; its log says why)")
+        if not self._may_accept:
+            raise StreamError("return path: the destination said that it has the guest before everything was sent")
         return True
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from corefw.engine.convergence import Convergence
 from corefw.section import RamStatistics
 from corefw.states import MigrationStatus, Side
 
@@ -45,6 +46,24 @@ class OutgoingStatistics:
 
     def elapsed(self) -> int:
         return milliseconds_since(self.started)
+
+    def update(self, convergence: Convergence) -> None:
+        """After each PART."""
+        self.transferred = self.precopy_bytes = convergence.position
+        self.mbps = convergence.bandwidth * 8 / 1e6
+        self.pages_per_second = int(convergence.bandwidth / self.ram.page_size)
+        self.expected_downtime = convergence.expected_downtime
+
+    def finish(self, downtime: int) -> None:
+        """The guest has left (migration_calculate_complete)."""
+        self.total_time = self.elapsed()
+        self.downtime = downtime
+        self.mbps = self.transferred * 8 / max(1, self.total_time) / 1000
+        self.ram.remaining_bytes = 0
+
+    def fail(self, reason: str) -> None:
+        self.total_time = self.elapsed()
+        self.error = reason
 
     def document(self, status: MigrationStatus) -> dict[str, Any]:
         """query-migrate's answer."""
@@ -88,6 +107,7 @@ class OutgoingStatistics:
             "precopy-bytes": self.precopy_bytes,
             "downtime-bytes": self.transferred - self.precopy_bytes,
             "postcopy-bytes": 0,
+            "dirty-sync-missed-zero-copy": 0,
         }
 
 

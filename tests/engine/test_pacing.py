@@ -6,25 +6,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corefw.channel import Interrupt
 from corefw.engine.pacing import STEP, UNLIMITED_BUDGET, Pacer
-from corefw.errors import Interrupted
 
 
-class Clock(Interrupt):
+class Clock:
     """Time that passes only in sleep: what the pacer would do on a machine that is never late."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.now = 100.0
 
     def __call__(self) -> float:
         return self.now
 
-    def wait(self, seconds: float | None) -> bool:
-        assert seconds is not None
-        self.now += seconds + 1e-6
-        return False
+    def wait(self, pacer: Pacer, limit: int) -> None:
+        while (rest := pacer.rest(limit)) > 0:
+            self.now += min(rest, 0.1) + 1e-6
 
 
 @given(
@@ -36,52 +32,52 @@ class Clock(Interrupt):
 def test_no_second_has_more_than_five_percent_too_much(limit: int, work: list[float], overshoot: int) -> None:
     """`work`: how long sending a step takes, as a part of the time that is due for it; now and then it stalls."""
     clock = Clock()
-    try:
-        pacer = Pacer(clock)
-        sent: list[tuple[float, int]] = []
-        while clock.now < 103.0:
-            budget = pacer.budget(limit) + overshoot
-            share = work[len(sent) % len(work)]
-            clock.now += share * budget / limit if share < 0.49 else 0.2  # a stall, not made up for
-            sent.append((clock.now, budget))
-            pacer.sent(budget, limit, clock)
-        moments = [moment for moment, _ in sent]
-        for at, moment in enumerate(moments):
-            end = bisect.bisect_left(moments, moment + 1.0)
-            assert sum(count for _, count in sent[at:end]) <= 1.05 * limit + overshoot
-    finally:
-        clock.close()
+    pacer = Pacer(clock)
+    sent: list[tuple[float, int]] = []
+    while clock.now < 103.0:
+        budget = pacer.budget(limit) + overshoot
+        share = work[len(sent) % len(work)]
+        clock.now += share * budget / limit if share < 0.49 else 0.2  # a stall, not made up for
+        sent.append((clock.now, budget))
+        pacer.sent(budget, limit)
+        clock.wait(pacer, limit)
+    moments = [moment for moment, _ in sent]
+    for at, moment in enumerate(moments):
+        end = bisect.bisect_left(moments, moment + 1.0)
+        assert sum(count for _, count in sent[at:end]) <= 1.05 * limit + overshoot
 
 
 @given(limit=st.integers(1 << 20, 1 << 28))
 @settings(deadline=None, max_examples=40)
 def test_every_second_has_what_it_may_have(limit: int) -> None:
     clock = Clock()
-    try:
-        pacer = Pacer(clock)
-        total, began = 0, clock.now
-        while clock.now < began + 1.0:
-            pacer.sent(pacer.budget(limit), limit, clock)
-            total += pacer.budget(limit)
-        assert 0.95 * limit <= total <= 1.05 * limit
-    finally:
-        clock.close()
+    pacer = Pacer(clock)
+    total, began = 0, clock.now
+    while clock.now < began + 1.0:
+        pacer.sent(pacer.budget(limit), limit)
+        clock.wait(pacer, limit)
+        total += pacer.budget(limit)
+    assert 0.95 * limit <= total <= 1.05 * limit
 
 
 def test_a_limit_may_change_in_flight() -> None:
     clock = Clock()
     pacer = Pacer(clock)
-    pacer.sent(1 << 20, 1 << 20, clock)
+    pacer.sent(1 << 20, 1 << 20)
+    clock.wait(pacer, 1 << 20)
     assert 1.0 <= clock.now - 100 < 1.01
-    pacer.sent(1 << 30, 0, clock)
-    assert clock.now - 100 < 1.01
+    pacer.sent(1 << 30, 0)
+    assert pacer.rest(0) == 0
     assert pacer.budget(0) == UNLIMITED_BUDGET and pacer.budget(100 << 20) == int((100 << 20) * STEP)
-    clock.close()
 
 
-def test_a_sleep_ends_on_cancel() -> None:
-    interrupt = Interrupt()
-    interrupt.set()
-    with pytest.raises(Interrupted):
-        Pacer().sent(1 << 30, 1 << 20, interrupt)
-    interrupt.close()
+@pytest.mark.parametrize(("later", "seconds"), [(0, 1.0), (10 << 20, 1.9), (512 << 10, 19.0)])
+def test_a_new_limit_counts_for_what_is_owed_already(later: int, seconds: float) -> None:
+    """Ten seconds' worth went out; after one of them the limit is none, ten times or half of what it was."""
+    clock = Clock()
+    pacer = Pacer(clock)
+    pacer.sent(10 << 20, 1 << 20)
+    clock.now += 1.0
+    assert 8.9 < pacer.rest(1 << 20) < 9.1
+    clock.wait(pacer, later)
+    assert clock.now - 100 == pytest.approx(seconds, abs=0.02)

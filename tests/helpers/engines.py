@@ -58,9 +58,15 @@ class Pair:
     ) -> Engine:
         return self.engine(machine or CountingMachine(incoming=True), properties)
 
-    def statuses(self) -> list[str]:
-        """The source's statuses, in the order in which they were told."""
-        return [event.data["status"] for event in self.events if event.name == "MIGRATION"]
+    def statuses(self, last: str | None = None) -> list[str]:
+        """The source's statuses, in the order in which they were told; once `last` was, which is told after it is."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            told = [event.data["status"] for event in self.events if event.name == "MIGRATION"]
+            if last is None or told[-1:] == [last]:
+                return told
+            assert time.monotonic() < deadline, f"'{last}' is not told, but {told}"
+            time.sleep(0.001)
 
     def __enter__(self) -> Self:
         return self
