@@ -1,8 +1,8 @@
 """Dials and listens at TCP and UNIX addresses.
 
 The law: a wait ends when its Interrupt says so, name resolution included; every address of a name is tried; an error
-names the URI and the cause. A socket file is the listener's own: mode 0600, a stale one is replaced, a live one is not,
-and it is removed at the end unless it is somebody else's by then.
+names the URI and the cause. A socket file is the listener's own: it appears when it listens already, with mode 0600; a
+stale one is replaced, a live one is not, and it is removed at the end unless it is somebody else's by then.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import select
 import socket
 import stat
@@ -216,25 +217,47 @@ def listen_unix(path: str, uri: MigrationUri) -> SocketListener:
     with contextlib.ExitStack() as undo:
         sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         try:
-            os.fchmod(sock.fileno(), 0o600)  # before bind: the file never has another mode
-            _bind_unix(sock, path, uri)
-            remove = None if path.startswith("@") else _remover(path)
-            sock.listen(BACKLOG)
+            remove = None
+            if path.startswith("@"):
+                sock.bind(_unix_address(path))
+                sock.listen(BACKLOG)
+            else:
+                remove = _listen_at(sock, Path(path), uri)
         except OSError as error:
             raise ChannelError(f"{uri}: {reason(error)}") from None
         undo.pop_all()
     return SocketListener(uri, [sock], remove)
 
 
-def _bind_unix(sock: socket.socket, path: str, uri: MigrationUri) -> None:
-    for attempt in range(1, _FILE_ATTEMPTS + 1):
+def _listen_at(sock: socket.socket, path: Path, uri: MigrationUri) -> Callable[[], None]:
+    """Listen at a socket file; a function that removes it.
+
+    It listens under another name first: who waits for the file to appear may dial at once, and a file that nobody
+    answers at is always a stale one, never one whose owner is on the way to listen().
+    """
+    early = f".{secrets.token_hex(8)}"
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fchmod(sock.fileno(), 0o600)  # before bind: the file never has another mode
+        sock.bind(f"/proc/self/fd/{folder}/{early}")  # so the folder's path may be as long as that of the file
         try:
-            return sock.bind(_unix_address(path))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or path.startswith("@") or attempt == _FILE_ATTEMPTS:
-                raise
-        _remove_stale(Path(path), uri)
-    return None
+            ours = os.stat(early, dir_fd=folder, follow_symlinks=False)
+            sock.listen(BACKLOG)
+            _put_in_place(folder, early, path, uri)
+        finally:
+            os.unlink(early, dir_fd=folder)
+    finally:
+        os.close(folder)
+    return _remover(path.absolute(), ours)
+
+
+def _put_in_place(folder: int, early: str, path: Path, uri: MigrationUri) -> None:
+    for _ in range(_FILE_ATTEMPTS):
+        try:
+            return os.link(early, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except FileExistsError:
+            _remove_stale(path, uri)
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def _remove_stale(path: Path, uri: MigrationUri) -> None:
@@ -253,10 +276,8 @@ def _remove_stale(path: Path, uri: MigrationUri) -> None:
         pass  # its owner has removed it
 
 
-def _remover(path: str) -> Callable[[], None]:
+def _remover(file: Path, ours: os.stat_result) -> Callable[[], None]:
     """A function that removes the socket file unless another has taken its place."""
-    file = Path(path).absolute()
-    ours = file.lstat()
 
     def remove() -> None:
         with contextlib.suppress(OSError):

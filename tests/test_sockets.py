@@ -284,6 +284,31 @@ def test_the_socket_file_is_private_and_goes_with_the_listener(folder: Path) -> 
     listener.close()
 
 
+def test_the_socket_file_appears_when_it_listens_already(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for the file may dial at once, and no other listener takes it for a stale one."""
+    path = folder / "s"
+
+    class Watched(socket.socket):
+        def listen(self, backlog: int = 0, /) -> None:
+            assert not path.exists(), "nobody answers there yet"
+            super().listen(backlog)
+            seen.append(path)
+
+    seen: list[Path] = []
+    monkeypatch.setattr(socket, "socket", Watched)
+    with listen_unix(*unix(path)), connect_unix(*unix(path), NEVER):
+        assert seen == [path]
+        assert list(folder.iterdir()) == [path]
+
+
+def test_a_folder_with_a_long_path(folder: Path) -> None:
+    long = folder / ("f" * (104 - len(os.fsencode(folder))))
+    long.mkdir()
+    with listen_unix(*unix(long / "s")), connect_unix(*unix(long / "s"), NEVER):
+        pass
+    assert not any(long.iterdir())
+
+
 def test_a_stale_socket_is_replaced(folder: Path) -> None:
     path = folder / "s"
     with socket.socket(socket.AF_UNIX) as dead:
