@@ -106,7 +106,7 @@ class SocketChannel(Channel):
 
     def receive_into(self, view: memoryview) -> int:
         assert len(view), "receive_into an empty view"
-        self._check()
+        self._check_aborted()  # no more: what came before a send failed is still there to be received
         if self._ended:
             return 0
         try:
@@ -120,7 +120,7 @@ class SocketChannel(Channel):
         return count
 
     def wait_readable(self, seconds: float) -> bool:
-        self._check()
+        self._check_aborted()
         if self._ended:
             return True
         poll = select.poll()

@@ -116,6 +116,20 @@ def _sending_to_nobody_fails(bench: Workbench) -> None:
         assert not isinstance(error, Interrupted), f"nobody aborted this end, yet it raised {told(error)}"
 
 
+@check(Need.LIVE | Need.RETURN_PATH)
+def _receives_last_words_after_a_failed_send(bench: Workbench) -> None:
+    """A send that fails takes nothing away: what the peer said before it went is received all the same."""
+    for way, sender, receiver in bench.ways():
+        receiver.send(b"last words")
+        receiver.close()
+        flood = Flood(sender, f"sending {way} to a peer that has closed", pattern(MIB), 4 * UNREAD_LIMIT)
+        error = flood.task.error()
+        assert isinstance(error, ChannelError), f"{flood.task.what}: expected ChannelError, got {told(error)}"
+        room = memoryview(bytearray(10))
+        Task("receiving after a send that failed", receive_exactly, sender, room).result()
+        same(room, b"last words")
+
+
 @check(Need.REFUSED)
 def _names_a_destination_that_is_not_there(bench: Workbench) -> None:
     """Dialling where nobody listens raises ChannelError that names the URI."""

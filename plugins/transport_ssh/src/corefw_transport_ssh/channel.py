@@ -96,7 +96,7 @@ class SshChannel(Channel):
 
     def wait_readable(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
-        self._check()
+        self._check_usable()  # no more: what came before a send failed is still there to be received
         while not self._held and not self._ended:
             left = max(0.0, deadline - time.monotonic())
             # The sending thread goes by the same timeout: never let it sleep longer than a tick.
@@ -120,7 +120,7 @@ class SshChannel(Channel):
             raise
         except FAILURES:
             raise self._broken() from None
-        self._check()
+        self._check_usable()
         if data:
             self._held = memoryview(data)
         elif self._channel.eof_received:
@@ -173,12 +173,15 @@ class SshChannel(Channel):
 
     # -- what went wrong -------------------------------------------------------------------------------------------
 
-    def _check(self) -> None:
+    def _check_usable(self) -> None:
         if self._aborted:
             raise Interrupted(f"{self.peer}: cancelled")
+        assert not self._closed, "use of a closed channel"
+
+    def _check(self) -> None:
+        self._check_usable()
         if self._failure:
             raise ChannelError(self._failure)
-        assert not self._closed, "use of a closed channel"
 
     def _broken(self) -> ChannelError:
         if self._aborted:
