@@ -10,7 +10,8 @@ soon.
     Interrupt   ends a wait in connect() and accept() from another thread
 
 Threads: one thread at a time sends and one receives (they may be two different threads); `abort` is free of that.
-After any ChannelError a channel is good for `close()` only.
+After any ChannelError a channel is good for `close()` only, with one exception: when a send has failed, what the peer
+had said before is still received.
 """
 
 from __future__ import annotations
