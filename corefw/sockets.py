@@ -93,16 +93,15 @@ class SocketChannel(Channel):
             try:
                 sent = self._socket.sendmsg(views[at : at + IOV_MAX], (), socket.MSG_NOSIGNAL)
             except BlockingIOError:  # SEND_TICK is over
-                self._check()
-                continue
+                sent = 0
             except OSError as error:
                 raise self._failed(error) from None
             while at < len(views) and sent >= len(views[at]):
                 sent -= len(views[at])
                 at += 1
-            if sent:
+            if at < len(views):  # what was taken whole is sent, whatever the receiving thread hears by now
                 views[at] = views[at][sent:]
-            self._check()
+                self._check()
 
     def receive_into(self, view: memoryview) -> int:
         assert len(view), "receive_into an empty view"

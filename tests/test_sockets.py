@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -255,6 +256,24 @@ def test_a_peer_that_has_gone_before_it_is_accepted_does_no_harm() -> None:
             first.receive_into(memoryview(bytearray(1)))
         with connect_tcp(*address, listener.uri, NEVER), listener.accept(NEVER):
             pass
+
+
+def test_what_was_taken_whole_is_sent_whatever_another_thread_hears() -> None:
+    """A peer that has got it all may go at once, and the receiving thread may hear of that before the send returns."""
+    here, peer = socket.socketpair()
+
+    class Slow(socket.socket):
+        def sendmsg(self, *arguments: Any) -> int:
+            count = super().sendmsg(*arguments)
+            peer.close()  # over unread bytes: a reset
+            with pytest.raises(ChannelError):
+                channel.receive_into(memoryview(bytearray(1)))
+            return count
+
+    with SocketChannel(Slow(fileno=here.detach()), "peer") as channel:
+        channel.send(b"all of it")
+        with pytest.raises(ChannelError):
+            channel.send(b"more")
 
 
 def test_close_ends_an_accept_that_waits() -> None:
