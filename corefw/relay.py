@@ -7,6 +7,11 @@ either order; the relay is over when all have ended. Memory is one buffer for ea
     waiting -> dialling -> relaying -> done
         any of them -> failed
 
+Of the bytes it understands one thing: the destination's last word. SHUT 0 decides, once it was passed on to the source:
+the guest has moved, and nothing that breaks afterwards makes a failure of it. A destination may close when it has said
+that, with bytes unread that it has no use for; its last word is brought to the source first, and the rest of the stream
+goes nowhere. A return path that ends without SHUT 0 is a failure, however orderly the ends were.
+
 A QEMU that sends does not end its direction; it waits for SHUT on the return path, and closes. The destination closes
 when it has said that, so that the end comes back first here; that is the other order.
 """
@@ -16,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
@@ -24,9 +30,19 @@ from typing import Final, Self
 from corefw.channel import Channel, Interrupt, Listener, Transport
 from corefw.errors import ChannelError, Interrupted, MigfwError, UsageError
 from corefw.uri import MigrationUri
+from corefw.wire.verdict import Overhearing, Verdict
 
 BUFFER_SIZE: Final = 1 << 20
 """Bytes of one direction's buffer."""
+
+LAST_WORDS: Final = 10.0
+"""Seconds that a destination which takes no more may still talk. One that has gone is done with that at once."""
+
+UNDECIDED: Final = {
+    Verdict.OPEN: "the destination ended the return path without saying that it has the guest",
+    Verdict.REFUSED: "the destination said that it failed to load the guest (its log says why)",
+}
+"""What both ends of a stream in good order do not make up for."""
 
 
 class Phase(StrEnum):
@@ -47,46 +63,70 @@ class RelayProgress:
     seconds: float
 
 
-class _Pump:
-    """One direction. `sent` counts the bytes that the receiving side has taken."""
+class _SideBroke(ChannelError):
+    """Names the side, and what happened there."""
 
-    def __init__(self, source: tuple[str, Channel], sink: tuple[str, Channel], *, forward: bool) -> None:
+
+class _SourceBroke(_SideBroke):
+    """It is the side that the bytes come from."""
+
+
+class _SinkBroke(_SideBroke):
+    """It is the side that the bytes go to."""
+
+
+class _Pump:
+    """One direction. `sent` counts the bytes that the receiving side has taken.
+
+    hear   is called with all that comes, before it is passed on: whoever acts on it finds it heard
+    """
+
+    def __init__(
+        self,
+        source: tuple[str, Channel],
+        sink: tuple[str, Channel],
+        hear: Callable[[memoryview], None] = lambda _: None,
+    ) -> None:
         self._source_side, self._source = source
         self._sink_side, self._sink = sink
-        self._forward = forward
+        self._hear = hear
+        self._buffer = memoryview(bytearray(BUFFER_SIZE))
         self.sent = 0
 
     def run(self) -> None:
-        """Until the source's end, which is passed on. Raises ChannelError naming the side that broke."""
-        buffer = memoryview(bytearray(BUFFER_SIZE))
-        while True:
+        """Until the source's end. Raises _SourceBroke, _SinkBroke, Interrupted."""
+        while count := self._receive():
             try:
-                count = self._source.receive_into(buffer)
+                self._sink.send(self._buffer[:count])
             except MigfwError as error:
-                raise _broken(self._source_side, error) from error
-            try:
-                if count == 0:
-                    return self._end()
-                self._sink.send(buffer[:count])
-            except MigfwError as error:
-                raise _broken(self._sink_side, error) from error
+                raise _broken(_SinkBroke, self._sink_side, error) from error
             self.sent += count
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Pass the end on. Raises _SinkBroke, Interrupted."""
         try:
             self._sink.send_eof()
-        except Interrupted:
-            raise
-        except ChannelError:
-            # A source that ended its stream and went away loses nothing when it is not told of the answer's end.
-            if self._forward:
-                raise
+        except MigfwError as error:
+            raise _broken(_SinkBroke, self._sink_side, error) from error
+
+    def drain(self) -> None:
+        """Receive until the source's end, for nobody. Raises _SourceBroke, Interrupted."""
+        while self._receive():
+            pass
+
+    def _receive(self) -> int:
+        try:
+            count = self._source.receive_into(self._buffer)
+        except MigfwError as error:
+            raise _broken(_SourceBroke, self._source_side, error) from error
+        self._hear(self._buffer[:count])
+        return count
 
 
-def _broken(side: str, error: MigfwError) -> MigfwError:
+def _broken(kind: type[_SideBroke], side: str, error: MigfwError) -> MigfwError:
     if isinstance(error, Interrupted):
         return error
-    return ChannelError(f"the {side} side of the relay broke: {error}")
+    return kind(f"the {side} side of the relay broke: {error}")
 
 
 class Relay:
@@ -122,6 +162,9 @@ class Relay:
         self._channels: list[Channel] = []
         self._forward: _Pump | None = None
         self._backward: _Pump | None = None
+        self._answers = Overhearing()
+        self._answers_lost = False
+        self._failures: list[BaseException] = []
         self._thread: threading.Thread | None = None
 
     # -- use -------------------------------------------------------------------------------------------------------
@@ -134,16 +177,11 @@ class Relay:
         return self.uri
 
     def run(self) -> None:
-        """Relay until both directions have ended. Raises ChannelError naming the side that broke, Interrupted."""
+        """Relay until both directions have ended. Raises ChannelError (the side that broke, what the destination said),
+        Interrupted."""
         try:
-            self.listen()
-            self._relay(*self._meet())
-            self._phase = Phase.DONE
-        except BaseException as error:  # Ctrl-C too must not look like an end to anybody
-            self._abort_channels()
-            self.failure = error if isinstance(error, MigfwError) else MigfwError(f"the relay failed: {error!r}")
-            self._phase = Phase.FAILED
-            raise
+            self._try(self._relay)
+            self._conclude()
         finally:
             self._ended = time.monotonic()
             self._close_ends()
@@ -210,28 +248,83 @@ class Relay:
         self._phase = Phase.RELAYING
         return source, target
 
-    def _relay(self, source: Channel, target: Channel) -> None:
+    def _relay(self) -> None:
+        self.listen()
+        source, target = self._meet()
         here, there = ("FROM", source), ("TO", target)
-        self._forward = _Pump(here, there, forward=True)
+        self._forward = forward = _Pump(here, there)
         if not self.two_way:
-            return self._forward.run()
-        self._backward = _Pump(there, here, forward=False)
-        failures: list[BaseException] = []
-        answering = threading.Thread(target=self._pump, args=(self._backward, failures), name="migfw-relay-back")
+            forward.run()
+            return forward.end()
+        self._backward = backward = _Pump(there, here, self._answers.hear)
+        answering = threading.Thread(target=self._try, args=(self._bring_back, backward), name="migfw-relay-back")
         answering.start()
-        self._pump(self._forward, failures)
-        answering.join()
-        if failures:
-            # The first one broke something; what the other direction then says follows from that.
-            raise failures[0]
-        return None
+        self._try(self._pass_on, forward, answering)
+        return answering.join()
 
-    def _pump(self, pump: _Pump, failures: list[BaseException]) -> None:
+    def _pass_on(self, forward: _Pump, answering: threading.Thread) -> None:
+        """FROM's direction, in run()'s thread."""
         try:
-            pump.run()
-        except BaseException as error:  # noqa: BLE001 - _relay raises it
-            failures.append(error)
-            self._abort_channels()
+            forward.run()
+            forward.end()
+        except _SinkBroke:
+            # Why it takes no more it may have said, and that may be still on its way to us and to the source.
+            answering.join(LAST_WORDS)
+            if not self._accepted:
+                raise
+            forward.drain()
+
+    def _bring_back(self, backward: _Pump) -> None:
+        """TO's direction, in a thread of its own."""
+        try:
+            backward.run()
+        except _SinkBroke as broke:
+            # A source that takes no answers may have sent all it has, and gone: its own direction tells. The
+            # destination is not cut off because nobody hears what it says.
+            self._answers_lost = True
+            self._failures.append(broke)
+            backward.drain()
+        except _SourceBroke:
+            if not self._accepted:
+                raise
+        with contextlib.suppress(_SinkBroke):  # a source that has gone loses nothing when it is not told of the end
+            backward.end()
+
+    @property
+    def _accepted(self) -> bool:
+        """Whether the destination has the guest, and the source was told."""
+        return self._answers.verdict is Verdict.ACCEPTED and not self._answers_lost
+
+    def _forgiven(self, failure: BaseException) -> bool:
+        return self._accepted and isinstance(failure, _SideBroke)
+
+    def _try(self, work: Callable[..., None], *arguments: object) -> None:
+        """What goes wrong is kept, and seen as a break by both sides, whatever it was."""
+        try:
+            work(*arguments)
+        except BaseException as error:  # noqa: BLE001 - _conclude raises it
+            self._failures.append(error)
+            if not self._forgiven(error):
+                self._abort_channels()
+
+    def _conclude(self) -> None:
+        """Both directions are over: raise why it failed, if it did."""
+        why = self._why_failed()
+        if why is None:
+            self._phase = Phase.DONE
+            return
+        self.failure = why if isinstance(why, MigfwError) else MigfwError(f"the relay failed: {why!r}")
+        self._phase = Phase.FAILED
+        raise why
+
+    def _why_failed(self) -> BaseException | None:
+        """The first one broke something; what was said after it follows from that. The destination knows it best."""
+        said = UNDECIDED.get(self._answers.verdict)
+        for failure in self._failures:
+            if not self._forgiven(failure):
+                refused = self._answers.verdict is Verdict.REFUSED and isinstance(failure, _SideBroke)
+                return ChannelError(said) if refused else failure
+        return ChannelError(said) if said else None
 
     def _run_quietly(self) -> None:
         with contextlib.suppress(MigfwError):  # it is in `failure`

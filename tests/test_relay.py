@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from functools import partial
@@ -18,6 +20,8 @@ from corefw.plugins import Plugins
 from corefw.relay import Phase, Relay
 from corefw.testing.ends import MIB, Flood, pattern, receive_all, same, send_chunks
 from corefw.testing.tasks import Possessions, Task, private_memory, wait_until
+from corefw.wire.constants import ReturnMessage
+from corefw.wire.returnpath import encode_return_message, number_body
 from tests.helpers.cli import migfw, start
 
 PLUGINS = Plugins()
@@ -114,6 +118,112 @@ def test_a_break_is_passed_on_as_a_break(joined: Joined, broken: str, side: str)
     assert joined.relay.wait(10)
     assert joined.relay.progress().phase is Phase.FAILED
     assert f"the {side} side of the relay broke: tcp:127.0.0.1:" in str(joined.relay.failure)
+
+
+# -- the destination's last word -----------------------------------------------------------------------------------
+
+PONG = encode_return_message(ReturnMessage.PONG, number_body(1))
+SHUT = encode_return_message(ReturnMessage.SHUT, number_body(0))
+SHUT_1 = encode_return_message(ReturnMessage.SHUT, number_body(1))
+
+
+@contextlib.contextmanager
+def to_a_program() -> Iterator[tuple[Relay, Channel, socket.socket]]:
+    """A relay, its source, and a bare socket as its destination, which resets the connection when it is closed over
+    unread bytes, as a program does that ends."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        target = PLUGINS.transport(f"tcp:127.0.0.1:{server.getsockname()[1]}")
+        with Relay(PLUGINS.transport("tcp:127.0.0.1:0"), target) as relay:
+            relay.start()
+            assert relay.uri
+            with PLUGINS.transport(relay.uri).connect(NEVER) as source, server.accept()[0] as program:
+                yield relay, source, program
+
+
+def test_a_destination_that_says_shut_and_closes_over_unread_bytes() -> None:
+    """It has the guest: neither the source nor the relay's caller is told anything else."""
+    with to_a_program() as (relay, source, program):
+        flood = Flood(source, "sending", pattern(256 << 10), 64 * MIB)
+        assert flood.blocked() < 64 * MIB
+        program.sendall(PONG + SHUT)
+        program.close()
+        same(Task("the answer", receive_all, source).result(), PONG + SHUT)
+        flood.task.result()
+        assert relay.wait(10)
+        assert relay.failure is None
+        assert relay.progress().phase is Phase.DONE
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [(PONG, "the TO side of the relay broke: tcp:"), (SHUT_1, "the destination said that it failed")],
+    ids=["none", "shut-1"],
+)
+def test_last_words_of_a_destination_that_fails(said: bytes, why: str) -> None:
+    with to_a_program() as (relay, source, program):
+        flood = Flood(source, "sending", pattern(256 << 10), 64 * MIB)
+        flood.blocked()
+        program.sendall(said)
+        program.close()
+        assert isinstance(flood.task.error(), ChannelError)
+        heard = memoryview(bytearray(len(said)))
+        Task("last words", receive_exactly, source, heard).result()
+        same(heard, said)
+        with pytest.raises(ChannelError, match=r"the peer (broke|closed) the connection"):
+            Task("then", source.receive_into, heard).result()
+        assert relay.wait(10)
+        assert str(relay.failure).startswith(why)
+        assert relay.progress().phase is Phase.FAILED
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [(PONG, "without saying that it has the guest"), (PONG + SHUT_1, "said that it failed to load")],
+    ids=["none", "shut-1"],
+)
+def test_orderly_ends_do_not_make_up_for_a_failed_migration(joined: Joined, said: bytes, why: str) -> None:
+    joined.source.send(b"the stream")
+    joined.target.send(said)
+    joined.target.send_eof()
+    same(Task("answers", receive_all, joined.source).result(), said)
+    joined.source.close()
+    same(Task("the stream", receive_all, joined.target).result(), b"the stream")
+    assert joined.relay.wait(10)
+    assert why in str(joined.relay.failure)
+    assert joined.relay.progress().phase is Phase.FAILED
+
+
+@pytest.mark.parametrize("broken", ["source", "target"])
+def test_what_breaks_after_shut_breaks_nothing(joined: Joined, broken: str) -> None:
+    joined.source.send(b"the stream")
+    receive_exactly(joined.target, memoryview(bytearray(10)))
+    joined.target.send(SHUT)
+    receive_exactly(joined.source, memoryview(bytearray(8)))
+    breaks, hears = (joined.source, joined.target) if broken == "source" else (joined.target, joined.source)
+    breaks.abort()
+    breaks.close()
+    if broken == "target":
+        same(Task("the end", receive_all, hears).result(), b"")
+    hears.close()
+    assert joined.relay.wait(10)
+    assert joined.relay.failure is None
+
+
+def test_a_source_that_waits_for_no_answer_is_passed_on_whole() -> None:
+    with PLUGINS.transport("tcp:127.0.0.1:0").listen() as listener:
+        target = PLUGINS.transport(listener.uri)
+        with Relay(PLUGINS.transport("zmq:tcp://127.0.0.1:0"), target) as relay:
+            relay.start()
+            assert relay.uri
+            data = pattern(4 * MIB)
+            with PLUGINS.transport(relay.uri).connect(NEVER) as source:
+                source.send(data)
+            with listener.accept(NEVER) as destination:
+                answers = Flood(destination, "answering", pattern(256 << 10), 64 * MIB)
+                answers.task.result()  # they go nowhere, but hold nothing up
+                same(Task("the stream", receive_all, destination).result(), data)
+            assert relay.wait(10)
+            assert str(relay.failure).startswith("the FROM side of the relay broke: zmq:tcp://")
 
 
 def test_abort_breaks_both_sides_off(joined: Joined) -> None:
