@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from corefw_transport_ssh import SshTransport
+from corefw_transport_ssh.channel import SshChannel
 from corefw_transport_ssh.connection import Connection
 from paramiko.packet import Packetizer
 
@@ -72,6 +75,35 @@ def test_a_lost_connection_stops_the_sender(sshd: Sshd, home: Path, listener: Li
         sshd.kill_sessions()
         error = sending.error()
         assert type(error) is ChannelError and "the ssh connection was lost" in str(error)
+
+
+def test_an_end_is_not_sent_over_a_lost_connection(
+    sshd: Sshd, home: Path, listener: Listener, interrupt: Interrupt
+) -> None:
+    """Not even before anybody has noticed."""
+    out, into = pair(sshd, listener, interrupt)
+    with out, into:
+        out.send(b"half of")
+        sshd.kill_sessions()
+        assert wait_until(lambda: not cast(SshChannel, out)._connection.is_active())
+        with pytest.raises(ChannelError, match="the ssh connection was lost"):
+            out.send_eof()
+
+
+def test_an_end_is_refused_where_not_all_could_be_handed_on(
+    sshd: Sshd, home: Path, short_folder: Path, interrupt: Interrupt
+) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{short_folder}/s")
+        server.listen()
+        with ssh(sshd, f"unix:{short_folder}/s").connect(interrupt) as out:
+            with server.accept()[0]:
+                out.send(
+                    pattern(MIB)
+                )  # more than a UNIX socket holds: the sshd keeps the rest, and cannot get rid of it
+            assert wait_until(lambda: cast(SshChannel, out)._channel.closed)
+            with pytest.raises(ChannelError, match="the peer closed the connection"):
+                out.send_eof()
 
 
 def test_an_end_before_the_loss_stays_an_end(sshd: Sshd, home: Path, listener: Listener, interrupt: Interrupt) -> None:

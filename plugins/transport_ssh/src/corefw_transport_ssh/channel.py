@@ -60,7 +60,7 @@ class SshChannel(Channel):
             for packet in _packets(parts, self._channel.out_max_packet_size - 64):  # the room that paramiko leaves
                 self._send_packet(packet)
             self._check()
-            if not self._connection.is_active():  # paramiko drops what is sent over a lost connection, and says nothing
+            if not self._connection.is_active():  # as in send_eof
                 raise self._broken()
 
     def _send_packet(self, packet: bytes) -> None:
@@ -78,10 +78,14 @@ class SshChannel(Channel):
 
     def send_eof(self) -> None:
         self._check()
+        if self._channel.closed:  # the far sshd waits with that for our end, unless it could not hand on what we sent
+            raise self._broken()
         try:
             self._channel.shutdown_write()
         except FAILURES:
             raise self._broken() from None
+        if not self._connection.is_active():  # paramiko drops what is sent over a lost connection, and says nothing
+            raise self._broken()
 
     # -- receiving -------------------------------------------------------------------------------------------------
 
