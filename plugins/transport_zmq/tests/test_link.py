@@ -127,6 +127,33 @@ def test_close_waits_for_seen() -> None:
     assert source.done
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_end_after_the_peer_has_read_everything_and_gone(lost: bool) -> None:
+    source, destination = link(), link()
+    source.send(memoryview(b"all of it"))
+    carry(source, destination)
+    assert receive(destination) == b"all of it"
+    destination.close()
+    carry(destination, source)
+    if lost:
+        source.lost("gone")
+    source.end()
+    source.close()
+    source.outgoing()
+    assert source.done
+
+
+def test_an_end_after_a_peer_that_did_not_read_everything() -> None:
+    source, destination = link(), link()
+    source.send(memoryview(b"all of it"))
+    carry(source, destination)
+    assert receive(destination, 3) == b"all"
+    destination.close()
+    carry(destination, source)
+    with pytest.raises(ChannelError, match="the peer closed the connection"):
+        source.end()
+
+
 # -- a peer that does not --------------------------------------------------------------------------------------------
 
 
@@ -138,6 +165,7 @@ BREACHES = {
     "another end": [Message(Kind.END), Message(Kind.END)],
     "an end too far": [Message(Kind.END, 7)],
     "credit for nothing": [Message(Kind.CREDIT, 1)],
+    "a farewell that consumed what was not sent": [Message(Kind.BYE, 1)],
     "seen what was not sent": [Message(Kind.SEEN, 0)],
     "hello again": [greeting(Kind.HELLO)],
     "welcome again": [greeting(Kind.WELCOME)],

@@ -74,7 +74,11 @@ class Link:
             data = data[count:]
 
     def end(self) -> None:
+        """An end that comes after the peer's own farewell says nothing new to a peer that had consumed everything."""
         with self._changed:
+            if self._peer_left and self._acknowledged == self._sent and not self._aborted:
+                self._ended = True
+                return
             self._check_sendable()
             self._end()
 
@@ -155,7 +159,7 @@ class Link:
             self._inbox.clear()
             if not (self._aborted or self._failure):
                 self._end()
-                self._queue(Message(Kind.BYE))
+                self._queue(Message(Kind.BYE, self._consumed))
             self._changed.notify_all()
             self._wake()
 
@@ -236,7 +240,7 @@ class Link:
 
     def _credit(self, message: Message) -> None:
         if not self._acknowledged <= message.argument <= self._sent:
-            raise ProtocolError(f"CREDIT for {message.argument} bytes of {self._sent}")
+            raise ProtocolError(f"{message.kind.name} for {message.argument} bytes of {self._sent}")
         self._acknowledged = message.argument
 
     def _end_of_peer(self, message: Message) -> None:
@@ -250,7 +254,8 @@ class Link:
             raise ProtocolError(f"SEEN of {message.argument} bytes, {self._sent} were sent")
         self._seen = True
 
-    def _bye(self, _: Message) -> None:
+    def _bye(self, message: Message) -> None:
+        self._credit(message)
         self._peer_left = True
         self._outbox = deque(one for one in self._outbox if one.kind is not Kind.DATA)
 

@@ -10,7 +10,7 @@ A message is one ZeroMQ message of one or two parts: a header (u8 kind, u64 argu
     CREDIT    bytes consumed so far             -
     END       bytes sent in all                 -                 no more DATA follows
     SEEN      bytes received in all             -                 END has arrived, and all before it
-    BYE       0                                 -                 I take no more DATA
+    BYE       bytes consumed in all             -                 I take no more DATA
     RESET     0                                 why, as text: the stream is broken off
     PING      0                                 -                 tells the sender whether the peer is there
 
