@@ -57,7 +57,7 @@ class Interrupt:
         os.eventfd_write(self._event, 1)
 
     def is_set(self) -> bool:
-        return bool(select.select([self._event], [], [], 0)[0])
+        return self.wait(0)
 
     def check(self) -> None:
         """Raise Interrupted when set."""

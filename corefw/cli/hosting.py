@@ -24,6 +24,7 @@ from corefw.cli.outcome import ExitStatus, Finished, abandon_stdout, note
 from corefw.engine import Engine, Event
 from corefw.errors import MigfwError
 from corefw.machine import DEAD
+from corefw.news import News
 from corefw.qmp.address import UnixAddress
 from corefw.qmp.server import QmpServer
 from corefw.states import MigrationStatus, Side
@@ -76,8 +77,12 @@ def host(engine: Engine, server: QmpServer, plan: Plan) -> None:
     endings: Endings = queue.SimpleQueue()
     _hear_signals(endings, server)
     _say_it_once()
-    _watch(engine, server, endings, plan)
+    arrivals: News[str] = News(say)
+    begun = threading.Event()
+    _watch(engine, server, endings, plan, arrivals, begun)
     _begin(engine, server, endings, plan)
+    begun.set()
+    arrivals.tell()
     ending = endings.get()
     if isinstance(ending, MigfwError):
         raise ending
@@ -112,8 +117,11 @@ def _start(engine: Engine, endings: Endings, where: str) -> None:
             endings.put(error)
 
 
-def _watch(engine: Engine, server: QmpServer, endings: Endings, plan: Plan) -> None:
-    """Put every reason to end into the queue when it comes."""
+def _watch(
+    engine: Engine, server: QmpServer, endings: Endings, plan: Plan, arrivals: News[str], begun: threading.Event
+) -> None:
+    """Put every reason to end into the queue when it comes. A guest may arrive before it is `begun`: the line that says
+    where it can comes first all the same."""
 
     def status_changed(side: Side, _old: MigrationStatus, new: MigrationStatus) -> None:
         if side is Side.SOURCE and new is MigrationStatus.COMPLETED and not plan.stay:
@@ -124,7 +132,9 @@ def _watch(engine: Engine, server: QmpServer, endings: Endings, plan: Plan) -> N
             else:
                 endings.put(Ending.NOT_ARRIVED)
         if side is Side.DESTINATION and new is MigrationStatus.COMPLETED:
-            say(f"the guest has arrived, and is {engine.query_status()['status']}")
+            arrivals.post(f"the guest has arrived, and is {engine.query_status()['status']}")
+            if begun.is_set():
+                arrivals.tell()
 
     def happened(event: Event) -> None:
         if event.name == "SHUTDOWN":

@@ -1,7 +1,8 @@
 """The destination's side of one migration: wait for the source, load the stream, start the guest.
 
 The law: the stream is hostile until it is loaded. Whatever is wrong with it ends in `failed` with the offset, what was
-expected and what came, is reported to the source with SHUT 1, and the guest is never started here.
+expected and what came, is reported to the source with SHUT 1, and the guest is never started here. Once it was started
+here, nothing that goes wrong makes the source believe that it was not.
 
 Source: the seed's process_incoming_migration_co and _bh, QEMU's qemu_loadvm_state (migration/savevm.c).
 Threads: one of its own; `abort` comes from others.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -100,17 +102,22 @@ class IncomingMigration:
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        reason: str | None = None
         try:
             self._take_in()
         except MigfwError as error:
-            self._fail(str(error))
+            reason = str(error)
         except Exception as bug:
             log.exception("the incoming migration failed")
-            self._fail(f"internal error: {type(bug).__name__}: {bug}")
-        finally:
-            self._listener.close()
-            if self._channel is not None:
-                self._channel.close()
+            reason = f"internal error: {type(bug).__name__}: {bug}"
+        self._listener.close()
+        if reason is None:
+            self._state.advance(_S.ACTIVE, _S.COMPLETED)
+            self._say_goodbye(0)
+        else:
+            self._fail(reason)
+        if self._channel is not None:
+            self._channel.close()
 
     def _take_in(self) -> None:
         self._channel = channel = self._listener.accept(self.interrupt)
@@ -134,8 +141,6 @@ class IncomingMigration:
         with self._guest_lock.unless(self.interrupt.check):
             self.interrupt.check()
             self._start_guest()
-        self._advance(_S.ACTIVE, _S.COMPLETED)
-        self._say_goodbye(0)
 
     def _start_guest(self) -> None:
         """Bring the guest into the run state that the source had (process_incoming_migration_bh)."""
@@ -145,10 +150,15 @@ class IncomingMigration:
             self._machine.set_run_state(RunState.PAUSED)
         elif source is not RunState.RUNNING:
             self._machine.set_run_state(source)
-        elif self._autostart():
-            self._machine.start()
-        else:
+        elif not self._autostart():
             self._machine.set_run_state(RunState.PAUSED)
+        else:
+            try:
+                self._machine.start()
+            except Exception:
+                if self._machine.run_state is not RunState.RUNNING:
+                    raise
+                log.exception("the guest has arrived and runs, but not without trouble")  # somebody who watches it
 
     def _fail(self, reason: str) -> None:
         self.error = f"load of migration failed: {reason}"
@@ -168,18 +178,24 @@ class IncomingMigration:
             self._return_path = ReturnPathWriter(self._channel)
         if self._return_path is None:
             return
-        self._return_path.shut(status)
-        scratch = memoryview(bytearray(1 << 16))
-        taken = 0
         try:
+            self._return_path.shut(status)
             self._channel.send_eof()
-            while taken < DRAIN_BYTES and self._channel.wait_readable(DRAIN_SECONDS):
-                count = self._channel.receive_into(scratch)
-                if not count:
-                    return
-                taken += count
+            self._drain(self._channel)
         except ChannelError as error:
             log.debug("the source went away: %s", error)
+        except Exception:  # a transport is a plugin: the migration is over, whatever it does
+            log.exception("cannot tell the source how it ended")
+
+    def _drain(self, channel: Channel) -> None:
+        scratch = memoryview(bytearray(1 << 16))
+        taken = 0
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while taken < DRAIN_BYTES and channel.wait_readable(deadline - time.monotonic()):
+            count = channel.receive_into(scratch)
+            if not count:
+                return
+            taken += count
 
     def _advance(self, expected: MigrationStatus, new: MigrationStatus) -> None:
         if not self._state.advance(expected, new):

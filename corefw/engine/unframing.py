@@ -16,10 +16,12 @@ from corefw.errors import MigfwError, RemoteStreamError
 from corefw.machine import AdoptsStreams, Machine, StreamFormat
 from corefw.section import LiveHandler, SectionHandler, SectionKey, SectionRegistry
 from corefw.settings import Settings
-from corefw.wire.constants import Command, SectionType
+from corefw.wire.constants import TARGET_PAGE_SIZE, Command, SectionType
 from corefw.wire.records import (
     Configuration,
     SectionHeader,
+    configuration_capabilities,
+    configuration_page_size,
     parse_ping,
     read_command,
     read_configuration_body,
@@ -36,6 +38,9 @@ log = logging.getLogger(__name__)
 DESCRIPTION_WAIT: Final = 1.0
 """Seconds to wait for a description where the source does not end its stream: it comes in the same breath as EOF, or
 never."""
+
+UNREADABLE: Final = frozenset({"x-ignore-shared", "mapped-ram"})
+"""Capabilities of later QEMUs that change what the ram section consists of; a source names them here."""
 
 
 class ReturnPathOpener(Protocol):
@@ -100,7 +105,7 @@ class StreamLoader:
             if load is None:
                 raise RemoteStreamError(at, "stream", "a section or a command", f"the type byte 0x{kind:02x}")
             load()
-        self._check_complete()
+        self._check_complete("the end of the stream")
         self._read_description()
 
     # -- the frame -------------------------------------------------------------------------------------------------
@@ -121,6 +126,18 @@ class StreamLoader:
         name = self._configuration.name
         if not isinstance(self._machine, AdoptsStreams) and name != self._machine.name:
             raise RemoteStreamError(at, "configuration", f"a machine '{self._machine.name}'", f"'{name}'")
+        page_size = configuration_page_size(self._configuration)
+        if page_size not in (None, TARGET_PAGE_SIZE):
+            raise RemoteStreamError(
+                at, "configuration", f"target pages of {TARGET_PAGE_SIZE} bytes", f"{page_size} bytes"
+            )
+        if moved := UNREADABLE & configuration_capabilities(self._configuration):
+            raise RemoteStreamError(
+                at,
+                "configuration",
+                "all pages in the stream",
+                f"capability '{min(moved)}', which puts them elsewhere (switch it off on the source)",
+            )
 
     def _load_start(self) -> None:
         header = read_section_header(self._reader, SectionType.START)
@@ -174,13 +191,13 @@ class StreamLoader:
         if self._footers:
             read_footer(reader, header.section_id, f"section {handler.key}")
 
-    def _check_complete(self) -> None:
+    def _check_complete(self, came: str) -> None:
         if self._opened:
             header, _ = next(iter(self._opened.values()))
-            raise self._reader.error(f"the END of {header}", "the end of the stream")
+            raise self._reader.error(f"the END of {header}", came)
         for handler in self._registry:
             if handler.required() and handler.key not in self._loaded:
-                raise self._reader.error(f"section {handler.key}", "the end of the stream")
+                raise self._reader.error(f"section {handler.key}", came)
 
     def _read_description(self) -> None:
         """Nobody needs it, but it belongs to the stream: a cut one means that the stream was cut."""
@@ -206,6 +223,7 @@ class StreamLoader:
         name = self._peek_name()
         if name is None or self._registry.find(name) is not None:
             return False
+        self._check_complete(f"section {name}")
         configuration = self._configuration or Configuration("", b"")
         form = StreamFormat(
             configuration=self._configuration is not None,
@@ -213,8 +231,13 @@ class StreamLoader:
             configuration_tail=configuration.tail,
             section_ids=self._ids,
         )
-        self._machine.adopt_sections(configuration.name, form, self._reader, self._channel.wait_readable)
+        self._machine.adopt_sections(configuration.name, form, self._reader, self._live)
         return True
+
+    def _live(self, seconds: float) -> bool:
+        """See AdoptsStreams. A source that gets no answer ends its stream, so there is no need to guess from silence:
+        the next read blocks until there is more, or the end."""
+        return self._return_path is None or self._channel.wait_readable(seconds)
 
     def _peek_name(self) -> SectionKey | None:
         """The key of the FULL or START section that comes next; None when something else does."""

@@ -213,7 +213,7 @@ def test_run_state_keeps_the_contract(check: str) -> None:
     check_handler(HandlerCase(source=lambda: global_state(RunState.PAUSED), destination=global_state), only=[check])
 
 
-@pytest.mark.parametrize("run_state", RunState)
+@pytest.mark.parametrize("run_state", sorted(set(RunState) - {RunState.INMIGRATE}))
 def test_run_state_arrives(run_state: RunState) -> None:
     body = body_of(global_state(run_state))
     assert body == (len(run_state) + 1).to_bytes(4, "big") + run_state.encode().ljust(100, b"\0")
@@ -251,6 +251,7 @@ def test_what_stands_behind_the_nul_is_free() -> None:
     [
         (b"\0\0\0\7parked\0".ljust(104, b"\0"), "expected one of the run states finish-migrate, "),
         (b"\0\0\0\7parked\0".ljust(104, b"\0"), "got 'parked' (at offset 104"),
+        (b"\0\0\0\x0ainmigrate\0".ljust(104, b"\0"), "got 'inmigrate'"),
         (b"\0\0\0\1".ljust(104, b"\0"), "got ''"),
         (
             b"\0\0\0\x65".ljust(104, b"x"),

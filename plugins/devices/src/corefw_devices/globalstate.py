@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from corefw.machine import RunState
 from corefw.section import SectionKey
 from corefw.settings import Settings
 from corefw.wire.globalstate import GLOBAL_STATE, SECTION, GlobalState
 from corefw_devices.handler import DeviceHandler
 
+COMES: Final = frozenset(RunState) - {RunState.INMIGRATE}
+"""A guest that waits for itself would wait for ever, and none that has to be anywhere sends this."""
+
 
 class GlobalStateHandler(DeviceHandler):
     """Sent always with property store-global-state, and else in any run state but running and paused."""
 
     def __init__(self, settings: Settings) -> None:
-        state = GlobalState(frozenset(RunState), always=settings.property("store-global-state"))
+        state = GlobalState(COMES, always=settings.property("store-global-state"))
         super().__init__(SectionKey(SECTION, 0), GLOBAL_STATE, lambda: state)
         self._global = state
 

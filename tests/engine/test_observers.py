@@ -1,0 +1,190 @@
+"""Observers may do what they like: nothing waits for them, and what they hear is true and in order."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from corefw.engine import Engine, Event
+from corefw.errors import StateError
+from corefw.machine import RunState
+from corefw.news import News
+from corefw.plugins import Plugins
+from tests.helpers.engines import PATIENCE, Pair, arrived, counting, ended, runs_on
+
+
+def elsewhere(deed: Callable[[], object]) -> None:
+    """Do it in another thread and wait for it: who is called under a lock that it needs would wait for ever."""
+
+    def run() -> None:
+        with suppress(StateError):
+            deed()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive(), "the engine holds a lock while it tells"
+
+
+def test_no_lock_is_held_while_events_are_told(pair: Pair) -> None:
+    source, destination = pair.source(), pair.destination()
+    heard: list[str] = []
+
+    def observe(event: Event) -> None:
+        elsewhere(source.cont)
+        elsewhere(lambda: source.add_blocker("in the way"))
+        heard.append(f"{event.name} {event.data.get('status', '')}".strip())
+
+    source.observe(observe)
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    assert ended(source) == "completed"
+    deadline = time.monotonic() + PATIENCE
+    while not heard or heard[-1] != "MIGRATION completed":
+        assert time.monotonic() < deadline, f"not told, but {heard}"
+        time.sleep(0.001)
+    assert heard[0] == "MIGRATION setup" and "STOP" in heard and "MIGRATION_PASS" in heard
+
+
+def test_an_observer_may_try_again_when_a_migration_failed(pair: Pair) -> None:
+    source, destination = pair.source(), pair.destination()
+    uri = destination.migrate_incoming("tcp:127.0.0.1:0")
+
+    def again(event: Event) -> None:
+        if event.data.get("status") == "failed":
+            source.migrate(uri)
+
+    source.observe(again)
+    source.migrate("tcp:127.0.0.1:1")
+    assert arrived(destination) == "completed"
+    assert pair.statuses("completed") == ["setup", "failed", "setup", "active", "completed"]
+
+
+def test_an_observer_may_close_the_engine(pair: Pair) -> None:
+    source, destination = pair.source(), pair.destination()
+    closed = threading.Event()
+
+    def close(event: Event) -> None:
+        if event.data.get("status") == "completed":
+            source.close()
+            closed.set()
+
+    source.observe(close)
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    assert closed.wait(PATIENCE)
+    assert arrived(destination) == "completed"
+    runs_on(destination)
+
+
+@pytest.mark.parametrize("end", ["completed", "failed", "cancelled"])
+def test_who_hears_the_end_sees_the_guest_as_it_is(pair: Pair, end: str) -> None:
+    source, destination = pair.source(), pair.destination()
+    source.set_capabilities({"pause-before-switchover": True})
+    seen: list[RunState] = []
+    source.observe(lambda event: seen.append(source.machine.run_state) if event.data.get("status") == end else None)
+
+    def go_on(event: Event) -> None:
+        if event.data.get("status") == "pre-switchover":
+            if end == "completed":
+                source.continue_migration(source.outgoing.status)
+            elif end == "failed":
+                destination.close()
+            else:
+                source.cancel()
+
+    source.observe(go_on)
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    assert ended(source) == end
+    pair.statuses(end)
+    assert seen == [RunState.POSTMIGRATE if end == "completed" else RunState.RUNNING]
+
+
+def test_every_harvest_of_the_dirty_log_is_a_pass(pair: Pair) -> None:
+    source, destination = pair.source(), pair.destination()
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    ended(source)
+    pair.statuses("completed")
+    passes = [event.data["pass"] for event in pair.events if event.name == "MIGRATION_PASS"]
+    assert passes == list(range(1, source.query_migrate()["ram"]["dirty-sync-count"] + 1))
+
+
+# -- news --------------------------------------------------------------------------------------------------------------
+
+
+def test_news_in_order_also_from_within() -> None:
+    heard: list[int] = []
+
+    def tell(piece: int) -> None:
+        if piece < 5:
+            news.post(piece + 10)
+            news.tell()
+        heard.append(piece)
+
+    news = News(tell)
+    for piece in (1, 2):
+        news.post(piece)
+    assert heard == []
+    news.tell()
+    assert heard == [1, 2, 11, 12]
+
+
+def test_nobody_waits_for_who_tells() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    heard: list[int] = []
+
+    def tell(piece: int) -> None:
+        begun.set()
+        assert go_on.wait(PATIENCE)
+        heard.append(piece)
+
+    news = News(tell)
+    news.post(1)
+    telling = threading.Thread(target=news.tell)
+    telling.start()
+    assert begun.wait(PATIENCE)
+    news.post(2)
+    news.tell()
+    assert heard == []
+    go_on.set()
+    telling.join()
+    assert heard == [1, 2]
+
+
+# -- nothing is left behind --------------------------------------------------------------------------------------------
+
+
+def cancelled(source: Engine, uri: str) -> None:
+    source.migrate(uri)
+    source.cancel()
+
+
+def possessions() -> tuple[int, set[str]]:
+    gc.collect()
+    return len(list(Path("/proc/self/fd").iterdir())), {thread.name for thread in threading.enumerate()}
+
+
+def test_migrations_leave_no_descriptor_and_no_thread(plugins: Plugins) -> None:
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            with Pair(plugins) as pair:
+                source, destination = pair.source(), pair.destination()
+                source.migrate("tcp:127.0.0.1:1")
+                assert ended(source) == "failed"
+                cancelled(source, "tcp:127.0.0.1:1")
+                ended(source)
+                source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+                assert ended(source) == "completed" and arrived(destination) == "completed"
+                assert counting(destination).state.writes >= counting(source).state.writes
+
+    rounds(2)
+    before = possessions()
+    rounds(5)
+    deadline = time.monotonic() + PATIENCE
+    while possessions() != before:
+        assert time.monotonic() < deadline, f"{before} before, {possessions()} after"
+        time.sleep(0.01)
