@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Final, TypeVar
 
-from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport
+from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport, TransportFeatures
 from corefw.errors import MigfwError
 from corefw.testing.tasks import Task, settled, wait_until
 from corefw.uri import MigrationUri
@@ -37,6 +37,7 @@ class TransportCase:
     refused            a URI at which nobody listens
     stuck              makes a context with a URI at which a dial does not come to an end
     stored             what is sent is read when the sender has ended (a file), not while it sends
+    features           what the transport says of itself, where its class does not: it depends on the URI
     shows_breaks       the far side can tell a broken connection from an end (a pipe or a UNIX socket cannot)
     stream_bytes       how much the long checks send
     """
@@ -49,6 +50,7 @@ class TransportCase:
     refused: str | None = None
     stuck: Callable[[], AbstractContextManager[str]] | None = None
     stored: bool = False
+    features: TransportFeatures | None = None
     shows_breaks: bool = True
     stream_bytes: int = 64 * MIB
 

@@ -1,10 +1,10 @@
 """The contract kit for transports: run it on yours, and what corefw.channel promises holds.
 
-    from corefw.testing.transport import CHECKS, TransportCase, check_transport
+    from corefw.testing.transport import TransportCase, applicable, check_transport
 
     CASE = TransportCase(transport=TcpTransport, listen=lambda: "tcp:127.0.0.1:0", wrong=("tcp:nohost",))
 
-    @pytest.mark.parametrize("check", CHECKS)
+    @pytest.mark.parametrize("check", applicable(CASE))
     def test_contract(check):
         check_transport(CASE, only=[check])
 
@@ -24,11 +24,21 @@ from corefw.testing.checks import CHECK_DEADLINE, CHECKS, has
 from corefw.testing.ends import TransportCase, Workbench, told
 from corefw.testing.tasks import Possessions, Task
 
-__all__ = ["CHECKS", "TransportCase", "check_transport"]
+__all__ = ["CHECKS", "TransportCase", "applicable", "check_transport"]
 
 assert transport_streams and transport_breaks, "imported, they have entered their checks in CHECKS"
 
 _T = TypeVar("_T")
+
+
+def applicable(case: TransportCase) -> list[str]:
+    """The names of the checks that are asked of this transport, in the order in which they run. Nothing is made for it:
+    `case.features`, or the features of the transport's class, say what it can do."""
+    features = case.features or getattr(case.transport, "features", None)
+    assert isinstance(features, TransportFeatures), (
+        f"{case.transport} does not say what it can do before it is made: give the case its `features`"
+    )
+    return [name for name, (_, need) in CHECKS.items() if need in has(case, features)]
 
 
 def check_transport(case: TransportCase, *, only: Collection[str] | None = None) -> list[str]:
@@ -40,6 +50,7 @@ def check_transport(case: TransportCase, *, only: Collection[str] | None = None)
     unknown = set(only or ()) - CHECKS.keys()
     assert not unknown, f"no check is called {', '.join(sorted(unknown))}: expected some of {', '.join(CHECKS)}"
     features = _run(case, "the first pair of channels", _first_pair, None)
+    assert case.features in (None, features), f"the transport says {features}, the case {case.features}"
     done = []
     for name, (function, need) in CHECKS.items():
         if (only is None or name in only) and need in has(case, features):

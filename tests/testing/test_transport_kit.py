@@ -14,7 +14,7 @@ from corefw_transport_tcp import TcpTransport
 from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport, TransportFeatures
 from corefw.errors import ChannelError
 from corefw.testing import tasks
-from corefw.testing.transport import CHECKS, TransportCase, check_transport
+from corefw.testing.transport import CHECKS, TransportCase, applicable, check_transport
 from corefw.uri import MigrationUri
 
 
@@ -190,6 +190,24 @@ class EndsOnce(Proxy):
         return count
 
 
+class FailsAltogether(Proxy):
+    """Keeps the first error, of whatever call, for every other."""
+
+    error: ChannelError | None = None
+
+    def send(self, *parts: Buffer) -> None:
+        try:
+            self.inner.send(*parts)
+        except ChannelError as error:
+            self.error = error
+            raise
+
+    def receive_into(self, view: memoryview) -> int:
+        if self.error:
+            raise self.error
+        return self.inner.receive_into(view)
+
+
 class CloseThrowsAway(Proxy):
     def close(self) -> None:
         self.inner.abort()
@@ -238,6 +256,7 @@ FAULTS = {
     "abort-send": Fault(faulty(AbortDoesNotWake), "abort-wakes-a-sender", "did not end within"),
     "ends-both-ways": Fault(faulty(EndsBothWays), "half-closes-in-either-order", "received 0"),
     "ends-once": Fault(faulty(EndsOnce), "shows-the-end-for-ever", "there was an end already"),
+    "all-fails": Fault(faulty(FailsAltogether), "receives-last-words-after-a-failed-send", "ChannelError"),
     "close-loses": Fault(faulty(CloseThrowsAway), "delivers-before-it-closes", "ChannelError"),
     "leaks": Fault(faulty(LeaksDescriptors), "says-what-it-is", "left behind: descriptor"),
     "deaf-listener": Fault(faulty(listener=IgnoresInterrupts), "interrupt-ends-accept", "did not end within"),
@@ -275,6 +294,28 @@ def test_what_is_right_passes_and_is_told() -> None:
     case = TransportCase(transport=faulty(), listen=lambda: "tcp:127.0.0.1:0", stream_bytes=1 << 20)
     done = check_transport(case, only=["says-what-it-is", "interrupt-ends-a-stuck-connect"])
     assert done == ["says-what-it-is"]  # the case has no place where a dial is stuck
+
+
+def test_what_applies_is_known_before_anything_is_made() -> None:
+    def never() -> str:
+        raise AssertionError("something was made")
+
+    live = TransportCase(transport=faulty(), listen=never)
+    told = set(CHECKS) - set(applicable(live))
+    assert told == {"names-a-destination-that-is-not-there", "interrupt-ends-a-stuck-connect"}
+    one_way = TransportCase(
+        transport=faulty(), listen=never, features=ONE_WAY, refused="tcp:127.0.0.1:1", shows_breaks=False
+    )
+    assert "names-a-destination-that-is-not-there" in applicable(one_way)
+    assert not {"half-closes-in-either-order", "shows-a-break-as-an-error"} & set(applicable(one_way))
+    with pytest.raises(AssertionError, match="give the case its `features`"):
+        applicable(TransportCase(transport=lambda uri: TcpTransport(uri), listen=never))
+
+
+def test_features_that_the_case_has_wrong_are_no_pass() -> None:
+    case = TransportCase(transport=faulty(), listen=lambda: "tcp:127.0.0.1:0", features=ONE_WAY)
+    with pytest.raises(AssertionError, match=r"the transport says .*return_path=True.*, the case .*return_path=False"):
+        check_transport(case, only=["says-what-it-is"])
 
 
 def test_an_unknown_check_is_no_pass() -> None:

@@ -11,7 +11,7 @@ from migfw_deflate import DeflateChannel, DeflateTransport
 from corefw.channel import Channel, Interrupt, receive_exactly
 from corefw.dialing import connect_tcp
 from corefw.errors import ChannelError
-from corefw.testing.transport import CHECKS, TransportCase, check_transport
+from corefw.testing.transport import TransportCase, applicable, check_transport
 from corefw.uri import MigrationUri, split_host_port
 
 CASE = TransportCase(
@@ -26,7 +26,7 @@ NEVER = Interrupt()
 """An interrupt that nobody sets."""
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", applicable(CASE))
 def test_contract(check: str) -> None:
     check_transport(CASE, only=[check])
 
