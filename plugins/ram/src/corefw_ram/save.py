@@ -152,23 +152,24 @@ class _PageWriter:
         self._notes: NotesSentPages | None = None
 
     def send(self, writer: StreamWriter, state: BlockState, pages: NDArray[np.int64], limit: int | None) -> int:
-        """Send these pages of one block (at least one batch, then up to `limit`); how many went."""
+        """Send these pages of one block, up to the position `limit` but at least one; how many went."""
         log = state.block.dirty_log
         self._notes = log if isinstance(log, NotesSentPages) else None
         if state.hole[pages].all():
+            pages = pages[: _room(writer, limit, ZERO_RECORD, len(pages))]
             self._send_zeros(writer, state.block, pages)
             return len(pages)
-        for at in range(0, len(pages), BATCH):
-            if at and limit is not None and writer.position >= limit:
-                return at
-            batch = pages[at : at + BATCH]
+        at = 0
+        while at < len(pages) and (not at or limit is None or writer.position < limit):
+            batch = pages[at : at + _room(writer, limit, HEADER + self._page_size, BATCH)]
+            at += len(batch)
             hole = state.hole[batch]
             if hole.any():
                 self._send_zeros(writer, state.block, batch[hole])
                 batch = batch[~hole]
             if len(batch):
                 self._send_batch(writer, state.block, batch)
-        return len(pages)
+        return at
 
     def _send_batch(self, writer: StreamWriter, block: RamBlock, pages: NDArray[np.int64]) -> None:
         count = len(pages)
@@ -216,6 +217,12 @@ class _PageWriter:
         writer.write(header)
         writer.string(block.idstr)
         self._current = block
+
+
+def _room(writer: StreamWriter, limit: int | None, size: int, most: int) -> int:
+    """How many records of `size` bytes fit under the limit, 1 to `most`: max-bandwidth may allow a step less than
+    a batch."""
+    return most if limit is None else min(most, max(1, (limit - writer.position) // size))
 
 
 def _zero_rows(rows: NDArray[np.uint8]) -> NDArray[np.bool_] | None:
