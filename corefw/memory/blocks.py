@@ -1,14 +1,15 @@
-"""RAM blocks behind memfds.
+"""RAM blocks behind memfds, or behind files of huge pages where the host has those.
 
-The law: the memfd is the RAM; the engine's mapping, the guest's mapping and the descriptor are three ways to the same
+The law: the file is the RAM; the engine's mapping, the guest's mapping and the descriptor are three ways to the same
 pages, and nothing about the contents is remembered here. What was never touched is asked of the kernel (SEEK_DATA,
-SEEK_HOLE), so the answer stays right whoever wrote: the guest, a channel that received into `view`, or store(). Its
-size is sealed: a process that holds the descriptor cannot shrink it and so make another one's access fail.
+SEEK_HOLE), so the answer stays right whoever wrote: the guest, a channel that received into `view`, or store(). A
+memfd's size is sealed: a process that holds the descriptor cannot shrink it and so make another one's access fail.
+(A file of huge pages cannot be sealed; it is in the hands of the same user.)
 
-How bytes get in (measured on Linux 6.18, per GiB): writing pages that this process has not mapped costs 0.25 to 0.4 s
-by pwritev and 0.5 to 0.9 s through the mapping, which takes a fault a page and has the kernel zero it first; a system
-call a page costs 1.0 s; pages that are mapped already cost 0.1 s through the mapping. So runs go by pwritev, and
-scattered pages through the mapping.
+How bytes get in (measured on Linux 6.18, per GiB): writing small pages that this process has not mapped costs 0.25 to
+0.4 s by pwritev and 0.5 to 0.9 s through the mapping, which takes a fault a page and has the kernel zero it first; a
+system call a page costs 1.0 s; pages that are mapped already cost 0.1 s through the mapping, and huge ones 0.1 s either
+way. So runs go by pwritev, and scattered pages through the mapping.
 
 Threads: store(), fill(), holes() and preallocate() may run in several threads at once on different pages.
 """
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from corefw.errors import MachineError
 from corefw.machine import DirtyLog, RamBlock
-from corefw.memory import iovec
+from corefw.memory import hugefile, iovec
 from corefw.memory.runs import Runs, no_runs, runs_of_pages
 from corefw.quantities import format_size
 
@@ -50,7 +51,7 @@ class NeverDirty(DirtyLog):
 
 
 class MemfdBlock(RamBlock):
-    """A RAM block in a memfd of its own; see RamBlock for what it can do.
+    """A RAM block in a memfd of its own, or a file of huge pages; see RamBlock for what it can do.
 
     `dirty_log` may be replaced while no migration runs. Raises MachineError when the host has not got the memory.
     """
@@ -60,17 +61,8 @@ class MemfdBlock(RamBlock):
             raise ValueError(
                 f"RAM block '{idstr}': {length} bytes are not a positive multiple of the page size {page_size}"
             )
-        fd = -1
-        try:
-            # The kernel takes names of up to 249 bytes, and only for people who look into /proc.
-            fd = os.memfd_create(idstr.encode()[:249].decode(errors="ignore"), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.ftruncate(fd, length)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        except OSError as error:
-            if fd >= 0:
-                os.close(fd)
-            raise _failed(idstr, length, "cannot make", error) from None
-        self._map(idstr, fd, length, page_size, dirty_log)
+        fd = hugefile.create(length)
+        self._map(idstr, _make_memfd(idstr, length) if fd is None else fd, length, page_size, dirty_log)
 
     @classmethod
     def from_fd(cls, idstr: str, fd: int, page_size: int = 4096, dirty_log: DirtyLog | None = None) -> Self:
@@ -216,6 +208,21 @@ class MemfdBlock(RamBlock):
             self._mapping.close()
         except BufferError:
             del self._mapping
+
+
+def _make_memfd(idstr: str, length: int) -> int:
+    """Raises MachineError."""
+    fd = -1
+    try:
+        # The kernel takes names of up to 249 bytes, and only for people who look into /proc.
+        fd = os.memfd_create(idstr.encode()[:249].decode(errors="ignore"), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, length)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        raise _failed(idstr, length, "cannot make", error) from None
+    return fd
 
 
 def _failed(idstr: str, length: int, what: str, error: OSError | ValueError) -> MachineError:

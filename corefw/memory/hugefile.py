@@ -1,0 +1,155 @@
+"""Files of huge pages: shared memory as a memfd is, in pieces of 2 MiB.
+
+The law: whoever asks gets a file of the wanted length, or None and uses a memfd; there is no error, and nothing that
+reads or writes the memory can tell which of the two it was.
+
+Why: a memfd has small pages unless the administrator allowed others for all shared memory, which by default is not so.
+Measured per GiB on Linux 6.18: a first write costs 0.09 s instead of 0.4, a first look through a mapping 0.05 s instead
+of 0.15, arming the dirty log 3 ms instead of 23; and a guest that walks through its arrays misses the TLB less. NumPy
+asks for the same for the arrays that it makes itself.
+
+How: tmpfs takes its page size from the mount, so the file is in a tmpfs of our own that is mounted nowhere (fsopen and
+fsmount of Linux 5.2) and goes with the last descriptor. That takes CAP_SYS_ADMIN; an ordinary user has it in a user
+namespace, which a short-lived helper process makes. Huge pages are only used where the file fills them whole.
+
+An administrator who switched huge pages off (transparent_hugepage/enabled is "never") is heeded, and so is the
+environment variable MIGFW_HUGE_PAGES=off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+VARIABLE: Final = "MIGFW_HUGE_PAGES"
+WORTHWHILE: Final = 16 << 20
+"""Bytes from which a file is worth the mount."""
+HELPER_SECONDS: Final = 5.0
+SWITCH: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+_FSOPEN: Final = 430
+_FSCONFIG: Final = 431
+_FSMOUNT: Final = 432
+_CLOEXEC: Final = 1  # FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC
+_SET_STRING: Final = 1
+_CREATE: Final = 6
+_NOSUID_NODEV_NOEXEC: Final = 2 | 4 | 8
+_CLONE_NEWNS: Final = 0x00020000
+_CLONE_NEWUSER: Final = 0x10000000
+
+OPTIONS: Final = {b"huge": b"within_size", b"size": b"0", b"mode": b"0700"}
+"""Of the tmpfs; no limit of size, as a memfd has none."""
+
+
+def create(length: int) -> int | None:
+    """A descriptor of a new file of `length` zero bytes, close-on-exec; None where huge pages cannot be had."""
+    if length < WORTHWHILE or (mount := _mount_once()) is None:
+        return None
+    try:
+        fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=mount)
+    except OSError as error:
+        log.debug("no file of huge pages: %s", error)
+        return None
+    try:
+        os.ftruncate(fd, length)
+    except OSError as error:
+        os.close(fd)
+        log.debug("no file of %d bytes in huge pages: %s", length, error)
+        return None
+    return fd
+
+
+def switched_off(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether somebody said that there shall be none, or the kernel has none."""
+    try:
+        return environment.get(VARIABLE) == "off" or "[never]" in SWITCH.read_text()
+    except OSError:
+        return True
+
+
+@functools.cache
+def _mount_once() -> int | None:
+    """The tmpfs, for the life of this process."""
+    if switched_off():
+        return None
+    try:
+        return mount()
+    except OSError as error:
+        log.debug("no huge pages directly: %s", error)
+    try:
+        return _ask_helper()
+    except (OSError, subprocess.SubprocessError) as error:
+        log.debug("no huge pages by a user namespace: %s", error)
+        return None
+
+
+def mount() -> int:
+    """A descriptor of a tmpfs with huge pages that is mounted nowhere. Raises OSError."""
+    context = _call(_FSOPEN, b"tmpfs", _CLOEXEC)
+    try:
+        for name, value in OPTIONS.items():
+            _call(_FSCONFIG, context, _SET_STRING, name, value, 0)
+        _call(_FSCONFIG, context, _CREATE, None, None, 0)
+        return _call(_FSMOUNT, context, _CLOEXEC, _NOSUID_NODEV_NOEXEC)
+    finally:
+        os.close(context)
+
+
+def _call(number: int, *arguments: int | bytes | None) -> int:
+    result: int = _libc.syscall(
+        ctypes.c_long(number), *(ctypes.c_long(one) if isinstance(one, int) else one for one in arguments)
+    )
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+# -- the helper: a process of its own, for a user namespace takes one with a single thread -----------------------------
+
+
+def _ask_helper() -> int:
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            subprocess.run(
+                [sys.executable, "-I", "-S", __file__, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                timeout=HELPER_SECONDS,
+                check=True,
+            )
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    if not fds:
+        raise OSError("the helper sent no descriptor")
+    return fds[0]
+
+
+def _help(link: int) -> None:
+    """The helper's life: enter a user namespace that knows this user only, mount, pass the descriptor on."""
+    user, group = os.geteuid(), os.getegid()
+    if _libc.unshare(ctypes.c_int(_CLONE_NEWUSER | _CLONE_NEWNS)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        Path(f"/proc/self/{name}").write_text(text)
+    with socket.socket(fileno=link) as sock:
+        socket.send_fds(sock, [b"1"], [mount()])
+
+
+if __name__ == "__main__":
+    _help(int(sys.argv[1]))
