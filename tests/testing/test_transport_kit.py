@@ -209,6 +209,11 @@ class FailsAltogether(Proxy):
 
 
 class CloseThrowsAway(Proxy):
+    """Keeps the last byte back for the next send, which never comes."""
+
+    def send(self, *parts: Buffer) -> None:
+        self.inner.send(b"".join(parts)[:-1])
+
     def close(self) -> None:
         self.inner.abort()
         self.inner.close()
