@@ -1,7 +1,8 @@
 """A real QEMU over a transport that it does not know: it dials a private UNIX socket, and this process relays.
 
 The law: the socket is in a folder that only this user can enter, and goes with it. Where the relay broke, it is the
-relay that says why; what QEMU says then only follows from that.
+relay that says why; what QEMU says then only follows from that. Where the guest has moved, nothing is broken off: the
+far side sees the stream end.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from corefw.states import MigrationStatus
 _SETTLE: Final = 2.0
 """Seconds for the relay to find out why it broke, when QEMU was quicker to see that it did."""
 
+_FAREWELL: Final = 10.0
+"""Seconds for the relay to end by itself when the guest has moved: as long as QEMU needs to close its socket."""
+
 _LOOK: Final = 0.1
 
 
@@ -34,12 +38,15 @@ class QemuRelay:
         try:
             self.uri: Final = f"unix:{self._folder}/qemu"
             self._relay = Relay(find_transport(self.uri), target)
+            self._given_up = False
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
 
     def has_failed(self) -> bool:
-        return self._relay.failure is not None
+        """Whether there is nothing to wait for any more; the migration is to be cancelled then."""
+        self._given_up = self._relay.failure is not None
+        return self._given_up
 
     def finish(self, answer: Mapping[str, Any], capabilities: Mapping[str, bool], interrupts: Interrupts) -> str | None:
         """After QEMU's migration has ended with this `answer` of query-migrate: what went wrong, or None.
@@ -47,13 +54,18 @@ class QemuRelay:
         A stream that the destination did not confirm on the return path is whole there only when the last byte has left
         here: this waits for that.
         """
-        if answer["status"] == MigrationStatus.COMPLETED:
-            return None if capabilities.get("return-path") else self._drain(interrupts)
-        failed = answer["status"] == MigrationStatus.FAILED
-        self._relay.wait(_SETTLE if failed else 0)
-        if self._relay.failure is not None:
+        status = answer["status"]
+        if status == MigrationStatus.COMPLETED:
+            if not capabilities.get("return-path"):
+                return self._drain(interrupts)
+            self._relay.wait(_FAREWELL)
+            return None
+        if status == MigrationStatus.FAILED:
+            self._relay.wait(_SETTLE)
+            if self._relay.failure is None:
+                return f"QEMU says: {answer.get('error-desc', 'nothing of the reason')}"
             return self._failure()
-        return f"QEMU says: {answer.get('error-desc', 'nothing of the reason')}" if failed else None
+        return self._failure() if self._given_up else None
 
     def _drain(self, interrupts: Interrupts) -> str | None:
         while not self._relay.wait(_LOOK):

@@ -1,0 +1,79 @@
+"""corefw.cli.relayed: how a relay for a QEMU ends, with the test itself as the QEMU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from corefw.channel import Channel, Interrupt, Listener, receive_exactly
+from corefw.cli.interrupts import Interrupts
+from corefw.cli.relayed import QemuRelay
+from corefw.plugins import Plugins
+from corefw.testing.ends import receive_all, same
+from corefw.testing.tasks import Possessions, Task, wait_until
+from corefw.wire.constants import ReturnMessage
+from corefw.wire.returnpath import encode_return_message, number_body
+
+PLUGINS = Plugins()
+NEVER = Interrupt()
+"""An interrupt that nobody sets."""
+
+RETURN_PATH = {"return-path": True}
+
+
+@pytest.fixture
+def far() -> Iterator[Listener]:
+    before = Possessions.now()
+    with PLUGINS.transport("tcp:127.0.0.1:0").listen() as listener:
+        yield listener
+    before.assert_no_more()
+
+
+def begin(relay: QemuRelay, far: Listener) -> tuple[Channel, Channel]:
+    """The QEMU's end and the destination's, with some of a stream gone through."""
+    qemu = PLUGINS.transport(relay.uri).connect(NEVER)
+    destination = far.accept(NEVER)
+    qemu.send(b"the stream")
+    receive_exactly(destination, memoryview(bytearray(10)))
+    return qemu, destination
+
+
+def shut(status: int, qemu: Channel, destination: Channel) -> None:
+    """The destination has its last word, and the QEMU goes."""
+    destination.send(encode_return_message(ReturnMessage.SHUT, number_body(status)))
+    destination.send_eof()
+    receive_exactly(qemu, memoryview(bytearray(8)))
+    qemu.close()
+
+
+def test_when_the_guest_has_moved_the_far_side_sees_an_end(far: Listener) -> None:
+    with QemuRelay(str(far.uri)) as relay:
+        qemu, destination = begin(relay, far)
+        shut(0, qemu, destination)
+        assert relay.finish({"status": "completed"}, RETURN_PATH, Interrupts()) is None
+    same(Task("the end", receive_all, destination).result(), b"")
+    destination.close()
+
+
+def test_what_the_destination_says_explains_a_failure(far: Listener) -> None:
+    with QemuRelay(str(far.uri)) as relay:
+        qemu, destination = begin(relay, far)
+        shut(1, qemu, destination)
+        destination.close()
+        answer = {"status": "failed", "error-desc": "Unable to write to socket: Bad file descriptor"}
+        why = relay.finish(answer, RETURN_PATH, Interrupts())
+        assert why == "the destination said that it failed to load the guest (its log says why)"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_who_cancelled_it(far: Listener, asked: bool) -> None:
+    """Where the relay's failure was the reason, it is told; where somebody else cancelled, it may only follow."""
+    with QemuRelay(str(far.uri)) as relay:
+        qemu, destination = begin(relay, far)
+        destination.abort()
+        destination.close()
+        assert wait_until(relay.has_failed) if asked else wait_until(lambda: relay._relay.failure is not None)
+        qemu.close()
+        why = relay.finish({"status": "cancelled"}, RETURN_PATH, Interrupts())
+        assert why == (f"the side of {far.uri} broke: {far.uri}: the peer broke the connection" if asked else None)
