@@ -42,7 +42,6 @@ def begin(relay: QemuRelay, far: Listener) -> tuple[Channel, Channel]:
 def shut(status: int, qemu: Channel, destination: Channel) -> None:
     """The destination has its last word, and the QEMU goes."""
     destination.send(encode_return_message(ReturnMessage.SHUT, number_body(status)))
-    destination.send_eof()
     receive_exactly(qemu, memoryview(bytearray(8)))
     qemu.close()
 
@@ -51,7 +50,11 @@ def test_when_the_guest_has_moved_the_far_side_sees_an_end(far: Listener) -> Non
     with QemuRelay(str(far.uri)) as relay:
         qemu, destination = begin(relay, far)
         shut(0, qemu, destination)
-        assert relay.finish({"status": "completed"}, RETURN_PATH, Interrupts()) is None
+        finishing = Task("finish", relay.finish, {"status": "completed"}, RETURN_PATH, Interrupts())
+        finishing.let_block()
+        assert finishing.running, "the destination has not ended its answers yet"
+        destination.send_eof()
+        assert finishing.result() is None
     same(Task("the end", receive_all, destination).result(), b"")
     destination.close()
 
