@@ -9,14 +9,14 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.cli import MIGFW
-from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder, wait_until
-from tests.helpers.sshd import find_sshd, free_port, running_sshd
+from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder
+from tests.helpers.sshd import find_sshd, running_sshd
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(180)]
 
@@ -30,12 +30,24 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
 
 
 class Way:
-    """From a URI that a relay or `migrate` dials to the UNIX socket where a QEMU waits."""
+    """From `uri`, which a relay or `migrate` dials, to the UNIX socket where a QEMU waits.
 
-    def __init__(self, uri: str, environment: Mapping[str, str], helpers: contextlib.ExitStack) -> None:
+    `far` is the relay there, if there is one.
+    """
+
+    def __init__(self, helpers: contextlib.ExitStack, uri: str = "", **environment: str) -> None:
         self.uri = uri
+        self.far: subprocess.Popen[str] | None = None
         self._environment = {**os.environ, **environment, "TERM": "dumb"}
         self._helpers = helpers
+
+    def relay(self, source: str, target: str) -> tuple[subprocess.Popen[str], str]:
+        """A relay that listens already, and the URI to dial."""
+        process = self.migfw("relay", "--json", source, target)
+        assert process.stderr
+        line = process.stderr.readline()
+        assert line.startswith("migfw: listening at "), line
+        return process, line.removeprefix("migfw: listening at ").strip()
 
     def migfw(self, *arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -62,6 +74,15 @@ def _done(process: subprocess.Popen[str]) -> str:
     return out
 
 
+def _relayed(process: subprocess.Popen[str]) -> None:
+    """Wait for the end of a relay, which has to call the migration completed."""
+    report = json.loads(_done(process))
+    assert report["status"] == "completed"
+    assert report["return-path"]
+    assert report["forward-bytes"] > 16 << 20
+    assert report["backward-bytes"] >= 8
+
+
 @pytest.fixture
 def folder() -> Iterator[Path]:
     with temporary_folder() as path:
@@ -76,12 +97,11 @@ def way(request: pytest.FixtureRequest, folder: Path) -> Iterator[Way]:
             sshd = helpers.enter_context(running_sshd(folder / "sshd"))
             home = sshd.make_home(folder / "home")
             uri = f"ssh://{sshd.address}/unix:{folder}/destination"
-            yield Way(uri, {"HOME": str(home), "SSH_AUTH_SOCK": ""}, helpers)
-            return
-        made = Way(f"zmq:tcp://127.0.0.1:{free_port()}", {}, helpers)
-        far = made.migfw("relay", made.uri, f"unix:{folder}/destination")
-        yield made
-        _done(far)
+            yield Way(helpers, uri, HOME=str(home), SSH_AUTH_SOCK="")
+        else:
+            made = Way(helpers)
+            made.far, made.uri = made.relay("zmq:tcp://127.0.0.1:0", f"unix:{folder}/destination")
+            yield made
 
 
 def _pair(guest: Guest, folder: Path, control: Path) -> tuple[Qemu, Qemu]:
@@ -98,26 +118,25 @@ def _pair(guest: Guest, folder: Path, control: Path) -> tuple[Qemu, Qemu]:
     return source, destination
 
 
-def _prove(guest: Guest, source: Qemu, destination: Qemu) -> None:
+def _prove(guest: Guest, source: Qemu, destination: Qemu, way: Way) -> None:
     figures = source.wait_migrated()
     assert figures["ram"]["dirty-sync-count"] >= 2, "the guest ran while it was sent"
     destination.wait_running()
     destination.wait_printed("B", 2)
     assert set(destination.printed()) == {"B"}, "it went on, it did not start anew"
     guest.check(destination)
+    if way.far:
+        _relayed(way.far)
 
 
 @pytest.mark.parametrize("way", TRANSPORTS, indirect=True)
 def test_through_a_relay(way: Way, guest: Guest, folder: Path) -> None:
     source, destination = _pair(guest, folder, folder / "qmp")
     with source, destination:
-        near = way.migfw("relay", "--json", f"unix:{folder}/near", way.uri)
-        wait_until((folder / "near").exists, "the relay's socket")
-        source.migrate(f"unix:{folder}/near")
-        _prove(guest, source, destination)
-        report = json.loads(_done(near))
-        assert report["status"] == "completed" and report["return-path"]
-        assert report["forward-bytes"] > 16 << 20 and report["backward-bytes"] >= 8
+        near, uri = way.relay(f"unix:{folder}/near", way.uri)
+        source.migrate(uri)
+        _prove(guest, source, destination, way)
+        _relayed(near)
         assert not (folder / "near").exists()
 
 
@@ -127,16 +146,16 @@ def test_by_migrate(way: Way, guest: Guest, folder: Path) -> None:
     with source, destination:
         report = json.loads(_done(way.migfw("migrate", "--json", "--qmp", f"unix:{folder}/qmp", way.uri)))
         assert report["status"] == "completed"
-        _prove(guest, source, destination)
+        _prove(guest, source, destination, way)
 
 
 def test_by_migrate_over_what_qemu_knows(guest: Guest, folder: Path) -> None:
     source, destination = _pair(guest, folder, folder / "qmp")
     with source, destination, contextlib.ExitStack() as helpers:
-        way = Way(f"unix:{folder}/destination", {}, helpers)
+        way = Way(helpers, f"unix:{folder}/destination")
         out = _done(way.migfw("migrate", "--qmp", f"unix:{folder}/qmp", way.uri))
         assert "status:     completed" in out
-        _prove(guest, source, destination)
+        _prove(guest, source, destination, way)
 
 
 def test_a_far_side_that_is_not_there(guest: Guest, folder: Path) -> None:
