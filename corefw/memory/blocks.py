@@ -20,6 +20,7 @@ import errno
 import fcntl
 import mmap
 import os
+from itertools import pairwise
 from typing import Final, Self
 
 import numpy as np
@@ -130,14 +131,13 @@ class MemfdBlock(RamBlock):
         assert data.shape == (len(pages), self.page_size), f"{data.shape} is no shape for {len(pages)} pages"
         if len(pages) == 0:
             return
-        firsts = np.concatenate(([0], np.flatnonzero(np.diff(pages) != 1) + 1))
-        if len(firsts) * PAGES_A_CALL > len(pages):
+        gaps = np.flatnonzero(pages[1:] - pages[:-1] != 1) + 1
+        if (len(gaps) + 1) * PAGES_A_CALL > len(pages):
             self.pages[pages] = data
             return
-        ends = np.append(firsts[1:], len(pages))
         try:
-            for first, end, page in zip(firsts.tolist(), ends.tolist(), pages[firsts].tolist(), strict=True):
-                iovec.pwritev(self.fd, iovec.rows(data[first:end]), page * self.page_size)
+            for first, end in pairwise((0, *gaps.tolist(), len(pages))):
+                iovec.pwritev(self.fd, iovec.rows(data[first:end]), int(pages[first]) * self.page_size)
         except OSError as error:
             raise _failed(self.idstr, self.length, "cannot write", error) from None
 

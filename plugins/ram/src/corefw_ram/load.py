@@ -30,6 +30,9 @@ FLAGS: Final = TARGET_PAGE_SIZE - 1
 LONG_RUN: Final = 4
 """Records of one kind in the buffer from which on NumPy is worth its calls."""
 
+StoreRun = Callable[[RamBlock, NDArray[np.int64], NDArray[np.uint8]], None]
+"""Stores a run of records: (block, pages, the records' bodies, one a row)."""
+
 REFUSED: Final = {
     RamFlag.FULL: "a record of an obsolete kind (RAM_SAVE_FLAG_FULL; send it again from a newer QEMU)",
     RamFlag.XBZRLE: "an XBZRLE page (switch capability 'xbzrle' off on the source)",
@@ -53,6 +56,10 @@ class RamLoader:
             RamFlag.MEM_SIZE: self._load_block_list,
             RamFlag.PAGE: self._load_page,
             RamFlag.ZERO: self._load_zero,
+        }
+        self._runs: dict[int, tuple[int, StoreRun]] = {
+            RamFlag.PAGE | RamFlag.CONTINUE: (PAGE_RECORD, self._store_pages),
+            RamFlag.ZERO | RamFlag.CONTINUE: (ZERO_RECORD, self._store_zeros),
         }
 
     def close(self) -> None:
@@ -133,58 +140,63 @@ class RamLoader:
     # -- runs of records -------------------------------------------------------------------------------------------
 
     def _load_run(self, reader: StreamReader, block: RamBlock) -> bool:
-        """Store the whole records of one kind at the buffer's start; False when there are too few to be worth it."""
+        """Store the whole records of one kind at the buffer's start; False when another way has to be gone: a record of
+        another kind, too few of them to be worth it, or the end of the stream inside one."""
         start, end = reader.span()
-        if end - start < LONG_RUN * ZERO_RECORD:
+        if end - start < HEADER:
             return False
         flags = reader.buffer[start + 7] | (reader.buffer[start + 6] & 0xF) << 8
-        if flags == RamFlag.PAGE | RamFlag.CONTINUE:
-            rows = _records_at(reader, PAGE_RECORD)
-            offsets = _offsets_of(rows, flags)
-            if len(offsets) < LONG_RUN:
+        if flags not in self._runs:
+            return False
+        size, store = self._runs[flags]
+        while end - start < size:  # the rest of a record will come, and more with it
+            if not reader.fill():
                 return False
-            self._check_offsets(reader, block, offsets, PAGE_RECORD)
-            pages = offsets // TARGET_PAGE_SIZE
-            block.store(pages, rows[: len(offsets), HEADER:])
-            first, end = int(pages[0]), int(pages[-1]) + 1
-            self._ahead.wrote(block, first, end, solid=end - first == len(pages))
-            reader.skip(len(offsets) * PAGE_RECORD)
-            return True
-        if flags == RamFlag.ZERO | RamFlag.CONTINUE:
-            rows = _records_at(reader, ZERO_RECORD)
-            offsets = _offsets_of(rows, flags)
-            if len(offsets) < LONG_RUN:
-                return False
-            self._check_offsets(reader, block, offsets, ZERO_RECORD)
-            fills = rows[: len(offsets), HEADER]
-            cuts = np.flatnonzero(np.diff(fills)) + 1  # nearly always none; in their order, for a page may come twice
-            for pages, values in zip(np.split(offsets // TARGET_PAGE_SIZE, cuts), np.split(fills, cuts), strict=True):
-                block.fill(pages, int(values[0]))
-            reader.skip(len(offsets) * ZERO_RECORD)
-            return True
-        return False
+            start, end = reader.span()
+        count = (end - start) // size
+        offsets = _offsets_at(reader, count, size, flags)
+        if len(offsets) < min(count, LONG_RUN):
+            return False
+        self._check_offsets(reader, block, offsets, size)
+        store(block, offsets // TARGET_PAGE_SIZE, _bodies_at(reader, len(offsets), size))
+        reader.skip(len(offsets) * size)
+        return True
+
+    def _store_pages(self, block: RamBlock, pages: NDArray[np.int64], bodies: NDArray[np.uint8]) -> None:
+        block.store(pages, bodies)
+        first, end = int(pages[0]), int(pages[-1]) + 1
+        self._ahead.wrote(block, first, end, solid=end - first == len(pages))
+
+    def _store_zeros(self, block: RamBlock, pages: NDArray[np.int64], bodies: NDArray[np.uint8]) -> None:
+        fills = bodies[:, 0]
+        cuts = np.flatnonzero(np.diff(fills)) + 1  # nearly always none; in their order, for a page may come twice
+        for some, values in zip(np.split(pages, cuts), np.split(fills, cuts), strict=True):
+            block.fill(some, int(values[0]))
 
     def _check_offsets(self, reader: StreamReader, block: RamBlock, offsets: NDArray[np.int64], size: int) -> None:
-        outside = np.flatnonzero((offsets < 0) | (offsets >= block.length))
-        if len(outside):
-            reader.skip(int(outside[0]) * size)
-            raise _outside(reader, block, int(np.uint64(offsets[outside[0]])))
+        if offsets.min() >= 0 and offsets.max() < block.length:
+            return
+        outside = int(np.flatnonzero((offsets < 0) | (offsets >= block.length))[0])
+        reader.skip(outside * size)
+        raise _outside(reader, block, int(np.uint64(offsets[outside])))
 
 
-def _records_at(reader: StreamReader, size: int) -> NDArray[np.uint8]:
-    """The whole records of `size` bytes in the reader's buffer, one a row. A view: valid until the next read."""
-    start, end = reader.span()
-    count = (end - start) // size
-    return np.frombuffer(reader.buffer, dtype=np.uint8, count=count * size, offset=start).reshape(count, size)
+def _offsets_at(reader: StreamReader, count: int, size: int, flags: int) -> NDArray[np.int64]:
+    """The byte offsets of the `count` records of `size` bytes at the buffer's start, up to the first with other
+    flags."""
+    start, _ = reader.span()
+    words = np.ndarray(count, ">u8", reader.buffer, start, (size,)).astype(np.uint64)
+    words ^= np.uint64(flags)
+    others = words & np.uint64(FLAGS)
+    if others.any():
+        words = words[: int(np.flatnonzero(others)[0])]
+    return words.view(np.int64)
 
 
-def _offsets_of(rows: NDArray[np.uint8], flags: int) -> NDArray[np.int64]:
-    """The byte offsets of the records at the start that all have these flags."""
-    words = np.ascontiguousarray(rows[:, :HEADER]).view(">u8").reshape(-1).astype(np.uint64)
-    different = np.flatnonzero(words & np.uint64(FLAGS) != np.uint64(flags))
-    if len(different):
-        words = words[: different[0]]
-    return (words & ~np.uint64(FLAGS)).view(np.int64)
+def _bodies_at(reader: StreamReader, count: int, size: int) -> NDArray[np.uint8]:
+    """What follows the headers of these records, one a row. A view: valid until the next read."""
+    start, _ = reader.span()
+    return np.ndarray((count, size - HEADER), np.uint8, reader.buffer, start + HEADER, (size, 1))
 
 
 def _outside(reader: StreamReader, block: RamBlock, offset: int) -> Exception:
