@@ -21,10 +21,14 @@ import select
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
 
 from corefw.errors import ChannelClosed, ChannelError, Interrupted
 from corefw.uri import MigrationUri
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Buffer = bytes | bytearray | memoryview
 """What may be sent: contiguous bytes. NumPy arrays go through `array.data.cast("B")`."""
@@ -152,6 +156,15 @@ class Channel(_Closing, ABC):
         """Let go of everything. Bytes that were sent still arrive (unless aborted). Idempotent; never raises."""
 
 
+@runtime_checkable
+class SendsMemory(Protocol):
+    """A channel that sends pieces of memory from where they are, without a Python object for each."""
+
+    def send_memory(self, pieces: NDArray[np.uint64]) -> None:
+        """As Channel.send(), for rows (address, length) as corefw.iovec has them. The caller keeps the memory alive;
+        what changes in it meanwhile is sent as it was or as it is."""
+
+
 class Listener(_Closing, ABC):
     """A place where peers can dial in. `uri` is what they dial (port 0 has become the real one)."""
 
@@ -200,6 +213,7 @@ __all__ = [
     "ChannelError",
     "Interrupt",
     "Listener",
+    "SendsMemory",
     "Transport",
     "TransportFeatures",
     "receive_exactly",

@@ -75,7 +75,7 @@ def pwritev(fd: int, iov: Iovecs, offset: int) -> None:
     while len(iov):
         done = _call(write, iov)
         offset += done
-        iov = _advance(iov, done)
+        iov = rest(iov, done)
 
 
 def sendmsg(fd: int, iov: Iovecs, wait: Callable[[], None] | None = None) -> None:
@@ -83,7 +83,7 @@ def sendmsg(fd: int, iov: Iovecs, wait: Callable[[], None] | None = None) -> Non
     iov = _own(iov)
     while len(iov):
         try:
-            iov = _advance(iov, send_some(fd, iov))
+            iov = rest(iov, send_some(fd, iov))
         except BlockingIOError:
             (wait or _wait_writable(fd))()
 
@@ -115,17 +115,17 @@ def _call(function: Callable[[int, int], int], iov: Iovecs) -> int:
             raise OSError(number, os.strerror(number))
 
 
-def _advance(iov: Iovecs, done: int) -> Iovecs:
-    """What is left after `done` bytes."""
+def rest(iov: Iovecs, done: int) -> Iovecs:
+    """What is left to do when `done` bytes of the first call's pieces are."""
     tried = iov[:IOV_MAX]
     ends = np.cumsum(tried[:, 1])
     if done == int(ends[-1]):
         return iov[IOV_MAX:]
     whole = int(np.searchsorted(ends, done, side="right"))
-    rest = iov[whole:].copy()
+    left = iov[whole:].copy()
     cut = done - (int(ends[whole - 1]) if whole else 0)
-    rest[0] += np.array([cut, -cut], dtype=np.int64).view(np.uint64)
-    return rest
+    left[0] += np.array([cut, -cut], dtype=np.int64).view(np.uint64)
+    return left
 
 
 def _wait_writable(fd: int) -> Callable[[], None]:

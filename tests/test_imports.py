@@ -31,14 +31,15 @@ CORE: Final[dict[str, set[str]]] = {
     "states": {"news"},
     "settings": {"errors", "quantities"},
     "channel": {"errors", "uri"},
-    "sockets": {"errors", "uri", "channel"},
+    "iovec": set(),
+    "sockets": {"errors", "uri", "iovec", "channel"},
     "dialing": {"errors", "uri", "channel", "sockets"},
     "wire": {"errors", "channel"},
     "relay": {"errors", "uri", "channel", "wire"},
     "inspection": {"errors", "channel", "wire"},
     "section": {"errors", "channel", "settings", "wire"},
     "machine": {"errors"},
-    "memory": {"errors", "quantities", "machine"},
+    "memory": {"errors", "quantities", "iovec", "machine"},
     "hookspecs": set(),
     "plugins": {"errors", "uri", "states", "settings", "channel", "section", "machine", "hookspecs"},
     "testing": {"errors", "uri", "quantities", "settings", "channel", "wire", "section", "machine", "memory"},
@@ -62,7 +63,7 @@ LIBRARIES: Final[dict[str, set[str]]] = {
     "stevedore": {"plugins"},
     "click": {"cli"},
     "rich": {"cli"},
-    "numpy": {"wire", "section", "machine", "memory", "testing"},
+    "numpy": {"iovec", "channel", "sockets", "wire", "section", "machine", "memory", "testing"},
 }
 """Library -> the parts of the core that may import it."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from corefw.memory import iovec
+from corefw import iovec
 
 
 def pieces(*arrays: NDArray[np.uint8]) -> iovec.Iovecs:

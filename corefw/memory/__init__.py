@@ -1,6 +1,5 @@
 """Guest memory on Linux: blocks behind memfds, their dirty logs, userfaultfd.
 
-iovec      gather and scatter with NumPy's arrays as `struct iovec`
 runs       page numbers <-> runs of pages
 blocks     MemfdBlock: a RamBlock
 userfault  the userfaultfd system call, what of it is needed

@@ -9,11 +9,15 @@ Threads: a reader and a writer each belong to one thread at a time.
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from corefw.channel import Buffer
+from corefw.channel import Buffer, SendsMemory
 from corefw.errors import RemoteStreamError, StreamError
 from corefw.wire.constants import BE16, BE32, BE64
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 BUFFER_SIZE: Final = 1 << 20
 """Bytes of read-ahead: fits a processor's L2 cache, holds 255 pages with their headers."""
@@ -198,8 +202,14 @@ class StreamWriter:
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
+        self._memory_sink = sink if isinstance(sink, SendsMemory) else None
         self._pending = bytearray()
         self._sent = 0
+
+    @property
+    def sends_memory(self) -> bool:
+        """Whether the sink can take memory()."""
+        return self._memory_sink is not None
 
     @property
     def position(self) -> int:
@@ -239,6 +249,13 @@ class StreamWriter:
         else:
             self._sink.send(data)
         self._sent += len(pending) + count
+
+    def memory(self, pieces: NDArray[np.uint64], count: int) -> None:
+        """Pieces of memory with `count` bytes in all, sent from where they are; only where `sends_memory`."""
+        assert self._memory_sink is not None
+        self.flush()
+        self._memory_sink.send_memory(pieces)
+        self._sent += count
 
     def flush(self) -> None:
         """Hand everything buffered to the sink. Raises ChannelError."""

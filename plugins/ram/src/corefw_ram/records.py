@@ -1,0 +1,163 @@
+"""Page numbers to records on the wire.
+
+The law: nothing here runs once a page in Python. Pages travel in batches, each told zero or not by its first word where
+that is enough:
+
+    gathered   over a channel that sends memory from where it is: headers and guest pages in one list of pieces
+    staged     over any other, and where a dirty log has to know exactly what was sent: copied between the headers into
+               a buffer that fits the processor's cache
+
+Measured, the source's processor time per GiB over tcp: 0.17 s gathered, 0.3 to 0.4 s staged.
+
+Threads: the migration thread.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corefw.machine import NotesSentPages, RamBlock
+from corefw.section import RamStatistics
+from corefw.wire.constants import RamFlag
+from corefw.wire.stream import StreamWriter
+
+HEADER: Final = 8
+ZERO_RECORD: Final = 9
+STAGED: Final = 128
+"""Pages copied and sent at once: 513 KiB, half of a usual L2 cache."""
+GATHERED: Final = 512
+"""Pages sent at once: with their headers the 1024 pieces that one system call takes."""
+
+
+Index = slice | NDArray[np.int64]
+
+
+class PageWriter:
+    """For one migration; its buffers are made once."""
+
+    def __init__(self, page_size: int, statistics: RamStatistics) -> None:
+        self._page_size = page_size
+        self._statistics = statistics
+        self._current: RamBlock | None = None
+        self._staging = np.empty((STAGED, HEADER + page_size), dtype=np.uint8)
+        self._headers = np.empty((GATHERED, HEADER), dtype=np.uint8)
+        self._pieces = np.empty((2 * GATHERED, 2), dtype=np.uint64)
+        self._pieces[0::2, 0] = self._headers.ctypes.data + HEADER * np.arange(GATHERED)
+        self._pieces[0::2, 1] = HEADER
+        self._pieces[1::2, 1] = page_size
+
+    def send(
+        self,
+        writer: StreamWriter,
+        block: RamBlock,
+        pages: NDArray[np.int64],
+        hole: NDArray[np.bool_],
+        limit: int | None,
+    ) -> int:
+        """Send these pages of one block, up to the position `limit` but at least one; how many went. `hole` says which
+        of them were never touched: they are zero, and not to be read."""
+        if hole.all():
+            pages = pages[: _room(writer, limit, ZERO_RECORD, len(pages))]
+            self._send_zeros(writer, block, pages)
+            return len(pages)
+        notes = block.dirty_log if isinstance(block.dirty_log, NotesSentPages) else None
+        gathered = writer.sends_memory and notes is None
+        most = GATHERED if gathered else STAGED
+        at = 0
+        while at < len(pages) and (not at or limit is None or writer.position < limit):
+            batch = slice(at, at + _room(writer, limit, HEADER + self._page_size, most))
+            at += len(pages[batch])
+            there = pages[batch]
+            if hole[batch].any():
+                self._send_zeros(writer, block, there[hole[batch]])
+                there = there[~hole[batch]]
+            if len(there) == 0:
+                continue
+            if gathered:
+                self._send_gathered(writer, block, there)
+            else:
+                self._send_staged(writer, block, there, notes)
+        return at
+
+    def _send_gathered(self, writer: StreamWriter, block: RamBlock, pages: NDArray[np.int64]) -> None:
+        pages = self._without_zeros(writer, block, pages, block.pages.view(np.uint64), _index(pages))
+        if len(pages) == 0:
+            return
+        count = len(pages)
+        self._put_headers(self._headers[:count], block, pages, RamFlag.PAGE)
+        self._pieces[1 : 2 * count : 2, 0] = pages * self._page_size + block.pages.ctypes.data
+        first = self._introduce(writer, block, self._headers[0])
+        writer.memory(self._pieces[first : 2 * count], count * (HEADER + self._page_size) - first * HEADER)
+        self._statistics.normal += count
+
+    def _send_staged(
+        self, writer: StreamWriter, block: RamBlock, pages: NDArray[np.int64], notes: NotesSentPages | None
+    ) -> None:
+        rows = self._staging[: len(pages)]
+        rows[:, HEADER:] = block.pages[_index(pages)]
+        if notes is not None:
+            notes.sent(pages, rows[:, HEADER:])
+        # A row is a whole number of words, the header is the first.
+        left = self._without_zeros(writer, block, pages, rows.view(np.uint64)[:, 1:], slice(None))
+        if len(left) == 0:
+            return
+        if len(left) < len(pages):
+            rows[: len(left), HEADER:] = rows[np.isin(pages, left, assume_unique=True), HEADER:]
+            rows = rows[: len(left)]
+        self._put_headers(rows, block, left, RamFlag.PAGE)
+        first = self._introduce(writer, block, rows[0, :HEADER])
+        writer.payload(rows.data.cast("B")[first * HEADER :])
+        self._statistics.normal += len(left)
+
+    def _without_zeros(
+        self, writer: StreamWriter, block: RamBlock, pages: NDArray[np.int64], words: NDArray[np.uint64], where: Index
+    ) -> NDArray[np.int64]:
+        """Send those of the pages that are zero; the others. Their contents are the rows `where` of `words`."""
+        suspects = np.flatnonzero(words[where, 0] == 0)
+        if not len(suspects):
+            return pages
+        rows = words[where]
+        zero = np.zeros(len(pages), dtype=np.bool_)
+        zero[suspects] = ~(rows if len(suspects) == len(pages) else rows[suspects]).any(axis=1)
+        if not zero.any():
+            return pages
+        self._send_zeros(writer, block, pages[zero])
+        return pages[~zero]
+
+    def _send_zeros(self, writer: StreamWriter, block: RamBlock, pages: NDArray[np.int64]) -> None:
+        records = np.zeros((len(pages), ZERO_RECORD), dtype=np.uint8)
+        self._put_headers(records, block, pages, RamFlag.ZERO)
+        first = self._introduce(writer, block, records[0, :HEADER])
+        writer.write(records.data.cast("B")[first * HEADER :])
+        self._statistics.duplicate += len(pages)
+
+    def _put_headers(self, rows: NDArray[np.uint8], block: RamBlock, pages: NDArray[np.int64], flag: RamFlag) -> None:
+        """The u64 in front of each record; CONTINUE says "the same block as before", so the first one may lack it."""
+        headers = (pages * self._page_size | int(flag | RamFlag.CONTINUE)).astype(">u8")
+        if self._current is not block:
+            headers[0] ^= int(RamFlag.CONTINUE)
+        rows[:, :HEADER] = headers.view(np.uint8).reshape(len(pages), HEADER)
+
+    def _introduce(self, writer: StreamWriter, block: RamBlock, header: NDArray[np.uint8]) -> int:
+        """A record without CONTINUE has the block's name behind its header: write both. How many headers that were."""
+        if self._current is block:
+            return 0
+        writer.write(header.tobytes())
+        writer.string(block.idstr)
+        self._current = block
+        return 1
+
+
+def _index(pages: NDArray[np.int64]) -> Index:
+    """What takes these pages, which are in ascending order, out of a block's array: no copy where they are a run."""
+    first, end = int(pages[0]), int(pages[-1]) + 1
+    return slice(first, end) if end - first == len(pages) else pages
+
+
+def _room(writer: StreamWriter, limit: int | None, size: int, most: int) -> int:
+    """How many records of `size` bytes fit under the limit, 1 to `most`: max-bandwidth may allow a step less than
+    a batch."""
+    return most if limit is None else min(most, max(1, (limit - writer.position) // size))
