@@ -24,6 +24,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def printable(text: str) -> str:
+    """The text with every character escaped that would not show."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 class MigfwError(Exception):
     """Base of all errors here; `str()` is one line fit for a user."""
 
@@ -76,7 +81,8 @@ class RemoteStreamError(StreamError):
     """What arrived from the peer is not what had to come.
 
     `offset` counts bytes from the start of the stream (of the package, inside PACKAGED), `where` names the section or
-    record, `expected` and `got` are phrases.
+    record, `expected` and `got` are phrases. What the peer sent may be in them as it came; in the message it is made
+    printable, for that goes to terminals and has one line.
     """
 
     def __init__(self, offset: int, where: str, expected: str, got: str) -> None:
@@ -84,7 +90,7 @@ class RemoteStreamError(StreamError):
         self.where = where
         self.expected = expected
         self.got = got
-        super().__init__(f"{where}: expected {expected}, got {got} (at offset {offset} of the stream)")
+        super().__init__(printable(f"{where}: expected {expected}, got {got} (at offset {offset} of the stream)"))
 
 
 class MachineError(MigfwError):

@@ -203,6 +203,15 @@ def test_arbitrary_bytes_behind_any_beginning(plugins: Plugins, stream: bytes, p
     assert isinstance(error, RemoteStreamError)
 
 
+COUNTING = b"QEVM\0\0\0\3\x07\0\0\0\x08counting"
+
+
+def subsection(name: str, body: bytes) -> bytes:
+    """One of the configuration's."""
+    full = f"configuration/{name}".encode()
+    return b"\5" + bytes([len(full)]) + full + b"\0\0\0\1" + body
+
+
 HOSTILE: list[tuple[str, bytes, str]] = [
     ("empty", b"", "the end of the stream"),
     ("obsolete", b"QEVM\0\0\0\2", "obsolete"),
@@ -215,6 +224,11 @@ HOSTILE: list[tuple[str, bytes, str]] = [
     ("unknown command", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\x08\0\x63\0\0", "command 99"),
     ("part of nothing", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\x02\0\0\0\5", "the id of a section that was started"),
     ("nothing at all", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\0", "the end of the stream"),
+    ("large pages", COUNTING + subsection("target-page-bits", b"\0\0\0\x0e") + b"\0", "target pages of 4096 bytes"),
+    ("pages elsewhere", COUNTING + subsection("capabilities", b"\0\0\0\1\x0fx-ignore-shared"), "'x-ignore-shared'"),
+    ("escapes in a machine's name", b"QEVM\0\0\0\3\x07\0\0\0\5\x1b[31m", r"got '\x1b[31m'"),
+    ("escapes in a section's name", COUNTING + b"\4\0\0\0\0\5\x1b[31m\0\0\0\0\0\0\0\1", r"got '\x1b[31m'"),
+    ("lines in a subsection's name", COUNTING + b"\5\3a\nb\0\0\0\0", r"got 'a\nb'"),
 ]
 
 
@@ -222,6 +236,7 @@ HOSTILE: list[tuple[str, bytes, str]] = [
 def test_hostile_beginnings(plugins: Plugins, data: bytes, told: str) -> None:
     error = outcome(plugins, small(), data)
     assert isinstance(error, RemoteStreamError) and told in str(error), error
+    assert str(error).isprintable()
 
 
 def ram(word: int, body: bytes = b"", name: bytes = b"") -> bytes:

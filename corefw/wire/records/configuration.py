@@ -65,6 +65,8 @@ def read_configuration_body(reader: StreamReader) -> Configuration:
         name = raw.decode()
     except UnicodeDecodeError:
         raise reader.error("the machine's name as text", repr(raw)) from None
+    if not name.isprintable():
+        raise reader.error("a machine's name that can be printed", repr(name))
     tail = bytearray()
     seen: set[str] = set()
     while reader.peek(1) == bytes((SectionType.SUBSECTION,)):

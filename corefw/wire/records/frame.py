@@ -62,12 +62,12 @@ class SectionHeader:
 def read_section_header(reader: StreamReader, section_type: SectionType) -> SectionHeader:
     """What follows the type byte of START or FULL."""
     assert section_type in WITH_NAME
+    section_id = reader.be32("a section's id")
+    idstr = reader.string("a section's name")
+    if not idstr.isprintable():
+        raise reader.error("a section's name that can be printed", repr(idstr))
     return SectionHeader(
-        section_type,
-        reader.be32("a section's id"),
-        reader.string("a section's name"),
-        reader.be32("a section's instance id"),
-        reader.be32("a section's version"),
+        section_type, section_id, idstr, reader.be32("a section's instance id"), reader.be32("a section's version")
     )
 
 
