@@ -99,7 +99,29 @@ def test_a_part_is_never_taken_for_the_whole(name: str, ends: bool) -> None:
         with pytest.raises(RemoteStreamError) as caught:
             take_device_state(reader, FOOTERS[name], source.live)
         assert caught.value.offset <= length
-        assert source.waits in ([], [adopting.STALLED], [adopting.QUIET_WITH_FOOTERS])
+        assert source.waits in ([], [adopting.STALLED], [adopting.QUIET_WITH_FOOTERS, adopting.STALLED])
+
+
+class Pausing(Source):
+    """A source that makes a pause somewhere."""
+
+    def __init__(self, data: bytes, pause: int) -> None:
+        super().__init__(data)
+        self._later = data[pause:]
+        self._data = data[:pause]
+
+    def live(self, seconds: float) -> bool:
+        if not super().live(seconds) and len(self.waits) > 1:
+            self._data, self._later = self._later, b""
+        return bool(self._data)
+
+
+def test_a_pause_where_the_bytes_look_like_an_end_is_none() -> None:
+    """In the middle of a section: 0x7e, any four bytes, and a zero."""
+    data = b"\4\0\0\0\2\3clk\0\0\0\0\0\0\0\1" + b"abc\x7e\1\2\3\4\0def" + b"\x7e\0\0\0\2" + b"\0"
+    source = Pausing(data, data.index(b"def"))
+    assert b"".join(take_device_state(StreamReader(source), True, source.live).pieces) == data
+    assert source.waits[:2] == [adopting.QUIET_WITH_FOOTERS, adopting.STALLED]
 
 
 def test_a_stream_whose_description_is_lost_is_whole() -> None:

@@ -4,7 +4,8 @@ The law: what is taken is complete, or it is an error. Nothing in the stream say
 for our answer instead of closing, so the end is told from the bytes, by the strongest sign there is:
 
     the description    its text ends with the last byte that came, and cuts everything before it: complete, at once
-    footers and EOF    the last section's footer, the EOF byte, and nothing more for QUIET_WITH_FOOTERS seconds
+    footers and EOF    sections that all end with their footers, the EOF byte, and nothing more for QUIET_WITH_FOOTERS
+                       seconds
     EOF alone          that byte, and nothing more for QUIET_WITHOUT seconds: a stream cut short just behind some zero
                        byte cannot be told from a whole one, so QEMU's defaults (description, footers) are worth keeping
 
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from corefw.errors import RemoteStreamError
+from corefw.errors import RemoteStreamError, StreamError
 from corefw.machine import WaitReadable
 from corefw.wire import items
 from corefw.wire.constants import MAX_DESCRIPTION, SectionType
@@ -71,9 +72,9 @@ def _take(reader: StreamReader, footers: bool, live: WaitReadable) -> bytes:
         start, end = reader.span()
         if start == end:
             ended = _may_have_ended(held, footers)
-            if not live(_patience(ended, footers)):
-                if ended:
-                    return bytes(held)
+            if ended and not live(QUIET_WITH_FOOTERS if footers else QUIET_WITHOUT) and _is_whole(held, footers):
+                return bytes(held)
+            if not live(STALLED):
                 raise reader.error("more of the device state", f"nothing for {STALLED:.0f} seconds")
             if not reader.fill():
                 return bytes(held)
@@ -94,10 +95,13 @@ def _may_have_ended(held: bytearray, footers: bool) -> bool:
     return not footers or held[-1 - FOOTER_SIZE : -FOOTER_SIZE] == bytes((SectionType.FOOTER,))
 
 
-def _patience(ended: bool, footers: bool) -> float:
-    if not ended:
-        return STALLED
-    return QUIET_WITH_FOOTERS if footers else QUIET_WITHOUT
+def _is_whole(held: bytearray, footers: bool) -> bool:
+    """Whether the sections can be told apart up to EOF; without footers there is nothing to tell by."""
+    try:
+        cut_device_state(bytes(held), 0, footers)
+    except StreamError:
+        return False
+    return True
 
 
 def cut_device_state(data: bytes, base: int, footers: bool) -> DeviceState:
