@@ -102,15 +102,6 @@ class RamBlock(ABC):
         """Set these pages to one byte value. Zero to a page that was never touched leaves it untouched."""
 
 
-@runtime_checkable
-class PreallocatesPages(Protocol):
-    """A RAM block whose memory can be had before it is written."""
-
-    def preallocate(self, first: int, end: int) -> None:
-        """Allocate the pages from `first` to `end`; they read as they did before. From any thread, beside writes to
-        other pages. Raises MachineError when the host has no more memory."""
-
-
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
     """What `migfw run` passes to a machine's entry point: `factory(config) -> Machine`, in run state PRELAUNCH, or

@@ -11,7 +11,7 @@ How bytes get in (measured on Linux 6.18, per GiB): writing small pages that thi
 system call a page costs 1.0 s; pages that are mapped already cost 0.1 s through the mapping, and huge ones 0.1 s either
 way. So runs go by pwritev, and scattered pages through the mapping.
 
-Threads: store(), fill(), holes() and preallocate() may run in several threads at once on different pages.
+Threads: store(), fill() and holes() may run in several threads at once on different pages.
 """
 
 from __future__ import annotations
@@ -175,22 +175,6 @@ class MemfdBlock(RamBlock):
             touched.append(pages[at:end])
             at = end
         return np.concatenate(touched) if touched else pages[:0]
-
-    def preallocate(self, first: int, end: int) -> None:
-        """Have the kernel allocate the pages from `first` to `end`, without touching them.
-
-        Costs 0.22 s per GiB; the store() that follows takes 0.17 to 0.2 instead of 0.4. So a thread that runs ahead
-        of the receiver halves the latter's work. What is allocated still reads as zero and is in holes() until it is
-        written, but it does use memory: allocate what will be written, not what may stay zero. Raises MachineError.
-        """
-        if not 0 <= first <= end <= self.page_count:
-            raise IndexError(f"pages {first} to {end} of RAM block '{self.idstr}' with {self.page_count}")
-        if first == end:
-            return
-        try:
-            os.posix_fallocate(self.fd, first * self.page_size, (end - first) * self.page_size)
-        except OSError as error:
-            raise _failed(self.idstr, self.length, "cannot allocate", error) from None
 
     def _check(self, pages: NDArray[np.int64]) -> None:
         if len(pages) and (int(pages.min()) < 0 or int(pages.max()) >= self.page_count):

@@ -129,23 +129,12 @@ def test_fill_with_a_byte(block: MemfdBlock, pages: range) -> None:
     assert int((block.pages == 0xAB).sum()) == len(pages) * PAGE
 
 
-def test_preallocated_pages_are_zero_and_still_holes(block: MemfdBlock) -> None:
-    block.store(np.array([5]), received(1))
-    block.preallocate(4, 12)
-    assert allocated(block) == 8
-    assert block.holes().tolist() == [[0, 5], [6, PAGES]]
-    assert not block.pages[6:12].any()
-    assert np.array_equal(block.pages[5:6], received(1))
-
-
 @pytest.mark.parametrize("pages", [[-1], [PAGES], [0, PAGES + 5]])
 def test_pages_outside_are_a_bug(block: MemfdBlock, pages: list[int]) -> None:
     with pytest.raises(IndexError):
         block.store(np.array(pages), received(len(pages)))
     with pytest.raises(IndexError):
         block.fill(np.array(pages), 0)
-    with pytest.raises(IndexError):
-        block.preallocate(0, PAGES + 1)
 
 
 def test_its_size_cannot_change(block: MemfdBlock) -> None:

@@ -64,9 +64,7 @@ class RamHandler(LiveHandler):
         self._loader.load(reader)
 
     def load_cleanup(self) -> None:
-        if self._loader is not None:
-            self._loader.close()
-            self._loader = None
+        self._loader = None
 
     @property
     def _saving(self) -> RamSaver:

@@ -21,7 +21,6 @@ from corefw.quantities import format_size
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
 from corefw.wire.records import BlockEntry, read_block_list
 from corefw.wire.stream import StreamReader
-from corefw_ram.ahead import Forerunner
 
 HEADER: Final = 8
 PAGE_RECORD: Final = HEADER + TARGET_PAGE_SIZE
@@ -51,19 +50,15 @@ class RamLoader:
             machine.forget_ram_blocks()
         self._blocks = {block.idstr: block for block in machine.ram_blocks()}
         self._block: RamBlock | None = None
-        self._ahead = Forerunner()
         self._records: dict[RamFlag, Callable[[StreamReader, int], None]] = {
             RamFlag.MEM_SIZE: self._load_block_list,
             RamFlag.PAGE: self._load_page,
             RamFlag.ZERO: self._load_zero,
         }
         self._runs: dict[int, tuple[int, StoreRun]] = {
-            RamFlag.PAGE | RamFlag.CONTINUE: (PAGE_RECORD, self._store_pages),
-            RamFlag.ZERO | RamFlag.CONTINUE: (ZERO_RECORD, self._store_zeros),
+            RamFlag.PAGE | RamFlag.CONTINUE: (PAGE_RECORD, _store_pages),
+            RamFlag.ZERO | RamFlag.CONTINUE: (ZERO_RECORD, _store_zeros),
         }
-
-    def close(self) -> None:
-        self._ahead.close()
 
     def load(self, reader: StreamReader) -> None:
         """One body, up to and including its EOS."""
@@ -162,23 +157,23 @@ class RamLoader:
         reader.skip(len(offsets) * size)
         return True
 
-    def _store_pages(self, block: RamBlock, pages: NDArray[np.int64], bodies: NDArray[np.uint8]) -> None:
-        block.store(pages, bodies)
-        first, end = int(pages[0]), int(pages[-1]) + 1
-        self._ahead.wrote(block, first, end, solid=end - first == len(pages))
-
-    def _store_zeros(self, block: RamBlock, pages: NDArray[np.int64], bodies: NDArray[np.uint8]) -> None:
-        fills = bodies[:, 0]
-        cuts = np.flatnonzero(np.diff(fills)) + 1  # nearly always none; in their order, for a page may come twice
-        for some, values in zip(np.split(pages, cuts), np.split(fills, cuts), strict=True):
-            block.fill(some, int(values[0]))
-
     def _check_offsets(self, reader: StreamReader, block: RamBlock, offsets: NDArray[np.int64], size: int) -> None:
         if offsets.min() >= 0 and offsets.max() < block.length:
             return
         outside = int(np.flatnonzero((offsets < 0) | (offsets >= block.length))[0])
         reader.skip(outside * size)
         raise _outside(reader, block, int(np.uint64(offsets[outside])))
+
+
+def _store_pages(block: RamBlock, pages: NDArray[np.int64], bodies: NDArray[np.uint8]) -> None:
+    block.store(pages, bodies)
+
+
+def _store_zeros(block: RamBlock, pages: NDArray[np.int64], bodies: NDArray[np.uint8]) -> None:
+    fills = bodies[:, 0]
+    cuts = np.flatnonzero(np.diff(fills)) + 1  # nearly always none; in their order, for a page may come twice
+    for some, values in zip(np.split(pages, cuts), np.split(fills, cuts), strict=True):
+        block.fill(some, int(values[0]))
 
 
 def _offsets_at(reader: StreamReader, count: int, size: int, flags: int) -> NDArray[np.int64]:
