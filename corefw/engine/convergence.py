@@ -15,6 +15,8 @@ WINDOW: Final = 0.1
 FIRST_WINDOW: Final = 0.01
 """The very first estimate comes this early: a small guest would be through before the first full window, and the seed
 would then stop it without knowing whether the rest fits into the downtime."""
+FINISH: Final = 0.5
+"""Seconds of sending that a guest which may be stopped runs on for."""
 LEAST_BYTES: Final = 10_000
 """A window with fewer bytes says nothing about the expected downtime."""
 
@@ -59,3 +61,7 @@ class Convergence:
     def fits(self, pending: int) -> bool:
         """Whether the guest may be stopped with this many bytes left."""
         return pending == 0 or pending < self.threshold
+
+    def is_soon_sent(self, pending: int) -> bool:
+        """Whether this many bytes are worth sending before the guest is stopped, and not after."""
+        return pending < self.bandwidth * FINISH

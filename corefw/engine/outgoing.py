@@ -202,18 +202,28 @@ class OutgoingMigration:
         )
 
     def _iterate(self, writer: StreamWriter, sections: SectionWriter) -> None:
-        """Passes over what is dirty, until the rest fits into the downtime limit (migration_iteration_run)."""
+        """Passes over what is dirty, until the rest fits into the downtime limit (migration_iteration_run).
+
+        The seed then stops the guest at once, and is down for as long as the limit lets it. Here a guest that runs may
+        go on until the pass is through, if that is soon, and is down for what it dirtied meanwhile.
+        """
         pacer = Pacer()
         convergence = Convergence(time.monotonic(), self.settings.integer("downtime-limit"), writer.position)
+        finishing = finished = False
         while True:
             self._check()
-            with self._passes_told():
-                pending = sum(handler.pending(convergence.threshold).total for handler in self._live)
-            if convergence.fits(pending):
-                return
+            if not finishing:
+                pending = self._pending(convergence.threshold)
+                if convergence.fits(pending):
+                    if finished or not self._is_worth_finishing(convergence, pending):
+                        return
+                    finishing = True
+                finished = False
             before = writer.position
-            self._send_parts(writer, sections, pacer.budget(self._limit))
+            through = self._send_parts(writer, sections, pacer.budget(self._limit))
             self._pace(pacer, writer.position - before)
+            if finishing and through:
+                finishing, finished = False, True
             convergence.update(
                 time.monotonic(),
                 writer.position,
@@ -221,6 +231,14 @@ class OutgoingMigration:
                 self.statistics.ram.dirty_pages_rate * self.statistics.ram.page_size,
             )
             self.statistics.update(convergence)
+
+    def _pending(self, threshold: int) -> int:
+        """Bytes left; the dirty log is harvested where that is below `threshold`."""
+        with self._passes_told():
+            return sum(handler.pending(threshold).total for handler in self._live)
+
+    def _is_worth_finishing(self, convergence: Convergence, pending: int) -> bool:
+        return self._machine.run_state is RunState.RUNNING and pending > 0 and convergence.is_soon_sent(pending)
 
     @contextmanager
     def _passes_told(self) -> Iterator[None]:
@@ -240,12 +258,12 @@ class OutgoingMigration:
             self.interrupt.wait(min(rest, LOOK))
             self._check()
 
-    def _send_parts(self, writer: StreamWriter, sections: SectionWriter, budget: int) -> None:
-        """One PART of each handler; a later one has its turn only when those before have nothing left."""
-        for handler in self._live:
-            if not sections.part(handler, partial(handler.iterate, writer, budget)):
-                break
+    def _send_parts(self, writer: StreamWriter, sections: SectionWriter, budget: int) -> bool:
+        """One PART of each handler; a later one has its turn only when those before have nothing left. True when
+        nobody has anything left that is known."""
+        through = all(sections.part(handler, partial(handler.iterate, writer, budget)) for handler in self._live)
         writer.flush()
+        return through
 
     def _switch_over(self, writer: StreamWriter, sections: SectionWriter) -> None:
         """Stop the guest and send all the rest but the end mark (migration_completion)."""

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from corefw.engine.convergence import FIRST_WINDOW, WINDOW, Convergence
+from corefw.engine.convergence import FINISH, FIRST_WINDOW, WINDOW, Convergence
 
 
 def test_the_seed_s_arithmetic() -> None:
@@ -43,6 +43,14 @@ def test_what_fits() -> None:
     assert convergence.fits(0) and not convergence.fits(1)
     convergence.update(1.0, 1_000_000, 1000, 0)
     assert convergence.fits(convergence.threshold - 1) and not convergence.fits(convergence.threshold)
+
+
+def test_what_is_soon_sent() -> None:
+    convergence = Convergence(0.0, 300, 0)
+    assert not convergence.is_soon_sent(1)
+    convergence.update(1.0, 1_000_000, 300, 0)
+    assert convergence.is_soon_sent(int(1_000_000 * FINISH) - 1)
+    assert not convergence.is_soon_sent(int(1_000_000 * FINISH))
 
 
 def test_a_window_with_next_to_nothing_says_nothing_of_the_downtime() -> None:

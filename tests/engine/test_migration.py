@@ -43,6 +43,19 @@ def test_figures(pair: Pair) -> None:
     assert destination.query_migrate() == {"status": "completed"}
 
 
+def test_a_running_guest_is_stopped_for_what_it_dirtied_last(pair: Pair) -> None:
+    """And not for whatever would have fitted into the downtime limit."""
+    machine = CountingMachine(pages=16384)
+    machine.block.pages[:, 8:] = 1
+    source, destination = pair.source(machine), pair.destination(CountingMachine(16384, incoming=True))
+    source.set_parameters({"downtime-limit": 2000})
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    assert ended(source) == "completed" and arrived(destination) == "completed"
+    ram = source.query_migrate()["ram"]
+    assert ram["downtime-bytes"] < ram["total"] / 4, ram
+    runs_on(destination)
+
+
 PROPERTIES = ("send-configuration", "send-section-footer", "send-vmdescription", "store-global-state")
 
 
