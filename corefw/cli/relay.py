@@ -1,7 +1,7 @@
 """`migfw relay`: join two transports, and show what goes through.
 
 The law: it says where it listens before it waits; it ends when both directions have ended, and says how much went each
-way. A relay that broke is exit status 1, whatever had gone through.
+way. A relay that broke before the destination had the guest is exit status 1, whatever had gone through.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def relay(source: str, target: str, as_json: bool) -> None:
 
     So two hosts meet over a transport that one of them does not know: a QEMU dials FROM, and its stream goes on over
     ssh: or zmq:, its return path included. FROM and TO are any migration URIs; with port 0, the port that was taken
-    is printed. An end is passed on as an end; when one side breaks, the other is broken off too.
+    is printed. An end is passed on as an end; when one side breaks, the other is broken off too. Where the migration
+    has a return path, it fails unless the destination has said that it has the guest.
 
     \b
     Examples:

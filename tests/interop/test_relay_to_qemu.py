@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cli import MIGFW
-from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder
+from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder, wait_until
 from tests.helpers.sshd import find_sshd, running_sshd
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(180)]
@@ -156,6 +156,30 @@ def test_by_migrate_over_what_qemu_knows(guest: Guest, folder: Path) -> None:
         out = _done(way.migfw("migrate", "--qmp", f"unix:{folder}/qmp", way.uri))
         assert "status:     completed" in out
         _prove(guest, source, destination, way)
+
+
+def test_a_destination_that_cannot_load_it(guest: Guest, folder: Path) -> None:
+    """Nobody calls that completed: neither relay, nor QEMU; the guest goes on where it was."""
+    with (
+        Qemu(boot=guest.image) as source,
+        Qemu(boot=guest.image, memory="64M", incoming=f"unix:{folder}/destination") as destination,
+        contextlib.ExitStack() as helpers,
+    ):
+        source.capabilities("return-path")
+        source.wait_printed("B")
+        way = Way(helpers)
+        far, far_uri = way.relay("zmq:tcp://127.0.0.1:0", f"unix:{folder}/destination")
+        near, near_uri = way.relay(f"unix:{folder}/near", far_uri)
+        source.migrate(near_uri)
+        wait_until(lambda: source.status() in ("completed", "failed"), "the end of QEMU's migration")
+        assert source.status() == "failed"
+        assert source.command("query-status")["running"]
+        assert destination.process.wait(60) != 0
+        for relay in (near, far):
+            out, err = relay.communicate(timeout=60)
+            assert relay.returncode == 1, out
+            assert json.loads(out)["status"] == "failed"
+            assert err.startswith("migfw: ")
 
 
 def test_a_far_side_that_is_not_there(guest: Guest, folder: Path) -> None:
