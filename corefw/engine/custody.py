@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Final
 
 from corefw.engine.guestlock import GuestLock
-from corefw.machine import Machine, RunState
+from corefw.machine import Machine, RunState, SupportsThrottle
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,11 @@ class Custody:
             store(self._before)
             self._machine.stop(RunState.FINISH_MIGRATE)
             self.held = True
+
+    def throttle(self, machine: SupportsThrottle, percent: int, check: Callable[[], None]) -> None:
+        """Slow it down. Raises as stop() does."""
+        with self._lock.unless(check):
+            machine.throttle(percent)
 
     def let_go(self) -> None:
         """It is the destination's, or stored. `held` stays: the migration's status says when it is over."""

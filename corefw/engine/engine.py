@@ -320,7 +320,7 @@ class Engine:
         else:
             arrival = self._arrival
             error = arrival.error if arrival is not None else None
-            info = idle_document(self.incoming.status, error, Side.DESTINATION)
+            info = idle_document(self.incoming.status, error)
         return with_blockers(info, self._blocked_now())
 
     def _blocked_now(self) -> list[str]:

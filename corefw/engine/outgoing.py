@@ -133,7 +133,7 @@ class OutgoingMigration:
     def throttle_guest(self, percent: int) -> None:
         if not isinstance(self._machine, SupportsThrottle):
             raise MachineError(f"a machine of kind '{self._machine.kind}' cannot be slowed down")
-        self._machine.throttle(percent)
+        self._custody.throttle(self._machine, percent, self._check)
 
     # -- the thread ------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from corefw.engine.convergence import Convergence
 from corefw.section import RamStatistics
-from corefw.states import MigrationStatus, Side
+from corefw.states import MigrationStatus
 
 _RUNNING: Final = frozenset(
     {
@@ -111,12 +111,12 @@ class OutgoingStatistics:
         }
 
 
-def idle_document(status: MigrationStatus, error: str | None, side: Side) -> dict[str, Any]:
+def idle_document(status: MigrationStatus, error: str | None) -> dict[str, Any]:
     """query-migrate on a destination, or where no migration has happened."""
     if status is MigrationStatus.NONE:
         return {}
     info: dict[str, Any] = {"status": str(status)}
-    if error is not None and side is Side.DESTINATION and status is MigrationStatus.FAILED:
+    if error is not None and status is MigrationStatus.FAILED:
         info["error-desc"] = error
     return info
 

@@ -1,0 +1,116 @@
+"""Anything at any moment: random commands from several threads while a guest moves; at the end one side has it, whole.
+
+Which commands come, how long they wait and what the guest is like follows from the seed; what the threads make of it
+does not. A thousand rounds and more were run when this was written; a few are here.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+
+from corefw.engine import Engine
+from corefw.errors import UsageError
+from corefw.machine import RunState
+from corefw.states import IDLE, MigrationStatus
+from tests.helpers.engines import PATIENCE, Pair, counting
+from tests.helpers.machines import CountingMachine
+
+ROUNDS = 16
+MIB = 1 << 20
+
+
+class Watched(CountingMachine):
+    """A guest that must not run while the other one does."""
+
+    other: CountingMachine | None = None
+    wrong: str | None = None
+
+    def start(self) -> None:
+        if self.other is not None and self.other.run_state is RunState.RUNNING:
+            self.wrong = "it was started while it ran on the other side"
+        super().start()
+
+
+def commands(source: Engine, choice: random.Random) -> dict[Callable[[], object], int]:
+    """What somebody may ask for, and how often."""
+
+    def cont() -> None:
+        # Where nobody knows whether it runs elsewhere it is a human's decision, and not this one's.
+        if source.settings.capability("return-path") and source.machine.run_state is not RunState.POSTMIGRATE:
+            source.cont()
+
+    return {
+        source.stop: 3,
+        cont: 3,
+        source.query_migrate: 3,
+        lambda: source.continue_migration(MigrationStatus.PRE_SWITCHOVER): 4,
+        lambda: source.set_parameters({"max-bandwidth": choice.choice([0, MIB, 100 * MIB])}): 2,
+        lambda: source.migrate("tcp:127.0.0.1:1"): 1,
+        source.cancel: choice.choice([0, 0, 1, 2]),
+    }
+
+
+def ask(source: Engine, seed: int, seconds: float) -> None:
+    choice = random.Random(seed)
+    known = commands(source, choice)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with suppress(UsageError):  # refused, as it has to be now and then
+            choice.choices(list(known), list(known.values()))[0]()
+        time.sleep(choice.choice([0, 0, 0.0005, 0.003]))
+
+
+def end(source: Engine, *, cancel: bool) -> None:
+    """Whatever it waits for, let it have that."""
+    source.set_parameters({"max-bandwidth": 0, "downtime-limit": 500})
+    deadline = time.monotonic() + PATIENCE
+    while source.outgoing.status not in IDLE:
+        assert time.monotonic() < deadline, f"it hangs in {source.outgoing.status}"
+        with suppress(UsageError):
+            if cancel:
+                source.cancel()
+            else:
+                source.continue_migration(MigrationStatus.PRE_SWITCHOVER)
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS))
+def test_one_side_has_the_guest_and_no_write_is_lost(pair: Pair, seed: int) -> None:
+    choice = random.Random(seed)
+    pages = choice.choice([16, 64, 512])
+    here, there = Watched(pages), Watched(pages, incoming=True)
+    here.other, there.other = there, here
+    source, destination = pair.source(here, running=choice.random() < 0.9), pair.destination(there)
+    source.set_capabilities({"pause-before-switchover": choice.random() < 0.4, "return-path": choice.random() < 0.8})
+    source.set_parameters({"downtime-limit": choice.choice([0, 1, 300])})
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    asking = [threading.Thread(target=ask, args=(source, 100 * seed + number, 0.15)) for number in range(3)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "a command hangs"
+    end(source, cancel=choice.random() < 0.3)
+    if destination.incoming.status is MigrationStatus.SETUP:
+        destination.close()  # nobody came
+    arrived = destination.wait_incoming(PATIENCE)
+
+    assert (here.wrong, there.wrong) == (None, None)
+    assert arrived in ("completed", "failed")
+    assert here.run_state is not RunState.FINISH_MIGRATE
+    if arrived == "completed":
+        assert here.run_state is RunState.POSTMIGRATE
+        there.stop(RunState.PAUSED)
+        assert counting(destination).check() >= here.check()
+    elif here.run_state is RunState.POSTMIGRATE:
+        assert "may be running the guest" in source.query_migrate()["error-desc"]
+    else:
+        assert there.starts == 0
+        here.stop(RunState.PAUSED)
+        here.check()
