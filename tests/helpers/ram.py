@@ -4,6 +4,7 @@ a plain reading of the records to compare with.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -15,14 +16,15 @@ from numpy.typing import NDArray
 
 from corefw.channel import Buffer, Interrupt
 from corefw.errors import MachineError
-from corefw.machine import Device, Machine, RamBlock, RunState
+from corefw.machine import Device, DirtyLog, Machine, RamBlock, RunState
 from corefw.memory.blocks import MemfdBlock
 from corefw.memory.hashes import HashLog
+from corefw.memory.runs import runs_of_pages
 from corefw.settings import Settings
 from corefw.testing.recording import KitContext
 from corefw.wire.constants import BE64, RAM_VERSION, RamFlag
 from corefw.wire.records import RamLayout, read_ram_record
-from corefw.wire.stream import MemorySink, MemorySource, Sink, Source, StreamReader, StreamWriter
+from corefw.wire.stream import MemorySink, MemorySource, Source, StreamReader, StreamWriter
 
 PAGE: Final = 4096
 ZERO_PAGE: Final = bytes(PAGE)
@@ -47,6 +49,29 @@ def noise(pages: int, seed: int = 1) -> NDArray[np.uint8]:
     made = np.frombuffer(np.random.default_rng(seed).bytes(pages * PAGE), dtype=np.uint8).reshape(pages, PAGE).copy()
     made[:, 0] |= 1
     return made
+
+
+class ToldLog(DirtyLog):
+    """A dirty log that a test tells what was written; `calls` in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self._told: set[int] = set()
+
+    def tell(self, first: int, end: int) -> None:
+        self._told.update(range(first, end))
+
+    def start(self) -> None:
+        self.calls.append("start")
+        self._told.clear()
+
+    def harvest(self) -> NDArray[np.int64]:
+        self.calls.append("harvest")
+        found, self._told = sorted(self._told), set()
+        return runs_of_pages(np.array(found, dtype=np.int64))
+
+    def stop(self) -> None:
+        self.calls.append("stop")
 
 
 class StillMachine(Machine):
@@ -121,12 +146,14 @@ class Sender:
     """A source's ram section; each step gives the body that it wrote.
 
     on_send   called while a part is on its way: before the bytes are taken from where they are
+    gathers   the channel takes guest memory from where it is, as a socket does (SendsMemory)
     """
 
-    def __init__(self, machine: Machine, on_send: Callable[[], object] | None = None) -> None:
+    def __init__(self, machine: Machine, on_send: Callable[[], object] | None = None, *, gathers: bool = False) -> None:
         self.handler = RamHandler(machine)
         self.statistics = self.handler.ram_statistics()
         self._on_send = on_send
+        self._sink = _GatheringSink if gathers else _Sink
         self._interrupt = Interrupt()
         self._context = KitContext(Settings(), self._interrupt)
 
@@ -138,7 +165,7 @@ class Sender:
 
     def part_is_last(self, budget: int) -> bool:
         """What iterate() says; its body is thrown away."""
-        return self.handler.iterate(StreamWriter(MemorySink()), budget)
+        return self.handler.iterate(StreamWriter(self._sink(None)), budget)
 
     def end(self) -> bytes:
         return self._written(self.handler.complete_precopy)
@@ -156,14 +183,14 @@ class Sender:
         self._interrupt.close()
 
     def _written(self, write: Callable[[StreamWriter], object]) -> bytes:
-        sink = _Noticed(self._on_send)
+        sink = self._sink(self._on_send)
         writer = StreamWriter(sink)
         write(writer)
         writer.flush()
         return bytes(sink.data)
 
 
-class _Noticed(MemorySink, Sink):
+class _Sink(MemorySink):
     def __init__(self, on_send: Callable[[], object] | None) -> None:
         super().__init__()
         self._on_send = on_send
@@ -172,6 +199,15 @@ class _Noticed(MemorySink, Sink):
         if self._on_send is not None:
             self._on_send()
         super().send(*parts)
+
+
+class _GatheringSink(_Sink):
+    def send_memory(self, pieces: NDArray[np.uint64]) -> None:
+        if self._on_send is not None:
+            self._on_send()
+        assert pieces.flags.c_contiguous, "the kernel's struct iovec as it is"
+        for address, count in pieces.tolist():
+            self.data += ctypes.string_at(address, count)
 
 
 # -- the destination's half ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from corefw.memory import pagemap
 from corefw.memory.blocks import MemfdBlock
 from corefw.memory.pagemap import PagemapLog, open_tracker
-from tests.helpers.ram import PAGE, Sender, StillMachine, block, load, noise, page_records
+from tests.helpers.ram import PAGE, Sender, StillMachine, ToldLog, block, load, noise, page_records
 
 needs_pagemap = pytest.mark.skipif(pagemap.unsupported() is not None, reason=f"PAGEMAP_SCAN: {pagemap.unsupported()}")
 LENGTHS = {"ram": 90, "rom": 1, "vga": 33}
@@ -43,6 +43,8 @@ def write(machine: StillMachine, wish: tuple[str, int, int, int]) -> None:
     idstr, first, count, value = wish
     (one,) = (one for one in machine.blocks if one.idstr == idstr)
     pages = one.pages[first : first + count]
+    if isinstance(one.dirty_log, ToldLog):
+        one.dirty_log.tell(first, min(first + count, len(one.pages)))
     if value == 1:
         pages[:, 11] += 1
     else:
@@ -50,17 +52,22 @@ def write(machine: StillMachine, wish: tuple[str, int, int, int]) -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(before=st.lists(writes, max_size=3), passes=passes, budgets=budgets, harvest=st.booleans())
+@given(before=st.lists(writes, max_size=3), passes=passes, budgets=budgets, harvest=st.booleans(), told=st.booleans())
 def test_any_writes_between_the_parts_arrive(
     before: list[tuple[str, int, int, int]],
     passes: list[list[tuple[str, int, int, int]]],
     budgets: list[int],
     harvest: bool,
+    told: bool,
 ) -> None:
+    """With a log that has to know what was sent, and with one that knows of every write (`told`)."""
     with StillMachine(*(block(idstr, pages, logged=True) for idstr, pages in LENGTHS.items())) as machine:
+        if told:
+            for one in machine.blocks:
+                one.dirty_log = ToldLog()
         for wish in before:
             write(machine, wish)
-        with Sender(machine) as sender:
+        with Sender(machine, gathers=True) as sender:
             bodies = [sender.setup()]
             for turn, wishes in enumerate(passes):
                 for wish in wishes:
@@ -101,7 +108,7 @@ def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
 
 def test_a_page_that_is_written_after_it_was_sent_is_sent_again(guest: Guest) -> None:
     guest.pages[:] = noise(600)
-    with Sender(guest.machine) as sender:
+    with Sender(guest.machine, gathers=True) as sender:
         bodies = [sender.setup(), sender.part(300 * PAGE)]
         sent = {record.page for record in page_records(bodies[1])}
         assert {0, 250} <= sent
@@ -124,7 +131,7 @@ def test_pages_that_are_written_while_they_are_on_their_way_are_sent_again(guest
         if not stopped.is_set():
             guest.pages[:, 9] += 1
 
-    with Sender(guest.machine, on_send=guest_writes) as sender:
+    with Sender(guest.machine, on_send=guest_writes, gathers=True) as sender:
         bodies = [sender.setup(), sender.part()]
         assert sender.pending() == 600 * PAGE
         bodies.append(sender.part(100 * PAGE))
@@ -137,7 +144,7 @@ def test_a_page_that_becomes_what_it_was_before_it_was_sent(guest: Guest) -> Non
     """Nothing tells it apart from one that never changed, but for what was sent in between."""
     guest.pages[:] = noise(600)
     before = guest.pages[40:50].copy()
-    with Sender(guest.machine) as sender:
+    with Sender(guest.machine, gathers=True) as sender:
         bodies = [sender.setup()]
         guest.pages[40:50] = 1
         bodies.append(sender.part())
@@ -148,7 +155,7 @@ def test_a_page_that_becomes_what_it_was_before_it_was_sent(guest: Guest) -> Non
 
 def test_pages_that_are_emptied_and_filled(guest: Guest) -> None:
     guest.pages[100:200] = noise(100)
-    with Sender(guest.machine) as sender:
+    with Sender(guest.machine, gathers=True) as sender:
         bodies = [sender.setup(), sender.part()]
         guest.pages[150:300] = 0
         guest.pages[400:500] = noise(100)
@@ -163,13 +170,13 @@ def test_pages_that_are_emptied_and_filled(guest: Guest) -> None:
 def test_a_second_migration_begins_anew(guest: Guest) -> None:
     """The first is cancelled in the middle; what was written before and after all arrives by the second."""
     guest.pages[:300] = noise(300)
-    with Sender(guest.machine) as sender:
+    with Sender(guest.machine, gathers=True) as sender:
         sender.setup()
         sender.part(100 * PAGE)
         guest.pages[290:310] = 3
         sender.pending()
     guest.pages[0] = 0
-    with Sender(guest.machine) as sender:
+    with Sender(guest.machine, gathers=True) as sender:
         bodies = [sender.setup(), sender.part()]
         guest.pages[1] = 5
         bodies.append(sender.end())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 
-from corefw.machine import DirtyLog
 from corefw.memory.blocks import NeverDirty
-from corefw.memory.runs import Runs, no_runs
 from corefw.wire.constants import RamFlag
 from tests.helpers.ram import (
     EOS,
@@ -18,6 +18,7 @@ from tests.helpers.ram import (
     PageRecord,
     Sender,
     StillMachine,
+    ToldLog,
     allocated,
     block,
     noise,
@@ -31,11 +32,19 @@ BATCH = MIB
 A_PAGE = bytes(range(1, 129)) * 32
 
 
+Sending = Callable[[StillMachine], Sender]
+
+
+@pytest.fixture(params=[False, True], ids=["copied", "from where it is"])
+def sending(request: pytest.FixtureRequest) -> Sending:
+    return partial(Sender, gathers=request.param)
+
+
 # -- bytes ---------------------------------------------------------------------------------------------------------
 
 
-def test_start_lists_the_blocks() -> None:
-    with StillMachine(block("pc.ram", 16), block("/rom@etc/acpi/tables", 1)) as machine, Sender(machine) as sender:
+def test_start_lists_the_blocks(sending: Sending) -> None:
+    with StillMachine(block("pc.ram", 16), block("/rom@etc/acpi/tables", 1)) as machine, sending(machine) as sender:
         assert sender.setup() == (
             b"\0\0\0\0\0\1\x10\4"  # the sum of the lengths | MEM_SIZE
             b"\6pc.ram\0\0\0\0\0\1\0\0"
@@ -44,15 +53,15 @@ def test_start_lists_the_blocks() -> None:
         )
 
 
-def test_a_machine_without_ram() -> None:
-    with StillMachine() as machine, Sender(machine) as sender:
+def test_a_machine_without_ram(sending: Sending) -> None:
+    with StillMachine() as machine, sending(machine) as sender:
         assert sender.setup() == b"\0\0\0\0\0\0\0\4" + EOS
         assert sender.pending() == 0
         assert sender.end() == b"\0\0\0\0\0\0\0\x10"
 
 
-def test_the_first_record_names_its_block_and_the_others_go_on_with_it() -> None:
-    with StillMachine(block("ram", 4)) as machine, Sender(machine) as sender:
+def test_the_first_record_names_its_block_and_the_others_go_on_with_it(sending: Sending) -> None:
+    with StillMachine(block("ram", 4)) as machine, sending(machine) as sender:
         machine.blocks[0].pages[:3] = np.frombuffer(A_PAGE, dtype=np.uint8)
         machine.blocks[0].pages[3] = 0xFF
         sender.setup()
@@ -67,8 +76,8 @@ def test_the_first_record_names_its_block_and_the_others_go_on_with_it() -> None
 
 
 @pytest.mark.parametrize("touched", [False, True], ids=["never touched", "touched"])
-def test_zero_pages_are_one_byte_each(touched: bool) -> None:
-    with StillMachine(block("ram", 3)) as machine, Sender(machine) as sender:
+def test_zero_pages_are_one_byte_each(sending: Sending, touched: bool) -> None:
+    with StillMachine(block("ram", 3)) as machine, sending(machine) as sender:
         if touched:
             machine.blocks[0].pages[:] = 0
         sender.setup()
@@ -80,9 +89,9 @@ def test_zero_pages_are_one_byte_each(touched: bool) -> None:
         )  # fmt: skip
 
 
-def test_each_block_is_named_where_it_begins() -> None:
+def test_each_block_is_named_where_it_begins(sending: Sending) -> None:
     one, two = block("one", 2), block("two", 2)
-    with StillMachine(one, two) as machine, Sender(machine) as sender:
+    with StillMachine(one, two) as machine, sending(machine) as sender:
         one.pages[:] = np.frombuffer(A_PAGE, dtype=np.uint8)
         sender.setup()
         assert sender.part() == (
@@ -94,10 +103,10 @@ def test_each_block_is_named_where_it_begins() -> None:
         )
 
 
-def test_offsets_beyond_4_gib() -> None:
+def test_offsets_beyond_4_gib(sending: Sending) -> None:
     """2^21 pages and nothing in them but the last: each page costs 9 bytes on the wire and nothing here."""
     pages = (8 << 30) // PAGE
-    with StillMachine(block("ram", pages)) as machine, Sender(machine) as sender:
+    with StillMachine(block("ram", pages)) as machine, sending(machine) as sender:
         machine.blocks[0].pages[pages - 1] = 1
         assert sender.setup() == b"\0\0\0\2\0\0\0\4" b"\3ram\0\0\0\2\0\0\0\0" + EOS  # fmt: skip
         body = sender.part()
@@ -105,9 +114,9 @@ def test_offsets_beyond_4_gib() -> None:
         assert len(body) == 9 * (pages - 1) + 4 + 8 + PAGE + 8
 
 
-def test_a_page_is_zero_only_when_all_of_it_is() -> None:
+def test_a_page_is_zero_only_when_all_of_it_is(sending: Sending) -> None:
     """One byte in each page, everywhere once."""
-    with StillMachine(block("ram", PAGE)) as machine, Sender(machine) as sender:
+    with StillMachine(block("ram", PAGE)) as machine, sending(machine) as sender:
         positions = np.arange(PAGE)
         machine.blocks[0].pages[positions, positions] = 0x80
         sender.setup()
@@ -116,8 +125,8 @@ def test_a_page_is_zero_only_when_all_of_it_is() -> None:
         assert sorted((record.page, record.data.index(0x80)) for record in records) == [(n, n) for n in range(PAGE)]
 
 
-def test_full_and_zero_pages_in_turns_are_each_sent_once() -> None:
-    with StillMachine(block("ram", 1000), block("other", 500)) as machine, Sender(machine) as sender:
+def test_full_and_zero_pages_in_turns_are_each_sent_once(sending: Sending) -> None:
+    with StillMachine(block("ram", 1000), block("other", 500)) as machine, sending(machine) as sender:
         for number, one in enumerate(machine.blocks):
             full = np.random.default_rng(number).random(len(one.pages)) < 0.5
             one.pages[full] = noise(int(full.sum()))
@@ -136,13 +145,13 @@ def test_full_and_zero_pages_in_turns_are_each_sent_once() -> None:
 
 
 @pytest.mark.parametrize("logged", [False, True], ids=["parked", "with a guest"])
-def test_what_was_never_touched_is_not_read(logged: bool) -> None:
+def test_what_was_never_touched_is_not_read(sending: Sending, logged: bool) -> None:
     with StillMachine(block("ram", 8192, logged=logged), block("none", 300, logged=logged)) as machine:
         sparse, none = machine.blocks
         sparse.pages[1000:1010] = noise(10)
         sparse.pages[8191] = 1
         before = allocated(sparse)
-        with Sender(machine) as sender:
+        with sending(machine) as sender:
             sender.setup()
             records = page_records(sender.part(), sender.end())
         assert (allocated(sparse), allocated(none)) == (before, 0)
@@ -153,8 +162,8 @@ def test_what_was_never_touched_is_not_read(logged: bool) -> None:
         assert sorted(zero) == sorted(holes + [("none", page) for page in range(300)])
 
 
-def test_a_page_that_is_touched_in_the_course_of_it_is_sent_as_it_is() -> None:
-    with StillMachine(block("ram", 64, logged=True)) as machine, Sender(machine) as sender:
+def test_a_page_that_is_touched_in_the_course_of_it_is_sent_as_it_is(sending: Sending) -> None:
+    with StillMachine(block("ram", 64, logged=True)) as machine, sending(machine) as sender:
         sender.setup()
         machine.blocks[0].pages[[3, 60]] = noise(2)
         assert len(page_records(sender.part())) == 64
@@ -163,8 +172,8 @@ def test_a_page_that_is_touched_in_the_course_of_it_is_sent_as_it_is() -> None:
         assert last[1].data == bytes(machine.blocks[0].pages[60])
 
 
-def test_ram_is_not_changed_by_sending_it() -> None:
-    with StillMachine(block("ram", 100, logged=True)) as machine, Sender(machine) as sender:
+def test_ram_is_not_changed_by_sending_it(sending: Sending) -> None:
+    with StillMachine(block("ram", 100, logged=True)) as machine, sending(machine) as sender:
         machine.blocks[0].pages[10:90] = noise(80)
         before = machine.contents()
         sender.setup()
@@ -177,9 +186,9 @@ def test_ram_is_not_changed_by_sending_it() -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 100_000, 3 * MIB])
-def test_a_part_keeps_its_budget_but_for_one_page_and_gets_on(budget: int) -> None:
+def test_a_part_keeps_its_budget_but_for_one_page_and_gets_on(sending: Sending, budget: int) -> None:
     """A limit on the bandwidth may allow less than a batch in each hundredth of a second."""
-    with StillMachine(block("ram", 2048)) as machine, Sender(machine) as sender:
+    with StillMachine(block("ram", 2048)) as machine, sending(machine) as sender:
         machine.blocks[0].pages[:] = noise(2048)
         sender.setup()
         parts: list[bytes] = []
@@ -190,10 +199,10 @@ def test_a_part_keeps_its_budget_but_for_one_page_and_gets_on(budget: int) -> No
         assert [record.page for record in page_records(*parts)] == list(range(2048))
 
 
-def test_a_part_of_holes_keeps_its_budget_too() -> None:
+def test_a_part_of_holes_keeps_its_budget_too(sending: Sending) -> None:
     """2^20 pages would be 9 MiB of records."""
     pages = 1 << 20
-    with StillMachine(block("ram", pages)) as machine, Sender(machine) as sender:
+    with StillMachine(block("ram", pages)) as machine, sending(machine) as sender:
         sender.setup()
         body = sender.part(2 * MIB)
         assert MIB < len(body) <= 2 * MIB + BATCH
@@ -202,8 +211,8 @@ def test_a_part_of_holes_keeps_its_budget_too() -> None:
         assert sender.pending(0) == (pages - records) * PAGE
 
 
-def test_a_part_says_whether_anything_is_left() -> None:
-    with StillMachine(block("ram", 1000)) as machine, Sender(machine) as sender:
+def test_a_part_says_whether_anything_is_left(sending: Sending) -> None:
+    with StillMachine(block("ram", 1000)) as machine, sending(machine) as sender:
         machine.blocks[0].pages[:] = noise(1000)
         sender.setup()
         assert sender.part_is_last(budget=1) is False
@@ -214,29 +223,10 @@ def test_a_part_says_whether_anything_is_left() -> None:
 # -- when the dirty log is asked -----------------------------------------------------------------------------------
 
 
-class Counted(DirtyLog):
-    """What the test says was written; `calls` in order."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.next: Runs = no_runs()
-
-    def start(self) -> None:
-        self.calls.append("start")
-
-    def harvest(self) -> Runs:
-        self.calls.append("harvest")
-        found, self.next = self.next, no_runs()
-        return found
-
-    def stop(self) -> None:
-        self.calls.append("stop")
-
-
-def test_pending_harvests_only_when_what_is_known_fits_under_the_threshold() -> None:
+def test_pending_harvests_only_when_what_is_known_fits_under_the_threshold(sending: Sending) -> None:
     ram = block("ram", 1000)
-    ram.dirty_log = log = Counted()
-    with StillMachine(ram) as machine, Sender(machine) as sender:
+    ram.dirty_log = log = ToldLog()
+    with StillMachine(ram) as machine, sending(machine) as sender:
         ram.pages[:] = noise(1000)
         sender.setup()
         assert log.calls == ["start"]
@@ -245,7 +235,7 @@ def test_pending_harvests_only_when_what_is_known_fits_under_the_threshold() -> 
         sender.part(300 * PAGE)
         left = sender.pending(0)
         assert 0 < left < 1000 * PAGE
-        log.next = np.array([[0, 7]])
+        log.tell(0, 7)
         assert sender.pending(left - 1) == left
         assert log.calls == ["start"]
         assert sender.pending(left) == left + 7 * PAGE
@@ -253,21 +243,22 @@ def test_pending_harvests_only_when_what_is_known_fits_under_the_threshold() -> 
         sender.part()
         assert sender.pending(0) == 0
         assert log.calls == ["start", "harvest", "harvest"]
-        log.next = np.array([[999, 1000]])
+        log.tell(999, 1000)
         assert [record.page for record in page_records(sender.end())] == [999]
         assert log.calls == ["start", "harvest", "harvest", "harvest"]
     assert log.calls[-1] == "stop"
 
 
-def test_pages_that_are_dirty_twice_count_once() -> None:
+def test_pages_that_are_dirty_twice_count_once(sending: Sending) -> None:
     ram = block("ram", 100)
-    ram.dirty_log = log = Counted()
-    with StillMachine(ram) as machine, Sender(machine) as sender:
+    ram.dirty_log = log = ToldLog()
+    with StillMachine(ram) as machine, sending(machine) as sender:
         sender.setup()
         sender.part()
-        log.next = np.array([[10, 20]])
+        log.tell(10, 20)
         assert sender.pending() == 10 * PAGE
-        log.next = np.array([[5, 8], [15, 30]])
+        log.tell(5, 8)
+        log.tell(15, 30)
         assert sender.pending() == 23 * PAGE
         records = page_records(sender.part())
         assert sorted(record.page for record in records) == [5, 6, 7, *range(10, 30)]
@@ -276,11 +267,11 @@ def test_pages_that_are_dirty_twice_count_once() -> None:
 # -- statistics ----------------------------------------------------------------------------------------------------
 
 
-def test_the_counters() -> None:
+def test_the_counters(sending: Sending) -> None:
     ram, rom = block("ram", 100, logged=True), block("rom", 20)
     ram.pages[:30] = noise(30)
     ram.pages[30:40] = 0
-    with StillMachine(ram, rom) as machine, Sender(machine) as sender:
+    with StillMachine(ram, rom) as machine, sending(machine) as sender:
         counted = sender.statistics
         assert (counted.dirty_sync_count, counted.normal, counted.duplicate, counted.total_bytes) == (0, 0, 0, 0)
         sender.setup()
@@ -301,8 +292,8 @@ def test_the_counters() -> None:
     assert counted.total_bytes == 120 * PAGE
 
 
-def test_remaining_bytes_go_down_with_every_part() -> None:
-    with StillMachine(block("ram", 1000)) as machine, Sender(machine) as sender:
+def test_remaining_bytes_go_down_with_every_part(sending: Sending) -> None:
+    with StillMachine(block("ram", 1000)) as machine, sending(machine) as sender:
         machine.blocks[0].pages[:] = noise(1000)
         sender.setup()
         left = [sender.statistics.remaining_bytes]
@@ -314,17 +305,18 @@ def test_remaining_bytes_go_down_with_every_part() -> None:
         assert all(before > after for before, after in itertools.pairwise(left))
 
 
-def test_the_dirty_rate_is_pages_a_second_between_harvests() -> None:
+def test_the_dirty_rate_is_pages_a_second_between_harvests(sending: Sending) -> None:
     """Bounds that hold however slow this host is: at least so long was waited."""
     ram = block("ram", 5000)
-    ram.dirty_log = log = Counted()
-    with StillMachine(ram) as machine, Sender(machine) as sender:
+    ram.dirty_log = log = ToldLog()
+    with StillMachine(ram) as machine, sending(machine) as sender:
         before = time.monotonic()
         sender.setup()
         after = time.monotonic()
         sender.part()
         time.sleep(0.15)
-        log.next = np.array([[0, 1000], [2000, 4000]])
+        log.tell(0, 1000)
+        log.tell(2000, 4000)
         least = time.monotonic() - after
         sender.pending()
         most = time.monotonic() - before
@@ -337,13 +329,13 @@ def test_the_dirty_rate_is_pages_a_second_between_harvests() -> None:
 # -- the end -------------------------------------------------------------------------------------------------------
 
 
-def test_cleanup_stops_every_log_wherever_it_was() -> None:
+def test_cleanup_stops_every_log_wherever_it_was(sending: Sending) -> None:
     blocks = [block("ram", 10), block("rom", 10)]
-    logs = [Counted(), Counted()]
+    logs = [ToldLog(), ToldLog()]
     for one, log in zip(blocks, logs, strict=True):
         one.dirty_log = log
     with StillMachine(*blocks) as machine:
-        with Sender(machine) as sender:
+        with sending(machine) as sender:
             sender.setup()
             sender.part(1)
         assert [log.calls[-1] for log in logs] == ["stop", "stop"]
