@@ -187,6 +187,7 @@ class Sender:
         writer = StreamWriter(sink)
         write(writer)
         writer.flush()
+        assert writer.position == len(sink.data), "what is paced by the position would be wrong"
         return bytes(sink.data)
 
 
