@@ -27,7 +27,7 @@ from corefw.settings import Settings
 from corefw.states import MigrationStatus, StateMachine
 from corefw.wire.constants import ReturnMessage
 from corefw.wire.globalstate import CarriesRunState
-from corefw.wire.stream import StreamReader
+from corefw.wire.stream import BULK_BUFFER_SIZE, StreamReader
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class IncomingMigration:
         if not self.settings.capability("multifd"):
             self._listener.close()  # who dials in now learns at once that nobody waits for him
         self._advance(_S.SETUP, _S.ACTIVE)
-        reader = StreamReader(channel)
+        reader = StreamReader(channel, BULK_BUFFER_SIZE)
         handlers = list(self._registry)
         begun = []
         try:

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BUFFER_SIZE: Final = 1 << 20
-"""Bytes of read-ahead: fits a processor's L2 cache, holds 255 pages with their headers."""
+"""Bytes that a reader or writer has room for."""
 
+BULK_BUFFER_SIZE: Final = 4 << 20
+"""Bytes of read-ahead for a guest's RAM: 1022 pages with their headers, about as many as one pwritev takes. The
+destination's processor time, measured per GiB over tcp: 0.52 s with 512 KiB, 0.45 s with 1 MiB, 0.29 s with 4 MiB."""
 
 CHEAP_MOVE: Final = 1 << 14
 """Bytes that go to the buffer's start before any receive: what comes then has all the room, and lies where the
