@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bench.engines import BenchError, Guest, Process, Side
 from bench.results import Chart, Outcome, Row, Shape, at_most
 from bench.setting import Bench
-from bench.warming import GIB, MIB, warm
+from bench.warming import GIB
 
 NAME: Final = "bandwidth"
 LIMIT: Final = 5.0
@@ -92,7 +92,6 @@ def measure(bench: Bench) -> Outcome:
 
 
 def _measure(side: Side, guest: Guest) -> Found:
-    warm(guest.ram + 256 * MIB)
     with side.source(guest) as source, _listening() as (sink, uri):
         bounds = _send(source, uri)
     times, sums = np.array(sink.times), np.cumsum([0, *sink.counts])
