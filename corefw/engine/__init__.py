@@ -1,8 +1,9 @@
 """The engine: one guest, its settings, and at most one migration each way.
 
 Read engine.py for what the outside calls, outgoing.py and incoming.py for the two threads, custody.py for whose the
-guest is. convergence.py and pacing.py are the arithmetic, framing.py and unframing.py the sections, returnpath.py the
-way back, statistics.py what is counted, events.py what is told, guestlock.py who may touch the guest.
+guest is. passes.py decides when it is stopped; convergence.py and pacing.py are the arithmetic of that, framing.py and
+unframing.py the sections, returnpath.py the way back, statistics.py what is counted, events.py what is told,
+guestlock.py who may touch the guest.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ The law: however it ends, what becomes of the guest is decided first (custody.py
 the status says so: whoever sees the end sees the guest as it will be.
 
     setup        header, configuration, OPEN_RETURN_PATH, START sections
-    iterate      PART sections until what is left fits into the downtime limit
+    passes       PART sections until what is left fits into the downtime limit (passes.py)
     switchover   stop the guest, [pre-switchover], END sections, FULL sections
     hand over    EOF and description; wait for SHUT where there is a return path
 
-Source: the seed's migration_thread, migration_iteration_run, migration_completion, migration_iteration_finish.
+Source: the seed's migration_thread, migration_completion, migration_iteration_finish.
 Threads: one of its own; `cancel` and `proceed` come from others.
 """
 
@@ -17,17 +17,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
 from corefw.channel import Channel, Interrupt, Transport
-from corefw.engine.convergence import Convergence
 from corefw.engine.custody import Custody
 from corefw.engine.framing import SectionWriter
 from corefw.engine.guestlock import GuestLock
-from corefw.engine.pacing import Pacer
+from corefw.engine.passes import Passes
 from corefw.engine.returnpath import ReturnPathReader
 from corefw.engine.statistics import OutgoingStatistics, milliseconds_since
 from corefw.errors import ChannelError, Interrupted, MachineError, MigfwError
@@ -51,8 +50,6 @@ log = logging.getLogger(__name__)
 
 _S = MigrationStatus
 
-LOOK: Final = 0.1
-"""Seconds after which a stream that is held back by max-bandwidth looks for a new limit, and for a reason to end."""
 LAST_WORDS: Final = 1.0
 """Seconds that a destination whose connection broke has to say why: what it said may still be on its way."""
 
@@ -78,8 +75,8 @@ class OutgoingMigration:
         self._transport = transport
         self._state = state
         self._custody = Custody(machine, guest_lock)
-        self._on_pass = on_pass
         self._live: list[LiveHandler] = []
+        self._passes = Passes(machine, self._live, settings, self.statistics, self.interrupt, self._check, on_pass)
         self._proceed = threading.Event()
         self._channel: Channel | None = None
         self._return_path: ReturnPathReader | None = None
@@ -165,7 +162,7 @@ class OutgoingMigration:
         sections = self._setup(writer, channel)
         self.statistics.setup_time = milliseconds_since(setup_began)
         self._advance(_S.SETUP, _S.ACTIVE)
-        self._iterate(writer, sections)
+        self._passes.run(writer, sections)
         self._switch_over(writer, sections)
         self._hand_over(writer, sections, channel)
 
@@ -184,10 +181,10 @@ class OutgoingMigration:
             if not handler.active():
                 continue
             self._live.append(handler)  # from here on it is cleaned up
-            sections.start(handler, partial(handler.setup, writer, self))
-            if isinstance(handler, HasRamStatistics):
-                self.statistics.ram = handler.ram_statistics()
-                self._on_pass(self.statistics.ram.dirty_sync_count)
+            with self._passes.told():
+                sections.start(handler, partial(handler.setup, writer, self))
+                if isinstance(handler, HasRamStatistics):
+                    self.statistics.ram = handler.ram_statistics()
         writer.flush()
         return sections
 
@@ -201,70 +198,6 @@ class OutgoingMigration:
             section_ids={},
         )
 
-    def _iterate(self, writer: StreamWriter, sections: SectionWriter) -> None:
-        """Passes over what is dirty, until the rest fits into the downtime limit (migration_iteration_run).
-
-        The seed then stops the guest at once, and is down for as long as the limit lets it. Here a guest that runs may
-        go on until the pass is through, if that is soon, and is down for what it dirtied meanwhile.
-        """
-        pacer = Pacer()
-        convergence = Convergence(time.monotonic(), self.settings.integer("downtime-limit"), writer.position)
-        finishing = finished = False
-        while True:
-            self._check()
-            if not finishing:
-                pending = self._pending(convergence.threshold)
-                if convergence.fits(pending):
-                    if finished or not self._is_worth_finishing(convergence, pending):
-                        return
-                    finishing = True
-                finished = False
-            before = writer.position
-            through = self._send_parts(writer, sections, pacer.budget(self._limit))
-            self._pace(pacer, writer.position - before)
-            if finishing and through:
-                finishing, finished = False, True
-            convergence.update(
-                time.monotonic(),
-                writer.position,
-                self.settings.integer("downtime-limit"),
-                self.statistics.ram.dirty_pages_rate * self.statistics.ram.page_size,
-            )
-            self.statistics.update(convergence)
-
-    def _pending(self, threshold: int) -> int:
-        """Bytes left; the dirty log is harvested where that is below `threshold`."""
-        with self._passes_told():
-            return sum(handler.pending(threshold).total for handler in self._live)
-
-    def _is_worth_finishing(self, convergence: Convergence, pending: int) -> bool:
-        return self._machine.run_state is RunState.RUNNING and pending > 0 and convergence.is_soon_sent(pending)
-
-    @contextmanager
-    def _passes_told(self) -> Iterator[None]:
-        """Tell of the pass that begins when the dirty log is harvested in here."""
-        passes = self.statistics.ram.dirty_sync_count
-        yield
-        if self.statistics.ram.dirty_sync_count != passes:
-            self._on_pass(self.statistics.ram.dirty_sync_count)
-
-    @property
-    def _limit(self) -> int:
-        return self.settings.integer("max-bandwidth")
-
-    def _pace(self, pacer: Pacer, count: int) -> None:
-        pacer.sent(count, self._limit)
-        while (rest := pacer.rest(self._limit)) > 0:
-            self.interrupt.wait(min(rest, LOOK))
-            self._check()
-
-    def _send_parts(self, writer: StreamWriter, sections: SectionWriter, budget: int) -> bool:
-        """One PART of each handler; a later one has its turn only when those before have nothing left. True when
-        nobody has anything left that is known."""
-        through = all(sections.part(handler, partial(handler.iterate, writer, budget)) for handler in self._live)
-        writer.flush()
-        return through
-
     def _switch_over(self, writer: StreamWriter, sections: SectionWriter) -> None:
         """Stop the guest and send all the rest but the end mark (migration_completion)."""
         stop_began = time.monotonic()
@@ -272,7 +205,7 @@ class OutgoingMigration:
         if self.settings.capability("pause-before-switchover"):
             self._pause()
         self._downtime_began = stop_began
-        with self._passes_told():
+        with self._passes.told():
             for handler in self._live:
                 sections.end(handler)
         for device in self._registry.state():

@@ -1,0 +1,115 @@
+"""Passes over what is dirty, while the guest runs, until what is left fits into the downtime limit.
+
+The law: this page decides when the guest may be stopped, and nothing else. The seed then stops it at once, and is down
+for as long as the limit lets it. Here a guest that runs may go on until the pass is through, if that is soon, and is
+down for what it dirtied meanwhile (docs/decisions/finish-the-pass.md).
+
+Source: the seed's migration_thread and migration_iteration_run. Threads: the migration thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Final
+
+from corefw.channel import Interrupt
+from corefw.engine.convergence import Convergence
+from corefw.engine.framing import SectionWriter
+from corefw.engine.pacing import Pacer
+from corefw.engine.statistics import OutgoingStatistics
+from corefw.machine import Machine, RunState
+from corefw.section import LiveHandler
+from corefw.settings import Settings
+from corefw.wire.stream import StreamWriter
+
+LOOK: Final = 0.1
+"""Seconds after which a stream that is held back by max-bandwidth looks for a new limit, and for a reason to end."""
+
+
+class Passes:
+    """One migration's. `check` raises when there is no point in going on; `on_pass` hears of each pass that begins."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        live: Sequence[LiveHandler],
+        settings: Settings,
+        statistics: OutgoingStatistics,
+        interrupt: Interrupt,
+        check: Callable[[], None],
+        on_pass: Callable[[int], None],
+    ) -> None:
+        self._machine = machine
+        self._live = live
+        self._settings = settings
+        self._statistics = statistics
+        self._interrupt = interrupt
+        self._check = check
+        self._on_pass = on_pass
+
+    def run(self, writer: StreamWriter, sections: SectionWriter) -> None:
+        """Returns when the guest is to be stopped. Raises what `check` and the handlers raise, ChannelError."""
+        pacer = Pacer()
+        convergence = Convergence(time.monotonic(), self._settings.integer("downtime-limit"), writer.position)
+        finishing = finished = False
+        while True:
+            self._check()
+            if not finishing:
+                pending = self._pending(convergence.threshold)
+                if convergence.fits(pending):
+                    if finished or not self._is_worth_finishing(convergence, pending):
+                        return
+                    finishing = True
+                finished = False
+            before = writer.position
+            through = self._send_parts(writer, sections, pacer.budget(self._limit))
+            self._pace(pacer, writer.position - before)
+            if finishing and through:
+                finishing, finished = False, True
+            self._count(writer, convergence)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Tell of the pass that begins when the dirty log is harvested in here."""
+        passes = self._statistics.ram.dirty_sync_count
+        yield
+        if self._statistics.ram.dirty_sync_count != passes:
+            self._on_pass(self._statistics.ram.dirty_sync_count)
+
+    def _pending(self, threshold: int) -> int:
+        """Bytes left; the dirty log is harvested where that is below `threshold`."""
+        with self.told():
+            return sum(handler.pending(threshold).total for handler in self._live)
+
+    def _is_worth_finishing(self, convergence: Convergence, pending: int) -> bool:
+        return self._machine.run_state is RunState.RUNNING and pending > 0 and convergence.is_soon_sent(pending)
+
+    def _send_parts(self, writer: StreamWriter, sections: SectionWriter, budget: int) -> bool:
+        """One PART of each handler; a later one has its turn only when those before have nothing left. True when
+        nobody has anything left that is known."""
+        through = all(sections.part(handler, partial(handler.iterate, writer, budget)) for handler in self._live)
+        writer.flush()
+        return through
+
+    @property
+    def _limit(self) -> int:
+        return self._settings.integer("max-bandwidth")
+
+    def _pace(self, pacer: Pacer, count: int) -> None:
+        pacer.sent(count, self._limit)
+        while (rest := pacer.rest(self._limit)) > 0:
+            self._interrupt.wait(min(rest, LOOK))
+            self._check()
+
+    def _count(self, writer: StreamWriter, convergence: Convergence) -> None:
+        ram = self._statistics.ram
+        convergence.update(
+            time.monotonic(),
+            writer.position,
+            self._settings.integer("downtime-limit"),
+            ram.dirty_pages_rate * ram.page_size,
+        )
+        self._statistics.update(convergence)
