@@ -54,6 +54,9 @@ class TransportFeatures:
 class Interrupt:
     """A wake-up that can be polled beside a file descriptor. Set once, it stays set. Thread-safe."""
 
+    _event = -1
+    _close = staticmethod(os.close)  # held on to: the module may be gone when the interpreter ends
+
     def __init__(self) -> None:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
@@ -90,7 +93,7 @@ class Interrupt:
     def close(self) -> None:
         """Idempotent; happens by itself when nobody has the object any more."""
         if self._event >= 0:
-            os.close(self._event)
+            self._close(self._event)
             self._event = -1
 
     __del__ = close
