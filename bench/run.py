@@ -1,7 +1,7 @@
 """`make bench`: measure, print the table, write bench/results.
 
-The law: a scenario that cannot be measured says why and does not keep the others from being measured; Ctrl-C ends
-everything that was started, and writes nothing. Exit status: 0 every goal that was measured is met, 1 one is not or a
+The law: a scenario that cannot be measured says why and does not keep the others from being measured; only a full run
+replaces what is in bench/results; Ctrl-C ends everything that was started, and writes nothing. Exit status: 0 every goal that was measured is met, 1 one is not or a
 scenario failed, 2 wrong usage, 130 Ctrl-C.
 """
 
@@ -53,7 +53,10 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=list(SCENARIOS), metavar="SCENARIO", help="repeatable")
     parser.add_argument("--no-qemu", action="store_true", help="measure migfw alone")
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, metavar="FOLDER", help="where to write (default bench/results)"
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="where to write; by default only a full run does, to bench/results",
     )
     arguments = parser.parse_args(words)
     if arguments.pairs is not None and arguments.pairs < 1:
