@@ -1,8 +1,8 @@
 """`make bench`: measure, print the table, write bench/results.
 
 The law: a scenario that cannot be measured says why and does not keep the others from being measured; only a full run
-replaces what is in bench/results; Ctrl-C ends everything that was started, and writes nothing. Exit status: 0 every goal that was measured is met, 1 one is not or a
-scenario failed, 2 wrong usage, 130 Ctrl-C.
+replaces what is in bench/results; Ctrl-C ends everything that was started, and writes nothing. Exit status: 0 every
+goal that was measured is met, 1 one is not or a scenario failed, 2 wrong usage, 130 Ctrl-C.
 """
 
 from __future__ import annotations
