@@ -2,7 +2,8 @@
 
 The law: over any second, what goes out is within 5 % of the limit. So the stream is paced in steps of a hundredth of a
 second, not in the seed's windows of a tenth, which let eleven windows' worth into a second; and time in which nobody
-had anything to send is not made up for. A limit that changes counts from then on, also for what was sent already.
+had anything to send is not made up for. A limit that is raised counts at once, also for what was sent already; one that
+is lowered does not: what was sent within the old one would keep the stream silent for longer than that.
 
 Threads: the migration thread. No waiting in here: `rest()` says how long.
 """
@@ -27,6 +28,7 @@ class Pacer:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._at = clock()
+        self._limit = 0
         self._ahead = 0.0  # bytes sent that were not due at `_at` yet
 
     def budget(self, limit: int) -> int:
@@ -48,6 +50,9 @@ class Pacer:
     def _go_on(self, limit: int) -> None:
         """Let the time until now pay for what was sent."""
         now = self._clock()
+        if limit < self._limit and self._ahead > 0:
+            self._ahead *= limit / self._limit
+        self._limit = limit
         paid = (now - self._at) * limit
         self._at = now
         self._ahead = max(-MOST_DEBT * limit, self._ahead - paid) if limit else 0.0
