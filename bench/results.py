@@ -72,7 +72,7 @@ class Row:
 
 
 class Shape(StrEnum):
-    """How a chart's points are drawn."""
+    """How a chart's points are drawn. DOTS are numbered runs, a LINE is a course."""
 
     LINE = "line"
     DOTS = "dots"

@@ -28,8 +28,8 @@ class Bench:
     lacking: str
     say: Callable[[str], None]
 
-    def compare(self, run: Callable[[Side], T], describe: Callable[[T], str], qemu: Side | None = None) -> Pairs[T]:
-        """`run` on either side in turns; `qemu` stands in for the usual one. `describe` a run in a few words."""
+    def compare(self, run: Callable[[Side], T], describe: Callable[[T], str], times: int | None = None) -> Pairs[T]:
+        """`run` on either side in turns, `times` pairs. `describe` a run in a few words."""
         count = 0
 
         def told(side: Side) -> T:
@@ -39,8 +39,8 @@ class Bench:
             self.say(f"{count:3} {side.name:5} {describe(found)}")
             return found
 
-        other = None if self.qemu is None else qemu or self.qemu
-        return in_turns(self.pairs, lambda: told(self.ours), None if other is None else lambda: told(other))
+        other = self.qemu
+        return in_turns(times or self.pairs, lambda: told(self.ours), None if other is None else lambda: told(other))
 
     def notes(self) -> list[str]:
         """What a reader of any comparison has to know."""

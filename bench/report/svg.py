@@ -35,9 +35,9 @@ class _Scale:
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
-    def ticks(self) -> Iterator[float]:
-        """Round numbers, about TICKS of them."""
-        step = _round_up((self.high - self.low) / TICKS)
+    def ticks(self, least: float = 0.0) -> Iterator[float]:
+        """Round numbers, about TICKS of them, at least `least` apart."""
+        step = max(least, _round_up((self.high - self.low) / TICKS))
         value = math.ceil(self.low / step) * step
         while value <= self.high + step / 1e6:
             yield value
@@ -51,9 +51,8 @@ def draw(chart: Chart) -> str:
         return ""
     xs = [x for x, _ in points]
     highest = max([y for _, y in points] + list(chart.limits.values()))
-    low, high = min(xs), max(xs)
-    if low == high:
-        low, high = low - 1, high + 1
+    beside = 0.5 if chart.shape is Shape.DOTS or min(xs) == max(xs) else 0.0
+    low, high = min(xs) - beside, max(xs) + beside
     across = _Scale(low, high, LEFT, WIDTH - RIGHT)
     up = _Scale(0.0, highest * 1.08 or 1.0, HEIGHT - BOTTOM, TOP)
     parts = [
@@ -71,7 +70,7 @@ def _axes(chart: Chart, across: _Scale, up: _Scale) -> Iterator[str]:
         y = up(value)
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         yield f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
-    for value in across.ticks():
+    for value in across.ticks(1.0 if chart.shape is Shape.DOTS else 0.0):
         x = across(value)
         yield f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>'
     x, y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -25,6 +26,9 @@ SECOND: Final = 1.0
 PHASES: Final = ((100_000_000, 3.0), (20_000_000, 3.0), (100_000_000, 3.0))
 """max-bandwidth in bytes a second, and for how many seconds; all but the first are changes in flight."""
 CHUNK: Final = 1 << 18
+END_SECONDS: Final = 10.0
+TIMES: Final = 3
+"""Runs whose median counts: a stall of the machine itself is no fault of the pacing."""
 
 
 @dataclass(slots=True)
@@ -59,36 +63,45 @@ class Found:
 
 def measure(bench: Bench) -> Outcome:
     guest = Guest(GIB)
-    ours = _measure(bench.ours, guest)
-    bench.say(f"migfw: {', '.join(f'{worst:.1f} %' for worst in ours.worst)}")
-    theirs = _measure(bench.qemu, guest) if bench.qemu else None
-    if theirs:
-        bench.say(f"QEMU: {', '.join(f'{worst:.1f} %' for worst in theirs.worst)}")
-    rows = []
-    for number, (rate, _) in enumerate(PHASES):
-        other = theirs.worst[number] if theirs else None
-        what = f"worst second at {rate // 10**6} MB/s{', changed in flight' if number else ''}"
-        ratio = ours.worst[number] / other if other else None
-        rows.append(Row(what, "% off", ours.worst[number], other, ratio, at_most(LIMIT)))
+    runs = min(TIMES, bench.pairs)
+    found = bench.compare(lambda side: _measure(side, guest), _describe, times=runs)
+    rows = [
+        Row(
+            f"worst second at {rate // 10**6} MB/s{', changed in flight' if number else ''}",
+            "% off",
+            *found.median(partial(_worst_second, number)),
+            at_most(LIMIT),
+        )
+        for number, (rate, _) in enumerate(PHASES)
+    ]
     return Outcome(
         NAME,
         "max-bandwidth over any second",
         "A receiver on loopback notes when each piece arrives; the limit is changed in flight. The figure is the"
-        " largest deviation from the limit over any window of one second that lies within one phase.",
+        " largest deviation from the limit over any window of one second that lies within one phase; the median of"
+        f" {runs} runs, for a machine that stands still for a moment does so for everybody.",
         rows,
         [
             Chart(
                 "Rate over the second before",
                 "seconds",
                 "MB/s",
-                {"migfw": ours.curve} | ({"QEMU": theirs.curve} if theirs else {}),
+                {"migfw": found.ours[0].curve} | ({"QEMU": found.qemu[0].curve} if found.qemu else {}),
                 Shape.LINE,
                 {f"{rate // 10**6} MB/s": rate / 1e6 for rate, _ in PHASES},
             )
         ],
         bench.notes(),
-        {"migfw": ours.document()} | ({"QEMU": theirs.document()} if theirs else {}),
+        {"migfw": [one.document() for one in found.ours], "QEMU": [one.document() for one in found.qemu]},
     )
+
+
+def _worst_second(phase: int, found: Found) -> float:
+    return found.worst[phase]
+
+
+def _describe(found: Found) -> str:
+    return ", ".join(f"{worst:.1f} %" for worst in found.worst) + " off"
 
 
 def _measure(side: Side, guest: Guest) -> Found:
@@ -109,6 +122,7 @@ def _listening() -> Iterator[tuple[Sink, str]]:
         thread = threading.Thread(target=sink.receive, name="sink", daemon=True)
         thread.start()
         yield sink, f"tcp:127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(END_SECONDS)
 
 
 def _send(source: Process, uri: str) -> list[float]:

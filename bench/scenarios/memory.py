@@ -46,8 +46,8 @@ def measure(bench: Bench) -> Outcome:
             bench.say(f"{what}: source {ours.source / MIB:.0f} MiB, destination {ours.destination / MIB:.0f} MiB")
             rows += _rows(what, ours, theirs)
             if not guest.live:
-                curves[f"source, {format_size(ram)}"] = _fractions(ours.curves[0])
-                curves[f"destination, {format_size(ram)}"] = _fractions(ours.curves[1])
+                curves[f"source {format_size(ram)}"] = _fractions(ours.curves[0])
+                curves[f"dest. {format_size(ram)}"] = _fractions(ours.curves[1])
     return Outcome(
         NAME,
         "Memory of the engines",
