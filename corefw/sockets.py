@@ -41,6 +41,8 @@ LINGER: Final = 60.0
 """Seconds that close() goes on, in the background, to take what the peer sends while our last bytes are under way."""
 
 LINGER_TICK: Final = 0.02
+DRAIN: Final = 16 << 20
+"""Bytes thrown away at once, more than the kernel holds for a connection."""
 
 KEEPALIVE: Final = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6}
 """A silent peer is found dead after 90 seconds, instead of two hours."""
@@ -245,14 +247,16 @@ def _close(sock: socket.socket) -> None:
 
 
 def _drain(sock: socket.socket) -> bool:
-    """Throw away what is there; True at the end of the stream."""
+    """Throw away what is there, but no more than a receive buffer holds: a peer that goes on and on has to find out
+    that nobody is here. True at the end of the stream."""
     scrap = bytearray(65536)
     try:
-        while sock.recv_into(scrap):
-            pass
+        for _ in range(DRAIN // len(scrap)):
+            if sock.recv_into(scrap) == 0:
+                return True
     except BlockingIOError:
-        return False
-    return True
+        pass
+    return False
 
 
 def _unsent(sock: socket.socket) -> int:
