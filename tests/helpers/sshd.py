@@ -26,6 +26,8 @@ PRIVILEGE_SEPARATION: Final = Path("/run/sshd")
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 5.0
 ATTEMPTS: Final = 5
+NO_LOGIN: Final = frozenset({"nologin", "false"})
+"""Shells of accounts that sshd lets nobody into."""
 
 
 def find_sshd() -> str | None:
@@ -34,9 +36,17 @@ def find_sshd() -> str | None:
 
 
 def missing_programs() -> list[str]:
-    """What has to be installed for these tests and is not; for pytest.mark.skipif."""
+    """What these tests need and is not here; for pytest.mark.skipif."""
     missing = [name for name in ("ssh-keygen", "ssh-agent", "ssh-add") if shutil.which(name) is None]
-    return missing if find_sshd() else ["sshd", *missing]
+    if not find_sshd():
+        missing.append("sshd")
+    try:
+        me = pwd.getpwuid(os.getuid())
+    except KeyError:
+        return [*missing, f"a user who may log in ({os.getuid()} has no name)"]
+    if Path(me.pw_shell).name in NO_LOGIN:
+        missing.append(f"a user who may log in (the shell of '{me.pw_name}' is {me.pw_shell})")
+    return missing
 
 
 def make_key(path: Path, passphrase: str = "", kind: str = "ed25519") -> Path:

@@ -16,11 +16,11 @@ import pytest
 
 from tests.helpers.cli import MIGFW
 from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder, wait_until
-from tests.helpers.sshd import find_sshd, running_sshd
+from tests.helpers.sshd import missing_programs, running_sshd
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(180)]
 
-needs_sshd = pytest.mark.skipif(find_sshd() is None, reason="needs sshd (apt-get install openssh-server)")
+needs_sshd = pytest.mark.skipif(bool(missing_programs()), reason=f"needs OpenSSH: {', '.join(missing_programs())}")
 TRANSPORTS = [pytest.param("ssh", marks=[pytest.mark.sshd, needs_sshd]), "zmq"]
 
 

@@ -103,7 +103,7 @@ def test_kinds_to_ask_for(tmp_path: Path) -> None:
     assert known_kinds(HostIdentity("plain", 22), read_known_hosts([file])) == ["ssh-rsa", KIND]
 
 
-@pytest.mark.skipif(bool(missing_programs()), reason="needs OpenSSH: ssh-keygen")
+@pytest.mark.skipif(bool(missing_programs()), reason=f"needs OpenSSH: {', '.join(missing_programs())}")
 def test_hashed_names_and_fingerprints_are_openssh_s(tmp_path: Path) -> None:
     public = make_key(tmp_path / "key").with_suffix(".pub")
     kind, blob = public.read_text().split()[:2]
