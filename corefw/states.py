@@ -117,6 +117,7 @@ class StateMachine:
         self._changed = threading.Condition(self._lock)
         self._status = MigrationStatus.NONE
         self._observers: list[Observer] = []
+        self._notes: list[Observer] = []
         self._news = News(self._tell)
 
     @property
@@ -130,6 +131,11 @@ class StateMachine:
         observer makes the next change itself. What an observer raises is logged and goes no further.
         """
         self._observers.append(observer)
+
+    def note(self, note: Observer) -> None:
+        """Call `note(side, old, new)` at each change, at once and under locks: it may write that down and nothing more.
+        So what is written down elsewhere because of the change comes after it."""
+        self._notes.append(note)
 
     def advance(self, expected: MigrationStatus, new: MigrationStatus) -> bool:
         """Go from `expected` to `new`; False, and nothing happened, when the state was another one by now.
@@ -148,6 +154,8 @@ class StateMachine:
             if self._status is not expected:
                 return False
             self._status = new
+            for note in self._notes:
+                note(self.side, expected, new)
             self._news.post((expected, new))
             self._changed.notify_all()
         log.info("%s: %s -> %s", self.side, expected, new)

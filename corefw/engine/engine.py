@@ -58,7 +58,8 @@ class Engine:
         self._migration: OutgoingMigration | None = None
         self._arrival: IncomingMigration | None = None
         for side in (self.outgoing, self.incoming):
-            side.observe(self._status_changed)
+            side.note(self._note_status)
+            side.observe(lambda *_: self._tell_events())
             side.observe(plugins.state_changed)
         machine.watch(self._run_state_changed)
 
@@ -70,12 +71,15 @@ class Engine:
 
     def _emit(self, name: str, data: Mapping[str, Any] | None = None) -> None:
         self._events.post(name, data)
+        self._tell_events()
+
+    def _tell_events(self) -> None:
         if not self._guest_lock.mine():
             self._events.tell()
 
-    def _status_changed(self, _side: Side, _old: MigrationStatus, new: MigrationStatus) -> None:
+    def _note_status(self, _side: Side, _old: MigrationStatus, new: MigrationStatus) -> None:
         if self.settings.capability("events"):
-            self._emit("MIGRATION", {"status": str(new)})
+            self._events.post("MIGRATION", {"status": str(new)})
 
     def _pass_began(self, number: int) -> None:
         if self.settings.capability("events"):
