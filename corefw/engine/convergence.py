@@ -16,7 +16,9 @@ FIRST_WINDOW: Final = 0.01
 """The very first estimate comes this early: a small guest would be through before the first full window, and the seed
 would then stop it without knowing whether the rest fits into the downtime."""
 FINISH: Final = 0.5
-"""Seconds of sending that a guest which may be stopped runs on for."""
+"""Seconds of sending that a guest which might be stopped runs on for."""
+SHORT: Final = 0.01
+"""Seconds of downtime that are not worth one more pass."""
 LEAST_BYTES: Final = 10_000
 """A window with fewer bytes says nothing about the expected downtime."""
 
@@ -64,4 +66,4 @@ class Convergence:
 
     def is_soon_sent(self, pending: int) -> bool:
         """Whether this many bytes are worth sending before the guest is stopped, and not after."""
-        return pending < self.bandwidth * FINISH
+        return self.bandwidth * SHORT < pending < self.bandwidth * FINISH

@@ -15,8 +15,12 @@ from collections.abc import Callable
 from typing import Final
 
 STEP: Final = 0.01
-UNLIMITED_BUDGET: Final = 4 << 20
 LEAST_BUDGET: Final = 4096
+MOST_BUDGET: Final = 32 << 20
+FREE_STEP: Final = 0.02
+"""Seconds that a part is to take where there is no limit: short beside the window of the bandwidth."""
+FREE_START: Final = 4 << 20
+FREE_LEAST: Final = 64 << 10
 MOST_DEBT: Final = 0.02
 """Seconds of lateness that may be caught up on; the rest of a stall is forgotten."""
 
@@ -30,17 +34,24 @@ class Pacer:
         self._at = clock()
         self._limit = 0
         self._ahead = 0.0  # bytes sent that were not due at `_at` yet
+        self._free = FREE_START  # what FREE_STEP has room for
+        self._asked = self._at
 
     def budget(self, limit: int) -> int:
         """How many bytes to send now."""
+        self._asked = self._clock()
         if not limit:
-            return UNLIMITED_BUDGET
-        return max(LEAST_BUDGET, min(UNLIMITED_BUDGET, int(limit * STEP)))
+            return self._free
+        return max(LEAST_BUDGET, min(MOST_BUDGET, int(limit * STEP)))
 
     def sent(self, count: int, limit: int) -> None:
         """`count` more bytes went out."""
         self._go_on(limit)
         self._ahead += count
+        if count >= self._free:  # else it ended for want of pages, and says nothing about the path
+            # No more than twice as much as before: buffers on the way take the first parts at once.
+            spent = max(self._at - self._asked, FREE_STEP / 2)
+            self._free = max(FREE_LEAST, min(MOST_BUDGET, int(self._free * FREE_STEP / spent)))
 
     def rest(self, limit: int) -> float:
         """Seconds until what went out is due."""

@@ -1,14 +1,15 @@
 """Passes over what is dirty, while the guest runs, until what is left fits into the downtime limit.
 
-The law: this page decides when the guest may be stopped, and nothing else. The seed then stops it at once, and is down
-for as long as the limit lets it. Here a guest that runs may go on until the pass is through, if that is soon, and is
-down for what it dirtied meanwhile (docs/decisions/finish-the-pass.md).
+The law: this page decides when the guest may be stopped, and nothing else. The seed stops it as soon as the rest fits
+into the limit, and is down for as long as the limit lets it. Here a guest that runs goes on until the pass is through,
+if that is soon, and so for as long as each pass halves what is left (docs/decisions/finish-the-pass.md).
 
 Source: the seed's migration_thread and migration_iteration_run. Threads: the migration thread.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from corefw.machine import Machine, RunState
 from corefw.section import LiveHandler
 from corefw.settings import Settings
 from corefw.wire.stream import StreamWriter
+
+KNOWN: Final = -1
+"""The threshold for what is known to be left, without a harvest: nobody has less."""
 
 LOOK: Final = 0.1
 """Seconds after which a stream that is held back by max-bandwidth looks for a new limit, and for a reason to end."""
@@ -54,21 +58,24 @@ class Passes:
         """Returns when the guest is to be stopped. Raises what `check` and the handlers raise, ChannelError."""
         pacer = Pacer()
         convergence = Convergence(time.monotonic(), self._settings.integer("downtime-limit"), writer.position)
-        finishing = finished = False
+        finishing = False
+        most: float = math.inf  # what a pass may have to be finished too
         while True:
             self._check()
             if not finishing:
-                pending = self._pending(convergence.threshold)
-                if convergence.fits(pending):
-                    if finished or not self._is_worth_finishing(convergence, pending):
+                left = self._pending(KNOWN)
+                if not self._is_worth_finishing(convergence, left, most):
+                    left = self._pending(convergence.threshold)
+                    if not convergence.fits(left):
+                        most = math.inf
+                    elif not self._is_worth_finishing(convergence, left, most):
                         return
-                    finishing = True
-                finished = False
+                if finishing := self._is_worth_finishing(convergence, left, most):
+                    most = left / 2
             before = writer.position
             through = self._send_parts(writer, sections, pacer.budget(self._limit))
             self._pace(pacer, writer.position - before)
-            if finishing and through:
-                finishing, finished = False, True
+            finishing = finishing and not through
             self._count(writer, convergence)
 
     @contextmanager
@@ -84,8 +91,8 @@ class Passes:
         with self.told():
             return sum(handler.pending(threshold).total for handler in self._live)
 
-    def _is_worth_finishing(self, convergence: Convergence, pending: int) -> bool:
-        return self._machine.run_state is RunState.RUNNING and pending > 0 and convergence.is_soon_sent(pending)
+    def _is_worth_finishing(self, convergence: Convergence, left: int, most: float) -> bool:
+        return self._machine.run_state is RunState.RUNNING and left <= most and convergence.is_soon_sent(left)
 
     def _send_parts(self, writer: StreamWriter, sections: SectionWriter, budget: int) -> bool:
         """One PART of each handler; a later one has its turn only when those before have nothing left. True when

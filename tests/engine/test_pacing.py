@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corefw.engine.pacing import STEP, UNLIMITED_BUDGET, Pacer
+from corefw.engine.pacing import FREE_LEAST, FREE_START, MOST_BUDGET, STEP, Pacer
 
 
 class Clock:
@@ -66,9 +66,27 @@ def test_a_limit_may_change_in_flight() -> None:
     pacer.sent(1 << 20, 1 << 20)
     clock.wait(pacer, 1 << 20)
     assert 1.0 <= clock.now - 100 < 1.01
-    pacer.sent(1 << 30, 0)
+    pacer.sent(1 << 20, 0)
     assert pacer.rest(0) == 0
-    assert pacer.budget(0) == UNLIMITED_BUDGET and pacer.budget(100 << 20) == int((100 << 20) * STEP)
+    assert pacer.budget(0) == FREE_START and pacer.budget(100 << 20) == int((100 << 20) * STEP)
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "budget"), [(1 << 20, FREE_LEAST), (1 << 30, (1 << 30) // 50), (1 << 40, MOST_BUDGET)]
+)
+def test_a_free_stream_goes_in_steps_of_a_fiftieth_of_a_second(bandwidth: int, budget: int) -> None:
+    clock = Clock()
+    pacer = Pacer(clock)
+    before = pacer.budget(0)
+    for _ in range(12):
+        count = pacer.budget(0)
+        assert count <= 2 * before
+        before = count
+        clock.now += count / bandwidth
+        pacer.sent(count, 0)
+    assert pacer.budget(0) == pytest.approx(budget, rel=0.01)
+    pacer.sent(40, 0)  # the end of a pass says nothing about the path
+    assert pacer.budget(0) == pytest.approx(budget, rel=0.01)
 
 
 @pytest.mark.parametrize(("later", "seconds"), [(0, 1.0), (10 << 20, 1.9), (512 << 10, 10.0)])
