@@ -168,6 +168,15 @@ class SendsMemory(Protocol):
         what changes in it meanwhile is sent as it was or as it is."""
 
 
+@runtime_checkable
+class ReceivesMemory(Protocol):
+    """A channel that receives into scattered pieces of memory, without a copy in between."""
+
+    def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
+        """As Channel.receive_into(), for the first 1024 rows (address, length), filled in their order. It may wait some
+        milliseconds for more, so it is for those who expect much."""
+
+
 class Listener(_Closing, ABC):
     """A place where peers can dial in. `uri` is what they dial (port 0 has become the real one)."""
 
@@ -216,6 +225,7 @@ __all__ = [
     "ChannelError",
     "Interrupt",
     "Listener",
+    "ReceivesMemory",
     "SendsMemory",
     "Transport",
     "TransportFeatures",

@@ -76,6 +76,7 @@ class RamBlock(ABC):
     view        writable memoryview of the engine's mapping
     pages       the same as an array of shape (pages, page_size), dtype uint8
     dirty_log   what the guest has written
+    huge        the memory is in huge pages: a first write through the mapping costs little
 
     What the engine writes is in no dirty log.
     """
@@ -87,6 +88,7 @@ class RamBlock(ABC):
     view: memoryview
     pages: NDArray[np.uint8]
     dirty_log: DirtyLog
+    huge: bool = False
 
     @abstractmethod
     def holes(self) -> NDArray[np.int64]:

@@ -37,6 +37,10 @@ SEND_TICK: Final = 0.1
 """Seconds after which a blocked send looks whether it was aborted. A blocked *receive* ends when the reading side is
 shut down, which the peer does not notice; doing that to the writing side would send the peer a clean end."""
 
+RECEIVE_TICK: Final = 0.001
+"""Seconds that a receive into memory waits for the rest of what would fit: a pause in the stream, or its end. The
+kernel rounds it up to its clock's next tick."""
+
 LINGER: Final = 60.0
 """Seconds that close() goes on, in the background, to take what the peer sends while our last bytes are under way."""
 
@@ -57,6 +61,7 @@ REASONS: Final = {
     errno.EADDRINUSE: "the address is in use (is another one listening there?)",
     errno.EADDRNOTAVAIL: "this host does not have that address",
     errno.EACCES: "permission denied",
+    errno.EFAULT: "there is no memory left to receive into",
 }
 
 
@@ -127,11 +132,25 @@ class SocketChannel(Channel):
 
     def receive_into(self, view: memoryview) -> int:
         assert len(view), "receive_into an empty view"
+        return self._receive(lambda: self._socket.recv_into(view))
+
+    def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
+        """See ReceivesMemory."""
+        from corefw import iovec  # noqa: PLC0415 - as above
+
+        return self._receive(lambda: iovec.receive_some(self._socket.fileno(), pieces))
+
+    def _receive(self, receive: Callable[[], int]) -> int:
         self._check_aborted()  # no more: what came before a send failed is still there to be received
         if self._ended:
             return 0
         try:
-            count = self._socket.recv_into(view)
+            while True:
+                try:
+                    count = receive()
+                    break
+                except BlockingIOError:  # RECEIVE_TICK is over, and nothing came at all
+                    self._poll(None)
         except OSError as error:
             raise self._failed(error) from None
         self._check_aborted()
@@ -144,11 +163,14 @@ class SocketChannel(Channel):
         self._check_aborted()
         if self._ended:
             return True
+        ready = self._poll(max(0.0, seconds) * 1000)
+        self._check_aborted()
+        return ready
+
+    def _poll(self, milliseconds: float | None) -> bool:
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        ready = poll.poll(max(0.0, seconds) * 1000)
-        self._check_aborted()
-        return bool(ready)
+        return bool(poll.poll(milliseconds))
 
     def send_eof(self) -> None:
         self._check()
@@ -215,8 +237,8 @@ def _prepare(sock: socket.socket, tcp: bool) -> None:
     # measured over loopback, and setting a size ends the fitting.
     sock.setblocking(True)
     try:
-        tick = struct.pack("ll", 0, int(SEND_TICK * 1_000_000))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
+        for option, seconds in ((socket.SO_SNDTIMEO, SEND_TICK), (socket.SO_RCVTIMEO, RECEIVE_TICK)):
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", 0, int(seconds * 1_000_000)))
         if tcp:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -1,8 +1,9 @@
-"""Gathered writes: whole, in order, whatever the kernel takes at a time."""
+"""Pieces of memory in system calls: whole, in order, whatever the kernel takes at a time."""
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import threading
@@ -49,18 +50,30 @@ def test_pwritev_says_what_is_wrong() -> None:
         iovec.pwritev(-1, iovec.rows(np.zeros((1, 5), dtype=np.uint8)), 0)
 
 
+def send_all(sock: socket.socket, iov: iovec.Iovecs) -> int:
+    """How many calls that took."""
+    calls = 0
+    while len(iov):
+        calls += 1
+        try:
+            iov = iovec.rest(iov, iovec.send_some(sock.fileno(), iov))
+        except BlockingIOError:
+            select.select([], [sock], [])
+    return calls
+
+
 @pytest.mark.parametrize("blocking", [True, False])
-def test_sendmsg_is_whole_against_a_slow_reader(blocking: bool) -> None:
+def test_sending_is_whole_against_a_slow_reader(blocking: bool) -> None:
     left, right = socket.socketpair()
     left.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     left.setblocking(blocking)
     rng = np.random.default_rng(2)
-    arrays = [rng.integers(0, 256, int(length), dtype=np.uint8) for length in rng.integers(0, 3000, 1500)]
+    arrays = [rng.integers(0, 256, int(length), dtype=np.uint8) for length in rng.integers(0, 3000, 2500)]
     got = bytearray()
     reader = threading.Thread(target=receive, args=(right, got, True))
     reader.start()
     try:
-        iovec.sendmsg(left.fileno(), pieces(*arrays))
+        send_all(left, pieces(*arrays))
     finally:
         left.close()
         reader.join()
@@ -68,7 +81,16 @@ def test_sendmsg_is_whole_against_a_slow_reader(blocking: bool) -> None:
     assert bytes(got) == b"".join(array.tobytes() for array in arrays)
 
 
-def test_sendmsg_goes_on_after_signals() -> None:
+def test_more_pieces_than_one_message_takes_go_in_one_call() -> None:
+    rng = np.random.default_rng(4)
+    arrays = [rng.integers(0, 256, 7, dtype=np.uint8) for _ in range(2 * iovec.IOV_MAX + 5)]
+    left, right = socket.socketpair()
+    with left, right:
+        assert send_all(left, pieces(*arrays)) == 1
+        assert right.recv(1 << 16, socket.MSG_WAITALL | socket.MSG_DONTWAIT) == b"".join(a.tobytes() for a in arrays)
+
+
+def test_sending_goes_on_after_signals() -> None:
     left, right = socket.socketpair()
     data = np.random.default_rng(3).integers(0, 256, 8 << 20, dtype=np.uint8)
     got, rang = bytearray(), []
@@ -77,7 +99,7 @@ def test_sendmsg_goes_on_after_signals() -> None:
     reader.start()
     signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
     try:
-        iovec.sendmsg(left.fileno(), pieces(data))
+        send_all(left, pieces(data))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -88,23 +110,36 @@ def test_sendmsg_goes_on_after_signals() -> None:
     assert rang
 
 
-def test_sendmsg_to_a_closed_peer_raises_and_does_not_kill() -> None:
+def test_sending_to_a_closed_peer_raises_and_does_not_kill() -> None:
     data = np.zeros(5, dtype=np.uint8)
     left, right = socket.socketpair()
     right.close()
     with left, pytest.raises(BrokenPipeError):
-        iovec.sendmsg(left.fileno(), pieces(data))
+        iovec.send_some(left.fileno(), pieces(data))
 
 
-def test_the_wait_can_be_ones_own() -> None:
-    class Enough(Exception):
-        pass
-
-    def wait() -> None:
-        raise Enough
-
-    data = np.zeros(32 << 20, dtype=np.uint8)
+def test_receiving_fills_pieces_in_their_order() -> None:
+    rooms = [np.zeros(length, dtype=np.uint8) for length in (3, 1, 4096, 8)]
     left, right = socket.socketpair()
-    left.setblocking(False)
-    with left, right, pytest.raises(Enough):
-        iovec.sendmsg(left.fileno(), pieces(data), wait)
+    with left, right:
+        data = os.urandom(sum(len(room) for room in rooms))
+        later = threading.Timer(0.05, left.sendall, (data[5:],))
+        left.sendall(data[:5])
+        later.start()  # the rest is waited for
+        assert iovec.receive_some(right.fileno(), pieces(*rooms)) == len(data)
+        assert b"".join(room.tobytes() for room in rooms) == data
+        later.join()
+        left.sendall(b"ab")
+        left.shutdown(socket.SHUT_WR)
+        assert iovec.receive_some(right.fileno(), pieces(*rooms)) == 2
+        assert iovec.receive_some(right.fileno(), pieces(*rooms)) == 0
+    assert rooms[0].tobytes() == b"ab" + data[2:3]
+
+
+def test_receiving_into_memory_that_is_none_takes_nothing() -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        left.sendall(b"word")
+        with pytest.raises(OSError, match="Bad address"):
+            iovec.receive_some(right.fileno(), np.array([[4096, 4]], dtype=np.uint64))
+        assert right.recv(9) == b"word"

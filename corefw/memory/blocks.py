@@ -83,6 +83,7 @@ class MemfdBlock(RamBlock):
         self.length = length
         self.page_size = page_size
         self.fd = fd
+        self.huge = os.fstat(fd).st_blksize >= hugefile.HUGE
         self.view = memoryview(self._mapping)
         self.pages = np.frombuffer(self._mapping, dtype=np.uint8).reshape(-1, page_size)
         self.dirty_log = dirty_log or NeverDirty()

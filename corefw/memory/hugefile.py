@@ -32,6 +32,8 @@ from typing import Final
 log = logging.getLogger(__name__)
 
 VARIABLE: Final = "MIGFW_HUGE_PAGES"
+HUGE: Final = 2 << 20
+"""Bytes of a huge page; fstat(2) calls it the block size of a file that has them."""
 WORTHWHILE: Final = 16 << 20
 """Bytes from which a file is worth the mount."""
 HELPER_SECONDS: Final = 5.0

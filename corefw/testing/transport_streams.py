@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-from corefw.channel import Channel, receive_exactly
+import numpy as np
+from numpy.typing import NDArray
+
+from corefw.channel import Channel, ReceivesMemory, SendsMemory, receive_exactly
 from corefw.errors import UriError
 from corefw.testing.checks import CHECK_DEADLINE, MEMORY_LIMIT, UNREAD_LIMIT, Need, check
 from corefw.testing.ends import MIB, Flood, Workbench, pattern, raises, receive_all, same, send_chunks, transferred
@@ -79,6 +82,30 @@ def _takes_parts_of_every_kind(bench: Workbench) -> None:
 
 
 @check(Need.LIVE)
+def _moves_memory_as_it_lies(bench: Workbench) -> None:
+    """A channel that sends or receives pieces of memory does so in their order, also more than one call takes, goes
+    on without what is missing in a pause, and knows the end."""
+    rows = np.frombuffer(pattern(3000 * 40), dtype=np.uint8).reshape(3000, 40)
+    data = rows[::-1, :33].tobytes()
+    for way, sender, receiver in bench.ways():
+        if isinstance(sender, SendsMemory):
+            sending = Task(f"sending memory {way}", sender.send_memory, _pieces(rows[::-1, :33]))
+        else:
+            sending = Task(f"sending {way}", sender.send, data)
+        if isinstance(receiver, ReceivesMemory):
+            got = Task(f"receiving into memory {way}", _receive_rows, receiver, len(data), 33).result()
+        else:
+            got = bytearray(len(data))
+            Task(f"receiving {way}", receive_exactly, receiver, memoryview(got)).result()
+        sending.result()
+        same(got, data)
+        sender.send_eof()
+        if isinstance(receiver, ReceivesMemory):
+            end = Task(f"receiving into memory at the end {way}", _receive_rows, receiver, 1, 1).result()
+            assert not end, f"{way}: bytes came out of nowhere"
+
+
+@check(Need.LIVE)
 def _delivers_without_delay(bench: Workbench) -> None:
     """A few bytes are received while nothing follows, in a view that has room for more."""
     for way, sender, receiver in bench.ways():
@@ -137,6 +164,28 @@ def _holds_back_a_fast_sender(bench: Workbench) -> None:
         total = Task(f"receiving {way}", _count_repeats, receiver, chunk).result(CHECK_DEADLINE)
         flood.task.result()
         assert total == flood.sent, f"{way}: sent {flood.sent} bytes and received {total} after a pause"
+
+
+def _pieces(rows: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """A piece for each row."""
+    made = np.empty((len(rows), 2), dtype=np.uint64)
+    made[:, 0] = [row.ctypes.data for row in rows]
+    made[:, 1] = rows.shape[1]
+    return made
+
+
+def _receive_rows(channel: ReceivesMemory, count: int, width: int) -> bytearray:
+    """`count` bytes, or as many as come before the end, received into pieces that lie apart, by as many at once as are
+    missing and some that never come."""
+    got = bytearray()
+    while len(got) < count:
+        missing = -(-(count - len(got)) // width)
+        room = np.zeros((missing + 5, 2 * width), dtype=np.uint8)
+        received = channel.receive_memory(_pieces(room[:, :width]))
+        if received == 0:
+            break
+        got += room[:, :width].tobytes()[:received]
+    return got
 
 
 def _send_and_end(channel: Channel, data: bytes) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from corefw.channel import Buffer, SendsMemory
+from corefw.channel import Buffer, ReceivesMemory, SendsMemory
 from corefw.errors import RemoteStreamError, StreamError
 from corefw.wire.constants import BE16, BE32, BE64
 
@@ -76,6 +76,7 @@ class StreamReader:
 
     def __init__(self, source: Source, size: int = BUFFER_SIZE, where: str = "stream") -> None:
         self._source = source
+        self._memory_source = source if isinstance(source, ReceivesMemory) else None
         self._buffer = bytearray(size)
         self._view = memoryview(self._buffer)
         self._start = 0
@@ -117,6 +118,28 @@ class StreamReader:
         """Consume `count` bytes that are in the buffer."""
         assert 0 <= count <= self._end - self._start
         self._start += count
+
+    @property
+    def receives_memory(self) -> bool:
+        """Whether the source can do receive_memory()."""
+        return self._memory_source is not None
+
+    def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
+        """Receive past the buffer, which has to be empty, into pieces of memory; only where `receives_memory`. The
+        bytes that came count as consumed; 0 at the end of the stream."""
+        assert self._memory_source is not None
+        assert self._start == self._end, "bytes in the buffer come first"
+        count = self._memory_source.receive_memory(pieces)
+        self._base += count
+        return count
+
+    def unread(self, data: Buffer) -> None:
+        """Put what was just consumed back; the buffer has to be empty, and large enough."""
+        assert self._start == self._end
+        count = len(data)
+        self._base += self._start - count
+        self._view[:count] = data
+        self._start, self._end = 0, count
 
     # -- one value at a time ---------------------------------------------------------------------------------------
 
@@ -167,9 +190,10 @@ class StreamReader:
             pieces += self.read(min(count - len(pieces), len(self._buffer)), what)
         return bytes(pieces)
 
-    def read_into(self, view: memoryview, what: str) -> None:
-        """Fill `view`; straight from the source once the buffer is empty."""
-        at = 0
+    def read_into(self, view: memoryview, what: str, have: int = 0) -> None:
+        """Fill `view`, of which the first `have` bytes were read before; straight from the source once the buffer is
+        empty."""
+        at = have
         while at < len(view):
             held = min(self._end - self._start, len(view) - at)
             if held:
@@ -179,7 +203,8 @@ class StreamReader:
                 continue
             n = self._source.receive_into(view[at:])
             if n == 0:
-                raise self.error(f"{len(view)} bytes of {what}", f"the end of the stream after {at}")
+                got = f"the end of the stream after {at}"
+                raise RemoteStreamError(self.offset - at, self.where, f"{len(view)} bytes of {what}", got)
             self._base += n
             at += n
 

@@ -228,6 +228,21 @@ class Portions:
         return self._source.receive_into(view[:size])
 
 
+class MemoryPortions(Portions):
+    """The same as a channel that receives into memory, as a socket does (ReceivesMemory)."""
+
+    def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
+        assert pieces.flags.c_contiguous, "the kernel's struct iovec as it is"
+        assert len(pieces), "asked for nothing"
+        portion = bytearray(max(self._sizes))
+        count = at = self.receive_into(memoryview(portion)[: int(pieces[:, 1].sum())])
+        for address, room in pieces.tolist():
+            part = bytes(portion[count - at : count - at + min(at, room)])
+            ctypes.memmove(address, part, len(part))
+            at -= len(part)
+        return count
+
+
 class Receiver:
     """A destination's ram section, over one reader for all bodies."""
 

@@ -8,10 +8,22 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from corefw_transport_tcp import TcpTransport
+from numpy.typing import NDArray
 
-from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw import iovec
+from corefw.channel import (
+    Buffer,
+    Channel,
+    Interrupt,
+    Listener,
+    ReceivesMemory,
+    SendsMemory,
+    Transport,
+    TransportFeatures,
+)
 from corefw.errors import ChannelError
 from corefw.testing import tasks
 from corefw.testing.transport import CHECKS, TransportCase, applicable, check_transport
@@ -96,6 +108,30 @@ class TakesFewParts(Proxy):
         if len(parts) > 1024:
             raise OSError(22, "Invalid argument")
         self.inner.send(*parts)
+
+
+class SendsFewPieces(Proxy):
+    """Forgets the pieces that one system call does not take."""
+
+    def send_memory(self, pieces: NDArray[np.uint64]) -> None:
+        assert isinstance(self.inner, SendsMemory)
+        self.inner.send_memory(pieces[:1024])
+
+
+class FillsFromTheEnd(Proxy):
+    def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
+        assert isinstance(self.inner, ReceivesMemory)
+        return self.inner.receive_memory(np.ascontiguousarray(pieces[::-1]))
+
+
+class WaitsForAllPieces(Proxy):
+    def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
+        assert isinstance(self.inner, ReceivesMemory)
+        got = 0
+        while len(pieces) and (count := self.inner.receive_memory(pieces)):
+            pieces = iovec.rest(pieces, count)
+            got += count
+        return got
 
 
 class BreaksLookLikeEnds(Proxy):
@@ -252,6 +288,9 @@ FAULTS = {
     "loses-bytes": Fault(faulty(LosesBytes), "streams-whole-and-in-order", "they differ from byte"),
     "reorders": Fault(faulty(Reorders), "streams-whole-and-in-order", "they differ from byte"),
     "few-parts": Fault(faulty(TakesFewParts), "takes-parts-of-every-kind", "OSError: .* Invalid argument"),
+    "few-pieces": Fault(faulty(SendsFewPieces), "moves-memory-as-it-lies", "did not end within"),
+    "pieces-reversed": Fault(faulty(FillsFromTheEnd), "moves-memory-as-it-lies", "they differ from byte"),
+    "waits-for-all-pieces": Fault(faulty(WaitsForAllPieces), "moves-memory-as-it-lies", "did not end within"),
     "later": Fault(faulty(SendsLater), "takes-parts-of-every-kind", ""),
     "fills-views": Fault(faulty(WaitsForMore), "delivers-without-delay", "did not end within"),
     "queues": Fault(faulty(Queues), "holds-back-a-fast-sender", "MiB that nobody had read"),

@@ -1,5 +1,8 @@
 """The reader is total: what was written comes back however it was cut; an end or a lie is an error with its place."""
 
+import ctypes
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -280,3 +283,27 @@ def test_what_was_handed_over_may_change_afterwards() -> None:
     writer.payload(page)
     page[:] = b"after!"
     assert sink.data == b"beforebefore"
+
+
+class IntoMemory(Chunks):
+    """Receives into pieces of memory too: here always into one byte of the first."""
+
+    def receive_memory(self, pieces: np.typing.NDArray[np.uint64]) -> int:
+        one = bytearray(1)
+        count = self.receive_into(memoryview(one))
+        ctypes.memmove(int(pieces[0, 0]), bytes(one), count)
+        return count
+
+
+def test_what_passes_the_buffer_counts_and_can_be_put_back() -> None:
+    reader = StreamReader(IntoMemory(b"abcdef", [2]), size=4)
+    assert reader.receives_memory and not StreamReader(MemorySource(b"")).receives_memory
+    assert reader.read(2, "word") == b"ab"
+    room = np.zeros(1, dtype=np.uint8)
+    assert reader.receive_memory(np.array([[room.ctypes.data, 1]], dtype=np.uint64)) == 1
+    assert room.tobytes() == b"c" and reader.offset == 3
+    reader.unread(b"bc")
+    assert reader.offset == 1
+    assert reader.read(4, "word") == b"bcde"
+    assert reader.offset == 5
+    assert reader.read(1, "word") == b"f" and reader.at_end()

@@ -1,8 +1,8 @@
 """The destination's half: records into guest RAM.
 
-The law: nothing of a record touches RAM before its block, its offset and its flags are checked. Runs of records of one
-kind are told from the receive buffer with NumPy and stored in one go; whatever is not such a run is read one record at
-a time.
+The law: nothing of a record stays in RAM unless its block, its offset and its flags are right. Runs of records of one
+kind are told from the receive buffer with NumPy and stored in one go, or received straight into RAM (direct.py);
+whatever is not such a run is read one record at a time.
 
 Threads: the incoming thread.
 """
@@ -21,6 +21,7 @@ from corefw.quantities import format_size
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
 from corefw.wire.records import BlockEntry, read_block_list
 from corefw.wire.stream import StreamReader
+from corefw_ram.direct import Guess
 
 HEADER: Final = 8
 PAGE_RECORD: Final = HEADER + TARGET_PAGE_SIZE
@@ -29,7 +30,7 @@ FLAGS: Final = TARGET_PAGE_SIZE - 1
 LONG_RUN: Final = 4
 """Records of one kind in the buffer from which on NumPy is worth its calls."""
 
-StoreRun = Callable[[RamBlock, NDArray[np.int64], NDArray[np.uint8]], None]
+StoreRun = Callable[["LoadedBlock", NDArray[np.int64], NDArray[np.uint8]], None]
 """Stores a run of records: (block, pages, the records' bodies, one a row)."""
 
 REFUSED: Final = {
@@ -41,6 +42,26 @@ REFUSED: Final = {
 }
 
 
+class LoadedBlock:
+    """A block of the destination's, and what is thought to come for it."""
+
+    def __init__(self, block: RamBlock) -> None:
+        """Before anything is stored in it."""
+        self.block: Final = block
+        self.guess: Final = Guess(block)
+
+    def store(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
+        self.block.store(pages, data)
+        self.guess.stored(pages)
+
+    def fill(self, pages: NDArray[np.int64], value: int) -> None:
+        self.block.fill(pages, value)
+        if value:
+            self.guess.stored(pages)
+        else:
+            self.guess.zeroed()
+
+
 class RamLoader:
     """Loads the bodies of one migration's 'ram' sections."""
 
@@ -48,8 +69,8 @@ class RamLoader:
         self._machine = machine
         if isinstance(machine, MakesRamBlocks):
             machine.forget_ram_blocks()
-        self._blocks = {block.idstr: block for block in machine.ram_blocks()}
-        self._block: RamBlock | None = None
+        self._blocks = {block.idstr: LoadedBlock(block) for block in machine.ram_blocks()}
+        self._block: LoadedBlock | None = None
         self._records: dict[RamFlag, Callable[[StreamReader, int], None]] = {
             RamFlag.MEM_SIZE: self._load_block_list,
             RamFlag.PAGE: self._load_page,
@@ -64,7 +85,7 @@ class RamLoader:
         """One body, up to and including its EOS."""
         while True:
             if self._block is not None:
-                while self._load_run(reader, self._block):
+                while self._block.guess.receive(reader) or self._load_run(reader, self._block):
                     pass
             word = reader.be64("a RAM record's header")
             flags = RamFlag(word & FLAGS)
@@ -80,19 +101,19 @@ class RamLoader:
 
     # -- one record ------------------------------------------------------------------------------------------------
 
-    def _named_block(self, reader: StreamReader) -> RamBlock:
+    def _named_block(self, reader: StreamReader) -> LoadedBlock:
         name = reader.string("a RAM block's name")
         block = self._blocks.get(name)
         if block is None:
             raise reader.error(f"one of the RAM blocks {', '.join(self._blocks) or '(none)'}", f"block '{name}'")
         return block
 
-    def _page_of(self, reader: StreamReader, offset: int) -> tuple[RamBlock, NDArray[np.int64]]:
+    def _page_of(self, reader: StreamReader, offset: int) -> tuple[LoadedBlock, NDArray[np.int64]]:
         block = self._block
         if block is None:
             raise reader.error("a record that names its RAM block", "one that goes on with the block before")
-        if offset >= block.length:
-            raise _outside(reader, block, offset)
+        if offset >= block.block.length:
+            raise _outside(reader, block.block, offset)
         return block, np.array([offset // TARGET_PAGE_SIZE])
 
     def _load_page(self, reader: StreamReader, offset: int) -> None:
@@ -118,14 +139,15 @@ class RamLoader:
             if entry.idstr in self._blocks:
                 continue
             try:
-                self._blocks[entry.idstr] = machine.make_ram_block(entry.idstr, entry.length)
+                self._blocks[entry.idstr] = LoadedBlock(machine.make_ram_block(entry.idstr, entry.length))
             except MachineError as error:
                 raise reader.error("RAM blocks that this machine can have", f"one too much: {error}") from error
 
     def _check_entry(self, reader: StreamReader, entry: BlockEntry) -> None:
-        block = self._blocks.get(entry.idstr)
-        if block is None:
+        loaded = self._blocks.get(entry.idstr)
+        if loaded is None:
             raise reader.error(f"one of the RAM blocks {', '.join(self._blocks) or '(none)'}", f"block '{entry.idstr}'")
+        block = loaded.block
         if block.length != entry.length:
             raise reader.error(
                 f"RAM block '{entry.idstr}' of {block.length} bytes ({format_size(block.length)})",
@@ -134,7 +156,7 @@ class RamLoader:
 
     # -- runs of records -------------------------------------------------------------------------------------------
 
-    def _load_run(self, reader: StreamReader, block: RamBlock) -> bool:
+    def _load_run(self, reader: StreamReader, block: LoadedBlock) -> bool:
         """Store the whole records of one kind at the buffer's start; False when another way has to be gone: a record of
         another kind, too few of them to be worth it, or the end of the stream inside one."""
         start, end = reader.span()
@@ -152,7 +174,7 @@ class RamLoader:
         offsets = _offsets_at(reader, count, size, flags)
         if len(offsets) < min(count, LONG_RUN):
             return False
-        self._check_offsets(reader, block, offsets, size)
+        self._check_offsets(reader, block.block, offsets, size)
         store(block, offsets // TARGET_PAGE_SIZE, _bodies_at(reader, len(offsets), size))
         reader.skip(len(offsets) * size)
         return True
@@ -165,11 +187,11 @@ class RamLoader:
         raise _outside(reader, block, int(np.uint64(offsets[outside])))
 
 
-def _store_pages(block: RamBlock, pages: NDArray[np.int64], bodies: NDArray[np.uint8]) -> None:
+def _store_pages(block: LoadedBlock, pages: NDArray[np.int64], bodies: NDArray[np.uint8]) -> None:
     block.store(pages, bodies)
 
 
-def _store_zeros(block: RamBlock, pages: NDArray[np.int64], bodies: NDArray[np.uint8]) -> None:
+def _store_zeros(block: LoadedBlock, pages: NDArray[np.int64], bodies: NDArray[np.uint8]) -> None:
     fills = bodies[:, 0]
     cuts = np.flatnonzero(np.diff(fills)) + 1  # nearly always none; in their order, for a page may come twice
     for some, values in zip(np.split(pages, cuts), np.split(fills, cuts), strict=True):

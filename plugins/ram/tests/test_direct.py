@@ -1,0 +1,160 @@
+"""Pages received straight into RAM: whatever comes, it is as if they had been read into a buffer first."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import pytest
+from corefw_ram.direct import FIRST, MOST, RECORD, RUN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corefw.errors import RemoteStreamError
+from tests.helpers.ram import (
+    EOS,
+    PAGE,
+    MemoryPortions,
+    Portions,
+    StillMachine,
+    allocated,
+    block,
+    fill_record,
+    noise,
+    page_record,
+    receiving,
+)
+
+PAGES: Final = 3 * FIRST
+CONTENT: Final = noise(PAGES)
+
+WHOLE: Final = 1 << 22
+"""Bytes: everything at once."""
+
+Outcome = tuple[dict[str, bytes], str, int]
+
+
+def outcome(stream: bytes, sizes: list[int], *, direct: bool, bodies: int = 1, touched: bool = False) -> Outcome:
+    """RAM afterwards (of a load that failed, only what the stream did not touch counts: nothing), the error, the
+    offset."""
+    with StillMachine(block("one", PAGES), block("two", RUN)) as machine:
+        for one in machine.blocks:
+            one.huge = True  # it is too small for that, and works without
+            if touched:
+                one.pages[::7] = 0x5A
+        source = MemoryPortions(stream, sizes) if direct else Portions(stream, sizes)
+        with receiving(machine, source) as receiver:
+            try:
+                receiver.load(bodies)
+            except RemoteStreamError as error:
+                return {}, str(error), error.offset
+            return machine.contents(), "", receiver.reader.offset
+
+
+def run(first: int, count: int, idstr: str | None = None) -> bytes:
+    pages = range(first, first + count)
+    return b"".join(page_record(page, CONTENT[page].tobytes(), idstr if page == first else None) for page in pages)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> tuple[bytes, int]:
+    """Bodies with long runs, broken off by all that may come in between; and how many they are."""
+    bodies = draw(st.integers(1, 3))
+    made = b""
+    for body in range(bodies):
+        made += run(draw(st.integers(0, 5)), draw(st.integers(1, 12)), "one" if body == 0 else None)
+        for _ in range(draw(st.integers(0, 3))):
+            first = draw(st.integers(0, PAGES - 1))
+            match draw(st.sampled_from(["run", "run", "zeros", "fill", "other"])):
+                case "run":
+                    made += run(first, draw(st.integers(1, PAGES - first)))
+                case "zeros":
+                    made += b"".join(fill_record(page) for page in range(first, min(first + 9, PAGES)))
+                case "fill":
+                    made += fill_record(first, 7)
+                case "other":
+                    made += run(0, RUN, "two") + page_record(first, CONTENT[first].tobytes(), "one")
+        made += EOS
+    return made, bodies
+
+
+portions = st.lists(st.integers(1, 20 * RECORD), min_size=1, max_size=5) | st.just([WHOLE]) | st.just([RECORD - 3])
+
+
+@settings(max_examples=150, deadline=None)
+@given(stream=streams(), sizes=portions, touched=st.booleans())
+def test_records_mean_the_same(stream: tuple[bytes, int], sizes: list[int], touched: bool) -> None:
+    data, bodies = stream
+    expected = outcome(data, [WHOLE], direct=False, bodies=bodies, touched=touched)
+    assert expected[1] == ""
+    assert outcome(data, sizes, direct=True, bodies=bodies, touched=touched) == expected
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), sizes=portions)
+def test_a_stream_that_ends_early_fails_at_the_same_place(data: st.DataObject, sizes: list[int]) -> None:
+    whole = run(0, PAGES, "one") + EOS
+    cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    assert outcome(cut, sizes, direct=True) == outcome(cut, sizes, direct=False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), sizes=portions)
+def test_a_changed_header_means_the_same(data: st.DataObject, sizes: list[int]) -> None:
+    stream = bytearray(run(0, PAGES, "one") + EOS)
+    at = 4 + data.draw(st.integers(0, PAGES - 1)) * RECORD + data.draw(st.integers(0, 7))
+    stream[at] ^= data.draw(st.sampled_from([1, 2, 0x10, 0x80, 0xFF]))
+    assert outcome(bytes(stream), sizes, direct=True) == outcome(bytes(stream), sizes, direct=False)
+
+
+def test_what_was_guessed_wrongly_is_zero_again() -> None:
+    """The first guess after the run is that it goes on; what comes is the same pages once more."""
+    stream = run(0, 2 * RUN, "one") + run(0, 2 * RUN) + EOS
+    contents, error, offset = outcome(stream, [4 + 2 * RUN * RECORD, WHOLE], direct=True)
+    assert (error, offset) == ("", len(stream))
+    assert contents["one"] == CONTENT[: 2 * RUN].tobytes() + bytes((PAGES - 2 * RUN) * PAGE)
+
+
+def test_a_block_that_had_contents_keeps_what_no_record_says() -> None:
+    stream = run(0, 2 * RUN, "one") + run(0, 2 * RUN) + EOS
+    contents, _, _ = outcome(stream, [4 + 2 * RUN * RECORD, WHOLE], direct=True, touched=True)
+    rest = np.frombuffer(contents["one"], dtype=np.uint8).reshape(-1, PAGE)[2 * RUN :]
+    assert (rest[:, 0] == np.where(np.arange(2 * RUN, PAGES) % 7, 0, 0x5A)).all()
+
+
+class Counting(MemoryPortions):
+    """How many calls and bytes went straight into memory."""
+
+    calls = direct = 0
+
+    def receive_memory(self, pieces: np.typing.NDArray[np.uint64]) -> int:
+        count = super().receive_memory(pieces)
+        self.calls += 1
+        self.direct += count
+        return count
+
+
+def test_a_long_run_goes_straight_into_memory_in_ever_larger_steps() -> None:
+    pages = 4 * MOST
+    content = noise(pages)
+    stream = b"".join(page_record(n, content[n].tobytes(), "ram" if n == 0 else None) for n in range(pages)) + EOS
+    source = Counting(stream, [4 + 2 * RUN * RECORD, *[WHOLE] * 100])
+    with StillMachine(block("ram", pages)) as machine:
+        machine.blocks[0].huge = True
+        with receiving(machine, source, buffer=WHOLE) as receiver:
+            receiver.load()
+        assert machine.contents()["ram"] == content.tobytes()
+        assert source.direct == (pages - 2 * RUN) * RECORD
+        assert source.calls == 4 + 3 + 1  # 32, 64, 128, 256, then 512 at a time, and what is left
+
+
+@pytest.mark.parametrize("huge", [False, True])
+def test_small_pages_are_stored_from_the_buffer(huge: bool) -> None:
+    stream = run(0, PAGES, "one") + EOS
+    source = Counting(stream, [4 + 2 * RUN * RECORD, *[WHOLE] * 100])
+    with StillMachine(block("one", PAGES)) as machine:
+        machine.blocks[0].huge = huge
+        with receiving(machine, source) as receiver:
+            receiver.load()
+        assert (source.calls > 0) is huge
+        assert allocated(machine.blocks[0]) == PAGES
