@@ -5,15 +5,19 @@ The law: a scenario asks `fits` before it uses memory, and leaves a note where s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from bench.engines import Ours, Qemu, Side
 from bench.sampling import Pairs, in_turns
 from bench.warming import GIB, SPARE, available
 
 T = TypeVar("T")
+
+RETURN_SECONDS: Final = 10.0
+"""How long memory of processes that have ended is waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,5 +52,9 @@ class Bench:
 
 
 def fits(ram: int) -> bool:
-    """Whether a source and a destination with this much RAM each can be had."""
-    return 2 * ram + GIB // 2 < available() - SPARE
+    """Whether a source and a destination with this much RAM each can be had. What the last run had comes back within
+    seconds of its end."""
+    end = time.monotonic() + RETURN_SECONDS
+    while not (enough := 2 * ram + GIB // 2 < available() - SPARE) and time.monotonic() < end:
+        time.sleep(0.1)
+    return enough

@@ -132,10 +132,12 @@ def _bind_tcp(sock: socket.socket, sockaddr: tuple[Any, ...]) -> None:
 def resolve(host: str, port: int, uri: MigrationUri, interrupt: Interrupt) -> list[Address]:
     """Every address of a name. The resolver cannot be interrupted, so that it runs in a thread which is left to itself
     when the wait ends early. Raises ChannelError, Interrupted."""
-    try:
-        return _getaddrinfo(host, port, socket.AI_NUMERICHOST)
-    except (OSError, ValueError):
-        pass  # a name, or nonsense that _lookup will tell of
+    if host.isascii() and host.isprintable():
+        try:
+            # As bytes: a text goes through IDNA, whose tables take longer to load than dialling does.
+            return _getaddrinfo(host.encode(), port, socket.AI_NUMERICHOST)
+        except OSError:
+            pass  # a name, or nonsense that _lookup will tell of
     found: list[list[Address] | ChannelError] = []
     done = Interrupt()
 
@@ -174,7 +176,7 @@ def _lookup(host: str, port: int, uri: MigrationUri) -> list[Address]:
         raise ChannelError(f"{uri}: cannot find the host '{host}': {why[:1].lower()}{why[1:]}") from None
 
 
-def _getaddrinfo(host: str, port: int, flags: int) -> list[Address]:
+def _getaddrinfo(host: str | bytes, port: int, flags: int) -> list[Address]:
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
     return [Address(family, sockaddr) for family, _, _, _, sockaddr in found]
 

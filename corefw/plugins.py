@@ -4,8 +4,9 @@ The law: stevedore for one name and one driver (a scheme, a machine), imported o
 implementers. A plugin that fails to load is remembered with its reason and takes nobody down; one that fails when it is
 asked is named in the error, and whatever it raised is a PluginError by then.
 
-What is installed is always asked of importlib.metadata: stevedore's own cache on disk goes by modification times
-rounded to minutes, and would not see a plugin that was just installed.
+What is installed is asked of importlib.metadata, and again when a name is not there: that takes longer than dialling
+does. Stevedore's own cache on disk goes by modification times rounded to minutes, and would not see a plugin that was
+just installed.
 """
 
 from __future__ import annotations
@@ -58,9 +59,12 @@ class PluginInfo:
 class _EntryPointTransports:
     """The core's own plugin: a scheme is an entry point."""
 
+    def __init__(self, installed: _Installed) -> None:
+        self._installed = installed
+
     @hookspecs.hookimpl
     def corefw_transport(self, uri: MigrationUri) -> Transport | None:
-        factory = _driver(TRANSPORTS, uri.scheme)
+        factory = _driver(self._installed, TRANSPORTS, uri.scheme)
         if factory is None:
             return None
         made = _call(f"transport '{uri.scheme}'", factory, uri)
@@ -76,17 +80,18 @@ class Plugins:
     """
 
     def __init__(self) -> None:
+        self._installed = _Installed()
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._declarations: dict[str, Declarations] = {}
         self.failures: dict[str, str] = {}
-        self.register(_EntryPointTransports(), "corefw:entry-point-transports")
+        self.register(_EntryPointTransports(self._installed), "corefw:entry-point-transports")
 
     @classmethod
     def load(cls) -> Plugins:
         """Load everything in the group `corefw.plugins`, in the order of the names. Does not raise for a plugin."""
         plugins = cls()
-        for point in _installed(PLUGINS):
+        for point in plugins._installed.group(PLUGINS):
             try:
                 plugins.register(_load(point), point.name)
             except PluginError as error:
@@ -150,14 +155,16 @@ class Plugins:
                 failed.append(error)
         if failed:
             raise failed[-1]
-        known = _names(TRANSPORTS)
+        known = self._installed.names(TRANSPORTS)
         raise UriError(f"'{parsed}': no installed plugin has the scheme '{parsed.scheme}' (installed: {known})")
 
     def machine(self, kind: str, config: MachineConfig) -> Machine:
         """Make a machine of this kind. Raises UsageError (unknown kind, wrong options), MachineError, PluginError."""
-        factory = _driver(MACHINES, kind)
+        factory = _driver(self._installed, MACHINES, kind)
         if factory is None:
-            raise UsageError(f"no installed plugin has a machine '{kind}' (installed: {_names(MACHINES)})")
+            raise UsageError(
+                f"no installed plugin has a machine '{kind}' (installed: {self._installed.names(MACHINES)})"
+            )
         made = _call(f"machine '{kind}'", factory, config)
         if not isinstance(made, Machine):
             raise PluginError(f"machine '{kind}' gave {type(made).__name__}, expected a Machine")
@@ -228,8 +235,9 @@ class Plugins:
     def inventory(self) -> Iterator[PluginInfo]:
         """Every installed entry point, loaded to see whether it does."""
         for group in GROUPS:
-            for point in _installed(group):
-                error = self.failures.get(_line(point)) if group == PLUGINS else _driver_error(point)
+            for point in self._installed.group(group):
+                failed = self.failures.get(_line(point))
+                error = failed if group == PLUGINS else _driver_error(self._installed, point)
                 name, version = (point.dist.name, point.dist.version) if point.dist else ("?", "?")
                 yield PluginInfo(group, point.name, point.value, name, version, error)
 
@@ -267,14 +275,22 @@ def _listed(name: str, hook: str, answer: object) -> list[object]:
 # -- entry points --------------------------------------------------------------------------------------------------
 
 
-def _installed(group: str) -> list[EntryPoint]:
-    """The entry points of a group, each once, in the order of their names."""
-    found = {(point.name, point.value): point for point in entry_points(group=group)}
-    return [found[key] for key in sorted(found)]
+class _Installed:
+    """The entry points of every distribution, as they were when somebody last looked."""
 
+    def __init__(self) -> None:
+        self._points = entry_points()
 
-def _names(group: str) -> str:
-    return ", ".join(sorted({point.name for point in _installed(group)})) or "none"
+    def look_again(self) -> None:
+        self._points = entry_points()
+
+    def group(self, group: str) -> list[EntryPoint]:
+        """The entry points of a group, each once, in the order of their names."""
+        found = {(point.name, point.value): point for point in self._points.select(group=group)}
+        return [found[key] for key in sorted(found)]
+
+    def names(self, group: str) -> str:
+        return ", ".join(sorted({point.name for point in self.group(group)})) or "none"
 
 
 def _line(point: EntryPoint) -> str:
@@ -293,17 +309,19 @@ def _not_loaded(point: EntryPoint, error: BaseException) -> PluginError:
     return PluginError(f"plugin '{point.name}' ({point.value}) failed to load: {_one_line(error)}")
 
 
-def _driver_error(point: EntryPoint) -> str | None:
+def _driver_error(installed: _Installed, point: EntryPoint) -> str | None:
     try:
-        _driver(point.group, point.name)
+        _driver(installed, point.group, point.name)
     except PluginError as error:
         return str(error)
     return None
 
 
-def _driver(group: str, name: str) -> Callable[..., object] | None:
+def _driver(installed: _Installed, group: str, name: str) -> Callable[..., object] | None:
     """The factory behind one entry point; None when nobody has that name. Raises PluginError when it does not load."""
-    points = _installed(group)
+    if all(point.name != name for point in installed.group(group)):
+        installed.look_again()
+    points = installed.group(group)
     mine = [point for point in points if point.name == name]
     if not mine:
         return None

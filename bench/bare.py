@@ -1,0 +1,72 @@
+"""What this machine gives any migration at best: bytes through a socket, from memory to memory, and nothing else.
+
+The law: the same memory as a guest's, the same loopback, the same order of things; no records, no dirty log, no engine.
+Where this takes longer per GiB for more GiB, so must everything.
+
+`python -m bench.bare BYTES` says "ready", waits for a line, and says how many seconds it took.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from typing import Final
+
+from bench.migrating import EXTRA
+from bench.warming import GIB, MIB, warm
+from corefw.memory.blocks import MemfdBlock
+
+SENT: Final = 32 * MIB
+RECEIVED: Final = 2 * MIB
+"""Bytes in a call, as the engine has them."""
+
+
+def seconds_per_gib(size: int) -> float:
+    """Copy `size` bytes of warm memory. Raises CalledProcessError."""
+    command = [sys.executable, "-m", "bench.bare", str(size)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        warm(size + EXTRA)
+        said, _ = process.communicate("go\n")
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return float(said) / (size / GIB)
+
+
+def _copy(size: int) -> float:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as out:
+        source = MemfdBlock("source", size)
+        source.pages[:] = 1
+        into, _ = listener.accept()
+        with into:
+            if (child := os.fork()) == 0:
+                _receive(into, size)
+                os._exit(0)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        began = time.monotonic()
+        for at in range(0, size, SENT):
+            out.sendall(source.view[at : at + SENT])
+        out.recv(1)
+        spent = time.monotonic() - began
+    os.waitpid(child, 0)
+    return spent
+
+
+def _receive(sock: socket.socket, size: int) -> None:
+    view = MemfdBlock("destination", size).view
+    at = 0
+    while at < size:
+        got = sock.recv_into(view[at : at + RECEIVED], 0, socket.MSG_WAITALL)
+        if got == 0:
+            return  # the other side has failed, and says so
+        at += got
+    sock.sendall(b".")
+
+
+if __name__ == "__main__":
+    print(_copy(int(sys.argv[1])))
