@@ -25,7 +25,7 @@ from bench.scenarios import SCENARIOS
 from bench.setting import Bench
 
 RESULTS: Final = Path(__file__).with_name("results")
-PAIRS: Final = 5
+PAIRS: Final = 9
 QUICK_PAIRS: Final = 2
 
 

@@ -22,6 +22,10 @@ the command line and is not a MigfwError is a bug and keeps its traceback.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
+
+FOREIGN: Final = (Exception, SystemExit)
+"""What code that is not ours may raise: sys.exit() in a plugin must not end a thread that others wait for."""
 
 
 def printable(text: str) -> str:

@@ -23,7 +23,7 @@ from stevedore import driver, extension
 
 from corefw import hookspecs
 from corefw.channel import Transport
-from corefw.errors import MigfwError, PluginError, SettingsError, UriError, UsageError
+from corefw.errors import FOREIGN, MigfwError, PluginError, SettingsError, UriError, UsageError
 from corefw.machine import Machine, MachineConfig
 from corefw.section import SectionHandler, SectionRegistry
 from corefw.settings import Declarations, Settings
@@ -130,7 +130,7 @@ class Plugins:
                     Settings([*self._declarations.values(), declared])
                 except SettingsError:
                     raise
-                except Exception as error:
+                except FOREIGN as error:
                     raise PluginError(f"its Declarations are not in order: {_one_line(error)}") from error
                 self._declarations[name] = declared
 
@@ -256,7 +256,7 @@ def _call(what: str, function: Callable[..., object], *arguments: object) -> obj
         return function(*arguments)
     except MigfwError:
         raise
-    except Exception as error:
+    except FOREIGN as error:
         raise PluginError(f"{what} failed: {_one_line(error)}") from error
 
 
@@ -301,7 +301,7 @@ def _line(point: EntryPoint) -> str:
 def _load(point: EntryPoint) -> object:
     try:
         return point.load()
-    except (Exception, SystemExit) as error:
+    except FOREIGN as error:
         raise _not_loaded(point, error) from error
 
 
@@ -334,7 +334,7 @@ def _driver(installed: _Installed, group: str, name: str) -> Callable[..., objec
         manager: driver.DriverManager[object] = driver.DriverManager(
             group, name, invoke_on_load=False, on_load_failure_callback=_reraise
         )
-    except (Exception, SystemExit) as error:
+    except FOREIGN as error:
         raise _not_loaded(mine[0], error) from error
     factory = manager.driver
     if not callable(factory):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from corefw.errors import FOREIGN
 from corefw.news import News
 
 log = logging.getLogger(__name__)
@@ -53,5 +54,5 @@ class Events:
         for observer in list(self._observers):
             try:
                 observer(event)
-            except Exception:
+            except FOREIGN:
                 log.exception("an observer of event %s failed", event.name)

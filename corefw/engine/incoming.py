@@ -20,7 +20,7 @@ from corefw.channel import Channel, Interrupt, Listener
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.engine.unframing import StreamLoader
-from corefw.errors import ChannelError, MachineError, MigfwError
+from corefw.errors import FOREIGN, ChannelError, MachineError, MigfwError
 from corefw.machine import AdoptsStreams, Machine, RunState
 from corefw.section import SectionRegistry
 from corefw.settings import Settings
@@ -107,7 +107,7 @@ class IncomingMigration:
             self._take_in()
         except MigfwError as error:
             reason = str(error)
-        except Exception as bug:
+        except FOREIGN as bug:
             log.exception("the incoming migration failed")
             reason = f"internal error: {type(bug).__name__}: {bug}"
         self._listener.close()
@@ -155,7 +155,7 @@ class IncomingMigration:
         else:
             try:
                 self._machine.start()
-            except Exception:
+            except FOREIGN:
                 if self._machine.run_state is not RunState.RUNNING:
                     raise
                 log.exception("the guest has arrived and runs, but not without trouble")  # somebody who watches it
@@ -184,7 +184,7 @@ class IncomingMigration:
             self._drain(self._channel)
         except ChannelError as error:
             log.debug("the source went away: %s", error)
-        except Exception:  # a transport is a plugin: the migration is over, whatever it does
+        except FOREIGN:  # a transport is a plugin: the migration is over, whatever it does
             log.exception("cannot tell the source how it ended")
 
     def _drain(self, channel: Channel) -> None:

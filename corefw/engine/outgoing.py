@@ -29,7 +29,7 @@ from corefw.engine.guestlock import GuestLock
 from corefw.engine.passes import Passes
 from corefw.engine.returnpath import ReturnPathReader
 from corefw.engine.statistics import OutgoingStatistics, milliseconds_since
-from corefw.errors import ChannelError, Interrupted, MachineError, MigfwError
+from corefw.errors import FOREIGN, ChannelError, Interrupted, MachineError, MigfwError
 from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, StreamFormat, SupportsThrottle
 from corefw.section import HasRamStatistics, LiveHandler, SectionRegistry
 from corefw.settings import Settings
@@ -140,7 +140,7 @@ class OutgoingMigration:
             self._migrate()
         except MigfwError as caught:
             error = caught
-        except Exception as bug:
+        except FOREIGN as bug:
             log.exception("the migration thread failed")
             error = MigfwError(f"internal error: {type(bug).__name__}: {bug}")
         if error is not None:
@@ -299,7 +299,7 @@ class OutgoingMigration:
         for handler in self._live:
             try:
                 handler.cleanup()
-            except Exception:
+            except FOREIGN:
                 log.exception("section %s: cleanup failed", handler.key)
         if self._return_path is not None:
             self._return_path.join()

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 
 from corefw.channel import Channel
-from corefw.errors import ChannelClosed, ChannelError, MigfwError, PeerError, StreamError
+from corefw.errors import FOREIGN, ChannelClosed, ChannelError, MigfwError, PeerError, StreamError
 from corefw.wire.constants import ReturnMessage
 from corefw.wire.returnpath import encode_return_message, number_body, parse_number, read_return_message
 from corefw.wire.stream import StreamReader
@@ -74,7 +74,7 @@ class ReturnPathReader:
             self._accepted = True
         except MigfwError as error:
             self._error = error
-        except Exception as bug:
+        except FOREIGN as bug:
             log.exception("the return path failed")
             self._error = MigfwError(f"internal error on the return path: {type(bug).__name__}: {bug}")
         finally:

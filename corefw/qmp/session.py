@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Final
 
-from corefw.errors import MigfwError
+from corefw.errors import FOREIGN, MigfwError
 from corefw.qmp import protocol
 from corefw.qmp.commands import Command
 from corefw.qmp.commands.context import Context
@@ -66,7 +66,7 @@ class Session:
             return protocol.encode(protocol.success(self._result(item, handed), id_))
         except MigfwError as error:
             return protocol.encode(protocol.failure(error, id_))
-        except Exception as error:
+        except FOREIGN as error:
             log.exception("a QMP command failed in a way that it must not")
             bug = QmpError(f"internal error, please report it: {type(error).__name__}: {error}")
             return protocol.encode(protocol.failure(bug, id_))

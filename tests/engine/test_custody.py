@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -15,6 +15,7 @@ from corefw.engine.returnpath import ReturnPathReader
 from corefw.errors import ChannelError, MigfwError, StateError
 from corefw.hookspecs import hookimpl
 from corefw.machine import RunState
+from corefw.memory.blocks import MemfdBlock
 from corefw.plugins import Plugins
 from corefw.sockets import SocketChannel
 from corefw.states import MigrationStatus
@@ -277,6 +278,21 @@ def test_a_return_path_that_breaks_while_the_guest_is_being_stopped(pair: Pair, 
 
 
 # -- machines that break their contract --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), SystemExit("no")], ids=["a bug", "sys.exit"])
+def test_whatever_a_machine_raises_is_a_failure_and_the_guest_runs_on(pair: Pair, error: BaseException) -> None:
+    class Troubled(CountingMachine):
+        def ram_blocks(self) -> Sequence[MemfdBlock]:
+            if self.starts:
+                raise error
+            return super().ram_blocks()
+
+    source, destination = pair.source(Troubled()), pair.destination()
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    assert ended(source) == "failed"
+    assert f"{type(error).__name__}: no" in source.query_migrate()["error-desc"]
+    runs_on(source)
 
 
 def test_a_guest_that_cannot_be_started_again_does_not_keep_the_migration_from_ending(pair: Pair) -> None:
