@@ -7,6 +7,7 @@ and nothing is left behind when it ends.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,9 @@ PATIENCE: Final = 120.0
 """Seconds that an engine may take for a step; far more than any needs."""
 
 _END_SECONDS: Final = 10.0
+
+_SET_PARENT_DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG of prctl(2)
+_libc: Final = ctypes.CDLL(None)
 
 
 @click.command()
@@ -141,6 +145,7 @@ def _engine(folder: Path, name: str, *arguments: str) -> Iterator[tuple[EngineCl
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             start_new_session=True,  # the terminal's Ctrl-C is ours to hear, and the engines' to be told of
+            preexec_fn=_end_with_parent,
         )
     try:
         _wait_for(f"the {name} to start", lambda: _started(process, Path(f"{folder}/{name}"), errors))
@@ -148,6 +153,11 @@ def _engine(folder: Path, name: str, *arguments: str) -> Iterator[tuple[EngineCl
             yield client, process.poll
     finally:
         _end(process)
+
+
+def _end_with_parent() -> None:
+    """In the new process: have the kernel end it when this one is killed, and can tell it nothing any more."""
+    _libc.prctl(ctypes.c_int(_SET_PARENT_DEATH_SIGNAL), ctypes.c_ulong(signal.SIGTERM))
 
 
 def _started(process: subprocess.Popen[bytes], socket: Path, errors: Path) -> bool:

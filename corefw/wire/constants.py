@@ -113,7 +113,7 @@ RAM_IDSTR: Final = "ram"
 RAM_VERSION: Final = 4
 
 # Limits on what a peer may announce, checked before anything is allocated.
-MAX_DESCRIPTION: Final = 16 << 20
+MAX_DESCRIPTION: Final = 4 << 20
 MAX_PACKAGE: Final = 64 << 20  # QEMU: MAX_VM_CMD_PACKAGED_SIZE is 4 GiB less one; device state is never near that
 MAX_MACHINE_NAME: Final = 255
 MAX_CONFIGURATION_CAPABILITIES: Final = 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,16 @@ def test_interrupted_it_leaves_nothing(temporary: Path, number: signal.Signals) 
     assert "demo: ok" not in out
     assert "Traceback" not in err
     assert not engines(temporary)
+
+
+def test_killed_it_leaves_no_engine(temporary: Path) -> None:
+    process = start("demo", *SMALL)
+    wait_until(lambda: len(engines(temporary)) == 2, "the demo's engines")
+    process.kill()
+    process.communicate(timeout=TIMEOUT)
+    wait_until(lambda: not engines(temporary), "the engines to end")
+    for folder in temporary.iterdir():  # nobody is left to remove that
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(
