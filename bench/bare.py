@@ -44,14 +44,19 @@ def _copy(size: int) -> float:
         into, _ = listener.accept()
         with into:
             if (child := os.fork()) == 0:
-                _receive(into, size)
-                os._exit(0)
+                listener.close()
+                out.close()  # or this process would never see that the other one has ended
+                try:
+                    _receive(into, size)
+                finally:
+                    os._exit(0)
         print("ready", flush=True)
         sys.stdin.readline()
         began = time.monotonic()
         for at in range(0, size, SENT):
             out.sendall(source.view[at : at + SENT])
-        out.recv(1)
+        if out.recv(1) != b".":
+            raise ChildProcessError("the receiving process has failed")
         spent = time.monotonic() - began
     os.waitpid(child, 0)
     return spent
@@ -63,7 +68,7 @@ def _receive(sock: socket.socket, size: int) -> None:
     while at < size:
         got = sock.recv_into(view[at : at + RECEIVED], 0, socket.MSG_WAITALL)
         if got == 0:
-            return  # the other side has failed, and says so
+            return  # the other side has failed
         at += got
     sock.sendall(b".")
 

@@ -31,12 +31,15 @@ _libc.pwritev.restype = ctypes.c_ssize_t
 _libc.pwritev.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
 _libc.recvmsg.restype = ctypes.c_ssize_t
 _libc.recvmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
-_libc.sendmmsg.restype = ctypes.c_int
-_libc.sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
+_libc.sendmsg.restype = ctypes.c_ssize_t
+_libc.sendmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+_libc.syscall.restype = ctypes.c_long
 
+_SENDMMSG: Final = {"x86_64": ctypes.c_long(307), "aarch64": ctypes.c_long(269)}.get(os.uname().machine)
 # struct mmsghdr on 64-bit hosts, a struct msghdr and a length, is eight words; these are not zero.
 _MESSAGE_WORDS: Final = 8
-_IOV, _IOV_LENGTH, _SENT = 2, 3, 7
+_IOV, _IOV_LENGTH = 2, 3
+_SENT = 14  # in half words
 
 
 def rows(data: NDArray[np.uint8]) -> Iovecs:
@@ -69,23 +72,33 @@ def pwritev(fd: int, iov: Iovecs, offset: int) -> None:
 
 
 def send_some(fd: int, iov: Iovecs) -> int:
-    """One sendmmsg(2) with all pieces: the bytes that went out. Raises BlockingIOError on a non-blocking socket without
-    room.
+    """Send the pieces, less than 2 GiB for each 1024 of them: the bytes that went out. Raises BlockingIOError on a
+    non-blocking socket without room.
 
-    Messages follow one another on a stream as if they were one, and the kernel stops at the first that it did not send
-    whole. So 1024 pieces are no limit, and the interpreter, slow where guest pages have just gone through the
-    processor's cache, runs once for many megabytes.
+    One sendmmsg(2) where the kernel's is known: messages follow one another on a stream as if they were one, and it
+    stops at the first that it did not send whole. So 1024 pieces are no limit, and the interpreter, slow where guest
+    pages have just gone through the processor's cache, runs once for many megabytes. A C library's own sendmmsg may be
+    a loop that does not stop (musl's is), so that is not asked; elsewhere it is one sendmsg(2).
     """
-    starts = range(0, len(iov), IOV_MAX)
+    if _SENDMMSG is None:
+        iov = iov[:IOV_MAX]
+    starts = np.arange(0, len(iov), IOV_MAX)
     messages = np.zeros((len(starts), _MESSAGE_WORDS), dtype=np.uint64)
-    messages[:, _IOV] = np.arange(len(starts), dtype=np.uint64) * (IOV_MAX * IOVEC_SIZE) + iov.ctypes.data
-    messages[:, _IOV_LENGTH] = [min(IOV_MAX, len(iov) - start) for start in starts]
+    messages[:, _IOV] = (starts * IOVEC_SIZE).astype(np.uint64) + np.uint64(iov.ctypes.data)
+    messages[:, _IOV_LENGTH] = np.minimum(IOV_MAX, len(iov) - starts)
+    if _SENDMMSG is None:
+        return _call(lambda address, _: int(_libc.sendmsg(fd, address, socket.MSG_NOSIGNAL)), messages)
+    number = _SENDMMSG
 
     def send(address: int, count: int) -> int:
-        return int(_libc.sendmmsg(fd, address, count, socket.MSG_NOSIGNAL))
+        return int(_libc.syscall(number, ctypes.c_long(fd), ctypes.c_void_p(address), count, socket.MSG_NOSIGNAL))
 
     done = _call(send, messages)
-    return int(messages[:done, _SENT].astype(np.uint32).sum())
+    sent = messages.view(np.uint32)[:done, _SENT].astype(np.int64)
+    whole = np.add.reduceat(iov[:, 1], starts)[: done - 1]
+    if (sent[:-1] != whole.astype(np.int64)).any():
+        raise OSError(errno.EPROTO, "sendmmsg went on behind a message that it had not sent whole")
+    return int(sent.sum())
 
 
 def receive_some(fd: int, iov: Iovecs) -> int:

@@ -61,7 +61,6 @@ REASONS: Final = {
     errno.EADDRINUSE: "the address is in use (is another one listening there?)",
     errno.EADDRNOTAVAIL: "this host does not have that address",
     errno.EACCES: "permission denied",
-    errno.EFAULT: "there is no memory left to receive into",
 }
 
 
@@ -138,6 +137,7 @@ class SocketChannel(Channel):
         """See ReceivesMemory."""
         from corefw import iovec  # noqa: PLC0415 - as above
 
+        assert len(pieces), "receive_memory into no pieces"
         return self._receive(lambda: iovec.receive_some(self._socket.fileno(), pieces))
 
     def _receive(self, receive: Callable[[], int]) -> int:
@@ -152,6 +152,8 @@ class SocketChannel(Channel):
                 except BlockingIOError:  # RECEIVE_TICK is over, and nothing came at all
                     self._poll(None)
         except OSError as error:
+            if error.errno == errno.EFAULT:  # this host's fault, not the connection's: it can still say so
+                raise ChannelError(f"{self.peer}: there is no memory left to receive into") from None
             raise self._failed(error) from None
         self._check_aborted()
         if count == 0:
@@ -188,6 +190,8 @@ class SocketChannel(Channel):
                 return
             self._aborted = True
             try:
+                # The tick counts anew for each message of a send that is under way: no more waiting from here on.
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 1))
                 if self._tcp:
                     self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self._socket.shutdown(socket.SHUT_RD)

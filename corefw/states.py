@@ -174,5 +174,5 @@ class StateMachine:
         for observer in tuple(self._observers):
             try:
                 observer(self.side, *change)
-            except Exception:
+            except (Exception, SystemExit):
                 log.exception("an observer of the %s's status failed", self.side)

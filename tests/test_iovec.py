@@ -90,6 +90,15 @@ def test_more_pieces_than_one_message_takes_go_in_one_call() -> None:
         assert right.recv(1 << 16, socket.MSG_WAITALL | socket.MSG_DONTWAIT) == b"".join(a.tobytes() for a in arrays)
 
 
+def test_without_the_kernels_call_each_message_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iovec, "_SENDMMSG", None)
+    data = np.arange(2 * iovec.IOV_MAX + 5, dtype=np.uint8).reshape(-1, 1)
+    left, right = socket.socketpair()
+    with left, right:
+        assert send_all(left, pieces(*data)) == 3
+        assert right.recv(1 << 16) == data.tobytes()
+
+
 def test_sending_goes_on_after_signals() -> None:
     left, right = socket.socketpair()
     data = np.random.default_rng(3).integers(0, 256, 8 << 20, dtype=np.uint8)

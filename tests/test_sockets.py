@@ -9,10 +9,12 @@ import stat
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from corefw import dialing
@@ -178,6 +180,42 @@ def test_a_reset_that_nobody_was_told_of_yet_is_no_end_either() -> None:
     with pytest.raises(ChannelError, match="the peer broke the connection"):
         out.receive_into(memoryview(bytearray(1)))
     out.close()
+
+
+def test_memory_that_is_not_to_be_had_does_not_end_the_connection() -> None:
+    """The destination has to be able to say what is wrong: or the guest would stay stopped on the source."""
+    out, into = pair()
+    with out, into:
+        out.send(b"word")
+        with pytest.raises(ChannelError, match="no memory left"):
+            into.receive_memory(np.array([[4096, 4]], dtype=np.uint64))
+        into.send(b"SHUT 1")
+        heard = memoryview(bytearray(6))
+        receive_exactly(out, heard)
+        assert bytes(heard) == b"SHUT 1"
+
+
+@pytest.mark.parametrize("family", ["tcp", "unix"])
+def test_abort_ends_a_long_send_to_a_slow_reader(family: str) -> None:
+    """One call, but the wait for each of its messages counts anew."""
+    if family == "tcp":
+        out, into = pair()
+    else:
+        out, into = (SocketChannel(sock, family) for sock in socket.socketpair())
+    data = np.ones((8192, 4096), dtype=np.uint8)
+    pieces = np.empty((len(data), 2), dtype=np.uint64)
+    pieces[:, 0], pieces[:, 1] = data.ctypes.data + 4096 * np.arange(len(data)), 4096
+    with out, into:
+        sending = Task("sending", out.send_memory, pieces)
+        for _ in range(5):
+            into.receive_into(memoryview(bytearray(1 << 16)))
+            time.sleep(0.02)
+        out.abort()
+        with pytest.raises(Interrupted):
+            for _ in range(5):
+                into.receive_into(memoryview(bytearray(1 << 16)))
+                time.sleep(0.02)
+            sending.result(2.0)
 
 
 def test_an_end_on_both_sides_is_no_reset() -> None:

@@ -154,12 +154,15 @@ def test_observers_hear_every_change_in_order_also_one_that_an_observer_makes() 
     assert heard == [("hasty", S.SETUP), ("calm", S.SETUP), ("hasty", S.CANCELLING), ("calm", S.CANCELLING)]
 
 
-def test_an_observer_that_fails_is_logged_and_keeps_nobody_from_hearing(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("no"), SystemExit("no")], ids=["a bug", "sys.exit"])
+def test_an_observer_that_fails_is_logged_and_keeps_nobody_from_hearing(
+    caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
     machine = StateMachine(Side.DESTINATION)
     heard: list[MigrationStatus] = []
 
     def broken(*_: object) -> None:
-        raise RuntimeError("no")
+        raise error
 
     machine.observe(broken)
     machine.observe(lambda _, old, new: heard.append(new))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import shutil
 import signal
 import subprocess
@@ -156,8 +157,11 @@ def _engine(folder: Path, name: str, *arguments: str) -> Iterator[tuple[EngineCl
 
 
 def _end_with_parent() -> None:
-    """In the new process: have the kernel end it when this one is killed, and can tell it nothing any more."""
+    """In the new process: have the kernel end it when the thread that made it, the demo's only one, ends and can tell
+    it nothing any more."""
     _libc.prctl(ctypes.c_int(_SET_PARENT_DEATH_SIGNAL), ctypes.c_ulong(signal.SIGTERM))
+    if os.getppid() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)  # it ended before that
 
 
 def _started(process: subprocess.Popen[bytes], socket: Path, errors: Path) -> bool:

@@ -45,6 +45,7 @@ class Passes:
         interrupt: Interrupt,
         check: Callable[[], None],
         on_pass: Callable[[int], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._machine = machine
         self._live = live
@@ -53,11 +54,12 @@ class Passes:
         self._interrupt = interrupt
         self._check = check
         self._on_pass = on_pass
+        self._clock = clock
 
     def run(self, writer: StreamWriter, sections: SectionWriter) -> None:
         """Returns when the guest is to be stopped. Raises what `check` and the handlers raise, ChannelError."""
-        pacer = Pacer()
-        convergence = Convergence(time.monotonic(), self._settings.integer("downtime-limit"), writer.position)
+        pacer = Pacer(self._clock)
+        convergence = Convergence(self._clock(), self._settings.integer("downtime-limit"), writer.position)
         finishing = False
         most: float = math.inf  # what a pass may have to be finished too
         while True:
@@ -114,7 +116,7 @@ class Passes:
     def _count(self, writer: StreamWriter, convergence: Convergence) -> None:
         ram = self._statistics.ram
         convergence.update(
-            time.monotonic(),
+            self._clock(),
             writer.position,
             self._settings.integer("downtime-limit"),
             ram.dirty_pages_rate * ram.page_size,

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from corefw.engine.convergence import FINISH, FIRST_WINDOW, WINDOW, Convergence
+from corefw.engine.convergence import FINISH, FIRST_WINDOW, SHORT, WINDOW, Convergence
 
 
 def test_the_seed_s_arithmetic() -> None:
@@ -51,6 +51,8 @@ def test_what_is_soon_sent() -> None:
     convergence.update(1.0, 1_000_000, 300, 0)
     assert convergence.is_soon_sent(int(1_000_000 * FINISH) - 1)
     assert not convergence.is_soon_sent(int(1_000_000 * FINISH))
+    assert convergence.is_soon_sent(int(1_000_000 * SHORT) + 1)
+    assert not convergence.is_soon_sent(int(1_000_000 * SHORT))
 
 
 def test_a_window_with_next_to_nothing_says_nothing_of_the_downtime() -> None:

@@ -107,6 +107,16 @@ def test_a_changed_header_means_the_same(data: st.DataObject, sizes: list[int]) 
     assert outcome(bytes(stream), sizes, direct=True) == outcome(bytes(stream), sizes, direct=False)
 
 
+@pytest.mark.parametrize("extra", range(RECORD - 12, RECORD + 5))
+def test_what_follows_the_body_is_not_waited_for(extra: int) -> None:
+    """A guess that the run goes on takes in what is behind the body too, and a few bytes of that look like a header
+    that has begun; but they are the last, for the source waits for an answer."""
+    stream = run(0, 2 * RUN, "one") + EOS + bytes(range(1, 8)) * (RECORD // 7 + 1)
+    stream = stream[: stream.index(EOS) + len(EOS) + extra]
+    sizes = [4 + 2 * RUN * RECORD, WHOLE]
+    assert outcome(stream, sizes, direct=True) == outcome(stream, sizes, direct=False)
+
+
 def test_what_was_guessed_wrongly_is_zero_again() -> None:
     """The first guess after the run is that it goes on; what comes is the same pages once more."""
     stream = run(0, 2 * RUN, "one") + run(0, 2 * RUN) + EOS

@@ -1,0 +1,147 @@
+"""When the guest is stopped, in virtual time: a path of a given bandwidth, a guest that dirties at a given rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Final
+
+import pytest
+
+from corefw.channel import Interrupt
+from corefw.engine.convergence import FINISH, SHORT
+from corefw.engine.passes import Passes
+from corefw.machine import RunState
+from corefw.section import Pending
+
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+BANDWIDTH: Final = 2 * GIB
+PATIENCE: Final = 60.0
+
+
+class NeverEnds(Exception):
+    pass
+
+
+class World:
+    """A path, a guest and its one live handler; `now` in seconds.
+
+    rate, working_set   bytes that the guest dirties in a second, and of how many different ones
+    ends_at             when the guest stops by itself
+    harvests            when the dirty log was harvested, and what was left then
+    """
+
+    def __init__(self, ram: int, rate: int = 0, working_set: int = GIB, bandwidth: int = BANDWIDTH) -> None:
+        self.now = 0.0
+        self.left, self.rate, self.working_set, self.bandwidth = ram, rate, working_set, bandwidth
+        self.limit: Callable[[], int] = lambda: 300
+        self.ends_at = PATIENCE
+        self.harvests: list[tuple[float, int]] = []
+        self.position = 0
+        self.dirty_sync_count, self.dirty_pages_rate, self.page_size = 1, 0, 4096
+        self._harvested = 0.0
+
+    @property
+    def run_state(self) -> RunState:
+        return RunState.RUNNING if self.now < self.ends_at else RunState.PAUSED
+
+    def harvest(self) -> None:
+        seconds = min(self.now, self.ends_at) - min(self._harvested, self.ends_at)
+        self.left += int(min(self.working_set, self.rate * seconds))
+        self._harvested = self.now
+        self.harvests.append((self.now, self.left))
+
+    # -- the handler -----------------------------------------------------------------------------------------------
+
+    def pending(self, threshold: int) -> Pending:
+        if self.left <= threshold:
+            self.harvest()
+        return Pending(self.left, 0)
+
+    def iterate(self, _writer: object, budget: int) -> bool:
+        count = min(self.left, budget)
+        self.left -= count
+        self.position += count + 8
+        self.now += (count + 8) / self.bandwidth
+        return not self.left
+
+    # -- the writer ------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        pass
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def downtime(self) -> float:
+        """Let it pass until the guest is to be stopped; the seconds that what is left then takes."""
+
+        def check() -> None:
+            if self.now > PATIENCE:
+                raise NeverEnds
+
+        def setting(name: str) -> int:
+            return self.limit() if name == "downtime-limit" else 0
+
+        world: Any = self
+        statistics: Any = SimpleNamespace(ram=self, update=lambda _: None)
+        sections: Any = SimpleNamespace(part=lambda _, body: body())
+        settings: Any = SimpleNamespace(integer=setting)
+        passes = Passes(
+            world, [world], settings, statistics, Interrupt(), check, lambda _: None, clock=lambda: self.now
+        )
+        passes.run(world, sections)
+        self.harvest()
+        return self.left / self.bandwidth
+
+
+def test_a_guest_that_writes_little_is_down_for_its_last_writes() -> None:
+    """100 MB/s of 2 GB/s: each pass leaves a twentieth. The seed would be down for 300 ms."""
+    world = World(4 * GIB, rate=100 * MIB)
+    assert world.downtime() < 2 * SHORT
+    assert world.now < 4 * GIB / BANDWIDTH * 1.1
+
+
+@pytest.mark.parametrize("ram", [GIB // 4, GIB], ids=["all of it would fit", "it would not"])
+def test_the_log_is_not_harvested_while_a_pass_is_finished(ram: int) -> None:
+    world = World(ram, rate=100 * MIB)
+    world.downtime()
+    times = [at for at, _ in world.harvests]
+    assert times[0] >= ram / BANDWIDTH, "the first pass is soon sent, and so finished at once"
+    assert len(times) <= 4
+
+
+def test_passes_that_do_not_halve_are_not_gone_on_with() -> None:
+    """It dirties 80 % of what is sent: a second pass would only take time, and what is left fits."""
+    world = World(GIB, rate=int(0.8 * BANDWIDTH), working_set=500 * MIB)
+    assert world.downtime() <= 0.3
+    finished = [at for at, _ in world.harvests if at > GIB / BANDWIDTH]
+    assert len(finished) <= 3
+
+
+def test_what_does_not_converge_goes_on_until_the_limit_is_raised() -> None:
+    with pytest.raises(NeverEnds):
+        World(4 * GIB, rate=4 * GIB, working_set=2 * GIB, bandwidth=GIB).downtime()
+    world = World(4 * GIB, rate=4 * GIB, working_set=2 * GIB, bandwidth=GIB)
+    world.limit = lambda: 5000 if world.now > 10 else 300
+    assert FINISH < world.downtime() < 5
+    assert world.now < 10 + 5
+
+
+@pytest.mark.parametrize(("rate", "limit"), [(0, 0), (10 * MIB, 1), (0, 300)])
+def test_a_small_limit_is_kept(rate: int, limit: int) -> None:
+    world = World(GIB, rate=rate)
+    world.limit = lambda: limit
+    assert world.downtime() * 1000 <= limit
+
+
+def test_a_guest_that_is_paused_is_not_waited_for() -> None:
+    world = World(GIB, rate=100 * MIB)
+    world.ends_at = 0.0
+    assert 0.2 < world.downtime() < 0.3
+
+
+def test_a_guest_that_stops_in_the_middle_of_a_pass() -> None:
+    world = World(GIB, rate=500 * MIB)
+    world.ends_at = 0.3
+    assert world.downtime() < 0.3
