@@ -19,6 +19,7 @@ from typing import Final
 from corefw.channel import Channel, Interrupt, Listener
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.returnpath import ReturnPathWriter
+from corefw.engine.scheduling import yield_to_guests
 from corefw.engine.unframing import StreamLoader
 from corefw.errors import FOREIGN, ChannelError, MachineError, MigfwError
 from corefw.machine import AdoptsStreams, Machine, RunState
@@ -102,6 +103,7 @@ class IncomingMigration:
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        yield_to_guests()
         reason: str | None = None
         try:
             self._take_in()

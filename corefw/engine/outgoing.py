@@ -28,6 +28,7 @@ from corefw.engine.framing import SectionWriter
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.passes import Passes
 from corefw.engine.returnpath import ReturnPathReader
+from corefw.engine.scheduling import yield_to_guests
 from corefw.engine.statistics import OutgoingStatistics, milliseconds_since
 from corefw.errors import FOREIGN, ChannelError, Interrupted, MachineError, MigfwError
 from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, StreamFormat, SupportsThrottle
@@ -135,6 +136,7 @@ class OutgoingMigration:
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        yield_to_guests()
         error: MigfwError | None = None
         try:
             self._migrate()
