@@ -19,7 +19,7 @@ from typing import Final
 from corefw.channel import Channel, Interrupt, Listener
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.returnpath import ReturnPathWriter
-from corefw.engine.scheduling import yield_to_guests
+from corefw.engine.scheduling import yielding_to_guests
 from corefw.engine.unframing import StreamLoader
 from corefw.errors import FOREIGN, ChannelError, MachineError, MigfwError
 from corefw.machine import AdoptsStreams, Machine, RunState
@@ -103,7 +103,6 @@ class IncomingMigration:
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        yield_to_guests()
         reason: str | None = None
         try:
             self._take_in()
@@ -134,7 +133,8 @@ class IncomingMigration:
             for handler in handlers:
                 begun.append(handler)
                 handler.load_setup(self)
-            StreamLoader(reader, channel, self._machine, self._registry, self.settings, self).load()
+            with yielding_to_guests():
+                StreamLoader(reader, channel, self._machine, self._registry, self.settings, self).load()
         except ChannelError as error:
             raise ChannelError(f"{error} (at offset {reader.offset} of the stream)") from error
         finally:

@@ -28,7 +28,7 @@ from corefw.engine.framing import SectionWriter
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.passes import Passes
 from corefw.engine.returnpath import ReturnPathReader
-from corefw.engine.scheduling import yield_to_guests
+from corefw.engine.scheduling import yielding_to_guests
 from corefw.engine.statistics import OutgoingStatistics, milliseconds_since
 from corefw.errors import FOREIGN, ChannelError, Interrupted, MachineError, MigfwError
 from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, StreamFormat, SupportsThrottle
@@ -136,7 +136,6 @@ class OutgoingMigration:
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        yield_to_guests()
         error: MigfwError | None = None
         try:
             self._migrate()
@@ -164,7 +163,8 @@ class OutgoingMigration:
         sections = self._setup(writer, channel)
         self.statistics.setup_time = milliseconds_since(setup_began)
         self._advance(_S.SETUP, _S.ACTIVE)
-        self._passes.run(writer, sections)
+        with yielding_to_guests():
+            self._passes.run(writer, sections)
         self._switch_over(writer, sections)
         self._hand_over(writer, sections, channel)
 

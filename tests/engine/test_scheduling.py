@@ -1,46 +1,40 @@
+"""The threads that move bytes step back behind a guest, and nothing else does."""
+
 from __future__ import annotations
 
 import os
-import threading
 
-from corefw.engine.scheduling import yield_to_guests
+from corefw.engine.scheduling import yielding_to_guests
 from tests.helpers.engines import Pair, arrived, ended
 from tests.helpers.machines import CountingMachine
 
-BATCH = os.SCHED_BATCH | os.SCHED_RESET_ON_FORK
 
-
-def test_the_thread_that_asks_is_a_batch_thread_and_no_other() -> None:
+def test_a_thread_is_as_before_when_it_is_done() -> None:
     before = os.sched_getscheduler(0)
-    found: list[int] = []
-
-    def note() -> None:
-        found.append(os.sched_getscheduler(0))
-
-    def work() -> None:
-        yield_to_guests()
-        note()
-        started = threading.Thread(target=note)
-        started.start()
-        started.join()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found == [BATCH, os.SCHED_OTHER]
-    assert os.sched_getscheduler(0) == before
+    with yielding_to_guests():
+        assert os.sched_getscheduler(0) == os.SCHED_BATCH
+    assert os.sched_getscheduler(0) == before == os.SCHED_OTHER
 
 
-def test_both_threads_of_a_migration_are(pair: Pair) -> None:
+def test_a_policy_that_somebody_chose_is_left_alone() -> None:
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        with yielding_to_guests():
+            pass
+        assert os.sched_getscheduler(0) == os.SCHED_BATCH
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+def test_a_guest_that_arrives_is_started_as_any_other(pair: Pair) -> None:
     policies: list[int] = []
 
     class Noting(CountingMachine):
-        def ram_blocks(self):  # type: ignore[no-untyped-def]
+        def start(self) -> None:
             policies.append(os.sched_getscheduler(0))
-            return super().ram_blocks()
+            super().start()
 
-    source, destination = pair.source(Noting()), pair.destination(Noting(incoming=True))
-    policies.clear()
+    source, destination = pair.source(), pair.destination(Noting(incoming=True))
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "completed" and arrived(destination) == "completed"
-    assert policies.count(BATCH) >= 2
+    assert policies == [os.SCHED_OTHER]
