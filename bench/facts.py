@@ -21,6 +21,7 @@ def facts() -> Mapping[str, str]:
         "memory": f"{int(_field('/proc/meminfo', 'MemTotal').split()[0]) * 1024 / GIB:.1f} GiB",
         "virtual machine": "yes" if " hypervisor" in _field("/proc/cpuinfo", "flags") else "no",
         "kernel": platform.release(),
+        "congestion control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
         "Python": platform.python_version(),
         "NumPy": version("numpy"),
         "migfw": version("migfw"),

@@ -51,6 +51,11 @@ DRAIN: Final = 16 << 20
 KEEPALIVE: Final = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6}
 """A silent peer is found dead after 90 seconds, instead of two hours."""
 
+UNPACED: Final = b"reno"
+"""The congestion control of a connection within this host, where nothing can be congested; every kernel has it, for
+everybody. An administrator's choice for networks may pace what is sent, as BBR does, and then a sender waits for timers
+while the receiver has nothing to do: 1 GiB of a live guest took 628 ms with BBR and 472 ms so, medians of 17 in turns."""
+
 _TCP_CLOSE: Final = 7  # the kernel's TCP_CLOSE, first byte of struct tcp_info
 
 REASONS: Final = {
@@ -249,6 +254,8 @@ def _prepare(sock: socket.socket, tcp: bool) -> None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in KEEPALIVE.items():
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            if sock.getpeername()[0] == sock.getsockname()[0]:  # it does not leave this host
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, UNPACED)
     except OSError:
         pass  # a peer that is gone already shows at the first send or receive
 

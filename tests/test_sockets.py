@@ -152,6 +152,8 @@ def test_options_of_a_connection() -> None:
         sock = channel._socket
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        # Within a host nothing is paced, whatever the administrator chose for networks.
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
         assert not sock.get_inheritable()
         channel.close()
 

@@ -91,8 +91,10 @@ def test_what_fails_is_named_and_the_guest_goes_on(source: str, folder: Path, mo
         "file:/nonexistent/stream": "/nonexistent/stream",
     }.items():
         done = migfw("migrate", uri, "--qmp", source)
-        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
         assert complaint in done.stderr
+        # QEMU sends to the relay before the relay has found nobody: that much may be told, and no end of it.
+        assert all(line.startswith(("setup", "active")) for line in done.stdout.splitlines()), done.stdout
         assert done.stderr.endswith("; the guest is running here\n")
     assert list(temporary.iterdir()) == []
 
