@@ -53,8 +53,8 @@ KEEPALIVE: Final = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TC
 
 UNPACED: Final = b"reno"
 """The congestion control of a connection within this host, where nothing can be congested; every kernel has it, for
-everybody. An administrator's choice for networks may pace what is sent, as BBR does, and then a sender waits for timers
-while the receiver has nothing to do: 1 GiB of a live guest took 628 ms with BBR and 472 ms so, medians of 17 in turns."""
+everybody. What an administrator chose for networks may pace what is sent, as BBR does, and then a sender waits for
+timers while its receiver has nothing to do (docs/decisions/unpaced.md)."""
 
 _TCP_CLOSE: Final = 7  # the kernel's TCP_CLOSE, first byte of struct tcp_info
 
