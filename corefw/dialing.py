@@ -36,6 +36,8 @@ _RETRY: Final = 0.05
 
 _PORT_ATTEMPTS: Final = 20
 _FILE_ATTEMPTS: Final = 3
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What a file system without hard links says to link(2)."""
 
 _NOT_HERE: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENODEV})
 """One of a name's addresses cannot be had on this host; the others may."""
@@ -247,7 +249,8 @@ def _listen_at(sock: socket.socket, path: Path, uri: MigrationUri) -> Callable[[
             sock.listen(BACKLOG)
             _put_in_place(folder, early, path, uri)
         finally:
-            os.unlink(early, dir_fd=folder)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(early, dir_fd=folder)
     finally:
         os.close(folder)
     return _remover(path.absolute(), ours)
@@ -259,6 +262,13 @@ def _put_in_place(folder: int, early: str, path: Path, uri: MigrationUri) -> Non
             return os.link(early, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         except FileExistsError:
             _remove_stale(path, uri)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # Of two that begin to listen there in the same moment, the later one gets the name.
+            if path.is_symlink() or path.exists():
+                _remove_stale(path, uri)
+            return os.rename(early, path.name, src_dir_fd=folder, dst_dir_fd=folder)
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 

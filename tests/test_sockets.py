@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -393,6 +394,24 @@ def test_a_live_socket_and_a_file_are_not(folder: Path) -> None:
     assert (folder / "file").read_text() == "precious"
     with pytest.raises(ChannelError, match=f"unix:{folder}/none/s: no such file or directory"):
         listen_unix(*unix(folder / "none" / "s"))
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links_will_do(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def link(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
+    path = folder / "s"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    with listen_unix(*unix(path)) as listener:
+        with connect_unix(*unix(path), NEVER), listener.accept(NEVER):
+            pass
+        with pytest.raises(ChannelError, match=f"unix:{path}: the address is in use"):
+            listen_unix(*unix(path))
+        assert [file.name for file in folder.iterdir()] == ["s"]
+    assert not any(folder.iterdir())
 
 
 def test_a_socket_that_another_has_put_there_stays(folder: Path) -> None:
