@@ -3,8 +3,8 @@ under the entry point group `corefw.plugins`.
 
 Two groups beside it name one driver each, loaded only when it is asked for: `corefw.transport` (the entry point's name
 is the URI scheme, its object `factory(uri: MigrationUri) -> Transport`) and `corefw.machine`
-(`factory(config: MachineConfig) -> Machine`). Hooks are called once per migration, never on the hot path; all of them
-in the thread of the caller.
+(`factory(config: MachineConfig) -> Machine`). Hooks are called at a migration's begin and for questions about one,
+never on the hot path; all of them in the thread of the caller.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def corefw_transport(uri: MigrationUri) -> Transport | None:
 
 @hookspec
 def corefw_section_handlers(machine: Machine, settings: Settings) -> Iterable[SectionHandler]:
-    """New handlers for one migration of this machine, either way. Called at the start of each migration."""
+    """New handlers for one migration of this machine, either way. Called at the start of each migration, and when
+    somebody asks whether the guest can migrate: so making one changes nothing, and setup() and load_setup() begin."""
     return ()
 
 

@@ -1,9 +1,10 @@
 """What a migration moves: a machine with RAM blocks and devices that can be stopped and started.
 
 The law: the engine knows machines only by this page. A machine that can do more (take sections nobody knows, make RAM
-blocks from the stream, verify itself, be throttled, serve page faults) says so by a Protocol.
+blocks from the stream, verify itself, be throttled) says so by a Protocol.
 
-Threads: every method may be called from the engine's threads, one call at a time; `run_state` may be read from any.
+Threads: what only looks (`name`, `run_state`, `ram_blocks`, `devices`, `information`) may be called from any thread at
+any time; everything else from the engine's threads, one call at a time.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class RamBlock(ABC):
 
     idstr       the name in the stream, at most 255 bytes
     length      bytes, a multiple of page_size
-    page_size   bytes of a target page
+    page_size   bytes of a target page: 4096 in every stream that is read and written here
     fd          the memory's file descriptor; reading and writing it is reading and writing the RAM
     view        writable memoryview of the engine's mapping
     pages       the same as an array of shape (pages, page_size), dtype uint8
@@ -151,7 +152,8 @@ class Machine(ABC):
 
     @abstractmethod
     def devices(self) -> Sequence[Device]:
-        """On the source valid while stopped; on the destination filled by load before start()."""
+        """The list and its tables always; what the tables name is current while the guest is stopped, and on a
+        destination it is filled by load before start()."""
 
     @abstractmethod
     def start(self) -> None:

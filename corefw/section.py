@@ -133,11 +133,12 @@ class LiveHandler(SectionHandler):
 
     @abstractmethod
     def pending(self, threshold: int) -> Pending:
-        """What is left. Exact where the estimate is below `threshold` bytes (the dirty log is harvested then)."""
+        """What is left. Where what is known to be left is at most `threshold` bytes, the dirty log is harvested first,
+        so the answer is exact. A negative threshold never harvests: what is known will do."""
 
     @abstractmethod
     def iterate(self, writer: StreamWriter, budget: int) -> bool:
-        """Write one PART body of about `budget` bytes; True when nothing known to be dirty is left."""
+        """Write one PART body of about `budget` bytes, at least some; True when nothing known to be dirty is left."""
 
     @abstractmethod
     def complete_precopy(self, writer: StreamWriter) -> None:
@@ -170,8 +171,24 @@ class StateHandler(SectionHandler):
 
 
 @runtime_checkable
+class TakesChannels(Protocol):
+    """A handler for which the source opens more channels: the destination goes on listening until the stream has ended.
+
+    Who dials in meanwhile is not known to be the source: what comes over such a channel is as hostile as the stream.
+    The engine aborts and closes them all.
+    """
+
+    def takes_channels(self) -> bool:
+        """On the destination: whether accept_channel() will be called; asked once, before load_setup()."""
+
+
+@runtime_checkable
 class SupportsPostcopy(Protocol):
     """A LiveHandler whose rest may follow after the guest runs on the destination."""
+
+    def follows_later(self) -> bool:
+        """On the source: whether that is so in this migration, by its settings; asked once, when the guest has
+        stopped (SaveVMHandlers.has_postcopy). Where not, complete_precopy() is called, as without postcopy."""
 
     def begin_postcopy(self, writer: StreamWriter) -> None:
         """The guest is stopped, before the package: tell the destination what to discard."""
@@ -185,7 +202,8 @@ class SupportsResume(Protocol):
     """A LiveHandler that can go on over a new channel after the old one broke."""
 
     def prepare_resume(self, writer: StreamWriter) -> None:
-        """Find out what the destination has, and send the rest."""
+        """Find out what the destination has, and send the rest. In postcopy a ChannelError out of any callback on
+        either side only pauses the migration; then this is called on the same handler, over a new channel."""
 
 
 @runtime_checkable

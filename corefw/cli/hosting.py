@@ -1,7 +1,8 @@
 """The life of an engine's process, from its first word to its end.
 
 The law: exactly one reason ends it, the first that comes; then everything that was made is undone. A guest that has
-moved elsewhere takes its old process with it, but not before whoever watches the migration could read how it went.
+moved elsewhere takes its old process with it, but not before whoever watches the migration could read how it went; one
+of which nobody said that it has arrived is the only copy that is known, and stays.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ from corefw.states import MigrationStatus, Side
 
 LINGER: Final = 10.0
 """Seconds that a source stays, at most, for clients that are still connected when its guest has moved."""
+
+UNCONFIRMED: Final = (
+    "the guest was sent, and nobody said that it has arrived, so it is kept here, stopped: 'migfw quit' ends it"
+)
 
 _LOOK: Final = 0.02
 
@@ -125,7 +130,10 @@ def _watch(
 
     def status_changed(side: Side, _old: MigrationStatus, new: MigrationStatus) -> None:
         if side is Side.SOURCE and new is MigrationStatus.COMPLETED and not plan.stay:
-            endings.put(Ending.MOVED)
+            if engine.has_left:
+                endings.put(Ending.MOVED)
+            else:
+                say(UNCONFIRMED)
         if side is Side.DESTINATION and new is MigrationStatus.FAILED:
             if plan.stay:
                 note(f"{_why_not_arrived(engine)}; waiting for migrate-incoming")

@@ -20,7 +20,7 @@ from corefw.engine.guestlock import GuestLock
 from corefw.engine.incoming import IncomingMigration
 from corefw.engine.outgoing import OutgoingMigration
 from corefw.engine.statistics import idle_document, with_blockers
-from corefw.errors import BlockedError, MigfwError, SettingsError, StateError, UriError, UsageError
+from corefw.errors import BlockedError, MigfwError, PluginError, SettingsError, StateError, UriError, UsageError
 from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, SupportsVerify
 from corefw.plugins import Plugins
 from corefw.section import SectionRegistry
@@ -36,7 +36,7 @@ ENDED: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED})
 
 
 class Engine:
-    """One guest and what can be done to it."""
+    """One guest and what can be done to it. Under only-migratable, UsageError for one that cannot migrate."""
 
     def __init__(
         self, machine: Machine, plugins: Plugins, settings: Settings, *, name: str = "", autostart: bool = True
@@ -57,6 +57,8 @@ class Engine:
         self._blockers = Blockers(machine, plugins, settings)
         self._migration: OutgoingMigration | None = None
         self._arrival: IncomingMigration | None = None
+        if settings.property("only-migratable") and (reasons := self._blockers.reasons(self._registry())):
+            raise UsageError("the guest cannot migrate, and only-migratable was asked for: " + "; ".join(reasons))
         for side in (self.outgoing, self.incoming):
             side.note(self._note_status)
             side.observe(lambda *_: self._tell_events())
@@ -144,6 +146,11 @@ class Engine:
         """Under the guest's lock."""
         if self._migration is not None and self._migration.holds_guest:
             raise StateError("the guest is stopped for the switchover (cancel the migration to let it run on here)")
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the guest is elsewhere for certain: a destination said that it has it, or it is stored whole."""
+        return self._migration is not None and self._migration.is_safe_elsewhere
 
     # -- out -------------------------------------------------------------------------------------------------------
 
@@ -328,7 +335,12 @@ class Engine:
         return with_blockers(info, self._blocked_now())
 
     def _blocked_now(self) -> list[str]:
-        return self._blockers.reasons(self._registry()) if self.outgoing.status in IDLE else []
+        if self.outgoing.status not in IDLE:
+            return []
+        try:
+            return self._blockers.reasons(self._registry())
+        except PluginError as error:  # `migrate` would raise it: that is in the way too
+            return [str(error)]
 
     def close(self) -> None:
         """End migrations and the guest. A source that may have handed the guest over does not start it again."""

@@ -20,10 +20,11 @@ from corefw.channel import Channel, Interrupt, Listener
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.engine.scheduling import yielding_to_guests
+from corefw.engine.sidechannels import SideChannels
 from corefw.engine.unframing import StreamLoader
 from corefw.errors import FOREIGN, ChannelError, MachineError, MigfwError
 from corefw.machine import AdoptsStreams, Machine, RunState
-from corefw.section import SectionRegistry
+from corefw.section import SectionHandler, SectionRegistry, TakesChannels
 from corefw.settings import Settings
 from corefw.states import MigrationStatus, StateMachine
 from corefw.wire.constants import ReturnMessage
@@ -60,6 +61,7 @@ class IncomingMigration:
         self._guest_lock = guest_lock
         self._autostart = autostart
         self._channel: Channel | None = None
+        self._channels = SideChannels()
         self._return_path: ReturnPathWriter | None = None
         self._thread = threading.Thread(target=self._run, name="incoming migration", daemon=True)
 
@@ -78,11 +80,12 @@ class IncomingMigration:
         self.interrupt.set()
         if self._channel is not None:
             self._channel.abort()
+        self._channels.abort()
 
     # -- for the handlers and the loader ---------------------------------------------------------------------------
 
     def accept_channel(self) -> Channel:
-        return self._listener.accept(self.interrupt)
+        return self._channels.add(self._listener.accept(self.interrupt))
 
     def send_return_message(self, message: int, body: bytes) -> None:
         if self._return_path is None:
@@ -117,17 +120,18 @@ class IncomingMigration:
             self._say_goodbye(0)
         else:
             self._fail(reason)
+        self._channels.close()
         if self._channel is not None:
             self._channel.close()
 
     def _take_in(self) -> None:
         self._channel = channel = self._listener.accept(self.interrupt)
         self.interrupt.check()
-        if not self.settings.capability("multifd"):
+        handlers = list(self._registry)
+        if not any(isinstance(handler, TakesChannels) and handler.takes_channels() for handler in handlers):
             self._listener.close()  # who dials in now learns at once that nobody waits for him
         self._advance(_S.SETUP, _S.ACTIVE)
         reader = StreamReader(channel, BULK_BUFFER_SIZE)
-        handlers = list(self._registry)
         begun = []
         try:
             for handler in handlers:
@@ -139,10 +143,17 @@ class IncomingMigration:
             raise ChannelError(f"{error} (at offset {reader.offset} of the stream)") from error
         finally:
             for handler in begun:
-                handler.load_cleanup()
+                self._clean_up(handler)
         with self._guest_lock.unless(self.interrupt.check):
             self.interrupt.check()
             self._start_guest()
+
+    def _clean_up(self, handler: SectionHandler) -> None:
+        """What it raises hides no cause, and keeps no other from cleaning up."""
+        try:
+            handler.load_cleanup()
+        except FOREIGN:
+            log.exception("section %s: cleanup failed", handler.key)
 
     def _start_guest(self) -> None:
         """Bring the guest into the run state that the source had (process_incoming_migration_bh)."""

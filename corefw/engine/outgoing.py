@@ -29,8 +29,9 @@ from corefw.engine.guestlock import GuestLock
 from corefw.engine.passes import Passes
 from corefw.engine.returnpath import ReturnPathReader
 from corefw.engine.scheduling import yielding_to_guests
+from corefw.engine.sidechannels import SideChannels
 from corefw.engine.statistics import OutgoingStatistics, milliseconds_since
-from corefw.errors import FOREIGN, ChannelError, Interrupted, MachineError, MigfwError
+from corefw.errors import FOREIGN, ChannelError, Interrupted, MachineError, MigfwError, PluginError
 from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, StreamFormat, SupportsThrottle
 from corefw.section import HasRamStatistics, LiveHandler, SectionRegistry
 from corefw.settings import Settings
@@ -80,8 +81,10 @@ class OutgoingMigration:
         self._passes = Passes(machine, self._live, settings, self.statistics, self.interrupt, self._check, on_pass)
         self._proceed = threading.Event()
         self._channel: Channel | None = None
+        self._channels = SideChannels()
         self._return_path: ReturnPathReader | None = None
         self._downtime_began = 0.0
+        self._counting = False
         self.confirmed = False
         self._thread = threading.Thread(target=self._run, name="migration", daemon=True)
 
@@ -96,6 +99,12 @@ class OutgoingMigration:
             self._thread.join()
 
     @property
+    def is_safe_elsewhere(self) -> bool:
+        """Whether it is known that the guest is elsewhere, whole: the destination said so, or a file has it."""
+        stored = self._transport.features.atomic and self._state.status is _S.COMPLETED
+        return self.confirmed or stored
+
+    @property
     def holds_guest(self) -> bool:
         """Whether it has stopped the guest and not decided yet what becomes of it: then nobody else may start it. To
         be asked under the guest's lock."""
@@ -107,8 +116,7 @@ class OutgoingMigration:
             if self._state.advance(status, _S.CANCELLING):
                 self.interrupt.set()
                 self._proceed.set()
-                if self._channel is not None:
-                    self._channel.abort()
+                self._abort_channels()
                 return
 
     def proceed(self) -> None:
@@ -117,16 +125,20 @@ class OutgoingMigration:
 
     def _return_path_failed(self) -> None:
         """Wake the thread wherever it waits; it finds the reason in the return path."""
+        self._abort_channels()
+        self._proceed.set()
+
+    def _abort_channels(self) -> None:
         if self._channel is not None:
             self._channel.abort()
-        self._proceed.set()
+        self._channels.abort()
 
     # -- for the handlers ------------------------------------------------------------------------------------------
 
     def open_channel(self) -> Channel:
         if not self._transport.features.multi_channel:
             raise ChannelError(f"{self._transport.uri}: '{self._transport.uri.scheme}' has only one channel")
-        return self._transport.connect(self.interrupt)
+        return self._channels.add(self._transport.connect(self.interrupt))
 
     def throttle_guest(self, percent: int) -> None:
         if not isinstance(self._machine, SupportsThrottle):
@@ -186,9 +198,15 @@ class OutgoingMigration:
             with self._passes.told():
                 sections.start(handler, partial(handler.setup, writer, self))
                 if isinstance(handler, HasRamStatistics):
-                    self.statistics.ram = handler.ram_statistics()
+                    self._count_by(handler)
         writer.flush()
         return sections
+
+    def _count_by(self, handler: HasRamStatistics) -> None:
+        if self._counting:
+            raise PluginError("two section handlers count the RAM's pages: query-migrate has room for one of them")
+        self._counting = True
+        self.statistics.ram = handler.ram_statistics()
 
     def _format(self) -> StreamFormat:
         """How this stream is framed: as a parked machine's stream was, or as the settings say."""
@@ -273,8 +291,7 @@ class OutgoingMigration:
         path = self._return_path
         if path is not None and isinstance(error, ChannelError) and not self.interrupt.is_set():
             path.wait(LAST_WORDS)
-        if self._channel is not None:
-            self._channel.abort()
+        self._abort_channels()
         if path is not None:
             path.join()
             if path.accepted:
@@ -305,6 +322,7 @@ class OutgoingMigration:
                 log.exception("section %s: cleanup failed", handler.key)
         if self._return_path is not None:
             self._return_path.join()
+        self._channels.close()
         if self._channel is not None:
             self._channel.close()
 

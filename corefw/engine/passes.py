@@ -89,7 +89,7 @@ class Passes:
             self._on_pass(self._statistics.ram.dirty_sync_count)
 
     def _pending(self, threshold: int) -> int:
-        """Bytes left; the dirty log is harvested where that is below `threshold`."""
+        """Bytes left; the dirty log is harvested where that is at most `threshold`."""
         with self.told():
             return sum(handler.pending(threshold).total for handler in self._live)
 
@@ -97,9 +97,13 @@ class Passes:
         return self._machine.run_state is RunState.RUNNING and left <= most and convergence.is_soon_sent(left)
 
     def _send_parts(self, writer: StreamWriter, sections: SectionWriter, budget: int) -> bool:
-        """One PART of each handler; a later one has its turn only when those before have nothing left. True when
-        nobody has anything left that is known."""
-        through = all(sections.part(handler, partial(handler.iterate, writer, budget)) for handler in self._live)
+        """One PART of each handler, `budget` bytes for all of them; a later one has its turn only when those before
+        have nothing left. True when nobody has anything left that is known."""
+        end = writer.position + budget
+        through = all(
+            sections.part(handler, partial(handler.iterate, writer, max(1, end - writer.position)))
+            for handler in self._live
+        )
         writer.flush()
         return through
 

@@ -75,6 +75,17 @@ def test_the_guest_moves_and_its_old_engine_goes(pair: tuple[Engine, Engine]) ->
     assert there.process.stdout.readline() == "migfw: the guest has arrived, and is running\n"
 
 
+def test_the_only_copy_that_is_known_stays(engines: Engines) -> None:
+    here = engines(*SMALL, "--name=here")
+    assert here.call("migrate", "exec:cat >/dev/null").returncode == 0
+    assert here.process.stdout is not None
+    assert here.process.stdout.readline().startswith("migfw: the guest was sent, and nobody said that it has arrived")
+    assert here.call("cont").returncode == 0
+    assert here.call("verify").returncode == 0
+    assert here.call("migrate", f"file:{here.runtime}/stream").returncode == 0
+    assert here.finish() == (0, "migfw: the guest has moved\n", "")
+
+
 def test_json_is_one_document_and_nothing_else(pair: tuple[Engine, Engine]) -> None:
     here, there = pair
     done = here.call("migrate", there.uri, "--json")

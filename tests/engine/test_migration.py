@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from corefw.errors import BlockedError, SettingsError, StateError, UriError, Usa
 from corefw.machine import RunState
 from corefw.states import MigrationStatus
 from tests.helpers.engines import Pair, arrived, counting, ended, runs_on
-from tests.helpers.machines import CountingMachine
+from tests.helpers.machines import COUNTER, CountingMachine
 
 
 def test_a_running_guest_moves_and_loses_nothing(pair: Pair) -> None:
@@ -171,6 +172,13 @@ def test_blockers_are_told_all_at_once(pair: Pair) -> None:
     destination = pair.destination()
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "completed"
+
+
+def test_a_guest_that_cannot_migrate_is_not_taken_under_only_migratable(pair: Pair) -> None:
+    table = replace(COUNTER, unmigratable="it is bolted to the floor")
+    pair.source(CountingMachine(table=table))
+    with pytest.raises(UsageError, match=r"only-migratable was asked for: .*it is bolted to the floor"):
+        pair.source(CountingMachine(table=table), properties={"only-migratable": True})
 
 
 def test_blockers_are_refused_under_only_migratable_and_while_migrating(pair: Pair) -> None:

@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 from corefw_ram.handler import RamHandler
 
+from corefw.channel import Interrupt
+from corefw.errors import MachineError
+from corefw.memory.blocks import MemfdBlock
 from corefw.section import LiveHandler, Priority, SectionKey
 from corefw.settings import Settings
 from corefw.testing.handler import CHECKS, HandlerCase, check_handler
+from corefw.testing.recording import KitContext
+from corefw.wire.stream import MemorySink, StreamWriter
 from tests.helpers.ram import MakingMachine, StillMachine, block, noise
 
 
@@ -92,3 +97,12 @@ def test_the_plugin_gives_one_handler_that_every_stream_must_have() -> None:
         assert (handler.version_id, handler.minimum_version, handler.priority) == (4, 4, Priority.RAM)
         assert handler.required()
         assert handler.active()
+
+
+@pytest.mark.parametrize("incoming", [False, True])
+def test_other_pages_than_the_streams_are_refused(incoming: bool) -> None:
+    with StillMachine(MemfdBlock("wide", 1 << 16, page_size=1 << 14)) as machine:
+        handler = RamHandler(machine)
+        context = KitContext(Settings(), Interrupt())
+        with pytest.raises(MachineError, match="'wide' has pages of 16384 bytes, expected 4096"):
+            handler.load_setup(context) if incoming else handler.setup(StreamWriter(MemorySink()), context)

@@ -66,6 +66,17 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, how: str) -> None:
     assert names(tmp_path) == ["guest"]
 
 
+def test_only_what_appears_whole_is_atomic(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    for path, atomic in ((tmp_path / "new", True), (Path("/dev/null"), False), (fifo, False)):
+        transport = FileTransport(MigrationUri.parse(f"file:{path}"))
+        transport.connect(NEVER).close()
+        assert transport.features.atomic is atomic, path
+    os.close(reader)
+
+
 def test_it_keeps_mode_and_links(tmp_path: Path) -> None:
     real, link = tmp_path / "real", tmp_path / "link"
     real.write_bytes(b"old")

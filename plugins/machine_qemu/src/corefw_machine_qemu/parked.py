@@ -131,7 +131,7 @@ class ParkedMachine(Machine):
         return {
             "machine": self._name or None,
             "parked": self._format is not None,
-            "ram": {block.idstr: block.length for block in self._blocks.values()},
+            "ram": {block.idstr: block.length for block in self.ram_blocks()},
             "devices": [
                 {"name": one.name, "instance-id": one.instance_id, "version": one.version, "size": one.size}
                 for one in self._stored.devices

@@ -5,9 +5,12 @@ The law: one handler serves one migration in one direction.
 
 from __future__ import annotations
 
-from corefw.machine import Machine
+from collections.abc import Sequence
+
+from corefw.errors import MachineError
+from corefw.machine import Machine, RamBlock
 from corefw.section import IncomingContext, LiveHandler, OutgoingContext, Pending, Priority, RamStatistics
-from corefw.wire.constants import RAM_IDSTR, RAM_VERSION
+from corefw.wire.constants import RAM_IDSTR, RAM_VERSION, TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader, StreamWriter
 from corefw_ram.load import RamLoader
 from corefw_ram.save import RamSaver
@@ -34,7 +37,7 @@ class RamHandler(LiveHandler):
         return True
 
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
-        self._saver = RamSaver(self._machine.ram_blocks(), self._statistics)
+        self._saver = RamSaver(_checked(self._machine.ram_blocks()), self._statistics)
         self._saver.setup(writer)
 
     def pending(self, threshold: int) -> Pending:
@@ -55,6 +58,7 @@ class RamHandler(LiveHandler):
         return self._statistics
 
     def load_setup(self, context: IncomingContext) -> None:
+        _checked(self._machine.ram_blocks())
         self._loader = RamLoader(self._machine)
 
     def load(self, reader: StreamReader, version_id: int) -> None:
@@ -70,3 +74,13 @@ class RamHandler(LiveHandler):
     def _saving(self) -> RamSaver:
         assert self._saver is not None, "called before setup()"
         return self._saver
+
+
+def _checked(blocks: Sequence[RamBlock]) -> Sequence[RamBlock]:
+    """Raises MachineError for a block that the stream has no records for."""
+    for block in blocks:
+        if block.page_size != TARGET_PAGE_SIZE:
+            raise MachineError(
+                f"RAM block '{block.idstr}' has pages of {block.page_size} bytes, expected {TARGET_PAGE_SIZE}"
+            )
+    return blocks

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import select
 import stat
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +24,11 @@ from corefw.sockets import reason
 from corefw.uri import MigrationUri
 from corefw_transport_exec.pipe import OneShotListener, PipeChannel
 
+log = logging.getLogger(__name__)
+
+_FEATURES: Final = TransportFeatures(return_path=False, multi_channel=False)
+"""Of a device or a FIFO; a new file is atomic."""
+
 _RETRY: Final = 0.05
 """Seconds between two attempts to open a FIFO that nobody reads yet."""
 
@@ -29,7 +36,7 @@ _RETRY: Final = 0.05
 class FileTransport(Transport):
     """file:PATH"""
 
-    features = TransportFeatures(return_path=False, multi_channel=False)
+    features = _FEATURES
 
     def __init__(self, uri: MigrationUri) -> None:
         super().__init__(uri)
@@ -43,6 +50,7 @@ class FileTransport(Transport):
         interrupt.check()
         try:
             if self._can_be_replaced():
+                self.features = replace(_FEATURES, atomic=True)
                 return NewFileChannel(self._path.resolve(), self.uri)
             return PipeChannel(self._open_for_writing(interrupt), str(self.uri), outgoing=True)
         except OSError as error:
@@ -106,10 +114,13 @@ class NewFileChannel(PipeChannel):
             os.fsync(self._fd)
             self._check_aborted()
             self._partial.rename(self._target)
-            self._partial = None
-            _sync_directory(self._target.parent)
         except OSError as error:
             raise self._failed(error) from None
+        self._partial = None
+        try:
+            _sync_directory(self._target.parent)
+        except OSError as error:  # the file is there, whole: a failure now would leave two of the guest
+            log.warning("%s: the new name may not be on the disk yet: %s", self.peer, reason(error))
         self._let_go()
 
     def _leave(self) -> None:
