@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import stat
 import subprocess
 import tomllib
@@ -11,9 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
-from corefw.cli.group import COMMANDS
+from corefw.cli.group import COMMANDS, migfw
 
 ROOT = Path(__file__).parents[1]
 TEXT = {".py", ".md", ".toml", ".txt", ".asm", ".html", ".json", ""}
@@ -99,6 +101,28 @@ def test_every_command_on_a_page_exists(page: Path) -> None:
             assert command in known, f"{page}: migfw {command}"
         for goal in re.findall(r"(?:^|\$ +)make +([a-z]+)", snippet, re.MULTILINE):
             assert goal in goals, f"{page}: make {goal}"
+
+
+RUN = re.compile(r"(?:^[\w ]*\$ +|^ +|^)migfw +run\b(.*)$|`migfw +run\b([^`]*)`", re.MULTILINE)
+"""As it is typed: a line of an example or a docstring, or between backquotes, where it may be broken."""
+
+
+def runs(text: str) -> Iterator[list[str]]:
+    """The arguments of each `migfw run` that has some; what stands far behind it, or behind a #, is a comment."""
+    for line, quoted in RUN.findall(text):
+        words = shlex.split(quoted or re.sub(r" {2,}.*", "", line), comments=True)
+        if words and not words[0].startswith("["):  # a synopsis
+            yield words
+
+
+def test_every_run_that_is_shown_would_start() -> None:
+    command = migfw.get_command(click.Context(migfw), "run")
+    assert command is not None
+    shown = [(path, words) for path, text in texts(".md", ".py") for words in runs(text)]
+    assert {"README.md", "docs/ssh.md", "corefw/cli/group.py", "corefw/cli/run.py"} <= {str(path) for path, _ in shown}
+    for path, words in shown:
+        given = command.make_context("run", list(words)).params
+        assert given["program"] or given["kind"] != "python", f"{path}: migfw run {shlex.join(words)}"
 
 
 def test_the_first_commands_of_the_readme_are_the_two_that_matter() -> None:
