@@ -88,6 +88,15 @@ def test_the_index_has_every_page() -> None:
     assert [page for page in missing if f"({page.relative_to('docs')})" not in index] == []
 
 
+def test_the_map_has_every_room_of_the_core() -> None:
+    map_ = (ROOT / "docs" / "architecture.md").read_text().partition("## The map")[2].partition("\n## ")[0]
+    named = {
+        name.removeprefix("corefw/").rstrip("/") for row in map_.splitlines() for name in re.findall(r"`([^`]+)`", row)
+    }
+    rooms = {path.parts[1] for path, _ in texts(".py") if path.parts[0] == "corefw"} - {"__init__.py"}
+    assert rooms - named == set()
+
+
 @pytest.mark.parametrize("page", pages(), ids=str)
 def test_every_command_on_a_page_exists(page: Path) -> None:
     known = {name for part in COMMANDS.values() for name in part} | {"--help", "--version"}
