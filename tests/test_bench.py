@@ -16,7 +16,7 @@ from bench.report.svg import draw
 from bench.report.table import number
 from bench.results import Chart, Outcome, Row, Shape, at_most, no_less_than_qemu, no_more_than_qemu
 from bench.sampling import Pairs, in_turns
-from bench.scenarios.bandwidth import _worst
+from bench.scenarios.bandwidth import Found, _middle, _worst, _worst_run
 
 ROOT = Path(__file__).parents[1]
 MB = 1_000_000
@@ -63,6 +63,15 @@ def test_the_worst_second_is_found() -> None:
         "a window that ends with the burst"
     )
     assert _worst(times, np.cumsum([0, *counts]), 0, 1.45, MB) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_bad_run_is_shown_and_the_median_one_is_drawn() -> None:
+    bad, good, fair = Found([2.0, 99.0], []), Found([1.0, 1.5], []), Found([4.0, 1.0], [])
+    assert _middle([bad, good, fair]) is fair
+    assert _middle([bad, good]) is good
+    row = _worst_run(Pairs([good, bad, fair], []))
+    assert (row.ours, row.qemu, row.met) == (99.0, None, None)
+    assert _worst_run(Pairs([good], [fair])).qemu == 4.0
 
 
 @pytest.mark.parametrize(("value", "text"), [(2345.6, "2346"), (23.46, "23.5"), (2.346, "2.35"), (0.23456, "0.235")])
