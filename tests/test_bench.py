@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.facts import kernel
 from bench.report import document, page
 from bench.report.svg import draw
 from bench.report.table import number
@@ -87,6 +88,11 @@ def test_a_chart_is_well_formed_and_inside_its_frame(shape: Shape, points: list[
         assert 0 <= float(circle.attrib["cx"]) <= 640
         assert 0 <= float(circle.attrib["cy"]) <= 300
     assert "ours & theirs" in [text.text for text in svg.iter("text")]
+
+
+@pytest.mark.parametrize("release", ["6.18.44-some-build", "6.18.44+", "6.18.44"])
+def test_a_kernel_is_its_version(release: str) -> None:
+    assert kernel(release) == "6.18.44"
 
 
 def test_the_reports_have_everything() -> None:
