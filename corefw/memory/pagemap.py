@@ -55,7 +55,7 @@ class Tracker:
 
     userfaultfd   of the watched process
     pagemap       its /proc/PID/pagemap, opened by itself, so it needs no right over it and no pid that may be
-    somebody else's
+                  somebody else's
     """
 
     userfaultfd: int
