@@ -134,6 +134,14 @@ def test_every_run_that_is_shown_would_start() -> None:
         assert given["program"] or given["kind"] != "python", f"{path}: migfw run {shlex.join(words)}"
 
 
+def test_every_environment_variable_is_on_the_page_of_settings() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text()
+    sources = [text for path, text in texts(".py") if path.parts[0] == "corefw" or "src" in path.parts]
+    read = {name for text in sources for name in re.findall(r"\"(MIGFW_[A-Z_]+)\"", text)}
+    assert read >= {"MIGFW_DIRTY_LOG"}
+    assert [name for name in sorted(read) if f"`{name}`" not in page] == []
+
+
 def test_the_first_commands_of_the_readme_are_the_two_that_matter() -> None:
     first = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     assert re.findall(r"^\$ (make \w+)", first, re.MULTILINE) == ["make demo", "make test"]
