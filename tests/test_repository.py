@@ -168,6 +168,16 @@ def test_no_path_of_somebody_s_machine() -> None:
     assert [f"{path}: {match.group()}" for path, text in texts() for match in ELSEWHERE.finditer(text)] == []
 
 
+def test_qemu_is_called_by_its_name() -> None:
+    """A seed is what random numbers begin with, and the core has none."""
+    wrong = [
+        str(path)
+        for path, text in texts(".py", ".md")
+        if path.parts[0] in ("corefw", "docs") and "seed" in text.lower()
+    ]
+    assert wrong == []
+
+
 def test_every_module_opens_with_its_law() -> None:
     modules = [(path, text) for path, text in texts(".py") if path.parts[0] == "corefw" or "src" in path.parts]
     assert [str(path) for path, text in modules if text and not text.startswith('"""')] == []
