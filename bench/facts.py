@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -20,13 +21,19 @@ def facts() -> Mapping[str, str]:
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{int(_field('/proc/meminfo', 'MemTotal').split()[0]) * 1024 / GIB:.1f} GiB",
         "virtual machine": "yes" if " hypervisor" in _field("/proc/cpuinfo", "flags") else "no",
-        "kernel": platform.release(),
+        "kernel": kernel(platform.release()),
         "congestion control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
         "Python": platform.python_version(),
         "NumPy": version("numpy"),
         "migfw": version("migfw"),
         "QEMU": _qemu(),
     }
+
+
+def kernel(release: str) -> str:
+    """The version alone; the rest of a release names one machine's build."""
+    found = re.match(r"\d+(\.\d+)*", release)
+    return found[0] if found else "unknown"
 
 
 def _field(path: str, name: str) -> str:

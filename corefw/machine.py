@@ -210,7 +210,7 @@ class MakesRamBlocks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StreamFormat:
-    """What of the optional frame a stream had: the seed's send-configuration and send-section-footer; the configuration
+    """What of the optional frame a stream had: QEMU's send-configuration and send-section-footer; the configuration
     section's own subsections as they came (empty: none); and the ids of its live sections, which the stored ones
     avoid."""
 

@@ -4,7 +4,7 @@ The law: every name is declared in a table, with default and range; a change is 
 and against what the result would be, and then applied as a whole or not at all. A capability that no installed plugin
 implements is refused when it is enabled; it is never accepted and ignored.
 
-Source: the seed's migrate_caps_check and migrate_params_check, QEMU 7.2's QAPI schema. Sizes are bytes, times are
+Source: QEMU 7.2's migrate_caps_check, migrate_params_check and QAPI schema. Sizes are bytes, times are
 milliseconds. Thread-safe; values may be read on any thread while another sets them.
 """
 
@@ -123,7 +123,7 @@ class Declarations:
 MAX_DOWNTIME: Final = 2_000_000
 UNLIMITED: Final = 0
 QMP_MAX_BANDWIDTH: Final = 128 << 20
-"""QEMU 7.2's default; the seed's was 32 MiB/s. The command line's own default is UNLIMITED."""
+"""QEMU 7.2's default; QEMU of May 2018 had 32 MiB/s. The command line's own default is UNLIMITED."""
 
 CAPABILITIES: Final = (
     Capability("xbzrle", "send the difference to a cached copy of a page that is dirty again"),
@@ -172,7 +172,7 @@ PROPERTIES: Final[Mapping[str, tuple[bool, str]]] = {
     "send-section-footer": (True, "send a footer behind every section"),
     "send-vmdescription": (True, "send the JSON description at the stream's end (QEMU's suppress-vmdesc, inverted)"),
 }
-"""Machine properties of the seed: name -> (default, help). Set when the engine is made, not by QMP."""
+"""Machine properties of QEMU: name -> (default, help). Set when the engine is made, not by QMP."""
 
 
 def _postcopy_with_compress(capabilities: Mapping[str, bool], _: Mapping[str, Value]) -> str | None:

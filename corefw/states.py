@@ -2,7 +2,7 @@
 
 The law: a state moves by `advance(expected, new)`, a compare-and-swap against the table of its side; a change that is
 not in the table is a bug and raises. Observers hear of it with no lock held, in the order of the changes.
-Source: the seed's migrate_set_state and its callers; the names are QAPI's MigrationStatus.
+Source: QEMU's migrate_set_state and its callers; the names are QAPI's MigrationStatus.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ SOURCE_TRANSITIONS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] 
     _S.COMPLETED: frozenset({_S.SETUP}),
     _S.FAILED: frozenset({_S.SETUP}),
 }
-"""A finished migration goes straight to SETUP of the next (the seed resets to NONE without telling anybody). A cancel
+"""A finished migration goes straight to SETUP of the next (QEMU resets to NONE without telling anybody). A cancel
 that comes when the destination has the guest already is too late: the migration completes."""
 
 DESTINATION_TRANSITIONS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] = {

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.facts import kernel
 from bench.report import document, page
 from bench.report.svg import draw
 from bench.report.table import number
 from bench.results import Chart, Outcome, Row, Shape, at_most, no_less_than_qemu, no_more_than_qemu
 from bench.sampling import Pairs, in_turns
-from bench.scenarios.bandwidth import _worst
+from bench.scenarios.bandwidth import Found, _middle, _worst, _worst_run
 
 ROOT = Path(__file__).parents[1]
 MB = 1_000_000
@@ -65,6 +66,15 @@ def test_the_worst_second_is_found() -> None:
     assert _worst(times, np.cumsum([0, *counts]), 0, 1.45, MB) == pytest.approx(1.0, abs=0.1)
 
 
+def test_a_bad_run_is_shown_and_the_median_one_is_drawn() -> None:
+    bad, good, fair = Found([2.0, 99.0], []), Found([1.0, 1.5], []), Found([4.0, 1.0], [])
+    assert _middle([bad, good, fair]) is fair
+    assert _middle([bad, good]) is good
+    row = _worst_run(Pairs([good, bad, fair], []))
+    assert (row.ours, row.qemu, row.met) == (99.0, None, None)
+    assert _worst_run(Pairs([good], [fair])).qemu == 4.0
+
+
 @pytest.mark.parametrize(("value", "text"), [(2345.6, "2346"), (23.46, "23.5"), (2.346, "2.35"), (0.23456, "0.235")])
 def test_numbers_have_the_digits_that_matter(value: float, text: str) -> None:
     assert number(value) == text
@@ -78,6 +88,11 @@ def test_a_chart_is_well_formed_and_inside_its_frame(shape: Shape, points: list[
         assert 0 <= float(circle.attrib["cx"]) <= 640
         assert 0 <= float(circle.attrib["cy"]) <= 300
     assert "ours & theirs" in [text.text for text in svg.iter("text")]
+
+
+@pytest.mark.parametrize("release", ["6.18.44-some-build", "6.18.44+", "6.18.44"])
+def test_a_kernel_is_its_version(release: str) -> None:
+    assert kernel(release) == "6.18.44"
 
 
 def test_the_reports_have_everything() -> None:

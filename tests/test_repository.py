@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import stat
 import subprocess
 import tomllib
@@ -11,9 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
-from corefw.cli.group import COMMANDS
+from corefw.cli.group import COMMANDS, migfw
 
 ROOT = Path(__file__).parents[1]
 TEXT = {".py", ".md", ".toml", ".txt", ".asm", ".html", ".json", ""}
@@ -86,6 +88,15 @@ def test_the_index_has_every_page() -> None:
     assert [page for page in missing if f"({page.relative_to('docs')})" not in index] == []
 
 
+def test_the_map_has_every_room_of_the_core() -> None:
+    map_ = (ROOT / "docs" / "architecture.md").read_text().partition("## The map")[2].partition("\n## ")[0]
+    named = {
+        name.removeprefix("corefw/").rstrip("/") for row in map_.splitlines() for name in re.findall(r"`([^`]+)`", row)
+    }
+    rooms = {path.parts[1] for path, _ in texts(".py") if path.parts[0] == "corefw"} - {"__init__.py"}
+    assert rooms - named == set()
+
+
 @pytest.mark.parametrize("page", pages(), ids=str)
 def test_every_command_on_a_page_exists(page: Path) -> None:
     known = {name for part in COMMANDS.values() for name in part} | {"--help", "--version"}
@@ -99,6 +110,36 @@ def test_every_command_on_a_page_exists(page: Path) -> None:
             assert command in known, f"{page}: migfw {command}"
         for goal in re.findall(r"(?:^|\$ +)make +([a-z]+)", snippet, re.MULTILINE):
             assert goal in goals, f"{page}: make {goal}"
+
+
+RUN = re.compile(r"(?:^[\w ]*\$ +|^ +|^)migfw +run\b(.*)$|`migfw +run\b([^`]*)`", re.MULTILINE)
+"""As it is typed: a line of an example or a docstring, or between backquotes, where it may be broken."""
+
+
+def runs(text: str) -> Iterator[list[str]]:
+    """The arguments of each `migfw run` that has some; what stands far behind it, or behind a #, is a comment."""
+    for line, quoted in RUN.findall(text):
+        words = shlex.split(quoted or re.sub(r" {2,}.*", "", line), comments=True)
+        if words and not words[0].startswith("["):  # a synopsis
+            yield words
+
+
+def test_every_run_that_is_shown_would_start() -> None:
+    command = migfw.get_command(click.Context(migfw), "run")
+    assert command is not None
+    shown = [(path, words) for path, text in texts(".md", ".py") for words in runs(text)]
+    assert {"README.md", "docs/ssh.md", "corefw/cli/group.py", "corefw/cli/run.py"} <= {str(path) for path, _ in shown}
+    for path, words in shown:
+        given = command.make_context("run", list(words)).params
+        assert given["program"] or given["kind"] != "python", f"{path}: migfw run {shlex.join(words)}"
+
+
+def test_every_environment_variable_is_on_the_page_of_settings() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text()
+    sources = [text for path, text in texts(".py") if path.parts[0] == "corefw" or "src" in path.parts]
+    read = {name for text in sources for name in re.findall(r"\"(MIGFW_[A-Z_]+)\"", text)}
+    assert read >= {"MIGFW_DIRTY_LOG"}
+    assert [name for name in sorted(read) if f"`{name}`" not in page] == []
 
 
 def test_the_first_commands_of_the_readme_are_the_two_that_matter() -> None:
@@ -125,6 +166,16 @@ def test_nothing_is_left_to_do() -> None:
 
 def test_no_path_of_somebody_s_machine() -> None:
     assert [f"{path}: {match.group()}" for path, text in texts() for match in ELSEWHERE.finditer(text)] == []
+
+
+def test_qemu_is_called_by_its_name() -> None:
+    """A seed is what random numbers begin with, and the core has none."""
+    wrong = [
+        str(path)
+        for path, text in texts(".py", ".md")
+        if path.parts[0] in ("corefw", "docs") and "seed" in text.lower()
+    ]
+    assert wrong == []
 
 
 def test_every_module_opens_with_its_law() -> None:

@@ -175,8 +175,8 @@ def test_what_does_not_go_together_is_refused_whichever_comes_first(settings: Se
 
 def test_the_machine_properties_and_their_defaults() -> None:
     settings = Settings()
-    seed = {"store-global-state": True, "only-migratable": False, "send-configuration": True}
-    assert {name: settings.property(name) for name in PROPERTIES} == seed | {
+    qemu = {"store-global-state": True, "only-migratable": False, "send-configuration": True}
+    assert {name: settings.property(name) for name in PROPERTIES} == qemu | {
         "send-section-footer": True,
         "send-vmdescription": True,
     }

@@ -48,7 +48,8 @@ def stop(name: str | None, qmp: str | None, as_json: bool) -> None:
 def cont(name: str | None, qmp: str | None, as_json: bool) -> None:
     """Let a stopped guest go on.
 
-    After a migration that may have started the guest elsewhere this is refused on the source: two of it must never run.
+    Refused on the source once the destination has said that it has the guest. Where nobody could say so (file:, exec:,
+    a link that broke at the end) it starts the guest: be sure that it does not run elsewhere, for two of it must never.
 
     \b
     Example:

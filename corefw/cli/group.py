@@ -100,7 +100,7 @@ def _verbose_option() -> click.Option:
 
 
 def _set_verbosity(ctx: click.Context, _parameter: click.Parameter, count: int) -> None:
-    """`migfw -v run` and `migfw run -v` are the same: counts add up over the command line."""
+    """`migfw -v run stress` and `migfw run stress -v` are the same: counts add up over the command line."""
     import logging
 
     total = ctx.meta["migfw.verbosity"] = ctx.meta.get("migfw.verbosity", 0) + count
@@ -124,10 +124,10 @@ def migfw(ctx: click.Context) -> None:
 
     \b
     A guest is a Python program, or a machine that left a QEMU.
-      migfw run heat.py:Heat                       run a program as a guest
-      migfw run --incoming tcp:0.0.0.0:4444        wait for it, on the other host
-      migfw migrate tcp:other.example.org:4444     move it there while it runs
-      migfw demo                                   see it work on this host
+      migfw run heat.py:Heat                               run a program as a guest
+      migfw run heat.py:Heat --incoming tcp:0.0.0.0:4444   wait for it, on the other host
+      migfw migrate tcp:other.example.org:4444             move it there while it runs
+      migfw demo                                           see it work on this host
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help(), err=True)

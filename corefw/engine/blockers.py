@@ -1,7 +1,7 @@
 """What keeps a guest from migrating: reasons added by hand, by plugins' hooks, by devices.
 
 The law: a migration is refused for all reasons at once; a reason is refused while a migration runs, and always under
-only-migratable. Source: the seed's migrate_add_blocker and migration_is_blocked. Thread-safe.
+only-migratable. Source: QEMU's migrate_add_blocker and migration_is_blocked. Thread-safe.
 """
 
 from __future__ import annotations

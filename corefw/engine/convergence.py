@@ -1,8 +1,8 @@
-"""When to stop the guest: the seed's loop constants, as pure functions of time and bytes.
+"""When to stop the guest: QEMU's loop constants, as pure functions of time and bytes.
 
 The law: no clock and no I/O in here. Bandwidth is what went out in a window of 100 ms; what can be sent within the
-downtime limit at that bandwidth is the threshold; the guest is stopped when what is pending fits under it. Source: the
-seed's migration_update_counters and migration_iteration_run.
+downtime limit at that bandwidth is the threshold; the guest is stopped when what is pending fits under it. Source:
+QEMU's migration_update_counters and migration_iteration_run.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 WINDOW: Final = 0.1
-"""Seconds (the seed's BUFFER_DELAY)."""
+"""Seconds (QEMU's BUFFER_DELAY)."""
 FIRST_WINDOW: Final = 0.01
-"""The very first estimate comes this early: a small guest would be through before the first full window, and the seed
+"""The very first estimate comes this early: a small guest would be through before the first full window, and QEMU
 would then stop it without knowing whether the rest fits into the downtime."""
 FINISH: Final = 0.5
 """Seconds of sending that a guest which might be stopped runs on for."""

@@ -5,7 +5,7 @@ switchover nobody starts it here but this page, and this page does so only when 
 completes the stream has gone out, or the destination itself has said that it failed. Where nobody can know, it stays
 stopped, and a human decides.
 
-Source: the seed's migration_completion and migration_iteration_finish.
+Source: QEMU's migration_completion and migration_iteration_finish.
 Threads: the migration thread; `held` may be read from any that holds the guest's lock.
 """
 

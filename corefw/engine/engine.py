@@ -1,7 +1,7 @@
 """What the outside calls: QMP, the command line, programs that embed migfw.
 
-The law: every command is checked before anything is started; what is refused changes nothing. The errors' texts are the
-seed's where it has them (qmp_migrate, migrate_prepare, qmp_migrate_incoming, qmp_migrate_continue, ...).
+The law: every command is checked before anything is started; what is refused changes nothing. The errors' texts are
+QEMU's where it has them (qmp_migrate, migrate_prepare, qmp_migrate_incoming, qmp_migrate_continue, ...).
 
 Threads: everything here may be called from any thread, by observers too. Events come in order, from some thread that
 caused one, with no lock held.
@@ -242,7 +242,7 @@ class Engine:
         self._migration.proceed()
 
     def start_postcopy(self) -> None:
-        """Raises StateError or SettingsError as the seed does; nothing implements postcopy-ram yet."""
+        """Raises StateError or SettingsError as QEMU does; nothing implements postcopy-ram yet."""
         if not (self.settings.capability("postcopy-ram") or self.settings.capability("dirty-bitmaps")):
             raise StateError("Enable postcopy with migrate_set_capability before the start of migration")
         raise StateError("Postcopy must be started after migration has been started")

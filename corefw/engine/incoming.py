@@ -4,7 +4,7 @@ The law: the stream is hostile until it is loaded. Whatever is wrong with it end
 expected and what came, is reported to the source with SHUT 1, and the guest is never started here. Once it was started
 here, nothing that goes wrong makes the source believe that it was not.
 
-Source: the seed's process_incoming_migration_co and _bh, QEMU's qemu_loadvm_state (migration/savevm.c).
+Source: QEMU's process_incoming_migration_co and _bh, and qemu_loadvm_state (migration/savevm.c).
 Threads: one of its own; `abort` comes from others.
 """
 

@@ -8,7 +8,7 @@ the status says so: whoever sees the end sees the guest as it will be.
     switchover   stop the guest, [pre-switchover], END sections, FULL sections
     hand over    EOF and description; wait for SHUT where there is a return path
 
-Source: the seed's migration_thread, migration_completion, migration_iteration_finish.
+Source: QEMU's migration_thread, migration_completion, migration_iteration_finish.
 Threads: one of its own; `cancel` and `proceed` come from others.
 """
 
@@ -111,7 +111,7 @@ class OutgoingMigration:
         return self._custody.held and self._state.status not in IDLE
 
     def cancel(self) -> None:
-        """Begin to end it, in whatever state; nothing happens when it is over (the seed's migrate_fd_cancel)."""
+        """Begin to end it, in whatever state; nothing happens when it is over (QEMU's migrate_fd_cancel)."""
         while (status := self._state.status) in SETUP_OR_ACTIVE:
             if self._state.advance(status, _S.CANCELLING):
                 self.interrupt.set()
@@ -239,7 +239,7 @@ class OutgoingMigration:
                 handler.store(state)
 
     def _pause(self) -> None:
-        """Wait in pre-switchover for migrate-continue. The seed counts this time as downtime, and so do we."""
+        """Wait in pre-switchover for migrate-continue. QEMU counts this time as downtime, and so do we."""
         self._proceed.clear()
         self._advance(_S.ACTIVE, _S.PRE_SWITCHOVER)
         self._check()  # what woke us before clear() would not wake us again

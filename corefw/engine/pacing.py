@@ -1,7 +1,7 @@
 """Keeps the stream at max-bandwidth.
 
 The law: over any second, what goes out is within 5 % of the limit. So the stream is paced in steps of a hundredth of a
-second, not in the seed's windows of a tenth, which let eleven windows' worth into a second; and time in which nobody
+second, not in QEMU's windows of a tenth, which let eleven windows' worth into a second; and time in which nobody
 had anything to send is not made up for. A limit that is raised counts at once, also for what was sent already; one that
 is lowered does not: what was sent within the old one would keep the stream silent for longer than that.
 

@@ -1,10 +1,10 @@
 """Passes over what is dirty, while the guest runs, until what is left fits into the downtime limit.
 
-The law: this page decides when the guest may be stopped, and nothing else. The seed stops it as soon as the rest fits
+The law: this page decides when the guest may be stopped, and nothing else. QEMU stops it as soon as the rest fits
 into the limit, and is down for as long as the limit lets it. Here a guest that runs goes on until the pass is through,
 if that is soon, and so for as long as each pass halves what is left (docs/decisions/finish-the-pass.md).
 
-Source: the seed's migration_thread and migration_iteration_run. Threads: the migration thread.
+Source: QEMU's migration_thread and migration_iteration_run. Threads: the migration thread.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The return path: what the destination tells the source, on the way back of the same channel.
 
 The law: until SHUT has come with 0, and not before everything was sent, nobody has said that the guest arrived.
-Whatever else ends the return path fails the migration. Source: the seed's source_return_path_thread,
+Whatever else ends the return path fails the migration. Source: QEMU's source_return_path_thread,
 await_return_path_close_on_source, migrate_send_rp_message.
 """
 

@@ -1,7 +1,7 @@
 """The figures of a migration and the document that query-migrate answers with.
 
 The law: the migration thread writes, anybody reads; times are milliseconds. Field names and which of them appear in
-which status are QEMU 7.2's MigrationInfo (fill_source_migration_info, fill_destination_migration_info of the seed).
+which status are QEMU 7.2's MigrationInfo (fill_source_migration_info, fill_destination_migration_info).
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from corefw.errors import MigfwError
 from corefw.machine import Machine, RamBlock, RunState, SupportsThrottle, SupportsVerify
 from corefw.testing.tasks import Possessions, Task
+from corefw.wire.constants import TARGET_PAGE_SIZE
 from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
 
 __all__ = ["CHECKS", "MachineCase", "check_machine"]
@@ -171,10 +172,11 @@ def _device_names(machine: Machine) -> list[tuple[object, int]]:
 
 @_check
 def _a_block_is_one_memory(bench: Bench) -> None:
-    """`view`, `pages` and `fd` are the same bytes, as long as the block."""
+    """`view`, `pages` and `fd` are the same bytes, as long as the block, in pages as the stream has them."""
     for block in bench.machine(incoming=True).ram_blocks():
         size = block.page_size
         assert 0 < len(block.idstr.encode()) < 256, f"the block's name '{block.idstr}' has not 1 to 255 bytes"
+        assert size == TARGET_PAGE_SIZE, f"pages of '{block.idstr}' have {size} bytes, not {TARGET_PAGE_SIZE}"
         assert block.length % size == 0, f"block '{block.idstr}' of {block.length} bytes has broken pages of {size}"
         assert len(block.view) == block.length, f"the view of '{block.idstr}' has {len(block.view)} bytes"
         assert block.pages.shape == (block.length // size, size), f"pages of '{block.idstr}': {block.pages.shape}"

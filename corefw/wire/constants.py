@@ -1,5 +1,5 @@
 """The numbers of the migration stream, each once. Source: QEMU 7.2 (migration/savevm.h, qemu-file, ram.c, migration.h);
-docs/stream.md tells the format in prose, and says where the seed of May 2018 and later QEMUs differ.
+docs/stream.md tells the format in prose, and says where QEMU of May 2018 and later ones differ.
 
 All integers on the wire are big-endian. A `string` is one byte of length and that many bytes.
 """
@@ -38,7 +38,7 @@ class SectionType(IntEnum):
 
 
 class Command(IntEnum):
-    """The commands inside a COMMAND section (MIG_CMD_*). The seed had RECV_BITMAP at 8; 7.2 has it at 10."""
+    """The commands inside a COMMAND section (MIG_CMD_*). QEMU of May 2018 had RECV_BITMAP at 8; 7.2 has it at 10."""
 
     OPEN_RETURN_PATH = 1
     PING = 2
@@ -91,7 +91,7 @@ RETURN_MESSAGE_LENGTHS: Final[dict[ReturnMessage, int | None]] = {
     ReturnMessage.SWITCHOVER_ACK: 0,
 }
 RETURN_MESSAGE_LIMIT: Final = 512
-"""The source accepts at most this many bytes of body (the seed's source_return_path_thread)."""
+"""The source accepts at most this many bytes of body (QEMU's source_return_path_thread)."""
 
 
 class RamFlag(IntFlag):

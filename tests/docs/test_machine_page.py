@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -22,6 +23,6 @@ def test_the_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_page_names_every_protocol() -> None:
     text = PAGE.read_text()
-    for name in ("SupportsVerify", "SupportsThrottle", "MakesRamBlocks", "AdoptsStreams"):
-        assert hasattr(machine, name)
-        assert name in text
+    protocols = [name for name, kind in vars(machine).items() if Protocol in getattr(kind, "__bases__", ())]
+    assert "SupportsVerify" in protocols
+    assert [name for name in protocols if f"`{name}`" not in text] == []

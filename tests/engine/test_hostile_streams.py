@@ -197,7 +197,7 @@ def changed(stream: bytes, flips: tuple[int, ...]) -> Iterator[tuple[int, bytes]
 
 
 @given(prefix=st.integers(0, 200), tail=st.binary(max_size=400))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_arbitrary_bytes_behind_any_beginning(plugins: Plugins, stream: bytes, prefix: int, tail: bytes) -> None:
     error = outcome(plugins, small(), with_return_path(stream)[:prefix] + tail)
     assert isinstance(error, RemoteStreamError)

@@ -28,7 +28,7 @@ class Clock:
     work=st.lists(st.floats(0, 0.5), min_size=20, max_size=60),
     overshoot=st.integers(0, 8192),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_no_second_has_more_than_five_percent_too_much(limit: int, work: list[float], overshoot: int) -> None:
     """`work`: how long sending a step takes, as a part of the time that is due for it; now and then it stalls."""
     clock = Clock()
@@ -48,7 +48,7 @@ def test_no_second_has_more_than_five_percent_too_much(limit: int, work: list[fl
 
 
 @given(limit=st.integers(1 << 20, 1 << 28))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_every_second_has_what_it_may_have(limit: int) -> None:
     clock = Clock()
     pacer = Pacer(clock)

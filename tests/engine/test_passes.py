@@ -96,7 +96,7 @@ class World:
 
 
 def test_a_guest_that_writes_little_is_down_for_its_last_writes() -> None:
-    """100 MB/s of 2 GB/s: each pass leaves a twentieth. The seed would be down for 300 ms."""
+    """100 MB/s of 2 GB/s: each pass leaves a twentieth. QEMU would be down for 300 ms."""
     world = World(4 * GIB, rate=100 * MIB)
     assert world.downtime() < 2 * SHORT
     assert world.now < 4 * GIB / BANDWIDTH * 1.1

@@ -43,7 +43,7 @@ def test_view_pages_and_descriptor_are_the_same_memory(block: MemfdBlock) -> Non
     assert os.pread(block.fd, 3, PAGE) == b"abc"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     pages=st.lists(st.integers(0, PAGES - 1), unique=True, max_size=PAGES),
     ascending=st.booleans(),
@@ -104,7 +104,7 @@ def test_zeroes_do_not_touch_what_was_not_touched(block: MemfdBlock) -> None:
     assert block.pages[10:15].all() and not block.pages[15:20].any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     written=st.sets(st.integers(0, PAGES - 1)),
     zeroed=st.lists(st.integers(0, PAGES - 1), unique=True, max_size=PAGES),

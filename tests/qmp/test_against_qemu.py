@@ -125,7 +125,7 @@ def test_the_same_requests_get_the_same_answers(pair: tuple[RawClient, RawClient
 
 
 def test_the_same_garbage_gets_the_same_answers(pair: tuple[RawClient, RawClient]) -> None:
-    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=300, suppress_health_check=list(HealthCheck))
     @given(jsonish | st.binary(max_size=40))
     @example(b'"\xc0\x80')
     @example(b"'\xed\xa0\x80\xf8")

@@ -179,7 +179,7 @@ def test_pipelined_requests_are_answered_in_order(client: RawClient) -> None:
 
 
 @given(places=st.lists(st.integers(0, 10**4), max_size=20))
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 def test_pieces_make_no_difference(server: QmpServer, places: list[int]) -> None:
     requests = [CAPABILITIES, b'{"execute": "query-name", "id": "\\u00e9"} ', b"@\n", b'{"execute": "nope"}', b"[1]"]
     replies = []
@@ -194,7 +194,7 @@ def test_pieces_make_no_difference(server: QmpServer, places: list[int]) -> None
 
 
 @given(st.binary(max_size=200) | jsonish)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_no_bytes_end_the_server(server: QmpServer, data: bytes) -> None:
     with RawClient(path_of(server.address), negotiate=False) as client:
         client.send(data)

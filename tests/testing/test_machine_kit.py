@@ -267,6 +267,13 @@ class StaysThrottled(Good):
             raise MachineError("too late")
 
 
+def with_large_pages(incoming: bool) -> Good:
+    made = Good(incoming)
+    made.block.close()
+    made.block = MemfdBlock("counters", PAGES * 4096, page_size=8192)
+    return made
+
+
 class ClosesOnce(Good):
     def close(self) -> None:
         if self.block.fd < 0:
@@ -308,6 +315,7 @@ class Leaks(Good):
         (LosesDevices, "state-moves-to-another-machine", "does not save what was loaded"),
         (PausesToVerify, "verify-leaves-the-guest-as-it-was", r"after verify\(\) of a guest that runs is paused"),
         (StaysThrottled, "throttle-can-be-ended", "MachineError: too late"),
+        (with_large_pages, "a-block-is-one-memory", "pages of 'counters' have 8192 bytes, not 4096"),
         (ClosesOnce, "close-can-be-repeated", "MachineError: closed already"),
     ],
 )

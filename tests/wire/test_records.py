@@ -401,7 +401,7 @@ def test_a_truncated_stream_is_an_error_with_its_offset(name: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_changed_byte_is_an_error_or_content(data: st.DataObject) -> None:
     stream = bytearray(load(data.draw(st.sampled_from(["microvm", "pc-postcopy", "pc-no-footers", "pc-bare"]))))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -411,7 +411,7 @@ def test_a_changed_byte_is_an_error_or_content(data: st.DataObject) -> None:
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_arbitrary_bytes_are_read_or_refused(data: bytes) -> None:
     outcome(b"QEVM\0\0\0\3" + data)
     outcome(data)

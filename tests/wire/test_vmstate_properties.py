@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from corefw.errors import RemoteStreamError, StreamError
@@ -27,7 +27,7 @@ from corefw.wire.vmstate import (
     VMState,
 )
 
-FEW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=120)
 LIMIT = 6
 FOLLOWS = b"\x7e\0\0\0\7\0"
 """A footer and the end of the stream."""

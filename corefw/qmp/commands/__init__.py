@@ -1,7 +1,8 @@
 """The table of commands: name -> function. Its typed keyword signature is the command's schema (schema.py).
 
 The law: a command is in this table or in a plugin's, and nowhere else; names, fields and texts are QEMU 7.2's where
-QEMU has the command, the seed's where only that has it. A command does all that was asked or raises a MigfwError.
+it has the command, those of May 2018 where only that QEMU has it. A command does all that was asked or raises a
+MigfwError.
 """
 
 from __future__ import annotations

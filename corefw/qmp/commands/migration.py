@@ -1,4 +1,4 @@
-"""Commands about migration: the seed's migration object, under its QMP names."""
+"""Commands about migration: QEMU's migration object, under its QMP names."""
 
 from __future__ import annotations
 

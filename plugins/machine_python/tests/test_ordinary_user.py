@@ -52,4 +52,4 @@ def test_as_an_ordinary_user() -> None:
         env={**os.environ, "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "PagemapLog"
+    assert done.stdout.strip() == "pagemap"

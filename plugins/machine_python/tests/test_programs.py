@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -84,13 +85,15 @@ def test_stress_notices_one_lost_write(stress: PythonMachine, word: int, message
         stress.verify()
 
 
-def test_stress_holds_its_rate_when_it_runs_for_long_enough(make: Make) -> None:
+def test_stress_holds_its_rate_however_long_it_runs(make: Make) -> None:
     """An upper bound only: how much a loaded host gets done is not ours to promise."""
-    machine = make("stress", ram="4M", working_set="1M", dirty_rate="4K")
+    machine = make("stress", ram="4M", working_set="1M", dirty_rate="40K")
+    began = time.monotonic()
     machine.start()
-    assert wait_until(lambda: bool(machine.verify()["writes"]))
+    assert wait_until(lambda: int(str(machine.verify()["writes"])) >= 5)
     machine.stop(RunState.PAUSED)
-    assert vars(machine.devices()[0].state)["writes"] <= 5
+    seconds = time.monotonic() - began
+    assert vars(machine.devices()[0].state)["writes"] <= 10 * seconds + 1
 
 
 def test_the_engine_has_no_copy_of_the_guests_memory(make: Make) -> None:

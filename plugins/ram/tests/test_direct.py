@@ -81,7 +81,7 @@ def streams(draw: st.DrawFn) -> tuple[bytes, int]:
 portions = st.lists(st.integers(1, 20 * RECORD), min_size=1, max_size=5) | st.just([WHOLE]) | st.just([RECORD - 3])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(stream=streams(), sizes=portions, touched=st.booleans())
 def test_records_mean_the_same(stream: tuple[bytes, int], sizes: list[int], touched: bool) -> None:
     data, bodies = stream
@@ -90,7 +90,7 @@ def test_records_mean_the_same(stream: tuple[bytes, int], sizes: list[int], touc
     assert outcome(data, sizes, direct=True, bodies=bodies, touched=touched) == expected
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data(), sizes=portions)
 def test_a_stream_that_ends_early_fails_at_the_same_place(data: st.DataObject, sizes: list[int]) -> None:
     whole = run(0, PAGES, "one") + EOS
@@ -98,7 +98,7 @@ def test_a_stream_that_ends_early_fails_at_the_same_place(data: st.DataObject, s
     assert outcome(cut, sizes, direct=True) == outcome(cut, sizes, direct=False)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), sizes=portions)
 def test_a_changed_header_means_the_same(data: st.DataObject, sizes: list[int]) -> None:
     stream = bytearray(run(0, PAGES, "one") + EOS)

@@ -156,7 +156,7 @@ def bodies(draw: st.DrawFn) -> list[bytes]:
     return made
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     bodies=bodies(),
     sizes=st.lists(st.integers(1, 3 * PAGE), min_size=1, max_size=6) | st.just([1]) | st.just([1 << 20]),

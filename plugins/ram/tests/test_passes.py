@@ -51,7 +51,7 @@ def write(machine: StillMachine, wish: tuple[str, int, int, int]) -> None:
         pages[:] = noise(len(pages), seed=first) if value else 0
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(before=st.lists(writes, max_size=3), passes=passes, budgets=budgets, harvest=st.booleans(), told=st.booleans())
 def test_any_writes_between_the_parts_arrive(
     before: list[tuple[str, int, int, int]],

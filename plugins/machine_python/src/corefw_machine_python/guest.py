@@ -39,9 +39,8 @@ def array(name: str, shape: Shape | Callable[[Any], Shape], dtype: DTypeLike = "
 def field(kind: str, default: Value | None = None, *, since: int = 0) -> Field:
     """A value that moves while the program is stopped.
 
-    kind      "u8" to "u64", "i8" to "i64", "f64" (or "double"), "bool", "bytes[N]" (exactly N, shorter ones are
-    padded with
-              zeros), "str[N]" (at most N bytes of UTF-8)
+    kind      "u8" to "u64", "i8" to "i64", "f64" (or "double"), "bool", "bytes[N]" (exactly N, shorter ones are padded
+              with zeros), "str[N]" (at most N bytes of UTF-8)
     default   before setup() sets it; zero or empty
     since     the `version` of the program that was the first to have it; it keeps its default when an older one comes
 

@@ -16,8 +16,8 @@ from typing import Any, Final
 from corefw.errors import MachineError, UsageError
 from corefw.machine import DEAD, Device, Machine, MachineConfig, RamBlock, RunState
 from corefw.memory.blocks import MemfdBlock
-from corefw.memory.logs import best_dirty_log
-from corefw.memory.pagemap import Tracker
+from corefw.memory.logs import LogKind, best_dirty_log
+from corefw.memory.pagemap import PagemapLog, Tracker
 from corefw_machine_python.loading import BUNDLED, EXPECTED
 from corefw_machine_python.process import START_TIMEOUT, Ending, GuestProcess, GuestTimeout
 from corefw_machine_python.protocol import Message
@@ -103,7 +103,7 @@ class PythonMachine(Machine):
             "program": BUNDLED.get(self._program, self._program),
             "pid": self._guest.pid,
             "ram": {block.idstr: block.length for block in self._blocks},
-            "dirty-log": {block.idstr: type(block.dirty_log).__name__ for block in self._blocks},
+            "dirty-log": {block.idstr: _log_kind(block) for block in self._blocks},
             # Of a guest that runs, its process alone has the truth.
             "fields": {} if self._run_state is RunState.RUNNING else show_values(self._device, self._loaded["fields"]),
             **({"error": self._reason} if self._reason else {}),
@@ -237,3 +237,7 @@ class PythonMachine(Machine):
         if self._tracker is not None:
             self._tracker.close()
             self._tracker = None
+
+
+def _log_kind(block: RamBlock) -> LogKind:
+    return LogKind.PAGEMAP if isinstance(block.dirty_log, PagemapLog) else LogKind.HASHES

@@ -7,8 +7,8 @@ The law: a guess that was wrong changes nothing but what is allocated. It is onl
 was ever stored in, of blocks that were untouched when the migration began; what then turns out to be something else is
 taken out again and read the usual way, and the pages are zero as before.
 
-Measured over tcp, the destination's processor time per GiB: 0.25 s, where reading into a buffer and storing from there
-takes 0.4 s; huge pages are a condition, for a fault at each small one costs more than it saves.
+It saves more than a third of the destination's processor time (docs/performance.md has the figures); huge pages are a
+condition, for a fault at each small one costs more than it saves.
 
 Threads: the incoming thread.
 """
