@@ -41,11 +41,10 @@ _PAGE_IS_WRITTEN: Final = 2
 _ScanArgument: Final = Struct("=12Q")
 _WALK_END: Final = 4
 
-REGIONS: Final = 1 << 15
-"""Regions that one call can report: 768 KiB. More take more calls."""
-
-FIRST_REGIONS: Final = 1 << 10
-"""Regions that the buffer starts with; it grows when a harvest fills it."""
+REGIONS: Final = 512
+"""Regions that one call can report, no more than the kernel gathers before it copies them out. Asked for more it goes
+on gathering, but may say then that it stopped where it last copied, though it came to the end (seen on Linux 6.18): who
+goes on from there finds pages again, behind others that were found before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +122,7 @@ class PagemapLog(DirtyLog):
         except OSError as error:
             self.stop()
             raise MachineError(f"cannot watch the guest's memory with userfaultfd: {error.strerror}") from None
-        self._regions = np.empty((FIRST_REGIONS, 3), dtype=np.uint64)
+        self._regions = np.empty((REGIONS, 3), dtype=np.uint64)
 
     def harvest(self) -> NDArray[np.int64]:
         """See DirtyLog. At most 5 ms per GiB when few pages are dirty."""
@@ -134,8 +133,6 @@ class PagemapLog(DirtyLog):
         while at < end:
             count, at = self._scan(at, end)
             found.append(self._regions[:count, :2].copy())
-            if count == len(self._regions) < REGIONS:
-                self._regions = np.empty((min(4 * count, REGIONS), 3), dtype=np.uint64)
         return self._as_runs(np.concatenate(found))
 
     def _scan(self, start: int, end: int) -> tuple[int, int]:
@@ -157,7 +154,7 @@ class PagemapLog(DirtyLog):
             count = fcntl.ioctl(self._tracker.pagemap, _PAGEMAP_SCAN, argument, True)
         except OSError as error:
             raise MachineError(f"cannot read the guest's dirty log by PAGEMAP_SCAN: {error.strerror}") from None
-        stopped = int(_ScanArgument.unpack(argument)[_WALK_END])
+        stopped = int(_ScanArgument.unpack(argument)[_WALK_END]) if count == len(self._regions) else end
         if not start < stopped <= end:
             raise MachineError(f"PAGEMAP_SCAN stopped at {stopped:#x}, expected {start:#x} to {end:#x}")
         return count, stopped

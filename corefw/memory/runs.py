@@ -48,6 +48,7 @@ def join(runs: Runs) -> Runs:
     """Ascending runs that may touch or overlap -> runs that are apart."""
     if len(runs) < 2:
         return runs
+    assert (runs[1:, 0] >= runs[:-1, 0]).all(), "a run that comes too late would be lost"
     furthest = np.maximum.accumulate(runs[:, 1])
     new = np.concatenate(([True], runs[1:, 0] > furthest[:-1]))
     starts = np.flatnonzero(new)
