@@ -278,8 +278,9 @@ def _remove_stale(path: Path, uri: MigrationUri) -> None:
         before = path.lstat()
         if not stat.S_ISSOCK(before.st_mode):
             raise ChannelError(f"{uri}: there is a file of that name, and it is no socket (choose another path)")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
+        # Of the wrong type it connects to nobody, but is told whether there is somebody: a destination that waits for
+        # one connection would take a real one for it.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
             if probe.connect_ex(os.fsencode(path)) != errno.ECONNREFUSED:
                 raise ChannelError(f"{uri}: {reason(OSError(errno.EADDRINUSE, ''))}")
         if os.path.samestat(path.lstat(), before):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from corefw import descriptors
 from corefw.channel import Channel, Interrupt, receive_exactly
 from corefw.errors import ChannelError, Interrupted, UsageError
 from corefw.plugins import Plugins
@@ -295,14 +296,17 @@ def test_a_command_that_fails_fails_the_relay(tmp_path: Path) -> None:
 
 
 def test_the_wrong_way_round() -> None:
-    reader, writer = os.pipe()
+    for name, fd in zip(("reader", "writer"), os.pipe(), strict=True):
+        descriptors.put(name, fd)
     tcp = PLUGINS.transport("tcp:127.0.0.1:0")
     with pytest.raises(UsageError, match="cannot relay to 'fd:"):
-        Relay(tcp, PLUGINS.transport(f"fd:{reader}"))
+        Relay(tcp, PLUGINS.transport("fd:reader"))
     with pytest.raises(UsageError, match="cannot relay from 'fd:"):
-        Relay(PLUGINS.transport(f"fd:{writer}"), tcp)
-    os.close(reader)
-    os.close(writer)
+        Relay(PLUGINS.transport("fd:writer"), tcp)
+    for name in ("reader", "writer"):
+        fd = descriptors.take(name)
+        assert fd is not None
+        os.close(fd)
 
 
 # -- the command ---------------------------------------------------------------------------------------------------

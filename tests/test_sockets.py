@@ -386,8 +386,11 @@ def test_a_stale_socket_is_replaced(folder: Path) -> None:
 
 
 def test_a_live_socket_and_a_file_are_not(folder: Path) -> None:
-    with listen_unix(*unix(folder / "s")), pytest.raises(ChannelError, match=f"unix:{folder}/s: the address is in use"):
-        listen_unix(*unix(folder / "s"))
+    with listen_unix(*unix(folder / "s")) as listener:
+        with pytest.raises(ChannelError, match=f"unix:{folder}/s: the address is in use"):
+            listen_unix(*unix(folder / "s"))
+        with pytest.raises(BlockingIOError):  # nobody came: a destination takes the first one for its source
+            listener.sockets[0].accept()
     (folder / "file").write_text("precious")
     with pytest.raises(ChannelError, match="there is a file of that name, and it is no socket"):
         listen_unix(*unix(folder / "file"))

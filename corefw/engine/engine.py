@@ -231,8 +231,10 @@ class Engine:
 
     def cancel(self) -> None:
         """Begin to end the outgoing migration; nothing happens when there is none."""
-        if self._migration is not None:
-            self._migration.cancel()
+        with self._swap:
+            if self._migration is not None:
+                self._migration.cancel()
+        self.outgoing.announce()
 
     def continue_migration(self, state: MigrationStatus) -> None:
         """Go on from pre-switchover. Raises StateError when the status is not `state`."""
@@ -346,8 +348,8 @@ class Engine:
         """End migrations and the guest. A source that may have handed the guest over does not start it again."""
         with self._lock:
             self._closed = True
+        self.cancel()
         if self._migration is not None:
-            self._migration.cancel()
             self._migration.join()
         if self._arrival is not None:
             self._arrival.abort()

@@ -46,7 +46,7 @@ from corefw.wire.records import (
     write_description,
     write_header,
 )
-from corefw.wire.stream import StreamWriter
+from corefw.wire.stream import MemorySink, StreamWriter
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +111,10 @@ class OutgoingMigration:
         return self._custody.held and self._state.status not in IDLE
 
     def cancel(self) -> None:
-        """Begin to end it, in whatever state; nothing happens when it is over (QEMU's migrate_fd_cancel)."""
+        """Begin to end it, in whatever state; nothing happens when it is over. The caller sees to it that no other
+        migration begins meanwhile, and announces the status afterwards (QEMU's migrate_fd_cancel)."""
         while (status := self._state.status) in SETUP_OR_ACTIVE:
-            if self._state.advance(status, _S.CANCELLING):
+            if self._state.move(status, _S.CANCELLING):
                 self.interrupt.set()
                 self._proceed.set()
                 self._abort_channels()
@@ -249,6 +250,7 @@ class OutgoingMigration:
 
     def _hand_over(self, writer: StreamWriter, sections: SectionWriter, channel: Channel) -> None:
         """The end mark: from its first byte on the destination may run the guest."""
+        description = self._description(sections)
         self._check()
         self._custody.handed_over = not self._transport.features.atomic
         if self._return_path is not None:
@@ -258,8 +260,7 @@ class OutgoingMigration:
                 writer.write(piece)
         else:
             writer.u8(SectionType.EOF)
-            if self.settings.property("send-vmdescription"):
-                write_description(writer, sections.description())
+            writer.write(description)
         writer.flush()
         self.statistics.transferred = writer.position
         if self._return_path is not None:
@@ -270,6 +271,16 @@ class OutgoingMigration:
                 channel.send_eof()
         else:
             channel.send_eof()
+
+    def _description(self, sections: SectionWriter) -> bytes:
+        """Made before anything is handed over: it has what plugins say of their sections."""
+        if isinstance(self._machine, AdoptsStreams) or not self.settings.property("send-vmdescription"):
+            return b""
+        made = MemorySink()
+        writer = StreamWriter(made)
+        write_description(writer, sections.description())
+        writer.flush()
+        return bytes(made.data)
 
     # -- how it ends -----------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Final
 
 from corefw.channel import Interrupt
-from corefw.engine.convergence import Convergence
+from corefw.engine.convergence import FINISH, Convergence
 from corefw.engine.framing import SectionWriter
 from corefw.engine.pacing import Pacer
 from corefw.engine.statistics import OutgoingStatistics
@@ -77,8 +77,8 @@ class Passes:
             before = writer.position
             through = self._send_parts(writer, sections, pacer.budget(self._limit))
             self._pace(pacer, writer.position - before)
-            finishing = finishing and not through
             self._count(writer, convergence)
+            finishing = finishing and not through and self._is_still_soon_sent(convergence)
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -95,6 +95,10 @@ class Passes:
 
     def _is_worth_finishing(self, convergence: Convergence, left: int, most: float) -> bool:
         return self._machine.run_state is RunState.RUNNING and left <= most and convergence.is_soon_sent(left)
+
+    def _is_still_soon_sent(self, convergence: Convergence) -> bool:
+        """What is left of a pass; max-bandwidth may have been lowered since it was found worth finishing."""
+        return self._pending(KNOWN) < convergence.bandwidth * FINISH
 
     def _send_parts(self, writer: StreamWriter, sections: SectionWriter, budget: int) -> bool:
         """One PART of each handler, `budget` bytes for all of them; a later one has its turn only when those before

@@ -128,6 +128,21 @@ def test_what_does_not_converge_goes_on_until_the_limit_is_raised() -> None:
     assert world.now < 10 + 5
 
 
+def test_a_pass_that_is_not_soon_through_any_more_is_not_finished_at_any_price() -> None:
+    """The path becomes a thousandth of what it was while a pass is finished; then the limit is raised to force it."""
+
+    class Narrowing(World):
+        def iterate(self, writer: object, budget: int) -> bool:
+            if self.now > 0.05:
+                self.bandwidth = 2 * MIB
+            return super().iterate(writer, min(budget, MIB))
+
+    world = Narrowing(GIB // 4)
+    world.limit = lambda: 2_000_000 if world.now > 2 else 300
+    world.downtime()
+    assert world.now < 5
+
+
 @pytest.mark.parametrize(("rate", "limit"), [(0, 0), (10 * MIB, 1), (0, 300)])
 def test_a_small_limit_is_kept(rate: int, limit: int) -> None:
     world = World(GIB, rate=rate)

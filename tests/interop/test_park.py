@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from corefw import descriptors
 from corefw.engine import Engine
 from corefw.machine import MachineConfig, RunState
 from corefw.plugins import Plugins
@@ -113,7 +114,8 @@ def _by_descriptors(source: Qemu, engine: Engine, destination: Qemu, _folder: Pa
     theirs, ours = socket.socketpair()
     source.command("getfd", fdname="way", fd=theirs.fileno())
     theirs.close()
-    engine.migrate_incoming(f"fd:{ours.detach()}")
+    descriptors.put("way", ours.detach())
+    engine.migrate_incoming("fd:way")
     source.migrate("fd:way")
     wait_parked(engine)
     source.wait_migrated()
@@ -121,7 +123,8 @@ def _by_descriptors(source: Qemu, engine: Engine, destination: Qemu, _folder: Pa
     destination.command("getfd", fdname="way", fd=theirs.fileno())
     theirs.close()
     destination.command("migrate-incoming", uri="fd:way")
-    send(engine, f"fd:{ours.detach()}")
+    descriptors.put("way", ours.detach())
+    send(engine, "fd:way")
 
 
 WAYS = {

@@ -22,6 +22,9 @@ NEVER = Interrupt()
 
 
 def fd_(what: int | str) -> FdTransport:
+    """A number as if the process had been started with it."""
+    if isinstance(what, int):
+        os.set_inheritable(what, True)
     return FdTransport(MigrationUri("fd", str(what)))
 
 
@@ -45,6 +48,14 @@ def test_a_number_is_used_and_closed(pipe: tuple[int, int]) -> None:
     assert os.read(reader, 10) == b""
     with pytest.raises(ChannelError, match="used already"):
         transport.connect(NEVER)
+
+
+def test_what_the_process_opened_itself_is_not_given_away(pipe: tuple[int, int]) -> None:
+    """A mistyped number would take the guest's own connection."""
+    for fd in pipe:
+        with pytest.raises(UriError, match=f"'fd:{fd}': descriptor {fd} is this process's own"):
+            fd_(str(fd))
+        os.fstat(fd)
 
 
 def test_a_name_is_taken_when_it_is_used(pipe: tuple[int, int]) -> None:

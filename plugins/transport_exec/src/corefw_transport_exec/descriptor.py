@@ -1,7 +1,8 @@
 """fd:N and fd:NAME: a stream through a descriptor that is open already.
 
 The law: what a descriptor can do is found out before anything is sent: a connected socket has a return path, anything
-else goes one way. The channel owns the descriptor and closes it.
+else goes one way. The channel owns the descriptor and closes it. A number means one that the process was started with:
+what it opened itself is close-on-exec (Python sees to that), and to take such a one would take the guest's own.
 """
 
 from __future__ import annotations
@@ -54,8 +55,14 @@ class FdTransport(Transport):
         try:
             mode = os.fstat(fd).st_mode
             access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+            own = self._is_number and fd not in _STANDARD and not os.get_inheritable(fd)
         except (OSError, OverflowError):
             raise UriError(f"'{self.uri}': descriptor {self._name} is not open in this process") from None
+        if own:
+            raise UriError(
+                f"'{self.uri}': descriptor {self._name} is this process's own,"
+                " expected one that it was started with (or the NAME of one passed with getfd)"
+            )
         if stat.S_ISSOCK(mode):
             self._check_socket(fd)
             return TransportFeatures(return_path=True, multi_channel=False)
