@@ -43,7 +43,7 @@ class QmpServer:
     """
 
     def __init__(self, engine: Engine, address: QmpAddress | str) -> None:
-        """Raises UriError, UsageError (somebody else listens there), ChannelError, PluginError (a plugin's command)."""
+        """Raises UriError, UsageError (somebody else listens there), ChannelError."""
         self._engine = engine
         self._commands = command_table(engine)
         self._listening = listen(parse_address(address) if isinstance(address, str) else address)

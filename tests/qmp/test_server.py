@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from corefw import descriptors, hookspecs
 from corefw.engine import Engine
-from corefw.errors import ChannelError, MigfwError, PluginError, UsageError
+from corefw.errors import ChannelError, MigfwError, UsageError
 from corefw.machine import RunState
 from corefw.plugins import Plugins
 from corefw.qmp.address import TcpAddress
@@ -140,16 +140,43 @@ def test_tcp_reports_the_port_that_it_got(engine: Engine, host: str) -> None:
                 client.execute("getfd", {"fdname": "x"}, fds=[0])
 
 
-def test_a_plugins_command_may_not_take_a_name_of_ours(engine: Engine, plugins: Plugins, folder: Path) -> None:
+def shapeless(data: bytes) -> None: ...
+
+
+def unhinged(data: contextlib.missing) -> None: ...  # type: ignore[name-defined]  # what is tested
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "why"),
+    [
+        ("stop", dict, "the core has a command of that name"),
+        ("x-shapeless", shapeless, "no schema for a command: <class 'bytes'> stands for no JSON type"),
+        ("x-unhinged", unhinged, "no schema for a command: module 'contextlib' has no attribute 'missing'"),
+        ("x-nothing", None, "no schema for a command: None is not a callable object"),
+    ],
+)
+def test_a_plugins_command_that_cannot_be_one_is_left_out(
+    name: str,
+    function: Callable[..., object],
+    why: str,
+    engine: Engine,
+    plugins: Plugins,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Greedy:
         @hookspecs.hookimpl
         def corefw_commands(self, engine: Engine) -> Mapping[str, Callable[..., object]]:
-            return {"stop": lambda: None}
+            return {name: function, "x-fine": lambda: "fine"}
 
-    plugins.register(Greedy())
-    with pytest.raises(PluginError, match="'stop'"):
-        QmpServer(engine, f"unix:{folder}/qmp")
-    assert not list(folder.iterdir())
+    plugins.register(Greedy(), "greedy")
+    with QmpServer(engine, f"unix:{folder}/qmp") as server, QmpClient(server.address) as client:
+        assert client.execute("x-fine") == "fine"
+        assert client.execute("stop") == {}, "which is the core's"
+        assert [entry["name"] for entry in client.execute("query-commands")].count(name) == (name == "stop")
+    (line,) = caplog.messages
+    assert line.startswith(f"plugin 'greedy' adds the command '{name}', which is left out: ")
+    assert line.endswith(why)
 
 
 # -- one conversation --------------------------------------------------------------------------------------------------
