@@ -31,9 +31,10 @@ CORE: Final[dict[str, set[str]]] = {
     "states": {"news"},
     "settings": {"errors", "quantities"},
     "channel": {"errors", "uri"},
+    "socketfile": {"errors"},
     "iovec": set(),
     "sockets": {"errors", "uri", "iovec", "channel"},
-    "dialing": {"errors", "uri", "channel", "sockets"},
+    "dialing": {"errors", "uri", "channel", "socketfile", "sockets"},
     "wire": {"errors", "channel"},
     "relay": {"errors", "uri", "channel", "wire"},
     "inspection": {"errors", "channel", "wire"},
@@ -46,7 +47,10 @@ CORE: Final[dict[str, set[str]]] = {
     "engine": {
         *("errors", "uri", "news", "states", "settings", "channel", "wire", "section", "machine", "plugins"),
     },
-    "qmp": {"errors", "uri", "quantities", "descriptors", "states", "settings", "channel", "plugins", "engine"},
+    "qmp": {
+        *("errors", "uri", "quantities", "descriptors", "states", "settings", "channel", "socketfile", "dialing"),
+        *("plugins", "engine"),
+    },
 }
 """Part of the core -> what it may import. `cli` is missing: it is the only place where everything meets."""
 
@@ -55,6 +59,7 @@ TYPES: Final[dict[str, set[str]]] = {
     "machine": {"section", "wire"},
     "hookspecs": {"uri", "states", "settings", "channel", "section", "machine", "engine"},
     "plugins": {"engine"},
+    "qmp": {"sockets"},
 }
 """What a part may name in annotations beside that."""
 
