@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
 
-from corefw.errors import ChannelClosed, ChannelError, Interrupted
+from corefw.errors import ChannelClosed, ChannelError, Interrupted, UriError
 from corefw.uri import MigrationUri
 
 if TYPE_CHECKING:
@@ -199,6 +199,16 @@ class Transport(ABC):
 
     def __init__(self, uri: MigrationUri) -> None:
         self.uri: Final = uri
+
+    def check_outgoing(self) -> None:
+        """Raise UriError when one cannot dial out."""
+        if not self.features.outgoing:
+            raise UriError(f"'{self.uri}': one cannot send there, only wait for a migration")
+
+    def check_incoming(self) -> None:
+        """Raise UriError when one cannot wait for peers."""
+        if not self.features.incoming:
+            raise UriError(f"'{self.uri}': one cannot wait for a migration there, only send")
 
     @abstractmethod
     def connect(self, interrupt: Interrupt) -> Channel:

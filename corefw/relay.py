@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from corefw.channel import Channel, Interrupt, Listener, Transport
-from corefw.errors import ChannelError, Interrupted, MigfwError, UsageError
+from corefw.errors import ChannelError, Interrupted, MigfwError
 from corefw.uri import MigrationUri
 from corefw.wire.verdict import Overhearing, Verdict
 
@@ -143,10 +143,9 @@ class Relay:
     """
 
     def __init__(self, source: Transport, target: Transport) -> None:
-        if not source.features.incoming:
-            raise UsageError(f"cannot relay from '{source.uri}': that transport only dials out")
-        if not target.features.outgoing:
-            raise UsageError(f"cannot relay to '{target.uri}': that transport only receives")
+        """Raises UriError when one cannot wait at the source, or not dial the target."""
+        source.check_incoming()
+        target.check_outgoing()
         self.source: Final = source
         self.target: Final = target
         self.two_way: Final = source.features.return_path and target.features.return_path
