@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
-from corefw.cli.options import ON_OFF, parse_switch, parse_switches, split_pairs
+from corefw.cli.options import parse_switches, read_switch, split_pairs
 from corefw.errors import MigfwError, SettingsError, UsageError
-from corefw.quantities import parse_size
+from corefw.quantities import parse_size, parse_switch
 from corefw.settings import Capability, Parameter, Settings, Value
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def read_mixed(pairs: Iterable[str], capabilities: frozenset[str], *, plugins: b
     for name, text in split_pairs(pairs, "NAME=VALUE, as in downtime-limit=100ms or return-path=on").items():
         real = _real_name(name, plugins=plugins)
         if real in capabilities or isinstance(_declared(name, plugins=plugins), Capability):
-            changes.capabilities[real] = parse_switch(name, text)
+            changes.capabilities[real] = read_switch(name, text)
         else:
             changes.parameters.update([_parameter(name, text, plugins=plugins)])
     return changes
@@ -119,8 +119,8 @@ def _parameter(name: str, text: str, *, plugins: bool) -> tuple[str, Value]:
 
 def _guess(text: str) -> Value:
     """A value whose kind nobody here knows: on or off, a number or size, or else a string."""
-    if text.lower() in ON_OFF:
-        return ON_OFF[text.lower()]
+    with contextlib.suppress(UsageError):
+        return parse_switch(text)
     return parse_size(text) if re.fullmatch(r"\d+(\.\d+)?[KMGTkmgt]?(iB|B)?", text) else text
 
 
