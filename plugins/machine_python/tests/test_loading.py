@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from corefw_machine_python import PythonMachine
+from corefw_machine_python import PythonMachine, guest
 from corefw_machine_python.declarations import Declarations, FieldType
 from corefw_machine_python.loading import load_program
 from corefw_machine_python.programs.life import Life
@@ -128,6 +128,12 @@ def test_fields_take_what_fits(kind: str, good: list[object], bad: list[object])
     for value in bad:
         with pytest.raises((TypeError, ValueError), match=f"is {checked.kind}"):
             checked.check(value)
+
+
+@pytest.mark.parametrize(("kind", "default"), [("str[8]", 0), ("bytes[8]", 0), ("bool", 0.0), ("bool", 0), ("u8", 0.0)])
+def test_a_default_has_to_fit_also_where_it_equals_zero(kind: str, default: int | float) -> None:
+    with pytest.raises(TypeError, match=r"^is .*, got 0"):
+        guest.field(kind, default)
 
 
 def test_bytes_are_padded() -> None:

@@ -205,7 +205,7 @@ class Field:
 
     def __init__(self, kind: str, default: Value | None, since: int) -> None:
         self.type = FieldType.parse(kind)
-        self.default = self.type.zero if default is None or default == 0 else self.type.check(default)
+        self.default = self.type.zero if default is None else self.type.check(default)
         self.since = since
         self.name = ""
 
