@@ -24,10 +24,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from corefw.channel import Channel, Interrupt, Listener, Transport
+from corefw.closing import Closing
 from corefw.errors import ChannelError, Interrupted, MigfwError
 from corefw.uri import MigrationUri
 from corefw.wire.verdict import Overhearing, Verdict
@@ -129,7 +129,7 @@ def _broken(kind: type[_SideBroke], side: str, error: MigfwError) -> MigfwError:
     return kind(f"the {side} side of the relay broke: {error}")
 
 
-class Relay:
+class Relay(Closing):
     """One relay, used once. `with` it, so that everything is closed.
 
     source      FROM: listened at; one peer is accepted
@@ -225,14 +225,6 @@ class Relay:
             self._thread.join()
         self._close_ends()
         self._interrupt.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # -- work ------------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@ import select
 import socket
 import threading
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from corefw.channel import Interrupt
+from corefw.closing import Closing
 from corefw.dialing import listen_tcp, listen_unix
 from corefw.qmp import protocol
 from corefw.qmp.address import QmpAddress, UnixAddress, parse_address
@@ -37,7 +37,7 @@ _ACCEPT_PAUSE: Final = 0.2
 """Seconds to wait when there is no descriptor or memory for one more client."""
 
 
-class QmpServer:
+class QmpServer(Closing):
     """Listens from its construction on. One thread accepts, two serve each client; all of them daemons.
 
     address   what clients dial; port 0 has become the real one
@@ -87,14 +87,6 @@ class QmpServer:
         deadline = time.monotonic() + FLUSH_SECONDS + 1
         for client in clients:
             client.join(max(0.0, deadline - time.monotonic()))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # -- clients ---------------------------------------------------------------------------------------------------
 
