@@ -45,7 +45,7 @@ class Occupant(Enum):
     NOBODY = auto()
     LISTENER = auto()
     OTHER = auto()
-    """What is no socket, or a stale one that is not ours to remove, or what we may not look at."""
+    """What is no stream socket, or one that we may not dial, or a stale one that is not ours to remove."""
 
 
 def occupant(path: Path) -> Occupant:
@@ -56,8 +56,11 @@ def occupant(path: Path) -> Occupant:
             return Occupant.OTHER
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
-            if probe.connect_ex(os.fsencode(path)) != errno.ECONNREFUSED:
-                return Occupant.LISTENER
+            code = probe.connect_ex(os.fsencode(path))
+        if code in (0, errno.EAGAIN):  # its backlog is full
+            return Occupant.LISTENER
+        if code not in (errno.ECONNREFUSED, errno.ENOENT):
+            return Occupant.OTHER
         if os.path.samestat(path.lstat(), before):  # a new one may have taken its place since
             path.unlink()
     except (FileNotFoundError, NotADirectoryError):
