@@ -20,10 +20,10 @@ import os
 import select
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
-from corefw.errors import ChannelClosed, ChannelError, Interrupted
+from corefw.closing import Closing
+from corefw.errors import ChannelClosed, ChannelError, Interrupted, UriError
 from corefw.uri import MigrationUri
 
 if TYPE_CHECKING:
@@ -99,24 +99,7 @@ class Interrupt:
     __del__ = close
 
 
-class _Closing:
-    """`with` support for everything that has close()."""
-
-    __slots__ = ()
-
-    def close(self) -> None:
-        raise AssertionError("a subclass defines close()")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Channel(_Closing, ABC):
+class Channel(Closing, ABC):
     """One byte stream.
 
     peer              who is at the other end, for messages: "tcp:10.0.0.7:4444"
@@ -177,7 +160,7 @@ class ReceivesMemory(Protocol):
         milliseconds for more, so it is for those who expect much."""
 
 
-class Listener(_Closing, ABC):
+class Listener(Closing, ABC):
     """A place where peers can dial in. `uri` is what they dial (port 0 has become the real one)."""
 
     uri: MigrationUri
@@ -199,6 +182,16 @@ class Transport(ABC):
 
     def __init__(self, uri: MigrationUri) -> None:
         self.uri: Final = uri
+
+    def check_outgoing(self) -> None:
+        """Raise UriError when one cannot dial out."""
+        if not self.features.outgoing:
+            raise UriError(f"'{self.uri}': one cannot send there, only wait for a migration")
+
+    def check_incoming(self) -> None:
+        """Raise UriError when one cannot wait for peers."""
+        if not self.features.incoming:
+            raise UriError(f"'{self.uri}': one cannot wait for a migration there, only send")
 
     @abstractmethod
     def connect(self, interrupt: Interrupt) -> Channel:

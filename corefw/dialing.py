@@ -1,8 +1,7 @@
 """Dials and listens at TCP and UNIX addresses.
 
 The law: a wait ends when its Interrupt says so, name resolution included; every address of a name is tried; an error
-names the URI and the cause. A socket file is the listener's own: it appears when it listens already, with mode 0600; a
-stale one is replaced, a live one is not, and it is removed at the end unless it is somebody else's by then.
+names the URI and the cause. A socket file is the listener's own (socketfile.py).
 """
 
 from __future__ import annotations
@@ -10,34 +9,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import select
 import socket
-import stat
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from corefw.channel import Interrupt
 from corefw.errors import ChannelError, UriError
+from corefw.socketfile import check_path, listen_at
 from corefw.sockets import SocketChannel, SocketListener, reason
 from corefw.uri import MigrationUri, join_host_port
 
 BACKLOG: Final = 256
 """Peers that may wait to be accepted: a migration may open 255 channels at once."""
 
-UNIX_PATH_LIMIT: Final = 107
-"""Bytes of a socket's path: sun_path has 108 and ends with a zero (an abstract name begins with it)."""
-
 _RETRY: Final = 0.05
 """Seconds between two attempts at a UNIX socket whose backlog is full; poll cannot wait for that."""
 
 _PORT_ATTEMPTS: Final = 20
-_FILE_ATTEMPTS: Final = 3
-_NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
-"""What a file system without hard links says to link(2)."""
 
 _NOT_HERE: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENODEV})
 """One of a name's addresses cannot be had on this host; the others may."""
@@ -188,13 +180,9 @@ def _getaddrinfo(host: str | bytes, port: int, flags: int) -> list[Address]:
 
 def check_unix_path(path: str, uri: MigrationUri) -> None:
     """Raises UriError for what no socket can be called. "@name" is a name in the abstract space."""
-    length = len(os.fsencode(path))
-    if length > UNIX_PATH_LIMIT + path.startswith("@"):
-        raise UriError(f"'{uri}': the path has {length} bytes, a UNIX socket's can have {UNIX_PATH_LIMIT}")
-    if "\0" in path:
-        raise UriError(f"'{uri}': a socket's path has no zero byte (an abstract name begins with @)")
     if path == "@":
         raise UriError(f"'{uri}': expected a name after @")
+    check_path(path.removeprefix("@"), uri)
 
 
 def _unix_address(path: str) -> bytes:
@@ -226,78 +214,11 @@ def listen_unix(path: str, uri: MigrationUri) -> SocketListener:
                 sock.bind(_unix_address(path))
                 sock.listen(BACKLOG)
             else:
-                remove = _listen_at(sock, Path(path), uri)
+                remove = listen_at(sock, Path(path), BACKLOG)
         except OSError as error:
             raise ChannelError(f"{uri}: {reason(error)}") from None
         undo.pop_all()
     return SocketListener(uri, [sock], remove)
-
-
-def _listen_at(sock: socket.socket, path: Path, uri: MigrationUri) -> Callable[[], None]:
-    """Listen at a socket file; a function that removes it.
-
-    It listens under another name first: who waits for the file to appear may dial at once, and a file that nobody
-    answers at is always a stale one, never one whose owner is on the way to listen().
-    """
-    early = f".{secrets.token_hex(8)}"
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fchmod(sock.fileno(), 0o600)  # before bind: the file never has another mode
-        sock.bind(f"/proc/self/fd/{folder}/{early}")  # so the folder's path may be as long as that of the file
-        try:
-            ours = os.stat(early, dir_fd=folder, follow_symlinks=False)
-            sock.listen(BACKLOG)
-            _put_in_place(folder, early, path, uri)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(early, dir_fd=folder)
-    finally:
-        os.close(folder)
-    return _remover(path.absolute(), ours)
-
-
-def _put_in_place(folder: int, early: str, path: Path, uri: MigrationUri) -> None:
-    for _ in range(_FILE_ATTEMPTS):
-        try:
-            return os.link(early, path.name, src_dir_fd=folder, dst_dir_fd=folder)
-        except FileExistsError:
-            _remove_stale(path, uri)
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            # Of two that begin to listen there in the same moment, the later one gets the name.
-            if path.is_symlink() or path.exists():
-                _remove_stale(path, uri)
-            return os.rename(early, path.name, src_dir_fd=folder, dst_dir_fd=folder)
-    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-
-
-def _remove_stale(path: Path, uri: MigrationUri) -> None:
-    """Remove a socket file at which nobody listens. Raises ChannelError when it is anything else."""
-    try:
-        before = path.lstat()
-        if not stat.S_ISSOCK(before.st_mode):
-            raise ChannelError(f"{uri}: there is a file of that name, and it is no socket (choose another path)")
-        # Of the wrong type it connects to nobody, but is told whether there is somebody: a destination that waits for
-        # one connection would take a real one for it.
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-            if probe.connect_ex(os.fsencode(path)) != errno.ECONNREFUSED:
-                raise ChannelError(f"{uri}: {reason(OSError(errno.EADDRINUSE, ''))}")
-        if os.path.samestat(path.lstat(), before):
-            path.unlink()
-    except FileNotFoundError:
-        pass  # its owner has removed it
-
-
-def _remover(file: Path, ours: os.stat_result) -> Callable[[], None]:
-    """A function that removes the socket file unless another has taken its place."""
-
-    def remove() -> None:
-        with contextlib.suppress(OSError):
-            if os.path.samestat(file.lstat(), ours):
-                file.unlink()
-
-    return remove
 
 
 # -- both ----------------------------------------------------------------------------------------------------------

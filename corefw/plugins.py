@@ -56,6 +56,14 @@ class PluginInfo:
     error: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class PluginCommand:
+    """A QMP command, and the plugin that adds it."""
+
+    plugin: str
+    function: Callable[..., object]
+
+
 class _EntryPointTransports:
     """The core's own plugin: a scheme is an entry point."""
 
@@ -205,10 +213,10 @@ class Plugins:
             except MigfwError:
                 log.exception("plugin '%s' failed in corefw_state_changed", name)
 
-    def commands(self, engine: Engine) -> dict[str, Callable[..., object]]:
+    def commands(self, engine: Engine) -> dict[str, PluginCommand]:
         """QMP commands of the plugins. A plugin that fails to answer, and a name that is taken, are logged and left
-        out."""
-        merged: dict[str, Callable[..., object]] = {}
+        out. Whether a function can be a command is for the caller to see."""
+        merged: dict[str, PluginCommand] = {}
         for name, ask in self._implementers("corefw_commands"):
             try:
                 commands = ask(engine=engine)
@@ -219,8 +227,10 @@ class Plugins:
                 log.error("plugin '%s' (corefw_commands) gave %s, expected a mapping", name, type(commands).__name__)
                 continue
             for command, function in (commands or {}).items():
-                if merged.setdefault(command, function) is not function:
+                if command in merged:
                     log.error("plugin '%s' adds the command '%s' that another plugin has", name, command)
+                else:
+                    merged[command] = PluginCommand(name, function)
         return merged
 
     def _implementers(self, hook: str, last_first: bool = False) -> Iterator[tuple[str, Callable[..., object]]]:

@@ -1,4 +1,4 @@
-"""Sizes, rates and times as people write them: "1G", "32MiB", "300ms".
+"""Sizes, rates, times and switches as people write them: "1G", "32MiB", "300ms", "on".
 
 The law: units of bytes are powers of 1024, as QEMU's are; a number alone is bytes, or milliseconds. Anything else is a
 UsageError that shows what would have been right.
@@ -20,6 +20,7 @@ _MILLISECONDS: Final = {
     "s": Decimal(1000),
     "m": Decimal(60000),
 }
+_SWITCH: Final = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 _NUMBER: Final = r"([0-9]{1,20}(?:\.[0-9]{1,9})?)\s*"
 _SIZE: Final = re.compile(_NUMBER + r"([kmgtpe]?)(?:(?<=[a-z])ib|b)?(?:/s)?", re.IGNORECASE)
 _TIME: Final = re.compile(_NUMBER + r"(us|ms|s|m)?", re.IGNORECASE)
@@ -39,6 +40,14 @@ def parse_milliseconds(text: str) -> int:
     if match is None:
         raise UsageError(f"'{text}' is no time: expected a number with ms, s or m, as in 300ms or 0.3s")
     return int(Decimal(match[1]) * _MILLISECONDS[(match[2] or "").lower()])
+
+
+def parse_switch(text: str) -> bool:
+    """ "on", "yes", "true", and their opposites. 1 and 0 are numbers."""
+    state = _SWITCH.get(text.strip().lower())
+    if state is None:
+        raise UsageError(f"'{text}' is no switch: expected on or off")
+    return state
 
 
 def format_size(count: float) -> str:

@@ -24,11 +24,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from corefw.channel import Channel, Interrupt, Listener, Transport
-from corefw.errors import ChannelError, Interrupted, MigfwError, UsageError
+from corefw.closing import Closing
+from corefw.errors import ChannelError, Interrupted, MigfwError
 from corefw.uri import MigrationUri
 from corefw.wire.verdict import Overhearing, Verdict
 
@@ -129,7 +129,7 @@ def _broken(kind: type[_SideBroke], side: str, error: MigfwError) -> MigfwError:
     return kind(f"the {side} side of the relay broke: {error}")
 
 
-class Relay:
+class Relay(Closing):
     """One relay, used once. `with` it, so that everything is closed.
 
     source      FROM: listened at; one peer is accepted
@@ -143,10 +143,9 @@ class Relay:
     """
 
     def __init__(self, source: Transport, target: Transport) -> None:
-        if not source.features.incoming:
-            raise UsageError(f"cannot relay from '{source.uri}': that transport only dials out")
-        if not target.features.outgoing:
-            raise UsageError(f"cannot relay to '{target.uri}': that transport only receives")
+        """Raises UriError when one cannot wait at the source, or not dial the target."""
+        source.check_incoming()
+        target.check_outgoing()
         self.source: Final = source
         self.target: Final = target
         self.two_way: Final = source.features.return_path and target.features.return_path
@@ -226,14 +225,6 @@ class Relay:
             self._thread.join()
         self._close_ends()
         self._interrupt.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # -- work ------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from corefw.errors import SettingsError, UsageError
-from corefw.quantities import parse_milliseconds, parse_size
+from corefw.quantities import parse_milliseconds, parse_size, parse_switch
 
 Value = int | bool | str
 
@@ -79,14 +79,11 @@ class Parameter:
 
     def parse(self, text: str) -> Value:
         """A value as people write it on a command line."""
-        if self.kind is Kind.BOOLEAN:
-            words = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
-            if text.lower() not in words:
-                raise SettingsError(f"parameter '{self.name}' expects on or off, got '{text}'")
-            return words[text.lower()]
         if self.kind is Kind.STRING:
             return text
         try:
+            if self.kind is Kind.BOOLEAN:
+                return parse_switch(text)
             if self.kind in (Kind.SIZE, Kind.RATE):
                 return self.check(parse_size(text))
             if self.kind is Kind.MILLISECONDS:
@@ -102,6 +99,7 @@ class Parameter:
             Kind.SIZE: "a size in bytes (K, M, G)",
             Kind.RATE: "bytes per second (K, M, G)",
             Kind.MILLISECONDS: "a time in milliseconds",
+            Kind.BOOLEAN: "on or off",
         }.get(self.kind, "an integer")
 
 

@@ -1,4 +1,4 @@
-"""Channels and listeners over sockets: for tcp:, unix:, fd:, tunnels, the QMP server and third parties.
+"""Channels and listeners over sockets: for tcp:, unix:, fd:, tunnels and third parties.
 
 The law: bytes leave in one gathering system call from where they are; a connection that broke never looks like an end,
 not even when another thread was told of the break first; an aborted TCP channel is reset, so that its peer sees a break
@@ -310,7 +310,7 @@ def _linger(sock: socket.socket) -> None:
 class SocketListener(Listener):
     """Listening sockets that belong together: every address of a name, under one URI. Owns them.
 
-    sockets   for servers that accept in a way of their own (asyncio)
+    sockets   for servers that accept in a way of their own (QMP, ZeroMQ); they are non-blocking
     remove    called once at close(), before the sockets are closed: it removes a socket file
 
     close() ends an accept() that waits in another thread.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Final
 
+from corefw.errors import FOREIGN
 from corefw.news import News
 
 log = logging.getLogger(__name__)
@@ -174,5 +175,5 @@ class StateMachine:
         for observer in tuple(self._observers):
             try:
                 observer(self.side, *change)
-            except (Exception, SystemExit):
+            except FOREIGN:
                 log.exception("an observer of the %s's status failed", self.side)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from corefw.channel import Buffer, Channel, receive_exactly
-from corefw.errors import ChannelClosed, ChannelError
+from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport, TransportFeatures, receive_exactly
+from corefw.errors import ChannelClosed, ChannelError, UriError
+from corefw.uri import MigrationUri
 
 
 class Pieces(Channel):
@@ -63,3 +64,28 @@ def test_a_channel_is_closed_at_the_end_of_its_block_also_when_that_fails() -> N
     with pytest.raises(RuntimeError), channel:
         raise RuntimeError
     assert channel.closed == 2
+
+
+class Pigeon(Transport):
+    """A transport for one direction, or none."""
+
+    def __init__(self, *, incoming: bool, outgoing: bool) -> None:
+        super().__init__(MigrationUri("pigeon", "loft"))
+        self.features = TransportFeatures(False, False, incoming=incoming, outgoing=outgoing)
+
+    def connect(self, interrupt: Interrupt) -> Channel:
+        raise ChannelError("lost")
+
+    def listen(self) -> Listener:
+        raise ChannelError("lost")
+
+
+def test_a_transport_says_which_end_it_cannot_be() -> None:
+    both = Pigeon(incoming=True, outgoing=True)
+    both.check_incoming()
+    both.check_outgoing()
+    neither = Pigeon(incoming=False, outgoing=False)
+    with pytest.raises(UriError, match=r"^'pigeon:loft': one cannot wait for a migration there, only send$"):
+        neither.check_incoming()
+    with pytest.raises(UriError, match=r"^'pigeon:loft': one cannot send there, only wait for a migration$"):
+        neither.check_outgoing()

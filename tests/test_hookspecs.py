@@ -233,7 +233,7 @@ def test_corefw_commands(caplog: pytest.LogCaptureFixture) -> None:
         wrong=Plugin(corefw_commands=lambda: ["x-two"]),
         late=Plugin(corefw_commands=lambda: {"x-one": two, "x-two": two}),
     )
-    assert found.commands(ENGINE) == {"x-one": one, "x-two": two}
+    assert {name: added.function for name, added in found.commands(ENGINE).items()} == {"x-one": one, "x-two": two}
     assert "plugin 'broken' failed in corefw_commands" in caplog.text
     assert "plugin 'wrong' (corefw_commands) gave list, expected a mapping" in caplog.text
     assert "plugin 'late' adds the command 'x-one' that another plugin has" in caplog.text
@@ -273,4 +273,4 @@ def test_the_plugin_on_the_page_works() -> None:
     settings.set_parameters({"x-night-begins": 0})
     assert found.blockers(MACHINE, settings) == []
     found.state_changed(Side.SOURCE, MigrationStatus.DEVICE, MigrationStatus.COMPLETED)
-    assert found.commands(ENGINE)["x-query-finished"](side="source") == {"times": 1}
+    assert found.commands(ENGINE)["x-query-finished"].function(side="source") == {"times": 1}

@@ -24,19 +24,21 @@ ROOT: Final = Path(__file__).parents[1]
 
 CORE: Final[dict[str, set[str]]] = {
     "errors": set(),
+    "closing": set(),
     "uri": {"errors"},
     "quantities": {"errors"},
     "descriptors": set(),
     "news": set(),
-    "states": {"news"},
+    "states": {"errors", "news"},
     "settings": {"errors", "quantities"},
-    "channel": {"errors", "uri"},
+    "channel": {"closing", "errors", "uri"},
+    "socketfile": {"errors"},
     "iovec": set(),
     "sockets": {"errors", "uri", "iovec", "channel"},
-    "dialing": {"errors", "uri", "channel", "sockets"},
+    "dialing": {"errors", "uri", "channel", "socketfile", "sockets"},
     "wire": {"errors", "channel"},
-    "relay": {"errors", "uri", "channel", "wire"},
-    "inspection": {"errors", "channel", "wire"},
+    "relay": {"closing", "errors", "uri", "channel", "wire"},
+    "inspection": {"closing", "errors", "channel", "wire"},
     "section": {"errors", "channel", "settings", "wire"},
     "machine": {"errors"},
     "memory": {"errors", "quantities", "iovec", "machine"},
@@ -46,7 +48,10 @@ CORE: Final[dict[str, set[str]]] = {
     "engine": {
         *("errors", "uri", "news", "states", "settings", "channel", "wire", "section", "machine", "plugins"),
     },
-    "qmp": {"errors", "uri", "quantities", "descriptors", "states", "settings", "channel", "plugins", "engine"},
+    "qmp": {
+        *("closing", "errors", "uri", "quantities", "descriptors", "states", "settings", "channel", "socketfile"),
+        *("dialing", "plugins", "engine"),
+    },
 }
 """Part of the core -> what it may import. `cli` is missing: it is the only place where everything meets."""
 
@@ -55,6 +60,7 @@ TYPES: Final[dict[str, set[str]]] = {
     "machine": {"section", "wire"},
     "hookspecs": {"uri", "states", "settings", "channel", "section", "machine", "engine"},
     "plugins": {"engine"},
+    "qmp": {"sockets"},
 }
 """What a part may name in annotations beside that."""
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corefw.errors import UsageError
-from corefw.quantities import format_milliseconds, format_size, parse_milliseconds, parse_size
+from corefw.quantities import format_milliseconds, format_size, parse_milliseconds, parse_size, parse_switch
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,19 @@ def test_sizes(text: str, expected: int) -> None:
 )
 def test_times(text: str, expected: int) -> None:
     assert parse_milliseconds(text) == expected
+
+
+@pytest.mark.parametrize("word", ["on", "yes", "TRUE", " On "])
+@pytest.mark.parametrize("opposite", ["off", "no", "False"])
+def test_switches(word: str, opposite: str) -> None:
+    assert parse_switch(word) is True
+    assert parse_switch(opposite) is False
+
+
+@pytest.mark.parametrize("text", ["", "1", "0", "perhaps", "onn"])
+def test_what_is_no_switch(text: str) -> None:
+    with pytest.raises(UsageError, match=f"^'{text}' is no switch: expected on or off$"):
+        parse_switch(text)
 
 
 @pytest.mark.parametrize(

@@ -299,14 +299,14 @@ def test_the_wrong_way_round() -> None:
     for name, fd in zip(("reader", "writer"), os.pipe(), strict=True):
         descriptors.put(name, fd)
     tcp = PLUGINS.transport("tcp:127.0.0.1:0")
-    with pytest.raises(UsageError, match="cannot relay to 'fd:"):
+    with pytest.raises(UsageError, match="one cannot send there, only wait"):
         Relay(tcp, PLUGINS.transport("fd:reader"))
-    with pytest.raises(UsageError, match="cannot relay from 'fd:"):
+    with pytest.raises(UsageError, match="one cannot wait for a migration there, only send"):
         Relay(PLUGINS.transport("fd:writer"), tcp)
     for name in ("reader", "writer"):
-        fd = descriptors.take(name)
-        assert fd is not None
-        os.close(fd)
+        left = descriptors.take(name)
+        assert left is not None
+        os.close(left)
 
 
 # -- the command ---------------------------------------------------------------------------------------------------

@@ -392,7 +392,7 @@ def test_a_live_socket_and_a_file_are_not(folder: Path) -> None:
         with pytest.raises(BlockingIOError):  # nobody came: a destination takes the first one for its source
             listener.sockets[0].accept()
     (folder / "file").write_text("precious")
-    with pytest.raises(ChannelError, match="there is a file of that name, and it is no socket"):
+    with pytest.raises(ChannelError, match="what is there is no dead socket of yours"):
         listen_unix(*unix(folder / "file"))
     assert (folder / "file").read_text() == "precious"
     with pytest.raises(ChannelError, match=f"unix:{folder}/none/s: no such file or directory"):

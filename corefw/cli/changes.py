@@ -6,15 +6,16 @@ to say. Several changes are made all together, or none of them.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
-from corefw.cli.options import ON_OFF, parse_switch, parse_switches, split_pairs
-from corefw.errors import SettingsError, UsageError
-from corefw.quantities import parse_size
+from corefw.cli.options import parse_switches, read_switch, split_pairs
+from corefw.errors import MigfwError, SettingsError, UsageError
+from corefw.quantities import parse_size, parse_switch
 from corefw.settings import Capability, Parameter, Settings, Value
 
 if TYPE_CHECKING:
@@ -30,20 +31,53 @@ class Changes:
 
     def apply(self, engine: EngineClient) -> None:
         """Set everything. Raises UsageError when the engine refuses something; then all is as it was."""
-        before = engine.call("query-migrate-parameters") if self.parameters else {}
-        for name in self.parameters:
-            if engine.is_migfw and name not in before:
-                raise UsageError(f"unknown parameter '{name}': expected one of {', '.join(before)}")
-        if self.parameters:
-            engine.call("migrate-set-parameters", **self.parameters)
+        with self.applied(engine):
+            pass
+
+    @contextlib.contextmanager
+    def applied(self, engine: EngineClient) -> Iterator[None]:
+        """Set everything, for a migration that the block starts. When something is refused, here or in the block, or
+        the block is left before a migration runs, all is as it was."""
+        before = self._before(engine)
         try:
-            self._switch(engine)
+            self._set(engine)
+            yield
         except UsageError:
-            if self.parameters:
-                engine.call("migrate-set-parameters", **{name: before[name] for name in self.parameters})
+            before._restore(engine)
+            raise
+        except BaseException:
+            with contextlib.suppress(MigfwError):  # when the engine is gone, so are its settings
+                if not engine.is_migrating():
+                    before._restore(engine)
             raise
 
-    def _switch(self, engine: EngineClient) -> None:
+    def _before(self, engine: EngineClient) -> Changes:
+        """What the engine has now for everything that is to be set. Raises UsageError for an unknown parameter."""
+        known = engine.call("query-migrate-parameters") if self.parameters else {}
+        for name in self.parameters:
+            if engine.is_migfw and name not in known:
+                raise UsageError(f"unknown parameter '{name}': expected one of {', '.join(known)}")
+        states = engine.call("query-migrate-capabilities") if self.capabilities else []
+        return Changes(
+            {one["capability"]: one["state"] for one in states if one["capability"] in self.capabilities},
+            {name: known[name] for name in self.parameters if name in known},
+        )
+
+    def _set(self, engine: EngineClient) -> None:
+        self._set_parameters(engine)
+        self._set_capabilities(engine)
+
+    def _restore(self, engine: EngineClient) -> None:
+        """In the other order, so that the engine checks the same combinations; what it refuses had not been changed."""
+        for part in (self._set_capabilities, self._set_parameters):
+            with contextlib.suppress(MigfwError):
+                part(engine)
+
+    def _set_parameters(self, engine: EngineClient) -> None:
+        if self.parameters:
+            engine.call("migrate-set-parameters", **self.parameters)
+
+    def _set_capabilities(self, engine: EngineClient) -> None:
         if self.capabilities:
             wanted = [{"capability": name, "state": state} for name, state in self.capabilities.items()]
             engine.call("migrate-set-capabilities", capabilities=wanted)
@@ -70,7 +104,7 @@ def read_mixed(pairs: Iterable[str], capabilities: frozenset[str], *, plugins: b
     for name, text in split_pairs(pairs, "NAME=VALUE, as in downtime-limit=100ms or return-path=on").items():
         real = _real_name(name, plugins=plugins)
         if real in capabilities or isinstance(_declared(name, plugins=plugins), Capability):
-            changes.capabilities[real] = parse_switch(name, text)
+            changes.capabilities[real] = read_switch(name, text)
         else:
             changes.parameters.update([_parameter(name, text, plugins=plugins)])
     return changes
@@ -85,8 +119,8 @@ def _parameter(name: str, text: str, *, plugins: bool) -> tuple[str, Value]:
 
 def _guess(text: str) -> Value:
     """A value whose kind nobody here knows: on or off, a number or size, or else a string."""
-    if text.lower() in ON_OFF:
-        return ON_OFF[text.lower()]
+    with contextlib.suppress(UsageError):
+        return parse_switch(text)
     return parse_size(text) if re.fullmatch(r"\d+(\.\d+)?[KMGTkmgt]?(iB|B)?", text) else text
 
 

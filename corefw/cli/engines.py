@@ -76,6 +76,9 @@ class EngineClient:
         status: str = self.query_migrate().get("status", "none")
         return status
 
+    def is_migrating(self) -> bool:
+        return self.migration_status() in _UNDER_WAY
+
     def capabilities(self) -> frozenset[str]:
         """The names of all that it knows."""
         return frozenset(entry["capability"] for entry in self.call("query-migrate-capabilities"))

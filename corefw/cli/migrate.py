@@ -1,7 +1,7 @@
 """`migfw migrate`: move the guest, and stay to watch.
 
-The law: what can be refused is refused before the engine is asked; from then on this process only watches, and the
-engine goes on whatever becomes of it.
+The law: what can be refused is refused before the engine is asked, and an engine that refuses has the settings that it
+had; from then on this process only watches, and the engine goes on whatever becomes of it.
 """
 
 from __future__ import annotations
@@ -84,8 +84,11 @@ def migrate(
             raise UsageError(f"'{uri}': this process has to stay and relay for the QEMU, so --detach cannot be")
         relay = stack.enter_context(_relay(uri)) if route.relayed else None
         interrupts = stack.enter_context(Interrupts())
-        changes.apply(engine)
-        engine.call("migrate", uri=relay.uri if relay else uri, **({"resume": True} if resume else {}))
+        with changes.applied(engine):
+            if interrupts.requested:
+                note("cancelled before it began")
+                raise Finished(ExitStatus.INTERRUPTED)
+            engine.call("migrate", uri=relay.uri if relay else uri, **({"resume": True} if resume else {}))
         if detach:
             _say_detached(engine, uri, as_json=as_json)
             return

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 from corefw.errors import UsageError
-from corefw.qmp.address import QmpAddress, UnixAddress, find_engines, named_address, parse_address, remove_stale
+from corefw.qmp.address import QmpAddress, UnixAddress, find_engines, named_address, parse_address
+from corefw.socketfile import make_room
+from corefw.sockets import reason
 
 _LONGEST = 40
 """Characters of a name that was made up; a name given by --name may be longer."""
@@ -19,11 +21,12 @@ def claim(name: str | None, qmp: str | None, program: str) -> tuple[str, QmpAddr
     if name is not None and name in taken:
         raise UsageError(f"an engine named '{name}' runs already: choose another --name, or end it with 'migfw quit'")
     chosen = name if name is not None else _free(suggest(program), taken)
-    if qmp is None:
-        return chosen, named_address(chosen)
-    address = parse_address(qmp)
-    if isinstance(address, UnixAddress) and remove_stale(Path(address.path)):
-        raise UsageError(f"somebody listens at '{address}' already: choose another --qmp, or end it")
+    address = named_address(chosen) if qmp is None else parse_address(qmp)
+    if isinstance(address, UnixAddress):
+        try:
+            make_room(Path(address.path))
+        except OSError as error:
+            raise UsageError(f"cannot listen at '{address}': {reason(error)}") from None
     return chosen, address
 
 

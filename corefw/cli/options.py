@@ -7,15 +7,14 @@ is refused before anything is started.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from corefw.errors import UsageError
+from corefw.quantities import parse_switch
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-
-ON_OFF: Final = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False}
 
 
 def json_option(command: _Command) -> _Command:
@@ -71,11 +70,12 @@ def split_pairs(texts: Iterable[str], what: str) -> dict[str, str]:
 def parse_switches(texts: Iterable[str], what: str) -> dict[str, bool]:
     """("a", "b=off") -> {"a": True, "b": False}. Raises UsageError for another word than on or off."""
     pairs = split_pairs((text if "=" in text else f"{text}=on" for text in texts), what)
-    return {name: parse_switch(name, word) for name, word in pairs.items()}
+    return {name: read_switch(name, word) for name, word in pairs.items()}
 
 
-def parse_switch(name: str, word: str) -> bool:
-    state = ON_OFF.get(word.lower())
-    if state is None:
-        raise UsageError(f"'{name}={word}': expected {name}=on or {name}=off")
-    return state
+def read_switch(name: str, word: str) -> bool:
+    """The state that NAME=WORD sets. Raises UsageError."""
+    try:
+        return parse_switch(word)
+    except UsageError:
+        raise UsageError(f"'{name}={word}': expected {name}=on or {name}=off") from None

@@ -11,11 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import click
 
+from corefw.closing import Closing
 from corefw.quantities import format_milliseconds, format_size
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Progress:
         return f"{self.phase}, pass {self.passes}" if self.passes else self.phase
 
 
-class Display:
+class Display(Closing):
     """Shows nothing. The base of those that show something; `with` it, so that a terminal is left in order."""
 
     def update(self, progress: Progress) -> None:
@@ -91,14 +91,6 @@ class Display:
 
     def close(self) -> None:
         """No more updates. Idempotent."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Lines(Display):

@@ -11,7 +11,7 @@ from typing import Final
 
 from corefw.channel import Transport
 from corefw.cli.engines import EngineClient
-from corefw.errors import UriError, UsageError
+from corefw.errors import UriError
 from corefw.uri import MigrationUri, split_host_port
 
 QEMU_TWO_WAY: Final = {"tcp": True, "unix": True, "vsock": True, "rdma": True, "exec": False, "fd": None}
@@ -42,14 +42,13 @@ def find_transport(uri: str) -> Transport:
 
 
 def find_route(engine: EngineClient, uri: str) -> Route:
-    """Raises UriError (no such scheme, a wrong address), UsageError (the transport only receives)."""
+    """Raises UriError (no such scheme, a wrong address, one that only receives)."""
     parsed = MigrationUri.parse(uri)
     if not engine.is_migfw and _qemu_knows(engine, parsed):
         return Route(relayed=False, return_path=QEMU_TWO_WAY.get(parsed.scheme, False))
-    found = find_transport(uri).features
-    if not found.outgoing:
-        raise UsageError(f"'{uri}': the transport '{parsed.scheme}' only receives")
-    return Route(relayed=not engine.is_migfw, return_path=found.return_path)
+    transport = find_transport(uri)
+    transport.check_outgoing()
+    return Route(relayed=not engine.is_migfw, return_path=transport.features.return_path)
 
 
 def _qemu_knows(engine: EngineClient, uri: MigrationUri) -> bool:

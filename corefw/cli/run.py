@@ -15,10 +15,8 @@ import click
 
 from corefw.cli.naming import claim
 from corefw.cli.options import parse_switches, settings_options, split_pairs
-from corefw.errors import UsageError
 
 if TYPE_CHECKING:
-    from corefw.plugins import Plugins
     from corefw.settings import Settings
 
 DEFER: Final = "defer"
@@ -104,7 +102,7 @@ def run(
     _apply(settings, caps, params, properties, only_migratable=only_migratable)
     deferred = incoming == DEFER
     if incoming is not None and not deferred:
-        _check_incoming(plugins, incoming)
+        plugins.transport(incoming).check_incoming()
     chosen, address = claim(name, qmp, program or kind)
     with contextlib.ExitStack() as stack:
         machine = plugins.machine(kind, MachineConfig(program, options, incoming=incoming is not None))
@@ -113,12 +111,6 @@ def run(
         stack.callback(engine.close)
         server = stack.enter_context(QmpServer(engine, address))
         host(engine, server, Plan(None if deferred else incoming, deferred, paused, stay))
-
-
-def _check_incoming(plugins: Plugins, uri: str) -> None:
-    transport = plugins.transport(uri)
-    if not transport.features.incoming:
-        raise UsageError(f"'{uri}': one cannot wait for a guest at '{transport.uri.scheme}:'")
 
 
 def _apply(

@@ -192,8 +192,7 @@ class Engine:
         if uri == "defer":
             raise UriError("'defer' is for a destination: expected the URI of one, as in tcp:HOST:PORT")
         transport = self.plugins.transport(uri)
-        if not transport.features.outgoing:
-            raise UriError(f"'{uri}': one cannot send to '{transport.uri.scheme}:'")
+        transport.check_outgoing()
         if self.settings.capability("return-path") and not transport.features.return_path:
             raise SettingsError(
                 f"'{uri}': '{transport.uri.scheme}:' has no return path (switch capability 'return-path' off)"
@@ -270,8 +269,7 @@ class Engine:
             if self.incoming.status not in (_S.NONE, _S.FAILED):
                 raise StateError("The incoming migration has already been started")
             transport = self.plugins.transport(uri)
-            if not transport.features.incoming:
-                raise UriError(f"'{uri}': one cannot wait for a migration at '{transport.uri.scheme}:'")
+            transport.check_incoming()
             registry = self._registry()
             listener = transport.listen()
             arrival = IncomingMigration(

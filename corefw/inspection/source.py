@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
+from corefw.closing import Closing
 from corefw.errors import ChannelError
 
 
-class FileSource:
+class FileSource(Closing):
     """Reads a file as it is, without a copy. Its errors are ChannelErrors that name it."""
 
     def __init__(self, file: io.FileIO, name: str) -> None:
@@ -37,11 +37,3 @@ class FileSource:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -34,16 +34,6 @@ def runs_of_mask(mask: NDArray[np.bool_], first: int = 0) -> Runs:
     return edges.astype(np.int64).reshape(-1, 2)
 
 
-def pages_of_runs(runs: Runs) -> NDArray[np.int64]:
-    """Runs -> page numbers, ascending."""
-    if len(runs) == 0:
-        return np.empty(0, dtype=np.int64)
-    lengths = runs[:, 1] - runs[:, 0]
-    ends = np.cumsum(lengths)
-    shifts: NDArray[np.int64] = np.repeat(runs[:, 0] - (ends - lengths), lengths)
-    return shifts + np.arange(len(shifts))
-
-
 def join(runs: Runs) -> Runs:
     """Ascending runs that may touch or overlap -> runs that are apart."""
     if len(runs) < 2:
@@ -56,8 +46,3 @@ def join(runs: Runs) -> Runs:
     joined[:, 0] = runs[starts, 0]
     joined[:, 1] = furthest[np.append(starts[1:], len(runs)) - 1]
     return joined
-
-
-def count(runs: Runs) -> int:
-    """How many pages the runs have."""
-    return int((runs[:, 1] - runs[:, 0]).sum())

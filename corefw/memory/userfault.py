@@ -47,9 +47,7 @@ class Feature(IntFlag):
 class Mode(IntFlag):
     """Which faults a registered range reports."""
 
-    MISSING = 1
     WP = 2
-    MINOR = 4
 
 
 def create(features: Feature) -> int:

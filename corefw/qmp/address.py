@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,13 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from corefw.errors import UriError, UsageError
+from corefw.socketfile import Occupant, check_path, occupant
 from corefw.uri import join_host_port, split_host_port
-
-MAX_PATH: Final = 107
-"""Bytes in a UNIX socket's path (sockaddr_un.sun_path, less the NUL)."""
-
-PROBE_SECONDS: Final = 1.0
-"""How long a live engine may take to accept; a local connect() answers at once unless its backlog is full."""
 
 _SUFFIX: Final = ".qmp"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
@@ -71,8 +65,7 @@ def parse_address(text: str) -> QmpAddress:
 def _unix(path: str, text: str) -> UnixAddress:
     if "\0" in path or path.startswith("@"):
         raise UriError(f"{text!r}: a QMP socket has to be a file, for its mode keeps other users out")
-    if len(os.fsencode(path)) > MAX_PATH:
-        raise UriError(f"'{text}': the path is longer than the {MAX_PATH} bytes that a socket's path may have")
+    check_path(path, text)
     return UnixAddress(path)
 
 
@@ -128,7 +121,7 @@ def find_engines() -> list[EngineInfo]:
     found = []
     for path in runtime_directory().glob(f"*{_SUFFIX}"):
         name = path.name.removesuffix(_SUFFIX)
-        if _NAME.match(name) and remove_stale(path):
+        if _NAME.match(name) and occupant(path) is Occupant.LISTENER:
             found.append(EngineInfo(name, UnixAddress(str(path))))
     return sorted(found, key=lambda engine: engine.name)
 
@@ -152,27 +145,3 @@ def resolve(name: str | None = None, qmp: str | None = None) -> QmpAddress:
     if len(running) > 1:
         raise UsageError(f"several engines are running: choose one with --name ({names})")
     return running[0].address
-
-
-def remove_stale(path: Path) -> bool:
-    """True when somebody listens on the socket at `path`. False when nobody does, or there is no socket; one that its
-    owner left behind is removed. What is no socket is left alone."""
-    try:
-        before = path.lstat()
-        if not stat.S_ISSOCK(before.st_mode):
-            return False
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(PROBE_SECONDS)
-            probe.connect(str(path))
-    except ConnectionRefusedError:
-        # Sockets are put in place when they are listening already, so refused means dead, never "not yet". A new engine
-        # may have replaced the file since: remove only what was probed.
-        with contextlib.suppress(OSError):
-            if path.lstat().st_ino == before.st_ino:
-                path.unlink()
-        return False
-    except (TimeoutError, BlockingIOError):
-        return True  # its backlog is full
-    except OSError:
-        return False
-    return True

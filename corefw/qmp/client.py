@@ -16,9 +16,9 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
+from corefw.closing import Closing
 from corefw.errors import ChannelClosed, ChannelError
 from corefw.qmp.address import QmpAddress, UnixAddress, parse_address
 from corefw.qmp.json_stream import QEMU_LIMITS, JsonStream, Malformed
@@ -44,7 +44,7 @@ class QmpEvent:
     timestamp: float
 
 
-class QmpClient:
+class QmpClient(Closing):
     """A connection whose negotiation is done. Use it with `with`.
 
     address    where it is connected to
@@ -107,14 +107,6 @@ class QmpClient:
     def close(self) -> None:
         """Idempotent; does not raise."""
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # -- the connection --------------------------------------------------------------------------------------------
 

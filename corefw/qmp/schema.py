@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, Literal, NotRequired, Required, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from corefw.errors import PluginError
+from corefw.errors import FOREIGN, PluginError
 from corefw.qmp.protocol import QmpError
 
 
@@ -86,7 +86,7 @@ def signature(function: Callable[..., object], *, skip: int = 0) -> Signature:
             ),
             shape(others[0].annotation) if others else None,
         )
-    except (TypeError, NameError, ValueError) as error:
+    except FOREIGN as error:  # annotations that are strings are code
         raise PluginError(f"the signature of {what} is no schema for a command: {error}") from None
 
 

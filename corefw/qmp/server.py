@@ -11,20 +11,21 @@ import select
 import socket
 import threading
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from corefw.channel import Interrupt
-from corefw.errors import Interrupted
+from corefw.closing import Closing
+from corefw.dialing import listen_tcp, listen_unix
 from corefw.qmp import protocol
-from corefw.qmp.address import QmpAddress, parse_address
+from corefw.qmp.address import QmpAddress, UnixAddress, parse_address
 from corefw.qmp.commands import command_table
 from corefw.qmp.connection import Connection
-from corefw.qmp.listening import listen
 from corefw.qmp.session import Session
+from corefw.uri import MigrationUri
 
 if TYPE_CHECKING:
     from corefw.engine import Engine, Event
+    from corefw.sockets import SocketListener
 
 log = logging.getLogger(__name__)
 
@@ -36,18 +37,18 @@ _ACCEPT_PAUSE: Final = 0.2
 """Seconds to wait when there is no descriptor or memory for one more client."""
 
 
-class QmpServer:
+class QmpServer(Closing):
     """Listens from its construction on. One thread accepts, two serve each client; all of them daemons.
 
     address   what clients dial; port 0 has become the real one
     """
 
     def __init__(self, engine: Engine, address: QmpAddress | str) -> None:
-        """Raises UriError, UsageError (somebody else listens there), ChannelError, PluginError (a plugin's command)."""
+        """Raises UriError, ChannelError (one cannot listen there: somebody else does)."""
         self._engine = engine
         self._commands = command_table(engine)
-        self._listening = listen(parse_address(address) if isinstance(address, str) else address)
-        self.address: Final = self._listening.address
+        self._listener = _listen(parse_address(address) if isinstance(address, str) else address)
+        self.address: Final = parse_address(str(self._listener.uri))
         self._lock = threading.Lock()
         self._clients: set[Connection] = set()
         self._closed = False
@@ -77,7 +78,7 @@ class QmpServer:
         self._unobserve()
         self._interrupt.set()
         self._accepting.join()
-        self._listening.close()
+        self._listener.close()
         self._interrupt.close()
         with self._lock:
             clients = list(self._clients)
@@ -87,25 +88,21 @@ class QmpServer:
         for client in clients:
             client.join(max(0.0, deadline - time.monotonic()))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     # -- clients ---------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
+        by_fd = {sock.fileno(): sock for sock in self._listener.sockets}
+        poll = select.poll()
+        for fd in (self._interrupt.fileno(), *by_fd):
+            poll.register(fd, select.POLLIN)
         while True:
-            try:
-                self._interrupt.wait_for(self._listening.socket.fileno(), select.POLLIN)
-                sock, where = self._listening.socket.accept()
-            except Interrupted:
+            ready = {fd for fd, _ in poll.poll()}
+            if self._interrupt.fileno() in ready:
                 return
-            except ConnectionError:
-                continue
+            try:
+                sock, where = by_fd[ready.pop()].accept()
+            except (BlockingIOError, ConnectionError):
+                continue  # that client is gone again
             except OSError as error:
                 log.warning("QMP: cannot accept a client: %s", error)
                 if self._interrupt.wait(_ACCEPT_PAUSE):
@@ -151,3 +148,10 @@ class QmpServer:
             protocol.encode(protocol.event("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"}, time.time()))
         )
         self._quit.set()
+
+
+def _listen(address: QmpAddress) -> SocketListener:
+    uri = MigrationUri.parse(str(address))
+    if isinstance(address, UnixAddress):
+        return listen_unix(address.path, uri)
+    return listen_tcp(address.host, address.port, uri)

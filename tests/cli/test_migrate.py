@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -10,11 +11,15 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from corefw.cli.changes import Changes
+from corefw.cli.engines import EngineClient
+from corefw.cli.migrate import migrate
+from corefw.qmp.client import QmpClient
 from tests.cli.conftest import SMALL, Engine, Engines
 from tests.helpers.cli import MIGFW, TIMEOUT, check_refused, environment, start
 
@@ -249,6 +254,65 @@ NOBODY = {
 def test_wrong_usage_is_one_line_and_starts_nothing(engine: Engine) -> None:
     check_refused(WRONG, ("migrate", "--name", engine.name), engine.runtime)
     assert status(engine) == "none"
+
+
+def test_a_refused_migration_leaves_the_settings_alone(engines: Engines) -> None:
+    here = engines(*SMALL)
+    assert here.call("set", "downtime-limit=77ms").returncode == 0
+    before = here.ask("x-migfw-status")["settings"]
+    refused = here.call(
+        "migrate", "exec:cat >/dev/null", *("--cap=return-path", "--cap=events", "--param=downtime-limit=88")
+    )
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "has no return path" in refused.stderr
+    assert here.ask("x-migfw-status")["settings"] == before
+
+
+@contextlib.contextmanager
+def client_of(engine: Engine) -> Iterator[EngineClient]:
+    with QmpClient(engine.address) as client:
+        yield EngineClient(client)
+
+
+def test_what_ends_before_it_began_leaves_the_settings_alone(engines: Engines) -> None:
+    here = engines(*SMALL)
+    before = here.ask("x-migfw-status")["settings"]
+    changes = Changes({"events": True}, {"downtime-limit": 88})
+    with client_of(here) as client, pytest.raises(KeyboardInterrupt), changes.applied(client):
+        assert setting(here, "events") is True
+        assert setting(here, "downtime-limit") == 88
+        raise KeyboardInterrupt
+    assert here.ask("x-migfw-status")["settings"] == before
+
+
+def test_what_ends_when_it_began_leaves_the_settings_to_the_migration(pair: tuple[Engine, Engine]) -> None:
+    here, there = pair
+    changes = Changes({"events": True}, {"max-bandwidth": 100 << 10})
+    with client_of(here) as client, pytest.raises(KeyboardInterrupt), changes.applied(client):
+        client.call("migrate", uri=there.uri)
+        raise KeyboardInterrupt
+    assert status(here) in ("setup", "active")
+    assert (setting(here, "events"), setting(here, "max-bandwidth")) == (True, 100 << 10)
+    assert here.call("cancel").returncode == 0
+
+
+def test_ctrl_c_before_it_began(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = engines(*SMALL)
+    before = here.ask("x-migfw-status")["settings"]
+    call = EngineClient.call
+
+    def interrupted(self: EngineClient, command: str, **arguments: object) -> Any:
+        if command == "query-migrate-capabilities":
+            os.kill(os.getpid(), signal.SIGINT)
+        return call(self, command, **arguments)
+
+    monkeypatch.setattr(EngineClient, "call", interrupted)
+    assert migrate.main(["tcp:127.0.0.1:1", "--cap=events", "--qmp", here.address], standalone_mode=False) == 130
+    assert capsys.readouterr() == ("", "migfw: cancelled before it began\n")
+    assert status(here) == "none"
+    assert here.ask("x-migfw-status")["settings"] == before
 
 
 def test_no_engine_is_one_line(engines: Engines) -> None:

@@ -127,6 +127,15 @@ def test_an_address_where_somebody_listens_is_refused(engines: Engines) -> None:
     assert engine.call("status").returncode == 0
 
 
+def test_an_address_where_something_else_is_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "precious"
+    file.write_text("precious")
+    done = migfw("run", *SMALL, "--qmp", f"unix:{file}", runtime=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"'unix:{file}': what is there is no dead socket of yours" in done.stderr
+    assert file.read_text() == "precious"
+
+
 def test_incoming_says_what_to_dial(engines: Engines) -> None:
     engine = engines(*SMALL, "--incoming", "tcp:127.0.0.1:0")
     assert engine.line.endswith(f"waiting for a migration at {engine.uri}")

@@ -22,7 +22,7 @@ from corefw.memory.blocks import MemfdBlock
 from corefw.memory.hashes import HashLog
 from corefw.memory.logs import LogKind, best_dirty_log, wanted_log
 from corefw.memory.pagemap import PagemapLog, Tracker, open_tracker
-from corefw.memory.runs import pages_of_runs
+from tests.helpers.pages import pages_of
 
 PAGE = 4096
 PAGES = 512
@@ -40,7 +40,7 @@ class Guest:
     log: DirtyLog
 
     def harvest(self) -> list[int]:
-        return [int(page) for page in pages_of_runs(self.log.harvest())]
+        return pages_of(self.log.harvest())
 
 
 @pytest.fixture(params=KINDS)
@@ -124,11 +124,11 @@ def test_no_write_is_lost_between_harvests_under_load(guest: Guest) -> None:
     writer.start()
     rounds = 0
     while not done.is_set() or rounds < 3:
-        dirty = pages_of_runs(guest.log.harvest())
+        dirty = guest.harvest()
         copy[dirty] = guest.block.pages[dirty]
         rounds += 1
     writer.join()
-    dirty = pages_of_runs(guest.log.harvest())
+    dirty = guest.harvest()
     copy[dirty] = guest.block.pages[dirty]
     assert np.array_equal(copy, guest.pages)
 
@@ -165,9 +165,9 @@ def test_pagemap_finds_what_is_written_between_its_calls(monkeypatch: pytest.Mon
         monkeypatch.setattr(pagemap, "fcntl", SimpleNamespace(ioctl=scan))
         early = set(range(0, pages, 4))
         guest[sorted(early), 0] += 1
-        found = set(pages_of_runs(log.harvest()).tolist())
+        found = set(pages_of(log.harvest()))
         monkeypatch.undo()
-        left = set(pages_of_runs(log.harvest()).tolist())
+        left = set(pages_of(log.harvest()))
         assert early <= found <= early | late
         assert found | left == early | late
         assert log.harvest().tolist() == []
@@ -187,7 +187,7 @@ def _scattered(pattern: Callable[[int], list[int]]) -> None:
         for first in range(3):
             pages[pattern(first), 1] += 1
             runs = log.harvest()
-            assert pages_of_runs(runs).tolist() == pattern(first)
+            assert pages_of(runs) == pattern(first)
             assert (runs[1:, 0] > runs[:-1, 1]).all()
     finally:
         log.stop()

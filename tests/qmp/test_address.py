@@ -46,7 +46,7 @@ def test_addresses(text: str, address: object) -> None:
         ("vsock:1:2", "expected unix:PATH or tcp:HOST:PORT"),
         ("unix:@abstract", "has to be a file"),
         ("unix:a\0b", "has to be a file"),
-        ("unix:/" + 107 * "x", "longer than the 107 bytes"),
+        ("unix:/" + 107 * "x", "the path has 108 bytes, a UNIX socket's can have 107"),
         ("tcp:host", "has no port"),
         ("tcp:host:ssh", "is no port"),
         ("tcp:::1:22", "brackets"),

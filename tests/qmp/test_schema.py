@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -83,7 +84,16 @@ def two(x: int | str) -> None: ...
 def unknown(x: Missing) -> None: ...  # type: ignore[name-defined]  # noqa: F821  # what is tested
 
 
-@pytest.mark.parametrize("function", [untyped, positional, many, no_json, two, unknown])
+def no_attribute(x: contextlib.missing) -> None: ...  # type: ignore[name-defined]  # what is tested
+
+
+def no_code(x: "list[") -> None: ...  # type: ignore[valid-type]  # noqa: F722  # what is tested
+
+
+def no_item(x: Sequence) -> None: ...  # type: ignore[type-arg]  # what is tested
+
+
+@pytest.mark.parametrize("function", [untyped, positional, many, no_json, two, unknown, no_attribute, no_code, no_item])
 def test_what_is_no_schema(function: Callable[..., object]) -> None:
     with pytest.raises(PluginError, match=f"signature of {function.__name__} is no schema"):
         signature(function)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from corefw import descriptors, hookspecs
 from corefw.engine import Engine
-from corefw.errors import ChannelError, MigfwError, PluginError, UsageError
+from corefw.errors import ChannelError, MigfwError
 from corefw.machine import RunState
 from corefw.plugins import Plugins
 from corefw.qmp.address import TcpAddress
@@ -94,7 +95,7 @@ def test_a_dead_socket_is_replaced(engine: Engine, folder: Path) -> None:
 
 
 def test_a_live_socket_is_left_alone(server: QmpServer, engine: Engine) -> None:
-    with pytest.raises(UsageError, match="somebody does already"):
+    with pytest.raises(ChannelError, match="the address is in use"):
         QmpServer(engine, server.address)
     with RawClient(path_of(server.address)):
         pass
@@ -105,10 +106,25 @@ def test_what_is_no_socket_is_left_alone(engine: Engine, folder: Path, make: Cal
     path = folder / "file"
     make(path)
     before = path.lstat()
-    with pytest.raises(UsageError, match="no dead socket of yours"):
+    with pytest.raises(ChannelError, match="no dead socket of yours"):
         QmpServer(engine, f"unix:{path}")
     assert path.lstat().st_ino == before.st_ino
     assert [entry.name for entry in folder.iterdir()] == ["file"]
+
+
+def test_a_file_system_without_hard_links_will_do(
+    engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object, **__: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", link)
+    path = folder / "qmp"
+    with QmpServer(engine, f"unix:{path}"), RawClient(path):
+        with pytest.raises(ChannelError, match="the address is in use"):
+            QmpServer(engine, f"unix:{path}")
+        assert [entry.name for entry in folder.iterdir()] == ["qmp"]
+    assert not any(folder.iterdir())
 
 
 def test_a_socket_that_took_our_place_is_not_removed(engine: Engine, folder: Path) -> None:
@@ -119,9 +135,11 @@ def test_a_socket_that_took_our_place_is_not_removed(engine: Engine, folder: Pat
     assert path.exists()
 
 
-@pytest.mark.parametrize(("address", "why"), [("unix:/nowhere/qmp", "No such file"), ("tcp:192.0.2.1:4444", "assign")])
+@pytest.mark.parametrize(
+    ("address", "why"), [("unix:/nowhere/qmp", "no such file"), ("tcp:192.0.2.1:4444", "does not have that")]
+)
 def test_where_one_cannot_listen(engine: Engine, address: str, why: str) -> None:
-    with pytest.raises(ChannelError, match=f"cannot listen at '{address}': .*{why}"):
+    with pytest.raises(ChannelError, match=f"{address}: .*{why}"):
         QmpServer(engine, address)
 
 
@@ -140,16 +158,51 @@ def test_tcp_reports_the_port_that_it_got(engine: Engine, host: str) -> None:
                 client.execute("getfd", {"fdname": "x"}, fds=[0])
 
 
-def test_a_plugins_command_may_not_take_a_name_of_ours(engine: Engine, plugins: Plugins, folder: Path) -> None:
+def test_no_host_is_every_address_of_this_one(engine: Engine) -> None:
+    with QmpServer(engine, "tcp::0") as server:
+        assert isinstance(server.address, TcpAddress)
+        for host in ("127.0.0.1", "::1") if socket.has_dualstack_ipv6() else ("127.0.0.1",):
+            with QmpClient(TcpAddress(host, server.address.port)) as client:
+                assert client.execute("query-name") == {"name": "tiny"}
+
+
+def shapeless(data: bytes) -> None: ...
+
+
+def unhinged(data: contextlib.missing) -> None: ...  # type: ignore[name-defined]  # what is tested
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "why"),
+    [
+        ("stop", dict, "the core has a command of that name"),
+        ("x-shapeless", shapeless, "no schema for a command: <class 'bytes'> stands for no JSON type"),
+        ("x-unhinged", unhinged, "no schema for a command: module 'contextlib' has no attribute 'missing'"),
+        ("x-nothing", None, "no schema for a command: None is not a callable object"),
+    ],
+)
+def test_a_plugins_command_that_cannot_be_one_is_left_out(
+    name: str,
+    function: Callable[..., object],
+    why: str,
+    engine: Engine,
+    plugins: Plugins,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Greedy:
         @hookspecs.hookimpl
         def corefw_commands(self, engine: Engine) -> Mapping[str, Callable[..., object]]:
-            return {"stop": lambda: None}
+            return {name: function, "x-fine": lambda: "fine"}
 
-    plugins.register(Greedy())
-    with pytest.raises(PluginError, match="'stop'"):
-        QmpServer(engine, f"unix:{folder}/qmp")
-    assert not list(folder.iterdir())
+    plugins.register(Greedy(), "greedy")
+    with QmpServer(engine, f"unix:{folder}/qmp") as server, QmpClient(server.address) as client:
+        assert client.execute("x-fine") == "fine"
+        assert client.execute("stop") == {}, "which is the core's"
+        assert [entry["name"] for entry in client.execute("query-commands")].count(name) == (name == "stop")
+    (line,) = caplog.messages
+    assert line.startswith(f"plugin 'greedy' adds the command '{name}', which is left out: ")
+    assert line.endswith(why)
 
 
 # -- one conversation --------------------------------------------------------------------------------------------------

@@ -8,17 +8,20 @@ MigfwError.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from corefw.errors import PluginError
+from corefw.errors import FOREIGN, PluginError
 from corefw.qmp.commands import control, guest, migration
 from corefw.qmp.commands.context import Context
 from corefw.qmp.schema import Signature, signature
 
 if TYPE_CHECKING:
     from corefw.engine import Engine
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +74,15 @@ OUT_OF_BAND: Final = frozenset({"migrate-pause", "migrate-recover"})
 
 
 def command_table(engine: Engine) -> dict[str, Command]:
-    """Every command of this engine, the plugins' too. Raises PluginError for one that cannot be a command."""
+    """Every command of this engine. What a plugin adds and cannot be a command is logged and left out."""
     table = {name: _core(name, function) for name, function in CORE.items()}
-    for name, function in engine.plugins.commands(engine).items():
-        if name in table:
-            raise PluginError(f"a plugin adds the command '{name}', which the core has already")
-        table[name] = _plugin(name, function)
+    for name, added in engine.plugins.commands(engine).items():
+        try:
+            if name in CORE:
+                raise PluginError("the core has a command of that name")
+            table[name] = _plugin(name, added.function)
+        except FOREIGN as error:
+            log.error("plugin '%s' adds the command '%s', which is left out: %s", added.plugin, name, error)
     return table
 
 

@@ -27,7 +27,7 @@ def migrate(
 
 
 def migrate_incoming(context: Context, uri: str) -> None:
-    """Wait at `uri` for a guest, in an engine that was started with `--incoming defer`."""
+    """Wait at `uri` for a guest, in an engine that was started with `--incoming`."""
     context.engine.migrate_incoming(uri)
 
 

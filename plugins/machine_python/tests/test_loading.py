@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from corefw_machine_python import PythonMachine
+from corefw_machine_python import PythonMachine, guest
 from corefw_machine_python.declarations import Declarations, FieldType
 from corefw_machine_python.loading import load_program
 from corefw_machine_python.programs.life import Life
@@ -84,7 +84,8 @@ def test_modules_that_do_not_load(tmp_path: Path, text: str, message: str) -> No
         ("stress", {"seed": "x"}, "option 'seed': 'x' is no int (as in seed=1)"),
         ("life", {"size": "big"}, "option 'size': 'big' is no world_size"),
         (f"{PLAIN}:Plain", {"rows": "0"}, "array 'small' would have the shape (0, 7)"),
-        (f"{PLAIN}:Plain", {"fast": "maybe"}, "option 'fast': 'maybe' is neither on nor off"),
+        (f"{PLAIN}:Plain", {"fast": "maybe"}, "option 'fast': 'maybe' is no switch: expected on or off"),
+        (f"{PLAIN}:Plain", {"fast": "1"}, "option 'fast': '1' is no switch: expected on or off"),
         (f"{PLAIN}:Wide", {"size": "0"}, "array 'grid' has no shape with these options: integer division"),
         (f"{PLAIN}:Twice", {}, "program 'Twice': two arrays have the name 'same'"),
         (f"{PLAIN}:WrongVersion", {}, "program 'WrongVersion'"),
@@ -127,6 +128,12 @@ def test_fields_take_what_fits(kind: str, good: list[object], bad: list[object])
     for value in bad:
         with pytest.raises((TypeError, ValueError), match=f"is {checked.kind}"):
             checked.check(value)
+
+
+@pytest.mark.parametrize(("kind", "default"), [("str[8]", 0), ("bytes[8]", 0), ("bool", 0.0), ("bool", 0), ("u8", 0.0)])
+def test_a_default_has_to_fit_also_where_it_equals_zero(kind: str, default: int | float) -> None:
+    with pytest.raises(TypeError, match=r"^is .*, got 0"):
+        guest.field(kind, default)
 
 
 def test_bytes_are_padded() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from corefw.errors import UsageError
-from corefw.quantities import parse_size
+from corefw.quantities import parse_size, parse_switch
 
 Shape = int | tuple[int, ...]
 Value = int | float | bool | bytes | str
@@ -26,17 +26,6 @@ ALIASES: Final = {"double": "f64"}
 _SIZED: Final = re.compile(r"(bytes|str)\[([1-9][0-9]*)\]\Z")
 MAX_SIZED: Final = 1 << 20
 """Bytes that one field may have; what is larger is an array."""
-
-_TRUTH: Final = {
-    "on": True,
-    "yes": True,
-    "true": True,
-    "1": True,
-    "off": False,
-    "no": False,
-    "false": False,
-    "0": False,
-}
 
 
 class Options(Mapping[str, Any]):
@@ -61,14 +50,7 @@ class Options(Mapping[str, Any]):
         return len(self._values)
 
 
-def parse_truth(text: str) -> bool:
-    """ "on", "yes", "true", "1" and their opposites."""
-    if text.lower() not in _TRUTH:
-        raise UsageError(f"'{text}' is neither on nor off")
-    return _TRUTH[text.lower()]
-
-
-_PARSERS: Final[Mapping[type, Callable[[str], object]]] = {bool: parse_truth, int: int, float: float, str: str}
+_PARSERS: Final[Mapping[type, Callable[[str], object]]] = {bool: parse_switch, int: int, float: float, str: str}
 
 
 class Option:
@@ -223,7 +205,7 @@ class Field:
 
     def __init__(self, kind: str, default: Value | None, since: int) -> None:
         self.type = FieldType.parse(kind)
-        self.default = self.type.zero if default is None or default == 0 else self.type.check(default)
+        self.default = self.type.zero if default is None else self.type.check(default)
         self.since = since
         self.name = ""
 

@@ -30,7 +30,6 @@ ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
 """Where libzmq asks about each peer (RFC 27)."""
 
 _Z85_LENGTH: Final = 40
-_CURVE_KEY_LENGTH: Final = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,129 @@
+"""UNIX sockets that are files: put in place, looked at, removed.
+
+The law: a socket file appears when its socket listens already, with mode 0600 from its first moment; so one that
+refuses a connection is stale, never early. A stale one is removed by whoever comes across it; one that answers, and
+what is no socket, are left alone. A listener removes its own file, unless it is another's by then.
+
+Light to import: every command of the command line looks for engines with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import socket
+import stat
+from collections.abc import Callable
+from enum import Enum, auto
+from pathlib import Path
+from typing import Final
+
+from corefw.errors import UriError
+
+PATH_LIMIT: Final = 107
+"""Bytes of a socket's path: sun_path has 108 and ends with a zero (an abstract name begins with it)."""
+
+_ATTEMPTS: Final = 3
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What a file system without hard links says to link(2)."""
+
+
+def check_path(path: str, uri: object) -> None:
+    """Raises UriError, naming the URI, for what no socket can be called."""
+    length = len(os.fsencode(path))
+    if length > PATH_LIMIT:
+        raise UriError(f"'{uri}': the path has {length} bytes, a UNIX socket's can have {PATH_LIMIT}")
+    if "\0" in path:
+        raise UriError(f"'{uri}': a socket's path has no zero byte (an abstract name begins with @)")
+
+
+class Occupant(Enum):
+    """Who is at a path."""
+
+    NOBODY = auto()
+    LISTENER = auto()
+    OTHER = auto()
+    """What is no stream socket, or one that we may not dial, or a stale one that is not ours to remove."""
+
+
+def occupant(path: Path) -> Occupant:
+    """Look, and remove a stale socket. Neither blocks nor raises, and nobody who listens there notices: a probe of the
+    wrong type connects to nobody, but is told whether there is somebody. A destination would take a connection for its
+    source."""
+    try:
+        before = path.lstat()
+        if not stat.S_ISSOCK(before.st_mode):
+            return Occupant.OTHER
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            code = probe.connect_ex(os.fsencode(path))
+        if code == errno.EPROTOTYPE:
+            return Occupant.LISTENER
+        if code not in (errno.ECONNREFUSED, errno.ENOENT):
+            return Occupant.OTHER
+        if os.path.samestat(path.lstat(), before):  # a new one may have taken its place since
+            path.unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # its owner has removed it, or there never was one
+    except OSError:
+        return Occupant.OTHER
+    return Occupant.NOBODY
+
+
+def make_room(path: Path) -> None:
+    """Remove a stale socket. Raises OSError when one cannot listen at `path` because of what is there."""
+    found = occupant(path)
+    if found is Occupant.LISTENER:
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    if found is Occupant.OTHER:
+        raise OSError(errno.EEXIST, "what is there is no dead socket of yours (remove it, or choose another path)")
+
+
+def listen_at(sock: socket.socket, path: Path, backlog: int) -> Callable[[], None]:
+    """Listen at a socket file; a function that removes it. Raises OSError.
+
+    It listens under another name first: who waits for the file to appear may dial at once, and a file that nobody
+    answers at is always a stale one, never one whose owner is on the way to listen().
+    """
+    early = f".{secrets.token_hex(8)}"
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fchmod(sock.fileno(), 0o600)  # before bind: the file never has another mode
+        sock.bind(f"/proc/self/fd/{folder}/{early}")  # so the folder's path may be as long as that of the file
+        try:
+            ours = os.stat(early, dir_fd=folder, follow_symlinks=False)
+            sock.listen(backlog)
+            _put_in_place(folder, early, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(early, dir_fd=folder)
+    finally:
+        os.close(folder)
+    return _remover(path.absolute(), ours)
+
+
+def _put_in_place(folder: int, early: str, path: Path) -> None:
+    for _ in range(_ATTEMPTS):
+        try:
+            return os.link(early, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except FileExistsError:
+            make_room(path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # Of two that begin to listen there in the same moment, the later one gets the name.
+            make_room(path)
+            return os.rename(early, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _remover(file: Path, ours: os.stat_result) -> Callable[[], None]:
+    """A function that removes the socket file unless another has taken its place."""
+
+    def remove() -> None:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(file.lstat(), ours):
+                file.unlink()
+
+    return remove
