@@ -175,9 +175,9 @@ class Connection:
 
     def _read(self) -> None:
         data, descriptors = self._receive()
-        if len(self._descriptors) + len(descriptors) > DESCRIPTORS:
+        if descriptors:  # they wait for a `getfd`, until newer ones come: QEMU's way, and its clients rely on it
             self._close_descriptors()
-        self._descriptors.extend(descriptors)
+            self._descriptors.extend(descriptors)
         self._end_of_input = not data
         self._items = self._stream.feed(data)
 
@@ -197,8 +197,6 @@ class Connection:
             item = next(self._items, _NO_MORE)
             if item is _NO_MORE:
                 self._items = None
-                if self._stream.between_values:
-                    self._close_descriptors()
             elif self._session.overtakes(item):
                 self._post(self._session.answer(item, Handed()))
             else:

@@ -51,11 +51,6 @@ class JsonStream:
         self._lexer = Lexer(limits.size)
         self._restart()
 
-    @property
-    def between_values(self) -> bool:
-        """Whether no value has begun."""
-        return self._count == 0
-
     def feed(self, data: bytes) -> Iterator[object]:
         """The values that end in `data`: None, bool, int, float, str, list, dict; or Malformed.
 

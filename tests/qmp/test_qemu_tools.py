@@ -39,6 +39,11 @@ def test_the_client(engine: Engine, folder: Path, transport: str) -> None:
             )
             assert status["status"] == "paused"
             assert replies == [{"name": "tiny"}] * 20
+            if transport == "unix":
+                with Path(os.devnull).open("rb") as file:
+                    client.send_fd_scm(file.fileno())
+                assert await client.execute("getfd", {"fdname": "way"}) == {}
+                assert await client.execute("closefd", {"fdname": "way"}) == {}
             await client.execute("quit")
         finally:
             await client.disconnect()

@@ -444,8 +444,24 @@ def test_getfd_keeps_a_descriptor_and_closefd_closes_it(client: RawClient, pipe:
 def test_a_descriptor_that_nobody_keeps_is_closed(client: RawClient, pipe: tuple[int, int], request_: bytes) -> None:
     send_with(client, request_, pipe[1], pipe[1])
     client.read()
+    client.close()
     assert is_closed_everywhere(*pipe)
-    assert "SCM_RIGHTS" in str(client.ask(b'{"execute": "getfd", "arguments": {"fdname": "x"}}')["error"])
+
+
+def test_a_descriptor_waits_for_its_getfd_until_others_come(client: RawClient, pipe: tuple[int, int]) -> None:
+    getfd = b'{"execute": "getfd", "arguments": {"fdname": "x"}}'
+    assert "SCM_RIGHTS" in str(client.ask(getfd)["error"])
+    send_with(client, b" ", pipe[1])
+    assert client.ask(b'{"execute": "query-name"}')["return"] is not None
+    with Path(os.devnull).open("rb") as newer:
+        send_with(client, b" ", newer.fileno())
+    assert client.ask(getfd) == {"return": {}}
+    assert is_closed_everywhere(*pipe)
+    kept = descriptors.take("x")
+    assert kept is not None
+    assert os.read(kept, 1) == b""
+    os.close(kept)
+    assert "SCM_RIGHTS" in str(client.ask(getfd)["error"])
 
 
 def test_descriptors_without_end_are_closed(client: RawClient, pipe: tuple[int, int]) -> None:
