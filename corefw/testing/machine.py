@@ -441,4 +441,4 @@ def _close_can_be_repeated(bench: Bench) -> None:
             machine.start()
         except MigfwError:
             continue
-        assert machine.run_state is RunState.RUNNING, "start() after close() neither raised nor ran"
+        raise AssertionError(f"start() after close() raised nothing; the machine is {machine.run_state}")

@@ -267,6 +267,14 @@ class StaysThrottled(Good):
             raise MachineError("too late")
 
 
+class StaysSilent(Good):
+    """start() of a machine that is closed does nothing."""
+
+    def start(self) -> None:
+        if self.block.fd >= 0:
+            super().start()
+
+
 def with_large_pages(incoming: bool) -> Good:
     made = Good(incoming)
     made.block.close()
@@ -316,6 +324,7 @@ class Leaks(Good):
         (PausesToVerify, "verify-leaves-the-guest-as-it-was", r"after verify\(\) of a guest that runs is paused"),
         (StaysThrottled, "throttle-can-be-ended", "MachineError: too late"),
         (with_large_pages, "a-block-is-one-memory", "pages of 'counters' have 8192 bytes, not 4096"),
+        (StaysSilent, "close-can-be-repeated", r"start\(\) after close\(\) raised nothing; the machine is"),
         (ClosesOnce, "close-can-be-repeated", "MachineError: closed already"),
     ],
 )
