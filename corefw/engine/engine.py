@@ -111,7 +111,7 @@ class Engine:
                 self.machine.stop(RunState.PAUSED)
 
     def cont(self) -> None:
-        """Let the guest run. Raises StateError where it may run elsewhere, or is not here yet."""
+        """Let the guest run. Raises StateError where a destination said that it has it, or where it is not here yet."""
         with self._guest_lock:
             state = self.machine.run_state
             if state is RunState.RUNNING:

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -327,3 +328,17 @@ def test_closing_a_destination_that_waits(pair: Pair) -> None:
     began = time.monotonic()
     destination.close()
     assert destination.incoming.status == "failed" and time.monotonic() - began < 20
+
+
+def test_a_file_that_cannot_be_put_in_place_leaves_the_guest_running(pair: Pair, folder: Path) -> None:
+    """Everything was written by then; but nobody can have seen it."""
+    source = pair.source()
+    source.set_capabilities({"return-path": False, "pause-before-switchover": True})
+    source.migrate(f"file:{folder}/stream")
+    reached(source, "pre-switchover")
+    (folder / "stream").mkdir()
+    source.continue_migration(MigrationStatus.PRE_SWITCHOVER)
+    assert ended(source) == "failed"
+    assert "is a directory" in source.query_migrate()["error-desc"]
+    runs_on(source)
+    assert [file.name for file in folder.iterdir()] == ["stream"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from corefw.section import (
     Priority,
     RamStatistics,
     SectionHandler,
+    StateHandler,
 )
 from corefw.settings import Settings
 from corefw.wire.stream import StreamReader, StreamWriter
@@ -264,3 +266,45 @@ def test_a_plugin_that_breaks_is_in_the_way_and_does_not_break_queries() -> None
         (reason,) = source.query_migrate()["blocked-reasons"]
         assert "'failing'" in reason
         assert "oops" in reason
+
+
+class Indescribable(StateHandler):
+    """What it says of itself is no JSON."""
+
+    idstr = "odd"
+    version_id = minimum_version = 1
+    priority = Priority.DEVICES
+
+    def required(self) -> bool:
+        return False
+
+    def blocked(self) -> str | None:
+        return None
+
+    def needed(self) -> bool:
+        return True
+
+    def save(self, writer: StreamWriter) -> None:
+        writer.u8(1)
+
+    def describe(self) -> dict[str, Any]:
+        return {"vmsd_name": "odd", "version": 1, "fields": [{"name": object()}]}
+
+    def load_setup(self, context: IncomingContext) -> None:
+        pass
+
+    def load(self, reader: StreamReader, version_id: int) -> None:
+        reader.u8("it")
+
+    def load_cleanup(self) -> None:
+        pass
+
+
+def test_what_cannot_be_described_fails_before_the_guest_is_handed_over() -> None:
+    pair, _ = pair_with(Indescribable)
+    with pair:
+        source, destination = pair.source(), pair.destination()
+        source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+        assert (ended(source), arrived(destination)) == ("failed", "failed")
+        assert "not JSON serializable" in source.query_migrate()["error-desc"]
+        runs_on(source)

@@ -45,6 +45,7 @@ class PythonMachine(Machine):
         if config.program is None:
             raise UsageError(f"which program? {EXPECTED}")
         self._program = config.program
+        self._closed = False
         self._run_state = RunState.INMIGRATE if config.incoming else RunState.PRELAUNCH
         self._reason: str | None = None
         self._observers: list[Observer] = []
@@ -151,6 +152,8 @@ class PythonMachine(Machine):
     # -- start and stop --------------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        if self._closed:
+            raise MachineError("the guest was ended")
         if self._run_state is RunState.RUNNING:
             return
         with self._order():
@@ -231,6 +234,7 @@ class PythonMachine(Machine):
         self._guest.ask("throttle", self._patience, percent=percent)
 
     def close(self) -> None:
+        self._closed = True
         self._guest.close()
         for block in self._blocks:
             block.close()
