@@ -28,14 +28,14 @@ def test_nobody(folder: Path) -> None:
     assert occupant(folder / "file" / "none") is Occupant.NOBODY
 
 
-def test_a_listener_also_when_its_backlog_is_full(folder: Path) -> None:
+def test_a_listener_is_not_disturbed_and_is_found_also_when_its_backlog_is_full(folder: Path) -> None:
     path = folder / "s"
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
         listener.bind(str(path))
         listener.listen(0)
-        assert occupant(path) is Occupant.LISTENER  # which has taken the one place there is
+        assert occupant(path) is Occupant.LISTENER
         first.setblocking(False)
-        assert first.connect_ex(str(path)) != 0
+        assert first.connect_ex(str(path)) == 0, "the one place there is was still free"
         assert occupant(path) is Occupant.LISTENER
         with pytest.raises(OSError, match="in use"):
             make_room(path)
