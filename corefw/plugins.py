@@ -23,7 +23,7 @@ from stevedore import driver, extension
 
 from corefw import hookspecs
 from corefw.channel import Transport
-from corefw.errors import FOREIGN, MigfwError, PluginError, SettingsError, UriError, UsageError
+from corefw.errors import FOREIGN, MigfwError, PluginError, SettingsError, UriError, UsageError, one_line
 from corefw.machine import Machine, MachineConfig
 from corefw.section import SectionHandler, SectionRegistry
 from corefw.settings import Declarations, Settings
@@ -362,7 +362,7 @@ def _reraise(_manager: object, _point: EntryPoint, error: BaseException) -> None
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(str(error))
     return text if isinstance(error, MigfwError | pluggy.PluginValidationError) else f"{type(error).__name__}: {text}"
 
 

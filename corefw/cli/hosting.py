@@ -23,7 +23,7 @@ import click
 
 from corefw.cli.outcome import ExitStatus, Finished, abandon_stdout, note
 from corefw.engine import Engine, Event
-from corefw.errors import MigfwError
+from corefw.errors import MigfwError, one_line
 from corefw.machine import DEAD
 from corefw.news import News
 from corefw.qmp.address import UnixAddress
@@ -72,7 +72,7 @@ class Plan:
 def say(text: str) -> None:
     """A line on stdout. Nobody reading it is no reason to end a guest."""
     try:
-        click.echo(f"migfw: {text}")
+        click.echo(f"migfw: {one_line(text)}")
     except OSError:
         abandon_stdout()
 

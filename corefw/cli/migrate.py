@@ -22,7 +22,7 @@ from corefw.cli.output import print_facts, print_json
 from corefw.cli.progress import open_display
 from corefw.cli.routes import Route, find_route
 from corefw.cli.summary import summary
-from corefw.errors import MigfwError, UsageError
+from corefw.errors import MigfwError, UsageError, one_line
 from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED
 from corefw.states import MigrationStatus
 
@@ -92,7 +92,7 @@ def migrate(
         if detach:
             _say_detached(engine, uri, as_json=as_json)
             return
-        with open_display(f"migrating to {uri}", as_json=as_json) as display:
+        with open_display(f"migrating to {one_line(uri)}", as_json=as_json) as display:
             hopeless = relay.has_failed if relay else None
             answer = Follower(engine, display, interrupts, postcopy=postcopy, hopeless=hopeless).wait()
         problem = relay.finish(answer, changes.capabilities, interrupts) if relay else None
@@ -143,4 +143,4 @@ def _say_detached(engine: EngineClient, uri: str, *, as_json: bool) -> None:
     if as_json:
         print_json({"uri": uri, **engine.query_migrate()})
     else:
-        click.echo(f"migrating to {uri}; 'migfw status' shows how far it is")
+        click.echo(f"migrating to {one_line(uri)}; 'migfw status' shows how far it is")

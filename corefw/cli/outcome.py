@@ -20,7 +20,7 @@ from enum import IntEnum
 
 import click
 
-from corefw.errors import MigfwError, UsageError
+from corefw.errors import MigfwError, UsageError, one_line
 
 
 class ExitStatus(IntEnum):
@@ -43,7 +43,7 @@ class Finished(click.exceptions.Exit):
 def note(text: str) -> None:
     """One line for the person at the terminal, on stderr; lost in silence where nobody reads that."""
     try:
-        click.echo(f"migfw: {text}", err=True)
+        click.echo(f"migfw: {one_line(text)}", err=True)
     except OSError:
         return
 
@@ -58,7 +58,7 @@ def outcome(command: Callable[[], object]) -> int:
         note(_in_one_line(error))
         return error.exit_code
     except MigfwError as error:
-        note(" ".join(str(error).split()))
+        note(str(error))
         return ExitStatus.USAGE if isinstance(error, UsageError) else ExitStatus.FAILED
     return ended if isinstance(ended, int) else ExitStatus.DONE
 

@@ -17,7 +17,7 @@ from corefw.cli.interrupts import Interrupts
 from corefw.cli.options import json_option
 from corefw.cli.outcome import ExitStatus, Finished, note
 from corefw.cli.output import print_json
-from corefw.errors import Interrupted
+from corefw.errors import Interrupted, one_line
 from corefw.quantities import format_milliseconds, format_size
 from corefw.relay import Phase, Relay, RelayProgress
 
@@ -58,9 +58,9 @@ def relay(source: str, target: str, as_json: bool) -> None:
     with Relay(plugins.transport(source), plugins.transport(target)) as joined, Interrupts() as interrupts:
         address = joined.listen()
         if address:
-            (note if as_json else click.echo)(f"listening at {address}")
+            (note if as_json else click.echo)(one_line(f"listening at {address}"))
         joined.start()
-        with Display(f"{address or source} -> {target}", as_json=as_json) as display:
+        with Display(one_line(f"{address or source} -> {target}"), as_json=as_json) as display:
             while not joined.wait(LOOK):
                 display.update(joined.progress())
                 if interrupts.requested:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -190,6 +191,15 @@ def test_nobody_there_is_a_failure_and_the_guest_goes_on(engines: Engines) -> No
     assert document["status"] == "failed"
 
 
+def test_a_uri_of_several_lines_breaks_none(engines: Engines) -> None:
+    here = engines(*SMALL)
+    done = here.call("migrate", "file:/nonexistent/new\nline")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    told = here.call("status").stdout.splitlines()
+    assert all(re.match(r"[A-Za-z -]+: ", line) for line in told), told
+    assert any("/nonexistent/new line" in line for line in told)
+
+
 def test_without_a_return_path_it_is_left_off(engines: Engines, tmp_path: object) -> None:
     here = engines(*SMALL, "--stay")
     assert here.call("set", "return-path=on").returncode == 0
@@ -239,6 +249,7 @@ WRONG = {
     ("tcp:localhost:1", "--resume"): "no paused migration",
     ("exec:cat >/dev/null", "--cap", "return-path"): "has no return path",
     ("defer",): "is no migration URI",
+    ("file:/tmp/\udcff",): "'file:/tmp/\\xff' is no migration URI: a URI has to be UTF-8",
 }
 
 NOBODY = {
