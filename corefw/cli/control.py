@@ -13,6 +13,7 @@ from corefw.cli.changes import read_mixed
 from corefw.cli.engines import EngineClient, connect
 from corefw.cli.options import engine_options, json_option
 from corefw.cli.output import print_facts, print_json
+from corefw.cli.summary import cancelled
 from corefw.errors import MigfwError, one_line
 from corefw.uri import MigrationUri
 
@@ -109,8 +110,9 @@ def cancel(name: str | None, qmp: str | None, as_json: bool) -> None:
     """
     with connect(name, qmp) as engine:
         engine.call("migrate_cancel")
-        status = engine.wait_idle()
-        _confirm(engine, f"migration: {status}; the guest is {engine.run_state()}", as_json=as_json)
+        engine.wait_idle()
+        how = cancelled(engine.query_migrate(), state := engine.run_state())
+        _confirm(engine, f"migration: {how}; the guest is {state}", as_json=as_json)
 
 
 @click.command("continue")

@@ -21,7 +21,7 @@ from corefw.cli.outcome import ExitStatus, Finished, note
 from corefw.cli.output import print_facts, print_json
 from corefw.cli.progress import open_display
 from corefw.cli.routes import Route, find_route
-from corefw.cli.summary import summary
+from corefw.cli.summary import cancelled, summary
 from corefw.errors import MigfwError, UsageError, one_line
 from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED
 from corefw.states import MigrationStatus
@@ -100,22 +100,22 @@ def migrate(
             print_json({"uri": uri, **answer, **({"error-desc": problem} if problem else {})})
         elif answer["status"] == MigrationStatus.COMPLETED and problem is None:
             print_facts(summary(answer))
-        _end(engine, uri, answer, problem, cancelled=interrupts.requested)
+        _end(engine, uri, answer, problem, interrupted=interrupts.requested)
 
 
-def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str | None, *, cancelled: bool) -> None:
+def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str | None, *, interrupted: bool) -> None:
     """Return when the guest has moved; else raise what says why not, and where the guest is."""
     status = answer["status"]
     if status == MigrationStatus.COMPLETED and problem is None:
-        if cancelled:
+        if interrupted:
             note("too late to cancel: the guest has moved")
         return
-    here = f"the guest is {engine.settled_run_state()} here"
-    if cancelled and status in (MigrationStatus.CANCELLED, MigrationStatus.FAILED):
-        note(f"cancelled; {here}")
+    here = f"the guest is {(state := engine.settled_run_state())} here"
+    if interrupted and status in (MigrationStatus.CANCELLED, MigrationStatus.FAILED):
+        note(f"{cancelled({**answer, 'status': MigrationStatus.CANCELLED}, state)}; {here}")
         raise Finished(ExitStatus.INTERRUPTED)
     if status == MigrationStatus.CANCELLED and problem is None:
-        raise MigfwError(f"the migration to {uri} was cancelled; {here}")
+        raise MigfwError(f"the migration to {uri} was {cancelled(answer, state)}; {here}")
     if status == MigrationStatus.POSTCOPY_PAUSED:
         raise MigfwError(
             f"the connection to {uri} broke in postcopy: 'migfw recover URI' on the destination, then"
