@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from typing import Final
 
 import click
 
-from corefw.cli.outcome import ExitStatus, Finished, abandon_stdout, note
+from corefw.cli.outcome import ExitStatus, Finished, note
+from corefw.cli.stdout import StdoutError, abandon
 from corefw.engine import Engine, Event
 from corefw.errors import MigfwError, one_line
 from corefw.machine import DEAD
@@ -73,8 +75,10 @@ def say(text: str) -> None:
     """A line on stdout. Nobody reading it is no reason to end a guest."""
     try:
         click.echo(f"migfw: {one_line(text)}")
-    except OSError:
-        abandon_stdout()
+    except BrokenPipeError:
+        abandon(sys.stdout.fileno())
+    except StdoutError as error:
+        note(str(error))
 
 
 def host(engine: Engine, server: QmpServer, plan: Plan) -> None:

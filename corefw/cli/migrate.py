@@ -21,6 +21,7 @@ from corefw.cli.outcome import ExitStatus, Finished, note
 from corefw.cli.output import print_facts, print_json
 from corefw.cli.progress import open_display
 from corefw.cli.routes import Route, find_route
+from corefw.cli.stdout import unread_is_fine
 from corefw.cli.summary import cancelled, summary
 from corefw.errors import MigfwError, UsageError, one_line
 from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED
@@ -89,8 +90,11 @@ def migrate(
                 note("cancelled before it began")
                 raise Finished(ExitStatus.INTERRUPTED)
             engine.call("migrate", uri=relay.uri if relay else uri, **({"resume": True} if resume else {}))
+        unread = stack.enter_context(unread_is_fine())
         if detach:
             _say_detached(engine, uri, as_json=as_json)
+            if unread.error:
+                note(unread.before(f"migrating to {uri}"))
             return
         with open_display(f"migrating to {one_line(uri)}", as_json=as_json) as display:
             hopeless = relay.has_failed if relay else None
@@ -101,6 +105,8 @@ def migrate(
         elif answer["status"] == MigrationStatus.COMPLETED and problem is None:
             print_facts(summary(answer))
         _end(engine, uri, answer, problem, interrupted=interrupts.requested)
+        if unread.error:
+            note(unread.before("the guest has moved"))
 
 
 def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str | None, *, interrupted: bool) -> None:
@@ -121,8 +127,8 @@ def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str
             f"the connection to {uri} broke in postcopy: 'migfw recover URI' on the destination, then"
             " 'migfw migrate URI --resume' here"
         )
-    reason = str(problem or answer.get("error-desc", status))
-    raise MigfwError(f"the migration{'' if uri in reason else f' to {uri}'} failed: {reason}; {here}")
+    reason = one_line(str(problem or answer.get("error-desc", status)))
+    raise MigfwError(f"the migration{'' if one_line(uri) in reason else f' to {uri}'} failed: {reason}; {here}")
 
 
 def _relay(uri: str) -> QemuRelay:

@@ -12,7 +12,6 @@ click's, is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-import os
 import select
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from enum import IntEnum
 
 import click
 
+from corefw.cli.stdout import abandon
 from corefw.errors import MigfwError, UsageError, one_line
 
 
@@ -81,16 +81,9 @@ def guarded(command: Callable[[], object]) -> object:
     except BrokenPipeError as error:
         if not _stdout_is_gone():
             raise AssertionError("a broken pipe that nobody translated") from error
-        abandon_stdout()
+        abandon(sys.stdout.fileno())
         raise Finished(ExitStatus.BROKEN_PIPE) from None
     return result
-
-
-def abandon_stdout() -> None:
-    """Nobody reads it any more. What is still in the buffer, and what comes, goes nowhere and without complaint."""
-    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
 
 
 def _stdout_is_gone() -> bool:
