@@ -33,8 +33,16 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
+def one_line(text: str) -> str:
+    """A text of whatever origin, fit for one line of a terminal or a table."""
+    return printable(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+
+
 class MigfwError(Exception):
-    """Base of all errors here; `str()` is one line fit for a user."""
+    """Base of all errors here; `str()` is one line fit for a user, whatever was quoted in it."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class UsageError(MigfwError):

@@ -23,7 +23,7 @@ from stevedore import driver, extension
 
 from corefw import hookspecs
 from corefw.channel import Transport
-from corefw.errors import FOREIGN, MigfwError, PluginError, SettingsError, UriError, UsageError
+from corefw.errors import FOREIGN, MigfwError, PluginError, SettingsError, UriError, UsageError, one_line
 from corefw.machine import Machine, MachineConfig
 from corefw.section import SectionHandler, SectionRegistry
 from corefw.settings import Declarations, Settings
@@ -154,14 +154,16 @@ class Plugins:
         for name, ask in self._implementers("corefw_transport", last_first=True):
             try:
                 made = ask(uri=parsed)
-                if isinstance(made, Transport):
-                    return made
-                if made is not None:
+                if made is not None and not isinstance(made, Transport):
                     raise PluginError(f"plugin '{name}' gave {type(made).__name__}, expected a Transport")
             except PluginError as error:
-                log.warning("%s", error)
                 failed.append(error)
+                continue
+            if made is not None:
+                _warn(failed)
+                return made
         if failed:
+            _warn(failed[:-1])
             raise failed[-1]
         known = self._installed.names(TRANSPORTS)
         raise UriError(f"'{parsed}': no installed plugin has the scheme '{parsed.scheme}' (installed: {known})")
@@ -250,6 +252,11 @@ class Plugins:
                 error = failed if group == PLUGINS else _driver_error(self._installed, point)
                 name, version = (point.dist.name, point.dist.version) if point.dist else ("?", "?")
                 yield PluginInfo(group, point.name, point.value, name, version, error)
+
+
+def _warn(errors: Iterable[PluginError]) -> None:
+    for error in errors:
+        log.warning("%s", error)
 
 
 def _asker(hook: str, implementation: pluggy.HookImpl) -> Callable[..., object]:
@@ -362,7 +369,7 @@ def _reraise(_manager: object, _point: EntryPoint, error: BaseException) -> None
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(str(error))
     return text if isinstance(error, MigfwError | pluggy.PluginValidationError) else f"{type(error).__name__}: {text}"
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from corefw.errors import UriError
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*\Z")
+_NO_UTF8 = re.compile("[\ud800-\udfff]")  # what Python makes of a byte of the command line that is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class MigrationUri:
 
     @classmethod
     def parse(cls, text: str) -> MigrationUri:
+        if _NO_UTF8.search(text):
+            raise UriError(f"'{_NO_UTF8.sub(_escape, text)}' is no migration URI: a URI has to be UTF-8")
         scheme, colon, rest = text.partition(":")
         if not colon or not _SCHEME.match(scheme):
             raise UriError(f"'{text}' is no migration URI: expected SCHEME:ADDRESS, as in tcp:HOST:PORT or unix:PATH")
@@ -32,6 +35,11 @@ class MigrationUri:
 
     def __str__(self) -> str:
         return f"{self.scheme}:{self.rest}"
+
+
+def _escape(found: re.Match[str]) -> str:
+    """The byte as one would type it."""
+    return f"\\x{ord(found[0]) - 0xDC00:02x}" if "\udc80" <= found[0] <= "\udcff" else f"\\u{ord(found[0]):04x}"
 
 
 def split_host_port(text: str, what: str) -> tuple[str, int]:

@@ -203,6 +203,7 @@ def test_all_up_to_the_damage_is_shown(end: int) -> None:
     assert not found.complete
     assert found.damage is not None
     assert found.damage.offset <= end
+    assert found.size == end
     shown = [(entry.offset, entry.idstr) for entry in found.sections]
     assert shown == [(entry.offset, entry.idstr) for entry in whole.sections][: len(shown)]
     assert len(shown) >= len([entry for entry in whole.sections if entry.offset + entry.size <= end])
@@ -261,7 +262,23 @@ def test_a_damaged_file_fails_with_its_offset(stream: Path) -> None:
     assert "at offset" in line
     done = migfw("inspect", "--json", str(stream))
     assert done.returncode == 1
-    assert json.loads(done.stdout)["damage"]["offset"] == 29462
+    document = json.loads(done.stdout)
+    assert (document["size"], document["damage"]["offset"]) == (30000, 29462)
+
+
+@pytest.mark.parametrize("piped", [False, True])
+def test_the_size_is_not_where_the_damage_is(stream: Path, piped: bool) -> None:
+    """A file has its own size, whatever of it was read; of a pipe it is what came."""
+    data = b"XXXX" + bytes(8 << 20) if not piped else load("pc")[:30000]
+    stream.write_bytes(data)
+    cat = subprocess.Popen(["cat", str(stream)], stdout=subprocess.PIPE)
+    with cat, cat.stdout as pipe:  # type: ignore[union-attr]  # it is one
+        command = [*MIGFW, "inspect", "-" if piped else str(stream)]
+        done = subprocess.run(command, stdin=pipe, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    facts = dict(line.split(":", 1) for line in done.stdout.split("\n\n")[0].splitlines())
+    assert facts["size"].split()[:2] == [str(len(data)), "bytes"]
+    assert facts["damaged"].strip() == ("at offset 29462 (0x7316)" if piped else "at offset 0 (0x0)")
 
 
 @pytest.mark.parametrize("arguments", [[], ["no-such-file"], ["/"], ["--device"], ["--what", "x"]])

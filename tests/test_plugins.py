@@ -242,6 +242,14 @@ def test_a_plugin_that_breaks_takes_no_other_down(
     assert blockers(plugins) == [before, after], "in the order of their names, the broken one left out as a whole"
 
 
+def test_a_transport_that_breaks_is_told_once(install: Install, caplog: pytest.LogCaptureFixture) -> None:
+    install("broken", "raise ValueError('two\\nlines')", transport={"brk": "{module}:Made"})
+    plugins = Plugins.load()
+    with pytest.raises(PluginError, match="failed to load: ValueError: two lines"):
+        plugins.transport("brk:x")
+    assert caplog.text == ""
+
+
 def test_a_misspelt_hook_is_told_with_the_nearest(install: Install) -> None:
     module = install("broken", BLOCKER.replace("corefw_blockers", "corefw_blocker"), plugins={"broken": "{module}"})
     plugins = Plugins.load()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corefw.errors import UriError, UsageError
+from corefw.errors import UriError, UsageError, one_line
 from corefw.uri import MigrationUri, join_host_port, split_host_port
 
 
@@ -34,6 +34,8 @@ def test_a_uri_is_a_scheme_and_the_rest(text: str, scheme: str, rest: str) -> No
         ("TCP:host:1", "'TCP:host:1' is no migration URI"),
         ("/path:1", "'/path:1' is no migration URI"),
         ("tcp:", "'tcp:' has no address: expected something after 'tcp:'"),
+        ("file:/tmp/\udcff", "'file:/tmp/\\xff' is no migration URI: a URI has to be UTF-8"),
+        ("file:/tmp/\ud800", "'file:/tmp/\\ud800' is no migration URI: a URI has to be UTF-8"),
     ],
 )
 def test_what_is_no_uri_is_refused_with_an_example(text: str, message: str) -> None:
@@ -92,4 +94,4 @@ def test_any_text_is_a_uri_or_a_uri_error(text: str) -> None:
         uri = MigrationUri.parse(text)
         split_host_port(uri.rest, text)
     except UriError as error:
-        assert text in str(error)
+        assert one_line(text) in str(error)

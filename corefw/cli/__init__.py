@@ -7,6 +7,7 @@ the table of commands, neither NumPy nor a plugin.
     outcome.py    how a command ended -> one line on stderr and the exit status; nobody else decides either
     options.py    options that several commands share, and how their values are written
     output.py     what goes to stdout: JSON documents, tables, lines
+    stdout.py     where that goes, and what happens when it cannot be written
     engines.py    the engine that a command talks to over QMP: migfw's own, or a QEMU
     the rest      one module for each command, or for a family of small ones
 """
@@ -18,5 +19,7 @@ def main() -> int:
     """The entry point of `migfw`; returns the exit status."""
     from corefw.cli.group import migfw
     from corefw.cli.outcome import outcome
+    from corefw.cli.stdout import open_streams
 
+    open_streams()
     return outcome(lambda: migfw.main(prog_name="migfw", standalone_mode=False))

@@ -13,7 +13,9 @@ from corefw.cli.changes import read_mixed
 from corefw.cli.engines import EngineClient, connect
 from corefw.cli.options import engine_options, json_option
 from corefw.cli.output import print_facts, print_json
-from corefw.errors import MigfwError
+from corefw.cli.summary import cancelled
+from corefw.errors import MigfwError, one_line
+from corefw.uri import MigrationUri
 
 QUIT_SECONDS: Final = 30.0
 """How long an engine may take to end its guest."""
@@ -108,8 +110,9 @@ def cancel(name: str | None, qmp: str | None, as_json: bool) -> None:
     """
     with connect(name, qmp) as engine:
         engine.call("migrate_cancel")
-        status = engine.wait_idle()
-        _confirm(engine, f"migration: {status}; the guest is {engine.run_state()}", as_json=as_json)
+        engine.wait_idle()
+        how = cancelled(engine.query_migrate(), state := engine.run_state())
+        _confirm(engine, f"migration: {how}; the guest is {state}", as_json=as_json)
 
 
 @click.command("continue")
@@ -176,9 +179,10 @@ def recover(uri: str, name: str | None, qmp: str | None, as_json: bool) -> None:
     Example:
       migfw recover tcp:0.0.0.0:4445
     """
+    MigrationUri.parse(uri)
     with connect(name, qmp) as engine:
         engine.call("migrate-recover", uri=uri)
-        _confirm(engine, f"waiting for the source to resume at {uri}", as_json=as_json)
+        _confirm(engine, f"waiting for the source to resume at {one_line(uri)}", as_json=as_json)
 
 
 @click.command("set")

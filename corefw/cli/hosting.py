@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from typing import Final
 
 import click
 
-from corefw.cli.outcome import ExitStatus, Finished, abandon_stdout, note
+from corefw.cli.outcome import ExitStatus, Finished, note
+from corefw.cli.stdout import StdoutError, abandon
 from corefw.engine import Engine, Event
-from corefw.errors import MigfwError
+from corefw.errors import MigfwError, one_line
 from corefw.machine import DEAD
 from corefw.news import News
 from corefw.qmp.address import UnixAddress
@@ -72,9 +74,11 @@ class Plan:
 def say(text: str) -> None:
     """A line on stdout. Nobody reading it is no reason to end a guest."""
     try:
-        click.echo(f"migfw: {text}")
-    except OSError:
-        abandon_stdout()
+        click.echo(f"migfw: {one_line(text)}")
+    except BrokenPipeError:
+        abandon(sys.stdout.fileno())
+    except StdoutError as error:
+        note(str(error))
 
 
 def host(engine: Engine, server: QmpServer, plan: Plan) -> None:

@@ -42,6 +42,8 @@ def inspect(file: str, devices: Sequence[str], all_fields: bool, as_json: bool) 
 
     with FileSource.open(file) as source:
         found = inspect_stream(source)
+        if found.damage is not None and source.size is not None:
+            found.size = source.size  # it may go on behind the damage
     missing = [name for name in devices if all(section.idstr != name for section in found.sections)]
     if as_json:
         print_json(document(found))
@@ -91,6 +93,8 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         )
     if found.omitted:
         facts.append(("not listed", f"{found.omitted} more sections and commands"))
+    if found.damage is not None:
+        facts.append(("damaged", f"at offset {found.damage.offset} ({found.damage.offset:#x})"))
     return [*facts, ("complete", "yes" if found.complete else "no")]
 
 

@@ -21,8 +21,9 @@ from corefw.cli.outcome import ExitStatus, Finished, note
 from corefw.cli.output import print_facts, print_json
 from corefw.cli.progress import open_display
 from corefw.cli.routes import Route, find_route
-from corefw.cli.summary import summary
-from corefw.errors import MigfwError, UsageError
+from corefw.cli.stdout import unread_is_fine
+from corefw.cli.summary import cancelled, summary
+from corefw.errors import MigfwError, UsageError, one_line
 from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED
 from corefw.states import MigrationStatus
 
@@ -89,10 +90,13 @@ def migrate(
                 note("cancelled before it began")
                 raise Finished(ExitStatus.INTERRUPTED)
             engine.call("migrate", uri=relay.uri if relay else uri, **({"resume": True} if resume else {}))
+        unread = stack.enter_context(unread_is_fine())
         if detach:
             _say_detached(engine, uri, as_json=as_json)
+            if unread.error:
+                note(unread.before(f"migrating to {uri}"))
             return
-        with open_display(f"migrating to {uri}", as_json=as_json) as display:
+        with open_display(f"migrating to {one_line(uri)}", as_json=as_json) as display:
             hopeless = relay.has_failed if relay else None
             answer = Follower(engine, display, interrupts, postcopy=postcopy, hopeless=hopeless).wait()
         problem = relay.finish(answer, changes.capabilities, interrupts) if relay else None
@@ -100,29 +104,31 @@ def migrate(
             print_json({"uri": uri, **answer, **({"error-desc": problem} if problem else {})})
         elif answer["status"] == MigrationStatus.COMPLETED and problem is None:
             print_facts(summary(answer))
-        _end(engine, uri, answer, problem, cancelled=interrupts.requested)
+        _end(engine, uri, answer, problem, interrupted=interrupts.requested)
+        if unread.error:
+            note(unread.before("the guest has moved"))
 
 
-def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str | None, *, cancelled: bool) -> None:
+def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str | None, *, interrupted: bool) -> None:
     """Return when the guest has moved; else raise what says why not, and where the guest is."""
     status = answer["status"]
     if status == MigrationStatus.COMPLETED and problem is None:
-        if cancelled:
+        if interrupted:
             note("too late to cancel: the guest has moved")
         return
-    here = f"the guest is {engine.settled_run_state()} here"
-    if cancelled and status in (MigrationStatus.CANCELLED, MigrationStatus.FAILED):
-        note(f"cancelled; {here}")
+    here = f"the guest is {(state := engine.settled_run_state())} here"
+    if interrupted and status in (MigrationStatus.CANCELLED, MigrationStatus.FAILED):
+        note(f"{cancelled({**answer, 'status': MigrationStatus.CANCELLED}, state)}; {here}")
         raise Finished(ExitStatus.INTERRUPTED)
     if status == MigrationStatus.CANCELLED and problem is None:
-        raise MigfwError(f"the migration to {uri} was cancelled; {here}")
+        raise MigfwError(f"the migration to {uri} was {cancelled(answer, state)}; {here}")
     if status == MigrationStatus.POSTCOPY_PAUSED:
         raise MigfwError(
             f"the connection to {uri} broke in postcopy: 'migfw recover URI' on the destination, then"
             " 'migfw migrate URI --resume' here"
         )
-    reason = str(problem or answer.get("error-desc", status))
-    raise MigfwError(f"the migration{'' if uri in reason else f' to {uri}'} failed: {reason}; {here}")
+    reason = one_line(str(problem or answer.get("error-desc", status)))
+    raise MigfwError(f"the migration{'' if one_line(uri) in reason else f' to {uri}'} failed: {reason}; {here}")
 
 
 def _relay(uri: str) -> QemuRelay:
@@ -143,4 +149,4 @@ def _say_detached(engine: EngineClient, uri: str, *, as_json: bool) -> None:
     if as_json:
         print_json({"uri": uri, **engine.query_migrate()})
     else:
-        click.echo(f"migrating to {uri}; 'migfw status' shows how far it is")
+        click.echo(f"migrating to {one_line(uri)}; 'migfw status' shows how far it is")

@@ -12,7 +12,6 @@ click's, is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-import os
 import select
 import sys
 from collections.abc import Callable
@@ -20,7 +19,8 @@ from enum import IntEnum
 
 import click
 
-from corefw.errors import MigfwError, UsageError
+from corefw.cli.stdout import abandon
+from corefw.errors import MigfwError, UsageError, one_line
 
 
 class ExitStatus(IntEnum):
@@ -43,7 +43,7 @@ class Finished(click.exceptions.Exit):
 def note(text: str) -> None:
     """One line for the person at the terminal, on stderr; lost in silence where nobody reads that."""
     try:
-        click.echo(f"migfw: {text}", err=True)
+        click.echo(f"migfw: {one_line(text)}", err=True)
     except OSError:
         return
 
@@ -58,7 +58,7 @@ def outcome(command: Callable[[], object]) -> int:
         note(_in_one_line(error))
         return error.exit_code
     except MigfwError as error:
-        note(" ".join(str(error).split()))
+        note(str(error))
         return ExitStatus.USAGE if isinstance(error, UsageError) else ExitStatus.FAILED
     return ended if isinstance(ended, int) else ExitStatus.DONE
 
@@ -81,16 +81,9 @@ def guarded(command: Callable[[], object]) -> object:
     except BrokenPipeError as error:
         if not _stdout_is_gone():
             raise AssertionError("a broken pipe that nobody translated") from error
-        abandon_stdout()
+        abandon(sys.stdout.fileno())
         raise Finished(ExitStatus.BROKEN_PIPE) from None
     return result
-
-
-def abandon_stdout() -> None:
-    """Nobody reads it any more. What is still in the buffer, and what comes, goes nowhere and without complaint."""
-    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
 
 
 def _stdout_is_gone() -> bool:

@@ -1,6 +1,7 @@
 """What goes to stdout: documents, tables, lines.
 
-The law: with --json, exactly one document and nothing else; without, plain text that needs no terminal.
+The law: with --json, exactly one document and nothing else; without, plain text that needs no terminal. A fact is
+one line, whatever it quotes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import json
 from collections.abc import Sequence
 
 import click
+
+from corefw.errors import one_line
 
 
 def print_json(document: object) -> None:
@@ -27,4 +30,4 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     """Lines of "name: value", the values under each other."""
     width = max((len(name) for name, _ in facts), default=0) + 2
     for name, value in facts:
-        click.echo(f"{name + ':':<{width}}{value}")
+        click.echo(f"{name + ':':<{width}}{one_line(value)}")

@@ -45,5 +45,5 @@ def plugins(as_json: bool) -> None:
 
 
 def _row(info: PluginInfo) -> tuple[str, ...]:
-    state = "ok" if info.error is None else "failed: " + " ".join(info.error.split())
+    state = "ok" if info.error is None else f"failed: {info.error}"
     return (info.group.removeprefix("corefw."), info.name, info.distribution, info.version, state)

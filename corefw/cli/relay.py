@@ -17,7 +17,8 @@ from corefw.cli.interrupts import Interrupts
 from corefw.cli.options import json_option
 from corefw.cli.outcome import ExitStatus, Finished, note
 from corefw.cli.output import print_json
-from corefw.errors import Interrupted
+from corefw.cli.stdout import unread_is_fine
+from corefw.errors import Interrupted, one_line
 from corefw.quantities import format_milliseconds, format_size
 from corefw.relay import Phase, Relay, RelayProgress
 
@@ -58,14 +59,17 @@ def relay(source: str, target: str, as_json: bool) -> None:
     with Relay(plugins.transport(source), plugins.transport(target)) as joined, Interrupts() as interrupts:
         address = joined.listen()
         if address:
-            (note if as_json else click.echo)(f"listening at {address}")
+            (note if as_json else click.echo)(one_line(f"listening at {address}"))
         joined.start()
-        with Display(f"{address or source} -> {target}", as_json=as_json) as display:
-            while not joined.wait(LOOK):
-                display.update(joined.progress())
-                if interrupts.requested:
-                    joined.abort()
-        _report(joined, as_json=as_json)
+        with unread_is_fine() as unread:
+            with Display(one_line(f"{address or source} -> {target}"), as_json=as_json) as display:
+                while not joined.wait(LOOK):
+                    display.update(joined.progress())
+                    if interrupts.requested:
+                        joined.abort()
+            _report(joined, as_json=as_json)
+        if unread.error:
+            note(unread.before(f"relayed {_amount(joined.progress(), two_way=joined.two_way)}"))
 
 
 def _report(joined: Relay, *, as_json: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from corefw.machine import RunState
 from corefw.quantities import format_milliseconds, format_size
 
 
@@ -13,6 +14,12 @@ def throughput(answer: Mapping[str, Any]) -> float:
     milliseconds = answer.get("total-time", 0) - answer.get("setup-time", 0)
     transferred: int = answer.get("ram", {}).get("transferred", 0)
     return transferred * 1000 / milliseconds if milliseconds > 0 else 0.0
+
+
+def cancelled(answer: Mapping[str, Any], run_state: str) -> str:
+    """The status after a cancel; where the guest did not come back, why not."""
+    status, reason = str(answer.get("status", "none")), str(answer.get("error-desc", ""))
+    return f"{status} ({reason})" if reason and run_state == RunState.POSTMIGRATE else status
 
 
 def summary(answer: Mapping[str, Any]) -> list[tuple[str, str]]:

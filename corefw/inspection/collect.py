@@ -26,7 +26,8 @@ MAX_TRACKED: Final = 1 << 40
 
 def inspect(source: Source) -> Inspection:
     """Everything that can be told about the stream. Raises ChannelError when the source itself fails."""
-    reader = StreamReader(source)
+    counted = _Counted(source)
+    reader = StreamReader(counted)
     collector = _Collector()
     try:
         collector.take(decode(reader))
@@ -34,7 +35,22 @@ def inspect(source: Source) -> Inspection:
     except RemoteStreamError as damage:
         collector.inspection.damage = damage
     collector.end(reader.offset)
+    if collector.inspection.damage is not None:
+        collector.inspection.size = counted.bytes
     return collector.inspection
+
+
+class _Counted:
+    """A source, and how many bytes came from it."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.bytes = 0
+
+    def receive_into(self, view: memoryview, /) -> int:
+        count = self._source.receive_into(view)
+        self.bytes += count
+        return count
 
 
 class _Collector:

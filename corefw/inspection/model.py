@@ -63,7 +63,7 @@ class BlockInfo:
 class Inspection:
     """A stream, as far as it could be read.
 
-    size       bytes read, in a damaged stream up to what is damaged
+    size       bytes of the stream; of a damaged one, those that came from its source, the damage's and later ones too
     footers    whether sections have them; None where no section came
     complete   it ended as streams do
     damage     why not

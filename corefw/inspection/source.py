@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import sys
 from pathlib import Path
 from typing import Self
@@ -27,6 +29,12 @@ class FileSource(Closing):
             return cls(Path(path).open("rb", buffering=0), path)
         except OSError as error:
             raise ChannelError(f"cannot open '{path}': {error.strerror}") from None
+
+    @property
+    def size(self) -> int | None:
+        """Of a file, all its bytes, read or not; None for what is none."""
+        found = os.fstat(self._file.fileno())
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def receive_into(self, view: memoryview, /) -> int:
         """Some bytes into the start of `view`; 0 at the end. Raises ChannelError."""

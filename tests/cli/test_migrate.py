@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import pty
+import re
 import select
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -100,13 +102,14 @@ def test_json_is_one_document_and_nothing_else(pair: tuple[Engine, Engine]) -> N
     assert document["ram"]["remaining"] == 0
 
 
-def test_ctrl_c_cancels_and_the_guest_goes_on(pair: tuple[Engine, Engine]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_cancels_and_the_guest_goes_on(pair: tuple[Engine, Engine], number: signal.Signals) -> None:
     here, there = pair
     process = begin(here, there.uri, SLOW)
     # These are its own defaults, and the user's word comes before them.
     assert setting(here, "return-path") is True
     assert setting(here, "max-bandwidth") == 100 << 10
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
     assert err == "migfw: cancelled; the guest is running here\n"
@@ -132,6 +135,46 @@ def test_somebody_elses_cancel_is_a_failure(pair: tuple[Engine, Engine]) -> None
     out, err = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, json.loads(out)["status"]) == (1, "cancelled")
     assert err == f"migfw: the migration to {there.uri} was cancelled; the guest is running here\n"
+
+
+@pytest.fixture
+def swallower() -> Iterator[tuple[str, list[float]]]:
+    """A destination that takes everything and answers nothing: its URI, and when it took something."""
+    took: list[float] = []
+
+    def swallow() -> None:
+        peer, _ = listening.accept()
+        with peer, contextlib.suppress(ConnectionError):
+            while peer.recv(1 << 20):
+                took.append(time.monotonic())
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=swallow, daemon=True).start()
+        yield f"tcp:127.0.0.1:{listening.getsockname()[1]}", took
+
+
+@pytest.mark.parametrize("by", ["cancel", "ctrl-c"])
+def test_a_cancel_that_cannot_know_who_has_the_guest_says_so(
+    engines: Engines, swallower: tuple[str, list[float]], by: str
+) -> None:
+    uri, took = swallower
+    here = engines(*SMALL)
+    process = begin(here, uri)
+    wait_until(lambda: took and time.monotonic() - took[-1] > 0.5, "the guest to be sent")
+    assert here.ask("query-status")["status"] == "finish-migrate"
+    told = "; the destination had everything and may be running the guest, so it stays stopped here"
+    if by == "cancel":
+        done = here.call("cancel")
+        assert (done.returncode, done.stdout.count("\n")) == (0, 1)
+        assert done.stdout.startswith("migration: cancelled (")
+        assert told in done.stdout
+        assert done.stdout.endswith("; the guest is postmigrate\n")
+    else:
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == (1 if by == "cancel" else 130)
+    assert told in err
+    assert err.endswith("; the guest is postmigrate here\n")
 
 
 def test_an_engine_that_dies_is_a_failure(pair: tuple[Engine, Engine]) -> None:
@@ -190,6 +233,15 @@ def test_nobody_there_is_a_failure_and_the_guest_goes_on(engines: Engines) -> No
     assert document["status"] == "failed"
 
 
+def test_a_uri_of_several_lines_breaks_none(engines: Engines) -> None:
+    here = engines(*SMALL)
+    done = here.call("migrate", "file:/nonexistent/new\nline")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    told = here.call("status").stdout.splitlines()
+    assert all(re.match(r"[A-Za-z -]+: ", line) for line in told), told
+    assert any("/nonexistent/new line" in line for line in told)
+
+
 def test_without_a_return_path_it_is_left_off(engines: Engines, tmp_path: object) -> None:
     here = engines(*SMALL, "--stay")
     assert here.call("set", "return-path=on").returncode == 0
@@ -239,6 +291,7 @@ WRONG = {
     ("tcp:localhost:1", "--resume"): "no paused migration",
     ("exec:cat >/dev/null", "--cap", "return-path"): "has no return path",
     ("defer",): "is no migration URI",
+    ("file:/tmp/\udcff",): "'file:/tmp/\\xff' is no migration URI: a URI has to be UTF-8",
 }
 
 NOBODY = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -113,6 +114,29 @@ def test_a_guest_that_fails_is_a_failure(engines: Engines, tmp_path: Path) -> No
     assert "File" in err  # the program's own traceback is for its author
 
 
+LINES = """
+from corefw_machine_python import guest
+
+class Lines(guest.Program):
+    def {method}(self):
+        raise RuntimeError("one\\n\\ntwo")
+{tick}
+"""
+
+
+@pytest.mark.parametrize("method", ["setup", "tick", "after_start"])
+def test_why_a_guest_failed_is_said_once_and_in_one_line(engines: Engines, tmp_path: Path, method: str) -> None:
+    program = tmp_path / "lines.py"
+    tick = "" if method == "tick" else "    def tick(self):\n        pass\n"
+    program.write_text(LINES.format(method=method, tick=tick))
+    status, _, err = engines(f"{program}:Lines").finish()
+    ours = [line for line in err.splitlines() if line.startswith("migfw: ")]
+    assert (status, len(ours), ours[0]) == (1, 2, "migfw: the guest's program failed:")
+    reason = rf"RuntimeError: one two \(lines\.py, line 6, in {method}\)"
+    assert re.fullmatch(rf"migfw: the guest (failed|has ended): {reason}", ours[1])
+    assert err.endswith(f"{ours[1]}\n")
+
+
 def test_an_address_of_its_own(engines: Engines, tmp_path: Path) -> None:
     engine = engines(*SMALL, "--qmp", "tcp:127.0.0.1:0")
     assert engines.sockets() == []
@@ -182,6 +206,7 @@ WRONG = {
     ("stress", "--incoming", "tcp:localhost"): "has no port",
     ("stress", "--incoming", "tcp:localhost:http"): "'http' is no port",
     ("stress", "--incoming", "nonsense"): "is no migration URI",
+    ("stress", "--incoming", "file:/tmp/\udcff"): "'file:/tmp/\\xff' is no migration URI: a URI has to be UTF-8",
     ("stress", "--cap", "levitate"): "unknown capability 'levitate'",
     ("stress", "--cap", "events=perhaps"): "expected events=on or events=off",
     ("stress", "--cap", "x-colo"): "capability 'x-colo' is not supported by any installed plugin",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -59,6 +60,7 @@ def field(machine: PythonMachine, name: str) -> object:
 def test_a_program_that_goes_wrong(
     make: Make, caplog: pytest.LogCaptureFixture, program: str, reason: str, logged: str
 ) -> None:
+    caplog.set_level(logging.INFO)
     machine = make(program, **({"code": "3"} if program == "Exits" else {}))
     changes: list[tuple[RunState, RunState]] = []
     machine.watch(lambda old, new: changes.append((old, new)))

@@ -34,6 +34,8 @@ def test_bundled_names_files_and_modules() -> None:
         ("corefw.errors:MigfwError", "is no program: expected a subclass of guest.Program (its programs: none)"),
         ("corefw_machine_python.programs.life:Lief", "has no class 'Lief' (its programs: Life)"),
         (f"{PLAIN}:NoProgram", "is no program: expected a subclass of guest.Program (its programs: Plain, Silent"),
+        (f"{PLAIN}:NoTick", "program 'NoTick' in '"),
+        (f"{PLAIN}:NoTick", "plain.py' has no tick(): expected a method that does one step"),
         (str(PLAIN), "does not say which class: expected "),
         (f"{PLAIN}:", "does not say which class: expected "),
     ],
@@ -68,6 +70,16 @@ def test_modules_that_do_not_load(tmp_path: Path, text: str, message: str) -> No
     assert f"cannot load '{path}': " in str(caught.value)
     assert message in str(caught.value)
     assert f"{path}, line " in str(caught.value)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "binary.py"
+    path.write_bytes(b"\x7fELF\0\0")
+    with pytest.raises(UsageError) as caught:
+        load_program(f"{path}:P")
+    message = str(caught.value)
+    assert message.startswith(f"cannot load '{path}': ")
+    assert message.endswith("null bytes")
 
 
 @pytest.mark.parametrize(

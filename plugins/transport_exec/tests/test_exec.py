@@ -52,7 +52,8 @@ def test_a_shell_runs_the_command(tmp_path: Path) -> None:
     [
         ("cat > /dev/null; echo disk full >&2; exit 3", "the command exited with status 3: disk full"),
         ("cat > /dev/null; kill -9 $$", "the command was killed by SIGKILL"),
-        ("no-such-program-here", "the command exited with status 127: "),
+        ("no-such-program-here", "the command exited with status 127: /bin/sh: "),
+        ("cat > /dev/null; echo; echo one >&2; echo /two/ >&2; exit 3", "exited with status 3: one / /two/$"),
     ],
 )
 def test_a_failed_command_fails_the_stream(command: str, expected: str) -> None:

@@ -24,7 +24,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw.errors import MigfwError, UsageError
+from corefw.errors import MigfwError, UsageError, one_line
 from corefw.memory import pagemap
 from corefw_machine_python.declarations import Declarations, Field
 from corefw_machine_python.guest import Program
@@ -260,7 +260,7 @@ def _of_the_program(error: BaseException) -> TracebackType | None:
 
 def _reason(error: BaseException) -> str:
     """One line: "ZeroDivisionError: division by zero (heat.py, line 12, in tick)"."""
-    text = traceback.format_exception_only(error)[-1].strip()
+    text = one_line(traceback.format_exception_only(error)[-1])
     frames = traceback.extract_tb(_of_the_program(error))
     if not frames:
         return text

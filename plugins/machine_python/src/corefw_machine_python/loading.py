@@ -33,6 +33,8 @@ def load_program(name: str) -> type[Program]:
     module = _load(place, name)
     found = getattr(module, class_name, None)
     if isinstance(found, type) and issubclass(found, Program):
+        if found.tick is Program.tick:
+            raise UsageError(f"program '{class_name}' in '{place}' has no tick(): expected a method that does one step")
         return found
     has = f"its programs: {', '.join(_programs(module)) or 'none'}"
     if found is None:
@@ -70,7 +72,8 @@ def _load(place: str, name: str) -> ModuleType:
 def _told(error: Exception) -> str:
     """What went wrong, and where in the user's files: not in ours, nor in the import system."""
     if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+        where = f" ({error.filename}, line {error.lineno})" if error.lineno is not None else ""  # none for zero bytes
+        return f"{type(error).__name__}: {error.msg}{where}"
     ours = str(Path(__file__).parent)
     frames = [
         frame

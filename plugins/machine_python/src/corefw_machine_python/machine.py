@@ -146,7 +146,7 @@ class PythonMachine(Machine):
             return
         if ending.traceback:
             log.error("the guest's program failed:\n%s", ending.traceback.rstrip())
-        log.error("the guest has ended: %s", ending.reason)
+        log.info("the guest has ended: %s", ending.reason)  # whoever asks for information() says so
         self._change(RunState.INTERNAL_ERROR)
 
     # -- start and stop --------------------------------------------------------------------------------------------

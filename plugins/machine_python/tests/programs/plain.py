@@ -153,6 +153,10 @@ class NoProgram:
     pass
 
 
+class NoTick(guest.Program):
+    """Nothing to do."""
+
+
 class Twice(Silent):
     one = guest.array("same", shape=3)
     two = guest.array("same", shape=3)

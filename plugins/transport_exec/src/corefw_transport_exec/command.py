@@ -133,7 +133,7 @@ class Command:
             return None
         self._hear_out()
         how = f"exited with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
-        said = " / ".join(self._errors.decode(errors="replace").split("\n")).strip(" /")
+        said = " / ".join(self._errors.decode(errors="replace").strip().splitlines())
         return f"{self._uri}: the command {how}" + (f": {said}" if said else "")
 
     def close(self) -> None:
