@@ -33,7 +33,7 @@ class QmpError(MigfwError):
     """A command was refused: raised by a server's command, and by the client for the reply that says so.
 
     error_class   one of QMP's classes
-    desc          one line, the same as `str()`
+    desc          as it goes over the wire, QEMU's own text where it has one; `str()` escapes what cannot be printed
     """
 
     def __init__(self, desc: str, error_class: str = ErrorClass.GENERIC) -> None:
@@ -118,8 +118,10 @@ def success(value: object, id_: object) -> dict[str, object]:
 
 
 def failure(error: MigfwError, id_: object) -> dict[str, object]:
-    error_class = error.error_class if isinstance(error, QmpError) else ErrorClass.GENERIC
-    return _with_id({"error": {"class": str(error_class), "desc": str(error)}}, id_)
+    error_class, desc = str(ErrorClass.GENERIC), str(error)
+    if isinstance(error, QmpError):
+        error_class, desc = error.error_class, error.desc
+    return _with_id({"error": {"class": error_class, "desc": desc}}, id_)
 
 
 def event(name: str, data: Mapping[str, object], timestamp: float) -> dict[str, object]:
