@@ -184,12 +184,12 @@ class Transport(ABC):
         self.uri: Final = uri
 
     def check_outgoing(self) -> None:
-        """Raise UriError when one cannot dial out."""
+        """Raise UriError when one cannot dial out. A transport whose URIs are not all good for that adds its own."""
         if not self.features.outgoing:
             raise UriError(f"'{self.uri}': one cannot send there, only wait for a migration")
 
     def check_incoming(self) -> None:
-        """Raise UriError when one cannot wait for peers."""
+        """Raise UriError when one cannot wait for peers; as check_outgoing()."""
         if not self.features.incoming:
             raise UriError(f"'{self.uri}': one cannot wait for a migration there, only send")
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corefw.errors import UriError, UsageError, one_line
-from corefw.uri import MigrationUri, join_host_port, split_host_port
+from corefw.uri import MigrationUri, check_dialled_port, join_host_port, split_host_port
 
 
 @pytest.mark.parametrize(
@@ -95,3 +95,9 @@ def test_any_text_is_a_uri_or_a_uri_error(text: str) -> None:
         split_host_port(uri.rest, text)
     except UriError as error:
         assert one_line(text) in str(error)
+
+
+def test_port_0_is_for_who_listens() -> None:
+    check_dialled_port(1, "tcp:localhost:1")
+    with pytest.raises(UriError, match=r"^'tcp:localhost:0': port 0 is only for who listens, expected the port that "):
+        check_dialled_port(0, "tcp:localhost:0")

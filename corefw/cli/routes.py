@@ -12,7 +12,7 @@ from typing import Final
 from corefw.channel import Transport
 from corefw.cli.engines import EngineClient
 from corefw.errors import UriError
-from corefw.uri import MigrationUri, split_host_port
+from corefw.uri import MigrationUri, check_dialled_port, split_host_port
 
 QEMU_TWO_WAY: Final = {"tcp": True, "unix": True, "vsock": True, "rdma": True, "exec": False, "fd": None}
 """Schemes of every QEMU -> whether bytes flow back; None: that depends on the descriptor, so the setting stays."""
@@ -54,7 +54,8 @@ def find_route(engine: EngineClient, uri: str) -> Route:
 def _qemu_knows(engine: EngineClient, uri: MigrationUri) -> bool:
     """Whether a QEMU itself dials this URI as it is written. Raises UriError for an address that is wrong."""
     if uri.scheme == "tcp":
-        split_host_port(uri.rest, str(uri))
+        _, port = split_host_port(uri.rest, str(uri))
+        check_dialled_port(port, str(uri))
     if uri.scheme == "unix":
         return not uri.rest.startswith("@")  # an abstract name; QEMU's URIs have only paths
     if uri.scheme == "file":

@@ -17,7 +17,7 @@ import paramiko
 
 from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
 from corefw.errors import ChannelError
-from corefw.uri import MigrationUri, join_host_port
+from corefw.uri import MigrationUri, check_dialled_port, join_host_port
 from corefw_transport_ssh.address import SshAddress, Target, TcpTarget, UnixTarget, parse_address
 from corefw_transport_ssh.channel import FAILURES, SshChannel
 from corefw_transport_ssh.connection import OPEN_SECONDS, Connection
@@ -52,6 +52,11 @@ class SshTransport(Transport):
         self._address = parse_address(uri)
         can_wait = isinstance(self._address.target, TcpTarget)
         self.features = TransportFeatures(return_path=True, multi_channel=True, incoming=can_wait)
+
+    def check_outgoing(self) -> None:
+        super().check_outgoing()
+        if isinstance(self._address.target, TcpTarget):
+            check_dialled_port(self._address.target.port, str(self.uri))
 
     def connect(self, interrupt: Interrupt) -> Channel:
         target = self._address.target

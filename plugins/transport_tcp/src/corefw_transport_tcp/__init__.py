@@ -11,7 +11,7 @@ from typing import Final
 
 from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
 from corefw.dialing import check_unix_path, connect_tcp, connect_unix, listen_tcp, listen_unix
-from corefw.uri import MigrationUri, split_host_port
+from corefw.uri import MigrationUri, check_dialled_port, split_host_port
 
 _BOTH_WAYS: Final = TransportFeatures(return_path=True, multi_channel=True)
 
@@ -24,6 +24,10 @@ class TcpTransport(Transport):
     def __init__(self, uri: MigrationUri) -> None:
         super().__init__(uri)
         self._host, self._port = split_host_port(uri.rest, str(uri))
+
+    def check_outgoing(self) -> None:
+        super().check_outgoing()
+        check_dialled_port(self._port, str(self.uri))
 
     def connect(self, interrupt: Interrupt) -> Channel:
         return connect_tcp(self._host, self._port, self.uri, interrupt)

@@ -15,7 +15,7 @@ from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFea
 from corefw.dialing import listen_tcp, listen_unix, resolve
 from corefw.errors import ChannelError
 from corefw.sockets import SocketListener
-from corefw.uri import MigrationUri, join_host_port
+from corefw.uri import MigrationUri, check_dialled_port, join_host_port
 from corefw_transport_zmq.address import IpcPlace, Place, TcpPlace, parse_address
 from corefw_transport_zmq.channel import ZmqChannel
 from corefw_transport_zmq.dialling import DiallingHub
@@ -42,6 +42,11 @@ class ZmqTransport(Transport):
         )
 
     # -- dialling --------------------------------------------------------------------------------------------------
+
+    def check_outgoing(self) -> None:
+        super().check_outgoing()
+        if isinstance(self._address.place, TcpPlace):
+            check_dialled_port(self._address.place.port, str(self.uri))
 
     def connect(self, interrupt: Interrupt) -> Channel:
         interrupt.check()
