@@ -27,6 +27,7 @@ from enum import StrEnum
 from typing import Final
 
 from corefw.channel import Channel, Interrupt, Listener, Transport
+from corefw.channelset import ChannelSet
 from corefw.closing import Closing
 from corefw.errors import ChannelError, Interrupted, MigfwError
 from corefw.uri import MigrationUri
@@ -158,7 +159,7 @@ class Relay(Closing):
         self._began: float | None = None
         self._ended: float | None = None
         self._listener: Listener | None = None
-        self._channels: list[Channel] = []
+        self._channels = ChannelSet()
         self._forward: _Pump | None = None
         self._backward: _Pump | None = None
         self._answers = Overhearing()
@@ -203,7 +204,7 @@ class Relay(Closing):
             if not self._aborted:
                 self._aborted = True
                 self._interrupt.set()
-        self._abort_channels()
+        self._channels.abort()
 
     def progress(self) -> RelayProgress:
         now = self._ended or time.monotonic()
@@ -220,7 +221,7 @@ class Relay(Closing):
             closed, self._aborted = self._aborted, True
             if not closed:
                 self._interrupt.set()
-        self._abort_channels()
+        self._channels.abort()
         if self._thread:
             self._thread.join()
         self._close_ends()
@@ -231,11 +232,11 @@ class Relay(Closing):
     def _meet(self) -> tuple[Channel, Channel]:
         """Both channels, FROM's first. The listener is closed then: there is one peer."""
         assert self._listener
-        source = self._keep(self._listener.accept(self._interrupt))
+        source = self._channels.add(self._listener.accept(self._interrupt))
         self._listener.close()
         self._began = time.monotonic()
         self._phase = Phase.DIALLING
-        target = self._keep(self.target.connect(self._interrupt))
+        target = self._channels.add(self.target.connect(self._interrupt))
         self._phase = Phase.RELAYING
         return source, target
 
@@ -296,7 +297,7 @@ class Relay(Closing):
         except BaseException as error:  # noqa: BLE001 - _conclude raises it
             self._failures.append(error)
             if not self._forgiven(error):
-                self._abort_channels()
+                self._channels.abort()
 
     def _conclude(self) -> None:
         """Both directions are over: raise why it failed, if it did."""
@@ -321,22 +322,7 @@ class Relay(Closing):
         with contextlib.suppress(MigfwError):  # it is in `failure`
             self.run()
 
-    def _keep(self, channel: Channel) -> Channel:
-        with self._lock:
-            self._channels.append(channel)
-            aborted = self._aborted
-        if aborted:
-            channel.abort()
-        return channel
-
-    def _abort_channels(self) -> None:
-        with self._lock:
-            channels = tuple(self._channels)
-        for channel in channels:
-            channel.abort()
-
     def _close_ends(self) -> None:
         if self._listener:
             self._listener.close()
-        for channel in self._channels:
-            channel.close()
+        self._channels.close()

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from typing import Final
 
 from corefw.channel import Channel, Interrupt, Listener
+from corefw.channelset import ChannelSet
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.engine.scheduling import yielding_to_guests
-from corefw.engine.sidechannels import SideChannels
 from corefw.engine.unframing import StreamLoader
 from corefw.errors import FOREIGN, ChannelError, MachineError, MigfwError
 from corefw.machine import AdoptsStreams, Machine, RunState
@@ -61,7 +61,7 @@ class IncomingMigration:
         self._guest_lock = guest_lock
         self._autostart = autostart
         self._channel: Channel | None = None
-        self._channels = SideChannels()
+        self._channels = ChannelSet()
         self._return_path: ReturnPathWriter | None = None
         self._thread = threading.Thread(target=self._run, name="incoming migration", daemon=True)
 

@@ -23,13 +23,13 @@ from functools import partial
 from typing import Final
 
 from corefw.channel import Channel, Interrupt, Transport
+from corefw.channelset import ChannelSet
 from corefw.engine.custody import Custody
 from corefw.engine.framing import SectionWriter
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.passes import Passes
 from corefw.engine.returnpath import ReturnPathReader
 from corefw.engine.scheduling import yielding_to_guests
-from corefw.engine.sidechannels import SideChannels
 from corefw.engine.statistics import OutgoingStatistics, milliseconds_since
 from corefw.errors import FOREIGN, ChannelError, Interrupted, MachineError, MigfwError, PluginError
 from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, StreamFormat, SupportsThrottle
@@ -81,7 +81,7 @@ class OutgoingMigration:
         self._passes = Passes(machine, self._live, settings, self.statistics, self.interrupt, self._check, on_pass)
         self._proceed = threading.Event()
         self._channel: Channel | None = None
-        self._channels = SideChannels()
+        self._channels = ChannelSet()
         self._return_path: ReturnPathReader | None = None
         self._downtime_began = 0.0
         self._counting = False

@@ -1,7 +1,7 @@
-"""The channels of one migration that handlers have beside the stream's.
+"""Channels that end together: those of a relay, and those that a migration's handlers have beside the stream's.
 
-The law: the engine aborts and closes them where it does so with its own, for a handler's thread that is blocked in one
-is woken by nothing else. A handler may close its own before that.
+The law: who aborts them reaches those that come later, too; a thread that is blocked in one is woken by nothing else.
+Whoever got one may close it before that.
 
 Threads: any.
 """
@@ -13,8 +13,8 @@ import threading
 from corefw.channel import Channel
 
 
-class SideChannels:
-    """Those of one side."""
+class ChannelSet:
+    """Grows only."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
