@@ -1,7 +1,8 @@
 """File descriptors that somebody handed to this process under a name (QMP `getfd`), for the URI `fd:NAME`.
 
-The law: whoever takes a descriptor owns it and closes it; one that is put under a taken name replaces the old one,
-which is closed, as QEMU does. Thread-safe.
+Whoever takes a descriptor owns it and closes it; one that is put under a taken name replaces the old one, which is
+closed, as QEMU does. Their number is limited, so that a client cannot use up the descriptors of the process.
+Thread-safe.
 """
 
 from __future__ import annotations
@@ -10,17 +11,39 @@ import os
 import threading
 from typing import Final
 
+from corefw.errors import UsageError
+
+MAX_DESCRIPTORS: Final = 64
+MAX_NAME: Final = 255
+
 _lock: Final = threading.Lock()
 _named: Final[dict[str, int]] = {}
 
 
 def put(name: str, fd: int) -> None:
-    """Keep `fd` under `name`; the caller gives it away."""
-    with _lock:
-        old = _named.pop(name, None)
-        _named[name] = fd
+    """Keep `fd` under `name`; the caller gives it away, also where this raises UsageError."""
+    try:
+        with _lock:
+            _check(name)
+            old = _named.pop(name, None)
+            _named[name] = fd
+    except UsageError:
+        os.close(fd)
+        raise
     if old is not None:
         os.close(old)
+
+
+def _check(name: str) -> None:
+    if len(name) > MAX_NAME:
+        raise UsageError(
+            f"the name of a file descriptor has {len(name)} characters, expected {MAX_NAME} at most (use a shorter one)"
+        )
+    if name not in _named and len(_named) >= MAX_DESCRIPTORS:
+        raise UsageError(
+            f"cannot keep file descriptor '{name}': {MAX_DESCRIPTORS} are kept already, which is the limit"
+            " (closefd closes those that are not needed)"
+        )
 
 
 def take(name: str) -> int | None:

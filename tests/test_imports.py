@@ -27,7 +27,7 @@ CORE: Final[dict[str, set[str]]] = {
     "closing": set(),
     "uri": {"errors"},
     "quantities": {"errors"},
-    "descriptors": set(),
+    "descriptors": {"errors"},
     "news": set(),
     "states": {"errors", "news"},
     "settings": {"errors", "quantities"},

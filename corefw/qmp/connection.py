@@ -1,8 +1,12 @@
 """One client of the server: its socket, two threads, and queues that cannot grow without bound.
 
-The law: no client makes anybody else wait, the engine least of all. What is to be sent is queued, and a thread of this
-client's own sends it. A client that does not read its replies is not read from either, and one that lets events pile up
-beyond the limit is disconnected.
+Invariant: no client makes anybody else wait, the engine least of all. Output is queued, and a thread of this client's
+own sends it. A client that does not read its replies is not read from either, and one that lets events pile up beyond
+the limit is disconnected.
+
+A client whose first byte cannot begin a QMP message is disconnected before anything is parsed. Any web page can make a
+browser POST to a port of this host, with QMP commands in the body: such a request begins with its method, and the
+characters of FIRST_BYTES cannot be in one.
 
     the io thread     reads, parses, writes; answers what overtakes (exec-oob)
     the worker        runs the other commands, one after the other, in the order in which they came
@@ -19,6 +23,7 @@ import os
 import queue
 import select
 import socket
+import struct
 import threading
 import time
 from array import array
@@ -44,15 +49,29 @@ REQUESTS: Final = 8
 DESCRIPTORS: Final = 16
 """File descriptors that may come with one message; the kernel drops the others."""
 
+FIRST_BYTES: Final = b'{["'
+"""What a client's first byte may be, after white space. QEMU's parser would take more, but no client sends it, and an
+HTTP method (RFC 9110, a token) may begin with every other character that begins JSON."""
+
+_WHITE_SPACE: Final = b" \t\r\n"
+
 _DESCRIPTOR_SPACE: Final = socket.CMSG_SPACE(DESCRIPTORS * array("i").itemsize)
 
 
 class Connection:
-    """Start with `start`. `post` and `close` may be called from any thread; `ended(self)` is called when it is over."""
+    """Start with `start`. `post` and `close` may be called from any thread; `ended(self)` is called when it is over.
+
+    peer     where the client is, for people
+    host     whom it counts against when there are too many: its host, or its process on this one
+    active   when it last sent something (time.monotonic())
+    """
 
     def __init__(self, sock: socket.socket, peer: str, session: Session, ended: Callable[[Connection], None]) -> None:
         self._socket = sock
-        self._peer = peer
+        self.peer: Final = peer
+        self.host: Final = _host(sock)
+        self.active = time.monotonic()
+        self._begun = False
         self._session = session
         self._ended = ended
         self._stream = JsonStream()
@@ -91,6 +110,16 @@ class Connection:
 
     def join(self, seconds: float) -> None:
         self._threads[0].join(seconds)
+
+    @property
+    def negotiated(self) -> bool:
+        return self._session.negotiated
+
+    @property
+    def idle(self) -> bool:
+        """It waits for no answer, as far as it has been read."""
+        with self._lock:
+            return not self._waiting and self._items is None
 
     # -- output ----------------------------------------------------------------------------------------------------
 
@@ -133,7 +162,7 @@ class Connection:
             while self._turn():
                 pass
         except OSError as error:
-            log.debug("QMP client %s is gone: %s", self._peer, error)
+            log.debug("QMP client %s is gone: %s", self.peer, error)
         finally:
             self._clean_up()
 
@@ -141,7 +170,7 @@ class Connection:
         """Do what can be done, then wait until more can. False when the conversation is over."""
         self._send()
         if self._overflowed:
-            log.warning("QMP client %s does not read what it is sent: disconnected", self._peer)
+            log.warning("QMP client %s does not read what it is sent: disconnected", self.peer)
             return False
         self._take_requests()
         if self._is_over():
@@ -154,7 +183,8 @@ class Connection:
             if fd == self._wake:
                 os.eventfd_read(self._wake)
             elif ready & select.POLLIN:
-                self._read()
+                if not self._read():
+                    return False
             elif ready & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
                 return False
         return True
@@ -173,13 +203,31 @@ class Connection:
     def _may_read(self) -> bool:
         return self._items is None and not self._end_of_input and self._deadline is None
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Take what has come. False when this is no QMP client."""
         data, descriptors = self._receive()
+        self.active = time.monotonic()
         if descriptors:  # they wait for a `getfd`, until newer ones come: QEMU's way, and its clients rely on it
             self._close_descriptors()
             self._descriptors.extend(descriptors)
+        if not self._begun and not self._begins(data):
+            return False
         self._end_of_input = not data
         self._items = self._stream.feed(data)
+        return True
+
+    def _begins(self, data: bytes) -> bool:
+        first = data.lstrip(_WHITE_SPACE)[:1]
+        self._begun = bool(first)
+        if self._begun and first not in FIRST_BYTES:
+            log.warning(
+                "QMP client %s disconnected, nothing of what it sent was run: its first byte is %#04x, expected '{'"
+                " (a web browser or a port scanner?)",
+                self.peer,
+                first[0],
+            )
+            return False
+        return True
 
     def _receive(self) -> tuple[bytes, array[int]]:
         descriptors = array("i")
@@ -242,4 +290,13 @@ class Connection:
             self._post(self._session.answer(*job), answers=True)
 
 
+_CREDENTIALS: Final = struct.calcsize("3i")
 _NO_MORE: Final = object()
+
+
+def _host(sock: socket.socket) -> str:
+    """Whom a client counts against. Raises OSError when it is gone already."""
+    if sock.family == socket.AF_UNIX:
+        pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS))
+        return f"process {pid} of user {uid}"
+    return str(sock.getpeername()[0])

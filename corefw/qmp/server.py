@@ -1,6 +1,6 @@
 """The QMP server of one engine.
 
-The law: whatever a client does, the engine and the other clients go on. The server speaks as QEMU does (protocol.py,
+Invariant: whatever a client does, the engine and the other clients go on. The server speaks as QEMU does (protocol.py,
 commands/), so that QEMU's tools drive it.
 """
 
@@ -18,6 +18,7 @@ from corefw.closing import Closing
 from corefw.dialing import listen_tcp, listen_unix
 from corefw.qmp import protocol
 from corefw.qmp.address import QmpAddress, UnixAddress, parse_address
+from corefw.qmp.admission import whom_to_disconnect
 from corefw.qmp.commands import command_table
 from corefw.qmp.connection import Connection
 from corefw.qmp.session import Session
@@ -30,9 +31,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_CLIENTS: Final = 32
+"""More than these are served only by disconnecting idle ones (admission.py)."""
+
 FLUSH_SECONDS: Final = 2.0
 """How long close() lets clients take what was sent to them."""
 
+_LEAVE_SECONDS: Final = 1.0
 _ACCEPT_PAUSE: Final = 0.2
 """Seconds to wait when there is no descriptor or memory for one more client."""
 
@@ -111,8 +115,8 @@ class QmpServer(Closing):
             self._welcome(sock, str(where) if where else str(self.address))
 
     def _welcome(self, sock: socket.socket, peer: str) -> None:
-        if len(self._clients) >= MAX_CLIENTS:
-            log.warning("QMP: %d clients are connected already, one more is refused", MAX_CLIENTS)
+        if not self._make_room():
+            log.warning("QMP: %d clients are connected and none is idle, so client %s is refused", MAX_CLIENTS, peer)
             sock.close()
             return
         try:
@@ -126,6 +130,19 @@ class QmpServer(Closing):
         with self._lock:
             self._clients.add(client)
         client.start(self._greeting)
+
+    def _make_room(self) -> bool:
+        with self._lock:
+            clients = list(self._clients)
+        if len(clients) < MAX_CLIENTS:
+            return True
+        leaving = whom_to_disconnect(clients)
+        if leaving is None:
+            return False
+        log.warning("QMP: %d clients are connected: idle client %s is disconnected", MAX_CLIENTS, leaving.peer)
+        leaving.close(0)
+        leaving.join(_LEAVE_SECONDS)
+        return True
 
     def _gone(self, client: Connection) -> None:
         with self._lock:

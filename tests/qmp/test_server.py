@@ -25,7 +25,7 @@ from corefw.plugins import Plugins
 from corefw.qmp.address import TcpAddress
 from corefw.qmp.client import QmpClient
 from corefw.qmp.connection import OUTPUT_LIMIT
-from corefw.qmp.server import MAX_CLIENTS, QmpServer
+from corefw.qmp.server import QmpServer
 from tests.qmp.support import RawClient, path_of
 from tests.qmp.test_json_stream import cut, jsonish
 
@@ -364,15 +364,6 @@ def test_a_client_that_does_not_read_replies_is_not_read_from(client: RawClient)
             sent += client.socket.send(b'{"execute": "query-commands"}' * 100)
     client.socket.settimeout(20)
     assert "return" in client.read()
-
-
-def test_too_many_clients_are_refused(client: RawClient, server: QmpServer) -> None:
-    with contextlib.ExitStack() as stack:
-        for _ in range(MAX_CLIENTS - 1):
-            stack.enter_context(RawClient(path_of(server.address)))
-        with pytest.raises((EOFError, ConnectionError)):
-            RawClient(path_of(server.address))
-        client.ask(b'{"execute": "query-name"}')
 
 
 def test_quit_answers_then_ends(engine: Engine, folder: Path) -> None:

@@ -1,0 +1,29 @@
+"""Chooses the client that makes room when the QMP server has as many as it serves.
+
+A client that opens connections and leaves them idle must lock nobody out: it loses its own first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+
+from corefw.qmp.connection import Connection
+
+
+def whom_to_disconnect(clients: Collection[Connection]) -> Connection | None:
+    """The client to disconnect for a new one; None when all of them have work to do or are the only one of their host.
+
+    Clients that never sent qmp_capabilities go first, then idle ones; each time of the host that has most of them (on
+    UNIX sockets: of the process), the one that has been silent longest.
+    """
+    strangers = [one for one in clients if not one.negotiated]
+    if strangers:
+        return _longest_silent_of_the_largest_group(strangers)
+    hosts = Counter(one.host for one in clients)
+    return _longest_silent_of_the_largest_group([one for one in clients if one.idle and hosts[one.host] > 1])
+
+
+def _longest_silent_of_the_largest_group(clients: Collection[Connection]) -> Connection | None:
+    hosts = Counter(one.host for one in clients)
+    return min(clients, key=lambda one: (-hosts[one.host], one.active), default=None)
