@@ -197,7 +197,7 @@ def test_text_files_end_with_one_newline_and_have_no_blanks_at_line_ends() -> No
 
 def test_the_changelog_has_this_version() -> None:
     version = project(Path())["project"]["version"]
-    assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
+    assert re.findall(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
 
 
 @pytest.mark.parametrize("path", plugins(), ids=lambda path: path.name)
