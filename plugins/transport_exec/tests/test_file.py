@@ -21,6 +21,9 @@ from corefw.uri import MigrationUri
 NEVER = Interrupt()
 """An interrupt that nobody sets."""
 
+NOBODY = 65534
+"""The user who may do nothing that not everybody may. Root is not asked for permission."""
+
 
 def outgoing(path: Path | str) -> Channel:
     return FileTransport(MigrationUri("file", str(path))).connect(NEVER)
@@ -77,17 +80,59 @@ def test_only_what_appears_whole_is_atomic(tmp_path: Path) -> None:
     os.close(reader)
 
 
-def test_it_keeps_mode_and_links(tmp_path: Path) -> None:
+def test_a_file_of_ours_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "guest"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    with outgoing(path) as channel:
+        channel.send(b"new")
+        channel.send_eof()
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("target", ["real", "nothing"])
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path, target: str) -> None:
     real, link = tmp_path / "real", tmp_path / "link"
     real.write_bytes(b"old")
-    real.chmod(0o640)
-    link.symlink_to("real")
+    real.chmod(0o666)
+    link.symlink_to(target)
     with outgoing(link) as channel:
         channel.send(b"new")
         channel.send_eof()
-    assert link.is_symlink()
-    assert real.read_bytes() == b"new"
-    assert real.stat().st_mode & 0o777 == 0o640
+    assert not link.is_symlink()
+    assert (link.read_bytes(), link.stat().st_mode & 0o777) == (b"new", 0o600)
+    assert real.read_bytes() == b"old"
+    assert names(tmp_path) == ["link", "real"]
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make files of another user")
+
+
+@needs_root
+def test_a_file_of_another_user_does_not_keep_mode_or_owner(tmp_path: Path) -> None:
+    path = tmp_path / "guest"
+    path.write_bytes(b"old")
+    path.chmod(0o666)
+    os.chown(path, NOBODY, NOBODY)
+    with outgoing(path) as channel:
+        channel.send(b"new")
+        channel.send_eof()
+    found = path.stat()
+    assert (found.st_uid, found.st_mode & 0o777) == (os.geteuid(), 0o600)
+
+
+@needs_root
+@pytest.mark.parametrize("through", ["itself", "a link"])
+def test_a_fifo_of_another_user_gets_no_memory(tmp_path: Path, through: str) -> None:
+    fifo, link = tmp_path / "fifo", tmp_path / "link"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    os.chown(fifo if through == "itself" else link, NOBODY, NOBODY, follow_symlinks=False)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(ChannelError, match=f"that user {NOBODY} made"):
+        outgoing(fifo if through == "itself" else link)
+    os.close(reader)
 
 
 @pytest.mark.parametrize(
@@ -110,10 +155,6 @@ def test_what_cannot_be_written_is_told_at_once(tmp_path: Path, name: str, expec
     (tmp_path / "file").touch()
     with pytest.raises(ChannelError, match=f"file:{tmp_path}/{name}: {expected}"):
         outgoing(tmp_path / name)
-
-
-NOBODY = 65534
-"""The user who may do nothing that not everybody may. Root is not asked for permission."""
 
 
 def test_no_permission(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """file:PATH: a stream kept in a file.
 
-The law: PATH holds a whole stream or what it held before. The stream goes to a temporary file beside it, which takes
-the name when the sender has ended the stream and the bytes are on the disk; otherwise it is removed. A device or a FIFO
-is written and read as it is.
+Invariant: PATH holds a whole stream or what it held before. The stream goes to a new file beside it, mode 0600, which
+takes the name once the sender has ended the stream and the bytes are on the disk; otherwise it is removed. A guest's
+memory is in it, so nobody else gets a say in where it goes or who reads it: a symbolic link at PATH is replaced and not
+followed, and only a file of this user keeps its mode. A device or a FIFO is used as it is, unless another user made it.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ class FileTransport(Transport):
     def connect(self, interrupt: Interrupt) -> Channel:
         interrupt.check()
         try:
-            if self._can_be_replaced():
+            if self._is_replaced():
                 self.features = replace(_FEATURES, atomic=True)
-                return NewFileChannel(self._path.resolve(), self.uri)
+                return NewFileChannel(self._path.absolute(), self.uri)
             return PipeChannel(self._open_for_writing(interrupt), str(self.uri), outgoing=True)
         except OSError as error:
             raise self._error(error) from None
@@ -72,26 +73,46 @@ class FileTransport(Transport):
 
         return OneShotListener(self.uri, opens, lambda: os.close(fd))
 
-    def _can_be_replaced(self) -> bool:
-        """Whether it is a regular file, or nothing yet. /dev/stdout and the like are somebody's open files."""
+    def _is_replaced(self) -> bool:
+        """Whether a new file takes the name PATH: where there is a regular file, a link to one, or nothing yet. Not so
+        for a device, a FIFO, and a link to an open file, as /dev/stdout is one. Raises OSError."""
         try:
-            mode = self._path.stat().st_mode
+            there = self._path.stat()
         except FileNotFoundError:
             return True
-        if stat.S_ISDIR(mode):
+        if stat.S_ISDIR(there.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        names = [self._path, self._path.parent / self._path.readlink()] if self._path.is_symlink() else [self._path]
-        return stat.S_ISREG(mode) and not any(Path("/proc") in name.parent.resolve().parents for name in names)
+        return stat.S_ISREG(there.st_mode) and not _leads_to_open_file(self._path)
 
     def _open_for_writing(self, interrupt: Interrupt) -> int:
+        """A descriptor of the device or FIFO. Raises OSError, Interrupted; ChannelError where it is another user's."""
+        self._check_trusted(self._path.lstat())
         while True:
             try:
-                return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+                fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+                break
             except OSError as error:
                 if error.errno != errno.ENXIO:
                     raise
             interrupt.wait(_RETRY)
             interrupt.check()
+        try:
+            self._check_trusted(os.fstat(fd))
+        except ChannelError:
+            os.close(fd)
+            raise
+        return fd
+
+    def _check_trusted(self, there: os.stat_result) -> None:
+        """Terminals, devices and open files belong to whom the system gave them; a FIFO or a link was made by somebody
+        who may be waiting for a guest's memory."""
+        somebodys = stat.S_ISFIFO(there.st_mode) or stat.S_ISLNK(there.st_mode)
+        if somebodys and there.st_uid not in (0, os.geteuid()):
+            what = "FIFO" if stat.S_ISFIFO(there.st_mode) else "symbolic link"
+            raise ChannelError(
+                f"{self.uri}: it is a {what} that user {there.st_uid} made, who may be after the guest's memory"
+                " (remove it, or choose another path)"
+            )
 
     def _error(self, error: OSError) -> ChannelError:
         return ChannelError(f"{self.uri}: {reason(error)}")
@@ -101,9 +122,13 @@ class NewFileChannel(PipeChannel):
     """Writes a file that takes the name `target` at send_eof."""
 
     def __init__(self, target: Path, uri: MigrationUri) -> None:
-        fd, name = tempfile.mkstemp(dir=target.parent, prefix=".migfw-", suffix=".partial")
-        with contextlib.suppress(FileNotFoundError):  # a new file stays private: it holds a guest's memory
-            os.fchmod(fd, stat.S_IMODE(target.stat().st_mode))
+        fd, name = tempfile.mkstemp(dir=target.parent, prefix=".migfw-", suffix=".partial")  # O_EXCL, O_NOFOLLOW, 0600
+        with contextlib.suppress(FileNotFoundError):
+            old = target.lstat()
+            if stat.S_ISREG(old.st_mode) and old.st_uid == os.geteuid():
+                os.fchmod(fd, stat.S_IMODE(old.st_mode) & 0o777)
+            elif stat.S_ISLNK(old.st_mode):
+                log.warning("%s: a symbolic link is there; the new file replaces it and not what it points to", uri)
         self._target = target
         self._partial: Path | None = Path(name)
         super().__init__(fd, str(uri), outgoing=True)
@@ -127,6 +152,12 @@ class NewFileChannel(PipeChannel):
         if self._partial:
             with contextlib.suppress(OSError):
                 self._partial.unlink()
+
+
+def _leads_to_open_file(path: Path) -> bool:
+    """Whether it is in /proc, or a link to something there."""
+    names = [path, path.parent / path.readlink()] if path.is_symlink() else [path]
+    return any(Path("/proc") in name.parent.resolve().parents for name in names)
 
 
 def _sync_directory(path: Path) -> None:
