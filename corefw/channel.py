@@ -180,6 +180,10 @@ class Transport(ABC):
 
     features: TransportFeatures
 
+    any_user: bool = False
+    """Whether every user of this host may dial in, where the address itself keeps nobody out (an abstract UNIX socket).
+    Set before listen(); a transport whose addresses are not for one host's users ignores it."""
+
     def __init__(self, uri: MigrationUri) -> None:
         self.uri: Final = uri
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 from corefw.channel import Interrupt
 from corefw.errors import ChannelError, UriError
 from corefw.socketfile import check_path, listen_at
-from corefw.sockets import SocketChannel, SocketListener, reason
+from corefw.sockets import SocketChannel, SocketListener, check_peer_user, reason
 from corefw.uri import MigrationUri, join_host_port
 
 BACKLOG: Final = 256
@@ -204,8 +204,12 @@ def connect_unix(path: str, uri: MigrationUri, interrupt: Interrupt) -> SocketCh
             raise ChannelError(f"{uri}: {reason(error)}") from None
 
 
-def listen_unix(path: str, uri: MigrationUri) -> SocketListener:
-    """Listen at a path or, for "@name", in the abstract space. Raises ChannelError."""
+def listen_unix(path: str, uri: MigrationUri, *, any_user: bool = False) -> SocketListener:
+    """Listen at a path or, for "@name", in the abstract space. Raises ChannelError.
+
+    A socket file has mode 0600. An abstract name has no mode, so accept() turns away everybody but this user and root
+    unless `any_user`.
+    """
     with contextlib.ExitStack() as undo:
         sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         try:
@@ -218,7 +222,7 @@ def listen_unix(path: str, uri: MigrationUri) -> SocketListener:
         except OSError as error:
             raise ChannelError(f"{uri}: {reason(error)}") from None
         undo.pop_all()
-    return SocketListener(uri, [sock], remove)
+    return SocketListener(uri, [sock], remove, None if any_user or remove else check_peer_user)
 
 
 # -- both ----------------------------------------------------------------------------------------------------------

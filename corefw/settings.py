@@ -168,6 +168,7 @@ PROPERTIES: Final[Mapping[str, tuple[bool, str]]] = {
     "only-migratable": (False, "refuse blockers instead of migrations"),
     "send-configuration": (True, "send the configuration section"),
     "send-section-footer": (True, "send a footer behind every section"),
+    "allow-any-user": (False, "let every user of this host dial an abstract UNIX socket (unix:@NAME) and migrate in"),
     "send-vmdescription": (True, "send the JSON description at the stream's end (QEMU's suppress-vmdesc, inverted)"),
 }
 """Machine properties of QEMU: name -> (default, help). Set when the engine is made, not by QMP."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import select
 import socket
@@ -29,6 +30,8 @@ from corefw.uri import MigrationUri, join_host_port
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
 
 IOV_MAX: Final = os.sysconf("SC_IOV_MAX")
 """Parts that one sendmsg takes."""
@@ -79,6 +82,15 @@ def reason(error: OSError) -> str:
 
 def is_tcp(sock: socket.socket) -> bool:
     return sock.family in (socket.AF_INET, socket.AF_INET6)
+
+
+def check_peer_user(sock: socket.socket) -> str | None:
+    """Why the process at the other end of a UNIX socket may not use it: it is neither this user's nor root's. None
+    where it may."""
+    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    if uid in (0, os.geteuid()):
+        return None
+    return f"it is from user {uid}, expected user {os.geteuid()} or root (--allow-any-user lets everybody in)"
 
 
 class SocketChannel(Channel):
@@ -312,16 +324,22 @@ class SocketListener(Listener):
 
     sockets   for servers that accept in a way of their own (QMP, ZeroMQ); they are non-blocking
     remove    called once at close(), before the sockets are closed: it removes a socket file
+    check     called with each new connection: says why it is turned away, or None
 
     close() ends an accept() that waits in another thread.
     """
 
     def __init__(
-        self, uri: MigrationUri, sockets: Sequence[socket.socket], remove: Callable[[], None] | None = None
+        self,
+        uri: MigrationUri,
+        sockets: Sequence[socket.socket],
+        remove: Callable[[], None] | None = None,
+        check: Callable[[socket.socket], str | None] | None = None,
     ) -> None:
         self.uri = uri
         self.sockets = tuple(sockets)
         self._remove = remove
+        self._check = check
         self._closing = Interrupt()
         self._accepting = threading.Lock()
         self._lock = threading.Lock()
@@ -351,6 +369,10 @@ class SocketListener(Listener):
                     continue  # that peer is gone again
                 except OSError as error:
                     raise ChannelError(f"{self.uri}: {reason(error)}") from None
+                if self._check and (why := self._check(connection)):
+                    log.warning("%s: turned a connection away: %s", self.uri, why)
+                    connection.close()
+                    continue
                 return SocketChannel(connection, self._peer(address))
 
     def close(self) -> None:

@@ -38,8 +38,13 @@ _SMOOTHING: Final = 0.3
 @click.command()
 @click.argument("source", metavar="FROM")
 @click.argument("target", metavar="TO")
+@click.option(
+    "--allow-any-user",
+    is_flag=True,
+    help="Let every user of this host dial a FROM of unix:@NAME; otherwise only you and root.",
+)
 @json_option
-def relay(source: str, target: str, as_json: bool) -> None:
+def relay(source: str, target: str, allow_any_user: bool, as_json: bool) -> None:
     """Listen at FROM, dial TO when somebody comes, and pass everything on, both ways.
 
     So two hosts meet over a transport that one of them does not know: a QEMU dials FROM, and its stream goes on over
@@ -56,7 +61,9 @@ def relay(source: str, target: str, as_json: bool) -> None:
     from corefw.plugins import Plugins
 
     plugins = Plugins.load()
-    with Relay(plugins.transport(source), plugins.transport(target)) as joined, Interrupts() as interrupts:
+    listening = plugins.transport(source)
+    listening.any_user = allow_any_user
+    with Relay(listening, plugins.transport(target)) as joined, Interrupts() as interrupts:
         address = joined.listen()
         if address:
             (note if as_json else click.echo)(one_line(f"listening at {address}"))

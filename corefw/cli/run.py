@@ -51,6 +51,11 @@ DEFER: Final = "defer"
     help="Set a machine property: send-configuration, send-section-footer, store-global-state, ... Repeatable.",
 )
 @click.option("--only-migratable", is_flag=True, help="Refuse whatever would keep the guest from migrating.")
+@click.option(
+    "--allow-any-user",
+    is_flag=True,
+    help="Let every user of this host migrate in through --incoming unix:@NAME; otherwise only you and root may.",
+)
 @click.option("--paused", is_flag=True, help="Do not start the guest; 'migfw cont' does.")
 @click.option("--stay", is_flag=True, help="Stay when the guest has left, or when a guest failed to arrive.")
 def run(
@@ -64,6 +69,7 @@ def run(
     params: tuple[str, ...],
     properties: tuple[str, ...],
     only_migratable: bool,
+    allow_any_user: bool,
     paused: bool,
     stay: bool,
 ) -> None:
@@ -99,7 +105,7 @@ def run(
     options = split_pairs(opts, "--opt NAME=VALUE, as in --opt ram=1G")
     plugins = Plugins.load()
     settings = plugins.settings()
-    _apply(settings, caps, params, properties, only_migratable=only_migratable)
+    _apply(settings, caps, params, properties, only_migratable=only_migratable, allow_any_user=allow_any_user)
     deferred = incoming == DEFER
     if incoming is not None and not deferred:
         plugins.transport(incoming).check_incoming()
@@ -120,12 +126,15 @@ def _apply(
     properties: Iterable[str],
     *,
     only_migratable: bool,
+    allow_any_user: bool,
 ) -> None:
     """Set everything that the command line says. Raises UsageError."""
     for name, state in parse_switches(properties, "--property NAME=on or --property NAME=off").items():
         settings.set_property(name, state)
     if only_migratable:
         settings.set_property("only-migratable", True)
+    if allow_any_user:
+        settings.set_property("allow-any-user", True)
     texts = split_pairs(params, "--param NAME=VALUE, as in --param downtime-limit=100ms")
     settings.set_parameters({name: settings.declared_parameter(name).parse(text) for name, text in texts.items()})
     settings.set_capabilities(parse_switches(caps, "--cap NAME, --cap NAME=on or --cap NAME=off"))

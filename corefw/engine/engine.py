@@ -270,6 +270,7 @@ class Engine:
                 raise StateError("The incoming migration has already been started")
             transport = self.plugins.transport(uri)
             transport.check_incoming()
+            transport.any_user = self.settings.property("allow-any-user")
             registry = self._registry()
             listener = transport.listen()
             arrival = IncomingMigration(

@@ -2,7 +2,8 @@
 
 tcp:HOST:PORT   a name, an IPv4 address or an IPv6 address in brackets; listening, port 0 takes a free one and an
                 empty host means every address
-unix:PATH       a socket file; unix:@NAME is a name in Linux's abstract space, which needs no file
+unix:PATH       a socket file, mode 0600; unix:@NAME is a name in Linux's abstract space, which needs no file and
+                takes connections of the same user and of root only, unless the engine runs with --allow-any-user
 """
 
 from __future__ import annotations
@@ -49,4 +50,4 @@ class UnixTransport(Transport):
         return connect_unix(self.uri.rest, self.uri, interrupt)
 
     def listen(self) -> Listener:
-        return listen_unix(self.uri.rest, self.uri)
+        return listen_unix(self.uri.rest, self.uri, any_user=self.any_user)

@@ -89,7 +89,10 @@ class ZmqTransport(Transport):
         try:
             gatekeeper = secure_listener(socket, self._keys, self.uri) if self._keys else None
             if isinstance(place, IpcPlace):
-                listener = listen_unix(place.path, self.uri)
+                listener = listen_unix(place.path, self.uri, any_user=self.any_user)
+                if place.path.startswith("@") and not self.any_user:
+                    for uid in {0, os.geteuid()}:  # ZeroMQ accepts by itself, and so it has to check by itself
+                        socket.setsockopt(zmq.IPC_FILTER_UID, uid)
             else:
                 listener = listen_tcp(place.host, place.port, self.uri)
                 place = TcpPlace(place.host, listener.sockets[0].getsockname()[1])
