@@ -12,7 +12,7 @@ from corefw.cli.outcome import ExitStatus, Finished, note
 from corefw.cli.output import print_facts, print_json, print_table
 
 if TYPE_CHECKING:
-    from corefw.inspection import CommandInfo, Inspection, SectionInfo
+    from corefw.inspection import CommandInfo, Inspection, SectionInfo, ValueBudget
 
 MOST_TEXT: Final = 60
 """Characters of one value."""
@@ -26,8 +26,8 @@ MOST_TEXT: Final = 60
 def inspect(file: str, devices: Sequence[str], all_fields: bool, as_json: bool) -> None:
     """Show the sections, RAM, devices and commands of the migration stream in FILE ("-": standard input).
 
-    Streams of QEMU and of migfw are read alike, with every option of the stream on or off. Of a damaged one all up to
-    the damage is shown, then the place of the damage, and the exit status is 1.
+    Streams of QEMU and of migfw are read alike, with every option of the stream on or off. A damaged stream is shown
+    up to the damage. The exit status is 1 for a stream that is damaged or whose RAM is missing.
 
     \b
     Examples:
@@ -36,7 +36,7 @@ def inspect(file: str, devices: Sequence[str], all_fields: bool, as_json: bool) 
       migfw inspect --json machine.stream | jq '.ram'
       zcat machine.stream.gz | migfw inspect -
     """
-    from corefw.inspection import document
+    from corefw.inspection import ValueBudget, document
     from corefw.inspection import inspect as inspect_stream
     from corefw.inspection.source import FileSource
 
@@ -48,16 +48,19 @@ def inspect(file: str, devices: Sequence[str], all_fields: bool, as_json: bool) 
     if as_json:
         print_json(document(found))
     else:
-        _print(found, None if all_fields else frozenset(devices))
+        _print(found, None if all_fields else frozenset(devices), ValueBudget())
     if found.damage is not None:
         note(f"'{file}' is damaged: {found.damage}")
+        raise Finished(ExitStatus.FAILED)
+    if found.missing is not None:
+        note(f"'{file}' makes no guest: RAM is missing: {found.missing}")
         raise Finished(ExitStatus.FAILED)
     if missing:
         note(f"'{file}' has no device '{missing[0]}' (the names are in the table of sections)")
         raise Finished(ExitStatus.FAILED)
 
 
-def _print(found: Inspection, devices: frozenset[str] | None) -> None:
+def _print(found: Inspection, devices: frozenset[str] | None, budget: ValueBudget) -> None:
     """`devices`: whose fields to show, None for all."""
     print_facts(_facts(found))
     if found.blocks:
@@ -68,11 +71,11 @@ def _print(found: Inspection, devices: frozenset[str] | None) -> None:
         _print_entries(found)
     for entry in found.sections:
         if devices is None or entry.idstr in devices:
-            _print_fields(entry)
+            _print_fields(entry, budget)
     for command in found.commands:
         if command.package is not None:
             click.echo(f"\nInside the package at {command.offset:#x} (offsets count from its first byte):")
-            _print(command.package, devices)
+            _print(command.package, devices, budget)
 
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:
@@ -93,6 +96,10 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         )
     if found.omitted:
         facts.append(("not listed", f"{found.omitted} more sections and commands"))
+    if absent := sum(block.absent for block in found.blocks.values()):
+        facts.append(("never sent", f"{absent} pages"))
+    if found.missing is not None:
+        facts.append(("missing", f"RAM: {found.missing}"))
     if found.damage is not None:
         facts.append(("damaged", f"at offset {found.damage.offset} ({found.damage.offset:#x})"))
     return [*facts, ("complete", "yes" if found.complete else "no")]
@@ -149,7 +156,7 @@ def _print_aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], *, nu
     print_table(aligned(headings), [aligned(row) for row in rows])
 
 
-def _print_fields(entry: SectionInfo) -> None:
+def _print_fields(entry: SectionInfo, budget: ValueBudget) -> None:
     from corefw.inspection import device_fields
 
     if entry.body is None:
@@ -158,7 +165,7 @@ def _print_fields(entry: SectionInfo) -> None:
     if entry.device is None:
         click.echo("  no description tells what they mean")
         return
-    for line in _lines(device_fields(entry.device, entry.body), "  "):
+    for line in _lines(device_fields(entry.device, entry.body, budget), "  "):
         click.echo(line)
 
 
@@ -187,6 +194,8 @@ def _is_summary(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
+    if value is None:
+        return "null"
     if isinstance(value, dict):
         return f"{value['bytes']} bytes, " + ("all zero" if value["zero"] else f"CRC-32 {value['crc32']}")
     if isinstance(value, list):

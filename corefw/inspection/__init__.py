@@ -8,7 +8,7 @@ Source: docs/stream.md.
 
 from corefw.inspection.collect import inspect
 from corefw.inspection.document import command_meaning, command_name, document
-from corefw.inspection.fields import SUBSECTIONS, device_fields
+from corefw.inspection.fields import SUBSECTIONS, ValueBudget, device_fields
 from corefw.inspection.model import BlockInfo, CommandInfo, Inspection, SectionInfo
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "CommandInfo",
     "Inspection",
     "SectionInfo",
+    "ValueBudget",
     "command_meaning",
     "command_name",
     "device_fields",

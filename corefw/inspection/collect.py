@@ -13,10 +13,10 @@ from typing import Any, Final
 from corefw.errors import RemoteStreamError
 from corefw.inspection.model import BlockInfo, CommandInfo, Inspection, SectionInfo
 from corefw.wire import items
-from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
+from corefw.wire.constants import RAM_IDSTR, TARGET_PAGE_SIZE, RamFlag, SectionType
 from corefw.wire.decoder import decode
 from corefw.wire.items import Item
-from corefw.wire.records import BlockEntry, configuration_page_size
+from corefw.wire.records import BlockEntry, SectionHeader, configuration_capabilities, configuration_page_size
 from corefw.wire.stream import Source, StreamReader
 
 MAX_LISTED: Final = 100_000
@@ -31,7 +31,8 @@ def inspect(source: Source) -> Inspection:
     collector = _Collector()
     try:
         collector.take(decode(reader))
-        collector.inspection.complete = True
+        collector.inspection.missing = collector.missing_ram()
+        collector.inspection.complete = collector.inspection.missing is None
     except RemoteStreamError as damage:
         collector.inspection.damage = damage
     collector.end(reader.offset)
@@ -60,6 +61,8 @@ class _Collector:
         self._open_at = 0
         self._page: tuple[BlockInfo, int] | None = None
         self._seen: dict[str, bytearray] = {}
+        self._ram_kinds: set[SectionType] = set()
+        self._ram_listed = False
         self._kinds: Mapping[type[Item], Callable[[Any], None]] = {
             items.Header: lambda _: None,
             items.ConfigurationItem: self._configuration,
@@ -84,6 +87,30 @@ class _Collector:
         self.inspection.size = offset
         self._close(offset)
 
+    def missing_ram(self) -> str | None:
+        """What of the RAM is not in a stream that ended as streams do; None where a guest can be made of it.
+
+        Every source lists its blocks, even if it has none, and sends each page at least once. Pages may be left out of
+        a section that ended (free-page-hint, memory that is not plugged), and blocks that the destination shares.
+        A section without END is whole once all pages came: background-snapshot sends none.
+        """
+        if not self._ram_kinds:
+            return "there is no section 'ram'"
+        if not self._ram_listed:
+            return "the section 'ram' has no list of RAM blocks"
+        configuration, blocks = self.inspection.configuration, self.inspection.blocks
+        if configuration is not None and "x-ignore-shared" in configuration_capabilities(configuration):
+            return None
+        if SectionType.END in self._ram_kinds:
+            nothing = any(block.absent for block in blocks.values()) and not any(
+                block.sent for block in blocks.values()
+            )
+            return "the section 'ram' has no pages (multifd sends them on other channels)" if nothing else None
+        for name, block in blocks.items():
+            if block.absent:
+                return f"the section 'ram' has no end, and {block.absent} pages of '{name}' never came"
+        return None
+
     # -- sections --------------------------------------------------------------------------------------------------
 
     def _configuration(self, item: items.ConfigurationItem) -> None:
@@ -94,6 +121,7 @@ class _Collector:
         self._close(item.offset)
         header = item.header
         kind = header.type.name.lower()
+        self._note_ram(header, header.type)
         self._list(
             SectionInfo(item.offset, kind, header.section_id, header.idstr, header.instance_id, header.version_id)
         )
@@ -102,11 +130,16 @@ class _Collector:
         before = self._open
         self._close(item.offset)
         header, kind = item.header, item.type.name.lower()
+        self._note_ram(header, item.type)
         if before is not None and (before.type, before.section_id) == (kind, header.section_id):
             before.count += 1
             self._open, self._open_at = before, item.offset
             return
         self._list(SectionInfo(item.offset, kind, header.section_id, header.idstr, header.instance_id, None))
+
+    def _note_ram(self, header: SectionHeader, kind: SectionType) -> None:
+        if header.idstr == RAM_IDSTR:
+            self._ram_kinds.add(kind)
 
     def _list(self, entry: SectionInfo) -> None:
         self._open, self._open_at = entry, entry.offset
@@ -162,6 +195,7 @@ class _Collector:
     def _ram(self, item: items.Ram) -> None:
         record = item.record
         if record.kind is RamFlag.MEM_SIZE:
+            self._ram_listed = True
             self._list_blocks(record.blocks)
         if item.block is None:
             return
@@ -175,7 +209,9 @@ class _Collector:
     def _list_blocks(self, blocks: Sequence[BlockEntry]) -> None:
         tracked = sum(entry.length for entry in blocks) <= MAX_TRACKED
         for entry in blocks:
-            self.inspection.blocks[entry.idstr] = BlockInfo(entry, again=0 if tracked else None)
+            self.inspection.blocks[entry.idstr] = BlockInfo(
+                entry, -(-entry.length // self.inspection.page_size), again=0 if tracked else None
+            )
             if tracked:
                 self._seen[entry.idstr] = bytearray(entry.length // self.inspection.page_size // 8 + 1)
 

@@ -9,24 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from corefw.inspection.fields import device_fields
+from corefw.inspection.fields import ValueBudget, device_fields
 from corefw.inspection.model import BlockInfo, CommandInfo, Inspection, SectionInfo
 from corefw.wire.constants import BE32, BE64, Command
 from corefw.wire.records import Configuration, configuration_subsections, parse_ping, parse_postcopy_advise
 
 
-def document(inspection: Inspection) -> dict[str, object]:
-    """JSON values only."""
+def document(inspection: Inspection, budget: ValueBudget | None = None) -> dict[str, object]:
+    """JSON values only. `budget` limits the fields that are decoded, those in packages included."""
+    budget = budget or ValueBudget()
     return {
         "complete": inspection.complete,
+        "missing": inspection.missing,
         "size": inspection.size,
         "configuration": None if inspection.configuration is None else _configuration(inspection.configuration),
         "footers": inspection.footers,
         "description": inspection.description,
         "page-size": inspection.page_size,
         "ram": {name: _block(block) for name, block in inspection.blocks.items()},
-        "sections": [_section(entry) for entry in inspection.sections],
-        "commands": [_command(entry) for entry in inspection.commands],
+        "sections": [_section(entry, budget) for entry in inspection.sections],
+        "commands": [_command(entry, budget) for entry in inspection.commands],
         "omitted": inspection.omitted,
         "uncut": None if inspection.uncut is None else dict(zip(("offset", "size"), inspection.uncut, strict=True)),
         "damage": _damage(inspection),
@@ -45,11 +47,12 @@ def _block(block: BlockInfo) -> dict[str, object]:
         **{name: value for name, value in extra.items() if value is not None},
         "pages": dict(block.pages),
         "duplicates": block.again,
+        "absent": block.absent,
         "bytes": block.bytes,
     }
 
 
-def _section(entry: SectionInfo) -> dict[str, object]:
+def _section(entry: SectionInfo, budget: ValueBudget) -> dict[str, object]:
     shown: dict[str, object] = {
         "offset": entry.offset,
         "type": entry.type,
@@ -63,11 +66,11 @@ def _section(entry: SectionInfo) -> dict[str, object]:
     if entry.body is not None:
         shown["body"] = len(entry.body)
     if entry.body is not None and entry.device is not None:
-        shown["fields"] = device_fields(entry.device, entry.body)
+        shown["fields"] = device_fields(entry.device, entry.body, budget)
     return shown
 
 
-def _command(entry: CommandInfo) -> dict[str, object]:
+def _command(entry: CommandInfo, budget: ValueBudget) -> dict[str, object]:
     shown: dict[str, object] = {
         "offset": entry.offset,
         "command": command_name(entry),
@@ -76,7 +79,7 @@ def _command(entry: CommandInfo) -> dict[str, object]:
     if (meaning := command_meaning(entry)) is not None:
         shown["meaning"] = meaning
     if entry.package is not None:
-        shown["package"] = document(entry.package)
+        shown["package"] = document(entry.package, budget)
     return shown
 
 

@@ -1,16 +1,20 @@
-"""The values in a device section, read by the shape that the description gives.
+"""Decodes the values in a device section by the shape that the description gives.
 
-The law: a value is shown as what QEMU calls it where its size agrees, else as bytes; nothing is left out, and what is
-long is summed up. All integers are big-endian, the "le" in QEMU's type names means "less or equal".
+A value whose size does not agree with its type is shown as bytes, and what is long is summed up, so nothing is left
+out. All integers are big-endian; the "le" in QEMU's type names means "less or equal". A name that comes again in one
+state becomes a list, as in QEMU's scripts/analyze-migration.py: QEMU 7.2 numbers the elements of an array (`index`),
+10.0 numbers all but the last one and cuts arrays with null pointers into pieces (`array_len`).
 
-Source: QEMU 7.2's vmstate_info_* (migration/vmstate-types.c).
+Source: vmstate_info_* (migration/vmstate-types.c) and vmsd_desc_field_start (migration/vmstate.c) of QEMU 7.2 and 10.0.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Callable, Mapping
+from struct import Struct
 from typing import Final
 
 from corefw.wire.description import SUBSECTION_HEAD, DeviceDescription, FieldDescription, StateDescription
@@ -21,58 +25,89 @@ SHORT: Final = 32
 LISTED: Final = 64
 """Elements of an array that are shown one by one."""
 
+MAX_VALUES: Final = 1_000_000
+"""Values that are decoded in one inspection; a machine with 255 processors has about a quarter of that. A description
+can claim more fields than a section has bytes, so the bytes alone are no limit."""
+
+NOT_DECODED: Final = "(not decoded)"
+"""Where a state's bytes stand, summed up, once MAX_VALUES are decoded."""
+
 SUBSECTIONS: Final = "(subsections)"
 """Where a state's subsections stand among its fields; no field has such a name."""
+
+_DOUBLE: Final = Struct(">d")
 
 _INTEGER: Final = re.compile(r"(u?)int(8|16|32|64)( equal| le| gez)?\Z")
 
 
-def device_fields(device: DeviceDescription, data: bytes) -> dict[str, object]:
-    """JSON values by field name. `data` is the section's body, as long as the description says."""
-    return _state(device.state, memoryview(data))
+class ValueBudget:
+    """Counts the values of an inspection down. Once it is used up, what is left is shown as bytes."""
+
+    def __init__(self, values: int = MAX_VALUES) -> None:
+        self._left = values
+
+    def take(self, values: int) -> bool:
+        """Whether that many may be decoded; nothing is after the first refusal."""
+        self._left = self._left - values if values <= self._left else 0
+        return self._left > 0
 
 
-def _state(state: StateDescription, data: memoryview) -> dict[str, object]:
+def device_fields(device: DeviceDescription, data: bytes, budget: ValueBudget | None = None) -> dict[str, object]:
+    """JSON values by field name. `data` is the section's body, as long as the description says.
+
+    Only bytes, summed up, once the budget (by default a new one) is used up.
+    """
+    return _state(device.state, memoryview(data), budget or ValueBudget())
+
+
+def _state(state: StateDescription, data: memoryview, budget: ValueBudget) -> dict[str, object]:
+    if not budget.take(1 + len(state.fields) + len(state.subsections)):
+        return {NOT_DECODED: _bytes(data)}
     values: dict[str, object] = {}
+    repeated: set[str] = set()
     at = 0
     for field in state.fields:
-        _put(values, field, _elements(field, data[at : at + field.total]))
+        _put(values, repeated, field, _elements(field, data[at : at + field.total], budget))
         at += field.total
     subsections: dict[str, object] = {}
     for one in state.subsections:
         at += SUBSECTION_HEAD + len(one.vmsd_name.encode())
-        subsections[one.vmsd_name] = _state(one, data[at : at + one.size])
+        subsections[one.vmsd_name] = _state(one, data[at : at + one.size], budget)
         at += one.size
     if subsections:
         values[SUBSECTIONS] = subsections
     return values
 
 
-def _put(values: dict[str, object], field: FieldDescription, value: object) -> None:
-    """Elements that are described one by one become a list; another field of the same name gets a number."""
-    if field.index is not None:
-        elements = values.setdefault(field.name, [])
-        if isinstance(elements, list):
-            elements.append(value)
-            return
-    name, number = field.name, 2
-    while name in values:
-        name, number = f"{field.name} #{number}", number + 1
-    values[name] = value
+def _put(values: dict[str, object], repeated: set[str], field: FieldDescription, value: object) -> None:
+    """`repeated` has the names whose value is a list of what came under that name, and not the value of one field."""
+    name = field.name
+    elements = value if field.count > 1 and isinstance(value, list) else [value]
+    if name not in values:
+        values[name] = [value] if field.index is not None else value
+        if field.index is not None or elements is value:
+            repeated.add(name)
+        return
+    if name not in repeated:
+        values[name] = [values[name]]
+        repeated.add(name)
+    before = values[name]
+    assert isinstance(before, list)
+    before.extend(elements)
 
 
-def _elements(field: FieldDescription, data: memoryview) -> object:
+def _elements(field: FieldDescription, data: memoryview, budget: ValueBudget) -> object:
     if field.count == 1:
-        return _value(field, data)
-    if field.count > LISTED or field.size == 0:
+        return _value(field, data, budget)
+    if field.count > LISTED or field.size == 0 or not budget.take(field.count):
         return _bytes(data)
-    return [_value(field, data[at : at + field.size]) for at in range(0, field.total, field.size)]
+    return [_value(field, data[at : at + field.size], budget) for at in range(0, field.total, field.size)]
 
 
-def _value(field: FieldDescription, data: memoryview) -> object:
+def _value(field: FieldDescription, data: memoryview, budget: ValueBudget) -> object:
     # A list (qtailq) has the shape of its last element only, which is not its own.
     if field.struct is not None and field.struct.size == field.size:
-        return _state(field.struct, data)
+        return _state(field.struct, data, budget)
     if integer := _INTEGER.match(field.type):
         if field.size * 8 == int(integer[2]):
             return int.from_bytes(data, "big", signed=not integer[1])
@@ -83,11 +118,21 @@ def _value(field: FieldDescription, data: memoryview) -> object:
     return _bytes(data)
 
 
+def _double(data: memoryview) -> object:
+    """A number, or its name where JSON has none for it."""
+    (value,) = _DOUBLE.unpack(data)
+    return value if math.isfinite(value) else str(value)
+
+
 _SCALARS: Final[Mapping[str, tuple[int, Callable[[memoryview], object]]]] = {
     "bool": (1, lambda data: data[0] != 0),
     "timer": (8, lambda data: int.from_bytes(data, "big", signed=True)),
+    "float64": (8, _double),
+    "CPU_Double_U": (8, _double),
+    "nullptr": (1, lambda _: None),
 }
-"""Type -> (bytes, how to read it). A timer is its deadline in nanoseconds, -1 when it is off."""
+"""Type -> (bytes, how to read it). A timer is its deadline in nanoseconds, -1 when it is off. QEMU's devices send
+doubles as CPU_Double_U. A nullptr stands for an element that an array of pointers does not have (QEMU 10.0)."""
 
 
 def _bytes(data: memoryview) -> object:

@@ -48,15 +48,27 @@ PAGE_KINDS: Final = ("normal", "zero", "filled", "compressed", "xbzrle")
 class BlockInfo:
     """A RAM block and its pages in the stream, in pages of the target.
 
+    total   how many the block has
     pages   by kind
     again   of all these, those that had been sent before; None where nobody counted
     bytes   on the wire, the records' heads included
     """
 
     entry: BlockEntry
+    total: int
     pages: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PAGE_KINDS, 0))
     again: int | None = 0
     bytes: int = 0
+
+    @property
+    def sent(self) -> int:
+        """Pages in the stream, each as often as it came."""
+        return sum(self.pages.values())
+
+    @property
+    def absent(self) -> int:
+        """Pages of the block that never came; where nobody counted those that came again, at least so many."""
+        return max(self.total - self.sent + (self.again or 0), 0)
 
 
 @dataclass(slots=True)
@@ -65,8 +77,9 @@ class Inspection:
 
     size       bytes of the stream; of a damaged one, those that came from its source, the damage's and later ones too
     footers    whether sections have them; None where no section came
-    complete   it ended as streams do
-    damage     why not
+    complete   it ended as streams do, with all RAM
+    damage     where it breaks off or is wrong
+    missing    what a whole stream lacks to make a guest: RAM, in words
     uncut      bytes of device sections that nothing tells apart: (offset, size)
     omitted    sections and commands beyond the first MAX_LISTED, which are counted only
     """
@@ -82,6 +95,7 @@ class Inspection:
     omitted: int = 0
     complete: bool = False
     damage: RemoteStreamError | None = None
+    missing: str | None = None
 
     @property
     def sections(self) -> list[SectionInfo]:

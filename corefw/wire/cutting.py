@@ -9,6 +9,7 @@ Source: QEMU 7.2's save_section_header and qemu_savevm_state_complete_precopy (m
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Final
 
 from corefw.wire.constants import BE16, BE32, COMMAND_LENGTHS, MAX_DESCRIPTION, Command, SectionType
@@ -31,14 +32,18 @@ class Cutter:
         self._data = data
         self._footers = footers
         devices = description.devices if description else ()
-        self._devices = {(device.name, device.instance_id): device for device in devices}
+        # isapc has two 'isa-ide' of one instance: the first that is described is the first in the stream.
+        self._devices: dict[tuple[str, int], deque[DeviceDescription]] = {}
+        for device in devices:
+            self._devices.setdefault((device.name, device.instance_id), deque()).append(device)
 
     def measure(self, header: SectionHeader, at: int) -> tuple[int, DeviceDescription | None] | None:
         """Bytes of the body that begins at `at`, and its shape if the description's is the right one.
 
         None when nothing says where it ends.
         """
-        device = self._devices.get((header.idstr, header.instance_id))
+        described = self._devices.get((header.idstr, header.instance_id))
+        device = described.popleft() if described else None
         if device is not None and self._ends(header, at + device.state.size):
             return device.state.size, device
         # QEMU describes an array of pointers of which some are null as if it were all of one kind: the footer knows.

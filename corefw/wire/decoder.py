@@ -15,7 +15,7 @@ from typing import Final
 
 from corefw.errors import RemoteStreamError, StreamError
 from corefw.wire import items
-from corefw.wire.constants import MAX_DESCRIPTION, RAM_IDSTR, Command, RamFlag, SectionType
+from corefw.wire.constants import MAX_DESCRIPTION, MAX_PACKAGE, RAM_IDSTR, Command, RamFlag, SectionType
 from corefw.wire.cutting import Cutter, find_description
 from corefw.wire.description import Description, parse_description
 from corefw.wire.items import Item
@@ -56,6 +56,7 @@ class _State:
     blocks: dict[str, int] = field(default_factory=dict)
     block: str | None = None
     footers: bool | None = None
+    packaged: int = 0
 
 
 def decode(reader: StreamReader) -> Iterator[Item]:
@@ -235,7 +236,13 @@ class _Decoder:
             state.layout = replace(state.layout, page_sizes=True)
         if record.command is Command.PACKAGED:
             at = reader.offset
-            yield _package(at, read_package(reader, record), state)
+            if not self._complete:
+                raise reader.error("no package within a package", f"command {record.command.name}")
+            data = read_package(reader, record)
+            state.packaged += len(data)
+            if state.packaged > MAX_PACKAGE:
+                raise RemoteStreamError(at, reader.where, f"packages of {MAX_PACKAGE} bytes in all", "more")
+            yield _package(at, data, state)
 
     # -- what only the end of the stream tells apart ---------------------------------------------------------------
 

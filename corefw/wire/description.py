@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from corefw.errors import StreamError
@@ -30,7 +30,7 @@ SUBSECTION_HEAD: Final = 1 + 1 + 4
 class FieldDescription:
     """One field, `count` times behind one another.
 
-    size     bytes of one element, whatever it is made of
+    size     bytes of one element, whatever it is made of; total: of all of them
     index    its place in an array whose elements are described one by one
     struct   what it is made of, where QEMU says so
     """
@@ -41,27 +41,29 @@ class FieldDescription:
     count: int = 1
     index: int | None = None
     struct: StateDescription | None = None
+    total: int = field(init=False)
 
-    @property
-    def total(self) -> int:
-        return self.size * self.count
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", self.size * self.count)
 
 
 @dataclass(frozen=True, slots=True)
 class StateDescription:
-    """A VMState as it was sent: fields, then subsections, each behind its own header."""
+    """A VMState as it was sent: fields, then subsections, each behind its own header.
+
+    size    bytes on the wire, without the header of this state itself
+    """
 
     vmsd_name: str
     version: int
     fields: tuple[FieldDescription, ...]
     subsections: tuple[StateDescription, ...] = ()
+    size: int = field(init=False)
 
-    @property
-    def size(self) -> int:
-        """Bytes on the wire, the header of this state itself not counted."""
-        return sum(field.total for field in self.fields) + sum(
-            SUBSECTION_HEAD + len(one.vmsd_name.encode()) + one.size for one in self.subsections
-        )
+    def __post_init__(self) -> None:
+        # Computed once: whoever reads a nested state asks each level for its size.
+        inner = sum(SUBSECTION_HEAD + len(one.vmsd_name.encode()) + one.size for one in self.subsections)
+        object.__setattr__(self, "size", sum(one.total for one in self.fields) + inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ def parse_description(text: bytes) -> Description:
 
 def _device(entry: Mapping[str, object]) -> DeviceDescription:
     name = _text(entry, "name", "a device")
-    return DeviceDescription(name, _integer(entry, "instance_id", name), _state(entry, name, 0))
+    return DeviceDescription(name, _integer(entry, "instance_id", _cut(name)), _state(entry, _cut(name), 0))
 
 
 def _state(entry: Mapping[str, object], where: str, depth: int) -> StateDescription:
@@ -120,7 +122,7 @@ def _state(entry: Mapping[str, object], where: str, depth: int) -> StateDescript
 
 def _field(entry: Mapping[str, object], where: str, depth: int) -> FieldDescription:
     name = _text(entry, "name", where)
-    inner = f"{where}.{name}"
+    inner = f"{where}.{_cut(name)}"
     # "struct" has an object of its own; lists and temporary states put the same members into the field's object.
     struct = _object(entry["struct"], inner) if "struct" in entry else entry if "fields" in entry else None
     return FieldDescription(
@@ -150,7 +152,16 @@ def _text(entry: Mapping[str, object], name: str, where: str) -> str:
     value = entry.get(name)
     if not isinstance(value, str):
         raise StreamError(f"the description of {where}: expected a text '{name}', got {_shown(value)}")
+    if not value.isascii() and _has_surrogates(value):
+        raise StreamError(
+            f"the description of {where}: expected a text '{name}', got {_shown(value)}, half a character"
+        )
     return value
+
+
+def _has_surrogates(text: str) -> bool:
+    """Whether JSON's escapes made half a character, which cannot be encoded."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _integer(entry: Mapping[str, object], name: str, where: str) -> int:
@@ -162,5 +173,9 @@ def _integer(entry: Mapping[str, object], name: str, where: str) -> int:
 
 def _shown(value: object) -> str:
     """A peer's value in a message: short."""
-    text = repr(value) if not isinstance(value, (dict, list)) else type(value).__name__
+    return _cut(repr(value) if not isinstance(value, (dict, list)) else type(value).__name__)
+
+
+def _cut(text: str) -> str:
+    """The path to a field has one such name for each level, so each is short."""
     return text if len(text) <= 40 else text[:37] + "..."

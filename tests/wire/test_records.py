@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from itertools import pairwise
@@ -454,3 +455,15 @@ def test_the_page_has_every_number() -> None:
         *((message.name, str(int(message))) for message in ReturnMessage),
     ]
     assert [row for row in missing if row not in rows] == []
+
+
+@pytest.mark.parametrize("length", [123, 0x7A00, 0x7B00, 0x7B7B, 0x7BFF, 0x1007B])
+def test_the_length_of_a_description_has_no_brace(length: int) -> None:
+    """QEMU's scripts/analyze-migration.py takes the first brace after the last zero byte for the JSON's first."""
+    empty = len(json.dumps({"devices": [], "x": ""}))
+    data = written(lambda writer: write_description(writer, {"devices": [], "x": "." * (length - empty)}))
+    assert b"{" not in data[1:5]
+    assert data.index(b"{", data.rindex(b"\0")) == 5
+    assert find_description(data) == 0
+    assert len(data) - 5 == int.from_bytes(data[1:5], "big") >= length
+    assert json.loads(data[5:])["devices"] == []

@@ -41,6 +41,8 @@ def write_header(writer: StreamWriter) -> None:
     writer.be32(FILE_VERSION)
 
 
+_BRACE: Final = ord("{")
+
 WITH_NAME: Final = frozenset({SectionType.START, SectionType.FULL})
 WITHOUT_NAME: Final = frozenset({SectionType.PART, SectionType.END})
 
@@ -125,9 +127,22 @@ def read_description_body(reader: StreamReader) -> bytes:
     return reader.read(length, "the description", MAX_DESCRIPTION)
 
 
+def description_text(description: Mapping[str, object]) -> bytes:
+    """The description as JSON that QEMU's scripts/analyze-migration.py finds.
+
+    The script takes the first brace after the stream's last zero byte for the beginning of the JSON. A length with a
+    byte 0x7B has one earlier, so spaces before the last brace make the JSON longer.
+    """
+    text = json.dumps(description).encode()
+    padding = 0
+    while _BRACE in BE32.pack(len(text) + padding):
+        padding += 1
+    return text[:-1] + b" " * padding + text[-1:]
+
+
 def write_description(writer: StreamWriter, description: Mapping[str, object] | bytes) -> None:
-    """The whole section, type byte included, from an object or from JSON text."""
-    text = description if isinstance(description, bytes) else json.dumps(description).encode()
+    """The whole section, type byte included, from an object or from JSON text, which is written as it is."""
+    text = description if isinstance(description, bytes) else description_text(description)
     writer.u8(SectionType.VMDESCRIPTION)
     writer.be32(len(text))
     writer.payload(text)
