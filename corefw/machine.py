@@ -201,11 +201,12 @@ class SupportsThrottle(Protocol):
 class MakesRamBlocks(Protocol):
     """A destination that takes whatever RAM the stream brings."""
 
-    def forget_ram_blocks(self) -> None:
-        """A stream begins: what an earlier one that failed has made is in the way."""
+    def make_ram_blocks(self, lengths: Mapping[str, int]) -> Sequence[RamBlock]:
+        """Make new empty blocks, bytes by name: all of them, or none and raise MachineError. Limits are checked before
+        anything is allocated."""
 
-    def make_ram_block(self, idstr: str, length: int) -> RamBlock:
-        """A new empty block. Raises MachineError when it cannot have that much."""
+    def discard_loaded(self) -> None:
+        """Free everything that a stream brought: loading it failed. Idempotent; does not raise."""
 
 
 @dataclass(frozen=True, slots=True)

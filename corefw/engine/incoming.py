@@ -23,7 +23,7 @@ from corefw.engine.returnpath import ReturnPathWriter
 from corefw.engine.scheduling import yielding_to_guests
 from corefw.engine.unframing import StreamLoader
 from corefw.errors import FOREIGN, ChannelError, MachineError, MigfwError
-from corefw.machine import AdoptsStreams, Machine, RunState
+from corefw.machine import AdoptsStreams, Machine, MakesRamBlocks, RunState
 from corefw.section import SectionHandler, SectionRegistry, TakesChannels
 from corefw.settings import Settings
 from corefw.states import MigrationStatus, StateMachine
@@ -176,6 +176,8 @@ class IncomingMigration:
     def _fail(self, reason: str) -> None:
         self.error = f"load of migration failed: {reason}"
         log.warning("%s", self.error)
+        if isinstance(self._machine, MakesRamBlocks):
+            self._machine.discard_loaded()
         self._say_goodbye(1)
         while (status := self._state.status) is not _S.FAILED:
             self._state.advance(status, _S.FAILED)

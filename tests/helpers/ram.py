@@ -126,17 +126,18 @@ class MakingMachine(StillMachine):
         super().__init__()
         self._limit = limit
 
-    def forget_ram_blocks(self) -> None:
+    def make_ram_blocks(self, lengths: Mapping[str, int]) -> Sequence[RamBlock]:
+        for idstr, length in lengths.items():
+            if length <= 0 or length % PAGE or not idstr.isprintable():
+                raise MachineError(f"'{idstr}' with {length} bytes is no RAM block here")
+        if sum(lengths.values()) > self._limit:
+            raise MachineError(f"{sum(lengths.values())} bytes are more than the {self._limit} allowed")
+        self.blocks += (MemfdBlock(idstr, length) for idstr, length in lengths.items())
+        return self.blocks
+
+    def discard_loaded(self) -> None:
         self.close()
         self.blocks.clear()
-
-    def make_ram_block(self, idstr: str, length: int) -> RamBlock:
-        if length <= 0 or length % PAGE or not idstr.isprintable():
-            raise MachineError(f"'{idstr}' with {length} bytes is no RAM block here")
-        if length + sum(one.length for one in self.blocks) > self._limit:
-            raise MachineError(f"'{idstr}' with {length} bytes is more than the {self._limit} allowed")
-        self.blocks.append(MemfdBlock(idstr, length))
-        return self.blocks[-1]
 
 
 # -- the source's half ---------------------------------------------------------------------------------------------

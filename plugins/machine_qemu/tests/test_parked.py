@@ -38,9 +38,10 @@ def machine(**options: str) -> ParkedMachine:
     [
         (MachineConfig(), "say where it comes from with --incoming URI"),
         (MachineConfig(program="x.py", incoming=True), "runs no program, got 'x.py'"),
-        (MachineConfig(options={"ram": "1G"}, incoming=True), "no option 'ram': expected ram-limit"),
+        (MachineConfig(options={"ram": "1G"}, incoming=True), "no option 'ram': expected ram-limit, block-limit"),
         (MachineConfig(options={"ram-limit": "much"}, incoming=True), "'ram-limit': 'much' is no size"),
         (MachineConfig(options={"ram-limit": "0"}, incoming=True), "at least one page"),
+        (MachineConfig(options={"block-limit": "-1"}, incoming=True), "'block-limit': expected a number above zero"),
     ],
 )
 def test_wrong_usage_is_refused(config: MachineConfig, expected: str) -> None:
@@ -74,14 +75,15 @@ def test_it_does_not_run() -> None:
 def test_ram_has_a_limit() -> None:
     parked = machine(**{"ram-limit": "1M"})
     try:
-        block = parked.make_ram_block("pc.ram", 1 << 19)
-        assert block in parked.ram_blocks()
-        with pytest.raises(MachineError, match=r"would have 1\.0 MiB, more than the 1\.0 MiB allowed"):
-            parked.make_ram_block("more", (1 << 19) + 4096)
+        with pytest.raises(MachineError, match=r"cannot make 1\.0 MiB of RAM: more than the 1\.0 MiB allowed"):
+            parked.make_ram_blocks({"pc.ram": 1 << 19, "more": (1 << 19) + 4096})
         with pytest.raises(MachineError, match="expected a multiple of 4096 bytes, got 5000"):
-            parked.make_ram_block("odd", 5000)
+            parked.make_ram_blocks({"pc.ram": 4096, "odd": 5000})
         with pytest.raises(MachineError, match=r"'pc\\x00ram': expected a printable name"):
-            parked.make_ram_block("pc\0ram", 4096)
+            parked.make_ram_blocks({"pc\0ram": 4096})
+        assert not parked.ram_blocks()
+        (block,) = parked.make_ram_blocks({"pc.ram": 1 << 19})
+        assert block in parked.ram_blocks()
     finally:
         parked.close()
 

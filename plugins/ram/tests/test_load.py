@@ -223,14 +223,6 @@ def test_blocks_are_made_as_the_stream_brings_them() -> None:
         assert machine.contents() == {"ram": bytes(5 * PAGE) + page(1), "rom": bytes(PAGE)}
 
 
-def test_blocks_of_a_stream_that_failed_are_forgotten() -> None:
-    with MakingMachine() as machine:
-        refused(machine, block_list(ram=6, rom=1) + EOS[:-1])
-        assert list(machine.contents()) == ["ram", "rom"]
-        load(machine, block_list(ram=7) + EOS)
-        assert machine.contents() == {"ram": bytes(7 * PAGE)}
-
-
 @pytest.mark.parametrize(
     ("body", "reason"),
     [

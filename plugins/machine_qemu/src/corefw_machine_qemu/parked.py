@@ -8,32 +8,25 @@ Threads: as corefw.machine says.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
 
 from corefw.errors import MachineError, UsageError
 from corefw.machine import Device, Machine, MachineConfig, RamBlock, RunState, StreamFormat, WaitReadable
 from corefw.memory.blocks import MemfdBlock
-from corefw.quantities import format_size, parse_size
 from corefw.wire.constants import TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader
 from corefw_machine_qemu.adopting import DeviceState, take_device_state
-
-RAM_LIMIT: Final = "ram-limit"
-OPTIONS: Final[Mapping[str, str]] = {
-    RAM_LIMIT: "the most RAM that an incoming machine may have, as in 4G (default: as much as this host has)",
-}
+from corefw_machine_qemu.limits import Limits
 
 
 class ParkedMachine(Machine):
-    """The machine "qemu". Options: see OPTIONS. It is a destination first: `migfw run --machine qemu --incoming
+    """The machine "qemu". Options: see limits.OPTIONS. It is a destination first: `migfw run --machine qemu --incoming
     URI`."""
 
     kind = "qemu"
 
     def __init__(self, config: MachineConfig) -> None:
-        self._ram_limit = _ram_limit(config.options)
+        self._limits = Limits.from_options(config.options)
         if config.program is not None:
             raise UsageError(f"machine 'qemu' runs no program, got '{config.program}': leave it out")
         if not config.incoming:
@@ -81,30 +74,32 @@ class ParkedMachine(Machine):
     def ram_blocks(self) -> Sequence[RamBlock]:
         return tuple(self._blocks.values())
 
-    def forget_ram_blocks(self) -> None:
-        """See MakesRamBlocks."""
-        for block in self._blocks.values():
-            block.close()
-        self._blocks.clear()
-
-    def make_ram_block(self, idstr: str, length: int) -> RamBlock:
+    def make_ram_blocks(self, lengths: Mapping[str, int]) -> Sequence[RamBlock]:
         """See MakesRamBlocks. Memory is used only as pages arrive."""
-        if not idstr.isprintable():
-            raise MachineError(f"cannot make RAM block {idstr!r}: expected a printable name")
-        if length <= 0 or length % TARGET_PAGE_SIZE:
-            raise MachineError(
-                f"cannot make RAM block '{idstr}': expected a multiple of {TARGET_PAGE_SIZE} bytes, got {length}"
-            )
-        total = sum(block.length for block in self._blocks.values()) + length
-        if total > self._ram_limit:
-            raise MachineError(
-                f"cannot make RAM block '{idstr}' of {format_size(length)}: the machine would have"
-                f" {format_size(total)}, more than the {format_size(self._ram_limit)} allowed"
-                f" (raise it with --opt {RAM_LIMIT}=SIZE)"
-            )
-        block = MemfdBlock(idstr, length)
-        self._blocks[idstr] = block
-        return block
+        for idstr, length in lengths.items():
+            if not idstr.isprintable():
+                raise MachineError(f"cannot make RAM block {idstr!r}: expected a printable name")
+            if length <= 0 or length % TARGET_PAGE_SIZE:
+                raise MachineError(
+                    f"cannot make RAM block '{idstr}': expected a multiple of {TARGET_PAGE_SIZE} bytes, got {length}"
+                )
+        self._limits.check(len(lengths), sum(lengths.values()))
+        try:
+            for idstr, length in lengths.items():
+                self._blocks[idstr] = MemfdBlock(idstr, length)
+        except MachineError:
+            self.discard_loaded()
+            raise
+        return self.ram_blocks()
+
+    def discard_loaded(self) -> None:
+        """See MakesRamBlocks: RAM, device state and the machine's name."""
+        while self._blocks:
+            _, block = self._blocks.popitem()
+            block.close()
+        self._stored = DeviceState((), ())
+        self._format = None
+        self._name = ""
 
     # -- devices ---------------------------------------------------------------------------------------------------
 
@@ -140,21 +135,4 @@ class ParkedMachine(Machine):
         }
 
     def close(self) -> None:
-        while self._blocks:
-            _, block = self._blocks.popitem()
-            block.close()
-
-
-def _ram_limit(options: Mapping[str, str]) -> int:
-    for name in options:
-        if name not in OPTIONS:
-            raise UsageError(f"machine 'qemu' has no option '{name}': expected {', '.join(OPTIONS)}")
-    if RAM_LIMIT not in options:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit = parse_size(options[RAM_LIMIT])
-    except UsageError as error:
-        raise UsageError(f"option '{RAM_LIMIT}': {error}") from None
-    if limit < TARGET_PAGE_SIZE:
-        raise UsageError(f"option '{RAM_LIMIT}' expects at least one page of {TARGET_PAGE_SIZE} bytes, got {limit}")
-    return limit
+        self.discard_loaded()

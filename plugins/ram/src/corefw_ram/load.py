@@ -67,8 +67,6 @@ class RamLoader:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        if isinstance(machine, MakesRamBlocks):
-            machine.forget_ram_blocks()
         self._blocks = {block.idstr: LoadedBlock(block) for block in machine.ram_blocks()}
         self._block: LoadedBlock | None = None
         self._records: dict[RamFlag, Callable[[StreamReader, int], None]] = {
@@ -135,13 +133,12 @@ class RamLoader:
             raise reader.error(f"all RAM blocks of this machine ({', '.join(self._blocks)})", f"none '{min(missing)}'")
 
     def _make_blocks(self, reader: StreamReader, machine: MakesRamBlocks, entries: Sequence[BlockEntry]) -> None:
-        for entry in entries:
-            if entry.idstr in self._blocks:
-                continue
-            try:
-                self._blocks[entry.idstr] = LoadedBlock(machine.make_ram_block(entry.idstr, entry.length))
-            except MachineError as error:
-                raise reader.error("RAM blocks that this machine can have", f"one too much: {error}") from error
+        lengths = {entry.idstr: entry.length for entry in entries if entry.idstr not in self._blocks}
+        try:
+            made = machine.make_ram_blocks(lengths)
+        except MachineError as error:
+            raise reader.error("RAM blocks that this machine can have", str(error)) from error
+        self._blocks |= {block.idstr: LoadedBlock(block) for block in made}
 
     def _check_entry(self, reader: StreamReader, entry: BlockEntry) -> None:
         loaded = self._blocks.get(entry.idstr)
