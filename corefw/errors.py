@@ -21,7 +21,7 @@ the command line and is not a MigfwError is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 FOREIGN: Final = (Exception, SystemExit)
@@ -55,6 +55,14 @@ class UriError(UsageError):
 
 class SettingsError(UsageError):
     """A capability, parameter or property was refused."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean tcp?)" with the known name that is closest to a wrong one; "" where none is close."""
+    from difflib import get_close_matches  # noqa: PLC0415 - only an error needs it
+
+    near = get_close_matches(name, list(known), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 class StateError(UsageError):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Final
 
@@ -23,7 +22,7 @@ from stevedore import driver, extension
 
 from corefw import hookspecs
 from corefw.channel import Transport
-from corefw.errors import FOREIGN, MigfwError, PluginError, SettingsError, UriError, UsageError, one_line
+from corefw.errors import FOREIGN, MigfwError, PluginError, SettingsError, UriError, UsageError, did_you_mean, one_line
 from corefw.machine import Machine, MachineConfig
 from corefw.section import SectionHandler, SectionRegistry
 from corefw.settings import Declarations, Settings
@@ -165,16 +164,16 @@ class Plugins:
         if failed:
             _warn(failed[:-1])
             raise failed[-1]
-        known = self._installed.names(TRANSPORTS)
-        raise UriError(f"'{parsed}': no installed plugin has the scheme '{parsed.scheme}' (installed: {known})")
+        raise UriError(
+            f"'{parsed}': no installed plugin has the scheme '{parsed.scheme}'"
+            f"{self._installed.hint(TRANSPORTS, parsed.scheme)}"
+        )
 
     def machine(self, kind: str, config: MachineConfig) -> Machine:
         """Make a machine of this kind. Raises UsageError (unknown kind, wrong options), MachineError, PluginError."""
         factory = _driver(self._installed, MACHINES, kind)
         if factory is None:
-            raise UsageError(
-                f"no installed plugin has a machine '{kind}' (installed: {self._installed.names(MACHINES)})"
-            )
+            raise UsageError(f"no installed plugin has a machine '{kind}'{self._installed.hint(MACHINES, kind)}")
         made = _call(f"machine '{kind}'", factory, config)
         if not isinstance(made, Machine):
             raise PluginError(f"machine '{kind}' gave {type(made).__name__}, expected a Machine")
@@ -306,8 +305,10 @@ class _Installed:
         found = {(point.name, point.value): point for point in self._points.select(group=group)}
         return [found[key] for key in sorted(found)]
 
-    def names(self, group: str) -> str:
-        return ", ".join(sorted({point.name for point in self.group(group)})) or "none"
+    def hint(self, group: str, wrong: str) -> str:
+        """What to say behind a name that nobody has: the nearest one, and all that are installed."""
+        names = sorted({point.name for point in self.group(group)})
+        return f"{did_you_mean(wrong, names)} (installed: {', '.join(names) or 'none'})"
 
 
 def _line(point: EntryPoint) -> str:
@@ -376,5 +377,4 @@ def _one_line(error: BaseException) -> str:
 def _nearest_hook(plugin: object) -> str:
     """ " (did you mean corefw_blockers?)" where a plugin has a name like a hook's that is none."""
     misspelt = [name for name in dir(plugin) if name.startswith("corefw_") and name not in HOOKS]
-    near = {match for name in misspelt for match in get_close_matches(name, HOOKS, 1)}
-    return f" (did you mean {', '.join(sorted(near))}?)" if near else ""
+    return next((hint for name in misspelt if (hint := did_you_mean(name, HOOKS))), "")

@@ -47,6 +47,8 @@ def split_host_port(text: str, what: str) -> tuple[str, int]:
 
     `what` is the whole URI, for the message. An IPv6 address needs its brackets.
     """
+    if text.startswith("//"):
+        raise UriError(f"'{what}': {what.partition(':')[0]}: takes no //, expected {what.replace('//', '', 1)}")
     bracketed = re.fullmatch(r"\[([^\[\]]*)\]:(.*)", text)
     host, colon, port = (bracketed[1], ":", bracketed[2]) if bracketed else text.rpartition(":")
     if not colon or (text.startswith("[") and not bracketed):

@@ -67,6 +67,7 @@ def test_host_and_port(text: str, expected: tuple[str, int]) -> None:
         ("[::1]", "'tcp:[::1]' has no port"),
         ("[::1:4", "'tcp:[::1:4' has no port"),
         ("::1:4", "'tcp:::1:4': put an IPv6 address in brackets, as in [::1]:4"),
+        ("//h:4", "'tcp://h:4': tcp: takes no //, expected tcp:h:4"),
         ("h:65536", "'tcp:h:65536': '65536' is no port, expected a number from 0 to 65535"),
         ("h:-1", "'tcp:h:-1': '-1' is no port"),
         ("h:http", "'tcp:h:http': 'http' is no port"),

@@ -1,7 +1,7 @@
 """Which way a migration goes: by the engine itself, or relayed by this process for a real QEMU.
 
-The law: a URI that cannot be is refused here, before the engine is asked for anything; only the one scheme's driver is
-loaded.
+A wrong URI is refused here, before anything is changed. It is the dialling process that knows: an engine has its own
+descriptors (fd:), folder (file:, unix:) and plugins; for a relay they are this process's.
 """
 
 from __future__ import annotations
@@ -42,13 +42,16 @@ def find_transport(uri: str) -> Transport:
 
 
 def find_route(engine: EngineClient, uri: str) -> Route:
-    """Raises UriError (no such scheme, a wrong address, one that only receives)."""
+    """Raises UriError (no such scheme, a wrong address, one that only receives), UsageError with what the engine said
+    of it."""
     parsed = MigrationUri.parse(uri)
-    if not engine.is_migfw and _qemu_knows(engine, parsed):
+    if engine.is_migfw:
+        return Route(relayed=False, return_path=engine.call("x-migfw-transport", uri=uri)["return-path"])
+    if _qemu_knows(engine, parsed):
         return Route(relayed=False, return_path=QEMU_TWO_WAY.get(parsed.scheme, False))
     transport = find_transport(uri)
     transport.check_outgoing()
-    return Route(relayed=not engine.is_migfw, return_path=transport.features.return_path)
+    return Route(relayed=True, return_path=transport.features.return_path)
 
 
 def _qemu_knows(engine: EngineClient, uri: MigrationUri) -> bool:

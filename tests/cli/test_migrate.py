@@ -276,9 +276,25 @@ def test_a_terminal_gets_a_live_display(pair: tuple[Engine, Engine]) -> None:
     assert b"completed" in seen
 
 
+def test_fd_means_a_descriptor_of_the_engine(pair: tuple[Engine, Engine]) -> None:
+    """The command's own descriptor of that number or name, if it has one, is another."""
+    here, there = pair
+    host, _, port = there.uri.removeprefix("tcp:").rpartition(":")
+    with QmpClient(here.address) as client, socket.create_connection((host, int(port))) as sock:
+        client.execute("getfd", {"fdname": "out"}, [sock.fileno()])
+    done = here.call("migrate", "fd:out", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["status"] == "completed"
+    assert there.ask("query-status")["status"] == "running"
+
+
 WRONG = {
     ("nonsense",): "is no migration URI",
     ("carrier-pigeon:x",): "no installed plugin has the scheme 'carrier-pigeon'",
+    ("tpc:localhost:1",): "(did you mean tcp?)",
+    ("tcp://localhost:1",): "tcp: takes no //, expected tcp:localhost:1",
+    ("fd:999",): "descriptor 999 is not open in process",
+    ("fd:nobody",): "no descriptor is called 'nobody'",
     ("tcp:localhost",): "has no port",
     ("tcp:localhost:70000",): "'70000' is no port",
     ("tcp:127.0.0.1:0",): "'tcp:127.0.0.1:0': port 0 is only for who listens",

@@ -53,6 +53,7 @@ CORE: Final[Mapping[str, Callable[..., object]]] = {
     "x-migfw-verify": guest.x_migfw_verify,
     "migrate": migration.migrate,
     "migrate-incoming": migration.migrate_incoming,
+    "x-migfw-transport": migration.x_migfw_transport,
     "migrate_cancel": migration.migrate_cancel,
     "migrate-continue": migration.migrate_continue,
     "migrate-start-postcopy": migration.migrate_start_postcopy,

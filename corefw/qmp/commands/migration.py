@@ -61,6 +61,17 @@ def query_migrate(context: Context) -> object:
     return context.engine.query_migrate()
 
 
+def x_migfw_transport(context: Context, uri: str) -> object:
+    """What the engine's transport for `uri` can do, without dialling: a wrong URI is refused as `migrate` would."""
+    transport = context.engine.plugins.transport(uri)
+    transport.check_outgoing()
+    return {
+        "scheme": transport.uri.scheme,
+        "return-path": transport.features.return_path,
+        "multi-channel": transport.features.multi_channel,
+    }
+
+
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 

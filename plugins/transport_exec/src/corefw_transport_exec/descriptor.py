@@ -57,7 +57,7 @@ class FdTransport(Transport):
             access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
             own = self._is_number and fd not in _STANDARD and not os.get_inheritable(fd)
         except (OSError, OverflowError):
-            raise UriError(f"'{self.uri}': descriptor {self._name} is not open in this process") from None
+            raise UriError(f"'{self.uri}': descriptor {self._name} is not open in process {os.getpid()}") from None
         if own:
             raise UriError(
                 f"'{self.uri}': descriptor {self._name} is this process's own,"
