@@ -64,6 +64,7 @@ _TCP_CLOSE: Final = 7  # the kernel's TCP_CLOSE, first byte of struct tcp_info
 REASONS: Final = {
     errno.ECONNREFUSED: "connection refused (is the destination listening?)",
     errno.ECONNRESET: "the peer broke the connection",
+    errno.ENOTCONN: "the peer broke the connection",  # shutdown() after the reset was reported
     errno.EPIPE: "the peer closed the connection",
     errno.ETIMEDOUT: "no answer from the peer",
     errno.EADDRINUSE: "the address is in use (is another one listening there?)",
