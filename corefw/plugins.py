@@ -1,12 +1,12 @@
-"""Finds plugins and asks them. The only importer of pluggy and stevedore, beside the hook specs.
+"""Finds and calls plugins; the only module that imports pluggy and stevedore, beside the hook specs.
 
-The law: stevedore for one name and one driver (a scheme, a machine), imported only when asked for; pluggy for many
-implementers. A plugin that fails to load is remembered with its reason and takes nobody down; one that fails when it is
-asked is named in the error, and whatever it raised is a PluginError by then.
+Stevedore finds the one driver of a name (a scheme, a machine), which is imported only when it is asked for; pluggy
+calls many implementers. A plugin that fails to load is remembered with its reason and does not stop the others, but it
+blocks migrations. One that fails when it is called is named in the error: whatever it raises becomes a PluginError.
 
-What is installed is asked of importlib.metadata, and again when a name is not there: that takes longer than dialling
-does. Stevedore's own cache on disk goes by modification times rounded to minutes, and would not see a plugin that was
-just installed.
+importlib.metadata says what is installed, once, and again when a name is not there: that takes longer than dialling.
+Stevedore's own cache on disk goes by modification times rounded to minutes and would miss a plugin that was just
+installed.
 """
 
 from __future__ import annotations
@@ -196,8 +196,14 @@ class Plugins:
         return registry
 
     def blockers(self, machine: Machine, settings: Settings) -> list[str]:
-        """Every reason against a migration. A plugin that fails to answer is one: it may have had one."""
-        reasons: list[str] = []
+        """Every reason against a migration.
+
+        An installed plugin that failed to load is a reason, and so is one that fails to answer: nobody knows what
+        it would have carried of the guest, or forbidden.
+        """
+        reasons = [
+            f"{failure} (repair or uninstall it, then start the engine again)" for failure in self.failures.values()
+        ]
         for name, ask in self._implementers("corefw_blockers"):
             try:
                 found = _listed(name, "corefw_blockers", ask(machine=machine, settings=settings))

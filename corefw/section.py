@@ -1,8 +1,8 @@
 """Section handlers: who writes and reads the body of a section, and the registry that finds them.
 
-The law: the engine frames sections (type, id, name, version, footer); a handler writes and reads bodies and knows
-nothing of the frame. The callbacks are those of QEMU's SaveVMHandlers (include/migration/register.h). All of them are
-abstract: what is optional is a Protocol of its own, asked for with isinstance.
+The engine frames sections (type, id, name, version, footer); a handler writes and reads bodies and knows nothing of the
+frame. The callbacks are those of QEMU's SaveVMHandlers (include/migration/register.h). All but `covers` are abstract:
+what is optional is a Protocol of its own, asked for with isinstance.
 
     LiveHandler    START/PART/END: sent while the guest runs (RAM, dirty bitmaps, storage)
     StateHandler   FULL: sent once, when the guest has stopped (devices)
@@ -48,6 +48,20 @@ class Pending:
     @property
     def total(self) -> int:
         return self.must_precopy + self.can_postcopy
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """The parts of the machine that a section carries.
+
+    ram_blocks       their idstrs
+    devices          their (name, instance_id)
+    new_ram_blocks   on a destination: also the blocks that the stream brings (corefw.machine.MakesRamBlocks)
+    """
+
+    ram_blocks: frozenset[str] = frozenset()
+    devices: frozenset[SectionKey] = frozenset()
+    new_ram_blocks: bool = False
 
 
 class Priority:
@@ -102,6 +116,14 @@ class SectionHandler(ABC):
     @property
     def key(self) -> SectionKey:
         return SectionKey(self.idstr, self.instance_id)
+
+    def covers(self) -> Coverage:
+        """Which of the machine's RAM blocks and devices this section carries, on either side; may be asked at any time.
+
+        The engine refuses a migration of which some RAM block or device is carried by nobody. State that belongs to the
+        plugin and not to the machine is none of that: the default.
+        """
+        return Coverage()
 
     @abstractmethod
     def required(self) -> bool:

@@ -1,6 +1,7 @@
-"""What keeps a guest from migrating: reasons added by hand, by plugins' hooks, by devices.
+"""What keeps a guest from migrating: reasons added by hand, broken plugins, plugins' hooks, devices, and parts of the
+machine that no handler carries.
 
-The law: a migration is refused for all reasons at once; a reason is refused while a migration runs, and always under
+A migration is refused for all reasons at once; a reason is refused while a migration runs, and always under
 only-migratable. Source: QEMU's migrate_add_blocker and migration_is_blocked. Thread-safe.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import threading
 
+from corefw.engine.coverage import uncovered
 from corefw.errors import StateError, UsageError
 from corefw.machine import Machine
 from corefw.plugins import Plugins
@@ -45,5 +47,6 @@ class Blockers:
         with self._lock:
             found = list(self._reasons)
         found += self._plugins.blockers(self._machine, self._settings)
+        found += uncovered(self._machine, registry)
         found += [reason for handler in registry.state() if (reason := handler.blocked())]
         return found

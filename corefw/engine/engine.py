@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from corefw.channel import Transport
 from corefw.engine.blockers import Blockers
+from corefw.engine.coverage import uncovered
 from corefw.engine.events import Events, Observer
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.incoming import IncomingMigration
@@ -272,6 +273,8 @@ class Engine:
             transport.check_incoming()
             transport.any_user = self.settings.property("allow-any-user")
             registry = self._registry()
+            if missing := uncovered(self.machine, registry):
+                raise BlockedError(missing)
             listener = transport.listen()
             arrival = IncomingMigration(
                 self.machine,

@@ -24,6 +24,7 @@ from typing import Final
 
 from corefw.channel import Channel, Interrupt, Transport
 from corefw.channelset import ChannelSet
+from corefw.engine.coverage import uncovered
 from corefw.engine.custody import Custody
 from corefw.engine.framing import SectionWriter
 from corefw.engine.guestlock import GuestLock
@@ -31,7 +32,7 @@ from corefw.engine.passes import Passes
 from corefw.engine.returnpath import ReturnPathReader
 from corefw.engine.scheduling import yielding_to_guests
 from corefw.engine.statistics import OutgoingStatistics, milliseconds_since
-from corefw.errors import FOREIGN, ChannelError, Interrupted, MachineError, MigfwError, PluginError
+from corefw.errors import FOREIGN, BlockedError, ChannelError, Interrupted, MachineError, MigfwError, PluginError
 from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, StreamFormat, SupportsThrottle
 from corefw.section import HasRamStatistics, LiveHandler, SectionRegistry
 from corefw.settings import Settings
@@ -182,6 +183,7 @@ class OutgoingMigration:
         self._hand_over(writer, sections, channel)
 
     def _setup(self, writer: StreamWriter, channel: Channel) -> SectionWriter:
+        live = self._active_handlers()
         form = self._format()
         write_header(writer)
         if form.configuration:
@@ -192,9 +194,7 @@ class OutgoingMigration:
             write_command(writer, Command.OPEN_RETURN_PATH)
             write_command(writer, Command.PING, ping_payload(1))
         sections = SectionWriter(writer, footers=form.footers, ids=form.section_ids)
-        for handler in self._registry.live():
-            if not handler.active():
-                continue
+        for handler in live:
             self._live.append(handler)  # from here on it is cleaned up
             with self._passes.told():
                 sections.start(handler, partial(handler.setup, writer, self))
@@ -202,6 +202,14 @@ class OutgoingMigration:
                     self._count_by(handler)
         writer.flush()
         return sections
+
+    def _active_handlers(self) -> list[LiveHandler]:
+        """The live handlers that have something to send. Raises BlockedError if what is left carries less than the
+        whole machine."""
+        live = [handler for handler in self._registry.live() if handler.active()]
+        if missing := uncovered(self._machine, [*live, *self._registry.state()]):
+            raise BlockedError(missing)
+        return live
 
     def _count_by(self, handler: HasRamStatistics) -> None:
         if self._counting:

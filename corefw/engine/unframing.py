@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from corefw.channel import Channel
+from corefw.engine.coverage import not_loaded
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.errors import MigfwError, RemoteStreamError
 from corefw.machine import AdoptsStreams, Machine, StreamFormat
@@ -198,6 +199,9 @@ class StreamLoader:
         for handler in self._registry:
             if handler.required() and handler.key not in self._loaded:
                 raise self._reader.error(f"section {handler.key}", came)
+        missing = not_loaded(self._machine, self._registry, lambda handler: handler.key in self._loaded)
+        if missing is not None:
+            raise self._reader.error(missing, f"{came}; no section that came carries it")
 
     def _read_description(self) -> None:
         """Nobody needs it, but it belongs to the stream: a cut one means that the stream was cut."""

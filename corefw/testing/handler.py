@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection
 from typing import Any, Final
 
 from corefw.errors import RemoteStreamError, StreamError
-from corefw.section import LiveHandler, StateHandler
+from corefw.section import Coverage, LiveHandler, SectionKey, StateHandler
 from corefw.testing.recording import (
     FOOTER,
     HandlerCase,
@@ -91,6 +91,24 @@ def _identity(case: HandlerCase) -> None:
             assert isinstance(handler.required(), bool), "required() has to be True or False"
         assert source.key == destination.key, f"the source sends {source.key}, the destination loads {destination.key}"
         assert source.minimum_version <= destination.version_id, "the destination's version is older than any it reads"
+
+
+@_check
+def _coverage(case: HandlerCase) -> None:
+    """covers() names RAM blocks by idstr and devices by SectionKey, the same devices on both sides."""
+    with opened(case, case.source) as (source, _), opened(case, case.destination) as (destination, _):
+        sent, loaded = source.covers(), destination.covers()
+        for coverage in (sent, loaded):
+            assert isinstance(coverage, Coverage), f"covers() gave {coverage!r}, expected a Coverage"
+            for idstr in coverage.ram_blocks:
+                assert isinstance(idstr, str), f"covers().ram_blocks has {idstr!r}, expected a block's idstr"
+            for key in coverage.devices:
+                assert isinstance(key, SectionKey), f"covers().devices has {key!r}, expected a SectionKey"
+        lost = sorted(sent.devices - loaded.devices)
+        assert not lost, f"the source sends device {lost[0]}, which the destination does not cover"
+        if not loaded.new_ram_blocks:
+            blocks = sorted(sent.ram_blocks - loaded.ram_blocks)
+            assert not blocks, f"the source sends RAM block '{blocks[0]}', which the destination does not cover"
 
 
 @_check

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 from corefw.errors import StreamError
-from corefw.section import IncomingContext, LiveHandler, OutgoingContext, Pending, Priority, StateHandler
+from corefw.section import (
+    Coverage,
+    IncomingContext,
+    LiveHandler,
+    OutgoingContext,
+    Pending,
+    Priority,
+    SectionKey,
+    StateHandler,
+)
 from corefw.testing.handler import CHECKS, HandlerCase, check_handler
 from corefw.wire.stream import StreamReader, StreamWriter
 
@@ -264,6 +273,18 @@ class ReadsOnlyTheFuture(Notes):
     minimum_version = 3
 
 
+class CoversByName(Notes):
+    """A list of names where sets of keys have to be."""
+
+    def covers(self) -> Coverage:
+        return Coverage(devices=frozenset({"notes"}))  # type: ignore[arg-type]
+
+
+class CoversOnlyWhereItSends(Notes):
+    def covers(self) -> Coverage:
+        return Coverage(devices=frozenset({SectionKey("notes", 0)}) if self.lines else frozenset())
+
+
 class RaisesStreamError(Notes):
     """StreamError is right for content; for a stream that ends it lacks the offset."""
 
@@ -282,6 +303,8 @@ LEAKED: list[int] = []
     [
         (HasNoName, "identity", "idstr has 1 to 255 bytes, this one has 0"),
         (ReadsOnlyTheFuture, "identity", "it reads versions from 3 but is of version 2"),
+        (CoversByName, "coverage", r"covers\(\).devices has 'notes', expected a SectionKey"),
+        (CoversOnlyWhereItSends, "coverage", "sends device 'notes' .*, which the destination does not cover"),
         (DescribesTooFewBytes, "description", "accounts for 4 bytes of the FULL body of 32 bytes"),
         (DescribesWithoutTypes, "description", r"fields'\]\[0\] has no 'type' that is a str"),
         (DescribesWrongStructs, "description", "has size 31, but the fields in it 32"),

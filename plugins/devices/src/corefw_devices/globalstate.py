@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from corefw.machine import RunState
-from corefw.section import SectionKey
+from corefw.section import Coverage, SectionKey
 from corefw.settings import Settings
 from corefw.wire.globalstate import GLOBAL_STATE, SECTION, GlobalState
 from corefw_devices.handler import DeviceHandler
@@ -21,6 +21,10 @@ class GlobalStateHandler(DeviceHandler):
         state = GlobalState(COMES, always=settings.property("store-global-state"))
         super().__init__(SectionKey(SECTION, 0), GLOBAL_STATE, lambda: state)
         self._global = state
+
+    def covers(self) -> Coverage:
+        """Nothing: the run state is no device of the machine."""
+        return Coverage()
 
     def store(self, run_state: RunState) -> None:
         self._global.runstate = run_state.value

@@ -1,7 +1,7 @@
 """The handler of a device's section: its VMState table, in the form in which the engine asks.
 
-The law: nothing is known of the device but its table and its state; the state is asked for when it is sent or loaded,
-for a machine may hand out another object once it has stopped.
+It knows nothing of the device but its table and its state. The state is asked for when it is sent or loaded, because a
+machine may hand out another object once it has stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from corefw.errors import MachineError
 from corefw.machine import Device, Machine
-from corefw.section import IncomingContext, Priority, SectionKey, StateHandler
+from corefw.section import Coverage, IncomingContext, Priority, SectionKey, StateHandler
 from corefw.wire.stream import StreamReader, StreamWriter
 from corefw.wire.vmstate import VMState
 
@@ -32,6 +32,9 @@ class DeviceHandler(StateHandler):
     def of(cls, machine: Machine, device: Device) -> DeviceHandler:
         key = SectionKey(device.name, device.instance_id)
         return cls(key, device.vmstate, lambda: _state_of(machine, key))
+
+    def covers(self) -> Coverage:
+        return Coverage(devices=frozenset({self.key}))
 
     def required(self) -> bool:
         """A table that says when it is needed may be left out by the source; any other may not."""

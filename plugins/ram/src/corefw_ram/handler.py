@@ -1,6 +1,6 @@
 """The handler of section 'ram': what the engine calls, passed on to the saver or the loader.
 
-The law: one handler serves one migration in one direction.
+One handler serves one migration in one direction.
 """
 
 from __future__ import annotations
@@ -8,8 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from corefw.errors import MachineError
-from corefw.machine import Machine, RamBlock
-from corefw.section import IncomingContext, LiveHandler, OutgoingContext, Pending, Priority, RamStatistics
+from corefw.machine import Machine, MakesRamBlocks, RamBlock
+from corefw.section import (
+    Coverage,
+    IncomingContext,
+    LiveHandler,
+    OutgoingContext,
+    Pending,
+    Priority,
+    RamStatistics,
+)
 from corefw.wire.constants import RAM_IDSTR, RAM_VERSION, TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader, StreamWriter
 from corefw_ram.load import RamLoader
@@ -28,7 +36,15 @@ class RamHandler(LiveHandler):
         self._machine = machine
         self._saver: RamSaver | None = None
         self._loader: RamLoader | None = None
+        self._loaded = False
         self._statistics = RamStatistics()
+
+    def covers(self) -> Coverage:
+        """All of the machine's RAM; nothing of it where a source has sent bodies without the list of the blocks."""
+        if self._loaded and self._loader is not None and not self._loader.listed:
+            return Coverage()
+        blocks = frozenset(block.idstr for block in self._machine.ram_blocks())
+        return Coverage(ram_blocks=blocks, new_ram_blocks=isinstance(self._machine, MakesRamBlocks))
 
     def active(self) -> bool:
         return True
@@ -66,6 +82,7 @@ class RamHandler(LiveHandler):
         if version_id != RAM_VERSION:
             raise reader.error(f"version {RAM_VERSION} of section '{RAM_IDSTR}'", f"version {version_id}")
         self._loader.load(reader)
+        self._loaded = True
 
     def load_cleanup(self) -> None:
         self._loader = None

@@ -63,12 +63,16 @@ class LoadedBlock:
 
 
 class RamLoader:
-    """Loads the bodies of one migration's 'ram' sections."""
+    """Loads the bodies of one migration's 'ram' sections.
+
+    listed   the list of RAM blocks has come, and fits the machine's
+    """
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._blocks = {block.idstr: LoadedBlock(block) for block in machine.ram_blocks()}
         self._block: LoadedBlock | None = None
+        self.listed = False
         self._records: dict[RamFlag, Callable[[StreamReader, int], None]] = {
             RamFlag.MEM_SIZE: self._load_block_list,
             RamFlag.PAGE: self._load_page,
@@ -131,6 +135,7 @@ class RamLoader:
             self._check_entry(reader, entry)
         if missing := self._blocks.keys() - {entry.idstr for entry in entries}:
             raise reader.error(f"all RAM blocks of this machine ({', '.join(self._blocks)})", f"none '{min(missing)}'")
+        self.listed = True
 
     def _make_blocks(self, reader: StreamReader, machine: MakesRamBlocks, entries: Sequence[BlockEntry]) -> None:
         lengths = {entry.idstr: entry.length for entry in entries if entry.idstr not in self._blocks}

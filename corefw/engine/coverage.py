@@ -1,0 +1,86 @@
+"""Which parts of a machine no section handler carries: a migration that would leave one behind is refused.
+
+A handler names the RAM blocks and devices that it carries (`SectionHandler.covers`). The source asks before anything is
+sent, the destination before it listens and again at the end of the stream, then for the sections that came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from corefw.errors import PluginError
+from corefw.machine import AdoptsStreams, Machine, MakesRamBlocks, RunState
+from corefw.section import Coverage, LiveHandler, SectionHandler, SectionKey
+
+_SHOWN = 3
+_WHO = {"RAM": "migfw-ram", "device": "migfw-devices"}
+
+
+def uncovered(machine: Machine, handlers: Iterable[SectionHandler]) -> list[str]:
+    """One phrase for RAM and one for devices that none of these handlers carries; empty when all of it is carried.
+
+    Raises PluginError for a handler whose answer is no Coverage.
+    """
+    total = _total(handlers)
+    found = []
+    blocks = [f"'{block.idstr}'" for block in machine.ram_blocks() if block.idstr not in total.ram_blocks]
+    if blocks:
+        found.append(_no_plugin("RAM", "RAM block", blocks))
+    elif isinstance(machine, MakesRamBlocks) and machine.run_state is RunState.INMIGRATE and not total.new_ram_blocks:
+        found.append(_no_plugin("RAM", "whatever RAM the stream brings", []))
+    if devices := [str(key) for key in _device_keys(machine) if key not in total.devices]:
+        found.append(_no_plugin("device", "device", devices))
+    return found
+
+
+def not_loaded(
+    machine: Machine, handlers: Iterable[SectionHandler], was_loaded: Callable[[SectionHandler], bool]
+) -> str | None:
+    """At the end of a stream: a RAM block or device that it did not bring, as the field of an error; else None.
+
+    A device's section may be left out where its handler does not require it; RAM may not.
+    """
+    handlers = list(handlers)
+    loaded = _total(handler for handler in handlers if was_loaded(handler))
+    excused = _total(
+        handler
+        for handler in handlers
+        if not isinstance(handler, LiveHandler) and not handler.required() and not was_loaded(handler)
+    )
+    for block in machine.ram_blocks():
+        if block.idstr not in loaded.ram_blocks:
+            return f"RAM block '{block.idstr}'"
+    for key in _device_keys(machine):
+        if key not in loaded.devices | excused.devices:
+            return f"device {key}"
+    return None
+
+
+def _device_keys(machine: Machine) -> list[SectionKey]:
+    """The devices that handlers have to carry: a machine that adopts streams keeps their sections itself."""
+    if isinstance(machine, AdoptsStreams):
+        return []
+    return [SectionKey(device.name, device.instance_id) for device in machine.devices()]
+
+
+def _total(handlers: Iterable[SectionHandler]) -> Coverage:
+    each = []
+    for handler in handlers:
+        coverage = handler.covers()
+        if not isinstance(coverage, Coverage):
+            raise PluginError(f"section {handler.key}: covers() gave {type(coverage).__name__}, expected a Coverage")
+        each.append(coverage)
+    return Coverage(
+        ram_blocks=frozenset().union(*(one.ram_blocks for one in each)),
+        devices=frozenset().union(*(one.devices for one in each)),
+        new_ram_blocks=any(one.new_ram_blocks for one in each),
+    )
+
+
+def _no_plugin(kind: str, what: str, names: list[str]) -> str:
+    listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    several = "s" if len(names) > 1 else ""
+    return (
+        f"no plugin carries {what}{several}{' ' if listed else ''}{listed}"
+        f" (install {_WHO[kind]}, or the plugin that belongs to the machine; 'migfw plugins' lists what is installed)"
+    )
