@@ -112,11 +112,16 @@ class MachineConfig:
 
     program    the PROGRAM argument, or None
     options    --opt K=V, as text; the machine checks them all and raises UsageError naming the wrong one
+    allow_undeclared   migrate although some of the program's state would stay behind. A machine that runs no program
+                       refuses it with UsageError
+    only_migratable    the guest must end with an error rather than get into a state that cannot migrate
     """
 
     program: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     incoming: bool = False
+    allow_undeclared: bool = False
+    only_migratable: bool = False
 
 
 @dataclass(frozen=True, slots=True)

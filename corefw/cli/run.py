@@ -56,6 +56,9 @@ DEFER: Final = "defer"
     is_flag=True,
     help="Let every user of this host migrate in through --incoming unix:@NAME; otherwise only you and root may.",
 )
+@click.option(
+    "--allow-undeclared", is_flag=True, help="Let the guest migrate even if undeclared state would be left behind."
+)
 @click.option("--paused", is_flag=True, help="Do not start the guest; 'migfw cont' does.")
 @click.option("--stay", is_flag=True, help="Stay when the guest has left, or when a guest failed to arrive.")
 def run(
@@ -70,6 +73,7 @@ def run(
     properties: tuple[str, ...],
     only_migratable: bool,
     allow_any_user: bool,
+    allow_undeclared: bool,
     paused: bool,
     stay: bool,
 ) -> None:
@@ -111,7 +115,14 @@ def run(
         plugins.transport(incoming).check_incoming()
     chosen, address = claim(name, qmp, program or kind)
     with contextlib.ExitStack() as stack:
-        machine = plugins.machine(kind, MachineConfig(program, options, incoming=incoming is not None))
+        config = MachineConfig(
+            program,
+            options,
+            incoming=incoming is not None,
+            allow_undeclared=allow_undeclared,
+            only_migratable=settings.property("only-migratable"),
+        )
+        machine = plugins.machine(kind, config)
         stack.callback(machine.close)
         engine = Engine(machine, plugins, settings, name=chosen, autostart=not paused)
         stack.callback(engine.close)

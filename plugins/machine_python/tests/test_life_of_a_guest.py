@@ -252,18 +252,6 @@ def test_what_status_shows(make: Make) -> None:
     assert machine.information()["fields"] == {}
 
 
-def test_undeclared_attributes_are_named_once(make: Make, caplog: pytest.LogCaptureFixture) -> None:
-    machine = make("Forgetful")
-    for _ in range(2):
-        machine.start()
-        assert wait_until(lambda: bool(machine.verify()["steps"]))
-        machine.stop(RunState.PAUSED)
-    warnings = [record.getMessage() for record in caplog.records if "will not move" in record.getMessage()]
-    assert warnings == [
-        "program 'Forgetful': 'total' will not move: declare guest.field() or guest.array(), or set it in after_start()"
-    ]
-
-
 def test_a_program_that_cannot_verify_itself(make: Make) -> None:
     machine = make("Silent")
     with pytest.raises(UsageError, match=r"program 'Silent' cannot verify itself: it has no verify\(\)"):

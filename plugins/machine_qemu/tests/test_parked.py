@@ -38,6 +38,7 @@ def machine(**options: str) -> ParkedMachine:
     [
         (MachineConfig(), "say where it comes from with --incoming URI"),
         (MachineConfig(program="x.py", incoming=True), "runs no program, got 'x.py'"),
+        (MachineConfig(allow_undeclared=True, incoming=True), "leave --allow-undeclared out"),
         (MachineConfig(options={"ram": "1G"}, incoming=True), "no option 'ram': expected ram-limit, block-limit"),
         (MachineConfig(options={"ram-limit": "much"}, incoming=True), "'ram-limit': 'much' is no size"),
         (MachineConfig(options={"ram-limit": "0"}, incoming=True), "at least one page"),

@@ -5,9 +5,11 @@
     loading        from "heat.py:Heat" to the class
     protocol       the messages between the engine and the guest's process
     guestmain      the guest's process: maps the arrays, runs the program
+    undeclared     finds state that nobody declared
     process        the engine's end of it: spawns, asks, hears of its death
     table          a program's fields as a VMState
     machine        PythonMachine, put together from these
+    hooks          what it adds to the engine
     programs       the bundled programs
 
 The guest imports this package too, so the engine's half is loaded only when it is asked for.

@@ -91,10 +91,10 @@ class Array:
         self.dtype = np.dtype(dtype)
         if self.dtype.hasobject:
             raise TypeError(f"array '{name}': Python objects ({self.dtype}) cannot be in RAM that moves")
-        self._attribute = name
+        self.attribute = name
 
     def __set_name__(self, owner: type, attribute: str) -> None:
-        self._attribute = attribute
+        self.attribute = attribute
 
     def shape(self, options: Options) -> tuple[int, ...]:
         """The shape with these options. Raises UsageError."""
@@ -116,22 +116,22 @@ class Array:
     def __get__(self, program: HasOptions | None, owner: type) -> Array | NDArray[Any]:
         if program is None:
             return self
-        array: NDArray[Any] | None = program.__dict__.get(self._attribute)
+        array: NDArray[Any] | None = program.__dict__.get(self.attribute)
         if array is None:
             raise AttributeError(f"array '{self.name}' is not there yet: use it from setup(), after_start() or tick()")
         return array
 
     def __set__(self, program: HasOptions, value: object) -> None:
         # `self.grid += 1` assigns the array to itself.
-        if value is not program.__dict__.get(self._attribute):
-            name = self._attribute
+        if value is not program.__dict__.get(self.attribute):
+            name = self.attribute
             raise AttributeError(f"an array's memory stays where it is: write into it, as in self.{name}[...] = value")
 
     def bind(self, program: HasOptions, memory: NDArray[np.uint8]) -> None:
         """Let the attribute be the first bytes of this memory."""
         shape = self.shape(program.options)
         length = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
-        program.__dict__[self._attribute] = memory[:length].view(self.dtype).reshape(shape)
+        program.__dict__[self.attribute] = memory[:length].view(self.dtype).reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +236,11 @@ class Declarations:
 
     MAX_ARRAYS: ClassVar[int] = 250
     """The kernel passes at most 253 descriptors in one message."""
+
+    @property
+    def attributes(self) -> set[str]:
+        """What the arrays and fields are called in the program."""
+        return {one.attribute for one in self.arrays} | {one.name for one in self.fields}
 
     @classmethod
     def of(cls, program: type) -> Declarations:

@@ -30,6 +30,7 @@ from corefw_machine_python.declarations import Declarations, Field
 from corefw_machine_python.guest import Program
 from corefw_machine_python.loading import load_program
 from corefw_machine_python.protocol import Link, Message
+from corefw_machine_python.undeclared import Watch, message
 
 Answer = tuple[Message, list[int]]
 F_SETSIG: Final = 10
@@ -37,6 +38,10 @@ F_SETSIG: Final = 10
 
 class _Stranger(MigfwError):
     """The engine asked for what is not in the protocol, or at the wrong time."""
+
+
+class _Undeclared(MigfwError):
+    """The program has state that would not move, and was started under a promise that everything does."""
 
 
 class Guest:
@@ -50,7 +55,9 @@ class Guest:
         self._running = False
         self._set_up = False
         self._started = False  # after_start() was called and before_stop() was not
-        self._known_attributes: set[str] = set()
+        self._watch_made: Watch | None = None
+        self._only_migratable = False
+        self._ticked = False  # since the process began
         self._percent = 0
         self._nap = 0.0
         self._commands: dict[str, Callable[[Message, list[int]], Answer]] = {
@@ -59,6 +66,7 @@ class Guest:
             "start": self._start,
             "resume": self._resume,
             "stop": self._stop,
+            "look": self._look,
             "verify": self._verify,
             "throttle": self._throttle,
         }
@@ -68,6 +76,12 @@ class Guest:
         if self._program_made is None:
             raise _Stranger("there is no program yet")
         return self._program_made
+
+    @property
+    def _watch(self) -> Watch:
+        if self._watch_made is None:
+            raise _Stranger("the program has no memory yet")
+        return self._watch_made
 
     def serve(self) -> int:
         """Until the engine says "quit" or is gone, or the program ends. The process's exit status."""
@@ -89,6 +103,7 @@ class Guest:
                 # wait for it with the guest neither here nor there.
                 try:
                     self._begin()
+                    answer[0]["undeclared"] = self._undeclared()
                 except BaseException as error:  # noqa: BLE001 - as above
                     return self._ended(error)
             self._link.send(*answer)
@@ -97,6 +112,9 @@ class Guest:
         began = time.monotonic()
         self._begin()
         self._program.tick()
+        if not self._ticked:
+            self._ticked = True
+            self._link.send({"event": "undeclared", "names": self._undeclared()})
         took = time.monotonic() - began
         self._nap = took * self._percent / (100 - self._percent) if self._percent else 0.0
 
@@ -109,11 +127,20 @@ class Guest:
             self._after_start()
 
     def _after_start(self) -> None:
-        """What after_start() sets need not be declared: it is set again wherever the program arrives."""
-        before = set(vars(self._program))
         self._started = True
-        self._program.after_start()
-        self._known_attributes |= set(vars(self._program)) - before
+        with self._watch.after_start():
+            self._program.after_start()
+
+    def _undeclared(self) -> list[str]:
+        """The state that would not move. Raises where the guest may have none."""
+        names = self._watch.found()
+        if names and self._only_migratable:
+            raise _Undeclared(f"only-migratable was asked for, but {message(self._program_name, names)}")
+        return names
+
+    @property
+    def _program_name(self) -> str:
+        return type(self._program).__name__
 
     def _ended(self, error: BaseException | None) -> int:
         finished = error is None or (isinstance(error, SystemExit) and not error.code)
@@ -147,7 +174,7 @@ class Guest:
             raise UsageError(f"program '{kind.__name__}': {error}") from None
         options = self._declared.parse_options(request["options"])
         self._program_made = kind(options)
-        self._known_attributes = {"options", *(field.name for field in self._declared.fields)}
+        self._only_migratable = request["only_migratable"]
         sizes = [(array, array.shape(options)) for array in self._declared.arrays]
         return {
             "name": kind.__name__,
@@ -170,7 +197,7 @@ class Guest:
             mapping.madvise(mmap.MADV_DONTFORK)
             self._memory.append(np.frombuffer(mapping, dtype=np.uint8))
             array.bind(self._program, self._memory[-1])
-        self._known_attributes |= set(vars(self._program))
+        self._watch_made = Watch(self._program, self._declared.attributes)
         addresses = [memory.ctypes.data for memory in self._memory]
         if reason := pagemap.unsupported():
             return {"addresses": addresses, "reason": reason}, []
@@ -190,14 +217,20 @@ class Guest:
         self._running = True
         return {}, []
 
-    def _stop(self, _request: Message, _fds: list[int]) -> Answer:
+    def _stop(self, request: Message, _fds: list[int]) -> Answer:
         if self._started:
             self._program.before_stop()
             self._started = False
+        undeclared = self._watch.found() if self._set_up else []
+        if undeclared and request["whole"]:
+            self._after_start()
+            raise _Undeclared(message(self._program_name, undeclared))
         self._running = False
         sys.stdout.flush()
-        undeclared = sorted(set(vars(self._program)) - self._known_attributes)
         return {"values": self._values(), "set_up": self._set_up, "undeclared": undeclared}, []
+
+    def _look(self, _request: Message, _fds: list[int]) -> Answer:
+        return {"undeclared": self._watch.found() if self._set_up else []}, []
 
     def _verify(self, request: Message, _fds: list[int]) -> Answer:
         if type(self._program).verify is Program.verify:
@@ -260,6 +293,8 @@ def _of_the_program(error: BaseException) -> TracebackType | None:
 
 def _reason(error: BaseException) -> str:
     """One line: "ZeroDivisionError: division by zero (heat.py, line 12, in tick)"."""
+    if isinstance(error, _Undeclared):
+        return str(error)
     text = one_line(traceback.format_exception_only(error)[-1])
     frames = traceback.extract_tb(_of_the_program(error))
     if not frames:
@@ -269,6 +304,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _traceback(error: BaseException) -> str:
+    if isinstance(error, _Undeclared):
+        return ""
     return "".join(traceback.format_exception(type(error), error, _of_the_program(error)))
 
 

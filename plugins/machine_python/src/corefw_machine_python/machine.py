@@ -18,6 +18,7 @@ from corefw.machine import DEAD, Device, Machine, MachineConfig, RamBlock, RunSt
 from corefw.memory.blocks import MemfdBlock
 from corefw.memory.logs import LogKind, best_dirty_log
 from corefw.memory.pagemap import PagemapLog, Tracker
+from corefw_machine_python import undeclared
 from corefw_machine_python.loading import BUNDLED, EXPECTED
 from corefw_machine_python.process import START_TIMEOUT, Ending, GuestProcess, GuestTimeout
 from corefw_machine_python.protocol import Message
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 PAGE_SIZE: Final = 4096
 VERIFY_TIMEOUT: Final = 600.0
 ORDER_TIMEOUT: Final = 60.0
+LOOK_TIMEOUT: Final = 1.0
+"""Seconds that a question about a guest may take that runs: a tick may be under way."""
 
 Observer = Callable[[RunState, RunState], None]
 
@@ -54,8 +57,10 @@ class PythonMachine(Machine):
         self._no_order.set()
         self._blocks: list[MemfdBlock] = []
         self._tracker: Tracker | None = None
-        self._told_undeclared = False
-        self._guest = GuestProcess(self._guest_ended)
+        self._allow_undeclared = config.allow_undeclared
+        self._undeclared: Sequence[str] = ()
+        self._warned: set[str] = set()
+        self._guest = GuestProcess(self._guest_ended, self._note_undeclared)
         try:
             self._load(config)
             self._map()
@@ -65,7 +70,11 @@ class PythonMachine(Machine):
 
     def _load(self, config: MachineConfig) -> None:
         self._loaded, _ = self._guest.ask(
-            "load", START_TIMEOUT, program=config.program, options=dict(config.options), incoming=config.incoming
+            "load",
+            START_TIMEOUT,
+            program=config.program,
+            options=dict(config.options),
+            only_migratable=config.only_migratable and not config.allow_undeclared,
         )
         try:
             self._device = make_device(self._loaded)
@@ -160,13 +169,14 @@ class PythonMachine(Machine):
             try:
                 # setup() may take as long as it likes: the guest is not running before.
                 fresh = not getattr(self._device.state, SET_UP)
-                self._guest.ask("start", None if fresh else self._patience, **self._fields())
+                answer, _ = self._guest.ask("start", None if fresh else self._patience, **self._fields())
             except GuestTimeout:
-                self._guest.tell("stop")
+                self._guest.tell("stop", whole=False)
                 raise MachineError(
                     f"the guest did not start within {self._patience:g} s: after_start() takes longer"
                     f" (let '{self._loaded['name']}' have a larger stop_timeout)"
                 ) from None
+            self._note_undeclared(answer.get("undeclared", ()))
             self._change(RunState.RUNNING)
 
     def stop(self, state: RunState) -> None:
@@ -176,15 +186,15 @@ class PythonMachine(Machine):
             self._change(state)
             return
         with self._order():
-            answer = self._ask_to_stop()
+            answer = self._ask_to_stop(whole=state is RunState.FINISH_MIGRATE and not self._allow_undeclared)
             set_values(self._device, self._loaded["fields"], answer["values"])
             setattr(self._device.state, SET_UP, answer["set_up"])
-            self._warn_undeclared(answer["undeclared"])
+            self._note_undeclared(answer["undeclared"])
             self._change(state)
 
-    def _ask_to_stop(self) -> Message:
+    def _ask_to_stop(self, *, whole: bool) -> Message:
         try:
-            answer, _ = self._guest.ask("stop", self._patience)
+            answer, _ = self._guest.ask("stop", self._patience, whole=whole)
         except GuestTimeout:
             # It will find both requests behind the tick, and so run on.
             self._guest.tell("resume")
@@ -210,14 +220,27 @@ class PythonMachine(Machine):
         values = get_values(self._device, self._loaded["fields"])
         return {"values": values, "set_up": getattr(self._device.state, SET_UP)}
 
-    def _warn_undeclared(self, names: Sequence[str]) -> None:
-        if names and not self._told_undeclared:
-            self._told_undeclared = True
-            log.warning(
-                "program '%s': %s will not move: declare guest.field() or guest.array(), or set it in after_start()",
-                self._loaded["name"],
-                ", ".join(f"'{name}'" for name in names),
-            )
+    # -- what would not move ---------------------------------------------------------------------------------------
+
+    def blockers(self) -> list[str]:
+        """Why the guest cannot migrate now."""
+        if self._run_state not in DEAD and not self._closed:
+            try:
+                answer, _ = self._guest.ask("look", LOOK_TIMEOUT)
+                self._note_undeclared(answer["undeclared"])
+            except MachineError as error:  # what was known before has to do; a stop looks again
+                log.debug("the guest was not asked for undeclared state: %s", error)
+        return [self._undeclared_state] if self._undeclared and not self._allow_undeclared else []
+
+    def _note_undeclared(self, names: Sequence[str]) -> None:
+        self._undeclared = names
+        if not self._warned.issuperset(names):
+            self._warned.update(names)
+            log.warning("%s", self._undeclared_state)
+
+    @property
+    def _undeclared_state(self) -> str:
+        return undeclared.message(self._loaded["name"], self._undeclared)
 
     # -- SupportsVerify, SupportsThrottle --------------------------------------------------------------------------
 

@@ -1,8 +1,7 @@
 """The engine's end of the guest's process: spawn it, ask it, hear of its death.
 
-The law: whoever asks gets an answer, an error, or the news that the guest is dead; nobody waits for ever. One thread
-reads everything that the guest says and reaps it; `on_end` is called from that thread, once, unless close() came
-first.
+Every request gets an answer, an error, or the news that the guest is dead; nobody waits for ever. One thread reads
+everything that the guest says and reaps it. It calls `on_undeclared`, and `on_end` once, unless close() came first.
 
 The guest is an interpreter of its own in a session of its own: the terminal's Ctrl-C reaches the engine alone.
 """
@@ -49,9 +48,10 @@ class Ending:
 class GuestProcess:
     """One guest. Thread-safe."""
 
-    def __init__(self, on_end: Callable[[Ending], None]) -> None:
+    def __init__(self, on_end: Callable[[Ending], None], on_undeclared: Callable[[Sequence[str]], None]) -> None:
         """Raises MachineError when the process cannot be made."""
         self._on_end = on_end
+        self._on_undeclared = on_undeclared
         self._ids = itertools.count(1)
         self._sending = threading.Lock()
         self._waiting: dict[int, queue.SimpleQueue[tuple[Message, list[int]] | None]] = {}
@@ -155,6 +155,9 @@ class GuestProcess:
     def _received(self, message: Message, fds: list[int]) -> None:
         if message.get("event") == "ended":
             self._ending = Ending(message["reason"], message["traceback"], message["values"])
+            return
+        if message.get("event") == "undeclared":
+            self._on_undeclared(message["names"])
             return
         with self._lock:
             waiting = self._waiting.get(message.get("id", 0))

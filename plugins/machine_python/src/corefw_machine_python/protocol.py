@@ -1,21 +1,24 @@
 """The messages between the engine and the guest's process, over a socketpair.
 
-The law: the engine asks and the guest answers each request once, in order; an answer has the request's id. Without
-being asked the guest says only "ended", once, and nothing after it. A message is a u32 of length (this host's byte
-order) and JSON; file descriptors travel with its first byte.
+The engine asks and the guest answers each request once, in order; an answer has the request's id. Without being asked
+the guest sends two events: "undeclared" after its first tick, and "ended", once, as its last message. A message is a
+u32 of length (this host's byte order) and JSON; file descriptors travel with its first byte.
 
     request     fields                        answer
-    load        program, options, incoming    name, version, minimum_version, stop_timeout, arrays, fields
+    load        program, options,             name, version, minimum_version, stop_timeout, arrays, fields
+                only_migratable
     map         (descriptors of the memfds)   addresses, reason (why the memory cannot be watched, or "")
                                               (descriptors: userfaultfd, pagemap, unless there is a reason)
-    start       values, set_up                -
+    start       values, set_up                undeclared (once setup() has been called)
     resume      -                             -              (a stop was given up: run on with what is there)
-    stop        -                             values, set_up, undeclared
+    stop        whole                         values, set_up, undeclared    (whole: fails where something is undeclared)
+    look        -                             undeclared
     verify      values, set_up                facts          (null: as it is, for a guest that runs)
     throttle    percent                       -
     quit        -                             -              (and the process ends)
 
     event       fields
+    undeclared  names
     ended       reason, traceback             reason null: the program finished; its values come along
 
 An answer has "ok", or "error" with "usage" (whether the request was wrong) and "traceback" ("" where it says nothing).

@@ -131,17 +131,6 @@ class Slow(Silent):
         time.sleep(self.options.seconds)
 
 
-class Forgetful(Counted):
-    """Keeps something where it will not move, and something where it need not."""
-
-    def after_start(self) -> None:
-        self.log: list[int] = []
-
-    def tick(self) -> None:
-        super().tick()
-        self.total = self.steps * 2
-
-
 class Wide(Silent):
     """An array whose shape an option decides, without minding whether it can be had."""
 

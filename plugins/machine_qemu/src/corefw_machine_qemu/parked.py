@@ -29,6 +29,8 @@ class ParkedMachine(Machine):
         self._limits = Limits.from_options(config.options)
         if config.program is not None:
             raise UsageError(f"machine 'qemu' runs no program, got '{config.program}': leave it out")
+        if config.allow_undeclared:
+            raise UsageError("machine 'qemu' runs no program: leave --allow-undeclared out")
         if not config.incoming:
             raise UsageError("machine 'qemu' takes in what a QEMU sends: say where it comes from with --incoming URI")
         self._name = ""

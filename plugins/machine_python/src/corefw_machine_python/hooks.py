@@ -1,0 +1,17 @@
+"""What this distribution adds to every migration of a python guest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from corefw.hookspecs import hookimpl
+from corefw.machine import Machine
+from corefw.settings import Settings
+from corefw_machine_python.machine import PythonMachine
+
+
+@hookimpl
+def corefw_blockers(machine: Machine, settings: Settings) -> Iterable[str]:
+    """State that nobody declared would stay behind."""
+    del settings
+    return machine.blockers() if isinstance(machine, PythonMachine) else ()

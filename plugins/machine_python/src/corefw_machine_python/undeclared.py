@@ -1,0 +1,254 @@
+"""Finds the state of a program that nobody declared, and that would stay behind in a migration.
+
+What exists after __init__() exists at the destination as well, with the same contents: attributes of the object, of its
+classes, and the globals of the modules that define those. Anything that appears or changes afterwards is state, unless
+it is declared, or after_start() assigns it, or before_stop() deletes it.
+
+Contents are compared by digests, as deep as `NODES` objects: containers, arrays, random generators and objects of the
+program's own classes. Of other objects (loggers, locks, connections, caches of functools) only the identity counts.
+Runs in the guest's process, between two ticks.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import hashlib
+import itertools
+import random
+import sys
+import types
+import zlib
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import numpy as np
+
+from corefw_machine_python.guest import Program
+
+NODES: Final = 20_000
+"""Objects that one digest looks at; of a container that has more, the length and the first ones count."""
+
+DEPTH: Final = 20
+SAMPLE: Final = 1 << 16
+"""Bytes of a string or an array that count; of longer ones the length, and a sample of this size."""
+
+_ALWAYS: Final = frozenset({"options", "finished"})
+_NAMESPACES: Final = (type, types.ModuleType)
+
+
+def message(program: str, names: Iterable[str]) -> str:
+    """What is wrong, and what to do."""
+    return (
+        f"program '{program}' has state that would not move: {', '.join(names)} (declare it by guest.field,"
+        " guest.array, guest.value or guest.rng, or set it in after_start(); 'migfw run --allow-undeclared' leaves it"
+        " behind)"
+    )
+
+
+class Place:
+    """Something with names in it: the program, one of its classes, or one of its modules."""
+
+    def __init__(self, owner: object, prefix: str, ignored: frozenset[str]) -> None:
+        self.prefix = prefix
+        self._owner = owner
+        self._ignored = ignored
+
+    def names(self) -> dict[str, object]:
+        """What is there now and may be state."""
+        found = dict(vars(self._owner))
+        if not isinstance(self._owner, _NAMESPACES):
+            found |= _slots(self._owner)
+        return {name: value for name, value in found.items() if name not in self._ignored and not _dunder(name)}
+
+
+class Watch:
+    """The state of one program that is not declared. Made when __init__() has returned and the arrays are there."""
+
+    def __init__(self, program: Program, declared: Iterable[str]) -> None:
+        self._program = program
+        mine = [one for one in type(program).__mro__ if issubclass(one, Program) and one is not Program]
+        modules = {one.__module__: sys.modules[one.__module__] for one in mine if one.__module__ in sys.modules}
+        self._own = frozenset(modules)
+        names = frozenset(declared)
+        self._places = (
+            Place(program, "self", names | _ALWAYS | _lazy(mine)),
+            *(Place(one, one.__name__, names | {"_abc_impl"}) for one in mine),
+            *(Place(module, name, frozenset()) for name, module in modules.items()),
+        )
+        self._made_again = {(0, name) for name in _deleted_by_before_stop(mine)}
+        self._first = {key: self._digest(value) for key, value in self._everything()}
+
+    def found(self) -> list[str]:
+        """The names, as in "self.items", "Heat.total", "heat.counter"."""
+        return [
+            f"{self._places[place].prefix}.{name}"
+            for (place, name), value in self._everything()
+            if (place, name) not in self._made_again and self._first.get((place, name)) != self._digest(value)
+        ]
+
+    @contextmanager
+    def after_start(self) -> Iterator[None]:
+        """Around after_start(): what it assigns is made again wherever the program arrives, and so are the changes that
+        it makes to what was there from the beginning."""
+        before = dict(self._everything())
+        digests = {key: self._digest(value) for key, value in before.items() if key in self._first}
+        assigned: set[str] = set()
+        with _noting_assignments(self._program, assigned):
+            yield
+        self._made_again |= {(0, name) for name in assigned}
+        for key, value in self._everything():
+            if key not in before or before[key] is not value:
+                self._made_again.add(key)
+            elif key in digests and (now := self._digest(value)) != digests[key]:
+                self._first[key] = now
+
+    def _everything(self) -> Iterator[tuple[tuple[int, str], object]]:
+        for number, place in enumerate(self._places):
+            for name, value in place.names().items():
+                if not isinstance(value, types.ModuleType):
+                    yield (number, name), value
+
+    def _digest(self, value: object) -> bytes:
+        return _Digest(self._own).of(value)
+
+
+def _dunder(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def _lazy(classes: Iterable[type]) -> frozenset[str]:
+    """What is computed again wherever it is asked for."""
+    return frozenset(
+        name for one in classes for name, value in vars(one).items() if isinstance(value, functools.cached_property)
+    )
+
+
+def _slots(owner: object) -> dict[str, object]:
+    """The values in __slots__ that are set."""
+    names = [
+        name
+        for one in type(owner).__mro__
+        for name, value in vars(one).items()
+        if isinstance(value, types.MemberDescriptorType) and one.__module__ != "builtins"
+    ]
+    return {name: getattr(owner, name) for name in names if hasattr(owner, name)}
+
+
+def _deleted_by_before_stop(classes: Iterable[type]) -> set[str]:
+    """What `del self.NAME` in before_stop() releases: it is never there when the program moves."""
+    codes = [code for one in classes if (code := getattr(vars(one).get("before_stop"), "__code__", None))]
+    return {str(step.argval) for code in codes for step in dis.get_instructions(code) if step.opname == "DELETE_ATTR"}
+
+
+@contextmanager
+def _noting_assignments(program: Program, names: set[str]) -> Iterator[None]:
+    """Collect the names that are assigned on the program, also where it is to what was there before."""
+
+    def note(self: Program, name: str, value: object) -> None:
+        if self is program:
+            names.add(name)
+        object.__setattr__(self, name, value)
+
+    # For this moment only: an assignment in a tick costs nothing.
+    setattr(Program, "__setattr__", note)  # noqa: B010 - mypy knows better than to let a method be assigned
+    try:
+        yield
+    finally:
+        del Program.__setattr__
+
+
+class _Digest:
+    """One value, and what hangs from it."""
+
+    def __init__(self, own: frozenset[str]) -> None:
+        self._own = own
+        self._left = NODES
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._seen: set[int] = set()
+
+    def of(self, value: object) -> bytes:
+        try:
+            self._add(value, 0)
+        except Exception:  # noqa: BLE001 - a user's class may raise anything when it is looked at, or change meanwhile
+            self._token("?")
+        return self._hash.digest()
+
+    def _token(self, *parts: object) -> None:
+        self._hash.update(repr(parts).encode("utf-8", "backslashreplace"))
+
+    def _add(self, value: object, depth: int) -> None:
+        self._left -= 1
+        kind = type(value)
+        self._token(kind.__qualname__)
+        if self._left < 0 or depth > DEPTH:
+            return
+        if isinstance(value, int):
+            self._token(hex(value))
+        elif value is None or isinstance(value, float | complex):
+            self._token(value)
+        elif isinstance(value, str):
+            self._sample(value.encode("utf-8", "surrogatepass"))
+        elif isinstance(value, bytes | bytearray | array):
+            self._sample(memoryview(value).cast("B") if len(value) else b"")
+        elif isinstance(value, np.ndarray | np.generic):
+            self._add_array(np.asarray(value))
+        elif id(value) in self._seen:
+            self._token("again")
+        elif not self._add_inside(value, depth + 1):
+            self._token(id(value))
+
+    def _add_inside(self, value: object, depth: int) -> bool:
+        """A value that holds others; False for one that is nobody's business."""
+        self._seen.add(id(value))
+        if isinstance(value, dict | types.MappingProxyType):
+            self._token(len(value))
+            for key, inner in itertools.islice(list(value.items()), max(0, self._left)):
+                self._add(key, depth)
+                self._add(inner, depth)
+        elif isinstance(value, list | tuple | deque):
+            self._token(len(value))
+            for inner in itertools.islice(list(value), max(0, self._left)):
+                self._add(inner, depth)
+        elif isinstance(value, set | frozenset):
+            elements = list(itertools.islice(list(value), max(0, self._left)))
+            self._left -= len(elements)
+            self._token(len(value), *sorted(_Digest(self._own).of(element) for element in elements))
+        elif isinstance(value, itertools.count):
+            self._token(repr(value))
+        elif (state := _generator_state(value)) is not None:
+            self._add(state, depth)
+        elif type(value).__module__ in self._own and not isinstance(value, type | types.FunctionType | Program):
+            lazy = _lazy(type(value).__mro__)
+            held = dict(getattr(value, "__dict__", {})) | _slots(value)
+            self._add({name: inner for name, inner in held.items() if name not in lazy}, depth)
+        else:
+            return False
+        return True
+
+    def _add_array(self, value: np.ndarray[Any, Any]) -> None:
+        self._token(value.dtype.str, value.shape)
+        if value.dtype.hasobject:
+            self._token(id(value))
+        elif value.size:
+            flat = value.reshape(-1)
+            step = max(1, value.nbytes // SAMPLE)
+            self._token(zlib.crc32(np.ascontiguousarray(flat[::step]).tobytes()[:SAMPLE]), flat[-1].tobytes())
+
+    def _sample(self, data: bytes | memoryview) -> None:
+        step = max(1, len(data) // SAMPLE)
+        self._token(len(data), zlib.crc32(bytes(data[::step])), bytes(data[-8:]))
+
+
+def _generator_state(value: object) -> object | None:
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+        return value.getstate()
+    if isinstance(value, np.random.Generator):
+        state: object = value.bit_generator.state
+        return state
+    if isinstance(value, np.random.RandomState):
+        return value.get_state(legacy=False)
+    return None
