@@ -44,7 +44,7 @@ def message(program: str, names: Iterable[str]) -> str:
     """What is wrong, and what to do."""
     return (
         f"program '{program}' has state that would not move: {', '.join(names)} (declare it by guest.field,"
-        " guest.array, guest.value or guest.rng, or set it in after_start(); 'migfw run --allow-undeclared' leaves it"
+        " guest.array, guest.value or guest.rng, or set it in after_start(); --allow-undeclared leaves it"
         " behind)"
     )
 
