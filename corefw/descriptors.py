@@ -52,6 +52,13 @@ def take(name: str) -> int | None:
         return _named.pop(name, None)
 
 
+def discard(name: str) -> None:
+    """Close the descriptor with this name, if nobody has taken it."""
+    fd = take(name)
+    if fd is not None:
+        os.close(fd)
+
+
 def peek(name: str) -> int | None:
     """The descriptor with this name, to look at: it stays where it is."""
     with _lock:

@@ -83,7 +83,7 @@ def migrate(
             _add_defaults(changes, engine, route)
         if detach and route.relayed:
             raise UsageError(f"'{uri}': this process has to stay and relay for the QEMU, so --detach cannot be")
-        relay = stack.enter_context(_relay(uri)) if route.relayed else None
+        relay = stack.enter_context(_relay(uri, engine)) if route.relayed else None
         interrupts = stack.enter_context(Interrupts())
         with changes.applied(engine):
             if interrupts.requested:
@@ -131,10 +131,10 @@ def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str
     raise MigfwError(f"the migration{'' if one_line(uri) in reason else f' to {uri}'} failed: {reason}; {here}")
 
 
-def _relay(uri: str) -> QemuRelay:
+def _relay(uri: str, engine: EngineClient) -> QemuRelay:
     from corefw.cli.relayed import QemuRelay
 
-    return QemuRelay(uri)
+    return QemuRelay(uri, engine.client)
 
 
 def _add_defaults(changes: Changes, engine: EngineClient, route: Route) -> None:

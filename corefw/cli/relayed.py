@@ -1,21 +1,30 @@
-"""A real QEMU over a transport that it does not know: it dials a private UNIX socket, and this process relays.
+"""Moves a real QEMU over a transport that it does not know: it sends into a socket of ours, and this process relays.
 
-The law: the socket is in a folder that only this user can enter, and goes with it. Where the relay broke, it is the
-relay that says why; what QEMU says then only follows from that. Where the guest has moved, nothing is broken off: the
-far side sees the stream end.
+QEMU gets one end of a socket pair by `getfd`, so it needs no path in common with this process: it may be in a
+container, a chroot, or a service with a private /tmp. Only where its QMP is reached over TCP, which carries no
+descriptors, does it dial a UNIX socket instead, in a folder that only this user can enter.
+
+Where the relay broke, the relay says why; what QEMU says only follows from that. Where the guest has moved, nothing is
+broken off: the far side sees the stream end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from corefw import descriptors
 from corefw.cli.interrupts import Interrupts
 from corefw.cli.routes import find_transport
+from corefw.errors import ChannelError
+from corefw.qmp.address import UnixAddress
+from corefw.qmp.client import QmpClient, QmpError
 from corefw.relay import Relay
 from corefw.states import MigrationStatus
 
@@ -27,21 +36,23 @@ _FAREWELL: Final = 10.0
 
 _LOOK: Final = 0.1
 
+_NAME: Final = "migfw-relay"
+"""Of the descriptor, on both sides."""
+
 
 class QemuRelay:
-    """`with QemuRelay(uri) as relay:`, and tell the QEMU to migrate to `relay.uri`. Raises UriError, ChannelError."""
+    """`with QemuRelay(uri, client) as relay:`, and tell the QEMU to migrate to `relay.uri`, over that client: QEMU
+    keeps descriptors by connection. Raises UriError, ChannelError, QmpError."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, client: QmpClient) -> None:
         target = find_transport(uri)
         self._far = uri
-        self._folder = Path(tempfile.mkdtemp(prefix="migfw-relay-"))
-        try:
-            self.uri: Final = f"unix:{self._folder}/qemu"
+        self._given_up = False
+        with contextlib.ExitStack() as undo:
+            passes_fds = isinstance(client.address, UnixAddress)
+            self.uri: Final = _hand_over(client, undo) if passes_fds else _private_socket(undo)
             self._relay = Relay(find_transport(self.uri), target)
-            self._given_up = False
-        except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise
+            self._tidy_up = undo.pop_all()
 
     def has_failed(self) -> bool:
         """Whether there is nothing to wait for any more; the migration is to be cancelled then."""
@@ -99,4 +110,28 @@ class QemuRelay:
 
     def _close(self) -> None:
         self._relay.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._tidy_up.close()
+
+
+def _private_socket(undo: contextlib.ExitStack) -> str:
+    """The URI of a socket, still to be made, in a folder of this user's."""
+    folder = Path(tempfile.mkdtemp(prefix="migfw-relay-"))
+    undo.callback(shutil.rmtree, folder, ignore_errors=True)
+    return f"unix:{folder}/qemu"
+
+
+def _hand_over(client: QmpClient, undo: contextlib.ExitStack) -> str:
+    """Give the QEMU one end of a socket pair; the URI that means it there, and our end here."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        descriptors.put(_NAME, ours.detach())
+        undo.callback(descriptors.discard, _NAME)
+        client.execute("getfd", {"fdname": _NAME}, [theirs.fileno()])
+    undo.callback(_take_back, client)
+    return f"fd:{_NAME}"
+
+
+def _take_back(client: QmpClient) -> None:
+    """Close what the QEMU still keeps, where it never came to migrate. One that used it, or has gone, keeps nothing."""
+    with contextlib.suppress(QmpError, ChannelError):
+        client.execute("closefd", {"fdname": _NAME})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 
@@ -10,6 +11,8 @@ from corefw.channel import Channel, Interrupt, Listener, receive_exactly
 from corefw.cli.interrupts import Interrupts
 from corefw.cli.relayed import QemuRelay
 from corefw.plugins import Plugins
+from corefw.qmp.address import TcpAddress
+from corefw.qmp.client import QmpClient
 from corefw.testing.ends import receive_all, same
 from corefw.testing.tasks import Possessions, Task, wait_until
 from corefw.wire.constants import ReturnMessage
@@ -20,6 +23,16 @@ NEVER = Interrupt()
 """An interrupt that nobody sets."""
 
 RETURN_PATH = {"return-path": True}
+
+
+class NoClient:
+    """A connection over TCP: it carries no descriptors, so that the QEMU has to dial."""
+
+    address = TcpAddress("localhost", 1)
+
+
+def qemu_relay(uri: str) -> QemuRelay:
+    return QemuRelay(uri, cast(QmpClient, NoClient()))
 
 
 @pytest.fixture
@@ -47,7 +60,7 @@ def shut(status: int, qemu: Channel, destination: Channel) -> None:
 
 
 def test_when_the_guest_has_moved_the_far_side_sees_an_end(far: Listener) -> None:
-    with QemuRelay(str(far.uri)) as relay:
+    with qemu_relay(str(far.uri)) as relay:
         qemu, destination = begin(relay, far)
         shut(0, qemu, destination)
         finishing = Task("finish", relay.finish, {"status": "completed"}, RETURN_PATH, Interrupts())
@@ -60,7 +73,7 @@ def test_when_the_guest_has_moved_the_far_side_sees_an_end(far: Listener) -> Non
 
 
 def test_what_the_destination_says_explains_a_failure(far: Listener) -> None:
-    with QemuRelay(str(far.uri)) as relay:
+    with qemu_relay(str(far.uri)) as relay:
         qemu, destination = begin(relay, far)
         shut(1, qemu, destination)
         destination.close()
@@ -72,7 +85,7 @@ def test_what_the_destination_says_explains_a_failure(far: Listener) -> None:
 @pytest.mark.parametrize("asked", [True, False])
 def test_who_cancelled_it(far: Listener, asked: bool) -> None:
     """Where the relay's failure was the reason, it is told; where somebody else cancelled, it may only follow."""
-    with QemuRelay(str(far.uri)) as relay:
+    with qemu_relay(str(far.uri)) as relay:
         qemu, destination = begin(relay, far)
         destination.abort()
         destination.close()

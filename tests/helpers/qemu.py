@@ -49,7 +49,8 @@ class QmpError(Exception):
 class Qemu:
     """One QEMU process with `-nodefaults`, its QMP socket, and the guest's serial port as a file.
 
-    `incoming` is a URI or "defer"; `boot` a raw image of a disk; `extra` more arguments.
+    `incoming` is a URI or "defer"; `boot` a raw image of a disk; `extra` more arguments; `within` a command that
+    runs it.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Qemu:
         incoming: str | None = None,
         paused: bool = False,
         pass_fds: Sequence[int] = (),
+        within: Sequence[str] = (),
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="migfw-qemu-", dir="/tmp"))
         self.serial = self.folder / "serial"
@@ -73,6 +75,7 @@ class Qemu:
         waiting = ["-incoming", incoming] if incoming else []
         self.process = subprocess.Popen(
             [
+                *within,
                 *(PROGRAM, "-accel", "tcg", "-M", machine, "-m", memory, "-display", "none", "-nodefaults"),
                 *("-serial", f"file:{self.serial}", "-qmp", f"unix:{self.folder}/qmp,server=on,wait=off"),
                 *(["-S"] if paused else []),

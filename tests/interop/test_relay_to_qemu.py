@@ -149,6 +149,29 @@ def test_by_migrate(way: Way, guest: Guest, folder: Path) -> None:
         _prove(guest, source, destination, way)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a mount namespace")
+def test_a_qemu_with_a_private_tmp(guest: Guest, folder: Path) -> None:
+    """As a service with PrivateTmp= or a container has it: it sees no socket that this side could make there."""
+    private = folder / "private"
+    private.mkdir()
+    hide = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {private} && exec "$@"', "-")
+    with (
+        Qemu("-qmp", f"unix:{folder}/qmp,server=on,wait=off", boot=guest.image, within=hide) as source,
+        Qemu(boot=guest.image, incoming="defer") as destination,
+        contextlib.ExitStack() as helpers,
+    ):
+        for side in (source, destination):
+            side.capabilities("return-path")
+        destination.command("migrate-incoming", uri=f"unix:{folder}/destination")
+        source.wait_printed("B")
+        way = Way(helpers, TMPDIR=str(private))
+        way.far, uri = way.relay("zmq:tcp://127.0.0.1:0", f"unix:{folder}/destination")
+        report = json.loads(_done(way.migfw("migrate", "--json", "--qmp", f"unix:{folder}/qmp", uri)))
+        assert report["status"] == "completed"
+        _prove(guest, source, destination, way)
+        assert list(private.iterdir()) == []
+
+
 def test_by_migrate_over_what_qemu_knows(guest: Guest, folder: Path) -> None:
     source, destination = _pair(guest, folder, folder / "qmp")
     with source, destination, contextlib.ExitStack() as helpers:
