@@ -1,10 +1,11 @@
 """Capabilities, parameters and properties: what a migration may use, and how.
 
-The law: every name is declared in a table, with default and range; a change is checked as a whole, against the tables
-and against what the result would be, and then applied as a whole or not at all. A capability that no installed plugin
+Every name is declared in a table, with default and range. A change is checked as a whole, against the tables and
+against what the result would be, and then applied as a whole or not at all. A capability that no installed plugin
 implements is refused when it is enabled; it is never accepted and ignored.
 
-Source: QEMU 7.2's migrate_caps_check, migrate_params_check and QAPI schema. Sizes are bytes, times are
+The tables have every capability and parameter of QEMU 7.2 and of QEMU 11.1, and what only earlier ones had.
+Source: migrate_caps_check, migrate_params_check and the QAPI schema of both. Sizes are bytes, times are
 milliseconds. Thread-safe; values may be read on any thread while another sets them.
 """
 
@@ -16,10 +17,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from corefw.errors import SettingsError, UsageError
+from corefw.errors import SettingsError, UsageError, did_you_mean
 from corefw.quantities import parse_milliseconds, parse_size, parse_switch
 
-Value = int | bool | str
+Value = int | bool | str | tuple[object, ...]
 
 
 class Kind(StrEnum):
@@ -31,6 +32,8 @@ class Kind(StrEnum):
     MILLISECONDS = "milliseconds"
     BOOLEAN = "boolean"
     STRING = "string"
+    CHOICE = "choice"
+    LIST = "list"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class Capability:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A value that tunes a migration. `power_of_two` applies to sizes."""
+    """A value that tunes a migration. `power_of_two` applies to sizes, `choices` are what a choice may be."""
 
     name: str
     kind: Kind
@@ -54,18 +57,16 @@ class Parameter:
     maximum: int = 2**63 - 1
     power_of_two: bool = False
     aliases: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     def check(self, value: object) -> Value:
         """The value, when it fits; SettingsError says what would."""
-        if self.kind is Kind.BOOLEAN:
-            if not isinstance(value, bool):
-                raise SettingsError(f"parameter '{self.name}' expects true or false, got {value!r}")
-            return value
-        if self.kind is Kind.STRING:
-            if value is None:
-                return ""
-            if not isinstance(value, str):
-                raise SettingsError(f"parameter '{self.name}' expects a string, got {value!r}")
+        if self.kind in _PLAIN_TYPES:
+            return self._check_type(value)
+        if self.kind is Kind.CHOICE:
+            if not isinstance(value, str) or value not in self.choices:
+                hint = did_you_mean(value, self.choices) if isinstance(value, str) else ""
+                raise SettingsError(f"parameter '{self.name}' expects {' or '.join(self.choices)}, got {value!r}{hint}")
             return value
         if not isinstance(value, int) or isinstance(value, bool):
             raise SettingsError(f"parameter '{self.name}' expects an integer, got {value!r}")
@@ -77,10 +78,22 @@ class Parameter:
             raise SettingsError(f"parameter '{self.name}' expects a power of two, got {value}")
         return value
 
+    def _check_type(self, value: object) -> Value:
+        if self.kind is Kind.STRING and value is None:
+            return ""
+        kind, phrase = _PLAIN_TYPES[self.kind]
+        if not isinstance(value, kind):
+            raise SettingsError(f"parameter '{self.name}' expects {phrase}, got {value!r}")
+        return tuple(value) if isinstance(value, list | tuple) else value
+
     def parse(self, text: str) -> Value:
         """A value as people write it on a command line."""
         if self.kind is Kind.STRING:
             return text
+        if self.kind is Kind.CHOICE:
+            return self.check(text)
+        if self.kind is Kind.LIST:
+            return tuple(text.split())
         try:
             if self.kind is Kind.BOOLEAN:
                 return parse_switch(text)
@@ -103,6 +116,12 @@ class Parameter:
         }.get(self.kind, "an integer")
 
 
+_PLAIN_TYPES: Final[Mapping[Kind, tuple[Any, str]]] = {
+    Kind.BOOLEAN: (bool, "true or false"),
+    Kind.STRING: (str, "a string"),
+    Kind.LIST: ((list, tuple), "a list"),
+}
+
 Check = Callable[[Mapping[str, bool], Mapping[str, Value]], str | None]
 """(capabilities, parameters) as they would be -> what is wrong with that, or None."""
 
@@ -123,40 +142,75 @@ UNLIMITED: Final = 0
 QMP_MAX_BANDWIDTH: Final = 128 << 20
 """QEMU 7.2's default; QEMU of May 2018 had 32 MiB/s. The command line's own default is UNLIMITED."""
 
+_COMPRESSIONS: Final = ("none", "zlib", "zstd", "qatzip", "qpl", "uadk")
+_MODES: Final = ("normal", "cpr-reboot", "cpr-transfer", "cpr-exec")
+_ZERO_PAGES: Final = ("none", "legacy", "multifd")
+
 CAPABILITIES: Final = (
     Capability("xbzrle", "send the difference to a cached copy of a page that is dirty again"),
     Capability("rdma-pin-all", "pin all RAM at the start (RDMA)"),
     Capability("auto-converge", "slow the guest down until the migration converges"),
-    Capability("zero-blocks", "compact zero chunks in block migration"),
-    Capability("compress", "compress each page in threads"),
+    Capability("zero-blocks", "compact zero chunks in block migration (until QEMU 11.0)"),
+    Capability("compress", "compress each page in threads (until QEMU 9.0)"),
     Capability("events", "emit MIGRATION events"),
     Capability("postcopy-ram", "start the guest on the destination before its RAM has arrived"),
     Capability("x-colo", "keep the destination in step by checkpoints, for fail-over"),
     Capability("release-ram", "free the source's RAM as postcopy sends it"),
-    Capability("block", "migrate storage in the stream"),
+    Capability("block", "migrate storage in the stream (until QEMU 9.0)"),
     Capability("return-path", "a return channel from the destination in precopy too"),
     Capability("pause-before-switchover", "stop in pre-switchover until migrate-continue"),
     Capability("multifd", "several channels", aliases=("x-multifd",)),
     Capability("dirty-bitmaps", "migrate block dirty bitmaps, partly in the postcopy phase"),
     Capability("postcopy-blocktime", "measure how long page faults block the guest"),
     Capability("late-block-activate", "do not take the disks until the guest starts"),
+    Capability("x-ignore-shared", "do not send RAM that both sides share"),
+    Capability("validate-uuid", "refuse a stream of a guest with another UUID"),
+    Capability("background-snapshot", "store the guest as it was at the start, while it runs on"),
+    Capability("zero-copy-send", "let the kernel send guest pages without a copy (multifd)"),
+    Capability("postcopy-preempt", "send requested pages on a channel of their own"),
+    Capability("switchover-ack", "switch over only when the destination's devices agree (since QEMU 8.1)"),
+    Capability("dirty-limit", "slow down the CPUs that write most (since QEMU 8.2)"),
+    Capability("mapped-ram", "give each page a fixed place in a file (since QEMU 9.0)"),
 )
 
 PARAMETERS: Final = (
+    Parameter("announce-initial", Kind.MILLISECONDS, 50, "delay of the first announcement", maximum=100_000),
+    Parameter("announce-max", Kind.MILLISECONDS, 550, "largest delay between two announcements", maximum=100_000),
+    Parameter("announce-rounds", Kind.INTEGER, 5, "announcements of the guest's new place", 1, 1000),
+    Parameter("announce-step", Kind.MILLISECONDS, 100, "how much the delay grows each time", 1, 10_000),
     Parameter("compress-level", Kind.INTEGER, 1, "0 stores, 9 compresses best", maximum=9),
     Parameter("compress-threads", Kind.INTEGER, 8, "threads that compress", 1, 255),
+    Parameter("compress-wait-thread", Kind.BOOLEAN, True, "wait for a free thread instead of not compressing"),
     Parameter("decompress-threads", Kind.INTEGER, 2, "threads that decompress", 1, 255),
+    Parameter("throttle-trigger-threshold", Kind.INTEGER, 50, "percent dirtied of what was sent: throttle", 1, 100),
     Parameter("cpu-throttle-initial", Kind.INTEGER, 20, "percent taken from the guest at first", 1, 99),
     Parameter("cpu-throttle-increment", Kind.INTEGER, 10, "percent more each time", 1, 99),
+    Parameter("cpu-throttle-tailslow", Kind.BOOLEAN, False, "smaller steps near the end"),
+    Parameter("max-cpu-throttle", Kind.INTEGER, 99, "percent taken from the guest at most", 1, 99),
     Parameter("tls-creds", Kind.STRING, "", "TLS credentials; empty means no TLS"),
     Parameter("tls-hostname", Kind.STRING, "", "the name to expect in the destination's certificate"),
+    Parameter("tls-authz", Kind.STRING, "", "which certificates of sources are let in"),
     Parameter("max-bandwidth", Kind.RATE, QMP_MAX_BANDWIDTH, "limit of the source; 0 means none", maximum=2**64 - 1),
+    Parameter("avail-switchover-bandwidth", Kind.RATE, 0, "what to expect; 0 means measured", maximum=2**64 - 1),
+    Parameter("max-postcopy-bandwidth", Kind.RATE, 0, "limit of postcopy's background; 0: none", maximum=2**64 - 1),
     Parameter("downtime-limit", Kind.MILLISECONDS, 300, "how long the guest may stop", maximum=MAX_DOWNTIME),
-    Parameter("x-checkpoint-delay", Kind.MILLISECONDS, 200, "time between two COLO checkpoints", maximum=2**32 - 1),
+    Parameter("x-checkpoint-delay", Kind.MILLISECONDS, 20_000, "time between two COLO checkpoints", maximum=2**32 - 1),
     Parameter("block-incremental", Kind.BOOLEAN, False, "storage: only what differs from the backing image"),
     Parameter("multifd-channels", Kind.INTEGER, 2, "channels", 1, 255, aliases=("x-multifd-channels",)),
     Parameter("x-multifd-page-count", Kind.INTEGER, 16, "pages in a multifd packet", 1, 10000),
+    Parameter("multifd-compression", Kind.CHOICE, "none", "of pages on multifd channels", choices=_COMPRESSIONS),
+    Parameter("multifd-zlib-level", Kind.INTEGER, 1, "0 stores, 9 compresses best", maximum=9),
+    Parameter("multifd-zstd-level", Kind.INTEGER, 1, "0 is zstd's own default, 20 compresses best", maximum=20),
+    Parameter("multifd-qatzip-level", Kind.INTEGER, 1, "9 compresses best", 1, 9),
     Parameter("xbzrle-cache-size", Kind.SIZE, 64 << 20, "bytes of the XBZRLE cache", minimum=4096, power_of_two=True),
+    Parameter("block-bitmap-mapping", Kind.LIST, (), "names of block nodes and bitmaps on the wire"),
+    Parameter("x-vcpu-dirty-limit-period", Kind.MILLISECONDS, 1000, "how often dirty-limit measures", 1, 1000),
+    Parameter("vcpu-dirty-limit", Kind.INTEGER, 1, "MB/s that a CPU may write under dirty-limit", 1),
+    Parameter("mode", Kind.CHOICE, "normal", "normal, or one of QEMU's live updates", choices=_MODES),
+    Parameter("zero-page-detection", Kind.CHOICE, "multifd", "where zero pages are found", choices=_ZERO_PAGES),
+    Parameter("direct-io", Kind.BOOLEAN, False, "files without the page cache (mapped-ram)"),
+    Parameter("x-rdma-chunk-size", Kind.SIZE, 1 << 20, "bytes registered at once (RDMA)", 4096, power_of_two=True),
+    Parameter("cpr-exec-command", Kind.LIST, (), "the QEMU that mode cpr-exec starts"),
 )
 
 IMPLEMENTED_BY_CORE: Final = frozenset(
@@ -276,13 +330,15 @@ class Settings:
     def set_property(self, name: str, state: bool) -> None:
         """Before the engine is made. Raises SettingsError for an unknown name."""
         if name not in self._properties:
-            raise SettingsError(f"no property '{name}': expected one of {', '.join(self._properties)}")
+            hint = did_you_mean(name, self._properties)
+            raise SettingsError(f"no property '{name}'{hint}: expected one of {', '.join(self._properties)}")
         self._properties[name] = state
 
     def _known(self, name: str, table: Mapping[str, object], what: str) -> str:
         real = self._names.get(name)
         if real is None or real not in table:
-            raise SettingsError(f"unknown {what} '{name}': expected one of {', '.join(table)}")
+            hint = did_you_mean(name, table)
+            raise SettingsError(f"unknown {what} '{name}'{hint}: expected one of {', '.join(table)}")
         return real
 
     def _cross_check(self, capabilities: Mapping[str, bool], parameters: Mapping[str, Value]) -> None:

@@ -27,7 +27,8 @@ from corefw.settings import (
 SURFACE_CAPABILITIES = {
     *("xbzrle", "rdma-pin-all", "auto-converge", "zero-blocks", "compress", "events", "postcopy-ram", "x-colo"),
     *("release-ram", "block", "return-path", "pause-before-switchover", "multifd", "dirty-bitmaps"),
-    *("postcopy-blocktime", "late-block-activate"),
+    *("postcopy-blocktime", "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot"),
+    *("zero-copy-send", "postcopy-preempt", "switchover-ack", "dirty-limit", "mapped-ram"),
 }
 
 MIB = 1 << 20
@@ -41,14 +42,41 @@ SURFACE_INTEGERS = {
     "cpu-throttle-increment": (10, 1, 99),
     "max-bandwidth": (128 * MIB, 0, 2**64 - 1),
     "downtime-limit": (300, 0, 2_000_000),
-    "x-checkpoint-delay": (200, 0, 2**32 - 1),
+    "announce-initial": (50, 0, 100_000),
+    "announce-max": (550, 0, 100_000),
+    "announce-rounds": (5, 1, 1000),
+    "announce-step": (100, 1, 10_000),
+    "throttle-trigger-threshold": (50, 1, 100),
+    "max-cpu-throttle": (99, 1, 99),
+    "avail-switchover-bandwidth": (0, 0, 2**64 - 1),
+    "max-postcopy-bandwidth": (0, 0, 2**64 - 1),
+    "multifd-zlib-level": (1, 0, 9),
+    "multifd-zstd-level": (1, 0, 20),
+    "multifd-qatzip-level": (1, 1, 9),
+    "x-vcpu-dirty-limit-period": (1000, 1, 1000),
+    "vcpu-dirty-limit": (1, 1, 2**63 - 1),
+    "x-rdma-chunk-size": (MIB, 4096, 2**62),
+    "x-checkpoint-delay": (20_000, 0, 2**32 - 1),
     "multifd-channels": (2, 1, 255),
     "x-multifd-page-count": (16, 1, 10000),
     "xbzrle-cache-size": (64 * MIB, 4096, 2**62),
 }
 SURFACE_OTHERS: dict[str, Value] = {"tls-creds": "", "tls-hostname": "", "block-incremental": False}
+FURTHER: dict[str, Value] = {
+    "compress-wait-thread": True,
+    "cpu-throttle-tailslow": False,
+    "tls-authz": "",
+    "multifd-compression": "none",
+    "block-bitmap-mapping": (),
+    "mode": "normal",
+    "zero-page-detection": "multifd",
+    "direct-io": False,
+    "cpr-exec-command": (),
+}
 
-EVERYTHING = Declarations(implements=frozenset(SURFACE_CAPABILITIES | SURFACE_INTEGERS.keys() | SURFACE_OTHERS.keys()))
+EVERYTHING = Declarations(
+    implements=frozenset(SURFACE_CAPABILITIES | SURFACE_INTEGERS.keys() | SURFACE_OTHERS.keys() | FURTHER.keys())
+)
 
 
 @pytest.fixture
@@ -63,7 +91,7 @@ def test_every_capability_of_the_surface_is_there_and_off() -> None:
 
 def test_every_parameter_of_the_surface_is_there_with_its_default() -> None:
     defaults = {name: default for name, (default, _, _) in SURFACE_INTEGERS.items()}
-    assert Settings().parameters() == defaults | SURFACE_OTHERS
+    assert Settings().parameters() == defaults | SURFACE_OTHERS | FURTHER
 
 
 @pytest.mark.parametrize("name", SURFACE_INTEGERS)
@@ -96,6 +124,20 @@ def test_strings_and_booleans(settings: Settings) -> None:
         settings.set_parameters({"tls-creds": 5})
     with pytest.raises(SettingsError, match="parameter 'block-incremental' expects true or false, got 1"):
         settings.set_parameters({"block-incremental": 1})
+
+
+def test_choices_and_lists(settings: Settings) -> None:
+    settings.set_parameters({"multifd-compression": "zstd", "cpr-exec-command": ["qemu", "-S"]})
+    assert settings.parameter("multifd-compression") == "zstd"
+    assert settings.parameter("cpr-exec-command") == ("qemu", "-S")
+    with pytest.raises(
+        SettingsError, match=r"'mode' expects normal or cpr-reboot or .*, got 'norml' \(did you mean normal"
+    ):
+        settings.set_parameters({"mode": "norml"})
+    with pytest.raises(SettingsError, match=r"parameter 'mode' expects normal or .*, got 5"):
+        settings.set_parameters({"mode": 5})
+    with pytest.raises(SettingsError, match="parameter 'cpr-exec-command' expects a list, got 'qemu'"):
+        settings.set_parameters({"cpr-exec-command": "qemu"})
 
 
 @pytest.mark.parametrize("name", sorted(SURFACE_CAPABILITIES - IMPLEMENTED_BY_CORE))
@@ -141,14 +183,20 @@ def test_earlier_names_are_accepted_and_the_later_one_answers(settings: Settings
 
 
 def test_unknown_names_are_told_with_those_that_are_known(settings: Settings) -> None:
-    with pytest.raises(SettingsError, match=r"unknown capability 'colo': expected one of xbzrle, .*, x-colo, "):
+    hint = r" \(did you mean x-colo\?\)"
+    with pytest.raises(SettingsError, match=rf"unknown capability 'colo'{hint}: expected one of xbzrle, .*, x-colo, "):
         settings.set_capabilities({"colo": True})
-    with pytest.raises(SettingsError, match="unknown parameter 'events': expected one of compress-level, "):
+    with pytest.raises(SettingsError, match=r"'down-time-limit' \(did you mean downtime-limit\?\): expected one of"):
+        settings.set_parameters({"down-time-limit": 1})
+    with pytest.raises(SettingsError, match="unknown parameter 'events': expected one of announce-initial, "):
         settings.set_parameters({"events": 1})
     with pytest.raises(SettingsError, match="unknown parameter 'speed'"):
         settings.declared_parameter("speed")
-    with pytest.raises(SettingsError, match="no property 'footer': expected one of store-global-state, "):
-        settings.set_property("footer", True)
+    hint = r" \(did you mean send-section-footer\?\)"
+    with pytest.raises(
+        SettingsError, match=rf"no property 'section-footer'{hint}: expected one of store-global-state, "
+    ):
+        settings.set_property("section-footer", True)
     assert issubclass(SettingsError, UsageError)
 
 
@@ -179,6 +227,7 @@ def test_the_machine_properties_and_their_defaults() -> None:
     assert {name: settings.property(name) for name in PROPERTIES} == qemu | {
         "send-section-footer": True,
         "send-vmdescription": True,
+        "allow-any-user": False,
     }
     settings.set_property("only-migratable", True)
     assert settings.property("only-migratable")
@@ -361,17 +410,22 @@ def rows() -> list[str]:
 def _default(one: Parameter) -> str:
     if isinstance(one.default, bool):
         return "on" if one.default else "off"
+    if one.kind is Kind.LIST:
+        return "empty"
     return format_size(one.default) if isinstance(one.default, int) and one.kind in SIZES else str(one.default)
 
 
 def _range(one: Parameter) -> str:
-    if one.kind in (Kind.BOOLEAN, Kind.STRING):
-        return "on or off" if one.kind is Kind.BOOLEAN else "text"
+    if one.kind in TEXTS:
+        return TEXTS[one.kind]
+    if one.kind is Kind.CHOICE:
+        return ", ".join(one.choices)
     unit = {Kind.SIZE: " bytes, a power of two", Kind.RATE: " bytes/s", Kind.MILLISECONDS: " ms"}.get(one.kind, "")
     return f"{one.minimum} to {one.maximum}{unit}"
 
 
 SIZES = (Kind.SIZE, Kind.RATE)
+TEXTS = {Kind.BOOLEAN: "on or off", Kind.STRING: "text", Kind.LIST: "a list"}
 
 
 def test_the_page_has_every_setting() -> None:
