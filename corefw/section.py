@@ -237,7 +237,10 @@ class HasRamStatistics(Protocol):
 
 @dataclass(slots=True)
 class RamStatistics:
-    """The counters of QEMU's RAMState, in pages unless said otherwise. Written by the migration thread, read by any."""
+    """The counters of QEMU's RAMState, in pages unless said otherwise. Written by the migration thread, read by any.
+
+    dirtied   pages that all harvests found together; a page that two of them found counts twice
+    """
 
     page_size: int = 4096
     total_bytes: int = 0
@@ -246,6 +249,7 @@ class RamStatistics:
     duplicate: int = 0
     dirty_sync_count: int = 0
     dirty_pages_rate: int = 0
+    dirtied: int = 0
     postcopy_requests: int = 0
 
 

@@ -211,10 +211,16 @@ PARAMETERS: Final = (
     Parameter("direct-io", Kind.BOOLEAN, False, "files without the page cache (mapped-ram)"),
     Parameter("x-rdma-chunk-size", Kind.SIZE, 1 << 20, "bytes registered at once (RDMA)", 4096, power_of_two=True),
     Parameter("cpr-exec-command", Kind.LIST, (), "the QEMU that mode cpr-exec starts"),
+    Parameter("x-migfw-timeout", Kind.MILLISECONDS, 0, "how long a migration may take; 0 means no limit"),
+    Parameter("x-migfw-max-passes", Kind.INTEGER, 0, "how many passes it may take; 0 means no limit"),
+    Parameter("x-migfw-on-timeout", Kind.CHOICE, "cancel", "what happens then", choices=("cancel", "switchover")),
 )
 
 IMPLEMENTED_BY_CORE: Final = frozenset(
-    {"events", "return-path", "pause-before-switchover", "max-bandwidth", "downtime-limit"}
+    {
+        *("events", "return-path", "pause-before-switchover", "max-bandwidth", "downtime-limit"),
+        *("x-migfw-timeout", "x-migfw-max-passes", "x-migfw-on-timeout"),
+    }
 )
 
 PROPERTIES: Final[Mapping[str, tuple[bool, str]]] = {

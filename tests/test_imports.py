@@ -47,8 +47,8 @@ CORE: Final[dict[str, set[str]]] = {
     "plugins": {"errors", "uri", "states", "settings", "channel", "section", "machine", "hookspecs"},
     "testing": {"errors", "uri", "quantities", "settings", "channel", "wire", "section", "machine", "memory"},
     "engine": {
-        *("errors", "uri", "news", "states", "settings", "channel", "channelset", "wire", "section", "machine"),
-        *("plugins",),
+        *("errors", "uri", "quantities", "news", "states", "settings", "channel", "channelset", "wire", "section"),
+        *("machine", "plugins"),
     },
     "qmp": {
         *("closing", "errors", "uri", "quantities", "descriptors", "states", "settings", "channel", "socketfile"),

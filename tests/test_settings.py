@@ -73,6 +73,7 @@ FURTHER: dict[str, Value] = {
     "direct-io": False,
     "cpr-exec-command": (),
 }
+OWN: dict[str, Value] = {"x-migfw-timeout": 0, "x-migfw-max-passes": 0, "x-migfw-on-timeout": "cancel"}
 
 EVERYTHING = Declarations(
     implements=frozenset(SURFACE_CAPABILITIES | SURFACE_INTEGERS.keys() | SURFACE_OTHERS.keys() | FURTHER.keys())
@@ -91,7 +92,7 @@ def test_every_capability_of_the_surface_is_there_and_off() -> None:
 
 def test_every_parameter_of_the_surface_is_there_with_its_default() -> None:
     defaults = {name: default for name, (default, _, _) in SURFACE_INTEGERS.items()}
-    assert Settings().parameters() == defaults | SURFACE_OTHERS | FURTHER
+    assert Settings().parameters() == defaults | SURFACE_OTHERS | FURTHER | OWN
 
 
 @pytest.mark.parametrize("name", SURFACE_INTEGERS)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any, Final
 
+from corefw.engine.statistics import OutgoingStatistics
 from corefw.section import LiveHandler, SectionHandler, SectionKey, StateHandler
 from corefw.wire.constants import TARGET_PAGE_SIZE, SectionType
 from corefw.wire.records import SectionHeader, write_footer, write_part_header, write_section_header
@@ -19,8 +20,11 @@ from corefw.wire.stream import StreamWriter
 class SectionWriter:
     """Writes one stream's sections. `ids` fixes the ids of some sections, the others get free ones."""
 
-    def __init__(self, writer: StreamWriter, *, footers: bool, ids: Mapping[SectionKey, int]) -> None:
+    def __init__(
+        self, writer: StreamWriter, statistics: OutgoingStatistics, *, footers: bool, ids: Mapping[SectionKey, int]
+    ) -> None:
         self._writer: Final = writer
+        self._statistics: Final = statistics
         self._footers = footers
         self._ids = dict(ids)
         taken = set(ids.values())
@@ -32,15 +36,19 @@ class SectionWriter:
 
     def part(self, handler: LiveHandler, body: Callable[[], bool]) -> bool:
         """One PART; what the body returned."""
+        began = self._writer.position
         write_part_header(self._writer, SectionType.PART, self._id(handler))
         finished = body()
         self._footer(handler)
+        self._count(handler, began)
         return finished
 
     def end(self, handler: LiveHandler) -> None:
+        began = self._writer.position
         write_part_header(self._writer, SectionType.END, self._id(handler))
         handler.complete_precopy(self._writer)
         self._footer(handler)
+        self._count(handler, began)
 
     def full(self, handler: StateHandler) -> None:
         self._whole(SectionType.FULL, handler, lambda: handler.save(self._writer))
@@ -51,10 +59,15 @@ class SectionWriter:
         return {"page_size": TARGET_PAGE_SIZE, "devices": self._devices}
 
     def _whole(self, kind: SectionType, handler: SectionHandler, body: Callable[[], None]) -> None:
+        began = self._writer.position
         header = SectionHeader(kind, self._id(handler), handler.idstr, handler.instance_id, handler.version_id)
         write_section_header(self._writer, header)
         body()
         self._footer(handler)
+        self._count(handler, began)
+
+    def _count(self, handler: SectionHandler, began: int) -> None:
+        self._statistics.section(handler.key).sent += self._writer.position - began
 
     def _footer(self, handler: SectionHandler) -> None:
         if self._footers:

@@ -28,6 +28,7 @@ from corefw.engine.coverage import uncovered
 from corefw.engine.custody import Custody
 from corefw.engine.framing import SectionWriter
 from corefw.engine.guestlock import GuestLock
+from corefw.engine.limits import Limits
 from corefw.engine.passes import Passes
 from corefw.engine.returnpath import ReturnPathReader
 from corefw.engine.scheduling import yielding_to_guests
@@ -79,7 +80,10 @@ class OutgoingMigration:
         self._state = state
         self._custody = Custody(machine, guest_lock)
         self._live: list[LiveHandler] = []
-        self._passes = Passes(machine, self._live, settings, self.statistics, self.interrupt, self._check, on_pass)
+        self._limits = Limits(settings)
+        self._passes = Passes(
+            machine, self._live, settings, self.statistics, self.interrupt, self._limits, self._check, on_pass
+        )
         self._proceed = threading.Event()
         self._channel: Channel | None = None
         self._channels = ChannelSet()
@@ -93,6 +97,8 @@ class OutgoingMigration:
 
     def start(self) -> None:
         self._thread.start()
+        watch = partial(self._limits.watch, self._abort, lambda: self._state.status is not _S.SETUP)
+        threading.Thread(target=watch, name="limits", daemon=True).start()
 
     def join(self) -> None:
         """Nothing of it goes on when this returns, unless its own thread asks (in an observer)."""
@@ -116,9 +122,7 @@ class OutgoingMigration:
         migration begins meanwhile, and announces the status afterwards (QEMU's migrate_fd_cancel)."""
         while (status := self._state.status) in SETUP_OR_ACTIVE:
             if self._state.move(status, _S.CANCELLING):
-                self.interrupt.set()
-                self._proceed.set()
-                self._abort_channels()
+                self._abort()
                 return
 
     def proceed(self) -> None:
@@ -129,6 +133,12 @@ class OutgoingMigration:
         """Wake the thread wherever it waits; it finds the reason in the return path."""
         self._abort_channels()
         self._proceed.set()
+
+    def _abort(self) -> None:
+        """Wake the thread wherever it waits, to end the migration."""
+        self.interrupt.set()
+        self._proceed.set()
+        self._abort_channels()
 
     def _abort_channels(self) -> None:
         if self._channel is not None:
@@ -158,6 +168,7 @@ class OutgoingMigration:
         except FOREIGN as bug:
             log.exception("the migration thread failed")
             error = MigfwError(f"internal error: {type(bug).__name__}: {bug}")
+        self._limits.end()
         if error is not None:
             error = self._break_off(error)
         if error is None:
@@ -193,7 +204,7 @@ class OutgoingMigration:
             self._return_path.start()
             write_command(writer, Command.OPEN_RETURN_PATH)
             write_command(writer, Command.PING, ping_payload(1))
-        sections = SectionWriter(writer, footers=form.footers, ids=form.section_ids)
+        sections = SectionWriter(writer, self.statistics, footers=form.footers, ids=form.section_ids)
         for handler in live:
             self._live.append(handler)  # from here on it is cleaned up
             with self._passes.told():
@@ -229,8 +240,11 @@ class OutgoingMigration:
 
     def _switch_over(self, writer: StreamWriter, sections: SectionWriter) -> None:
         """Stop the guest and send all the rest but the end mark (migration_completion)."""
+        self._limits.end()
+        limit = self.settings.integer("downtime-limit")
         stop_began = time.monotonic()
         self._custody.stop(self._check, self._store_run_state)
+        self.statistics.stopped(limit, milliseconds_since(stop_began))
         if self.settings.capability("pause-before-switchover"):
             self._pause()
         self._downtime_began = stop_began
@@ -323,6 +337,8 @@ class OutgoingMigration:
         channel; what they bring about says little."""
         if self._machine.run_state in DEAD:
             return MachineError(f"the guest ended during the migration ({self._machine.run_state})")
+        if self._limits.cancelled:
+            return MigfwError(f"{self._limits.reason}; {self.statistics.progress()}")
         if self._return_path is not None and not self.interrupt.is_set():
             try:
                 self._return_path.check()

@@ -1,8 +1,8 @@
 """Passes over what is dirty, while the guest runs, until what is left fits into the downtime limit.
 
-The law: this page decides when the guest may be stopped, and nothing else. QEMU stops it as soon as the rest fits
-into the limit, and is down for as long as the limit lets it. Here a guest that runs goes on until the pass is through,
-if that is soon, and so for as long as each pass halves what is left (docs/decisions/finish-the-pass.md).
+QEMU stops the guest as soon as the rest fits into the limit, and is down for as long as the limit lets it. Here a guest
+that runs goes on until the pass is through, if that is soon, and so for as long as each pass halves what is left
+(docs/decisions/finish-the-pass.md). What is left is the sum over all live handlers.
 
 Source: QEMU's migration_thread and migration_iteration_run. Threads: the migration thread.
 """
@@ -18,10 +18,13 @@ from typing import Final
 
 from corefw.channel import Interrupt
 from corefw.engine.convergence import FINISH, Convergence
+from corefw.engine.forecast import Forecast
 from corefw.engine.framing import SectionWriter
+from corefw.engine.limits import Limits
 from corefw.engine.pacing import Pacer
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.machine import Machine, RunState
+from corefw.quantities import format_size
 from corefw.section import LiveHandler
 from corefw.settings import Settings
 from corefw.wire.stream import StreamWriter
@@ -34,7 +37,8 @@ LOOK: Final = 0.1
 
 
 class Passes:
-    """One migration's. `check` raises when there is no point in going on; `on_pass` hears of each pass that begins."""
+    """The passes of one migration. `check` raises when the migration was cancelled or has failed; `on_pass` is called
+    for each pass that begins."""
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class Passes:
         settings: Settings,
         statistics: OutgoingStatistics,
         interrupt: Interrupt,
+        limits: Limits,
         check: Callable[[], None],
         on_pass: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic,
@@ -52,23 +57,32 @@ class Passes:
         self._settings = settings
         self._statistics = statistics
         self._interrupt = interrupt
+        self._limits = limits
         self._check = check
         self._on_pass = on_pass
         self._clock = clock
+        self._forecast = Forecast(clock())
+        self._dirtied = 0  # what the RAM's harvests had found when last looked at
 
     def run(self, writer: StreamWriter, sections: SectionWriter) -> None:
         """Returns when the guest is to be stopped. Raises what `check` and the handlers raise, ChannelError."""
         pacer = Pacer(self._clock)
         convergence = Convergence(self._clock(), self._settings.integer("downtime-limit"), writer.position)
+        self._begin_forecast()
         finishing = False
         most: float = math.inf  # what a pass may have to be finished too
         while True:
             self._check()
+            if self._limits.reached():
+                break
             if not finishing:
-                left = self._pending(KNOWN)
+                left = self._pending(KNOWN, convergence)
                 if not self._is_worth_finishing(convergence, left, most):
-                    left = self._pending(convergence.threshold)
+                    passes = self._statistics.ram.dirty_sync_count
+                    left = self._pending(convergence.threshold, convergence)
                     if not convergence.fits(left):
+                        if self._statistics.ram.dirty_sync_count > passes and self._limits.reached(passes):
+                            break
                         most = math.inf
                     elif not self._is_worth_finishing(convergence, left, most):
                         return
@@ -79,6 +93,7 @@ class Passes:
             self._pace(pacer, writer.position - before)
             self._count(writer, convergence)
             finishing = finishing and not through and self._is_still_soon_sent(convergence)
+        self._warn_of_limit()
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -88,17 +103,49 @@ class Passes:
         if self._statistics.ram.dirty_sync_count != passes:
             self._on_pass(self._statistics.ram.dirty_sync_count)
 
-    def _pending(self, threshold: int) -> int:
-        """Bytes left; the dirty log is harvested where that is at most `threshold`."""
+    def _begin_forecast(self) -> None:
+        for handler in self._live:
+            self._statistics.section(handler.key).begin(handler.pending(KNOWN).total)
+        self._dirtied = self._statistics.ram.dirtied
+        self._forecast.begin(self._clock(), self._statistics.remaining)
+
+    def _pending(self, threshold: int, convergence: Convergence) -> int:
+        """Bytes left; the dirty logs are harvested where that is at most `threshold`."""
+        passes = self._statistics.ram.dirty_sync_count
+        settled = grown = 0
         with self.told():
-            return sum(handler.pending(threshold).total for handler in self._live)
+            for handler in self._live:
+                change = self._statistics.section(handler.key).update(handler.pending(threshold).total)
+                settled += max(0, -change)
+                grown += max(0, change)
+        ram = self._statistics.ram
+        found = (ram.dirtied - self._dirtied) * ram.page_size
+        self._dirtied = ram.dirtied
+        self._forecast.runs = self._machine.run_state is RunState.RUNNING
+        left = self._statistics.remaining
+        self._forecast.note(
+            self._clock(),
+            left,
+            settled=settled,
+            dirtied=max(grown, found),  # pages that were dirty already are found again, and are nothing more to send
+            harvested=threshold != KNOWN and (grown > 0 or ram.dirty_sync_count > passes),
+            threshold=convergence.threshold,
+        )
+        return left
+
+    def _warn_of_limit(self) -> None:
+        """A limit on the migration decides that the guest is stopped, whatever is left."""
+        left = self._statistics.remaining
+        self._statistics.warnings.append(
+            f"{self._limits.reason}, so the guest was stopped with {format_size(left)} left to send"
+        )
 
     def _is_worth_finishing(self, convergence: Convergence, left: int, most: float) -> bool:
         return self._machine.run_state is RunState.RUNNING and left <= most and convergence.is_soon_sent(left)
 
     def _is_still_soon_sent(self, convergence: Convergence) -> bool:
         """What is left of a pass; max-bandwidth may have been lowered since it was found worth finishing."""
-        return self._pending(KNOWN) < convergence.bandwidth * FINISH
+        return self._pending(KNOWN, convergence) < convergence.bandwidth * FINISH
 
     def _send_parts(self, writer: StreamWriter, sections: SectionWriter, budget: int) -> bool:
         """One PART of each handler, `budget` bytes for all of them; a later one has its turn only when those before
@@ -129,4 +176,4 @@ class Passes:
             self._settings.integer("downtime-limit"),
             ram.dirty_pages_rate * ram.page_size,
         )
-        self._statistics.update(convergence)
+        self._statistics.update(convergence, self._forecast.outlook(convergence.threshold), self._limit)

@@ -1,7 +1,8 @@
 """The figures of a migration and the document that query-migrate answers with.
 
-The law: the migration thread writes, anybody reads; times are milliseconds. Field names and which of them appear in
-which status are QEMU 7.2's MigrationInfo (fill_source_migration_info, fill_destination_migration_info).
+The migration thread writes, any thread reads; times are milliseconds. Field names and which of them appear in which
+status are QEMU 7.2's MigrationInfo (fill_source_migration_info, fill_destination_migration_info); "x-migfw" holds
+what QEMU's fields have no place for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from corefw.engine.convergence import Convergence
-from corefw.section import RamStatistics
+from corefw.engine.forecast import Outlook
+from corefw.quantities import format_milliseconds, format_size
+from corefw.section import RamStatistics, SectionKey
 from corefw.states import MigrationStatus
 
 _RUNNING: Final = frozenset(
@@ -29,8 +32,40 @@ _RUNNING: Final = frozenset(
 
 
 @dataclass(slots=True)
+class SectionFigures:
+    """One section, in bytes.
+
+    total       the most that was ever left at once: for RAM, its size
+    remaining   what is known to be left
+    sent        bytes in the stream, the section's frames included
+    """
+
+    total: int = 0
+    remaining: int = 0
+    sent: int = 0
+
+    def begin(self, left: int) -> None:
+        self.total = self.remaining = left
+
+    def update(self, left: int) -> int:
+        """Now so much is left; how much more that is than before."""
+        change = left - self.remaining
+        self.remaining = left
+        self.total = max(self.total, left)
+        return change
+
+    def document(self) -> dict[str, Any]:
+        return {"total": self.total, "remaining": self.remaining, "sent": self.sent}
+
+
+@dataclass(slots=True)
 class OutgoingStatistics:
-    """One migration's figures on the source."""
+    """The figures of one migration on the source.
+
+    stop_time       milliseconds that it took to stop the guest
+    downtime_limit  as it was when the guest was stopped; None before
+    warnings        what whoever started the migration should know, as sentences
+    """
 
     started: float = field(default_factory=time.monotonic)
     setup_time: int = 0
@@ -43,23 +78,73 @@ class OutgoingStatistics:
     precopy_bytes: int = 0
     ram: RamStatistics = field(default_factory=RamStatistics)
     error: str | None = None
+    sections: dict[SectionKey, SectionFigures] = field(default_factory=dict)
+    outlook: Outlook = field(default_factory=Outlook)
+    advice: str | None = None
+    warnings: list[str] = field(default_factory=list)
+    stop_time: int = 0
+    downtime_limit: int | None = None
+    _before_stop: int = 0  # bytes that had been sent when the guest was stopped
+    _left_at_stop: int = 0
 
     def elapsed(self) -> int:
         return milliseconds_since(self.started)
 
-    def update(self, convergence: Convergence) -> None:
+    def section(self, key: SectionKey) -> SectionFigures:
+        return self.sections.setdefault(key, SectionFigures())
+
+    @property
+    def total(self) -> int:
+        """Over all live sections."""
+        return sum(section.total for section in list(self.sections.values()))
+
+    @property
+    def remaining(self) -> int:
+        """Over all live sections."""
+        return sum(section.remaining for section in list(self.sections.values()))
+
+    def progress(self) -> str:
+        """How far it is, as a phrase."""
+        if not self.total:
+            return "nothing was sent yet"
+        phrase = f"{format_size(self.remaining)} of {format_size(self.total)} left in pass {self.ram.dirty_sync_count}"
+        return f"{phrase}; {self.advice}" if self.advice else phrase
+
+    def update(self, convergence: Convergence, outlook: Outlook, max_bandwidth: int) -> None:
         """After each PART."""
+        self.outlook = outlook
+        self.advice = outlook.advice(max_bandwidth)
         self.transferred = self.precopy_bytes = convergence.position
         self.mbps = convergence.bandwidth * 8 / 1e6
         self.pages_per_second = int(convergence.bandwidth / self.ram.page_size)
         self.expected_downtime = convergence.expected_downtime
 
+    def stopped(self, downtime_limit: int, stop_time: int) -> None:
+        """The guest was stopped for the switchover, which took `stop_time`."""
+        self.advice = None
+        self.downtime_limit, self.stop_time = downtime_limit, stop_time
+        self._before_stop, self._left_at_stop = self.transferred, self.remaining
+
     def finish(self, downtime: int) -> None:
         """The guest has left (migration_calculate_complete)."""
         self.total_time = self.elapsed()
         self.downtime = downtime
+        for section in self.sections.values():
+            section.remaining = 0
+        if warning := self._over_limit():
+            self.warnings.append(warning)
         self.mbps = self.transferred * 8 / max(1, self.total_time) / 1000
         self.ram.remaining_bytes = 0
+
+    def _over_limit(self) -> str | None:
+        """That the guest was down for longer than the limit, and with what."""
+        if self.downtime_limit is None or self.downtime <= self.downtime_limit:
+            return None
+        parts = [f"{format_size(self.transferred - self._before_stop)} were sent while it was stopped"]
+        if self.stop_time > self.downtime_limit / 10:
+            parts.insert(0, f"stopping it took {format_milliseconds(self.stop_time)}")
+        limit, downtime = format_milliseconds(self.downtime_limit), format_milliseconds(self.downtime)
+        return f"the guest was down for {downtime}, over the downtime-limit of {limit}: {', '.join(parts)}"
 
     def fail(self, reason: str) -> None:
         self.total_time = self.elapsed()
@@ -82,9 +167,36 @@ class OutgoingStatistics:
                 "setup-time": self.setup_time,
                 "ram": self._ram(status),
             }
+        if status is not MigrationStatus.NONE:
+            info["x-migfw"] = self._own(status)
         if self.error is not None and status in (MigrationStatus.FAILED, MigrationStatus.CANCELLED):
             info["error-desc"] = self.error
         return info
+
+    def _own(self, status: MigrationStatus) -> dict[str, Any]:
+        """What QEMU's fields have no place for. What is not known is left out."""
+        outlook = self.outlook if status in _RUNNING else Outlook()
+        warnings = [*self.warnings, *([self.advice] if self.advice and status in _RUNNING else [])]
+        known = {
+            "dirty-rate": outlook.dirty_rate,
+            "time-left": _milliseconds(outlook.time_left),
+            "pass-time-left": _milliseconds(outlook.pass_time_left),
+            "expected-downtime": _milliseconds(outlook.expected_downtime),
+            "converges": outlook.converges,
+        }
+        return {
+            "pass": self.ram.dirty_sync_count,
+            "total": self.total,
+            "remaining": self.remaining,
+            "send-rate": int(outlook.send_rate),
+            **{
+                name: value if isinstance(value, bool) else int(value)
+                for name, value in known.items()
+                if value is not None
+            },
+            "warnings": warnings,
+            "sections": {_name(key): section.document() for key, section in list(self.sections.items())},
+        }
 
     def _ram(self, status: MigrationStatus) -> dict[str, Any]:
         ram = self.ram
@@ -128,3 +240,11 @@ def with_blockers(info: dict[str, Any], reasons: Sequence[str]) -> dict[str, Any
 def milliseconds_since(moment: float) -> int:
     """From a time.monotonic() moment."""
     return int((time.monotonic() - moment) * 1000)
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1000
+
+
+def _name(key: SectionKey) -> str:
+    return f"{key.idstr}/{key.instance_id}" if key.instance_id else key.idstr

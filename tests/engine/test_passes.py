@@ -10,9 +10,12 @@ import pytest
 
 from corefw.channel import Interrupt
 from corefw.engine.convergence import FINISH, SHORT
+from corefw.engine.forecast import Outlook
+from corefw.engine.limits import Limits
 from corefw.engine.passes import Passes
+from corefw.engine.statistics import OutgoingStatistics
 from corefw.machine import RunState
-from corefw.section import Pending
+from corefw.section import Pending, SectionKey
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
@@ -39,7 +42,11 @@ class World:
         self.ends_at = PATIENCE
         self.harvests: list[tuple[float, int]] = []
         self.position = 0
-        self.dirty_sync_count, self.dirty_pages_rate, self.page_size = 1, 0, 4096
+        self.dirty_sync_count, self.dirty_pages_rate, self.page_size, self.dirtied = 1, 0, 1, 0
+        self.key = SectionKey("world", 0)
+        self.statistics = OutgoingStatistics()
+        self.settings: dict[str, Any] = {"x-migfw-on-timeout": "cancel"}
+        self.looks: list[tuple[float, Outlook, str | None]] = []  # the forecast and the advice, as time went on
         self._harvested = 0.0
 
     @property
@@ -48,7 +55,10 @@ class World:
 
     def harvest(self) -> None:
         seconds = min(self.now, self.ends_at) - min(self._harvested, self.ends_at)
-        self.left += int(min(self.working_set, self.rate * seconds))
+        found = int(min(self.working_set, self.rate * seconds))
+        self.left = min(max(self.left, self.working_set), self.left + found)
+        self.dirtied += found
+        self.dirty_sync_count += 1
         self._harvested = self.now
         self.harvests.append((self.now, self.left))
 
@@ -77,18 +87,21 @@ class World:
         """Let it pass until the guest is to be stopped; the seconds that what is left then takes."""
 
         def check() -> None:
+            self.looks.append((self.now, self.statistics.outlook, self.statistics.advice))
             if self.now > PATIENCE:
                 raise NeverEnds
 
         def setting(name: str) -> int:
-            return self.limit() if name == "downtime-limit" else 0
+            return self.limit() if name == "downtime-limit" else self.settings.get(name, 0)
 
         world: Any = self
-        statistics: Any = SimpleNamespace(ram=self, update=lambda _: None)
+        self.statistics.ram = world
         sections: Any = SimpleNamespace(part=lambda _, body: body())
-        settings: Any = SimpleNamespace(integer=setting)
+        settings: Any = SimpleNamespace(integer=setting, parameter=self.settings.get)
+        clock = lambda: self.now  # noqa: E731
+        limits = Limits(settings, clock)
         passes = Passes(
-            world, [world], settings, statistics, Interrupt(), check, lambda _: None, clock=lambda: self.now
+            world, [world], settings, self.statistics, Interrupt(), limits, check, lambda _: None, clock=clock
         )
         passes.run(world, sections)
         self.harvest()

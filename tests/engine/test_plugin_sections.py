@@ -24,7 +24,7 @@ from corefw.section import (
 )
 from corefw.settings import Settings
 from corefw.wire.stream import StreamReader, StreamWriter
-from tests.helpers.engines import Pair, arrived, ended, runs_on
+from tests.helpers.engines import Pair, arrived, counting, ended, runs_on
 
 DATA = bytes(range(256)) * 64
 
@@ -308,3 +308,61 @@ def test_what_cannot_be_described_fails_before_the_guest_is_handed_over() -> Non
         assert (ended(source), arrived(destination)) == ("failed", "failed")
         assert "not JSON serializable" in source.query_migrate()["error-desc"]
         runs_on(source)
+
+
+class Bulky(Section):
+    """A job with much data that is no RAM: it sends 4 MiB, as fast as it may."""
+
+    idstr = "bulky"
+    size = 4 << 20
+
+    def __init__(self) -> None:
+        self.left = self.size
+
+    def pending(self, threshold: int) -> Pending:
+        return Pending(self.left, 0)
+
+    def iterate(self, writer: StreamWriter, budget: int) -> bool:
+        count = min(self.left, budget)
+        writer.be32(count)
+        writer.write(bytes(count))
+        self.left -= count
+        return not self.left
+
+    def complete_precopy(self, writer: StreamWriter) -> None:
+        writer.be32(self.left)
+        writer.write(bytes(self.left))
+
+    def load(self, reader: StreamReader, version_id: int) -> None:
+        if count := reader.be32("the size of a piece") if self.begun else 0:
+            reader.read(count, "a piece")
+        self.begun = True
+
+    begun = False
+
+
+def test_progress_is_that_of_every_handler() -> None:
+    pair, _ = pair_with(Bulky)
+    with pair:
+        source, destination = pair.source(), pair.destination()
+        source.set_parameters({"max-bandwidth": 4 << 20})
+        source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+        seen = []
+        while (answer := source.query_migrate())["status"] in ("setup", "active"):
+            seen.append(answer["x-migfw"])
+            threading.Event().wait(0.02)
+        assert (ended(source), arrived(destination)) == ("completed", "completed")
+        halfway = [
+            one for one in seen if 1 << 20 < one["sections"].get("bulky", {"remaining": 0})["remaining"] < 3 << 20
+        ]
+        assert halfway, "the job shows how far it is"
+        for one in halfway:
+            assert one["total"] == Bulky.size + counting(source).block.length
+            assert one["remaining"] >= one["sections"]["bulky"]["remaining"]
+            assert one["sections"]["bulky"]["total"] == Bulky.size
+        assert any(one.get("pass-time-left", 0) > 0 for one in halfway)
+        own = source.query_migrate()["x-migfw"]
+        assert own["remaining"] == 0
+        assert own["sections"]["bulky"]["sent"] >= Bulky.size
+        assert own["sections"]["counter"]["sent"] > 0, "devices are counted as well"
+        runs_on(destination)

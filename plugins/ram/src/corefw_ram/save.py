@@ -108,7 +108,9 @@ class RamSaver:
             state.block.dirty_log.stop()
 
     def _harvest(self) -> None:
-        self._rate_pages += sum(state.harvest() for state in self._states)
+        written = sum(state.harvest() for state in self._states)
+        self._rate_pages += written
+        self._statistics.dirtied += written
         self._statistics.dirty_sync_count += 1
         self._count_remaining()
         now = time.monotonic()

@@ -1,0 +1,83 @@
+"""Limits on a whole migration: how long it may take and how many passes, and what happens then.
+
+Parameters of the source: x-migfw-timeout, x-migfw-max-passes, x-migfw-on-timeout. They hold until the guest is stopped
+for the switchover, and may be changed while the migration runs. With "cancel" the migration fails and the guest runs on
+here; with "switchover" the guest is stopped and the rest is sent, whatever the downtime limit says.
+
+Threads: `watch` runs in one of its own, since a migration that hangs in a connect or a send cannot look at a clock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from corefw.errors import MigfwError
+from corefw.quantities import format_milliseconds
+from corefw.settings import Settings
+
+LOOK: Final = 0.1
+"""Seconds between two looks at the clock."""
+
+
+class Limits:
+    """The limits of one migration.
+
+    reason      which limit was reached, as a phrase; "" as long as none was
+    cancelled   the migration ends because of it
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._started = clock()
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self.reason = ""
+        self.cancelled = False
+
+    def end(self) -> None:
+        """The guest is about to be stopped, or the migration has ended: no limit holds from here on."""
+        with self._lock:
+            self._over.set()
+
+    def watch(self, abort: Callable[[], None], can_switch_over: Callable[[], bool]) -> None:
+        """Call `abort` when the time is up, unless the guest is to be stopped then and `can_switch_over()`."""
+        while not self._over.wait(LOOK):
+            if not (reason := self._time_is_up()):
+                continue
+            with self._lock:
+                if self._over.is_set() or (self._switches_over() and can_switch_over()):
+                    return
+                self.reason, self.cancelled = reason, True
+                abort()
+                return
+
+    def reached(self, passes: int = 0) -> bool:
+        """Whether the guest is to be stopped now. `passes`: so many were sent, and what is left does not fit. Raises
+        MigfwError where the migration is to end instead."""
+        reason = self._time_is_up() or self._enough(passes)
+        if not reason:
+            return False
+        self.reason = reason
+        if not self._switches_over():
+            self.cancelled = True
+            raise MigfwError(reason)
+        return True
+
+    def _time_is_up(self) -> str:
+        timeout = self._settings.integer("x-migfw-timeout")
+        if not timeout or (self._clock() - self._started) * 1000 < timeout:
+            return ""
+        return f"it took longer than {format_milliseconds(timeout)} (x-migfw-timeout)"
+
+    def _enough(self, passes: int) -> str:
+        allowed = self._settings.integer("x-migfw-max-passes")
+        if not allowed or passes < allowed:
+            return ""
+        return f"{passes} {'pass was' if passes == 1 else 'passes were'} sent (x-migfw-max-passes)"
+
+    def _switches_over(self) -> bool:
+        return self._settings.parameter("x-migfw-on-timeout") == "switchover"
