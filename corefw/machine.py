@@ -234,8 +234,9 @@ class AdoptsStreams(Protocol):
     """A destination that keeps what nobody here can decode (a parked QEMU)."""
 
     def adopt_sections(self, name: str, stream_format: StreamFormat, reader: StreamReader, live: WaitReadable) -> None:
-        """Called with the reader just before the type byte of the first section that no handler knows, when the live
-        sections have ended: take everything from there to the end of the stream, EOF byte and description included.
+        """Called with the reader just before the type byte of the first section that no handler knows; the live
+        sections are behind it, with an END each or, in a background snapshot, without. Take everything from there to
+        the end of the stream, EOF byte and description included.
 
         `name` is the machine type ("" where the stream has no configuration section). `live(seconds)` is False when
         nothing more came for that long: a source that waits for SHUT does not end its stream.

@@ -222,11 +222,12 @@ class StreamLoader:
 
     def _adopted(self) -> bool:
         """Give the rest of the stream to a machine that keeps what nobody knows, when such a section comes next."""
-        if not isinstance(self._machine, AdoptsStreams) or self._opened or not self._loaded:
+        if not isinstance(self._machine, AdoptsStreams) or not (self._opened or self._loaded):
             return False
         name = self._peek_name()
         if name is None or self._registry.find(name) is not None:
             return False
+        self._end_open_sections()
         self._check_complete(f"section {name}")
         configuration = self._configuration or Configuration("", b"")
         form = StreamFormat(
@@ -237,6 +238,12 @@ class StreamLoader:
         )
         self._machine.adopt_sections(configuration.name, form, self._reader, self._live)
         return True
+
+    def _end_open_sections(self) -> None:
+        """The first device comes: live sections have ended, with an END or, in a background snapshot, without (QEMU 6.0
+        and later, bg_migration_thread)."""
+        self._loaded |= {handler.key for _, handler in self._opened.values()}
+        self._opened.clear()
 
     def _live(self, seconds: float) -> bool:
         """See AdoptsStreams. A source that gets no answer ends its stream, so there is no need to guess from silence:
