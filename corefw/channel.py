@@ -160,6 +160,19 @@ class ReceivesMemory(Protocol):
         milliseconds for more, so it is for those who expect much."""
 
 
+class FileBacked(ABC):
+    """What reads a file adds this: the stream may say where in the file something is (mapped-ram does).
+
+    origin   where in the file the stream's first byte is
+    """
+
+    origin: int
+
+    @abstractmethod
+    def skip(self, count: int) -> None:
+        """Pass over the next `count` bytes without reading them; past the end of the file too. Raises ChannelError."""
+
+
 class Listener(Closing, ABC):
     """A place where peers can dial in. `uri` is what they dial (port 0 has become the real one)."""
 
@@ -220,6 +233,7 @@ __all__ = [
     "Buffer",
     "Channel",
     "ChannelError",
+    "FileBacked",
     "Interrupt",
     "Listener",
     "ReceivesMemory",

@@ -207,8 +207,8 @@ class MakesRamBlocks(Protocol):
     """A destination that takes whatever RAM the stream brings."""
 
     def make_ram_blocks(self, lengths: Mapping[str, int]) -> Sequence[RamBlock]:
-        """Make new empty blocks, bytes by name: all of them, or none and raise MachineError. Limits are checked before
-        anything is allocated."""
+        """Make new empty blocks (bytes by name) beside those that it has: all of them, or raise MachineError. Limits
+        are checked before anything is allocated."""
 
     def discard_loaded(self) -> None:
         """Free everything that a stream brought: loading it failed. Idempotent; does not raise."""

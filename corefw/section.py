@@ -87,10 +87,15 @@ class OutgoingContext(Protocol):
 
 
 class IncomingContext(Protocol):
-    """What the engine offers to handlers on the destination, from load_setup() to load_cleanup()."""
+    """What the engine offers to handlers on the destination, from load_setup() to load_cleanup().
+
+    stream_capabilities   those that the stream's configuration section names, which change what sections consist of;
+                          known once load() is called
+    """
 
     settings: Settings
     interrupt: Interrupt
+    stream_capabilities: frozenset[str]
 
     def accept_channel(self) -> Channel:
         """Wait for one more channel from the source."""

@@ -53,6 +53,7 @@ class IncomingMigration:
     ) -> None:
         self.settings = settings
         self.interrupt = Interrupt()
+        self.stream_capabilities: frozenset[str] = frozenset()
         self.error: str | None = None
         self._machine = machine
         self._registry = registry

@@ -19,6 +19,7 @@ from corefw.section import LiveHandler, SectionHandler, SectionKey, SectionRegis
 from corefw.settings import Settings
 from corefw.wire.constants import TARGET_PAGE_SIZE, Command, SectionType
 from corefw.wire.records import (
+    MAPPED_RAM,
     Configuration,
     SectionHeader,
     configuration_capabilities,
@@ -31,6 +32,7 @@ from corefw.wire.records import (
     read_header,
     read_part_header,
     read_section_header,
+    without_capabilities,
 )
 from corefw.wire.stream import StreamReader
 
@@ -40,12 +42,20 @@ DESCRIPTION_WAIT: Final = 1.0
 """Seconds to wait for a description where the source does not end its stream: it comes in the same breath as EOF, or
 never."""
 
-UNREADABLE: Final = frozenset({"x-ignore-shared", "mapped-ram"})
-"""Capabilities of later QEMUs that change what the ram section consists of; a source names them here."""
+UNREADABLE: Final = frozenset({"x-ignore-shared"})
+"""Capabilities that a source names in the configuration section and that nobody here can load."""
+
+ONCE: Final = frozenset({MAPPED_RAM})
+"""Those that say how this stream lies in its file: not sent on with the machine."""
 
 
-class ReturnPathOpener(Protocol):
-    """The one thing that commands need of the incoming migration."""
+class Owner(Protocol):
+    """What the loader needs of the incoming migration.
+
+    stream_capabilities   see IncomingContext; the loader sets it
+    """
+
+    stream_capabilities: frozenset[str]
 
     def open_return_path(self) -> ReturnPathWriter: ...
 
@@ -60,7 +70,7 @@ class StreamLoader:
         machine: Machine,
         registry: SectionRegistry,
         settings: Settings,
-        owner: ReturnPathOpener,
+        owner: Owner,
     ) -> None:
         self._reader = reader
         self._channel = channel
@@ -132,7 +142,8 @@ class StreamLoader:
             raise RemoteStreamError(
                 at, "configuration", f"target pages of {TARGET_PAGE_SIZE} bytes", f"{page_size} bytes"
             )
-        if moved := UNREADABLE & configuration_capabilities(self._configuration):
+        self._owner.stream_capabilities = configuration_capabilities(self._configuration)
+        if moved := UNREADABLE & self._owner.stream_capabilities:
             raise RemoteStreamError(
                 at,
                 "configuration",
@@ -233,7 +244,7 @@ class StreamLoader:
         form = StreamFormat(
             configuration=self._configuration is not None,
             footers=bool(self._footers),
-            configuration_tail=configuration.tail,
+            configuration_tail=without_capabilities(configuration, ONCE).tail,
             section_ids=self._ids,
         )
         self._machine.adopt_sections(configuration.name, form, self._reader, self._live)

@@ -26,8 +26,7 @@ MAX_TRACKED: Final = 1 << 40
 
 def inspect(source: Source) -> Inspection:
     """Everything that can be told about the stream. Raises ChannelError when the source itself fails."""
-    counted = _Counted(source)
-    reader = StreamReader(counted)
+    reader = StreamReader(source)
     collector = _Collector()
     try:
         collector.take(decode(reader))
@@ -37,21 +36,8 @@ def inspect(source: Source) -> Inspection:
         collector.inspection.damage = damage
     collector.end(reader.offset)
     if collector.inspection.damage is not None:
-        collector.inspection.size = counted.bytes
+        collector.inspection.size = reader.received
     return collector.inspection
-
-
-class _Counted:
-    """A source, and how many bytes came from it."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self.bytes = 0
-
-    def receive_into(self, view: memoryview, /) -> int:
-        count = self._source.receive_into(view)
-        self.bytes += count
-        return count
 
 
 class _Collector:
@@ -212,8 +198,18 @@ class _Collector:
             self.inspection.blocks[entry.idstr] = BlockInfo(
                 entry, -(-entry.length // self.inspection.page_size), again=0 if tracked else None
             )
-            if tracked:
+            if entry.mapped is not None:
+                self._count_mapped(entry, entry.mapped)
+            elif tracked:
                 self._seen[entry.idstr] = bytearray(entry.length // self.inspection.page_size // 8 + 1)
+
+    def _count_mapped(self, entry: BlockEntry, present: int) -> None:
+        """Of a mapped-ram file: the pages that are not there are zero."""
+        block = self.inspection.blocks[entry.idstr]
+        block.pages["normal"] = present
+        block.pages["zero"] = block.total - present
+        block.bytes = present * self.inspection.page_size
+        block.again = 0
 
     def _is_again(self, block: str, page: int) -> bool:
         seen = self._seen[block]

@@ -9,16 +9,18 @@ import sys
 from pathlib import Path
 from typing import Self
 
+from corefw.channel import FileBacked
 from corefw.closing import Closing
 from corefw.errors import ChannelError
 
 
-class FileSource(Closing):
+class FileSource(Closing, FileBacked):
     """Reads a file as it is, without a copy. Its errors are ChannelErrors that name it."""
 
     def __init__(self, file: io.FileIO, name: str) -> None:
         self._file = file
         self._name = name
+        self.origin = 0
 
     @classmethod
     def open(cls, path: str) -> Self:
@@ -42,6 +44,15 @@ class FileSource(Closing):
             return self._file.readinto(view) or 0
         except OSError as error:
             raise ChannelError(f"cannot read '{self._name}': {error.strerror}") from None
+
+    def skip(self, count: int) -> None:
+        """See FileBacked; what is no file is read and forgotten. Raises ChannelError."""
+        if self.size is not None:
+            self._file.seek(count, os.SEEK_CUR)
+            return
+        scratch = memoryview(bytearray(min(count, 1 << 20)))
+        while count and (done := self.receive_into(scratch[:count])):
+            count -= done
 
     def close(self) -> None:
         self._file.close()

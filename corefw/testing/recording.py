@@ -60,6 +60,7 @@ class KitContext:
     def __init__(self, settings: Settings, interrupt: Interrupt) -> None:
         self.settings = settings
         self.interrupt = interrupt
+        self.stream_capabilities: frozenset[str] = frozenset()
         self.messages: list[tuple[int, bytes]] = []
 
     def open_channel(self) -> Channel:

@@ -20,6 +20,7 @@ from corefw.wire.cutting import Cutter, find_description
 from corefw.wire.description import Description, parse_description
 from corefw.wire.items import Item
 from corefw.wire.records import (
+    MAPPED_RAM,
     PAGE_BODIES,
     RamLayout,
     RamRecord,
@@ -130,12 +131,11 @@ class _Decoder:
         reader.u8("the section's type")
         configuration = read_configuration_body(reader)
         capabilities = configuration_capabilities(configuration)
-        if "mapped-ram" in capabilities:
-            raise reader.error("a stream whose pages are in it", "mapped-ram, which puts them elsewhere in the file")
         state.layout = replace(
             state.layout,
             page_size=configuration_page_size(configuration) or state.layout.page_size,
             addresses="x-ignore-shared" in capabilities,
+            mapped=MAPPED_RAM in capabilities,
         )
         return items.ConfigurationItem(at, configuration)
 

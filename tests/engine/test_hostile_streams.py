@@ -71,6 +71,7 @@ class Context:
     def __init__(self, settings: Settings, channel: Channel) -> None:
         self.settings = settings
         self.interrupt = Interrupt()
+        self.stream_capabilities: frozenset[str] = frozenset()
         self._channel = channel
 
     def accept_channel(self) -> Channel:

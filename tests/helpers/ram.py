@@ -130,10 +130,11 @@ class MakingMachine(StillMachine):
         for idstr, length in lengths.items():
             if length <= 0 or length % PAGE or not idstr.isprintable():
                 raise MachineError(f"'{idstr}' with {length} bytes is no RAM block here")
-        if sum(lengths.values()) > self._limit:
+        if sum(lengths.values()) + sum(one.length for one in self.blocks) > self._limit:
             raise MachineError(f"{sum(lengths.values())} bytes are more than the {self._limit} allowed")
-        self.blocks += (MemfdBlock(idstr, length) for idstr, length in lengths.items())
-        return self.blocks
+        made = [MemfdBlock(idstr, length) for idstr, length in lengths.items()]
+        self.blocks += made
+        return made
 
     def discard_loaded(self) -> None:
         self.close()

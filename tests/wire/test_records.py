@@ -21,6 +21,7 @@ from corefw.wire.records import (
     BlockEntry,
     CommandRecord,
     Configuration,
+    MappedHeader,
     PostcopyAdvice,
     RamLayout,
     RamRecord,
@@ -33,22 +34,26 @@ from corefw.wire.records import (
     peek_section_name,
     ping_payload,
     postcopy_advise_payload,
+    read_bitmap,
     read_block_list,
     read_command,
     read_configuration_body,
     read_description_body,
     read_footer,
     read_header,
+    read_mapped_header,
     read_package,
     read_part_header,
     read_ram_record,
     read_section_header,
+    without_capabilities,
     write_block_list,
     write_command,
     write_configuration,
     write_description,
     write_footer,
     write_header,
+    write_mapped_header,
     write_package,
     write_part_header,
     write_ram_record,
@@ -261,17 +266,17 @@ def test_a_package_has_a_limit() -> None:
 def test_block_lists_with_page_sizes_and_addresses() -> None:
     entries = [BlockEntry("huge", 4 << 20, 2 << 20, 0x1000), BlockEntry("small", 4096, None, 0)]
     data = written(lambda writer: write_block_list(writer, entries)) + b"\0\0\0\0\0\0\0\x10"
-    assert read_block_list(reading(data), (4 << 20) + 4096, page_sizes=True, addresses=True) == entries
+    assert list(read_block_list(reading(data), (4 << 20) + 4096, page_sizes=True, addresses=True)) == entries
     data = written(lambda writer: write_block_list(writer, [BlockEntry("last", 4096)])) + b"\0\0\0\0\0\0\0\x10"
-    assert read_block_list(reading(data), 4096, page_sizes=True) == [BlockEntry("last", 4096)]
+    assert list(read_block_list(reading(data), 4096, page_sizes=True)) == [BlockEntry("last", 4096)]
 
 
 def test_a_block_list_adds_up() -> None:
     data = written(lambda writer: write_block_list(writer, BLOCKS))
-    fails(data, lambda reader: read_block_list(reader, (1 << 20) + 1), "RAM blocks of 1048577 bytes in all")
-    fails(data * 2, lambda reader: read_block_list(reader, 1 << 40), "each RAM block once, got 'pc.ram' again")
+    fails(data, lambda reader: list(read_block_list(reader, (1 << 20) + 1)), "RAM blocks of 1048577 bytes in all")
+    fails(data * 2, lambda reader: list(read_block_list(reader, 1 << 40)), "each RAM block once, got 'pc.ram' again")
     empty = b"".join(b"\4%04x" % number + bytes(8) for number in range(4097))
-    fails(empty, lambda reader: read_block_list(reader, 1), "at most 4096 RAM blocks")
+    fails(empty, lambda reader: list(read_block_list(reader, 1)), "at most 4096 RAM blocks")
 
 
 @pytest.mark.parametrize(
@@ -434,11 +439,24 @@ def test_the_list_of_blocks_comes_once() -> None:
     assert "the list of RAM blocks once" in str(error)
 
 
-def test_mapped_ram_is_refused_by_name() -> None:
-    tail = b"\x05\x1aconfiguration/capabilities\0\0\0\1\0\0\0\1\x0amapped-ram"
-    _, error = outcome(b"QEVM\0\0\0\3\7\0\0\0\2pc" + tail)
-    assert error is not None
-    assert "mapped-ram" in str(error)
+def test_a_block_in_a_mapped_ram_file() -> None:
+    header = MappedHeader(4096, 0x65, 0x100000)
+    data = written(lambda writer: write_mapped_header(writer, header))
+    assert data.hex() == "00000001000000000000100000000000000000650000000000100000"
+    assert read_mapped_header(reading(data), 4096, 1 << 20) == header
+    assert [header.bitmap_size(pages * 4096) for pages in (0, 1, 64, 65)] == [0, 8, 8, 16]
+    fails(data, lambda reader: read_mapped_header(reader, 4096, 1 << 50), "a bitmap of at most 67108864 bytes")
+    bits = b"\1\0\0\0\0\0\0\x80"
+    assert b"".join(read_bitmap(reading(bytes(0x65) + bits), header, 64 * 4096)) == bits
+
+
+def test_capabilities_are_taken_out_of_a_configuration() -> None:
+    uuid = b"\x05\x12configuration/uuid\0\0\0\1" + bytes(range(16))
+    both = b"\x05\x1aconfiguration/capabilities\0\0\0\1\0\0\0\2\x0amapped-ram\2ab"
+    one = b"\x05\x1aconfiguration/capabilities\0\0\0\1\0\0\0\1\2ab"
+    assert without_capabilities(Configuration("pc", both + uuid), {"mapped-ram"}).tail == one + uuid
+    assert without_capabilities(Configuration("pc", one + uuid), {"ab", "c"}).tail == uuid
+    assert without_capabilities(Configuration("pc", uuid), {"ab"}).tail == uuid
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------

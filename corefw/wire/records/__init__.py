@@ -30,6 +30,7 @@ from corefw.wire.records.configuration import (
     configuration_page_size,
     configuration_subsections,
     read_configuration_body,
+    without_capabilities,
     write_configuration,
 )
 from corefw.wire.records.frame import (
@@ -48,6 +49,13 @@ from corefw.wire.records.frame import (
     write_part_header,
     write_section_header,
 )
+from corefw.wire.records.mapped import (
+    MAPPED_RAM,
+    MappedHeader,
+    read_bitmap,
+    read_mapped_header,
+    write_mapped_header,
+)
 from corefw.wire.records.ram import (
     MAX_BLOCKS,
     PAGE_BODIES,
@@ -62,6 +70,7 @@ from corefw.wire.records.ram import (
 
 __all__ = [
     "CONFIGURATION_SUBSECTIONS",
+    "MAPPED_RAM",
     "MAX_BLOCKS",
     "PAGE_BODIES",
     "UUID_SIZE",
@@ -70,6 +79,7 @@ __all__ = [
     "BlockEntry",
     "CommandRecord",
     "Configuration",
+    "MappedHeader",
     "PostcopyAdvice",
     "RamLayout",
     "RamRecord",
@@ -82,22 +92,26 @@ __all__ = [
     "peek_section_name",
     "ping_payload",
     "postcopy_advise_payload",
+    "read_bitmap",
     "read_block_list",
     "read_command",
     "read_configuration_body",
     "read_description_body",
     "read_footer",
     "read_header",
+    "read_mapped_header",
     "read_package",
     "read_part_header",
     "read_ram_record",
     "read_section_header",
+    "without_capabilities",
     "write_block_list",
     "write_command",
     "write_configuration",
     "write_description",
     "write_footer",
     "write_header",
+    "write_mapped_header",
     "write_package",
     "write_part_header",
     "write_ram_record",

@@ -6,6 +6,7 @@ Source: QEMU 7.2's vmstate_configuration (migration/savevm.c).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +15,7 @@ from corefw.wire.constants import BE32, MAX_CONFIGURATION_CAPABILITIES, MAX_MACH
 from corefw.wire.stream import MemorySource, StreamReader, StreamWriter
 
 UUID_SIZE: Final = 16
+_CAPABILITIES: Final = b"configuration/capabilities"
 PAGE_BITS: Final = range(10, 17)
 """Target pages of 1 KiB (the smallest that QEMU's Arm targets have) to 64 KiB."""
 
@@ -99,6 +101,21 @@ def write_configuration(writer: StreamWriter, configuration: Configuration) -> N
     writer.be32(len(name))
     writer.write(name)
     writer.write(configuration.tail)
+
+
+def without_capabilities(configuration: Configuration, names: AbstractSet[str]) -> Configuration:
+    """The same without these capabilities, and without their subsection when none is left."""
+    kept = [name.encode() for name in sorted(configuration_capabilities(configuration) - names)]
+    reader = StreamReader(MemorySource(configuration.tail), size=max(len(configuration.tail), 1))
+    tail = bytearray()
+    while not reader.at_end():
+        subsection = _read_configuration_subsection(reader, set())
+        head = subsection[: 2 + subsection[1] + BE32.size]  # type, name, version
+        if head[2 : 2 + head[1]] != _CAPABILITIES:
+            tail += subsection
+        elif kept:
+            tail += head + BE32.pack(len(kept)) + b"".join(bytes((len(name),)) + name for name in kept)
+    return Configuration(configuration.name, bytes(tail))
 
 
 def configuration_subsections(configuration: Configuration) -> dict[str, bytes]:

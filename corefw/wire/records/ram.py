@@ -8,11 +8,13 @@ Source: QEMU 7.2's ram_save_setup and ram_load_precopy (migration/ram.c).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
+from corefw.errors import StreamError
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
+from corefw.wire.records.mapped import read_bitmap, read_mapped_header
 from corefw.wire.stream import StreamReader, StreamWriter
 
 MAX_BLOCKS: Final = 4096
@@ -25,26 +27,28 @@ class BlockEntry:
 
     page_size   the host's page size for this block; sent only with postcopy-ram, where it is not the usual one
     address     the guest address; sent only with x-ignore-shared
+    mapped      pages that are in the file behind the entry; None without mapped-ram
     """
 
     idstr: str
     length: int
     page_size: int | None = None
     address: int | None = None
+    mapped: int | None = None
 
 
 def read_block_list(
     reader: StreamReader, total: int, *, page_sizes: bool = False, addresses: bool = False
-) -> list[BlockEntry]:
+) -> Iterator[BlockEntry]:
     """Entries until their lengths add up to `total`, the rest of the MEM_SIZE word.
 
     `page_sizes`: POSTCOPY_ADVISE came, so an entry may carry one. `addresses`: x-ignore-shared is on, each carries one.
+    Where mapped-ram is on, the caller reads what stands behind each entry before it asks for the next.
     """
-    entries: list[BlockEntry] = []
     names: set[str] = set()
     left = total
     while left > 0:
-        if len(entries) == MAX_BLOCKS:
+        if len(names) == MAX_BLOCKS:
             raise reader.error(f"at most {MAX_BLOCKS} RAM blocks", "more")
         entry = _read_block_entry(reader, page_sizes, addresses)
         if entry.length > left:
@@ -55,8 +59,7 @@ def read_block_list(
             raise reader.error("each RAM block once", f"'{entry.idstr}' again")
         names.add(entry.idstr)
         left -= entry.length
-        entries.append(entry)
-    return entries
+        yield entry
 
 
 def _read_block_entry(reader: StreamReader, page_sizes: bool, addresses: bool) -> BlockEntry:
@@ -77,6 +80,8 @@ def _is_page_size(ahead: bytes) -> bool:
 
 def write_block_list(writer: StreamWriter, entries: Sequence[BlockEntry]) -> None:
     for entry in entries:
+        if entry.mapped is not None:
+            raise StreamError(f"the pages of '{entry.idstr}' stay in their file: park the machine to write them again")
         writer.string(entry.idstr)
         writer.be64(entry.length)
         if entry.page_size is not None:
@@ -117,6 +122,7 @@ class RamLayout:
     page_size: int = TARGET_PAGE_SIZE
     page_sizes: bool = False
     addresses: bool = False
+    mapped: bool = False
 
 
 def _read_page(reader: StreamReader, layout: RamLayout) -> bytes:
@@ -172,8 +178,19 @@ def read_ram_record(reader: StreamReader, layout: RamLayout) -> RamRecord:
         return RamRecord(flags, address, idstr, PAGE_BODIES[kind](reader, layout))
     if kind is RamFlag.MEM_SIZE:
         entries = read_block_list(reader, address, page_sizes=layout.page_sizes, addresses=layout.addresses)
-        return RamRecord(flags, address, blocks=tuple(entries))
+        blocks = tuple(_count_mapped(reader, layout, entry) if layout.mapped else entry for entry in entries)
+        return RamRecord(flags, address, blocks=blocks)
     return RamRecord(flags, address)
+
+
+def _count_mapped(reader: StreamReader, layout: RamLayout, entry: BlockEntry) -> BlockEntry:
+    """Count the pages that are in the file behind the entry, and pass over them."""
+    header = read_mapped_header(reader, layout.page_size, entry.length)
+    present = sum(int.from_bytes(piece).bit_count() for piece in read_bitmap(reader, header, entry.length))
+    if present > entry.length // layout.page_size:
+        raise reader.error(f"at most the {entry.length // layout.page_size} pages of '{entry.idstr}'", f"{present}")
+    reader.pass_to(header.pages_offset + entry.length, f"what follows the pages of '{entry.idstr}'")
+    return replace(entry, mapped=present)
 
 
 def write_ram_record(writer: StreamWriter, record: RamRecord) -> None:

@@ -37,20 +37,35 @@ class Limits:
             raise UsageError(f"option '{RAM_LIMIT}' expects at least one page of {TARGET_PAGE_SIZE} bytes, got {ram}")
         return cls(ram, _parsed(options, BLOCK_LIMIT, _positive))
 
+    def now(self) -> Room:
+        """What one machine may have that arrives now."""
+        return Room(
+            ram=self.ram if self.ram is not None else host.spare_memory(),
+            blocks=self.blocks if self.blocks is not None else host.spare_descriptors(),
+            ram_because="allowed" if self.ram is not None else "that this host has free",
+            blocks_because="allowed" if self.blocks is not None else "that the limit on open files leaves room for",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The most that one machine may have, and where that comes from."""
+
+    ram: int
+    blocks: int
+    ram_because: str
+    blocks_because: str
+
     def check(self, blocks: int, ram: int) -> None:
         """Raise MachineError if a machine with that many RAM blocks and bytes of RAM is too large."""
-        most = self.blocks if self.blocks is not None else host.spare_descriptors()
-        if blocks > most:
-            known = "allowed" if self.blocks is not None else "that the limit on open files leaves room for"
+        if blocks > self.blocks:
             raise MachineError(
-                f"cannot make {blocks} RAM blocks: more than the {most} {known}"
+                f"cannot make {blocks} RAM blocks: more than the {self.blocks} {self.blocks_because}"
                 f" (raise it with --opt {BLOCK_LIMIT}=N and 'ulimit -n')"
             )
-        room = self.ram if self.ram is not None else host.spare_memory()
-        if ram > room:
-            known = "allowed" if self.ram is not None else "that this host has free"
+        if ram > self.ram:
             raise MachineError(
-                f"cannot make {format_size(ram)} of RAM: more than the {format_size(room)} {known}"
+                f"cannot make {format_size(ram)} of RAM: more than the {format_size(self.ram)} {self.ram_because}"
                 f" (raise it with --opt {RAM_LIMIT}=SIZE)"
             )
 

@@ -27,6 +27,7 @@ class ParkedMachine(Machine):
 
     def __init__(self, config: MachineConfig) -> None:
         self._limits = Limits.from_options(config.options)
+        self._room = self._limits.now()
         if config.program is not None:
             raise UsageError(f"machine 'qemu' runs no program, got '{config.program}': leave it out")
         if config.allow_undeclared:
@@ -85,14 +86,17 @@ class ParkedMachine(Machine):
                 raise MachineError(
                     f"cannot make RAM block '{idstr}': expected a multiple of {TARGET_PAGE_SIZE} bytes, got {length}"
                 )
-        self._limits.check(len(lengths), sum(lengths.values()))
+        if not self._blocks:
+            self._room = self._limits.now()
+        held = sum(block.length for block in self._blocks.values())
+        self._room.check(len(self._blocks) + len(lengths), held + sum(lengths.values()))
         try:
             for idstr, length in lengths.items():
                 self._blocks[idstr] = MemfdBlock(idstr, length)
         except MachineError:
             self.discard_loaded()
             raise
-        return self.ram_blocks()
+        return [self._blocks[idstr] for idstr in lengths]
 
     def discard_loaded(self) -> None:
         """See MakesRamBlocks: RAM, device state and the machine's name."""

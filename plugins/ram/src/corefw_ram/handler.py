@@ -75,7 +75,7 @@ class RamHandler(LiveHandler):
 
     def load_setup(self, context: IncomingContext) -> None:
         _checked(self._machine.ram_blocks())
-        self._loader = RamLoader(self._machine)
+        self._loader = RamLoader(self._machine, context)
 
     def load(self, reader: StreamReader, version_id: int) -> None:
         assert self._loader is not None, "load() before load_setup()"

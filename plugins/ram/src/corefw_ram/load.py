@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from corefw.errors import MachineError
 from corefw.machine import Machine, MakesRamBlocks, RamBlock
 from corefw.quantities import format_size
+from corefw.section import IncomingContext
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
-from corefw.wire.records import BlockEntry, read_block_list
+from corefw.wire.records import MAPPED_RAM, BlockEntry, read_block_list
 from corefw.wire.stream import StreamReader
 from corefw_ram.direct import Guess
+from corefw_ram.mapped import load_mapped_pages
 
 HEADER: Final = 8
 PAGE_RECORD: Final = HEADER + TARGET_PAGE_SIZE
@@ -68,8 +70,9 @@ class RamLoader:
     listed   the list of RAM blocks has come, and fits the machine's
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, context: IncomingContext) -> None:
         self._machine = machine
+        self._context = context
         self._blocks = {block.idstr: LoadedBlock(block) for block in machine.ram_blocks()}
         self._block: LoadedBlock | None = None
         self.listed = False
@@ -128,14 +131,26 @@ class RamLoader:
         block.fill(page, reader.u8("a page's fill byte"))
 
     def _load_block_list(self, reader: StreamReader, total: int) -> None:
-        entries = read_block_list(reader, total)
+        mapped = MAPPED_RAM in self._context.stream_capabilities
+        found = read_block_list(reader, total)
+        entries = [self._load_mapped(reader, entry) for entry in found] if mapped else self._take(reader, list(found))
+        if missing := self._blocks.keys() - {entry.idstr for entry in entries}:
+            raise reader.error(f"all RAM blocks of this machine ({', '.join(self._blocks)})", f"none '{min(missing)}'")
+        self.listed = True
+
+    def _load_mapped(self, reader: StreamReader, entry: BlockEntry) -> BlockEntry:
+        """A block whose pages stand behind its entry."""
+        self._take(reader, [entry])
+        load_mapped_pages(reader, self._blocks[entry.idstr].block)
+        return entry
+
+    def _take(self, reader: StreamReader, entries: Sequence[BlockEntry]) -> Sequence[BlockEntry]:
+        """Have blocks as the stream announces them; the same entries."""
         if isinstance(self._machine, MakesRamBlocks):
             self._make_blocks(reader, self._machine, entries)
         for entry in entries:
             self._check_entry(reader, entry)
-        if missing := self._blocks.keys() - {entry.idstr for entry in entries}:
-            raise reader.error(f"all RAM blocks of this machine ({', '.join(self._blocks)})", f"none '{min(missing)}'")
-        self.listed = True
+        return entries
 
     def _make_blocks(self, reader: StreamReader, machine: MakesRamBlocks, entries: Sequence[BlockEntry]) -> None:
         lengths = {entry.idstr: entry.length for entry in entries if entry.idstr not in self._blocks}

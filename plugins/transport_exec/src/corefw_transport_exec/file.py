@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw.channel import Channel, FileBacked, Interrupt, Listener, Transport, TransportFeatures
 from corefw.errors import ChannelError, UriError
 from corefw.sockets import reason
 from corefw.uri import MigrationUri
@@ -69,7 +69,8 @@ class FileTransport(Transport):
         def opens(interrupt: Interrupt) -> Channel:
             # A FIFO that nobody has opened for writing yet would read as ended; poll waits for the first writer.
             interrupt.wait_for(fd, select.POLLIN)
-            return PipeChannel(fd, str(self.uri), outgoing=False)
+            kind = StoredFileChannel if stat.S_ISREG(os.fstat(fd).st_mode) else PipeChannel
+            return kind(fd, str(self.uri), outgoing=False)
 
         return OneShotListener(self.uri, opens, lambda: os.close(fd))
 
@@ -116,6 +117,21 @@ class FileTransport(Transport):
 
     def _error(self, error: OSError) -> ChannelError:
         return ChannelError(f"{self.uri}: {reason(error)}")
+
+
+class StoredFileChannel(PipeChannel, FileBacked):
+    """Reads a file, from where its descriptor stands."""
+
+    def __init__(self, fd: int, peer: str, *, outgoing: bool) -> None:
+        super().__init__(fd, peer, outgoing=outgoing)
+        self.origin = os.lseek(fd, 0, os.SEEK_CUR)
+
+    def skip(self, count: int) -> None:
+        self._check(outgoing=False)
+        try:
+            os.lseek(self._fd, count, os.SEEK_CUR)
+        except OSError as error:
+            raise self._failed(error) from None
 
 
 class NewFileChannel(PipeChannel):
