@@ -81,6 +81,57 @@ def test_arrays_of_one_size_and_another_shape_are_refused(define: Define, there:
         load(define(there), saved(here), 1)
 
 
+@pytest.mark.parametrize(
+    ("there", "complaint"),
+    [
+        ("b = guest.field('u32'); a = guest.field('u32')", "in another order: a, b there, b, a here"),
+        ("a = guest.field('u32')", "'b' is missing here"),
+        ("a = guest.field('u32'); b = guest.field('u32'); c = guest.field('u8')", "'c' is missing there"),
+        ("a = guest.field('u32'); c = guest.field('u32')", "'b' is missing here; 'c' is missing there"),
+        ("a = guest.field('u32'); b = guest.field('i32')", "'b' is u32 there and i32 here"),
+        ("a = guest.field('u32'); b = guest.value()", "'b' is u32 there and value[1048576] here"),
+    ],
+)
+def test_other_fields_are_named_and_none_is_loaded(define: Define, there: str, complaint: str) -> None:
+    here = define("a = guest.field('u32', 7); b = guest.field('u32', 8)")
+    other = define(there)
+    before = {name: value for name, value in vars(other.state).items() if name in ("a", "b", "c")}
+    with pytest.raises(RemoteStreamError) as caught:
+        load(other, saved(here), 1)
+    assert caught.value.expected == "the fields that program 'P' has here"
+    assert complaint in caught.value.got
+    assert "raise `version`" in caught.value.got
+    assert before == {name: vars(other.state)[name] for name in before}
+
+
+def test_a_newer_version_may_have_its_fields_anywhere(define: Define) -> None:
+    old = define("a = guest.field('u8', 7); b = guest.field('u8', 8)")
+    new = define(
+        "version = 2; minimum_version = 1; z = guest.value([1], since=2); a = guest.field('u8')"
+        "; y = guest.rng(1, since=2); b = guest.field('u8')"
+    )
+    load(new, saved(old), 1)
+    state = vars(new.state)
+    assert (state["a"], state["b"], state["z"]) == (7, 8, b"[1]")
+    newer = define(
+        "version = 2; minimum_version = 1; z = guest.value([1], since=2); a = guest.field('u8')"
+        "; y = guest.rng(2, since=2); b = guest.field('u8')"
+    )
+    load(newer, saved(new), 2)
+    assert vars(newer.state)["y"] == state["y"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"version":1,"fields":[["a"]]}', "[" * 5000, "\xff"])
+def test_a_hostile_list_of_fields(define: Define, text: str) -> None:
+    device = define("a = guest.field('u8')")
+    data = saved(device)
+    at = data.index(b'{"version"')
+    raw = text.encode("latin-1")
+    hostile = data[: at - 4] + len(raw).to_bytes(4, "big") + raw + data[-1:]
+    with pytest.raises(RemoteStreamError, match="expected the fields of program 'P', got "):
+        load(device, hostile, 1)
+
+
 def test_text_that_is_no_text_is_refused(define: Define) -> None:
     device = define("t = guest.field('str[3]')")
     with pytest.raises(RemoteStreamError, match="UTF-8 in field 't'"):

@@ -249,7 +249,15 @@ def test_what_status_shows(make: Make) -> None:
     assert isinstance(fields, dict)
     assert (fields["u8"], fields["text"], fields["raw"], fields["flag"]) == (200, "Grüße", "6162000000", True)
     machine.start()
-    assert machine.information()["fields"] == {}
+
+    def steps() -> int:
+        fields = machine.information()["fields"]
+        assert isinstance(fields, dict)
+        return int(fields["steps"])
+
+    assert wait_until(lambda: steps() > 0)
+    first = steps()
+    assert wait_until(lambda: steps() > first), "it runs on while it is asked"
 
 
 def test_a_program_that_cannot_verify_itself(make: Make) -> None:

@@ -1,6 +1,6 @@
 """What a program declares: arrays (its RAM), fields (its device state) and options (what --opt takes).
 
-The law: a declaration is a descriptor on the class and says everything about one name; a wrong one raises TypeError or
+A declaration is a descriptor on the class and says everything about one name; a wrong one raises TypeError or
 ValueError when the class is made, a wrong value when it is assigned, both naming the program's own line as the place.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Protocol, overload
@@ -200,17 +201,58 @@ class FieldType:
         return data.ljust(self.size, b"\0")
 
 
-class Field:
-    """See guest.field()."""
+class Stored(ABC):
+    """What a program declares of its device state.
 
-    def __init__(self, kind: str, default: Value | None, since: int) -> None:
-        self.type = FieldType.parse(kind)
-        self.default = self.type.zero if default is None else self.type.check(default)
+    name    of the attribute, in the stream too
+    since   the first version of the program that has it
+    """
+
+    def __init__(self, since: int) -> None:
         self.since = since
         self.name = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
+
+    @property
+    @abstractmethod
+    def type_name(self) -> str:
+        """The type as the other side knows it; it says everything about the form in the stream."""
+
+    @abstractmethod
+    def stored(self, program: object) -> object:
+        """The value as the engine gets it. Raises TypeError or ValueError for one that cannot move."""
+
+    @abstractmethod
+    def restore(self, program: object, stored: Any) -> None:
+        """Set the value to what stored() gave. Raises ValueError."""
+
+
+class Field(Stored):
+    """See guest.field()."""
+
+    def __init__(self, kind: str, default: Value | None, since: int) -> None:
+        super().__init__(since)
+        self.type = FieldType.parse(kind)
+        self.default = self.type.zero if default is None else self.type.check(default)
+
+    @property
+    def type_name(self) -> str:
+        return str(self.type)
+
+    def stored(self, program: object) -> object:
+        value = self.__get__(program, type(program))
+        if not self.type.size:
+            return value
+        data = value.encode() if isinstance(value, str) else bytes(value)
+        return data.ljust(self.type.size, b"\0").hex()
+
+    def restore(self, program: object, stored: Any) -> None:
+        if self.type.size:
+            data = bytes.fromhex(stored)
+            stored = data.rstrip(b"\0").decode() if self.type.kind == "str" else data
+        self.__set__(program, stored)
 
     @overload
     def __get__(self, program: None, owner: type) -> Field: ...
@@ -231,7 +273,7 @@ class Declarations:
     """All that a program class declares, its bases' first, in the order of the source."""
 
     arrays: tuple[Array, ...]
-    fields: tuple[Field, ...]
+    fields: tuple[Stored, ...]
     options: tuple[Option, ...]
 
     MAX_ARRAYS: ClassVar[int] = 250
@@ -255,7 +297,7 @@ class Declarations:
                 raise ValueError(f"two {what} have the name '{min(twice)}'")
         if len(arrays) > cls.MAX_ARRAYS:
             raise ValueError(f"{len(arrays)} arrays are more than the {cls.MAX_ARRAYS} that a program can have")
-        return cls(arrays, tuple(one for one in found.values() if isinstance(one, Field)), options)
+        return cls(arrays, tuple(one for one in found.values() if isinstance(one, Stored)), options)
 
     def parse_options(self, given: Mapping[str, str]) -> Options:
         """What `--opt` said, with the defaults. Raises UsageError."""

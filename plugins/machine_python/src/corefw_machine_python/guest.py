@@ -10,7 +10,7 @@
             ...
             self.step += 1
 
-The law: between two calls of tick() the arrays and the fields are the whole state; nothing else moves. The program
+Between two calls of tick(), what is declared here is the whole state of the program; nothing else moves. The program
 runs in a process of its own, in its main thread; no method is called while another one runs.
 """
 
@@ -21,9 +21,10 @@ from typing import Any, ClassVar
 
 from numpy.typing import DTypeLike
 
+from corefw_machine_python import values
 from corefw_machine_python.declarations import Array, Field, Option, Options, Shape, Value, size
 
-__all__ = ["Options", "Program", "array", "field", "option", "size"]
+__all__ = ["Options", "Program", "array", "field", "option", "rng", "size", "value"]
 
 
 def array(name: str, shape: Shape | Callable[[Any], Shape], dtype: DTypeLike = "float64") -> Array:
@@ -47,6 +48,31 @@ def field(kind: str, default: Value | None = None, *, since: int = 0) -> Field:
     Assigning a value that does not fit raises TypeError or ValueError.
     """
     return Field(kind, default, since)
+
+
+def value(default: Any = None, *, limit: int = values.DEFAULT_LIMIT, since: int = 0) -> values.Value:
+    """Any value as JSON has it: dict, list, str, int, float, bool, None; also bytes and tuple, nested as you like.
+
+    Change it in place or assign it, as in `self.items.append(1)`. The keys of a dict are str. It is sent while the
+    program is stopped, so keep it small and put numbers into arrays.
+
+    limit   bytes that it may have as text, at most 64 MiB. A program with a larger one cannot move, and runs on
+    since   see field()
+
+    Assigning what does not fit raises TypeError or ValueError; what is changed in place is checked when it is to move.
+    An object that is in a value twice arrives as two.
+    """
+    return values.Value(default, limit, since)
+
+
+def rng(seed: int | None = None, *, kind: values.Kind = "numpy", since: int = 0) -> values.Rng:
+    """A random generator that goes on with the same sequence where it arrives.
+
+    seed   for the first numbers; None: different ones in every run
+    kind   "numpy" for a numpy.random.Generator (that of default_rng()), "random" for a random.Random
+    since  see field()
+    """
+    return values.Rng(seed, kind, since)
 
 
 def option(
@@ -98,5 +124,5 @@ class Program:
         raise NotImplementedError(f"{type(self).__name__} has no verify()")
 
     def finish(self) -> None:
-        """End the program behind this tick: its work is done."""
+        """End the program after this tick: its work is done."""
         self.__dict__["finished"] = True

@@ -7,6 +7,7 @@ that is closed, whatever it does at that moment (PR_SET_PDEATHSIG would be about
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -26,11 +27,12 @@ from numpy.typing import NDArray
 
 from corefw.errors import MigfwError, UsageError, one_line
 from corefw.memory import pagemap
-from corefw_machine_python.declarations import Declarations, Field
+from corefw_machine_python.declarations import Declarations
 from corefw_machine_python.guest import Program
 from corefw_machine_python.loading import load_program
 from corefw_machine_python.protocol import Link, Message
-from corefw_machine_python.undeclared import Watch, message
+from corefw_machine_python.undeclared import Watch
+from corefw_machine_python.undeclared import message as undeclared_message
 
 Answer = tuple[Message, list[int]]
 F_SETSIG: Final = 10
@@ -40,8 +42,8 @@ class _Stranger(MigfwError):
     """The engine asked for what is not in the protocol, or at the wrong time."""
 
 
-class _Undeclared(MigfwError):
-    """The program has state that would not move, and was started under a promise that everything does."""
+class _Unmovable(MigfwError):
+    """The program has state that would not move."""
 
 
 class Guest:
@@ -58,6 +60,7 @@ class Guest:
         self._watch_made: Watch | None = None
         self._only_migratable = False
         self._ticked = False  # since the process began
+        self._kept: list[Any] = []  # the fields' values as they were last handed over
         self._percent = 0
         self._nap = 0.0
         self._commands: dict[str, Callable[[Message, list[int]], Answer]] = {
@@ -135,7 +138,7 @@ class Guest:
         """The state that would not move. Raises where the guest may have none."""
         names = self._watch.found()
         if names and self._only_migratable:
-            raise _Undeclared(f"only-migratable was asked for, but {message(self._program_name, names)}")
+            raise _Unmovable(f"only-migratable was asked for, but {undeclared_message(self._program_name, names)}")
         return names
 
     @property
@@ -144,7 +147,9 @@ class Guest:
 
     def _ended(self, error: BaseException | None) -> int:
         finished = error is None or (isinstance(error, SystemExit) and not error.code)
-        message: Message = {"event": "ended", "values": self._values(), "reason": None, "traceback": ""}
+        message: Message = {"event": "ended", "values": None, "reason": None, "traceback": ""}
+        with contextlib.suppress(_Unmovable):
+            message["values"] = self._values()
         if error is not None and not finished:
             message |= {"reason": _reason(error), "traceback": _traceback(error)}
         sys.stdout.flush()
@@ -185,7 +190,7 @@ class Guest:
                 {"name": array.name, "dtype": array.dtype.descr, "shape": shape, "length": _length(array.dtype, shape)}
                 for array, shape in sizes
             ],
-            "fields": [{"name": one.name, "type": str(one.type), "since": one.since} for one in self._declared.fields],
+            "fields": [{"name": one.name, "type": one.type_name, "since": one.since} for one in self._declared.fields],
             "values": self._values(),
         }, []
 
@@ -221,16 +226,26 @@ class Guest:
         if self._started:
             self._program.before_stop()
             self._started = False
-        undeclared = self._watch.found() if self._set_up else []
-        if undeclared and request["whole"]:
-            self._after_start()
-            raise _Undeclared(message(self._program_name, undeclared))
+        try:
+            undeclared = self._watch.found() if self._set_up else []
+            if undeclared and request["whole"]:
+                raise _Unmovable(undeclared_message(self._program_name, undeclared))
+            values = self._values()
+        except _Unmovable:
+            if self._running and self._set_up:
+                self._after_start()
+            raise
         self._running = False
         sys.stdout.flush()
-        return {"values": self._values(), "set_up": self._set_up, "undeclared": undeclared}, []
+        return {"values": values, "set_up": self._set_up, "undeclared": undeclared}, []
 
     def _look(self, _request: Message, _fds: list[int]) -> Answer:
-        return {"undeclared": self._watch.found() if self._set_up else []}, []
+        answer: Message = {"undeclared": self._watch.found() if self._set_up else [], "values": None, "unmovable": ""}
+        try:
+            answer["values"] = self._values()
+        except _Unmovable as error:
+            answer["unmovable"] = str(error)
+        return answer, []
 
     def _verify(self, request: Message, _fds: list[int]) -> Answer:
         if type(self._program).verify is Program.verify:
@@ -251,26 +266,20 @@ class Guest:
     # -- fields ----------------------------------------------------------------------------------------------------
 
     def _values(self) -> list[Any]:
-        return [_encode(one, getattr(self._program, one.name)) for one in self._declared.fields]
+        """Raises _Unmovable where one has a value that cannot move."""
+        try:
+            self._kept = [one.stored(self._program) for one in self._declared.fields]
+        except (TypeError, ValueError) as error:
+            raise _Unmovable(str(error)) from None
+        return list(self._kept)
 
     def _set_values(self, request: Message) -> None:
-        for one, value in zip(self._declared.fields, request["values"], strict=True):
-            setattr(self._program, one.name, _decode(one, value))
+        """What did not change meanwhile stays the same object: the program may hold it elsewhere as well."""
+        kept = self._kept or [None] * len(self._declared.fields)
+        for one, value, before in zip(self._declared.fields, request["values"], kept, strict=True):
+            if value != before or isinstance(value, float):  # 0.0 == -0.0
+                one.restore(self._program, value)
         self._set_up = request["set_up"]
-
-
-def _encode(field: Field, value: Any) -> object:
-    if field.type.size:
-        data = value.encode() if isinstance(value, str) else bytes(value)
-        return data.ljust(field.type.size, b"\0").hex()
-    return value
-
-
-def _decode(field: Field, value: Any) -> object:
-    if not field.type.size:
-        return value
-    data = bytes.fromhex(value)
-    return data.rstrip(b"\0").decode() if field.type.kind == "str" else data
 
 
 def _length(dtype: np.dtype[Any], shape: Sequence[int]) -> int:
@@ -293,7 +302,7 @@ def _of_the_program(error: BaseException) -> TracebackType | None:
 
 def _reason(error: BaseException) -> str:
     """One line: "ZeroDivisionError: division by zero (heat.py, line 12, in tick)"."""
-    if isinstance(error, _Undeclared):
+    if isinstance(error, _Unmovable):
         return str(error)
     text = one_line(traceback.format_exception_only(error)[-1])
     frames = traceback.extract_tb(_of_the_program(error))
@@ -304,7 +313,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _traceback(error: BaseException) -> str:
-    if isinstance(error, _Undeclared):
+    if isinstance(error, _Unmovable):
         return ""
     return "".join(traceback.format_exception(type(error), error, _of_the_program(error)))
 

@@ -22,7 +22,7 @@ from corefw_machine_python import undeclared
 from corefw_machine_python.loading import BUNDLED, EXPECTED
 from corefw_machine_python.process import START_TIMEOUT, Ending, GuestProcess, GuestTimeout
 from corefw_machine_python.protocol import Message
-from corefw_machine_python.table import SET_UP, get_values, make_device, set_values, show_values
+from corefw_machine_python.table import SET_UP, get_values, make_device, set_values, show_values, value_sizes
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ class PythonMachine(Machine):
         self._allow_undeclared = config.allow_undeclared
         self._undeclared: Sequence[str] = ()
         self._warned: set[str] = set()
+        self._unmovable = ""
+        self._said: Sequence[Any] = ()
         self._guest = GuestProcess(self._guest_ended, self._note_undeclared)
         try:
             self._load(config)
@@ -114,10 +116,32 @@ class PythonMachine(Machine):
             "pid": self._guest.pid,
             "ram": {block.idstr: block.length for block in self._blocks},
             "dirty-log": {block.idstr: _log_kind(block) for block in self._blocks},
-            # Of a guest that runs, its process alone has the truth.
-            "fields": {} if self._run_state is RunState.RUNNING else show_values(self._device, self._loaded["fields"]),
+            **self._shown_fields(),
             **({"error": self._reason} if self._reason else {}),
         }
+
+    def _shown_fields(self) -> dict[str, object]:
+        """Of a guest that runs as it says, between two ticks; as it said last where a tick takes long."""
+        self._look()
+        fields, said = self._loaded["fields"], self._said
+        sizes = value_sizes(fields, said)
+        return {"fields": show_values(fields, said), **({"value-sizes": sizes} if sizes else {})}
+
+    def _look(self) -> None:
+        """Ask the guest how it is."""
+        if self._run_state is not RunState.RUNNING:
+            self._said = get_values(self._device, self._loaded["fields"])
+        if self._run_state in DEAD or self._closed:
+            return
+        try:
+            answer, _ = self._guest.ask("look", LOOK_TIMEOUT)
+        except MachineError as error:  # what was known before has to do; a stop looks again
+            log.debug("the guest did not say how it is: %s", error)
+            return
+        self._unmovable = answer["unmovable"]
+        self._note_undeclared(answer["undeclared"])
+        if answer["values"] is not None and self._run_state is RunState.RUNNING:
+            self._said = answer["values"]
 
     # -- run states ------------------------------------------------------------------------------------------------
 
@@ -224,13 +248,11 @@ class PythonMachine(Machine):
 
     def blockers(self) -> list[str]:
         """Why the guest cannot migrate now."""
-        if self._run_state not in DEAD and not self._closed:
-            try:
-                answer, _ = self._guest.ask("look", LOOK_TIMEOUT)
-                self._note_undeclared(answer["undeclared"])
-            except MachineError as error:  # what was known before has to do; a stop looks again
-                log.debug("the guest was not asked for undeclared state: %s", error)
-        return [self._undeclared_state] if self._undeclared and not self._allow_undeclared else []
+        self._look()
+        reasons = [f"program '{self._loaded['name']}': {self._unmovable}"] if self._unmovable else []
+        if self._undeclared and not self._allow_undeclared:
+            reasons.append(self._undeclared_state)
+        return reasons
 
     def _note_undeclared(self, names: Sequence[str]) -> None:
         self._undeclared = names

@@ -12,7 +12,7 @@ u32 of length (this host's byte order) and JSON; file descriptors travel with it
     start       values, set_up                undeclared (once setup() has been called)
     resume      -                             -              (a stop was given up: run on with what is there)
     stop        whole                         values, set_up, undeclared    (whole: fails where something is undeclared)
-    look        -                             undeclared
+    look        -                             undeclared, values, unmovable (values is null where unmovable says why)
     verify      values, set_up                facts          (null: as it is, for a guest that runs)
     throttle    percent                       -
     quit        -                             -              (and the process ends)
@@ -22,7 +22,8 @@ u32 of length (this host's byte order) and JSON; file descriptors travel with it
     ended       reason, traceback             reason null: the program finished; its values come along
 
 An answer has "ok", or "error" with "usage" (whether the request was wrong) and "traceback" ("" where it says nothing).
-Values are a list in the order of the fields: numbers, truth values, and hexadecimal digits for bytes and text.
+Values are a list in the order of the fields: numbers, truth values, hexadecimal digits for bytes and text, and for
+guest.value and guest.rng their text (see jsonlike).
 """
 
 from __future__ import annotations

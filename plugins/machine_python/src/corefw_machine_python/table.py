@@ -1,20 +1,33 @@
 """A program's fields as a VMState: the table is made from what the guest's process said of its class.
 
-The law: the state object has the fields as they go onto the wire: numbers, truth values, and bytes for text as well.
-The engine never sees the class itself.
+The state object has the fields as they go onto the wire: numbers, truth values, and bytes for everything else. Text of
+variable length (guest.value, guest.rng) is a 32-bit size and as many bytes, as QEMU's VMSTATE_VBUFFER_UINT32. The
+engine never sees the class itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from corefw.machine import Device
+from corefw.quantities import format_size
+from corefw.wire.stream import StreamReader
 from corefw.wire.vmstate import Buffer, Kind, Refused, Scalar, VMState
 from corefw.wire.vmstate.fields import Field
+from corefw_machine_python import jsonlike
 from corefw_machine_python.declarations import FieldType
+from corefw_machine_python.layout import (
+    MAX_LAYOUT,
+    RAISE_VERSION,
+    compare_fields,
+    pack_fields,
+    unpack_fields,
+    variable_limit,
+)
 
 SET_UP: Final = "set-up"
 """Whether setup() was called. The dash keeps it apart from every field of a program."""
@@ -22,40 +35,66 @@ SET_UP: Final = "set-up"
 LAYOUT: Final = "array-layout"
 """A digest of names, dtypes and shapes of the arrays: equal sizes alone do not make them the same."""
 
+FIELDS: Final = "field-layout"
+"""Names and types of the fields, compared before any of them is loaded."""
+
 _DIGEST: Final = 16
+_SHOWN: Final = 200
+"""Characters of a value that are shown; of longer ones only the size."""
 
 
 class ProgramState:
-    """The fields by their names, and the two above."""
+    """The fields by their names, and the three above; of what has a variable length the size as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class _CheckedBuffer(Buffer):
+    """A buffer that is looked at before anything behind it is loaded."""
+
+    check: Callable[[bytes], None] = field(kw_only=True)
+
+    def load(self, reader: StreamReader, state: object) -> None:
+        Buffer.load(self, reader, state)
+        try:
+            self.check(bytes(self.held(state)))
+        except Refused as error:
+            raise reader.error(error.expected, error.got) from None
 
 
 def make_device(loaded: Mapping[str, Any]) -> Device:
     """The device of a program, from the answer to "load"."""
     name = f"program/{loaded['name']}"
-    layout = hashlib.sha256(json.dumps(loaded["arrays"]).encode()).digest()[:_DIGEST]
-    texts = [field["name"] for field in loaded["fields"] if FieldType.parse(field["type"]).kind == "str"]
-    state = ProgramState()
-    setattr(state, SET_UP, False)
-    setattr(state, LAYOUT, layout)
+    arrays = hashlib.sha256(json.dumps(loaded["arrays"]).encode()).digest()[:_DIGEST]
+    fields = pack_fields(loaded["version"], loaded["fields"])
+
+    def own_layout(state: object) -> None:
+        setattr(state, LAYOUT, arrays)
+        _set_sized(state, FIELDS, fields)
 
     def post_load(state: object, _version_id: int) -> None:
-        if getattr(state, LAYOUT) != layout:
-            setattr(state, LAYOUT, layout)
-            arrays = ", ".join(f"{one['name']} {one['shape']}" for one in loaded["arrays"])
-            raise Refused(f"arrays as they are here ({arrays})", "other names, shapes or dtypes")
-        for text in texts:
-            try:
-                getattr(state, text).decode()
-            except UnicodeDecodeError:
-                raise Refused(f"UTF-8 in field '{text}'", repr(getattr(state, text))) from None
+        if getattr(state, LAYOUT) != arrays:
+            here = ", ".join(f"{one['name']} {one['shape']}" for one in loaded["arrays"])
+            raise Refused(f"arrays as they are here ({here})", "other names, shapes or dtypes")
+        for one in loaded["fields"]:
+            _check_loaded(one, getattr(state, one["name"]))
 
+    state = ProgramState()
+    setattr(state, SET_UP, False)
+    own_layout(state)
     try:
         table = VMState(
             name,
             version_id=loaded["version"],
             minimum_version_id=loaded["minimum_version"],
-            fields=(Scalar(SET_UP, Kind.BOOL), Buffer(LAYOUT, _DIGEST), *(_row(field) for field in loaded["fields"])),
+            fields=(
+                Scalar(SET_UP, Kind.BOOL),
+                Buffer(LAYOUT, _DIGEST),
+                Scalar(_size(FIELDS), Kind.U32),
+                _CheckedBuffer(FIELDS, _size(FIELDS), limit=MAX_LAYOUT, check=lambda data: _check_fields(loaded, data)),
+                *(row for one in loaded["fields"] for row in _rows(one)),
+            ),
             post_load=post_load,
+            pre_save=own_layout,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"program '{loaded['name']}': {error}") from None
@@ -64,29 +103,91 @@ def make_device(loaded: Mapping[str, Any]) -> Device:
     return device
 
 
-def _row(field: Mapping[str, Any]) -> Field:
-    kind = FieldType.parse(field["type"])
+def _size(name: str) -> str:
+    """What the size of a buffer is called. The dot keeps it apart from every field of a program."""
+    return f"{name}.size"
+
+
+def _set_sized(state: object, name: str, data: bytes) -> None:
+    setattr(state, _size(name), len(data))
+    setattr(state, name, data)
+
+
+def _rows(one: Mapping[str, Any]) -> tuple[Field, ...]:
+    name, since = one["name"], one["since"]
+    limit = variable_limit(one["type"])
+    if limit is not None:
+        return Scalar(_size(name), Kind.U32, since=since), Buffer(name, _size(name), limit=limit, since=since)
+    kind = FieldType.parse(one["type"])
     if kind.size:
-        return Buffer(field["name"], kind.size, since=field["since"])
-    return Scalar(field["name"], Kind(kind.kind), since=field["since"])
+        return (Buffer(name, kind.size, since=since),)
+    return (Scalar(name, Kind(kind.kind), since=since),)
+
+
+def _check_fields(loaded: Mapping[str, Any], data: bytes) -> None:
+    try:
+        version, theirs = unpack_fields(data)
+    except ValueError as error:
+        raise Refused(f"the fields of program '{loaded['name']}'", str(error)) from None
+    if different := compare_fields(loaded["fields"], theirs, version):
+        raise Refused(
+            f"the fields that program '{loaded['name']}' has here",
+            f"other fields: {'; '.join(different)} ({RAISE_VERSION})",
+        )
+
+
+def _check_loaded(one: Mapping[str, Any], value: Any) -> None:
+    """Raises Refused for what the guest's process could not take."""
+    name, type_name = one["name"], one["type"]
+    try:
+        if type_name.startswith("str["):
+            value.decode()
+        elif variable_limit(type_name) is not None:
+            decoded = jsonlike.decode(value)
+            if type_name.startswith("rng["):
+                jsonlike.check_generator(type_name[4:-1], decoded)
+    except UnicodeDecodeError:
+        raise Refused(f"UTF-8 in field '{name}'", repr(value)) from None
+    except ValueError as error:
+        raise Refused(f"a {type_name} in field '{name}'", str(error)) from None
 
 
 def set_values(device: Device, fields: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> None:
     """What the guest said, into the state."""
-    for field, value in zip(fields, values, strict=True):
-        setattr(device.state, field["name"], bytes.fromhex(value) if isinstance(value, str) else value)
+    for one, value in zip(fields, values, strict=True):
+        if variable_limit(one["type"]) is not None:
+            _set_sized(device.state, one["name"], value.encode())
+        else:
+            setattr(device.state, one["name"], bytes.fromhex(value) if isinstance(value, str) else value)
 
 
 def get_values(device: Device, fields: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The state, as it is said to the guest."""
-    values = [getattr(device.state, field["name"]) for field in fields]
-    return [bytes(value).hex() if isinstance(value, bytes | bytearray) else value for value in values]
+    return [_said(one, getattr(device.state, one["name"])) for one in fields]
 
 
-def show_values(device: Device, fields: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The state for people, by name: text as text, bytes as hexadecimal digits."""
-    shown = {}
-    for field, value in zip(fields, get_values(device, fields), strict=True):
-        text = FieldType.parse(field["type"]).kind == "str"
-        shown[field["name"]] = bytes.fromhex(value).rstrip(b"\0").decode(errors="replace") if text else value
-    return shown
+def _said(one: Mapping[str, Any], value: Any) -> Any:
+    if variable_limit(one["type"]) is not None:
+        return bytes(value).decode("ascii")
+    return bytes(value).hex() if isinstance(value, bytes | bytearray) else value
+
+
+def show_values(fields: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> dict[str, Any]:
+    """What the guest said, for people, by name: text as text, bytes as hexadecimal digits, of a long value the size."""
+    return {one["name"]: _shown(one["type"], value) for one, value in zip(fields, values, strict=True)}
+
+
+def _shown(type_name: str, value: Any) -> Any:
+    if type_name.startswith("str["):
+        return bytes.fromhex(value).rstrip(b"\0").decode(errors="replace")
+    if type_name.startswith("rng["):
+        return f"a generator ({type_name[4:-1]})"
+    if type_name.startswith("value["):
+        return value if len(value) <= _SHOWN else f"a value of {format_size(len(value))}"
+    return value
+
+
+def value_sizes(fields: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> dict[str, int]:
+    """Bytes in the stream of what has a variable length, by name."""
+    pairs = zip(fields, values, strict=True)
+    return {one["name"]: len(value) for one, value in pairs if variable_limit(one["type"]) is not None}
