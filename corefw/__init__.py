@@ -1,5 +1,3 @@
 """migfw: live migration as a framework. Start reading at docs/architecture.md."""
 
-from typing import Final
-
-__version__: Final = "0.1.0"
+__version__ = "0.1.0"

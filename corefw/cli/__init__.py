@@ -8,11 +8,16 @@ the table of commands, neither NumPy nor a plugin.
     options.py    options that several commands share, and how their values are written
     output.py     what goes to stdout: JSON documents, tables, lines
     stdout.py     where that goes, and what happens when it cannot be written
+    leaving.py    what Ctrl-C does as long as there is nothing to undo
     engines.py    the engine that a command talks to over QMP: migfw's own, or a QEMU
     the rest      one module for each command, or for a family of small ones
 """
 
 from __future__ import annotations
+
+from corefw.cli.leaving import leave_at_once
+
+leave_at_once()
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 import click
 
 from corefw import __version__
+from corefw.cli.leaving import leave_at_once, raise_interrupts
 from corefw.cli.outcome import ExitStatus, Finished, guarded
 
 
@@ -87,6 +88,16 @@ class LazyGroup(click.Group):
                 assert command is not None
                 error.ctx = click.Context(command, info_name=ctx.invoked_subcommand, parent=ctx)
             raise
+        finally:
+            leave_at_once()
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Import the command's module. From here on Ctrl-C has to find its way through what the command undoes."""
+        found = super().resolve_command(ctx, args)
+        raise_interrupts()
+        return found
 
 
 def _verbose_option() -> click.Option:

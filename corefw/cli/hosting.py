@@ -14,11 +14,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -28,9 +29,12 @@ from corefw.engine import Engine, Event
 from corefw.errors import MigfwError, one_line
 from corefw.machine import DEAD
 from corefw.news import News
-from corefw.qmp.address import UnixAddress
+from corefw.qmp.address import QmpAddress, UnixAddress
 from corefw.qmp.server import QmpServer
 from corefw.states import MigrationStatus, Side
+
+if TYPE_CHECKING:
+    from corefw.cli.detaching import Background
 
 LINGER: Final = 10.0
 """Seconds that a source stays, at most, for clients that are still connected when its guest has moved."""
@@ -63,12 +67,14 @@ class Plan:
     """incoming   where to wait for a guest; None: it is here
     deferred   wait for migrate-incoming instead
     paused     do not start the guest
-    stay       outlive a guest that moved, or that failed to arrive"""
+    stay       outlive a guest that moved, or that failed to arrive
+    background the process is detached, and whoever started it waits for the word that it is ready"""
 
     incoming: str | None
     deferred: bool
     paused: bool
     stay: bool
+    background: Background | None = None
 
 
 def say(text: str) -> None:
@@ -81,15 +87,22 @@ def say(text: str) -> None:
         note(str(error))
 
 
-def host(engine: Engine, server: QmpServer, plan: Plan) -> None:
-    """Begin, wait for the end, and say why it came. Raises MigfwError or Finished when that is no good one."""
+def host(engine: Engine, address: QmpAddress, listen: Callable[[], QmpServer], plan: Plan) -> None:
+    """Begin, wait for the end, and say why it came. Raises MigfwError or Finished when that is no good one.
+
+    `listen` makes the QMP server at `address`. A destination that was told where to wait does that first: a script that
+    waits for the QMP socket to appear may migrate at once.
+    """
     endings: Endings = queue.SimpleQueue()
-    _hear_signals(endings, server)
+    _hear_signals(endings, address)
     _say_it_once()
     arrivals: News[str] = News(say)
     begun = threading.Event()
-    _watch(engine, server, endings, plan, arrivals, begun)
-    _begin(engine, server, endings, plan)
+    _watch(engine, endings, plan, arrivals, begun)
+    dialled = engine.migrate_incoming(plan.incoming) if plan.incoming is not None else None
+    server = listen()
+    threading.Thread(target=_wait_quit, args=(server, endings), name="quit", daemon=True).start()
+    _begin(engine, server, endings, plan, dialled)
     begun.set()
     arrivals.tell()
     ending = endings.get()
@@ -104,31 +117,40 @@ def _say_it_once() -> None:
         logging.getLogger("corefw.engine.incoming").setLevel(logging.ERROR)
 
 
-def _begin(engine: Engine, server: QmpServer, endings: Endings, plan: Plan) -> None:
-    where = f"'{engine.name}', QMP at {server.address}"
-    if plan.incoming is not None:
-        say(f"{where}; waiting for a migration at {engine.migrate_incoming(plan.incoming)}")
+def _begin(engine: Engine, server: QmpServer, endings: Endings, plan: Plan, dialled: str | None) -> None:
+    def ready(what: str) -> None:
+        line = f"'{engine.name}', QMP at {server.address}; {what}"
+        say(line)
+        facts = {"name": engine.name, "pid": os.getpid(), "qmp": str(server.address), "incoming-uri": dialled}
+        if plan.background is not None and not plan.background.ready(line, facts):
+            endings.put(Ending.TERMINATED)
+
+    if dialled is not None:
+        ready(f"waiting for a migration at {dialled}")
     elif plan.deferred:
-        say(f"{where}; waiting for migrate-incoming to say where a guest comes in")
+        ready("waiting for migrate-incoming to say where a guest comes in")
     elif plan.paused:
-        say(f"{where}; the guest is not started yet: 'migfw cont' does")
+        ready("the guest is not started yet: 'migfw cont' does")
     else:
         # A guest may take its time to start; Ctrl-C and QMP are heard meanwhile.
-        threading.Thread(target=_start, args=(engine, endings, where), name="start", daemon=True).start()
+        threading.Thread(target=_start, args=(engine, endings, ready), name="start", daemon=True).start()
 
 
-def _start(engine: Engine, endings: Endings, where: str) -> None:
+def _start(engine: Engine, endings: Endings, ready: Callable[[str], None]) -> None:
     try:
         engine.cont()
-        say(f"{where}; the guest is running")
+        ready("the guest is running")
     except MigfwError as error:
         if engine.machine.run_state not in DEAD:  # else there was an event, with the guest's own reason
             endings.put(error)
 
 
-def _watch(
-    engine: Engine, server: QmpServer, endings: Endings, plan: Plan, arrivals: News[str], begun: threading.Event
-) -> None:
+def _wait_quit(server: QmpServer, endings: Endings) -> None:
+    server.wait_quit()
+    endings.put(Ending.QUIT)
+
+
+def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: News[str], begun: threading.Event) -> None:
     """Put every reason to end into the queue when it comes. A guest may arrive before it is `begun`: the line that says
     where it can comes first all the same."""
 
@@ -153,24 +175,19 @@ def _watch(
             ended = event.data.get("reason") == "guest-shutdown"
             endings.put(Ending.GUEST_ENDED if ended else Ending.GUEST_FAILED)
 
-    def wait_quit() -> None:
-        server.wait_quit()
-        endings.put(Ending.QUIT)
-
     engine.outgoing.observe(status_changed)
     engine.incoming.observe(status_changed)
     engine.observe(happened)
-    threading.Thread(target=wait_quit, name="quit", daemon=True).start()
 
 
-def _hear_signals(endings: Endings, server: QmpServer) -> None:
+def _hear_signals(endings: Endings, address: QmpAddress) -> None:
     """From now on the first Ctrl-C or SIGTERM ends the process in order, the second at once, and the guest with it."""
     heard: list[int] = []
 
     def handler(number: int, _frame: FrameType | None) -> None:
         if heard:
-            if isinstance(server.address, UnixAddress):
-                Path(server.address.path).unlink(missing_ok=True)
+            if isinstance(address, UnixAddress):
+                Path(address.path).unlink(missing_ok=True)
             os._exit(ExitStatus.INTERRUPTED)
         heard.append(number)
         endings.put(Ending.INTERRUPTED if number == signal.SIGINT else Ending.TERMINATED)

@@ -1,6 +1,6 @@
-"""Ctrl-C (and SIGTERM) as a wish that a command hears at a moment of its own, and not in the middle of something.
+"""Ctrl-C (and SIGTERM) as a request that a command looks at when it suits, and not in the middle of something.
 
-The law: the first one is remembered; a second one raises KeyboardInterrupt wherever the command is then.
+The first one is remembered; a second one raises KeyboardInterrupt wherever the command is then.
 """
 
 from __future__ import annotations

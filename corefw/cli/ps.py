@@ -14,7 +14,7 @@ from corefw.qmp.address import EngineInfo, find_engines
 @click.command()
 @json_option
 def ps(as_json: bool) -> None:
-    """List the engines that you run on this host: name, process, machine, state of the guest, migration.
+    """List the engines that you run on this host: name, process, machine, state of the guest, migration, address, log.
 
     Engines started with 'migfw run --qmp ADDRESS' have a place of their own and are not listed.
 
@@ -27,8 +27,10 @@ def ps(as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    columns = ("name", "pid", "machine", "guest", "migration", "qmp")
-    print_table([column.upper() for column in columns], [[str(facts[column]) for column in columns] for facts in found])
+    columns = ("name", "pid", "machine", "guest", "migration", "qmp", "log")
+    print_table(
+        [column.upper() for column in columns], [[str(facts[column] or "-") for column in columns] for facts in found]
+    )
 
 
 def _ask(engine: EngineInfo) -> dict[str, object] | None:
@@ -43,6 +45,7 @@ def _ask(engine: EngineInfo) -> dict[str, object] | None:
                 "guest": client.run_state(),
                 "migration": client.migration_status(),
                 "qmp": str(engine.address),
+                "log": (status.get("launch") or {}).get("log"),
             }
     except MigfwError:
         return None

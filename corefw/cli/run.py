@@ -1,7 +1,7 @@
 """`migfw run`: put a guest, its engine and the QMP server together, and stay until it is over.
 
-The law: everything that can be wrong in the command line is refused before the guest is made; whatever was made is
-undone on every way out, so nothing is left behind.
+Invariant: whatever can be wrong in the command line is refused before the guest is made, and every way out undoes what
+was made, so nothing is left behind.
 """
 
 from __future__ import annotations
@@ -9,17 +9,21 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 
+from corefw.cli.leaving import LeavingAtOnce
 from corefw.cli.naming import claim
 from corefw.cli.options import parse_switches, settings_options, split_pairs
+from corefw.errors import UsageError
 
 if TYPE_CHECKING:
     from corefw.settings import Settings
 
 DEFER: Final = "defer"
+PROPERTY: Final = "--property NAME=on or --property NAME=off"
 
 
 @click.command()
@@ -60,6 +64,12 @@ DEFER: Final = "defer"
     "--allow-undeclared", is_flag=True, help="Let the guest migrate even if undeclared state would be left behind."
 )
 @click.option("--paused", is_flag=True, help="Do not start the guest; 'migfw cont' does.")
+@click.option(
+    "--detach",
+    is_flag=True,
+    help="Go on in the background once the engine is ready. Its output goes to a log that 'migfw status' names.",
+)
+@click.option("--json", "as_json", is_flag=True, help="With --detach: print one JSON document about the engine.")
 @click.option("--stay", is_flag=True, help="Stay when the guest has left, or when a guest failed to arrive.")
 def run(
     program: str | None,
@@ -75,6 +85,8 @@ def run(
     allow_any_user: bool,
     allow_undeclared: bool,
     paused: bool,
+    detach: bool,
+    as_json: bool,
     stay: bool,
 ) -> None:
     """Run PROGRAM as a guest that can migrate, or wait for one to migrate here.
@@ -88,6 +100,7 @@ def run(
     Examples:
       migfw run heat.py:Heat
       migfw run stress --opt ram=1G --opt dirty-rate=100M
+      migfw run heat.py:Heat --detach
       migfw run heat.py:Heat --incoming tcp:0.0.0.0:4444
       migfw run --machine qemu --incoming unix:/tmp/vm.sock
 
@@ -98,23 +111,30 @@ def run(
       2    wrong usage, nothing was started
       130  Ctrl-C
     """
-    from corefw.cli.hosting import Plan, host
-    from corefw.engine import Engine
-    from corefw.machine import MachineConfig
-    from corefw.plugins import Plugins
-    from corefw.qmp.server import QmpServer
+    with LeavingAtOnce():
+        from corefw.cli.detaching import go_to_background
+        from corefw.cli.hosting import Plan, host
+        from corefw.engine import Engine, Launch
+        from corefw.machine import MachineConfig
+        from corefw.plugins import Plugins
+        from corefw.qmp.server import QmpServer
 
+    if as_json and not detach:
+        raise UsageError("--json is for --detach: without it the engine stays, and says what happens in lines")
+    background = go_to_background(as_json=as_json) if detach else None
     # Until the engine hears signals itself, SIGTERM finds its way through the cleaning up as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = split_pairs(opts, "--opt NAME=VALUE, as in --opt ram=1G")
-    plugins = Plugins.load()
+    with LeavingAtOnce():
+        plugins = Plugins.load()
     settings = plugins.settings()
     _apply(settings, caps, params, properties, only_migratable=only_migratable, allow_any_user=allow_any_user)
     deferred = incoming == DEFER
     if incoming is not None and not deferred:
         plugins.transport(incoming).check_incoming()
-    chosen, address = claim(name, qmp, program or kind)
     with contextlib.ExitStack() as stack:
+        claimed = stack.enter_context(claim(name, qmp, program or kind))
+        log = background.redirect(claimed.name) if background is not None else None
         config = MachineConfig(
             program,
             options,
@@ -124,10 +144,17 @@ def run(
         )
         machine = plugins.machine(kind, config)
         stack.callback(machine.close)
-        engine = Engine(machine, plugins, settings, name=chosen, autostart=not paused)
+        switched = parse_switches(properties, PROPERTY)
+        launch = Launch(kind, program, options, switched, str(Path.cwd()), str(log) if log else None)
+        engine = Engine(machine, plugins, settings, name=claimed.name, autostart=not paused, launch=launch)
         stack.callback(engine.close)
-        server = stack.enter_context(QmpServer(engine, address))
-        host(engine, server, Plan(None if deferred else incoming, deferred, paused, stay))
+
+        def listen() -> QmpServer:
+            server = stack.enter_context(QmpServer(engine, claimed.address))
+            claimed.close()
+            return server
+
+        host(engine, claimed.address, listen, Plan(None if deferred else incoming, deferred, paused, stay, background))
 
 
 def _apply(
@@ -140,7 +167,7 @@ def _apply(
     allow_any_user: bool,
 ) -> None:
     """Set everything that the command line says. Raises UsageError."""
-    for name, state in parse_switches(properties, "--property NAME=on or --property NAME=off").items():
+    for name, state in parse_switches(properties, PROPERTY).items():
         settings.set_property(name, state)
     if only_migratable:
         settings.set_property("only-migratable", True)

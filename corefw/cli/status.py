@@ -85,6 +85,8 @@ def _facts(document: Mapping[str, Any]) -> Iterator[Fact]:
         yield "process", f"{document['pid']} (migfw {document['version']})"
     else:
         yield "process", document["version"]
+    if log := (document.get("launch") or {}).get("log"):
+        yield "log", log
     if "machine" in document:
         yield from _machine(document["machine"])
     yield "guest", document["status"]

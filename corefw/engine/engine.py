@@ -19,6 +19,7 @@ from corefw.engine.coverage import uncovered
 from corefw.engine.events import Events, Observer
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.incoming import IncomingMigration
+from corefw.engine.launch import Launch
 from corefw.engine.outgoing import OutgoingMigration
 from corefw.engine.statistics import idle_document, with_blockers
 from corefw.errors import BlockedError, MigfwError, PluginError, SettingsError, StateError, UriError, UsageError
@@ -40,12 +41,20 @@ class Engine:
     """One guest and what can be done to it. Under only-migratable, UsageError for one that cannot migrate."""
 
     def __init__(
-        self, machine: Machine, plugins: Plugins, settings: Settings, *, name: str = "", autostart: bool = True
+        self,
+        machine: Machine,
+        plugins: Plugins,
+        settings: Settings,
+        *,
+        name: str = "",
+        autostart: bool = True,
+        launch: Launch | None = None,
     ) -> None:
         self.machine: Final = machine
         self.plugins: Final = plugins
         self.settings: Final = settings
         self.name: Final = name
+        self.launch: Final = launch
         self.outgoing: Final = StateMachine(Side.SOURCE)
         self.incoming: Final = StateMachine(Side.DESTINATION)
         self.incoming_uri: str | None = None

@@ -44,6 +44,7 @@ def x_migfw_status(context: Context) -> object:
         "incoming-uri": engine.incoming_uri,
         "migration": engine.query_migrate(),
         "settings": as_json(engine.settings),
+        "launch": engine.launch.document() if engine.launch is not None else None,
     }
 
 

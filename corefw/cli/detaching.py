@@ -1,0 +1,203 @@
+"""`migfw run --detach`: the engine goes on in the background, and the command returns once it is ready.
+
+The command forks before anything is made. The child is the engine; it reports over a pipe, one JSON document a line:
+where its log is, then what it announces when it is ready. Before that its end is the command's end, with the same
+status, and what it wrote to the log is shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import click
+
+from corefw.cli.outcome import ExitStatus, Finished, note
+from corefw.cli.output import print_json
+from corefw.errors import MigfwError, UsageError, one_line
+from corefw.qmp.address import runtime_directory
+from corefw.sockets import reason
+
+LOG_LIMIT: Final = 8 << 20
+"""Bytes of a log; one that grows beyond keeps its newer half."""
+
+_TRIM_SECONDS: Final = 2.0
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Background:
+    """The child's end: an engine without a terminal, which somebody waits for until it is ready."""
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe = pipe
+
+    def redirect(self, name: str) -> Path:
+        """Let stdout and stderr go to the engine's log from now on, those of the guest included. Raises UsageError."""
+        path, fd = _open_log(name)
+        self._tell({"log": str(path)})
+        sys.stdout.flush()
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        threading.Thread(target=_keep_short, args=(fd,), name="log", daemon=True).start()
+        return path
+
+    def ready(self, line: str, facts: Mapping[str, object]) -> bool:
+        """Let the command return. False where nobody waits for it any more: then the engine is to end."""
+        try:
+            self._tell({"ready": line, "facts": dict(facts)})
+        except OSError:
+            return False
+        os.close(self._pipe)
+        return True
+
+    def _tell(self, message: Mapping[str, object]) -> None:
+        os.write(self._pipe, json.dumps(message).encode() + b"\n")
+
+
+def go_to_background(*, as_json: bool) -> Background:
+    """Fork; return in the child. The parent waits for it and raises Finished or MigfwError.
+
+    To be called while the process has one thread and has made nothing yet.
+    """
+    sys.stdout.flush()
+    reader, writer = os.pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        pid = os.fork()
+    except OSError as error:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise MigfwError(f"cannot go to the background: {reason(error)}") from None
+    if pid:
+        os.close(writer)
+        with _forwarded(pid, before) as interrupted:
+            _wait(pid, reader, interrupted, as_json=as_json)
+    os.close(reader)
+    os.setsid()
+    os.umask(os.umask(0o077) | 0o022)
+    nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(nowhere, 0)
+    os.close(nowhere)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return Background(writer)
+
+
+@contextlib.contextmanager
+def _forwarded(pid: int, mask: set[signal.Signals | int]) -> Iterator[Callable[[], bool]]:
+    """Pass each Ctrl-C on to the engine, which does not hear the terminal, as SIGTERM. Gives whether one came."""
+    heard: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        heard.append(number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+    old = {number: signal.signal(number, forward) for number in _SIGNALS}
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield lambda: bool(heard)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _wait(pid: int, reader: int, interrupted: Callable[[], bool], *, as_json: bool) -> None:
+    """The parent's end: until the engine is ready, or has ended. Raises Finished or MigfwError, always."""
+    log: Path | None = None
+    with open(reader) as lines:
+        for line in lines:
+            message: dict[str, Any] = json.loads(line)
+            if "log" in message:
+                log = Path(message["log"])
+            elif not interrupted():
+                _announce(message, log, as_json=as_json)
+                raise Finished(ExitStatus.DONE)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if interrupted():
+        _remove(log)
+        note("interrupted; nothing was started")
+        raise Finished(ExitStatus.INTERRUPTED)
+    said = _remove(log)
+    click.echo(said, nl=False, err=status != 0)
+    if status < 0:
+        raise MigfwError(f"the engine was ended by {signal.Signals(-status).name} before it was ready")
+    raise click.exceptions.Exit(status)
+
+
+def _announce(message: Mapping[str, Any], log: Path | None, *, as_json: bool) -> None:
+    if as_json:
+        print_json({**message["facts"], "log": str(log)})
+    else:
+        click.echo(f"migfw: {one_line(message['ready'])}")
+
+
+def _remove(log: Path | None) -> str:
+    """What was in the log, which goes: it has been shown."""
+    if log is None:
+        return ""
+    with contextlib.suppress(OSError):
+        said = log.read_text(errors="replace")
+        log.unlink()
+        return said
+    return ""
+
+
+# -- the log -------------------------------------------------------------------------------------------------------
+
+
+def _log_directory() -> Path:
+    """$XDG_STATE_HOME/migfw, or the folder of the engines' sockets where that variable is not set."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(state):  # noqa: PTH117 - an empty one is none
+        return runtime_directory()
+    folder = Path(state, "migfw")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def _open_log(name: str) -> tuple[Path, int]:
+    """An empty log that no other engine writes to, mode 0600. Raises UsageError."""
+    try:
+        folder = _log_directory()
+        number = 1
+        while True:
+            path = folder / (f"{name}.log" if number == 1 else f"{name}-{number}.log")
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                number += 1
+                continue
+            os.fchmod(fd, 0o600)
+            os.ftruncate(fd, 0)
+            return path, fd
+    except OSError as error:
+        where = f"'{error.filename}'" if error.filename else "a file"
+        raise UsageError(f"cannot use {where} as the engine's log: {reason(error)} (set XDG_STATE_HOME)") from None
+
+
+def _keep_short(fd: int) -> None:
+    """Cut the log now and then, for as long as the process lives. What is written in that moment may be lost."""
+    waiting = threading.Event()
+    while not waiting.wait(_TRIM_SECONDS):
+        with contextlib.suppress(OSError):
+            trim(fd)
+
+
+def trim(fd: int, limit: int = LOG_LIMIT) -> None:
+    """Keep the newer half of a log (open for appending) that is longer than `limit`. Raises OSError."""
+    size = os.fstat(fd).st_size
+    if size <= limit:
+        return
+    tail = os.pread(fd, limit // 2, size - limit // 2)
+    os.ftruncate(fd, 0)
+    os.write(fd, b"(the log was longer; this is its end)\n" + tail[tail.find(b"\n") + 1 :])

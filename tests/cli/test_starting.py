@@ -1,0 +1,96 @@
+"""The first moments of an engine: its name, its QMP socket, and Ctrl-C before there is anything."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import SMALL, Engines
+from tests.helpers.cli import TIMEOUT, environment, migfw, start
+
+
+def test_engines_started_together_get_names_of_their_own(engines: Engines) -> None:
+    """All at once, three times: what decides is who is first, not who looked first."""
+    for _ in range(3):
+        commands = [start("run", *SMALL, runtime=engines.runtime) for _ in range(4)]
+        try:
+            lines = [command.stdout.readline() for command in commands if command.stdout]
+        finally:
+            for command in commands:
+                command.send_signal(signal.SIGTERM)
+                command.communicate(timeout=TIMEOUT)
+        names = sorted(line.split("'")[1] for line in lines)
+        assert names == ["stress", "stress-2", "stress-3", "stress-4"]
+        assert engines.sockets() == []
+
+
+def test_whoever_waits_for_the_socket_may_migrate(engines: Engines) -> None:
+    """The socket of a destination appears when it listens for the guest, not before."""
+    source = engines(*SMALL, "--name", "source")
+    destination = start("run", *SMALL, "--incoming", f"unix:{engines.runtime}/in", runtime=engines.runtime)
+    try:
+        socket = engines.runtime / "migfw" / "stress.qmp"
+        deadline = time.monotonic() + TIMEOUT
+        while not socket.exists():
+            assert time.monotonic() < deadline
+        assert (engines.runtime / "in").exists()
+        assert source.call("migrate", f"unix:{engines.runtime}/in").returncode == 0
+    finally:
+        destination.send_signal(signal.SIGTERM)
+        destination.communicate(timeout=TIMEOUT)
+
+
+def test_deferred_it_can_be_asked_at_once(engines: Engines) -> None:
+    destination = engines(*SMALL, "--incoming", "defer")
+    assert destination.call("qmp", "migrate-incoming", f"uri=unix:{engines.runtime}/in").returncode == 0
+    assert engines(*SMALL, "--name", "source").call("migrate", f"unix:{engines.runtime}/in").returncode == 0
+
+
+SCRIPT = """
+import sys
+from corefw.cli import main
+print("here", flush=True)
+sys.exit(main())
+"""
+"""The script that an installer makes of the entry point, which says when the package is imported: what the interpreter
+does before is its own."""
+
+
+@pytest.mark.parametrize("command", ["run", "detach", "migrate", "status", "--help"])
+def test_ctrl_c_at_any_moment_is_no_traceback(engines: Engines, tmp_path: Path, command: str) -> None:
+    arguments = {
+        "run": ("run", *SMALL),
+        "detach": ("run", *SMALL, "--detach"),
+        "migrate": ("migrate", "tcp:127.0.0.1:1"),
+        "status": ("status",),
+        "--help": ("--help",),
+    }[command]
+    script = tmp_path / "migfw"
+    script.write_text(SCRIPT)
+    for milliseconds in range(0, 400, 20):
+        process = subprocess.Popen(
+            [sys.executable, script, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(engines.runtime),
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+        time.sleep(milliseconds / 1000)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=TIMEOUT)
+        assert "Traceback" not in err, err
+        # -SIGINT: the interpreter was ending, and had let go of our handler. A shell calls that 130, too.
+        ended_before = process.returncode in (0 if command in ("--help", "detach") else 2, -signal.SIGINT)
+        assert process.returncode == 130 or (ended_before and (out or err)), (milliseconds, process.returncode, err)
+        if command == "detach" and process.returncode == 0:
+            assert migfw("quit", runtime=engines.runtime).returncode == 0
+        else:
+            assert [name for name in engines.sockets() if not name.endswith(".log")] == []
