@@ -20,6 +20,7 @@ from corefw.cli.options import parse_switches, settings_options, split_pairs
 from corefw.errors import UsageError
 
 if TYPE_CHECKING:
+    from corefw.cli.detaching import Background
     from corefw.settings import Settings
 
 DEFER: Final = "defer"
@@ -111,17 +112,16 @@ def run(
       2    wrong usage, nothing was started
       130  Ctrl-C
     """
+    if as_json and not detach:
+        raise UsageError("--json is for --detach: without it the engine stays, and says what happens in lines")
+    background = _go_to_background(as_json=as_json) if detach else None
     with LeavingAtOnce():
-        from corefw.cli.detaching import go_to_background
         from corefw.cli.hosting import Plan, host
         from corefw.engine import Engine, Launch
         from corefw.machine import MachineConfig
         from corefw.plugins import Plugins
         from corefw.qmp.server import QmpServer
 
-    if as_json and not detach:
-        raise UsageError("--json is for --detach: without it the engine stays, and says what happens in lines")
-    background = go_to_background(as_json=as_json) if detach else None
     # Until the engine hears signals itself, SIGTERM finds its way through the cleaning up as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = split_pairs(opts, "--opt NAME=VALUE, as in --opt ram=1G")
@@ -155,6 +155,13 @@ def run(
             return server
 
         host(engine, claimed.address, listen, Plan(None if deferred else incoming, deferred, paused, stay, background))
+
+
+def _go_to_background(*, as_json: bool) -> Background:
+    """Before anything is imported that might start threads (NumPy's libraries do)."""
+    with LeavingAtOnce():
+        from corefw.cli.detaching import go_to_background
+    return go_to_background(as_json=as_json)
 
 
 def _apply(
