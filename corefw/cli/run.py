@@ -145,7 +145,7 @@ def run(
         machine = plugins.machine(kind, config)
         stack.callback(machine.close)
         switched = parse_switches(properties, PROPERTY)
-        launch = Launch(kind, program, options, switched, str(Path.cwd()), str(log) if log else None)
+        launch = Launch(kind, program, options, switched, str(Path.cwd()), allow_undeclared, str(log) if log else None)
         engine = Engine(machine, plugins, settings, name=claimed.name, autostart=not paused, launch=launch)
         stack.callback(engine.close)
 

@@ -15,6 +15,7 @@ class Launch:
     options      --opt, as text
     properties   --property
     directory    the folder that relative paths are meant from
+    allow_undeclared   --allow-undeclared
     log          the file that output goes to, of an engine in the background; None where the terminal has it
     """
 
@@ -23,6 +24,7 @@ class Launch:
     options: Mapping[str, str] = field(default_factory=dict)
     properties: Mapping[str, bool] = field(default_factory=dict)
     directory: str = ""
+    allow_undeclared: bool = False
     log: str | None = None
 
     def document(self) -> dict[str, object]:
@@ -33,5 +35,6 @@ class Launch:
             "options": dict(self.options),
             "properties": dict(self.properties),
             "directory": self.directory,
+            "allow-undeclared": self.allow_undeclared,
             "log": self.log,
         }
