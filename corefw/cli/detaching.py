@@ -1,4 +1,4 @@
-"""`migfw run --detach`: the engine goes on in the background, and the command returns once it is ready.
+"""`run --detach`: the engine goes on in the background, and the command returns once it is ready.
 
 The command forks before anything is made. The child is the engine; it reports over a pipe, one JSON document a line:
 where its log is, then what it announces when it is ready. Before that its end is the command's end, with the same

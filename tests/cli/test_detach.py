@@ -1,4 +1,4 @@
-"""`migfw run --detach`: an engine in the background, its log, and what is left when it does not start."""
+"""`run --detach`: an engine in the background, its log, and what is left when it does not start."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Slow(guest.Program):
 
 
 class Detached:
-    """Runs `migfw run --detach` in one runtime folder, and ends what is still there afterwards."""
+    """Runs the command in one runtime folder, and ends what is still there afterwards."""
 
     def __init__(self, runtime: Path) -> None:
         self.runtime = runtime
