@@ -1,7 +1,8 @@
 # Everything that a developer does, by name; `make` alone lists it.
 #
-# The law: every goal works on a fresh clone with nothing but Python, make and a C library, and installs what it needs
-# into .venv. Nothing outside this folder is touched but stevedore's cache of entry points, which may be out of date.
+# Every goal works on a fresh clone with nothing but Python, make and a C library, and installs what it needs into .venv.
+# `make peers` alone also needs Debian's apt. Outside this folder only two caches are written: stevedore's entry points and
+# the peers, which survive `make clean`.
 
 PYTHON ?= python3
 ARGS   ?=
@@ -16,12 +17,12 @@ DOCS     := $(VENV)/.docs-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help dev demo test check format bench docs clean
+.PHONY: help dev demo test peers clean-peers check format bench docs clean
 
 help: ## Show this list
 	@echo "Goals of this Makefile; each installs what it needs into $(VENV) first."
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  ARGS=...      is passed on: make test ARGS='tests/wire -k truncated', make demo ARGS=--help"
 	@echo "  PYTHON=...    is the interpreter that $(VENV) is made with (3.11 or newer; default python3)"
@@ -33,6 +34,12 @@ demo: $(DEV) ## Watch a running program move from one process to another, with p
 
 test: $(DEV) ## Run all tests; those that need a missing program (QEMU, sshd) are skipped and name it
 	@$(BIN)/python -m pytest $(ARGS)
+
+peers: ## Unpack QEMUs of several versions for the interop tests into ~/.cache/migfw/peers (MIGFW_PEERS=...; 1 GB)
+	@tests/peers.sh
+
+clean-peers: ## Remove what `make peers` has unpacked
+	@rm -rf "$${MIGFW_PEERS:-$${XDG_CACHE_HOME:-$$HOME/.cache}/migfw/peers}"
 
 check: $(DEV) ## Check format, lint, types (strict) and the order of imports
 	@$(BIN)/ruff format --check .

@@ -216,14 +216,20 @@ class MakesRamBlocks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StreamFormat:
-    """What of the optional frame a stream had: QEMU's send-configuration and send-section-footer; the configuration
-    section's own subsections as they came (empty: none); and the ids of its live sections, which the stored ones
-    avoid."""
+    """How a stream was framed, so that it can be framed alike when it is sent on.
+
+    configuration        it had a configuration section (QEMU's send-configuration)
+    footers              it had section footers (QEMU's send-section-footer)
+    configuration_tail   the configuration section's subsections as they came; empty: none
+    section_ids          ids of its live sections, which those of the stored ones differ from
+    switchover_start     it had SWITCHOVER_START before the END sections (QEMU's send-switchover-start, 10.0 and later)
+    """
 
     configuration: bool
     footers: bool
     configuration_tail: bytes
     section_ids: Mapping[SectionKey, int]
+    switchover_start: bool = False
 
 
 WaitReadable = Callable[[float], bool]

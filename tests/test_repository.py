@@ -100,7 +100,7 @@ def test_the_map_has_every_room_of_the_core() -> None:
 @pytest.mark.parametrize("page", pages(), ids=str)
 def test_every_command_on_a_page_exists(page: Path) -> None:
     known = {name for part in COMMANDS.values() for name in part} | {"--help", "--version"}
-    goals = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    goals = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     text = (ROOT / page).read_text()
     fences = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     code = [body for language, body in fences if language in ("", "console", "sh", "text")]
@@ -108,7 +108,7 @@ def test_every_command_on_a_page_exists(page: Path) -> None:
     for snippet in code:
         for command in re.findall(r"(?:^|\$ +|`)(?:\.venv/bin/)?migfw +([a-z-]+)", snippet, re.MULTILINE):
             assert command in known, f"{page}: migfw {command}"
-        for goal in re.findall(r"(?:^|\$ +)make +([a-z]+)", snippet, re.MULTILINE):
+        for goal in re.findall(r"(?:^|\$ +)make +([a-z-]+)", snippet, re.MULTILINE):
             assert goal in goals, f"{page}: make {goal}"
 
 
@@ -151,7 +151,7 @@ def test_make_help_explains_every_goal() -> None:
     makefile = (ROOT / "Makefile").read_text()
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"^  make (\w+) +\w", shown, re.MULTILINE) == phony.split()
+    assert re.findall(r"^  make ([a-z-]+) +\w", shown, re.MULTILINE) == phony.split()
 
 
 # -- words ---------------------------------------------------------------------------------------------------------

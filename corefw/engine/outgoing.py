@@ -248,6 +248,8 @@ class OutgoingMigration:
         if self.settings.capability("pause-before-switchover"):
             self._pause()
         self._downtime_began = stop_began
+        if self._format().switchover_start:
+            write_command(writer, Command.SWITCHOVER_START)
         with self._passes.told():
             for handler in self._live:
                 sections.end(handler)

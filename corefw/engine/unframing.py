@@ -20,11 +20,13 @@ from corefw.settings import Settings
 from corefw.wire.constants import TARGET_PAGE_SIZE, Command, SectionType
 from corefw.wire.records import (
     MAPPED_RAM,
+    CommandRecord,
     Configuration,
     SectionHeader,
     configuration_capabilities,
     configuration_page_size,
     parse_ping,
+    parse_postcopy_advise,
     read_command,
     read_configuration_body,
     read_description_body,
@@ -86,6 +88,7 @@ class StreamLoader:
         self._loaded: set[SectionKey] = set()
         self._ids: dict[SectionKey, int] = {}
         self._return_path: ReturnPathWriter | None = None
+        self._switchover_started = False
         self._kinds: dict[SectionType, Callable[[], None]] = {
             SectionType.START: self._load_start,
             SectionType.PART: lambda: self._load_part(ends=False),
@@ -96,6 +99,7 @@ class StreamLoader:
         self._commands: dict[Command, Callable[[bytes], None]] = {
             Command.OPEN_RETURN_PATH: self._open_return_path,
             Command.PING: self._ping,
+            Command.SWITCHOVER_START: self._note_switchover,
         }
 
     def load(self) -> None:
@@ -246,6 +250,7 @@ class StreamLoader:
             footers=bool(self._footers),
             configuration_tail=without_capabilities(configuration, ONCE).tail,
             section_ids=self._ids,
+            switchover_start=self._switchover_started,
         )
         self._machine.adopt_sections(configuration.name, form, self._reader, self._live)
         return True
@@ -281,8 +286,11 @@ class StreamLoader:
         record = read_command(self._reader)
         run = self._commands.get(record.command)
         if run is None:
+            capability = _needs(record)
             raise self._reader.error(
-                "a command of precopy", f"{record.command.name} (no installed plugin supports what it belongs to)"
+                "a command of precopy",
+                f"{record.command.name}, which belongs to the source's capability '{capability}' (switch it off there:"
+                " no installed plugin supports it)",
             )
         try:
             run(record.payload)
@@ -294,7 +302,26 @@ class StreamLoader:
             raise self._reader.error("OPEN_RETURN_PATH once", "it again")
         self._return_path = self._owner.open_return_path()
 
+    def _note_switchover(self, _payload: bytes) -> None:
+        """QEMU announces the END sections with it, for devices that load their state in threads; nothing here does."""
+        if self._switchover_started:
+            raise self._reader.error("SWITCHOVER_START once", "it again")
+        if not self._opened:
+            raise self._reader.error("SWITCHOVER_START before the END of the live sections", "it after them")
+        self._switchover_started = True
+
     def _ping(self, payload: bytes) -> None:
         if self._return_path is None:
             raise self._reader.error("OPEN_RETURN_PATH before PING", "PING")
         self._return_path.pong(parse_ping(payload))
+
+
+_CAPABILITIES: Final = {Command.ENABLE_COLO: "x-colo"}
+"""Command -> the capability that it belongs to, where that is not postcopy-ram."""
+
+
+def _needs(record: CommandRecord) -> str:
+    """The capability of the source that makes it send a command that precopy does without."""
+    if record.command is Command.POSTCOPY_ADVISE and parse_postcopy_advise(record.payload) is None:
+        return "dirty-bitmaps"
+    return _CAPABILITIES.get(record.command, "postcopy-ram")

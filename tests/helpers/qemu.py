@@ -13,6 +13,7 @@ from __future__ import annotations
 import array
 import contextlib
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -28,7 +29,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-PROGRAM: Final = "qemu-system-x86_64"
+from tests.helpers.peers import PROGRAM, Peer, default_peer
+
 SOURCE: Final = Path(__file__).with_name("guest.asm")
 BASE: Final = 0x100000
 SEED: Final = 0x12345678
@@ -37,7 +39,7 @@ PATIENCE: Final = 60.0
 """Seconds until a wait gives up: far more than any needs on a busy machine."""
 
 needs_qemu: Final = pytest.mark.skipif(
-    not shutil.which(PROGRAM) or not shutil.which("nasm"),
+    default_peer() is None or not shutil.which("nasm"),
     reason=f"needs {PROGRAM} and nasm (apt-get install qemu-system-x86 nasm)",
 )
 
@@ -50,7 +52,7 @@ class Qemu:
     """One QEMU process with `-nodefaults`, its QMP socket, and the guest's serial port as a file.
 
     `incoming` is a URI or "defer"; `boot` a raw image of a disk; `extra` more arguments; `within` a command that
-    runs it.
+    runs it; `peer` says which QEMU.
     """
 
     def __init__(
@@ -63,7 +65,10 @@ class Qemu:
         paused: bool = False,
         pass_fds: Sequence[int] = (),
         within: Sequence[str] = (),
+        peer: Peer | None = None,
     ) -> None:
+        peer = peer or default_peer()
+        assert peer is not None, f"no {PROGRAM}"
         self.folder = Path(tempfile.mkdtemp(prefix="migfw-qemu-", dir="/tmp"))
         self.serial = self.folder / "serial"
         self.serial.touch()
@@ -71,12 +76,13 @@ class Qemu:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(PATIENCE)
         self._log = (self.folder / "log").open("w+b")
-        disk = ["-drive", f"file={boot},format=raw,if=ide,snapshot=on"] if boot else []
+        drive = f"file={boot},format=raw,if=none,id=boot,snapshot=on"
+        disk = ["-drive", drive, "-device", "ide-hd,drive=boot,bootindex=0"] if boot else []
         waiting = ["-incoming", incoming] if incoming else []
         self.process = subprocess.Popen(
             [
                 *within,
-                *(PROGRAM, "-accel", "tcg", "-M", machine, "-m", memory, "-display", "none", "-nodefaults"),
+                *(*peer.command, "-accel", "tcg", "-M", machine, "-m", memory, "-display", "none", "-nodefaults"),
                 *("-serial", f"file:{self.serial}", "-qmp", f"unix:{self.folder}/qmp,server=on,wait=off"),
                 *(["-S"] if paused else []),
                 *(*disk, *waiting, *extra),
@@ -85,6 +91,7 @@ class Qemu:
             stdout=self._log,
             stderr=self._log,
             pass_fds=pass_fds,
+            env=os.environ | peer.environment,
         )
         try:
             self._negotiate()
@@ -136,6 +143,12 @@ class Qemu:
         """Start a migration, as fast as it goes."""
         self.command("migrate-set-parameters", max_bandwidth=bandwidth)
         self.command("migrate", uri=uri)
+
+    def listen(self) -> str:
+        """Let a QEMU that was started with `incoming="defer"` listen on a free TCP port; the URI to dial."""
+        self.command("migrate-incoming", uri="tcp:127.0.0.1:0")
+        (listening,) = self.command("query-migrate")["socket-address"]
+        return f"tcp:{listening['host']}:{listening['port']}"
 
     def status(self) -> str:
         """Of the migration: "active", "completed", ..."""
@@ -234,6 +247,7 @@ def assemble(folder: Path, *, end: int = 0x1000000, pages: int = 256, delay: int
         ["nasm", "-f", "bin", f"-DEND={end:#x}", f"-DPAGES={pages}", f"-DDELAY={delay}", SOURCE, "-o", image],
         check=True,
     )
+    os.truncate(image, 1 << 20)  # firmware does not boot a disk of one sector on every controller
     return Guest(image, end, pages)
 
 

@@ -17,14 +17,13 @@ import pytest
 
 from corefw import descriptors
 from corefw.engine import Engine
-from corefw.machine import MachineConfig, RunState
-from corefw.plugins import Plugins
+from corefw.machine import RunState
 from corefw.states import MigrationStatus
+from tests.helpers.parking import PATIENCE, park, parking, prove, send, wait_parked
 from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
 
-PATIENCE = 60.0
 NO_CONFIGURATION = ("-global", "migration.send-configuration=off")
 NO_FOOTERS = ("-global", "migration.send-section-footer=off")
 NO_DESCRIPTION = "pc,suppress-vmdesc=on"
@@ -39,47 +38,6 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
 def folder() -> Iterator[Path]:
     with temporary_folder() as path:
         yield path
-
-
-@contextlib.contextmanager
-def parking(**options: str) -> Iterator[Engine]:
-    """An engine with an empty place for a machine."""
-    plugins = Plugins.load()
-    machine = plugins.machine("qemu", MachineConfig(options=options, incoming=True))
-    engine = Engine(machine, plugins, plugins.settings())
-    engine.set_parameters({"max-bandwidth": 0})
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def wait_parked(engine: Engine) -> None:
-    status = engine.wait_incoming(PATIENCE)
-    assert status is MigrationStatus.COMPLETED, engine.query_migrate()
-    assert engine.machine.run_state is RunState.PAUSED
-    assert not engine.query_status()["running"]
-
-
-def send(engine: Engine, uri: str) -> None:
-    engine.migrate(uri)
-    status = engine.wait_outgoing(PATIENCE)
-    assert status is MigrationStatus.COMPLETED, engine.query_migrate()
-
-
-def park(source: Qemu, engine: Engine, uri: str) -> None:
-    """Move the machine from QEMU into the engine over tcp or unix."""
-    source.migrate(engine.migrate_incoming(uri))
-    wait_parked(engine)
-    source.wait_migrated()
-
-
-def prove(guest: Guest, destination: Qemu) -> None:
-    """The guest goes on there: it prints, and its memory is right."""
-    destination.wait_running()
-    destination.wait_printed("B", 2)
-    assert set(destination.printed()) == {"B"}, "it went on, it did not start anew"
-    guest.check(destination)
 
 
 # -- 1: over every transport that QEMU and migfw share

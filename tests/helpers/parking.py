@@ -1,0 +1,56 @@
+"""Engines that a QEMU's machine is parked in, for the tests that move machines between QEMUs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from corefw.engine import Engine
+from corefw.machine import MachineConfig, RunState
+from corefw.plugins import Plugins
+from corefw.states import MigrationStatus
+from tests.helpers.qemu import Guest, Qemu
+
+PATIENCE = 60.0
+
+
+@contextlib.contextmanager
+def parking(*capabilities: str, **options: str) -> Iterator[Engine]:
+    """An engine with an empty place for a machine; `capabilities` are on."""
+    plugins = Plugins.load()
+    machine = plugins.machine("qemu", MachineConfig(options=options, incoming=True))
+    engine = Engine(machine, plugins, plugins.settings())
+    engine.set_parameters({"max-bandwidth": 0})
+    engine.set_capabilities(dict.fromkeys(capabilities, True))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def wait_parked(engine: Engine) -> None:
+    status = engine.wait_incoming(PATIENCE)
+    assert status is MigrationStatus.COMPLETED, engine.query_migrate()
+    assert engine.machine.run_state is RunState.PAUSED
+    assert not engine.query_status()["running"]
+
+
+def send(engine: Engine, uri: str) -> None:
+    engine.migrate(uri)
+    status = engine.wait_outgoing(PATIENCE)
+    assert status is MigrationStatus.COMPLETED, engine.query_migrate()
+
+
+def park(source: Qemu, engine: Engine, uri: str) -> None:
+    """Move the machine from QEMU into the engine over tcp or unix."""
+    source.migrate(engine.migrate_incoming(uri))
+    wait_parked(engine)
+    source.wait_migrated()
+
+
+def prove(guest: Guest, destination: Qemu) -> None:
+    """The guest goes on there: it prints, and its memory is right."""
+    destination.wait_running()
+    destination.wait_printed("B", 2)
+    assert set(destination.printed()) == {"B"}, "it went on, it did not start anew"
+    guest.check(destination)

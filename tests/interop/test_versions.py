@@ -1,0 +1,102 @@
+"""A machine goes from one QEMU through migfw into a QEMU of another version and runs on there.
+
+The machine type is held, as a user of several hosts holds it. Each version is a source and a destination at least once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.helpers.parking import park, parking, prove, send, wait_parked
+from tests.helpers.peers import Peer, find_peer, needs_peers, peer_parameters
+from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder
+
+pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(240)]
+
+PC_DEVICES: Final = (
+    *("-smp", "2", "-device", "VGA,vgamem_mb=1", "-device", "e1000e,romfile="),
+    *("-device", "virtio-net-pci,romfile=", "-device", "virtio-balloon-pci", "-device", "virtio-rng-pci"),
+    *("-device", "virtio-scsi-pci,id=scsi", "-device", "scsi-hd,bus=scsi.0,drive=scsi-disk"),
+    *("-drive", "if=none,id=scsi-disk,driver=null-co,size=1M,read-zeroes=on"),
+    *("-device", "virtio-blk-pci,drive=virtio-disk"),
+    *("-drive", "if=none,id=virtio-disk,driver=null-co,size=1M,read-zeroes=on"),
+    *("-device", "virtio-serial-pci", "-device", "qemu-xhci", "-device", "usb-tablet"),
+)
+Q35_DEVICES: Final = (
+    *("-smp", "2", "-device", "pcie-root-port,id=slot1,chassis=1"),
+    *("-device", "virtio-net-pci,bus=slot1,romfile="),
+    *PC_DEVICES[2:],
+)
+
+
+@pytest.fixture(scope="session")
+def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
+    return assemble(tmp_path_factory.mktemp("guest"))
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with temporary_folder() as path:
+        yield path
+
+
+def peer(label: str) -> Peer:
+    found = find_peer(label)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("label", peer_parameters("10.0", "newest"))
+def test_switchover_start_goes_on_only_where_it_came(label: str, guest: Guest, folder: Path) -> None:
+    """A machine type from 10.0 on sends SWITCHOVER_START. One that is held at an older version does not, and a QEMU
+    that does not know the command refuses it: the next test has both."""
+    machine, program, away = "pc-i440fx-10.0", peer(label), f"unix:{folder}/out"
+    with (
+        Qemu(boot=guest.image, machine=machine, peer=program) as source,
+        parking() as engine,
+        Qemu(boot=guest.image, machine=machine, peer=program, incoming=away) as destination,
+    ):
+        source.wait_printed("B")
+        park(source, engine, f"unix:{folder}/in")
+        send(engine, f"file:{folder}/stored")
+        assert b"\x08\x00\x0b\x00\x00\x03" in (folder / "stored").read_bytes(), "SWITCHOVER_START, then END"
+        with parking() as other:
+            other.migrate_incoming(f"file:{folder}/stored")
+            wait_parked(other)
+            send(other, away)
+        prove(guest, destination)
+
+
+@pytest.mark.parametrize("way", ["tcp", "file"])
+@pytest.mark.parametrize("machine", ["pc-i440fx-5.2", "pc-q35-5.2"])
+@pytest.mark.parametrize(
+    ("origin", "target"),
+    [
+        pytest.param(origin, target, marks=needs_peers(origin, target), id=f"{origin}-to-{target}")
+        for origin, target in (("5.2", "newest"), ("7.2", "5.2"), ("10.0", "7.2"), ("newest", "10.0"))
+    ],
+)
+def test_a_machine_goes_between_versions(
+    origin: str, target: str, machine: str, way: str, guest: Guest, folder: Path
+) -> None:
+    devices = Q35_DEVICES if "q35" in machine else PC_DEVICES
+    with (
+        Qemu(*devices, boot=guest.image, machine=machine, peer=peer(origin)) as source,
+        parking() as engine,
+        Qemu(*devices, boot=guest.image, machine=machine, peer=peer(target), incoming="defer") as destination,
+    ):
+        source.wait_printed("B")
+        park(source, engine, "tcp:127.0.0.1:0")
+        if way == "file":
+            send(engine, f"file:{folder}/stored")
+            with parking() as other:
+                other.migrate_incoming(f"file:{folder}/stored")
+                wait_parked(other)
+                send(other, destination.listen())
+        else:
+            send(engine, destination.listen())
+        prove(guest, destination)
