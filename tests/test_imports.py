@@ -40,6 +40,7 @@ CORE: Final[dict[str, set[str]]] = {
     "wire": {"errors", "channel"},
     "relay": {"closing", "errors", "uri", "channel", "channelset", "wire"},
     "inspection": {"closing", "errors", "channel", "wire"},
+    "conversion": {"errors", "channel", "wire"},
     "section": {"errors", "channel", "settings", "wire"},
     "machine": {"errors"},
     "memory": {"errors", "quantities", "iovec", "machine"},

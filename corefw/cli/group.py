@@ -47,6 +47,7 @@ COMMANDS: Final[Mapping[str, Mapping[str, Entry]]] = {
         "ps": Entry("corefw.cli.ps:ps", "List the engines that run on this host."),
         "plugins": Entry("corefw.cli.plugins:plugins", "List the installed plugins, and what failed to load."),
         "inspect": Entry("corefw.cli.inspect:inspect", "Show what is inside a recorded migration stream."),
+        "convert": Entry("corefw.cli.convert:convert", "Make a stored stream one for another machine type or QEMU."),
         "relay": Entry("corefw.cli.relay:relay", "Join two transports, both ways."),
         "qmp": Entry("corefw.cli.qmp:qmp", "Send one QMP command and print the answer."),
     },

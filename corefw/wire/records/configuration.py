@@ -5,7 +5,7 @@ Source: QEMU 7.2's vmstate_configuration (migration/savevm.c).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
@@ -128,6 +128,20 @@ def configuration_subsections(configuration: Configuration) -> dict[str, bytes]:
         reader.be32("its version")
         found[name] = CONFIGURATION_SUBSECTIONS[name](reader)
     return found
+
+
+def select_subsections(configuration: Configuration, names: Collection[str]) -> bytes:
+    """The tail with only the subsections of these names, byte for byte."""
+    reader = StreamReader(MemorySource(configuration.tail), size=max(len(configuration.tail), 1))
+    seen: set[str] = set()
+    kept = bytearray()
+    while not reader.at_end():
+        before = set(seen)
+        raw = _read_configuration_subsection(reader, seen)
+        (name,) = seen - before
+        if name in names:
+            kept += raw
+    return bytes(kept)
 
 
 def configuration_page_size(configuration: Configuration) -> int | None:

@@ -127,13 +127,12 @@ def read_description_body(reader: StreamReader) -> bytes:
     return reader.read(length, "the description", MAX_DESCRIPTION)
 
 
-def description_text(description: Mapping[str, object]) -> bytes:
-    """The description as JSON that QEMU's scripts/analyze-migration.py finds.
+def pad_description(text: bytes) -> bytes:
+    """The JSON of a description, long enough for QEMU's scripts/analyze-migration.py to find it.
 
     The script takes the first brace after the stream's last zero byte for the beginning of the JSON. A length with a
     byte 0x7B has one earlier, so spaces before the last brace make the JSON longer.
     """
-    text = json.dumps(description).encode()
     padding = 0
     while _BRACE in BE32.pack(len(text) + padding):
         padding += 1
@@ -142,7 +141,7 @@ def description_text(description: Mapping[str, object]) -> bytes:
 
 def write_description(writer: StreamWriter, description: Mapping[str, object] | bytes) -> None:
     """The whole section, type byte included, from an object or from JSON text, which is written as it is."""
-    text = description if isinstance(description, bytes) else description_text(description)
+    text = description if isinstance(description, bytes) else pad_description(json.dumps(description).encode())
     writer.u8(SectionType.VMDESCRIPTION)
     writer.be32(len(text))
     writer.payload(text)

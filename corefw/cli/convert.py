@@ -1,0 +1,236 @@
+"""`migfw convert`: a stored stream for another machine type or version of QEMU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from corefw.cli.options import json_option
+from corefw.cli.outcome import ExitStatus, Finished, note
+from corefw.cli.output import print_facts, print_json
+from corefw.errors import MigfwError, RemoteStreamError, UsageError
+
+if TYPE_CHECKING:
+    from corefw.channel import Buffer
+    from corefw.conversion import Conversion, DeviceTables
+    from corefw.wire.stream import Source
+
+INTERVAL: Final = 0.5
+"""Seconds between two figures of progress."""
+
+
+@click.command()
+@click.argument("source", metavar="IN", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.argument("destination", metavar="OUT", type=click.Path(dir_okay=False))
+@click.option("--machine", metavar="TYPE", help="The machine type of the QEMU that will load it, as pc-i440fx-7.2.")
+@click.option(
+    "--for", "version", metavar="VERSION", help="The version of that QEMU.  [default: that of the machine type]"
+)
+@click.option(
+    "--to-vmstate",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False),
+    help="What that QEMU wrote with -dump-vmstate: compare the devices with it.",
+)
+@click.option(
+    "--from-vmstate",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False),
+    help="The same of the QEMU that saved the stream, to compare more.",
+)
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@json_option
+def convert(
+    source: str,
+    destination: str,
+    machine: str | None,
+    version: str | None,
+    to_vmstate: str | None,
+    from_vmstate: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write the stream in IN ("-": standard input) to OUT for another machine type or version of QEMU.
+
+    The machine type is renamed, and what the version does not know is left out. Everything else stays byte for byte,
+    so a device that the other QEMU sees differently still will not load: compare with its -dump-vmstate to find out.
+    OUT is made whole or not at all. The exit status is 1 if something is known that will not load.
+
+    \b
+    Examples:
+      migfw convert vm.stream vm72.stream --machine pc-i440fx-7.2
+      migfw convert vm.stream vm92.stream --for 9.2
+      qemu-system-x86_64 -M pc-i440fx-7.2 -dump-vmstate 7.2.json
+      migfw convert vm.stream vm72.stream --machine pc-i440fx-7.2 --to-vmstate 7.2.json
+    """
+    from corefw.conversion import Target, parse_version
+    from corefw.conversion import convert as convert_stream
+    from corefw.inspection.source import FileSource
+
+    if machine is None and version is None:
+        raise UsageError("nothing to convert: say what the stream is for with --machine TYPE or --for VERSION")
+    if from_vmstate is not None and to_vmstate is None:
+        raise UsageError("--from-vmstate alone compares nothing: add --to-vmstate FILE of the QEMU that will load it")
+    if machine is not None and not (machine.isprintable() and 0 < len(machine.encode()) < 256):
+        raise UsageError(f"{machine!r} is no machine type: expected 1 to 255 bytes that can be printed")
+    target = Target(
+        machine, parse_version(version) if version is not None else None, _tables(to_vmstate), _tables(from_vmstate)
+    )
+    _check_destination(source, destination, force)
+    with FileSource.open(source) as file, _new_file(destination, force) as sink:
+        watched = _Watched(file, file.size)
+        try:
+            done = convert_stream(watched, sink, target)
+        except RemoteStreamError as error:
+            raise MigfwError(f"'{source}' is damaged, '{destination}' was not written: {error}") from None
+        finally:
+            watched.clear()
+    if as_json:
+        print_json(_document(done))
+    else:
+        print_facts(_facts(done, target.to_tables))
+    if done.problems:
+        note(f"'{destination}' was written, but {_count(len(done.problems), 'thing')} in it will not load")
+        raise Finished(ExitStatus.FAILED)
+
+
+def _tables(path: str | None) -> DeviceTables | None:
+    from corefw.conversion import read_tables
+
+    if path is None:
+        return None
+    try:
+        return read_tables(Path(path).read_bytes())
+    except OSError as error:
+        raise MigfwError(f"cannot read '{path}': {error.strerror}") from None
+    except MigfwError as error:
+        raise MigfwError(f"'{path}': {error}") from None
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+
+def _check_destination(source: str, destination: str, force: bool) -> None:
+    """Before anything is read. Raises UsageError."""
+    if not os.path.lexists(destination):
+        return
+    if source != "-" and Path(destination).exists() and Path(source).samefile(destination):
+        raise UsageError(f"'{destination}' is the file to read: write to another one")
+    if not force:
+        raise UsageError(f"'{destination}' exists (replace it with --force)")
+
+
+@contextlib.contextmanager
+def _new_file(destination: str, force: bool) -> Iterator[_FileSink]:
+    """A file beside `destination` that takes its place at the end, and is removed if that is not reached."""
+    path = Path(destination)
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise MigfwError(f"cannot write '{destination}': {error.strerror}") from None
+    try:
+        with os.fdopen(fd, "wb", buffering=0) as file:
+            yield _FileSink(file.fileno(), destination)
+            try:
+                os.fsync(fd)
+                if force:
+                    temporary.replace(path)
+                else:
+                    os.link(temporary, path)  # fails if somebody has made it meanwhile
+            except OSError as error:
+                raise MigfwError(f"cannot write '{destination}': {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _FileSink:
+    """Writes parts whole. Raises MigfwError that names the file in the end."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self._fd = fd
+        self._name = name
+
+    def send(self, *parts: Buffer) -> None:
+        try:
+            for part in parts:
+                rest = memoryview(part).cast("B")
+                while len(rest):
+                    rest = rest[os.write(self._fd, rest) :]
+        except OSError as error:
+            raise MigfwError(f"cannot write '{self._name}': {error.strerror}") from None
+
+
+class _Watched:
+    """A source that shows on a terminal how far it is."""
+
+    def __init__(self, source: Source, size: int | None) -> None:
+        self._source = source
+        self._size = size
+        self._read = 0
+        self._next = time.monotonic() + INTERVAL
+        self._shown = False
+        self._terminal = sys.stderr.isatty()
+
+    def receive_into(self, view: memoryview, /) -> int:
+        count = self._source.receive_into(view)
+        self._read += count
+        if self._terminal and count and time.monotonic() >= self._next:
+            self._show()
+        return count
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._shown:
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+    def _show(self) -> None:
+        from corefw.quantities import format_size
+
+        of = f" of {format_size(self._size)}, {100 * self._read // self._size} %" if self._size else ""
+        click.echo(f"\r\x1b[Kmigfw: read {format_size(self._read)}{of}", err=True, nl=False)
+        self._next, self._shown = time.monotonic() + INTERVAL, True
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+def _document(done: Conversion) -> dict[str, object]:
+    return {
+        "machine": {"from": done.machine_before, "to": done.machine},
+        "for": None if done.version is None else str(done.version),
+        "size": done.size,
+        "changes": done.changes,
+        "problems": done.problems,
+        "notes": done.notes,
+        "devices": {"compared": done.compared, "not-judged": done.unjudged},
+    }
+
+
+def _facts(done: Conversion, tables: DeviceTables | None) -> list[tuple[str, str]]:
+    facts = [
+        ("machine", done.machine or "not in the stream"),
+        ("for QEMU", str(done.version or "of any version")),
+        ("size", f"{done.size} bytes"),
+        *(("changed", change) for change in done.changes or ["nothing"]),
+        *(("needs", text) for text in done.notes),
+        *(("will not load", problem) for problem in done.problems),
+    ]
+    if tables is None:
+        return [*facts, ("devices", "not compared (give --to-vmstate FILE to find out which will not load)")]
+    facts.append(("devices", f"{done.compared} compared with '{tables.machine}'"))
+    if done.unjudged:
+        facts.append(("not judged", f"{', '.join(done.unjudged)} (not described, or not in QEMU's tables)"))
+    return facts
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,13 @@
+"""Makes a stored stream of a QEMU machine into one for another machine type or version of QEMU.
+
+    convert(source, sink, Target(...)) -> Conversion     rewrites, and says what was changed and what will not load
+    read_tables(text) -> DeviceTables                    the output of `-dump-vmstate`, to compare devices with
+
+Source: docs/convert.md.
+"""
+
+from corefw.conversion.rewrite import Conversion, Target, convert
+from corefw.conversion.tables import DeviceTables, read_tables
+from corefw.conversion.versions import Version, parse_version
+
+__all__ = ["Conversion", "DeviceTables", "Target", "Version", "convert", "parse_version", "read_tables"]

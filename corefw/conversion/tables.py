@@ -1,0 +1,233 @@
+"""Compares the devices in a stream with what a QEMU can load, by the output of its option `-dump-vmstate`.
+
+The tables hold the devices that a QEMU was built with, by their types. They lack what registers its state by other
+means (processors, timers, interrupt controllers of some boards), so a device that is not in them is not judged.
+
+    DeviceTables -> StateTable -> FieldTable -> StateTable ...
+
+Source: dump_vmstate_json_to_file (migration/savevm.c) and vmstate_load_state (migration/vmstate.c) of QEMU 10.0.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Final, TypeVar
+
+from corefw.errors import MigfwError
+from corefw.wire.description import DeviceDescription, FieldDescription, StateDescription
+from corefw.wire.records import SectionHeader
+
+MACHINE: Final = "vmschkmachine"
+MAX_DEPTH: Final = 64
+
+_Value = TypeVar("_Value")
+_SCALAR: Final = re.compile(r"bool|u?int(8|16|32|64)( .*)?|timer|CPU_Double_U|float64")
+_NUMBERED: Final = re.compile(r"(.+)\[\d+\]\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class FieldTable:
+    """One field. `version`: the first version of the state that has it; `optional`: a function decides instead."""
+
+    name: str
+    version: int
+    optional: bool
+    size: int
+    state: StateTable | None
+
+
+@dataclass(frozen=True, slots=True)
+class StateTable:
+    """A VMStateDescription: loads the versions from `minimum` to `version`."""
+
+    name: str
+    version: int
+    minimum: int
+    fields: tuple[FieldTable, ...]
+    subsections: tuple[StateTable, ...]
+
+    def fields_of(self, version: int) -> tuple[FieldTable, ...]:
+        return tuple(field for field in self.fields if field.optional or field.version <= version)
+
+    def subsection(self, name: str) -> StateTable | None:
+        return next((one for one in self.subsections if one.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTables:
+    """The states of a QEMU's devices by name; several types may share a name and differ."""
+
+    machine: str
+    states: Mapping[str, tuple[StateTable, ...]]
+
+
+def read_tables(text: bytes) -> DeviceTables:
+    """What `qemu-system-x86_64 -M TYPE -dump-vmstate FILE` wrote. Raises MigfwError."""
+    try:
+        document = json.loads(text)
+        machine = _get(_get(document, MACHINE, dict), "Name", str)
+        states: dict[str, dict[StateTable, None]] = {}
+        for name, entry in document.items():
+            if name != MACHINE:
+                state = _state(_get(entry, "Description", dict), 0)
+                states.setdefault(state.name, {})[state] = None
+    except (ValueError, RecursionError) as error:
+        raise MigfwError(f"not the output of QEMU's -dump-vmstate: {error}") from None
+    return DeviceTables(machine, {name: tuple(found) for name, found in states.items()})
+
+
+def _state(entry: dict[str, object], depth: int) -> StateTable:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    return StateTable(
+        _get(entry, "name", str),
+        _get(entry, "version_id", int),
+        _get(entry, "minimum_version_id", int),
+        tuple(_field(_checked(one, "a field", dict), depth) for one in _get(entry, "Fields", list, [])),
+        tuple(_state(_checked(one, "a subsection", dict), depth + 1) for one in _get(entry, "Subsections", list, [])),
+    )
+
+
+def _field(entry: dict[str, object], depth: int) -> FieldTable:
+    state = _get(entry, "Description", dict, None) if "Description" in entry else None
+    return FieldTable(
+        _get(entry, "field", str),
+        _get(entry, "version_id", int),
+        _get(entry, "field_exists", bool),
+        _get(entry, "size", int),
+        None if state is None else _state(state, depth + 1),
+    )
+
+
+def _get(entry: object, name: str, kind: type[_Value], default: _Value | None = None) -> _Value:
+    found = _checked(entry, f"what has '{name}'", dict).get(name, default)
+    return _checked(found, f"'{name}'", kind)
+
+
+def _checked(value: object, what: str, kind: type[_Value]) -> _Value:
+    if not isinstance(value, kind):
+        raise ValueError(f"expected {what} to be a {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+# -- comparison --------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    header: SectionHeader, device: DeviceDescription | None, source: DeviceTables | None, target: DeviceTables
+) -> list[str] | None:
+    """What of a section the target will not load; None where the tables do not have the device.
+
+    Without the source's tables nobody can tell whether a field that is not in the stream has no elements or is new, so
+    such fields are reported only with them.
+    """
+    if device is None or not device.state.vmsd_name:
+        return None
+    name = device.state.vmsd_name
+    candidates = target.states.get(name)
+    origins = source.states.get(name, ()) if source is not None else ()
+    if candidates is None:
+        return [f"{header}: the target has no device of state '{name}'"] if origins else None
+    # Types that share a name differ in details: the one that fits best is the one that the machine has.
+    judged = [
+        list(_judge(str(header), header.version_id, device.state, origin, candidate))
+        for candidate in candidates
+        for origin in origins or (None,)
+    ]
+    return min(judged, key=len)
+
+
+def _judge(
+    where: str, version: int, state: StateDescription, origin: StateTable | None, target: StateTable
+) -> Iterator[str]:
+    """A state that carries its version: a section or a subsection."""
+    if version > target.version:
+        yield f"{where}: version {version} is too new, the target loads up to {target.version}"
+    elif version < target.minimum:
+        yield f"{where}: version {version} is too old, the target loads {target.minimum} and newer"
+    else:
+        yield from _judge_fields(where, version, state, origin, target)
+
+
+def _judge_fields(
+    where: str, version: int, state: StateDescription, origin: StateTable | None, target: StateTable
+) -> Iterator[str]:
+    expected = target.fields_of(version)
+    before = None if origin is None else _by_name(origin.fields_of(state.version))
+    known = _by_name(expected)
+    at = 0
+    for name, group in groupby(state.fields, key=lambda field: _base_name(field, target)):
+        field = list(group)[-1]
+        found = next((place for place in range(at, len(expected)) if expected[place].name == name), None)
+        if found is None:
+            if at < len(expected) and _is_renamed(field, expected[at], before):
+                at += 1
+                continue
+            yield f"{where}: the target has no field '{name}'"
+            continue
+        yield from _new_fields(where, expected[at:found], before)
+        at = found + 1
+        yield from _judge_field(f"{where}, field '{name}'", field, (before or {}).get(name, []), known[name])
+    yield from _new_fields(where, expected[at:], before)
+    for one in state.subsections:
+        subsection = target.subsection(one.vmsd_name)
+        inner = f"{where}, subsection '{one.vmsd_name}'"
+        if subsection is None:
+            yield f"{inner}: the target does not know it"
+        else:
+            yield from _judge(inner, one.version, one, origin and origin.subsection(one.vmsd_name), subsection)
+
+
+def _by_name(fields: Iterable[FieldTable]) -> dict[str, list[FieldTable]]:
+    """A name may come more than once: PCIDevice has a `config` of 256 bytes or one of 4096."""
+    found: dict[str, list[FieldTable]] = {}
+    for field in fields:
+        found.setdefault(field.name, []).append(field)
+    return found
+
+
+def _base_name(field: FieldDescription, target: StateTable) -> str:
+    """QEMU 10.0 numbers fields of one state that share a name: "config[1]" is one of two "config"."""
+    numbered = _NUMBERED.match(field.name)
+    if numbered is None or any(one.name == field.name for one in target.fields):
+        return field.name
+    return numbered[1]
+
+
+def _is_renamed(field: FieldDescription, expected: FieldTable, before: Mapping[str, object] | None) -> bool:
+    """A name is not on the wire: a scalar of the same size in the same place is the same field, unless the source has
+    the other one too."""
+    same = _SCALAR.fullmatch(field.type) is not None and field.size == expected.size
+    return same and expected.state is None and (before is None or expected.name not in before)
+
+
+def _new_fields(where: str, skipped: Iterable[FieldTable], before: Mapping[str, object] | None) -> Iterator[str]:
+    for field in skipped:
+        if not field.optional and before is not None and field.name not in before:
+            yield f"{where}: the target expects a field '{field.name}' that the source does not have"
+
+
+def _judge_field(
+    where: str, field: FieldDescription, origins: Sequence[FieldTable], targets: Sequence[FieldTable]
+) -> Iterator[str]:
+    """`origins`, `targets`: the fields of that name on either side."""
+    target = targets[0].state
+    if target is not None:
+        if field.struct is not None:
+            # A struct's version is not on the wire: both sides take their own.
+            origin = origins[0].state if origins else None
+            yield from _judge_fields(where, target.version, field.struct, origin, target)
+        return
+    # Of what is no scalar, the tables have the size in memory, which is comparable with itself only.
+    sizes = {field.size} if _SCALAR.fullmatch(field.type) else {one.size for one in origins}
+    expected = {one.size for one in targets}
+    if sizes and not sizes & expected:
+        yield f"{where}: {_numbers(sizes)} bytes, the target expects {_numbers(expected)}"
+
+
+def _numbers(numbers: Iterable[int]) -> str:
+    return " or ".join(map(str, sorted(numbers)))
