@@ -221,6 +221,13 @@ def test_the_description_tells_the_new_name(tmp_path: Path, padding: int) -> Non
     assert done.data.index(b"{", done.data.rindex(b"\0")) == len(done.data) - len(after)
 
 
+def test_a_file_of_mapped_ram_is_refused(tmp_path: Path) -> None:
+    tail = CAPABILITIES_TAIL.replace(b"\x05x-abc", b"\x0amapped-ram")
+    done = Converted(tmp_path, stream_of(tail=tail), "--machine", "pc-i440fx-9.2")
+    assert (done.status, done.data) == (1, None)
+    assert "park the machine" in done.stderr
+
+
 # -- what will not load ------------------------------------------------------------------------------------------------
 
 

@@ -22,11 +22,12 @@ from corefw.conversion.versions import (
     board,
     machine_version,
 )
-from corefw.errors import RemoteStreamError
+from corefw.errors import MigfwError, RemoteStreamError
 from corefw.wire import items
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
 from corefw.wire.decoder import decode
 from corefw.wire.records import (
+    MAPPED_RAM,
     Configuration,
     configuration_capabilities,
     configuration_page_size,
@@ -79,7 +80,8 @@ class Conversion:
 
 
 def convert(source: Source, sink: Sink, target: Target) -> Conversion:
-    """Read a stream to its end and write the other one. Raises RemoteStreamError for damage, ChannelError.
+    """Read a stream to its end and write the other one. Raises RemoteStreamError for damage, ChannelError, and
+    MigfwError for a file of mapped-ram.
 
     What was written before an error is of no use.
     """
@@ -129,6 +131,12 @@ class _Rewriting:
 
     def _configure(self, item: items.ConfigurationItem) -> Iterator[items.Item]:
         before = item.configuration
+        if MAPPED_RAM in configuration_capabilities(before):
+            raise MigfwError(
+                "a mapped-ram file is not converted, since its pages stand at fixed places: park the machine"
+                " ('migfw run --machine qemu --incoming file:PATH'), store it again ('migfw migrate file:OTHER'), and"
+                " convert that"
+            )
         self._begin(before.name)
         kept, subsections = [], configuration_subsections(before)
         for name in subsections:
