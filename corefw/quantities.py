@@ -64,3 +64,16 @@ def format_size(count: float) -> str:
 def format_milliseconds(milliseconds: float) -> str:
     """35 -> "35 ms", 2500 -> "2.50 s"."""
     return f"{milliseconds:.0f} ms" if milliseconds < 999.5 else f"{milliseconds / 1000:.2f} s"
+
+
+def format_duration(milliseconds: float) -> str:
+    """How long something lasts, for people who wait: "350 ms", "4.2 s", "37 s", "3 min 20 s", "2 h 5 min"."""
+    if milliseconds < 999.5:
+        return f"{milliseconds:.0f} ms"
+    if milliseconds < 9_950:
+        return f"{milliseconds / 1000:.1f} s"
+    seconds = round(milliseconds / 1000)
+    if seconds < 120:
+        return f"{seconds} s"
+    minutes = round(seconds / 60)
+    return f"{seconds // 60} min {seconds % 60} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corefw.errors import UsageError, one_line
-from corefw.quantities import format_milliseconds, format_size, parse_milliseconds, parse_size, parse_switch
+from corefw.quantities import (
+    format_duration,
+    format_milliseconds,
+    format_size,
+    parse_milliseconds,
+    parse_size,
+    parse_switch,
+)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +92,22 @@ def test_sizes_are_written_with_one_decimal(count: int, text: str) -> None:
 @pytest.mark.parametrize(("milliseconds", "text"), [(0, "0 ms"), (35, "35 ms"), (999.7, "1.00 s"), (2500, "2.50 s")])
 def test_times_are_written_in_ms_or_s(milliseconds: float, text: str) -> None:
     assert format_milliseconds(milliseconds) == text
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "text"),
+    [
+        (350, "350 ms"),
+        (4_200, "4.2 s"),
+        (9_960, "10 s"),
+        (36_900, "37 s"),
+        (200_000, "3 min 20 s"),
+        (3_600_000, "1 h 0 min"),
+        (7_500_000, "2 h 5 min"),
+    ],
+)
+def test_durations_get_coarser_as_they_get_longer(milliseconds: float, text: str) -> None:
+    assert format_duration(milliseconds) == text
 
 
 @given(st.integers(0, 2**63))

@@ -1,7 +1,7 @@
 """Watches a migration until it is over.
 
-The law: it only asks and shows. What may be done on the way (cancel at Ctrl-C, switch to postcopy, say what to do in
-pre-switchover) is done once each.
+It only asks and shows. What it may do on the way (cancel at Ctrl-C, switch to postcopy, say what to do in
+pre-switchover) it does once each.
 """
 
 from __future__ import annotations

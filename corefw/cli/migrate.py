@@ -1,7 +1,7 @@
 """`migfw migrate`: move the guest, and stay to watch.
 
-The law: what can be refused is refused before the engine is asked, and an engine that refuses has the settings that it
-had; from then on this process only watches, and the engine goes on whatever becomes of it.
+What can be refused is refused before the engine is asked, and an engine that refuses keeps the settings that it had.
+From then on this process only watches, and the engine goes on whatever becomes of it; the engine keeps limits as well.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from corefw.cli.changes import Changes, read_changes
 from corefw.cli.engines import EngineClient, connect
 from corefw.cli.follow import Follower
 from corefw.cli.interrupts import Interrupts
+from corefw.cli.limits import add_limits
 from corefw.cli.options import engine_options, json_option, settings_options
 from corefw.cli.outcome import ExitStatus, Finished, note
 from corefw.cli.output import print_facts, print_json
@@ -35,6 +36,14 @@ if TYPE_CHECKING:
 @click.argument("uri")
 @engine_options
 @settings_options
+@click.option("--timeout", metavar="DURATION", help="How long the migration may take, as in 30s or 10m.")
+@click.option("--max-passes", metavar="N", type=click.IntRange(1), help="How many passes it may take.")
+@click.option(
+    "--on-timeout",
+    type=click.Choice(["cancel", "switchover"]),
+    help="What happens when --timeout or --max-passes is reached: cancel, and the guest runs on here; or stop the guest"
+    " and send the rest, even if that takes longer than downtime-limit.  [default: cancel]",
+)
 @click.option("--postcopy", is_flag=True, help="Switch to postcopy when everything was sent once.")
 @click.option("--detach", is_flag=True, help="Start it and leave; 'migfw status' shows how far it is.")
 @click.option("--resume", is_flag=True, help="Go on with a postcopy migration whose connection broke.")
@@ -45,6 +54,9 @@ def migrate(
     qmp: str | None,
     caps: tuple[str, ...],
     params: tuple[str, ...],
+    timeout: str | None,
+    max_passes: int | None,
+    on_timeout: str | None,
     postcopy: bool,
     detach: bool,
     resume: bool,
@@ -64,6 +76,9 @@ def migrate(
     wherever URI has two ways, so that "completed" means that the destination has said so; the bandwidth is not
     limited. --cap and --param say otherwise.
 
+    A migration that does not converge goes on until its guest writes less, or until --timeout or --max-passes. The
+    engine keeps these limits, with --detach as well.
+
     Ctrl-C cancels the migration and waits until the guest goes on here; a second one leaves at once. With --qmp it
     moves a real QEMU as well: over transports that QEMU does not know, this process relays.
 
@@ -72,6 +87,7 @@ def migrate(
       migfw migrate tcp:other.example.org:4444
       migfw migrate ssh://other.example.org/tcp:localhost:4444 --param downtime-limit=50ms
       migfw migrate tcp:other:4444 --param max-bandwidth=200M --json
+      migfw migrate tcp:other:4444 --timeout 5m --on-timeout switchover
       migfw migrate zmq:tcp://other:4444 --qmp unix:/run/qemu.sock
     """
     with connect(name, qmp) as engine, contextlib.ExitStack() as stack:
@@ -81,6 +97,7 @@ def migrate(
             changes.capabilities.setdefault("postcopy-ram", True)
         if not resume:
             _add_defaults(changes, engine, route)
+            add_limits(changes, engine, timeout, max_passes, on_timeout)
         if detach and route.relayed:
             raise UsageError(f"'{uri}': this process has to stay and relay for the QEMU, so --detach cannot be")
         relay = stack.enter_context(_relay(uri, engine)) if route.relayed else None

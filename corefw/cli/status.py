@@ -1,4 +1,4 @@
-"""`migfw status`: what an engine does, for people or as a document."""
+"""`migfw status`: what an engine does, once or for as long as it lives, for people or as a document."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from corefw.cli.options import engine_options, json_option
 from corefw.cli.output import print_facts, print_json
 from corefw.cli.progress import Progress
 from corefw.cli.summary import summary
-from corefw.quantities import format_size
+from corefw.errors import UsageError
+from corefw.quantities import format_duration, format_size
 
 Fact = tuple[str, str]
 
@@ -48,22 +49,40 @@ _SHOWN: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
 
 @click.command()
 @engine_options
+@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C or until the engine ends.")
 @json_option
-def status(name: str | None, qmp: str | None, as_json: bool) -> None:
+def status(name: str | None, qmp: str | None, watch: bool, as_json: bool) -> None:
     """Show the guest, its RAM, and the migration that runs or ran last; of a real QEMU as well.
+
+    With --watch a terminal shows it live; where stdout is a file or a pipe there is a line whenever something changed,
+    one a second at most. It only asks: Ctrl-C ends this command (status 130), and neither guest nor migration.
 
     \b
     Examples:
       migfw status
+      migfw status --watch
       migfw status --name heat --json
       migfw status --qmp unix:/run/qemu.sock
     """
+    if watch and as_json:
+        raise UsageError("--json prints one document and --watch goes on: choose one of them")
     with connect(name, qmp) as engine:
-        document = engine.call("x-migfw-status") if engine.is_migfw else _of_qemu(engine)
+        if watch:
+            from corefw.cli.watch import watch_engine
+
+            watch_engine(lambda: ask(engine))
+            return
+        document = ask(engine)
     if as_json:
         print_json(document)
     else:
-        print_facts(list(_facts(document)))
+        print_facts(facts(document))
+
+
+def ask(engine: EngineClient) -> dict[str, Any]:
+    """All that `migfw status` shows, of whichever engine."""
+    document: dict[str, Any] = engine.call("x-migfw-status") if engine.is_migfw else _of_qemu(engine)
+    return document
 
 
 def _of_qemu(engine: EngineClient) -> dict[str, Any]:
@@ -79,20 +98,27 @@ def _of_qemu(engine: EngineClient) -> dict[str, Any]:
     }
 
 
+def facts(document: Mapping[str, Any]) -> list[Fact]:
+    """As lines, what matters first."""
+    return [*_facts(document)]
+
+
 def _facts(document: Mapping[str, Any]) -> Iterator[Fact]:
     yield "name", document["name"] or "(none)"
+    yield "guest", document["status"]
+    if document.get("incoming", "none") != "none" or document.get("incoming-uri"):
+        yield "incoming", " at ".join(part for part in (document["incoming"], document["incoming-uri"]) if part)
+    yield from _migration(document["migration"])
+    for reason in document["migration"].get("blocked-reasons", ()):
+        yield "cannot migrate", str(reason)
+    if "machine" in document:
+        yield from _machine(document["machine"])
     if "pid" in document:
         yield "process", f"{document['pid']} (migfw {document['version']})"
     else:
         yield "process", document["version"]
     if log := (document.get("launch") or {}).get("log"):
         yield "log", log
-    if "machine" in document:
-        yield from _machine(document["machine"])
-    yield "guest", document["status"]
-    if document.get("incoming", "none") != "none" or document.get("incoming-uri"):
-        yield "incoming", " at ".join(part for part in (document["incoming"], document["incoming-uri"]) if part)
-    yield from _migration(document["migration"])
 
 
 def _machine(machine: Mapping[str, Any]) -> Iterator[Fact]:
@@ -111,10 +137,10 @@ def _machine(machine: Mapping[str, Any]) -> Iterator[Fact]:
 def _migration(answer: Mapping[str, Any]) -> Iterator[Fact]:
     progress = Progress.of(answer)
     if "expected-downtime" in answer:
-        yield "migration", ", ".join([progress.heading(), f"{100 * progress.fraction:.0f} %", *progress.details()])
+        yield "migration", f"{progress.line()}, running for {format_duration(progress.elapsed)}"
+        for warning in progress.warnings:
+            yield "warning", warning
     else:
         (_, first), *rest = summary(answer)
         yield "migration", first
         yield from rest
-    for reason in answer.get("blocked-reasons", ()):
-        yield "blocked", str(reason)

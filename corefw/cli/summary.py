@@ -22,6 +22,11 @@ def cancelled(answer: Mapping[str, Any], run_state: str) -> str:
     return f"{status} ({reason})" if reason and run_state == RunState.POSTMIGRATE else status
 
 
+def _live_sections(answer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    sections = answer.get("x-migfw", {}).get("sections", {})
+    return {name: one for name, one in sections.items() if one["total"]}
+
+
 def summary(answer: Mapping[str, Any]) -> list[tuple[str, str]]:
     """query-migrate's last answer as (name, value) lines. What the engine did not say is left out."""
     ram = answer.get("ram", {})
@@ -37,6 +42,9 @@ def summary(answer: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("passes", str(ram["dirty-sync-count"])))
     if "transferred" in ram:
         facts.append(("sent", f"{format_size(ram['transferred'])} for {format_size(ram.get('total', 0))} of RAM"))
+    if len(live := _live_sections(answer)) > 1:
+        facts.append(("sections", ", ".join(f"{name} {format_size(one['sent'])}" for name, one in live.items())))
     if "normal" in ram:
         facts.append(("pages", f"{ram['normal']:,} sent whole, {ram.get('duplicate', 0):,} zero"))
+    facts += [("warning", str(warning)) for warning in answer.get("x-migfw", {}).get("warnings", ())]
     return facts

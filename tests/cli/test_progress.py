@@ -39,7 +39,69 @@ def test_progress_counts_in_bytes() -> None:
     progress = Progress.of(ACTIVE)
     assert (progress.rate, progress.dirty_rate, progress.fraction) == (1_000_000, 1 << 20, 0.75)
     assert progress.heading() == "active, pass 2"
-    assert progress.details() == ["256.0 MiB to go", "976.6 KiB/s", "dirtied 1.0 MiB/s", "expected downtime 35 ms"]
+    assert progress.details() == [
+        *("256.0 MiB of 1.0 GiB left", "976.6 KiB/s", "dirtied 1.0 MiB/s", "expected downtime 35 ms")
+    ]
+
+
+OWN: dict[str, Any] = {
+    **ACTIVE,
+    "x-migfw": {
+        "total": 5 << 30,
+        "remaining": 3 << 30,
+        "dirty-rate": 2 << 20,
+        "warnings": [],
+        "sections": {"ram": {"total": 1 << 30, "sent": 10}, "job": {"total": 4 << 30, "sent": 20}},
+    },
+}
+"""The answer of a migfw: its RAM is three quarters done, and another job has most still to send."""
+
+
+def with_own(**figures: Any) -> Progress:
+    return Progress.of(
+        {**OWN, "x-migfw": OWN["x-migfw"] | {name.replace("_", "-"): value for name, value in figures.items()}}
+    )
+
+
+def test_progress_is_that_of_all_handlers() -> None:
+    assert with_own().percent == "40 %"
+    assert with_own().details()[0] == "3.0 GiB of 5.0 GiB left"
+    assert "dirtied 2.0 MiB/s" in with_own().details()
+
+
+def test_progress_says_only_what_is_known() -> None:
+    assert not any("downtime" in one or "about" in one for one in with_own().details())
+    assert "this pass ends in about 2 min 30 s" in with_own(pass_time_left=150_000).details()
+    known = with_own(pass_time_left=1000, time_left=150_000, expected_downtime=35, converges=True).details()
+    assert known[1] == "done in about 2 min 30 s"
+    assert known[-1] == "expected downtime 35 ms"
+    assert "will not converge" in with_own(pass_time_left=1000, converges=False).details()
+
+
+def test_a_qemu_that_has_measured_nothing_yet_expects_no_downtime() -> None:
+    """It says the downtime limit instead."""
+    answer = {**ACTIVE, "ram": {**ACTIVE["ram"], "dirty-pages-rate": 0}}
+    assert Progress.of(answer).expected_downtime is None
+
+
+def test_nothing_is_100_percent_before_nothing_is_left() -> None:
+    assert Progress(total=1000, remaining=1).percent == "99 %"
+    assert Progress(total=1000, remaining=0).percent == "100 %"
+
+
+def test_a_warning_is_a_line_of_its_own_once() -> None:
+    written: list[str] = []
+    lines = Lines(written.append, lambda: 0.0)
+    for warnings in ([], ["will not converge: 1"], ["will not converge: 2"]):
+        lines.update(with_own(warnings=warnings))
+    assert [line for line in written if "converge" in line] == ["will not converge: 1"]
+
+
+def test_the_summary_has_warnings_and_the_sections_of_other_handlers() -> None:
+    answer = {**OWN, "status": "completed", "x-migfw": OWN["x-migfw"] | {"warnings": ["the guest was down for long"]}}
+    facts = summary(answer)
+    assert ("warning", "the guest was down for long") in facts
+    assert ("sections", "ram 10 B, job 20 B") in facts
 
 
 @pytest.mark.parametrize("answer", [{}, {"status": "setup"}, {"status": "active", "ram": {}}])
@@ -58,7 +120,7 @@ def test_lines_come_once_a_second_and_only_on_change() -> None:
         now[0] = number * 0.6
         lines.update(Progress.of(answer))
     assert [line.rpartition(" downtime ")[2] for line in written] == ["35 ms", "1 ms"]
-    assert written[0].startswith("active, pass 2, 75 %, 256.0 MiB to go")
+    assert written[0].startswith("active, pass 2, 75 %, 256.0 MiB of 1.0 GiB left")
 
 
 def test_a_pass_that_sends_more_than_there_is_stays_in_bounds() -> None:
