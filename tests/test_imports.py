@@ -39,7 +39,8 @@ CORE: Final[dict[str, set[str]]] = {
     "dialing": {"errors", "uri", "channel", "socketfile", "sockets"},
     "wire": {"errors", "channel"},
     "relay": {"closing", "errors", "uri", "channel", "channelset", "wire"},
-    "inspection": {"closing", "errors", "channel", "wire"},
+    "streamfile": {"errors", "quantities", "channel"},
+    "inspection": {"closing", "errors", "channel", "streamfile", "wire"},
     "conversion": {"errors", "channel", "wire"},
     "section": {"errors", "channel", "settings", "wire"},
     "machine": {"errors"},
@@ -77,7 +78,19 @@ LIBRARIES: Final[dict[str, set[str]]] = {
 """Library -> the parts of the core that may import it."""
 
 PUBLIC: Final = {
-    *("errors", "uri", "quantities", "descriptors", "states", "settings", "channel", "sockets", "dialing", "wire"),
+    *(
+        "errors",
+        "uri",
+        "quantities",
+        "descriptors",
+        "states",
+        "settings",
+        "channel",
+        "sockets",
+        "dialing",
+        "wire",
+        "streamfile",
+    ),
     *("section", "machine", "memory", "hookspecs", "testing"),
 }
 """What plugins may import; docs/plugins.md says the same."""

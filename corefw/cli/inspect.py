@@ -18,13 +18,34 @@ MOST_TEXT: Final = 60
 """Characters of one value."""
 
 
+class _StreamFile(click.ParamType[tuple[str, int]]):
+    """A path, "-", or a file: URI: (path, offset)."""
+
+    name = "file"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        from corefw.errors import UsageError
+        from corefw.streamfile import split_offset
+
+        path, offset = value, 0
+        if value.startswith("file:"):
+            try:
+                path, offset = split_offset(value.removeprefix("file:"))
+            except UsageError as error:
+                self.fail(str(error), param, ctx)
+        click.Path(exists=True, dir_okay=False, allow_dash=True).convert(path, param, ctx)
+        return path, offset
+
+
 @click.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.argument("place", metavar="FILE", type=_StreamFile())
 @click.option("--device", "devices", metavar="NAME", multiple=True, help="Show this device's fields; may be repeated.")
 @click.option("--fields", "all_fields", is_flag=True, help="Show the fields of all devices.")
 @json_option
-def inspect(file: str, devices: Sequence[str], all_fields: bool, as_json: bool) -> None:
+def inspect(place: tuple[str, int], devices: Sequence[str], all_fields: bool, as_json: bool) -> None:
     """Show the sections, RAM, devices and commands of the migration stream in FILE ("-": standard input).
+
+    FILE may also be a save image of libvirt (virsh save), or a URI as QEMU reads it: file:PATH,offset=N.
 
     Streams of QEMU and of migfw are read alike, with every option of the stream on or off. A damaged stream is shown
     up to the damage. The exit status is 1 for a stream that is damaged or whose RAM is missing.
@@ -35,13 +56,16 @@ def inspect(file: str, devices: Sequence[str], all_fields: bool, as_json: bool) 
       migfw inspect --device cpu --device timer machine.stream
       migfw inspect --json machine.stream | jq '.ram'
       zcat machine.stream.gz | migfw inspect -
+      migfw inspect file:machine.stream,offset=64K
     """
     from corefw.inspection import ValueBudget, document
     from corefw.inspection import inspect as inspect_stream
     from corefw.inspection.source import FileSource
 
-    with FileSource.open(file) as source:
+    file, offset = place
+    with FileSource.open(file, offset) as source:
         found = inspect_stream(source)
+        found.origin, found.image = source.origin, source.image
         if found.damage is not None and source.size is not None:
             found.size = source.size  # it may go on behind the damage
     missing = [name for name in devices if all(section.idstr != name for section in found.sections)]
@@ -84,6 +108,7 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     configuration = found.configuration
     description = "none" if found.description is None else format_size(found.description)
     facts = [
+        *_place(found),
         ("machine", configuration.name if configuration is not None else "not in the stream"),
         ("size", f"{found.size} bytes ({format_size(found.size)})"),
         ("footers", {True: "yes", False: "no", None: "unknown"}[found.footers]),
@@ -103,6 +128,17 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     if found.damage is not None:
         facts.append(("damaged", f"at offset {found.damage.offset} ({found.damage.offset:#x})"))
     return [*facts, ("complete", "yes" if found.complete else "no")]
+
+
+def _place(found: Inspection) -> list[tuple[str, str]]:
+    """Where in its file the stream is, if not at the start."""
+    if not found.origin:
+        return []
+    place = [("stream", f"from {found.origin:#x} of the file on; offsets below count from there")]
+    if found.image is None:
+        return place
+    state = "running" if found.image.was_running else "paused"
+    return [("save image", f"libvirt's, {found.image.format}, of a guest that was {state}"), *place]
 
 
 def _print_ram(found: Inspection) -> None:

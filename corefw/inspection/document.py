@@ -11,6 +11,7 @@ from typing import Final
 
 from corefw.inspection.fields import ValueBudget, device_fields
 from corefw.inspection.model import BlockInfo, CommandInfo, Inspection, SectionInfo
+from corefw.streamfile import SaveImage
 from corefw.wire.constants import BE32, BE64, Command
 from corefw.wire.records import Configuration, configuration_subsections, parse_ping, parse_postcopy_advise
 
@@ -22,6 +23,8 @@ def document(inspection: Inspection, budget: ValueBudget | None = None) -> dict[
         "complete": inspection.complete,
         "missing": inspection.missing,
         "size": inspection.size,
+        "origin": inspection.origin,
+        "save-image": None if inspection.image is None else _image(inspection.image),
         "configuration": None if inspection.configuration is None else _configuration(inspection.configuration),
         "footers": inspection.footers,
         "description": inspection.description,
@@ -33,6 +36,10 @@ def document(inspection: Inspection, budget: ValueBudget | None = None) -> dict[
         "uncut": None if inspection.uncut is None else dict(zip(("offset", "size"), inspection.uncut, strict=True)),
         "damage": _damage(inspection),
     }
+
+
+def _image(image: SaveImage) -> dict[str, object]:
+    return {"format": image.format, "was-running": image.was_running}
 
 
 def _configuration(configuration: Configuration) -> dict[str, object]:

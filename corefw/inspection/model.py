@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from corefw.errors import RemoteStreamError
+from corefw.streamfile import SaveImage
 from corefw.wire.description import DeviceDescription
 from corefw.wire.records import BlockEntry, CommandRecord, Configuration
 
@@ -81,6 +82,7 @@ class Inspection:
     damage     where it breaks off or is wrong
     missing    what a whole stream lacks to make a guest: RAM, in words
     uncut      bytes of device sections that nothing tells apart: (offset, size)
+    origin     where in its file the stream begins; image: the libvirt save image that it is in
     omitted    sections and commands beyond the first MAX_LISTED, which are counted only
     """
 
@@ -92,6 +94,8 @@ class Inspection:
     entries: list[SectionInfo | CommandInfo] = field(default_factory=list)
     blocks: dict[str, BlockInfo] = field(default_factory=dict)
     uncut: tuple[int, int] | None = None
+    origin: int = 0
+    image: SaveImage | None = None
     omitted: int = 0
     complete: bool = False
     damage: RemoteStreamError | None = None

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from corefw_transport_exec import FileTransport
 
-from corefw.channel import Channel, Interrupt
-from corefw.errors import ChannelError, Interrupted
+from corefw.channel import Channel, FileBacked, Interrupt
+from corefw.errors import ChannelError, Interrupted, UriError
 from corefw.testing.tasks import Task
 from corefw.uri import MigrationUri
 
@@ -275,3 +275,73 @@ def interrupted(wait: Callable[[Interrupt], Channel]) -> None:
     interrupt.set()
     assert isinstance(waiting.error(), Interrupted)
     interrupt.close()
+
+
+# -- offsets, and files of libvirt -------------------------------------------------------------------------------------
+
+
+def test_an_offset_keeps_what_is_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "guest"
+    path.write_bytes(b"header, and an old stream that is longer than the new one")
+    with outgoing(f"{path},offset=8") as channel:
+        channel.send(b"a stream")
+        assert path.read_bytes().startswith(b"header, and an old stream"), "not before it is whole"
+        channel.send_eof()
+    assert path.read_bytes() == b"header, a stream"
+    assert receive_all(Path(f"{path},offset=8")) == b"a stream"
+    assert names(tmp_path) == ["guest"]
+
+
+@pytest.mark.parametrize("before", [None, b"", b"abc"])
+def test_an_offset_behind_the_end_leaves_zeros(tmp_path: Path, before: bytes | None) -> None:
+    path = tmp_path / "guest"
+    if before is not None:
+        path.write_bytes(before)
+    with outgoing(f"{path},offset=5") as channel:
+        channel.send(b"a stream")
+        channel.send_eof()
+    assert path.read_bytes() == (before or b"").ljust(5, b"\0") + b"a stream"
+
+
+def test_an_offset_and_a_link(tmp_path: Path) -> None:
+    """A new file would not have what the link leads to."""
+    (tmp_path / "other").write_bytes(b"header")
+    (tmp_path / "guest").symlink_to("other")
+    with pytest.raises(ChannelError, match="too many levels of symbolic links"):
+        outgoing(f"{tmp_path}/guest,offset=3")
+    assert names(tmp_path) == ["guest", "other"]
+
+
+def test_an_offset_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UriError, match="'x' is no offset: expected bytes"):
+        FileTransport(MigrationUri("file", f"{tmp_path}/guest,offset=x"))
+    os.mkfifo(tmp_path / "fifo")
+    transport = FileTransport(MigrationUri("file", f"{tmp_path}/fifo,offset=3"))
+    for use in (lambda: transport.connect(NEVER), transport.listen):
+        with pytest.raises(ChannelError, match="an offset is for files, and this is none"):
+            use()
+
+
+def test_a_save_image_that_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(b"LibvirtQemudPart" + bytes(100))
+    with pytest.raises(ChannelError, match=f"file:{path} is a libvirt save image that is not complete"):
+        FileTransport(MigrationUri("file", str(path))).listen()
+
+
+def test_passing_over_a_part_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "guest"
+    path.write_bytes(b"0123456789" * 20)
+    with (
+        FileTransport(MigrationUri("file", f"{path},offset=10")).listen() as listener,
+        listener.accept(NEVER) as channel,
+    ):
+        assert isinstance(channel, FileBacked)
+        assert channel.origin == 10
+        channel.skip(95)
+        room = memoryview(bytearray(3))
+        assert channel.receive_into(room) == 3
+        assert bytes(room) == b"567"
+        channel.abort()
+        with pytest.raises(Interrupted):
+            channel.skip(1)

@@ -1,4 +1,4 @@
-"""file:PATH: a stream kept in a file.
+"""file:PATH[,offset=N]: a stream kept in a file, alone, from byte N on, or in a libvirt save image.
 
 Invariant: PATH holds a whole stream or what it held before. The stream goes to a new file beside it, mode 0600, which
 takes the name once the sender has ended the stream and the bytes are on the disk; otherwise it is removed. A guest's
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Final
 
 from corefw.channel import Channel, FileBacked, Interrupt, Listener, Transport, TransportFeatures
-from corefw.errors import ChannelError, UriError
+from corefw.errors import ChannelError, StreamError, UriError, UsageError
 from corefw.sockets import reason
+from corefw.streamfile import StreamFile, split_offset
 from corefw.uri import MigrationUri
 from corefw_transport_exec.pipe import OneShotListener, PipeChannel
 
@@ -43,16 +44,21 @@ class FileTransport(Transport):
         super().__init__(uri)
         if "\0" in uri.rest:
             raise UriError(f"'{uri}': a path has no zero byte")
-        if uri.rest.endswith("/"):
+        try:
+            path, self._offset = split_offset(uri.rest)
+        except UsageError as error:
+            raise UriError(f"'{uri}': {error}") from None
+        if path.endswith("/"):
             raise UriError(f"'{uri}' names a directory: expected file:PATH of a file")
-        self._path = Path(uri.rest)
+        self._path = Path(path)
 
     def connect(self, interrupt: Interrupt) -> Channel:
         interrupt.check()
         try:
             if self._is_replaced():
                 self.features = replace(_FEATURES, atomic=True)
-                return NewFileChannel(self._path.absolute(), self.uri)
+                return NewFileChannel(self._path.absolute(), self.uri, self._offset)
+            self._check_has_no_offset()
             return PipeChannel(self._open_for_writing(interrupt), str(self.uri), outgoing=True)
         except OSError as error:
             raise self._error(error) from None
@@ -63,16 +69,36 @@ class FileTransport(Transport):
             if self._path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             fd = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+            mode = os.fstat(fd).st_mode
         except OSError as error:
             raise self._error(error) from None
+        if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+            channel = self._stored(fd)
+            return OneShotListener(self.uri, lambda _: channel, channel.close)
+        try:
+            self._check_has_no_offset()
+        except ChannelError:
+            os.close(fd)
+            raise
 
         def opens(interrupt: Interrupt) -> Channel:
             # A FIFO that nobody has opened for writing yet would read as ended; poll waits for the first writer.
             interrupt.wait_for(fd, select.POLLIN)
-            kind = StoredFileChannel if stat.S_ISREG(os.fstat(fd).st_mode) else PipeChannel
-            return kind(fd, str(self.uri), outgoing=False)
+            return PipeChannel(fd, str(self.uri), outgoing=False)
 
         return OneShotListener(self.uri, opens, lambda: os.close(fd))
+
+    def _stored(self, fd: int) -> Channel:
+        """The channel of a file that holds a stream; owns `fd`."""
+        try:
+            return StoredFileChannel(fd, str(self.uri), StreamFile(fd, self._offset))
+        except (OSError, StreamError) as error:
+            os.close(fd)
+            raise self._error(error) if isinstance(error, OSError) else ChannelError(f"{self.uri} is {error}") from None
+
+    def _check_has_no_offset(self) -> None:
+        if self._offset:
+            raise ChannelError(f"{self.uri}: an offset is for files, and this is none")
 
     def _is_replaced(self) -> bool:
         """Whether a new file takes the name PATH: where there is a regular file, a link to one, or nothing yet. Not so
@@ -120,24 +146,34 @@ class FileTransport(Transport):
 
 
 class StoredFileChannel(PipeChannel, FileBacked):
-    """Reads a file, from where its descriptor stands."""
+    """Reads the stream in a file."""
 
-    def __init__(self, fd: int, peer: str, *, outgoing: bool) -> None:
-        super().__init__(fd, peer, outgoing=outgoing)
-        self.origin = os.lseek(fd, 0, os.SEEK_CUR)
+    def __init__(self, fd: int, peer: str, stream: StreamFile) -> None:
+        super().__init__(fd, peer, outgoing=False)
+        self._stream = stream
+        self.origin = stream.origin
+
+    def receive_into(self, view: memoryview) -> int:
+        assert len(view), "receive_into an empty view"
+        self._check(outgoing=False)
+        try:
+            return self._stream.receive_into(view)
+        except OSError as error:
+            raise self._failed(error) from None
 
     def skip(self, count: int) -> None:
         self._check(outgoing=False)
         try:
-            os.lseek(self._fd, count, os.SEEK_CUR)
+            self._stream.skip(count)
         except OSError as error:
             raise self._failed(error) from None
 
 
 class NewFileChannel(PipeChannel):
-    """Writes a file that takes the name `target` at send_eof."""
+    """Writes a file that takes the name `target` at send_eof. Its first `kept` bytes are those that `target` had
+    before, or zeros."""
 
-    def __init__(self, target: Path, uri: MigrationUri) -> None:
+    def __init__(self, target: Path, uri: MigrationUri, kept: int = 0) -> None:
         fd, name = tempfile.mkstemp(dir=target.parent, prefix=".migfw-", suffix=".partial")  # O_EXCL, O_NOFOLLOW, 0600
         with contextlib.suppress(FileNotFoundError):
             old = target.lstat()
@@ -145,6 +181,12 @@ class NewFileChannel(PipeChannel):
                 os.fchmod(fd, stat.S_IMODE(old.st_mode) & 0o777)
             elif stat.S_ISLNK(old.st_mode):
                 log.warning("%s: a symbolic link is there; the new file replaces it and not what it points to", uri)
+        try:
+            _copy_start(target, fd, kept)
+        except OSError:
+            os.close(fd)
+            Path(name).unlink()
+            raise
         self._target = target
         self._partial: Path | None = Path(name)
         super().__init__(fd, str(uri), outgoing=True)
@@ -174,6 +216,22 @@ def _leads_to_open_file(path: Path) -> bool:
     """Whether it is in /proc, or a link to something there."""
     names = [path, path.parent / path.readlink()] if path.is_symlink() else [path]
     return any(Path("/proc") in name.parent.resolve().parents for name in names)
+
+
+def _copy_start(source: Path, fd: int, count: int) -> None:
+    """Copy the first `count` bytes of a file that may be shorter or missing, and go on behind them. Raises OSError."""
+    if not count:
+        return
+    with contextlib.suppress(FileNotFoundError):
+        before = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            left = min(count, os.fstat(before).st_size)
+            while left and (done := os.sendfile(fd, before, None, left)):
+                left -= done
+        finally:
+            os.close(before)
+    os.ftruncate(fd, count)
+    os.lseek(fd, count, os.SEEK_SET)
 
 
 def _sync_directory(path: Path) -> None:
