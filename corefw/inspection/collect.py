@@ -55,6 +55,7 @@ class _Collector:
             items.Section: self._section,
             items.Part: self._part,
             items.Ram: self._ram,
+            items.Layout: lambda _: None,
             items.Body: self._body,
             items.Footer: self._footer,
             items.CommandItem: self._command,

@@ -20,6 +20,7 @@ from corefw.wire.cutting import Cutter, find_description
 from corefw.wire.description import Description, parse_description
 from corefw.wire.items import Item
 from corefw.wire.records import (
+    LAYOUT_IDSTR,
     MAPPED_RAM,
     PAGE_BODIES,
     RamLayout,
@@ -34,6 +35,7 @@ from corefw.wire.records import (
     read_description_body,
     read_footer,
     read_header,
+    read_layout,
     read_package,
     read_part_header,
     read_ram_record,
@@ -44,7 +46,7 @@ from corefw.wire.stream import MemorySource, StreamReader
 MAX_DEVICE_STATE: Final = 64 << 20
 """Bytes of device sections and description that are held at once."""
 
-KNOWN: Final = frozenset({RAM_IDSTR})
+KNOWN: Final = frozenset({RAM_IDSTR, LAYOUT_IDSTR})
 """Sections whose records are known here; all others are cut."""
 
 
@@ -145,7 +147,7 @@ class _Decoder:
         yield items.Section(at, header)
         if kind == SectionType.START:
             self._state.sections[header.section_id] = header
-        yield from self._body(header)
+        yield from self._body(header, kind)
 
     def _part(self, kind: int) -> Iterator[Item]:
         reader = self._reader
@@ -155,13 +157,15 @@ class _Decoder:
         if header is None:
             raise RemoteStreamError(at, "stream", "the id of a section that was started", str(section_id))
         yield items.Part(at, SectionType(kind), header)
-        yield from self._body(header)
+        yield from self._body(header, kind)
 
-    def _body(self, header: SectionHeader) -> Iterator[Item]:
+    def _body(self, header: SectionHeader, kind: int) -> Iterator[Item]:
         reader, state = self._reader, self._state
         reader.where = f"section {header.section_id} '{header.idstr}'"
-        if header.idstr in KNOWN:
+        if header.idstr == RAM_IDSTR:
             yield from self._ram()
+        elif header.idstr == LAYOUT_IDSTR:
+            yield from self._layout(kind)
         else:
             yield self._cut_body(header)
         at = reader.offset
@@ -170,6 +174,11 @@ class _Decoder:
         if state.footers:
             read_footer(reader, header.section_id, reader.where)
             yield items.Footer(at, header.section_id)
+
+    def _layout(self, kind: int) -> Iterator[Item]:
+        at = self._reader.offset
+        if kind == SectionType.START:
+            yield items.Layout(at, read_layout(self._reader))
 
     def _cut_body(self, header: SectionHeader) -> Item:
         reader, at = self._reader, self._reader.offset

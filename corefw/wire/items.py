@@ -24,6 +24,7 @@ from corefw.wire.records import (
     write_description,
     write_footer,
     write_header,
+    write_layout,
     write_part_header,
     write_ram_record,
     write_section_header,
@@ -67,6 +68,13 @@ class Ram(Item):
 
     record: RamRecord
     block: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout(Item):
+    """What a python guest's program consists of: the body of START of the section 'program-layout'."""
+
+    text: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +131,7 @@ _WRITERS: Final[Mapping[type[Item], Callable[[StreamWriter, Any], None]]] = {
     Section: lambda writer, item: write_section_header(writer, item.header),
     Part: lambda writer, item: write_part_header(writer, item.type, item.header.section_id),
     Ram: lambda writer, item: write_ram_record(writer, item.record),
+    Layout: lambda writer, item: write_layout(writer, item.text),
     Body: lambda writer, item: writer.write(item.data),
     Footer: lambda writer, item: write_footer(writer, item.section_id),
     CommandItem: lambda writer, item: write_command(writer, item.record.command, item.record.payload),

@@ -51,6 +51,7 @@ from corefw.wire.records.frame import (
     write_part_header,
     write_section_header,
 )
+from corefw.wire.records.layout import LAYOUT_IDSTR, MAX_LAYOUT, read_layout, write_layout
 from corefw.wire.records.mapped import (
     MAPPED_RAM,
     MappedHeader,
@@ -72,8 +73,10 @@ from corefw.wire.records.ram import (
 
 __all__ = [
     "CONFIGURATION_SUBSECTIONS",
+    "LAYOUT_IDSTR",
     "MAPPED_RAM",
     "MAX_BLOCKS",
+    "MAX_LAYOUT",
     "PAGE_BODIES",
     "UUID_SIZE",
     "WITHOUT_NAME",
@@ -102,6 +105,7 @@ __all__ = [
     "read_description_body",
     "read_footer",
     "read_header",
+    "read_layout",
     "read_mapped_header",
     "read_package",
     "read_part_header",
@@ -115,6 +119,7 @@ __all__ = [
     "write_description",
     "write_footer",
     "write_header",
+    "write_layout",
     "write_mapped_header",
     "write_package",
     "write_part_header",

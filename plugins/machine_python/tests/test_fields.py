@@ -121,14 +121,17 @@ def test_a_newer_version_may_have_its_fields_anywhere(define: Define) -> None:
     assert vars(newer.state)["y"] == state["y"]
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"version":1,"fields":[["a"]]}', "[" * 5000, "\xff"])
+HOSTILE = ["[]", "{}", "[" * 5000, "\xff", "1", '{"program":"P","version":1,"minimum_version":1,"fields":[["a"]]}']
+
+
+@pytest.mark.parametrize("text", HOSTILE)
 def test_a_hostile_list_of_fields(define: Define, text: str) -> None:
     device = define("a = guest.field('u8')")
     data = saved(device)
-    at = data.index(b'{"version"')
+    at = data.index(b'{"program"')
     raw = text.encode("latin-1")
     hostile = data[: at - 4] + len(raw).to_bytes(4, "big") + raw + data[-1:]
-    with pytest.raises(RemoteStreamError, match="expected the fields of program 'P', got "):
+    with pytest.raises(RemoteStreamError, match="expected the layout of program 'P', got "):
         load(device, hostile, 1)
 
 

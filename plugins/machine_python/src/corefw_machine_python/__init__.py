@@ -3,7 +3,8 @@
     guest          what a program's author writes against: Program, array, field, option
     declarations   what a program class declares, checked; nothing here runs user code
     values         guest.value and guest.rng; jsonlike is their text form
-    layout         what a program consists of, compared between two sides
+    layout         what a program consists of, compared between two sides; layoutsection sends it
+    requirements   the versions that a program requires
     loading        from "heat.py:Heat" to the class
     protocol       the messages between the engine and the guest's process
     guestmain      the guest's process: maps the arrays, runs the program

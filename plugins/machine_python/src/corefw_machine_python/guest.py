@@ -95,9 +95,12 @@ class Program:
     version           of the program's fields, sent with them
     minimum_version   the oldest that this program takes over; `version` unless given
     stop_timeout      seconds that a tick may take before a stop is given up
+    requires          versions that the program needs, as in {"numpy": ">=1.26,<3", "python": ">=3.11"}; "same" demands
+                      the same version on both sides of a migration
     options           see option()
     """
 
+    requires: ClassVar[Mapping[str, str]] = {}
     version: ClassVar[int] = 1
     minimum_version: ClassVar[int | None] = None
     stop_timeout: ClassVar[float] = 10.0

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from corefw.errors import MigfwError, UsageError, one_line
 from corefw.memory import pagemap
+from corefw_machine_python import requirements
 from corefw_machine_python.declarations import Declarations
 from corefw_machine_python.guest import Program
 from corefw_machine_python.loading import load_program
@@ -177,6 +178,7 @@ class Guest:
             self._declared = Declarations.of(kind)
         except ValueError as error:
             raise UsageError(f"program '{kind.__name__}': {error}") from None
+        _check_requirements(kind)
         options = self._declared.parse_options(request["options"])
         self._program_made = kind(options)
         self._only_migratable = request["only_migratable"]
@@ -187,11 +189,19 @@ class Guest:
             "minimum_version": kind.version if kind.minimum_version is None else kind.minimum_version,
             "stop_timeout": kind.stop_timeout,
             "arrays": [
-                {"name": array.name, "dtype": array.dtype.descr, "shape": shape, "length": _length(array.dtype, shape)}
+                {
+                    "name": array.name,
+                    "dtype": array.dtype.descr,
+                    "type": str(array.dtype),
+                    "shape": shape,
+                    "length": _length(array.dtype, shape),
+                }
                 for array, shape in sizes
             ],
             "fields": [{"name": one.name, "type": one.type_name, "since": one.since} for one in self._declared.fields],
             "values": self._values(),
+            "requires": dict(kind.requires),
+            "versions": {name: requirements.installed(name) for name in {"python": "", "numpy": "", **kind.requires}},
         }, []
 
     def _map(self, _request: Message, fds: list[int]) -> Answer:
@@ -280,6 +290,16 @@ class Guest:
             if value != before or isinstance(value, float):  # 0.0 == -0.0
                 one.restore(self._program, value)
         self._set_up = request["set_up"]
+
+
+def _check_requirements(kind: type[Program]) -> None:
+    """Raises UsageError for a program that requires another version of something."""
+    try:
+        unmet = requirements.unmet(kind.requires)
+    except ValueError as error:
+        raise UsageError(f"program '{kind.__name__}': requires: {error}") from None
+    if unmet:
+        raise UsageError(f"program '{kind.__name__}' requires {unmet[0]}")
 
 
 def _length(dtype: np.dtype[Any], shape: Sequence[int]) -> int:

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 from corefw.hookspecs import hookimpl
 from corefw.machine import Machine
+from corefw.section import SectionHandler
 from corefw.settings import Settings
+from corefw_machine_python.layoutsection import LayoutHandler
 from corefw_machine_python.machine import PythonMachine
 
 
@@ -15,3 +17,10 @@ def corefw_blockers(machine: Machine, settings: Settings) -> Iterable[str]:
     """State that nobody declared would stay behind."""
     del settings
     return machine.blockers() if isinstance(machine, PythonMachine) else ()
+
+
+@hookimpl
+def corefw_section_handlers(machine: Machine, settings: Settings) -> Iterable[SectionHandler]:
+    """What the program consists of goes ahead of everything else."""
+    del settings
+    return (LayoutHandler(machine.layout),) if isinstance(machine, PythonMachine) else ()

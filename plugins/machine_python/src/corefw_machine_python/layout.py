@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
+from corefw import __version__
+from corefw.wire.records import MAX_LAYOUT
+from corefw_machine_python import requirements
 from corefw_machine_python.declarations import FieldType
 from corefw_machine_python.jsonlike import GENERATOR_LIMIT, GENERATORS
-
-MAX_LAYOUT: Final = 1 << 20
-"""Bytes of a layout in the stream."""
 
 RAISE_VERSION: Final = "raise `version` when the fields change, and give new ones `since`"
 
@@ -36,22 +37,82 @@ def variable_limit(type_name: str) -> int | None:
     return GENERATOR_LIMIT
 
 
-def pack_fields(version: int, fields: Sequence[Mapping[str, Any]]) -> bytes:
-    """Names, types and `since` of the fields, as the stream has them in front of their values."""
-    rows = [[one["name"], one["type"], one["since"]] for one in fields]
-    return json.dumps({"version": version, "fields": rows}, separators=(",", ":")).encode()
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a program consists of, and with what it runs.
+
+    fields     name, type, since; in the order of the stream
+    arrays     name -> shape and dtype, as text
+    versions   of "python", "numpy", "migfw", and of what `requires` names
+    """
+
+    program: str
+    version: int
+    minimum_version: int
+    fields: tuple[tuple[str, str, int], ...]
+    arrays: Mapping[str, str]
+    requires: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, loaded: Mapping[str, Any]) -> Layout:
+        """From the answer of a guest's process to "load"."""
+        return cls(
+            program=loaded["name"],
+            version=loaded["version"],
+            minimum_version=loaded["minimum_version"],
+            fields=tuple((one["name"], one["type"], one["since"]) for one in loaded["fields"]),
+            arrays={one["name"]: f"{tuple(one['shape'])} of {one['type']}" for one in loaded["arrays"]},
+            requires=loaded["requires"],
+            versions={**loaded["versions"], "migfw": __version__},
+        )
+
+    def pack(self) -> bytes:
+        """The document. Raises ValueError for a program that declares too much."""
+        document = {name: getattr(self, name) for name in self.__slots__}
+        text = json.dumps(document, separators=(",", ":")).encode()
+        if len(text) > MAX_LAYOUT:
+            raise ValueError(f"its declarations take {len(text)} bytes, more than {MAX_LAYOUT}")
+        return text
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Layout:
+        """Raises ValueError for what pack() does not make; what a later migfw adds is passed over."""
+        document = parse(data)
+        for name, kind in _KINDS.items():
+            if not kind(document.get(name)):
+                raise ValueError(f"{name} {document.get(name)!r:.80}")
+        fields = tuple((name, type_name, since) for name, type_name, since in document["fields"])
+        return cls(**{name: document[name] for name in _KINDS} | {"fields": fields})
 
 
-def unpack_fields(data: bytes) -> tuple[int, list[dict[str, Any]]]:
-    """The version, and the fields. Raises ValueError."""
-    document = parse(data)
-    version, rows = document.get("version"), document.get("fields")
-    if type(version) is not int or not isinstance(rows, list):
-        raise ValueError("no list of fields")
-    for row in rows:
-        if not (isinstance(row, list) and [type(one) for one in row] == [str, str, int]):
-            raise ValueError("a field that is not [name, type, since]")
-    return version, [{"name": row[0], "type": row[1], "since": row[2]} for row in rows]
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(inner, str) for inner in value.values())
+
+
+def _is_fields(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, list) and [type(one) for one in row] == [str, str, int] for row in value
+    )
+
+
+_KINDS: Final = {
+    "program": _is_text,
+    "version": _is_number,
+    "minimum_version": _is_number,
+    "fields": _is_fields,
+    "arrays": _is_table,
+    "requires": _is_table,
+    "versions": _is_table,
+}
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -65,12 +126,37 @@ def parse(data: bytes) -> dict[str, Any]:
     return document
 
 
-def compare_fields(here: Sequence[Mapping[str, Any]], there: Sequence[Mapping[str, Any]], version: int) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """`refusals` are sentences about what keeps the program from running on here; `notes` about what may matter."""
+
+    refusals: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def compare(here: Layout, there: Layout) -> Comparison:
+    """Whether the program that comes from there can go on here."""
+    refusals = []
+    if here.program != there.program:
+        refusals.append(f"this is program '{here.program}', and '{there.program}' comes")
+    if not here.minimum_version <= there.version <= here.version:
+        known = " to ".join(str(one) for one in sorted({here.minimum_version, here.version}))
+        refusals.append(f"this program takes over version {known}, and version {there.version} comes")
+    elif different := compare_fields(here.fields, there.fields, there.version):
+        refusals.append(f"this program has other fields: {'; '.join(different)} ({RAISE_VERSION})")
+    if different := _compare_arrays(here.arrays, there.arrays):
+        refusals.append(f"this program has other arrays: {'; '.join(different)} (give both sides the same options)")
+    refusals += _compare_requirements(here, there)
+    return Comparison(tuple(refusals), tuple(_notes(here, there)))
+
+
+def compare_fields(
+    here: Sequence[tuple[str, str, int]], there: Sequence[tuple[str, str, int]], version: int
+) -> list[str]:
     """What is different, as phrases, between the fields of a source of this version and those that it should have."""
-    mine = {one["name"]: one["type"] for one in here if one["since"] <= version}
-    theirs = {one["name"]: one["type"] for one in there if one["since"] <= version}
-    found = [f"'{name}' is missing here" for name in theirs if name not in mine]
-    found += [f"'{name}' is missing there" for name in mine if name not in theirs]
+    mine = {name: kind for name, kind, since in here if since <= version}
+    theirs = {name: kind for name, kind, since in there if since <= version}
+    found = _missing(mine, theirs)
     found += [
         f"'{name}' is {theirs[name]} there and {kind} here"
         for name, kind in mine.items()
@@ -78,4 +164,44 @@ def compare_fields(here: Sequence[Mapping[str, Any]], there: Sequence[Mapping[st
     ]
     if not found and list(mine) != list(theirs):
         found.append(f"they are in another order: {', '.join(theirs)} there, {', '.join(mine)} here")
+    return found
+
+
+def _compare_arrays(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
+    found = _missing(here, there)
+    return found + [
+        f"'{name}' is {there[name]} there and {kind} here"
+        for name, kind in here.items()
+        if there.get(name, kind) != kind
+    ]
+
+
+def _missing(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
+    found = [f"'{name}' is missing here" for name in there if name not in here]
+    return found + [f"'{name}' is missing there" for name in here if name not in there]
+
+
+def _compare_requirements(here: Layout, there: Layout) -> list[str]:
+    """A version there is known to the source; what its program requires has to hold here too."""
+    try:
+        found = [f"the program that comes requires {one} here" for one in requirements.unmet(there.requires)]
+    except ValueError as error:
+        return [f"the program that comes requires what is not understood: {error}"]
+    for name in {**there.requires, **here.requires}:
+        texts = (there.requires.get(name, ""), here.requires.get(name, ""))
+        mine, theirs = here.versions.get(name) or requirements.installed(name), there.versions.get(name)
+        if any(text.strip() == requirements.SAME for text in texts) and mine != theirs:
+            found.append(f"the program requires the same {name} on both sides: {theirs} there, {mine} here")
+    return found
+
+
+def _notes(here: Layout, there: Layout) -> list[str]:
+    found = []
+    for name, called in (("python", "Python"), ("numpy", "NumPy"), ("migfw", "migfw")):
+        mine, theirs = here.versions.get(name, "?"), there.versions.get(name, "?")
+        if requirements.release(mine)[:2] != requirements.release(theirs)[:2]:
+            also = ""
+            if name == "numpy" and any(kind == "rng[numpy]" for _, kind, _ in here.fields):
+                also = ": a generator goes on from its state, but another NumPy may draw other numbers from it"
+            found.append(f"{called} is {theirs} there and {mine} here{also}")
     return found

@@ -19,6 +19,7 @@ from corefw.memory.blocks import MemfdBlock
 from corefw.memory.logs import LogKind, best_dirty_log
 from corefw.memory.pagemap import PagemapLog, Tracker
 from corefw_machine_python import undeclared
+from corefw_machine_python.layout import Layout
 from corefw_machine_python.loading import BUNDLED, EXPECTED
 from corefw_machine_python.process import START_TIMEOUT, Ending, GuestProcess, GuestTimeout
 from corefw_machine_python.protocol import Message
@@ -92,6 +93,11 @@ class PythonMachine(Machine):
             self._tracker = Tracker(*fds)
         for block, address in zip(self._blocks, answer["addresses"], strict=True):
             block.dirty_log = best_dirty_log(block, self._tracker, address, answer["reason"])
+
+    @property
+    def layout(self) -> Layout:
+        """What the program consists of."""
+        return Layout.of(self._loaded)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 

@@ -15,19 +15,13 @@ from typing import Any, Final
 
 from corefw.machine import Device
 from corefw.quantities import format_size
+from corefw.wire.records import MAX_LAYOUT
 from corefw.wire.stream import StreamReader
 from corefw.wire.vmstate import Buffer, Kind, Refused, Scalar, VMState
 from corefw.wire.vmstate.fields import Field
 from corefw_machine_python import jsonlike
 from corefw_machine_python.declarations import FieldType
-from corefw_machine_python.layout import (
-    MAX_LAYOUT,
-    RAISE_VERSION,
-    compare_fields,
-    pack_fields,
-    unpack_fields,
-    variable_limit,
-)
+from corefw_machine_python.layout import RAISE_VERSION, Layout, compare_fields, variable_limit
 
 SET_UP: Final = "set-up"
 """Whether setup() was called. The dash keeps it apart from every field of a program."""
@@ -35,8 +29,9 @@ SET_UP: Final = "set-up"
 LAYOUT: Final = "array-layout"
 """A digest of names, dtypes and shapes of the arrays: equal sizes alone do not make them the same."""
 
-FIELDS: Final = "field-layout"
-"""Names and types of the fields, compared before any of them is loaded."""
+FIELDS: Final = "program-layout"
+"""What the program consists of (see layout), compared before any field is loaded. The section of this name comes before
+RAM and says the same; here it keeps a stream without that section from being loaded into other fields."""
 
 _DIGEST: Final = 16
 _SHOWN: Final = 200
@@ -65,11 +60,15 @@ def make_device(loaded: Mapping[str, Any]) -> Device:
     """The device of a program, from the answer to "load"."""
     name = f"program/{loaded['name']}"
     arrays = hashlib.sha256(json.dumps(loaded["arrays"]).encode()).digest()[:_DIGEST]
-    fields = pack_fields(loaded["version"], loaded["fields"])
+    layout = Layout.of(loaded)
+    try:
+        packed = layout.pack()
+    except ValueError as error:
+        raise ValueError(f"program '{loaded['name']}': {error}") from None
 
     def own_layout(state: object) -> None:
         setattr(state, LAYOUT, arrays)
-        _set_sized(state, FIELDS, fields)
+        _set_sized(state, FIELDS, packed)
 
     def post_load(state: object, _version_id: int) -> None:
         if getattr(state, LAYOUT) != arrays:
@@ -90,7 +89,7 @@ def make_device(loaded: Mapping[str, Any]) -> Device:
                 Scalar(SET_UP, Kind.BOOL),
                 Buffer(LAYOUT, _DIGEST),
                 Scalar(_size(FIELDS), Kind.U32),
-                _CheckedBuffer(FIELDS, _size(FIELDS), limit=MAX_LAYOUT, check=lambda data: _check_fields(loaded, data)),
+                _CheckedBuffer(FIELDS, _size(FIELDS), limit=MAX_LAYOUT, check=lambda data: _check_fields(layout, data)),
                 *(row for one in loaded["fields"] for row in _rows(one)),
             ),
             post_load=post_load,
@@ -124,14 +123,14 @@ def _rows(one: Mapping[str, Any]) -> tuple[Field, ...]:
     return (Scalar(name, Kind(kind.kind), since=since),)
 
 
-def _check_fields(loaded: Mapping[str, Any], data: bytes) -> None:
+def _check_fields(here: Layout, data: bytes) -> None:
     try:
-        version, theirs = unpack_fields(data)
+        there = Layout.unpack(data)
     except ValueError as error:
-        raise Refused(f"the fields of program '{loaded['name']}'", str(error)) from None
-    if different := compare_fields(loaded["fields"], theirs, version):
+        raise Refused(f"the layout of program '{here.program}'", str(error)) from None
+    if different := compare_fields(here.fields, there.fields, there.version):
         raise Refused(
-            f"the fields that program '{loaded['name']}' has here",
+            f"the fields that program '{here.program}' has here",
             f"other fields: {'; '.join(different)} ({RAISE_VERSION})",
         )
 

@@ -1,0 +1,25 @@
+"""The section 'program-layout': what the program of a python guest consists of, ahead of its RAM.
+
+START is a be32 length and as many bytes of JSON (docs/stream.md); PART and END are empty. The length makes it the one
+live section beside ram that a reader can pass over without knowing more.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from corefw.wire.stream import StreamReader, StreamWriter
+
+LAYOUT_IDSTR: Final = "program-layout"
+
+MAX_LAYOUT: Final = 1 << 20
+
+
+def read_layout(reader: StreamReader) -> bytes:
+    length = reader.be32("the length of the layout")
+    return reader.read(length, "the layout", MAX_LAYOUT)
+
+
+def write_layout(writer: StreamWriter, text: bytes) -> None:
+    writer.be32(len(text))
+    writer.payload(text)

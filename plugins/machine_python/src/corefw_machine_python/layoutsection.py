@@ -1,0 +1,78 @@
+"""The section 'program-layout': the source sends what its program consists of before any RAM, the destination compares.
+
+A destination that cannot take the program over refuses it here, and nothing was sent in vain.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from corefw.errors import StreamError, one_line
+from corefw.section import IncomingContext, LiveHandler, OutgoingContext, Pending, Priority
+from corefw.wire.records import LAYOUT_IDSTR, read_layout, write_layout
+from corefw.wire.stream import StreamReader, StreamWriter
+from corefw_machine_python.layout import Layout, compare
+
+log = logging.getLogger(__name__)
+
+
+class LayoutHandler(LiveHandler):
+    """One migration, either way. START has the layout, PART and END are empty."""
+
+    idstr = LAYOUT_IDSTR
+    version_id = minimum_version = 1
+    priority = Priority.EARLY
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._compared = False
+
+    def required(self) -> bool:
+        """The section of the device has the layout as well."""
+        return False
+
+    # -- source ----------------------------------------------------------------------------------------------------
+
+    def active(self) -> bool:
+        return True
+
+    def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
+        write_layout(writer, self.layout.pack())
+
+    def pending(self, threshold: int) -> Pending:
+        return Pending(0, 0)
+
+    def iterate(self, writer: StreamWriter, budget: int) -> bool:
+        return True
+
+    def complete_precopy(self, writer: StreamWriter) -> None:
+        pass
+
+    def cleanup(self) -> None:
+        pass
+
+    # -- destination -----------------------------------------------------------------------------------------------
+
+    def load_setup(self, context: IncomingContext) -> None:
+        self._compared = False
+
+    def load(self, reader: StreamReader, version_id: int) -> None:
+        """Raises StreamError with a sentence for a program that cannot go on here."""
+        if version_id != self.version_id:
+            raise reader.error(f"version {self.version_id} of the section", f"version {version_id}")
+        if self._compared:
+            return
+        self._compared = True
+        data = read_layout(reader)
+        try:
+            there = Layout.unpack(data)
+        except ValueError as error:
+            raise reader.error("what a program consists of", str(error)) from None
+        comparison = compare(self.layout, there)
+        if comparison.refusals:
+            raise StreamError("; ".join(comparison.refusals))
+        for note in comparison.notes:
+            log.warning("%s", one_line(note)[:300])
+
+    def load_cleanup(self) -> None:
+        pass

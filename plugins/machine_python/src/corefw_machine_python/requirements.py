@@ -1,0 +1,73 @@
+"""What a program requires of the versions of Python and of distributions: `requires = {"numpy": ">=1.26"}`.
+
+A requirement is a list of comparisons (==, !=, >=, <=, >, <) separated by commas, or the word `same`: the version must
+be the same on both sides of a migration.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import operator
+import platform
+import re
+from collections.abc import Callable, Mapping
+from typing import Final
+
+Release = tuple[int, ...]
+
+SAME: Final = "same"
+
+_COMPARISON: Final = re.compile(r"\s*(==|!=|>=|<=|>|<)\s*([0-9]+(?:\.[0-9]+)*)\s*\Z")
+_OPERATORS: Final[Mapping[str, Callable[[Release, Release], bool]]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+def installed(name: str) -> str | None:
+    """The version of "python" or of a distribution; None where it is not installed."""
+    if name == "python":
+        return platform.python_version()
+    try:
+        return importlib.metadata.version(name)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
+
+
+def satisfied(version: str, requirement: str) -> bool:
+    """Raises ValueError for what is no requirement."""
+    if requirement.strip() == SAME:
+        return True
+    return all(_holds(version, comparison) for comparison in requirement.split(","))
+
+
+def _holds(version: str, comparison: str) -> bool:
+    found = _COMPARISON.match(comparison)
+    if found is None:
+        raise ValueError(f"'{comparison}' is no requirement: expected one like >=1.26, or {SAME}")
+    here, wanted = release(version), release(found[2])
+    length = max(len(here), len(wanted))
+    return _OPERATORS[found[1]](*(one + (0,) * (length - len(one)) for one in (here, wanted)))
+
+
+def release(version: str) -> Release:
+    """The numbers in front: "1.26.4rc1" is (1, 26, 4)."""
+    found = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
+    return tuple(int(part[:9]) for part in found[0].split(".")[:9]) if found else ()
+
+
+def unmet(requires: Mapping[str, str]) -> list[str]:
+    """What does not hold here, as phrases. Raises ValueError for what is no requirement."""
+    found = []
+    for name, requirement in requires.items():
+        version = installed(name)
+        if version is None:
+            satisfied("0", requirement)
+            found.append(f"{name} {requirement}, and {name} is not installed")
+        elif not satisfied(version, requirement):
+            found.append(f"{name} {requirement}, and {name} is {version}")
+    return found

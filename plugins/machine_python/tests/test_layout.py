@@ -1,0 +1,226 @@
+"""The layout of a program: compared before any RAM is sent, and refused in a sentence that says what differs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corefw_machine_python import PythonMachine, requirements
+from corefw_machine_python.layout import Layout, compare
+from corefw_machine_python.layoutsection import LayoutHandler
+
+from corefw.engine import Engine
+from corefw.errors import RemoteStreamError, StreamError, UsageError
+from corefw.inspection import inspect
+from corefw.machine import MachineConfig
+from corefw.plugins import Plugins
+from corefw.states import MigrationStatus
+from corefw.testing.handler import HandlerCase, check_handler
+from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
+
+Make = Callable[..., PythonMachine]
+
+HEADER = "from corefw_machine_python import guest\nimport time\nclass P(guest.Program):\n"
+TICK = "    def tick(self): time.sleep(0.001)\n"
+HERE = "big = guest.array('big', 4 << 20, 'u1'); a = guest.field('u32'); b = guest.field('u32')"
+
+PYTHON = sys.version.split()[0]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    with contextlib.ExitStack() as stack:
+
+        def make(body: str, *, incoming: bool = False) -> PythonMachine:
+            path = tmp_path / f"p{len(list(tmp_path.iterdir()))}.py"
+            path.write_text(HEADER + "".join(f"    {line}\n" for line in body.split("; ")) + TICK)
+            machine = PythonMachine(MachineConfig(f"{path}:P", incoming=incoming))
+            stack.callback(machine.close)
+            return machine
+
+        yield make
+
+
+def moved(source: PythonMachine, destination: PythonMachine) -> tuple[int, str | None]:
+    """Bytes of RAM that were sent, and why it failed."""
+    plugins = Plugins.load()
+    here = Engine(source, plugins, plugins.settings())
+    there = Engine(destination, plugins, plugins.settings())
+    with contextlib.closing(here), contextlib.closing(there):
+        here.cont()
+        # Little enough in a second that the answer comes while the RAM is far from sent.
+        here.set_parameters({"max-bandwidth": 1 << 20})
+        here.migrate(there.migrate_incoming("tcp:127.0.0.1:0"))
+        status = there.wait_incoming(60)
+        here.wait_outgoing(60)
+        error = there.query_migrate().get("error-desc")
+        assert (status is MigrationStatus.FAILED) == (error is not None)
+        if error is not None:
+            assert here.query_status()["running"], "the guest runs on where it was"
+        return int(np.asarray(destination.ram_blocks()[0].pages).any()), error
+
+
+@pytest.mark.parametrize(
+    ("there", "complaint"),
+    [
+        (HERE.replace("a = ", "z = "), "this program has other fields: 'a' is missing here; 'z' is missing there ("),
+        (
+            "big = guest.array('big', 4 << 20, 'u1'); b = guest.field('u32'); a = guest.field('u32')",
+            "this program has other fields: they are in another order: a, b there, b, a here (raise `version`",
+        ),
+        (
+            HERE.replace("4 << 20, 'u1'", "1 << 20, 'i4'"),
+            "this program has other arrays: 'big' is (4194304,) of uint8 there and (1048576,) of int32 here (give both",
+        ),
+        (HERE + "; version = 2", "this program takes over version 2, and version 1 comes"),
+    ],
+)
+def test_what_differs_is_refused_before_any_ram_came(make: Make, there: str, complaint: str) -> None:
+    source = make(HERE + "; def setup(self): self.big[:] = 1")
+    came, error = moved(source, make(there, incoming=True))
+    assert error is not None
+    assert complaint in error
+    assert not came
+
+
+def test_an_older_version_is_taken_over(make: Make) -> None:
+    newer = "version = 2; minimum_version = 1; x = guest.value([], since=2); "
+    assert moved(make(HERE), make(newer + HERE, incoming=True))[1] is None
+
+
+# -- requirements ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("requires", "complaint"),
+    [
+        ("{'numpy': '>=99'}", f"program 'P' requires numpy >=99, and numpy is {np.__version__}"),
+        ("{'python': '>=3.11,<3.11'}", f"program 'P' requires python >=3.11,<3.11, and python is {PYTHON}"),
+        ("{'no-such-thing': '>=1'}", "program 'P' requires no-such-thing >=1, and no-such-thing is not installed"),
+        ("{'numpy': 'new'}", "program 'P': requires: 'new' is no requirement: expected one like >=1.26, or same"),
+    ],
+)
+def test_a_program_whose_requirements_do_not_hold_does_not_start(make: Make, requires: str, complaint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make(f"requires = {requires}")
+    assert str(caught.value) == complaint
+
+
+@pytest.mark.parametrize(
+    ("version", "requirement", "holds"),
+    [
+        ("1.26.4", ">=1.26", True),
+        ("1.26", ">=1.26.0", True),
+        ("1.26.4rc1", "==1.26.4", True),
+        ("2.1", ">=1.26, <2", False),
+        ("10.0", ">9", True),
+        ("x", ">=1", False),
+        ("1", "same", True),
+    ],
+)
+def test_requirements(version: str, requirement: str, holds: bool) -> None:
+    assert requirements.satisfied(version, requirement) is holds
+
+
+def layout(**changes: object) -> Layout:
+    plain = Layout("P", 1, 1, (("a", "u8", 0),), {}, {}, {"python": "3.11.2", "numpy": "1.26.0", "migfw": "0.2"})
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]  # as the tests below give them
+
+
+def test_other_versions_are_a_note_and_refused_only_where_the_program_says_so() -> None:
+    there = {"python": "3.12.1", "numpy": "2.1.0", "migfw": "0.2"}
+    assert compare(layout(), layout(versions=there)).refusals == ()
+    assert compare(layout(), layout(versions=there)).notes == (
+        "Python is 3.12.1 there and 3.11.2 here",
+        "NumPy is 2.1.0 there and 1.26.0 here",
+    )
+    (_, numpy) = compare(layout(fields=(("r", "rng[numpy]", 0),)), layout(versions=there)).notes
+    assert "a generator goes on from its state" in numpy
+    (same,) = compare(layout(), layout(versions=there, requires={"numpy": "same"})).refusals
+    assert same == "the program requires the same numpy on both sides: 2.1.0 there, 1.26.0 here"
+    (newer,) = compare(layout(), layout(requires={"numpy": ">=99"})).refusals
+    assert newer == f"the program that comes requires numpy >=99, and numpy is {np.__version__} here"
+    patch = {"python": "3.11.9", "numpy": "1.26.4", "migfw": "0.2"}
+    assert compare(layout(), layout(versions=patch)).notes == ()
+
+
+# -- the section -------------------------------------------------------------------------------------------------------
+
+
+def body(text: bytes) -> bytes:
+    return len(text).to_bytes(4, "big") + text
+
+
+def load(data: bytes) -> None:
+    LayoutHandler(layout()).load(StreamReader(MemorySource(data), where="section"), 1)
+
+
+def test_the_section_as_bytes() -> None:
+    sink = MemorySink()
+    writer = StreamWriter(sink)
+    handler = LayoutHandler(layout())
+    handler.setup(writer, None)  # type: ignore[arg-type]  # it has no use for the context
+    writer.flush()
+    data = bytes(sink.data)
+    assert data == body(layout().pack())
+    assert json.loads(data[4:])["fields"] == [["a", "u8", 0]]
+    load(data)
+
+
+GOOD = json.loads(layout().pack())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"[]",
+        b"[" * 100_000,
+        b"\xff",
+        *(json.dumps(GOOD | {name: None}).encode() for name in GOOD),
+        *(json.dumps(GOOD | {name: [1]}).encode() for name in GOOD),
+        json.dumps(GOOD | {"arrays": {"a": 1}}).encode(),
+        json.dumps(GOOD | {"version": True}).encode(),
+    ],
+)
+def test_a_hostile_section(text: bytes) -> None:
+    with pytest.raises(RemoteStreamError, match="expected what a program consists of, got "):
+        load(body(text))
+
+
+def test_a_section_that_claims_too_much() -> None:
+    with pytest.raises(RemoteStreamError, match="at most 1048576 bytes of the layout"):
+        load(b"\xff\xff\xff\xff")
+
+
+def test_requirements_of_a_hostile_source() -> None:
+    for hostile in ("x" * 1000, ">=" + "9" * 100_000, "=="):
+        with pytest.raises(StreamError):
+            load(body(layout(requires={"numpy": hostile}).pack()))
+
+
+def test_the_contract_kit() -> None:
+    make = partial(LayoutHandler, layout())
+    check_handler(HandlerCase(source=make, destination=make, state=lambda handler: handler.layout))
+
+
+def test_a_stored_guest_can_be_inspected(make: Make, tmp_path: Path) -> None:
+    """The section stands before RAM of any size, which nobody holds in memory."""
+    machine = make(HERE)
+    plugins = Plugins.load()
+    engine = Engine(machine, plugins, plugins.settings())
+    with contextlib.closing(engine):
+        engine.cont()
+        engine.migrate(f"file:{tmp_path}/stream")
+        assert engine.wait_outgoing(60) is MigrationStatus.COMPLETED
+    seen = inspect(MemorySource((tmp_path / "stream").read_bytes()))
+    assert seen.complete, seen.damage
+    assert [(one.type, one.idstr) for one in seen.sections[:2]] == [("start", "program-layout"), ("start", "ram")]
+    assert seen.blocks["big"].sent > 0
