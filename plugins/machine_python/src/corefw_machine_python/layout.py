@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from corefw import __version__
 from corefw.wire.records import MAX_LAYOUT
 from corefw_machine_python import requirements
 from corefw_machine_python.declarations import FieldType
@@ -64,7 +63,7 @@ class Layout:
             fields=tuple((one["name"], one["type"], one["since"]) for one in loaded["fields"]),
             arrays={one["name"]: f"{tuple(one['shape'])} of {one['type']}" for one in loaded["arrays"]},
             requires=loaded["requires"],
-            versions={**loaded["versions"], "migfw": __version__},
+            versions={**loaded["versions"], "migfw": requirements.installed("migfw") or "?"},
         )
 
     def pack(self) -> bytes:
