@@ -29,6 +29,7 @@ class MigrationStatus(StrEnum):
     POSTCOPY_PAUSED = "postcopy-paused"
     POSTCOPY_RECOVER = "postcopy-recover"
     COMPLETED = "completed"
+    FAILING = "failing"
     FAILED = "failed"
     COLO = "colo"
     PRE_SWITCHOVER = "pre-switchover"
@@ -60,23 +61,25 @@ SETUP_OR_ACTIVE: Final = frozenset(
 
 SOURCE_TRANSITIONS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] = {
     _S.NONE: frozenset({_S.SETUP}),
-    _S.SETUP: frozenset({_S.ACTIVE, _S.CANCELLING, _S.FAILED}),
+    _S.SETUP: frozenset({_S.ACTIVE, _S.CANCELLING, _S.FAILING}),
     _S.ACTIVE: frozenset(
-        {_S.PRE_SWITCHOVER, _S.DEVICE, _S.POSTCOPY_ACTIVE, _S.COLO, _S.COMPLETED, _S.CANCELLING, _S.FAILED}
+        {_S.PRE_SWITCHOVER, _S.DEVICE, _S.POSTCOPY_ACTIVE, _S.COLO, _S.COMPLETED, _S.CANCELLING, _S.FAILING}
     ),
-    _S.PRE_SWITCHOVER: frozenset({_S.DEVICE, _S.POSTCOPY_ACTIVE, _S.CANCELLING, _S.FAILED}),
-    _S.DEVICE: frozenset({_S.COMPLETED, _S.CANCELLING, _S.FAILED}),
-    _S.POSTCOPY_ACTIVE: frozenset({_S.POSTCOPY_PAUSED, _S.COMPLETED, _S.CANCELLING, _S.FAILED}),
-    _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER, _S.CANCELLING, _S.FAILED}),
-    _S.POSTCOPY_RECOVER: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.CANCELLING, _S.FAILED}),
-    _S.COLO: frozenset({_S.COMPLETED, _S.FAILED}),
+    _S.PRE_SWITCHOVER: frozenset({_S.DEVICE, _S.POSTCOPY_ACTIVE, _S.CANCELLING, _S.FAILING}),
+    _S.DEVICE: frozenset({_S.COMPLETED, _S.CANCELLING, _S.FAILING}),
+    _S.POSTCOPY_ACTIVE: frozenset({_S.POSTCOPY_PAUSED, _S.COMPLETED, _S.CANCELLING, _S.FAILING}),
+    _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER, _S.CANCELLING, _S.FAILING}),
+    _S.POSTCOPY_RECOVER: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.CANCELLING, _S.FAILING}),
+    _S.COLO: frozenset({_S.COMPLETED, _S.FAILING}),
     _S.CANCELLING: frozenset({_S.CANCELLED, _S.COMPLETED}),
+    _S.FAILING: frozenset({_S.FAILED}),
     _S.CANCELLED: frozenset({_S.SETUP}),
     _S.COMPLETED: frozenset({_S.SETUP}),
     _S.FAILED: frozenset({_S.SETUP}),
 }
-"""A finished migration goes straight to SETUP of the next (QEMU resets to NONE without telling anybody). A cancel
-that comes when the destination has the guest already is too late: the migration completes."""
+"""A finished migration goes straight to SETUP of the next (QEMU resets to NONE and says nothing). A cancel that comes
+when the destination has the guest already is too late: the migration completes. In FAILING (since QEMU 11.0) the guest
+is taken back and everything is closed; FAILED says that this is done."""
 
 DESTINATION_TRANSITIONS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] = {
     _S.NONE: frozenset({_S.SETUP}),

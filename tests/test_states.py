@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "states.md"
 
 SURFACE = [
     *("none", "setup", "cancelling", "cancelled", "active", "postcopy-active", "postcopy-paused", "postcopy-recover"),
-    *("completed", "failed", "colo", "pre-switchover", "device"),
+    *("completed", "failing", "failed", "colo", "pre-switchover", "device"),
 ]
 
 
@@ -64,11 +64,11 @@ def test_every_pair_is_in_the_table_or_a_bug(side: Side, old: MigrationStatus, n
 
 def test_a_migration_is_idle_or_runs_or_ends() -> None:
     assert not IDLE & SETUP_OR_ACTIVE
-    assert set(S) - IDLE - SETUP_OR_ACTIVE == {S.CANCELLING, S.COLO}
+    assert set(S) - IDLE - SETUP_OR_ACTIVE == {S.CANCELLING, S.COLO, S.FAILING}
     source = TRANSITIONS[Side.SOURCE]
     assert all(source[status] == {S.SETUP} for status in IDLE), "a new migration may start, and nothing else"
     for status in SETUP_OR_ACTIVE:
-        assert {S.CANCELLING, S.FAILED} <= source[status], f"'{status}' can be cancelled and can fail"
+        assert {S.CANCELLING, S.FAILING} <= source[status], f"'{status}' can be cancelled and can fail"
 
 
 class AnyCalls(RuleBasedStateMachine):
@@ -129,7 +129,7 @@ def test_of_many_threads_that_want_the_same_change_one_makes_it() -> None:
             if machine.advance(S.ACTIVE, new):
                 won.append(new)
 
-        wishes = [S.CANCELLING, S.FAILED, S.DEVICE, S.COMPLETED] * 2
+        wishes = [S.CANCELLING, S.FAILING, S.DEVICE, S.COMPLETED] * 2
         threads = [threading.Thread(target=contend, args=(wish,)) for wish in wishes]
         for thread in threads:
             thread.start()
@@ -182,7 +182,7 @@ def test_changes_by_two_threads_are_heard_one_at_a_time_and_in_order() -> None:
         busy.release()
 
     machine.observe(observer)
-    steps = [S.NONE, S.SETUP, S.ACTIVE, S.CANCELLING, S.CANCELLED, S.SETUP, S.FAILED, S.SETUP]
+    steps = [S.NONE, S.SETUP, S.ACTIVE, S.CANCELLING, S.CANCELLED, S.SETUP, S.FAILING, S.FAILED, S.SETUP]
 
     def walk(mine: int) -> None:
         for at, (old, new) in enumerate(pairwise(steps)):

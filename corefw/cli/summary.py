@@ -18,7 +18,7 @@ def throughput(answer: Mapping[str, Any]) -> float:
 
 def cancelled(answer: Mapping[str, Any], run_state: str) -> str:
     """The status after a cancel; where the guest did not come back, why not."""
-    status, reason = str(answer.get("status", "none")), str(answer.get("error-desc", ""))
+    status, reason = str(answer.get("status", "none")), str(answer.get("x-migfw", {}).get("reason", ""))
     return f"{status} ({reason})" if reason and run_state == RunState.POSTMIGRATE else status
 
 

@@ -27,7 +27,7 @@ from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, SupportsVerif
 from corefw.plugins import Plugins
 from corefw.section import SectionRegistry
 from corefw.settings import Settings
-from corefw.states import IDLE, SETUP_OR_ACTIVE, MigrationStatus, Side, StateMachine
+from corefw.states import IDLE, MigrationStatus, Side, StateMachine
 
 _S = MigrationStatus
 MIGRATION_ACTIVE: Final = "There's a migration process in progress"
@@ -225,7 +225,8 @@ class Engine:
         try:
             migration.start()
         except RuntimeError as error:  # the host gives us no thread
-            self.outgoing.advance(_S.SETUP, _S.FAILED)
+            self.outgoing.advance(_S.SETUP, _S.FAILING)
+            self.outgoing.advance(_S.FAILING, _S.FAILED)
             raise MigfwError(f"cannot start a migration: {error}") from None
 
     def _registry(self) -> SectionRegistry:
@@ -317,7 +318,7 @@ class Engine:
     def set_capabilities(self, changes: Mapping[str, bool]) -> None:
         """Raises StateError while a migration runs, SettingsError."""
         with self._lock:
-            if self.outgoing.status in SETUP_OR_ACTIVE or self.outgoing.status is _S.CANCELLING:
+            if self.outgoing.status not in IDLE:
                 raise StateError(MIGRATION_ACTIVE)
             self.settings.set_capabilities(changes)
 

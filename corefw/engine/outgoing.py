@@ -175,6 +175,7 @@ class OutgoingMigration:
             self.statistics.finish(downtime=milliseconds_since(self._downtime_began))
             self._custody.let_go()
         else:
+            self._begin_to_fail()
             refused = self._return_path is not None and self._return_path.refused
             self.statistics.fail(str(error) + self._custody.take_back(refused=refused))
         self._clean_up()
@@ -247,6 +248,8 @@ class OutgoingMigration:
         self.statistics.stopped(limit, milliseconds_since(stop_began))
         if self.settings.capability("pause-before-switchover"):
             self._pause()
+        else:
+            self._advance(_S.ACTIVE, _S.DEVICE)
         self._downtime_began = stop_began
         if self._format().switchover_start:
             write_command(writer, Command.SWITCHOVER_START)
@@ -362,6 +365,11 @@ class OutgoingMigration:
         self._channels.close()
         if self._channel is not None:
             self._channel.close()
+
+    def _begin_to_fail(self) -> None:
+        """Into failing, unless it was cancelled: from now on it cannot be any more."""
+        while (now := self._state.status) not in (_S.CANCELLING, _S.FAILING):
+            self._state.advance(now, _S.FAILING)
 
     def _end(self, status: MigrationStatus) -> None:
         """Last of all. A cancel may change the status under our hands once: then a failure is its end, but not where

@@ -158,6 +158,7 @@ class OutgoingStatistics:
                 "total-time": self.elapsed(),
                 "expected-downtime": self.expected_downtime,
                 "setup-time": self.setup_time,
+                "remaining": self.remaining,
                 "ram": self._ram(status),
             }
         elif status is MigrationStatus.COMPLETED:
@@ -169,7 +170,7 @@ class OutgoingStatistics:
             }
         if status is not MigrationStatus.NONE:
             info["x-migfw"] = self._own(status)
-        if self.error is not None and status in (MigrationStatus.FAILED, MigrationStatus.CANCELLED):
+        if self.error is not None and status in (MigrationStatus.FAILING, MigrationStatus.FAILED):
             info["error-desc"] = self.error
         return info
 
@@ -194,6 +195,7 @@ class OutgoingStatistics:
                 for name, value in known.items()
                 if value is not None
             },
+            **({"reason": self.error} if self.error is not None and status is MigrationStatus.CANCELLED else {}),
             "warnings": warnings,
             "sections": {_name(key): section.document() for key, section in list(self.sections.items())},
         }

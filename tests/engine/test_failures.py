@@ -128,7 +128,8 @@ def test_cancel_while_the_destination_may_run_the_guest(pair: Pair, peer: Peer) 
     source.cancel()
     assert ended(source) == "cancelled"
     assert source.machine.run_state is RunState.POSTMIGRATE
-    assert "may be running the guest" in source.query_migrate()["error-desc"]
+    assert "may be running the guest" in source.query_migrate()["x-migfw"]["reason"]
+    assert "error-desc" not in source.query_migrate()
     source.cont()  # somebody knows better
     runs_on(source)
 
@@ -147,7 +148,7 @@ def test_nobody_listens(pair: Pair) -> None:
     source = pair.source()
     source.migrate("tcp:127.0.0.1:1")
     assert ended(source) == "failed"
-    assert pair.statuses("failed") == ["setup", "failed"]
+    assert pair.statuses("failed") == ["setup", "failing", "failed"]
     runs_on(source)
 
 

@@ -21,7 +21,7 @@ def test_a_running_guest_moves_and_loses_nothing(pair: Pair) -> None:
     source.migrate(uri)
     assert ended(source) == "completed" and arrived(destination) == "completed"
     assert source.machine.run_state is RunState.POSTMIGRATE
-    assert pair.statuses("completed") == ["setup", "active", "completed"]
+    assert pair.statuses("completed") == ["setup", "active", "device", "completed"]
     passes = [event.data["pass"] for event in pair.events if event.name == "MIGRATION_PASS"]
     assert passes == list(range(1, len(passes) + 1)) and len(passes) >= 2
     moved = counting(source).check()

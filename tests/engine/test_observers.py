@@ -62,7 +62,7 @@ def test_an_observer_may_try_again_when_a_migration_failed(pair: Pair) -> None:
     source.observe(again)
     source.migrate("tcp:127.0.0.1:1")
     assert arrived(destination) == "completed"
-    assert pair.statuses("completed") == ["setup", "failed", "setup", "active", "completed"]
+    assert pair.statuses("completed") == ["setup", "failing", "failed", "setup", "active", "device", "completed"]
 
 
 def test_an_observer_may_close_the_engine(pair: Pair) -> None:
