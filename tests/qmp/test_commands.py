@@ -174,5 +174,6 @@ def test_the_pages_program_runs(engine: Engine, folder: Path, capsys: pytest.Cap
     assert capsys.readouterr().out.splitlines() == [
         "RESUME {}",
         "MIGRATION {'status': 'setup'}",
+        "MIGRATION {'status': 'failing'}",
         "MIGRATION {'status': 'failed'}",
     ]
