@@ -8,12 +8,15 @@ the table of commands, neither NumPy nor a plugin.
     options.py    options that several commands share, and how their values are written
     output.py     what goes to stdout: JSON documents, tables, lines
     stdout.py     where that goes, and what happens when it cannot be written
+    completion.py what Tab completes, and the shells' scripts
     leaving.py    what Ctrl-C does as long as there is nothing to undo
     engines.py    the engine that a command talks to over QMP: migfw's own, or a QEMU
     the rest      one module for each command, or for a family of small ones
 """
 
 from __future__ import annotations
+
+import os
 
 from corefw.cli.leaving import leave_at_once
 
@@ -26,5 +29,9 @@ def main() -> int:
     from corefw.cli.outcome import outcome
     from corefw.cli.stdout import open_streams
 
+    if "_MIGFW_COMPLETE" in os.environ:  # a shell asks what may follow
+        from corefw.cli.completion import register_shells
+
+        register_shells()
     open_streams()
     return outcome(lambda: migfw.main(prog_name="migfw", standalone_mode=False))

@@ -131,7 +131,7 @@ def _real_name(name: str, *, plugins: bool) -> str:
 
 def _declared(name: str, *, plugins: bool) -> Capability | Parameter | None:
     """What the tables say of a name; the plugins' are loaded only when the core's do not have it."""
-    return _lookup(Settings(), name) or (_lookup(_plugin_settings(), name) if plugins else None)
+    return _lookup(Settings(), name) or (_lookup(all_settings(), name) if plugins else None)
 
 
 def _lookup(settings: Settings, name: str) -> Capability | Parameter | None:
@@ -144,7 +144,8 @@ def _lookup(settings: Settings, name: str) -> Capability | Parameter | None:
 
 
 @cache
-def _plugin_settings() -> Settings:
+def all_settings() -> Settings:
+    """What the core and the installed plugins declare."""
     from corefw.plugins import Plugins
 
     return Plugins.load().settings()

@@ -9,6 +9,7 @@ from typing import Final
 
 import click
 
+from corefw.cli import completion
 from corefw.cli.changes import read_mixed
 from corefw.cli.engines import EngineClient, connect
 from corefw.cli.options import engine_options, json_option
@@ -169,7 +170,7 @@ def pause(name: str | None, qmp: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("uri")
+@click.argument("uri", shell_complete=completion.uris)
 @engine_options
 @json_option
 def recover(uri: str, name: str | None, qmp: str | None, as_json: bool) -> None:
@@ -186,7 +187,7 @@ def recover(uri: str, name: str | None, qmp: str | None, as_json: bool) -> None:
 
 
 @click.command("set")
-@click.argument("pairs", metavar="NAME=VALUE...", nargs=-1, required=True)
+@click.argument("pairs", metavar="NAME=VALUE...", nargs=-1, required=True, shell_complete=completion.settings)
 @engine_options
 @json_option
 def set_values(pairs: tuple[str, ...], name: str | None, qmp: str | None, as_json: bool) -> None:

@@ -50,6 +50,7 @@ COMMANDS: Final[Mapping[str, Mapping[str, Entry]]] = {
         "convert": Entry("corefw.cli.convert:convert", "Make a stored stream one for another machine type or QEMU."),
         "relay": Entry("corefw.cli.relay:relay", "Join two transports, both ways."),
         "qmp": Entry("corefw.cli.qmp:qmp", "Send one QMP command and print the answer."),
+        "completion": Entry("corefw.cli.completion:completion", "Print a shell's script for Tab completion."),
     },
 }
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from corefw.cli import completion
 from corefw.cli.changes import Changes, read_changes
 from corefw.cli.engines import EngineClient, connect
 from corefw.cli.follow import Follower
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("uri")
+@click.argument("uri", shell_complete=completion.uris)
 @engine_options
 @settings_options
 @click.option("--timeout", metavar="DURATION", help="How long the migration may take, as in 30s or 10m.")

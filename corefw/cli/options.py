@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from corefw.cli import completion
 from corefw.errors import UsageError
 from corefw.quantities import parse_switch
 
@@ -27,11 +28,13 @@ def engine_options(command: _Command) -> _Command:
     command = click.option(
         "--qmp",
         metavar="ADDRESS",
+        shell_complete=completion.addresses,
         help="Talk to the engine, or the QEMU, at unix:PATH or tcp:HOST:PORT.",
     )(command)
     return click.option(
         "--name",
         metavar="NAME",
+        shell_complete=completion.engines,
         help="Talk to the engine with this name.  [default: the only one that runs]",
     )(command)
 
@@ -43,6 +46,7 @@ def settings_options(command: _Command) -> _Command:
         "params",
         metavar="NAME=VALUE",
         multiple=True,
+        shell_complete=completion.parameters,
         help="Set a migration parameter: max-bandwidth=500M (bytes a second), downtime-limit=100ms. Repeatable.",
     )(command)
     return click.option(
@@ -50,6 +54,7 @@ def settings_options(command: _Command) -> _Command:
         "caps",
         metavar="NAME[=on|off]",
         multiple=True,
+        shell_complete=completion.capabilities,
         help="Switch a migration capability on (or off): return-path, events, pause-before-switchover. Repeatable.",
     )(command)
 

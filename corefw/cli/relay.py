@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 import click
 
+from corefw.cli import completion
 from corefw.cli.interrupts import Interrupts
 from corefw.cli.options import json_option
 from corefw.cli.outcome import ExitStatus, Finished, note
@@ -36,8 +37,8 @@ _SMOOTHING: Final = 0.3
 
 
 @click.command()
-@click.argument("source", metavar="FROM")
-@click.argument("target", metavar="TO")
+@click.argument("source", metavar="FROM", shell_complete=completion.uris)
+@click.argument("target", metavar="TO", shell_complete=completion.uris)
 @click.option(
     "--allow-any-user",
     is_flag=True,

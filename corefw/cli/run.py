@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from corefw.cli import completion
 from corefw.cli.leaving import LeavingAtOnce
 from corefw.cli.naming import claim
 from corefw.cli.options import parse_switches, settings_options, split_pairs
@@ -28,9 +29,15 @@ PROPERTY: Final = "--property NAME=on or --property NAME=off"
 
 
 @click.command()
-@click.argument("program", required=False)
+@click.argument("program", required=False, shell_complete=completion.programs)
 @click.option(
-    "--machine", "kind", metavar="KIND", default="python", show_default=True, help="Kind of guest: python or qemu."
+    "--machine",
+    "kind",
+    metavar="KIND",
+    shell_complete=completion.machines,
+    default="python",
+    show_default=True,
+    help="Kind of guest: python or qemu.",
 )
 @click.option(
     "--opt", "opts", metavar="NAME=VALUE", multiple=True, help="An option of the program or machine. Repeatable."
@@ -39,12 +46,14 @@ PROPERTY: Final = "--property NAME=on or --property NAME=off"
 @click.option(
     "--qmp",
     metavar="ADDRESS",
+    shell_complete=completion.addresses,
     help="Listen for QMP at unix:PATH or tcp:HOST:PORT instead of at the name's own socket. Whoever can reach a tcp:"
     " address is in control.",
 )
 @click.option(
     "--incoming",
     metavar="URI",
+    shell_complete=completion.incoming,
     help="Wait for a guest to migrate here. 'defer': wait for the QMP command migrate-incoming first.",
 )
 @settings_options
@@ -53,6 +62,7 @@ PROPERTY: Final = "--property NAME=on or --property NAME=off"
     "properties",
     metavar="NAME=on|off",
     multiple=True,
+    shell_complete=completion.properties,
     help="Set a machine property: send-configuration, send-section-footer, store-global-state, ... Repeatable.",
 )
 @click.option("--only-migratable", is_flag=True, help="Refuse whatever would keep the guest from migrating.")

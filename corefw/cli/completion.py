@@ -1,0 +1,234 @@
+"""Shell completion: what may follow on a command line, and `migfw completion`, which prints the script for a shell.
+
+Programs are parsed and never imported. The plugins are loaded only where capabilities or parameters are completed; the
+names of URI schemes and machines are read from the installed distributions' metadata.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class, get_completion_class
+from click.shell_completion import split_arg_string as split
+
+from corefw.errors import MigfwError
+
+COMPLETE_VARIABLE: Final = "_MIGFW_COMPLETE"
+
+BUNDLED: Final = ("life", "stress")
+"""Programs that machine 'python' brings along."""
+
+Item = CompletionItem[Any]
+Completer = Callable[[click.Context, click.Parameter, str], list[Item]]
+
+
+# -- what may follow ---------------------------------------------------------------------------------------------------
+
+
+def _completer(values: Callable[[str], Iterable[tuple[str, str]]]) -> Completer:
+    """`values(incomplete)` gives (value, help); those that begin with what was typed are kept. Completion is silent:
+    what cannot be found out is left out."""
+
+    def complete(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[Item]:
+        try:
+            found = [*values(incomplete)]
+        except (MigfwError, OSError):
+            return []
+        return [CompletionItem(value, help=text) for value, text in found if value.startswith(incomplete)]
+
+    return complete
+
+
+def _engines(_: str) -> Iterable[tuple[str, str]]:
+    from corefw.qmp.address import find_engines
+
+    return [(engine.name, "") for engine in find_engines()]
+
+
+def _capabilities(_: str) -> Iterable[tuple[str, str]]:
+    from corefw.cli.changes import all_settings
+
+    settings = all_settings()
+    return [
+        (name, settings.declared_capability(name).help)
+        for name in settings.capabilities()
+        if settings.implemented(name)
+    ]
+
+
+def _parameters(_: str) -> Iterable[tuple[str, str]]:
+    """NAME=, and after that the values of those that have a few."""
+    from corefw.cli.changes import all_settings
+
+    settings = all_settings()
+    for name in settings.parameters():
+        if settings.implemented(name):
+            declared = settings.declared_parameter(name)
+            yield f"{name}=", declared.help
+            yield from ((f"{name}={choice}", "") for choice in declared.choices)
+
+
+def _settings(incomplete: str) -> Iterable[tuple[str, str]]:
+    yield from ((f"{name}={state}", text) for name, text in _capabilities(incomplete) for state in ("on", "off"))
+    yield from _parameters(incomplete)
+
+
+def _properties(_: str) -> Iterable[tuple[str, str]]:
+    from corefw.settings import PROPERTIES
+
+    return [(f"{name}={state}", text) for name, (_, text) in PROPERTIES.items() for state in ("on", "off")]
+
+
+def entry_point_names(group: str) -> list[str]:
+    """Of what is installed; nothing is imported."""
+    from importlib.metadata import entry_points
+
+    return sorted({point.name for point in entry_points(group=group)})
+
+
+def _machines(_: str) -> Iterable[tuple[str, str]]:
+    return [(name, "") for name in entry_point_names("corefw.machine")]
+
+
+def _uris(incomplete: str) -> Iterable[tuple[str, str]]:
+    scheme, colon, path = incomplete.partition(":")
+    if colon and scheme in ("file", "unix"):
+        return [(f"{scheme}:{found}", "") for found in _paths(path)]
+    return [("ssh://" if name == "ssh" else f"{name}:", "") for name in entry_point_names("corefw.transport")]
+
+
+def _incoming(incomplete: str) -> Iterable[tuple[str, str]]:
+    return [*_uris(incomplete), ("defer", "wait for migrate-incoming")]
+
+
+def _addresses(incomplete: str) -> Iterable[tuple[str, str]]:
+    if incomplete.startswith("unix:"):
+        return [(f"unix:{found}", "") for found in _paths(incomplete.removeprefix("unix:"))]
+    return [("unix:", ""), ("tcp:", "")]
+
+
+def _paths(begun: str) -> list[str]:
+    """Files and folders that begin with this; a folder has a slash behind it."""
+    folder, _, name = begun.rpartition("/")
+    parent = f"{folder}/" if "/" in begun else ""
+    found = [entry for entry in os.scandir(parent or ".") if entry.name.startswith(name)]
+    return sorted(
+        f"{parent}{entry.name}{'/' if entry.is_dir() else ''}"
+        for entry in found
+        if name.startswith(".") or not entry.name.startswith(".")
+    )
+
+
+def _programs(incomplete: str) -> Iterable[tuple[str, str]]:
+    """Bundled ones, files, and the classes in a file once it is the only one."""
+    file, colon, _ = incomplete.rpartition(":")
+    if colon:
+        return [(f"{file}:{name}", text) for name, text in program_classes(Path(file))]
+    files = [path for path in _paths(incomplete) if path.endswith((".py", "/"))]
+    if len(files) == 1 and (classes := program_classes(Path(files[0]))):
+        return [(f"{files[0]}:{name}", text) for name, text in classes]
+    return [*((name, "bundled") for name in BUNDLED), *((path, "") for path in files)]
+
+
+def program_classes(file: Path) -> list[tuple[str, str]]:
+    """The classes in a file that look like programs, each with the first line of its docstring."""
+    import ast
+
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return []
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    programs = {"Program"}
+    for node in classes:  # a class may inherit from one above it
+        if any(ast.unparse(base).rpartition(".")[2] in programs for base in node.bases):
+            programs.add(node.name)
+    found = [node for node in classes if node.name in programs]
+    return [(node.name, (ast.get_docstring(node) or "").partition("\n")[0]) for node in found]
+
+
+engines: Final = _completer(_engines)
+capabilities: Final = _completer(_capabilities)
+parameters: Final = _completer(_parameters)
+settings: Final = _completer(_settings)
+properties: Final = _completer(_properties)
+machines: Final = _completer(_machines)
+uris: Final = _completer(_uris)
+incoming: Final = _completer(_incoming)
+addresses: Final = _completer(_addresses)
+programs: Final = _completer(_programs)
+
+
+# -- the shells --------------------------------------------------------------------------------------------------------
+
+_BASH: Final = """\
+%(complete_func)s() {
+    local IFS=$'\\n' reply type value
+    reply=$(env COMP_LINE="${COMP_LINE:0:COMP_POINT}" COMP_WORDBREAKS="$COMP_WORDBREAKS" \\
+        %(complete_var)s=bash_complete "$1")
+    COMPREPLY=()
+    for reply in $reply; do
+        IFS=',' read -r type value <<< "$reply"
+        case $type in
+            plain) COMPREPLY+=("$value") ;;
+            *) compopt -o default ;;
+        esac
+        case $value in
+            *[=:/]) compopt -o nospace ;;
+        esac
+    done
+}
+
+complete -o nosort -F %(complete_func)s %(prog_name)s
+"""
+
+
+class Bash(BashComplete):
+    """Bash splits words at ":" and "=" (COMP_WORDBREAKS), which URIs, programs and parameters contain. So the words are
+    taken from the line itself, and only what stands behind the last such character is given back."""
+
+    source_template = _BASH
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        line = os.environ["COMP_LINE"]
+        words = split(line)[1:]
+        incomplete = words.pop() if words and not line[-1:].isspace() else ""
+        return words, incomplete
+
+    def format_completion(self, item: Item) -> str:
+        _, incomplete = self.get_completion_args()
+        if incomplete.startswith("-") and "=" in incomplete:  # --option=VALUE: click completes the value alone
+            incomplete = incomplete.partition("=")[2]
+        breaks = [character for character in ":=" if character in os.environ.get("COMP_WORDBREAKS", ":=")]
+        cut = max((incomplete.rfind(character) + 1 for character in breaks), default=0)
+        value = str(item.value)
+        return f"{item.type},{value[cut:] if value.startswith(incomplete[:cut]) else value}"
+
+
+def register_shells() -> None:
+    """Let click use this module's way with bash."""
+    add_completion_class(Bash, "bash")
+
+
+@click.command()
+@click.argument("shell", metavar="SHELL", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes migfw's command lines in SHELL: names of engines, programs and their classes,
+    capabilities, parameters, machines, schemes.
+
+    \b
+    Examples:
+      echo 'eval "$(migfw completion bash)"' >> ~/.bashrc
+      echo 'eval "$(migfw completion zsh)"' >> ~/.zshrc
+      migfw completion fish > ~/.config/fish/completions/migfw.fish
+    """
+    from corefw.cli.group import migfw
+
+    register_shells()
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(migfw, {}, "migfw", COMPLETE_VARIABLE).source(), nl=False)
