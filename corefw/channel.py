@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from corefw.remote import RemoteHost
+
 Buffer = bytes | bytearray | memoryview
 """What may be sent: contiguous bytes. NumPy arrays go through `array.data.cast("B")`."""
 
@@ -213,6 +215,12 @@ class Transport(ABC):
     @abstractmethod
     def connect(self, interrupt: Interrupt) -> Channel:
         """Dial out. Raises ChannelError naming the URI and the cause, Interrupted."""
+
+    def log_in(self, interrupt: Interrupt) -> RemoteHost:
+        """Reach the host behind this URI, to run commands there; most transports cannot. Raises UriError, ChannelError,
+        Interrupted."""
+        del interrupt
+        raise UriError(f"'{self.uri}': '{self.uri.scheme}:' cannot run commands on the other host")
 
     @abstractmethod
     def listen(self) -> Listener:

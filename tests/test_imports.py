@@ -32,6 +32,7 @@ CORE: Final[dict[str, set[str]]] = {
     "states": {"errors", "news"},
     "settings": {"errors", "quantities"},
     "channel": {"closing", "errors", "uri"},
+    "remote": {"closing"},
     "channelset": {"channel"},
     "socketfile": {"errors"},
     "iovec": set(),
@@ -60,6 +61,7 @@ CORE: Final[dict[str, set[str]]] = {
 """Part of the core -> what it may import. `cli` is missing: it is the only place where everything meets."""
 
 TYPES: Final[dict[str, set[str]]] = {
+    "channel": {"remote"},
     "wire": {"machine"},
     "machine": {"section", "wire"},
     "hookspecs": {"uri", "states", "settings", "channel", "section", "machine", "engine"},
@@ -78,20 +80,8 @@ LIBRARIES: Final[dict[str, set[str]]] = {
 """Library -> the parts of the core that may import it."""
 
 PUBLIC: Final = {
-    *(
-        "errors",
-        "uri",
-        "quantities",
-        "descriptors",
-        "states",
-        "settings",
-        "channel",
-        "sockets",
-        "dialing",
-        "wire",
-        "streamfile",
-    ),
-    *("section", "machine", "memory", "hookspecs", "testing"),
+    *("errors", "uri", "quantities", "descriptors", "states", "settings", "channel", "sockets", "dialing", "wire"),
+    *("section", "machine", "memory", "hookspecs", "remote", "streamfile", "testing"),
 }
 """What plugins may import; docs/plugins.md says the same."""
 

@@ -63,8 +63,9 @@ class Background:
         os.write(self._pipe, json.dumps(message).encode() + b"\n")
 
 
-def go_to_background(*, as_json: bool) -> Background:
-    """Fork; return in the child. The parent waits for it and raises Finished or MigfwError.
+def go_to_background(*, as_json: bool, tied: bool = False) -> Background:
+    """Fork; return in the child. The parent waits for it and raises Finished or MigfwError. Where it is `tied`, the end
+    of standard input is a Ctrl-C: whoever started the command from another host has gone.
 
     To be called while the process has one thread and has made nothing yet.
     """
@@ -79,6 +80,8 @@ def go_to_background(*, as_json: bool) -> Background:
     if pid:
         os.close(writer)
         with _forwarded(pid, before) as interrupted:
+            if tied:
+                threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
             _wait(pid, reader, interrupted, as_json=as_json)
     os.close(reader)
     os.setsid()
@@ -107,6 +110,13 @@ def _forwarded(pid: int, mask: set[signal.Signals | int]) -> Iterator[Callable[[
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def _end_with_stdin() -> None:
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _wait(pid: int, reader: int, interrupted: Callable[[], bool], *, as_json: bool) -> None:

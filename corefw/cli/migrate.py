@@ -7,7 +7,7 @@ From then on this process only watches, and the engine goes on whatever becomes 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,7 +18,7 @@ from corefw.cli.engines import EngineClient, connect
 from corefw.cli.follow import Follower
 from corefw.cli.interrupts import Interrupts
 from corefw.cli.limits import add_limits
-from corefw.cli.options import engine_options, json_option, settings_options
+from corefw.cli.options import engine_options, json_option, parse_switches, settings_options
 from corefw.cli.outcome import ExitStatus, Finished, note
 from corefw.cli.output import print_facts, print_json
 from corefw.cli.progress import open_display
@@ -26,15 +26,23 @@ from corefw.cli.routes import Route, find_route
 from corefw.cli.stdout import unread_is_fine
 from corefw.cli.summary import cancelled, summary
 from corefw.errors import MigfwError, UsageError, one_line
+from corefw.machine import RunState
 from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED
 from corefw.states import MigrationStatus
 
 if TYPE_CHECKING:
+    from corefw.cli.destination import Destination
     from corefw.cli.relayed import QemuRelay
 
 
 @click.command()
-@click.argument("uri", shell_complete=completion.uris)
+@click.argument("uri", required=False, shell_complete=completion.uris)
+@click.option(
+    "--to",
+    metavar="[USER@]HOST[:PORT]",
+    help="Start the destination on HOST over ssh, with the same program and options, and move there.",
+)
+@click.option("--remote-migfw", metavar="PATH", help="Where migfw is on HOST.  [default: migfw, then where it is here]")
 @engine_options
 @settings_options
 @click.option("--timeout", metavar="DURATION", help="How long the migration may take, as in 30s or 10m.")
@@ -50,7 +58,9 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on with a postcopy migration whose connection broke.")
 @json_option
 def migrate(
-    uri: str,
+    uri: str | None,
+    to: str | None,
+    remote_migfw: str | None,
     name: str | None,
     qmp: str | None,
     caps: tuple[str, ...],
@@ -63,7 +73,7 @@ def migrate(
     resume: bool,
     as_json: bool,
 ) -> None:
-    """Move the running guest to whoever waits at URI, and show how far it is.
+    """Move the running guest to whoever waits at URI, or to a HOST, and show how far it is.
 
     \b
     URI says how to get there:
@@ -80,18 +90,26 @@ def migrate(
     A migration that does not converge goes on until its guest writes less, or until --timeout or --max-passes. The
     engine keeps these limits, with --detach as well.
 
+    With --to there is nothing to start by hand: the destination is started over there (migfw of this version, and the
+    program's files, have to be on HOST), stays in the background when the guest has arrived, and ends when it has not.
+
     Ctrl-C cancels the migration and waits until the guest goes on here; a second one leaves at once. With --qmp it
     moves a real QEMU as well: over transports that QEMU does not know, this process relays.
 
     \b
     Examples:
       migfw migrate tcp:other.example.org:4444
+      migfw migrate --to me@other.example.org
       migfw migrate ssh://other.example.org/tcp:localhost:4444 --param downtime-limit=50ms
       migfw migrate tcp:other:4444 --param max-bandwidth=200M --json
       migfw migrate tcp:other:4444 --timeout 5m --on-timeout switchover
       migfw migrate zmq:tcp://other:4444 --qmp unix:/run/qemu.sock
     """
+    _check_where(uri, to, remote_migfw, detach=detach, resume=resume)
     with connect(name, qmp) as engine, contextlib.ExitStack() as stack:
+        destination = stack.enter_context(_start(engine, to, remote_migfw, caps)) if to is not None else None
+        uri = destination.uri if destination is not None else uri
+        assert uri is not None
         route = find_route(engine, uri)
         changes = read_changes(caps, params, plugins=engine.is_migfw)
         if postcopy:
@@ -108,6 +126,8 @@ def migrate(
                 note("cancelled before it began")
                 raise Finished(ExitStatus.INTERRUPTED)
             engine.call("migrate", uri=relay.uri if relay else uri, **({"resume": True} if resume else {}))
+        if destination is not None:
+            destination.keep()
         unread = stack.enter_context(unread_is_fine())
         if detach:
             _say_detached(engine, uri, as_json=as_json)
@@ -118,13 +138,53 @@ def migrate(
             hopeless = relay.has_failed if relay else None
             answer = Follower(engine, display, interrupts, postcopy=postcopy, hopeless=hopeless).wait()
         problem = relay.finish(answer, changes.capabilities, interrupts) if relay else None
+        if destination is not None:
+            _settle(destination, engine, answer)
         if as_json:
-            print_json({"uri": uri, **answer, **({"error-desc": problem} if problem else {})})
+            there = {"destination": destination.facts} if destination is not None else {}
+            print_json({"uri": uri, **answer, **({"error-desc": problem} if problem else {}), **there})
         elif answer["status"] == MigrationStatus.COMPLETED and problem is None:
-            print_facts(summary(answer))
+            print_facts([*summary(answer), *(_place(destination) if destination is not None else ())])
         _end(engine, uri, answer, problem, interrupted=interrupts.requested)
         if unread.error:
             note(unread.before("the guest has moved"))
+
+
+def _check_where(uri: str | None, to: str | None, remote_migfw: str | None, *, detach: bool, resume: bool) -> None:
+    if uri is not None and to is not None:
+        raise UsageError(f"'{uri}' and --to {to} both say where to move: give one of them")
+    if uri is None and to is None:
+        raise UsageError("where to? Give a URI, as in tcp:HOST:PORT, or --to HOST")
+    if to is None and remote_migfw is not None:
+        raise UsageError("--remote-migfw is for --to HOST")
+    if to is not None and (detach or resume):
+        raise UsageError(
+            f"--to {to}: this process has to stay and look after the destination, so without --"
+            f"{'detach' if detach else 'resume'}"
+        )
+
+
+def _start(engine: EngineClient, to: str, remote_migfw: str | None, caps: Sequence[str]) -> Destination:
+    from corefw.cli.destination import start_destination
+
+    switched = parse_switches(caps, "--cap NAME, --cap NAME=on or --cap NAME=off")
+    return start_destination(engine, to, remote_migfw, [name for name, on in switched.items() if on])
+
+
+def _settle(destination: Destination, engine: EngineClient, answer: Mapping[str, Any]) -> None:
+    """End the destination of a migration that failed, but not where the guest may be there."""
+    if answer["status"] == MigrationStatus.COMPLETED:
+        return
+    if engine.settled_run_state() in (RunState.POSTMIGRATE, RunState.FINISH_MIGRATE):
+        facts = destination.facts
+        note(f"the guest may have arrived: look at the engine '{facts['name']}' on {facts['host']}, which stays")
+        return
+    destination.give_up()
+
+
+def _place(destination: Destination) -> list[tuple[str, str]]:
+    facts = destination.facts
+    return [("now on", f"{facts['host']}, engine '{facts['name']}', log {facts['log']}")]
 
 
 def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str | None, *, interrupted: bool) -> None:

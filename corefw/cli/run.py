@@ -19,12 +19,14 @@ from corefw.cli.leaving import LeavingAtOnce
 from corefw.cli.naming import claim
 from corefw.cli.options import parse_switches, settings_options, split_pairs
 from corefw.errors import UsageError
+from corefw.qmp.address import runtime_directory
 
 if TYPE_CHECKING:
     from corefw.cli.detaching import Background
     from corefw.settings import Settings
 
 DEFER: Final = "defer"
+PRIVATE: Final = "private"
 PROPERTY: Final = "--property NAME=on or --property NAME=off"
 
 
@@ -54,7 +56,8 @@ PROPERTY: Final = "--property NAME=on or --property NAME=off"
     "--incoming",
     metavar="URI",
     shell_complete=completion.incoming,
-    help="Wait for a guest to migrate here. 'defer': wait for the QMP command migrate-incoming first.",
+    help="Wait for a guest to migrate here. 'private': at a UNIX socket of the engine's own that only you can dial."
+    " 'defer': wait for the QMP command migrate-incoming first.",
 )
 @settings_options
 @click.option(
@@ -81,6 +84,7 @@ PROPERTY: Final = "--property NAME=on or --property NAME=off"
     help="Go on in the background once the engine is ready. Its output goes to a log that 'migfw status' names.",
 )
 @click.option("--json", "as_json", is_flag=True, help="With --detach: print one JSON document about the engine.")
+@click.option("--tied", is_flag=True, hidden=True, help="With --detach: end if stdin ends before the engine is ready.")
 @click.option("--stay", is_flag=True, help="Stay when the guest has left, or when a guest failed to arrive.")
 def run(
     program: str | None,
@@ -98,6 +102,7 @@ def run(
     paused: bool,
     detach: bool,
     as_json: bool,
+    tied: bool,
     stay: bool,
 ) -> None:
     """Run PROGRAM as a guest that can migrate, or wait for one to migrate here.
@@ -124,7 +129,7 @@ def run(
     """
     if as_json and not detach:
         raise UsageError("--json is for --detach: without it the engine stays, and says what happens in lines")
-    background = _go_to_background(as_json=as_json) if detach else None
+    background = _go_to_background(as_json=as_json, tied=tied) if detach else None
     with LeavingAtOnce():
         from corefw.cli.hosting import Plan, host
         from corefw.engine import Engine, Launch
@@ -140,10 +145,12 @@ def run(
     settings = plugins.settings()
     _apply(settings, caps, params, properties, only_migratable=only_migratable, allow_any_user=allow_any_user)
     deferred = incoming == DEFER
-    if incoming is not None and not deferred:
+    if incoming not in (None, DEFER, PRIVATE):
         plugins.transport(incoming).check_incoming()
     with contextlib.ExitStack() as stack:
         claimed = stack.enter_context(claim(name, qmp, program or kind))
+        if incoming == PRIVATE:
+            incoming = f"unix:{runtime_directory() / claimed.name}.in"
         log = background.redirect(claimed.name) if background is not None else None
         config = MachineConfig(
             program,
@@ -167,11 +174,11 @@ def run(
         host(engine, claimed.address, listen, Plan(None if deferred else incoming, deferred, paused, stay, background))
 
 
-def _go_to_background(*, as_json: bool) -> Background:
+def _go_to_background(*, as_json: bool, tied: bool) -> Background:
     """Before anything is imported that might start threads (NumPy's libraries do)."""
     with LeavingAtOnce():
         from corefw.cli.detaching import go_to_background
-    return go_to_background(as_json=as_json)
+    return go_to_background(as_json=as_json, tied=tied)
 
 
 def _apply(

@@ -24,7 +24,8 @@ def commands() -> dict[str, click.Command]:
 
 def options(command: click.Command) -> set[str]:
     """Of a command, less those of all commands."""
-    return {name for one in command.params for name in one.opts if name.startswith("--")} - EVERYWHERE
+    shown = [one for one in command.params if not getattr(one, "hidden", False)]
+    return {name for one in shown for name in one.opts if name.startswith("--")} - EVERYWHERE
 
 
 def test_the_page_has_the_commands_in_the_order_of_the_help() -> None:

@@ -9,7 +9,8 @@ The law: host keys are checked always, nothing asks for a password, and a lost s
     address      what the URI says              config      what ~/.ssh/config adds to it
     known_hosts  whether we know the host       credentials our keys and the agent's
     connection   paramiko, mended and bounded   dial        from a destination to a connection
-    channel      one tunnel as a Channel        transport   connect() and listen()
+    channel      one tunnel as a Channel        remote      commands on the far host
+    transport    connect(), listen(), log_in()
 
 docs/ssh.md is the user's page.
 """

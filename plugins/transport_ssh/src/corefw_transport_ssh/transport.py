@@ -1,4 +1,4 @@
-"""connect() opens a tunnel; listen() asks the far sshd to listen for us.
+"""connect() opens a tunnel; listen() asks the far sshd to listen for us; log_in() runs commands over there.
 
 The law: each channel that we dial has a connection of its own, so that one does not slow or break another; the channels
 that a listener accepts share the listener's, which lives until the last of them is closed.
@@ -17,11 +17,13 @@ import paramiko
 
 from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
 from corefw.errors import ChannelError
+from corefw.remote import RemoteHost
 from corefw.uri import MigrationUri, check_dialled_port, join_host_port
 from corefw_transport_ssh.address import SshAddress, Target, TcpTarget, UnixTarget, parse_address
 from corefw_transport_ssh.channel import FAILURES, SshChannel
 from corefw_transport_ssh.connection import OPEN_SECONDS, Connection
 from corefw_transport_ssh.dial import dial, shut_by
+from corefw_transport_ssh.remote import SshHost
 
 BACKLOG: Final = 16
 """Peers that wait to be accepted; each may have sent a window already. More are turned away."""
@@ -70,6 +72,9 @@ class SshTransport(Transport):
             connection.shut()
             raise
         return SshChannel(channel, connection, str(self.uri))
+
+    def log_in(self, interrupt: Interrupt) -> RemoteHost:
+        return SshHost(self._address.authority, dial(self.uri, self._address, interrupt))
 
     def _open(self, connection: Connection, target: Target) -> paramiko.Channel:
         try:

@@ -1,0 +1,202 @@
+"""A destination that `migfw migrate --to HOST` starts on another host, for one migration.
+
+It is an engine like the one here: the same machine, program and options, `migfw run --detach` in the same folder. It
+waits at a UNIX socket that only its user can dial, which the source reaches through the same sshd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from corefw.channel import Interrupt
+from corefw.cli.engines import EngineClient
+from corefw.cli.outcome import note
+from corefw.cli.routes import find_transport
+from corefw.closing import Closing
+from corefw.errors import ChannelError, MigfwError, UsageError
+from corefw.remote import RemoteHost
+
+START_SECONDS: Final = 180.0
+"""How long a destination may take until it listens. Its program is imported by then, its RAM made."""
+
+SHORT_SECONDS: Final = 60.0
+
+_NO_COMMAND: Final = frozenset({126, 127})
+_NO_FOLDER: Final = 97
+_NO_FILE: Final = 98
+
+_IN_FOLDER: Final = (
+    f'cd -- "$1" 2>/dev/null || [ -z "$2" ] || exit {_NO_FOLDER}\n'
+    f'[ -z "$2" ] || [ -f "$2" ] || exit {_NO_FILE}\n'
+    'shift 2; exec "$@"'
+)
+"""For `sh -c`: the folder, the program's file ("" where it is none), then the command."""
+
+_NOT_FOR_A_DESTINATION: Final = frozenset({"return-path", "pause-before-switchover", "events"})
+
+
+class Destination(Closing):
+    """A started one. `close()` ends it, unless `keep()` was called; closing is idempotent and does not raise.
+
+    uri     what the source has to dial
+    facts   "name", "qmp", "log", ... as `run --detach --json` printed them
+    """
+
+    def __init__(self, address: str, host: RemoteHost, migfw: Sequence[str], facts: Mapping[str, Any]) -> None:
+        """Takes over `host`."""
+        self.facts: Final = {"host": address, **facts}
+        self.uri: Final = f"ssh://{address}/{facts['incoming-uri']}"
+        self._address = address
+        self._host = host
+        self._migfw = migfw
+        self._kept = False
+
+    def keep(self) -> None:
+        """From now on the guest may be there."""
+        self._kept = True
+
+    def give_up(self) -> None:
+        """The guest is here for certain."""
+        self._kept = False
+
+    def close(self) -> None:
+        if not self._kept:
+            self._kept = True
+            command = [*self._migfw, "quit", "--qmp", str(self.facts["qmp"])]
+            try:
+                self._quit(command)
+            except MigfwError as error:
+                note(f"the engine '{self.facts['name']}' on {self._address} may still wait for a guest: {error}")
+        self._host.close()
+
+    def _quit(self, command: Sequence[str]) -> None:
+        """One that has ended already, as it does where a migration failed, answers nothing: that is fine."""
+        try:
+            self._host.run(command, SHORT_SECONDS)
+        except ChannelError:
+            with _log_in(self._address) as again:
+                again.run(command, SHORT_SECONDS)
+
+
+def start_destination(engine: EngineClient, address: str, remote_migfw: str | None, caps: Sequence[str]) -> Destination:
+    """Start a destination for the guest of `engine` at [USER@]HOST[:PORT]. Raises UsageError, MigfwError.
+
+    `caps` are the capabilities that the migration will have on, beside those that are on now.
+    """
+    status = _status(engine)
+    launch = status["launch"]
+    host = _log_in(address)
+    with contextlib.ExitStack() as undo:
+        undo.callback(host.close)
+        migfw = _find_migfw(host, remote_migfw, status["version"])
+        switched = {one["capability"] for one in engine.call("query-migrate-capabilities") if one["state"]}
+        wanted = sorted((switched | set(caps)) - _NOT_FOR_A_DESTINATION)
+        facts = _start(host, migfw, launch, wanted)
+        undo.pop_all()
+    return Destination(address, host, migfw, facts)
+
+
+def _status(engine: EngineClient) -> dict[str, Any]:
+    if not engine.is_migfw:
+        raise UsageError(
+            f"--to starts a migfw like the one here, and at {engine.address} is a QEMU: give a URI instead"
+        )
+    status: dict[str, Any] = engine.call("x-migfw-status")
+    if not status.get("launch"):
+        raise UsageError(
+            f"the engine at {engine.address} does not know how it was started (by a program of its own?):"
+            " start the destination yourself, and give its URI"
+        )
+    return status
+
+
+def _log_in(address: str) -> RemoteHost:
+    transport = find_transport(f"ssh://{address}/tcp:localhost:0")
+    interrupt = Interrupt()
+    try:
+        return transport.log_in(interrupt)
+    except ChannelError as error:
+        raise ChannelError(str(error).replace(f"{transport.uri}: ", "", 1)) from None
+    finally:
+        interrupt.close()
+
+
+# -- the migfw over there --------------------------------------------------------------------------------------------
+
+
+def _find_migfw(host: RemoteHost, given: str | None, version: str) -> Sequence[str]:
+    """The command words of a migfw of this version. Raises MigfwError."""
+    tried: list[str] = []
+    for words in [[given]] if given else _candidates():
+        found = host.run([*words, "--version"], SHORT_SECONDS)
+        said = found.output.strip()
+        if found.status == 0 and said.endswith(f"migfw {version}"):
+            return words
+        shown = " ".join(words)
+        if found.status in _NO_COMMAND:
+            tried.append(f"'{shown}' is not there")
+        elif found.status == 0:
+            tried.append(f"'{shown}' is {said.splitlines()[-1] if said else 'silent about its version'}")
+        else:
+            tried.append(f"'{shown}' fails: {_last_line(found.errors) or f'status {found.status}'}")
+    raise MigfwError(
+        f"no migfw {version}, the version of the engine here, on {host.name}: {'; '.join(tried)}"
+        " (install it there, or say where it is with --remote-migfw PATH)"
+    )
+
+
+def _candidates() -> list[list[str]]:
+    """`migfw`, then where it is on this host."""
+    script = Path(sys.executable).with_name("migfw")
+    here = [str(script)] if os.access(script, os.X_OK) else [sys.executable, "-m", "corefw.cli"]
+    return [["migfw"], here]
+
+
+def _start(host: RemoteHost, migfw: Sequence[str], launch: Mapping[str, Any], caps: Sequence[str]) -> Mapping[str, Any]:
+    file = _program_file(launch)
+    command = ["sh", "-c", _IN_FOLDER, "sh", launch["directory"], file, *migfw, *_arguments(launch, caps)]
+    done = host.run(command, START_SECONDS)
+    if done.status == _NO_FOLDER:
+        raise MigfwError(
+            f"{host.name} has no folder '{launch['directory']}': the program '{file}' has to be there as it is here"
+        )
+    if done.status == _NO_FILE:
+        raise MigfwError(
+            f"{host.name} has no '{Path(launch['directory'], file)}': copy the program there before its guest can move"
+        )
+    if done.status:
+        said = _last_line(done.errors) or f"status {done.status}, and no reason"
+        raise MigfwError(f"the destination on {host.name} does not start: {said.removeprefix('migfw: ')}")
+    try:
+        facts = json.loads(done.output[done.output.index("{") :])  # a shell's greeting may come first
+        if not all(isinstance(facts[key], str) for key in ("name", "qmp", "incoming-uri", "log")):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        raise MigfwError(f"the destination on {host.name} says something that is no answer of migfw run") from None
+    return {**facts}
+
+
+def _program_file(launch: Mapping[str, Any]) -> str:
+    """As it was written, maybe relative to the folder; "" for a program that is no file."""
+    file = str(launch["program"] or "").rpartition(":")[0]
+    return file if file.endswith(".py") else ""
+
+
+def _arguments(launch: Mapping[str, Any], caps: Sequence[str]) -> list[str]:
+    words = ["run", *([launch["program"]] if launch["program"] else []), f"--machine={launch['machine']}"]
+    words += [f"--opt={name}={value}" for name, value in launch["options"].items()]
+    words += [f"--property={name}={'on' if on else 'off'}" for name, on in launch["properties"].items()]
+    words += [f"--cap={name}" for name in caps]
+    words += ["--allow-undeclared"] if launch["allow-undeclared"] else []
+    return [*words, "--incoming=private", "--detach", "--json", "--tied"]
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""

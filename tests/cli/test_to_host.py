@@ -1,0 +1,212 @@
+"""`migfw migrate --to HOST`: over a real sshd, which lets us in to this very host."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from corefw import __version__
+from tests.cli.conftest import SMALL, Engine, Engines
+from tests.helpers.cli import TIMEOUT, migfw, start
+from tests.helpers.sshd import Sshd, missing_programs, running_sshd
+
+BUSY = """
+from corefw_machine_python import guest
+
+class Busy(guest.Program):
+    data = guest.array("data", shape=(65536,), dtype="uint8")
+    ticks = guest.field("u64")
+
+    def tick(self):
+        self.data[self.ticks % 65536] += 1
+        self.ticks += 1
+"""
+
+
+class Far:
+    """A host to move to: `sshd` on loopback, where engines have their sockets in `runtime`."""
+
+    def __init__(self, sshd: Sshd, runtime: Path) -> None:
+        self.sshd = sshd
+        self.runtime = runtime
+
+    @property
+    def to(self) -> str:
+        return f"--to={self.sshd.address}"
+
+    def engines(self) -> list[dict[str, str]]:
+        listed: list[dict[str, str]] = json.loads(migfw("ps", "--json", runtime=self.runtime).stdout)
+        return listed
+
+    def wait_empty(self) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while self.engines():
+            assert time.monotonic() < deadline, self.engines()
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def sshd_and_runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Far]:
+    if missing := missing_programs():
+        pytest.skip(f"needs OpenSSH: {', '.join(missing)}")
+    runtime = Path(tempfile.mkdtemp(prefix="migfw-far-", dir="/tmp"))
+    with running_sshd(tmp_path_factory.mktemp("sshd"), f"SetEnv XDG_RUNTIME_DIR={runtime}") as sshd:
+        yield Far(sshd, runtime)
+    shutil.rmtree(runtime)
+
+
+@pytest.fixture
+def far(sshd_and_runtime: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Far]:
+    monkeypatch.setenv("HOME", str(sshd_and_runtime.sshd.make_home(tmp_path / "home")))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    yield sshd_and_runtime
+    for one in sshd_and_runtime.engines():
+        migfw("quit", "--name", one["name"], runtime=sshd_and_runtime.runtime)
+
+
+def test_one_command_for_both_sides(far: Far, engines: Engines) -> None:
+    source = engines(*SMALL)
+    done = source.call("migrate", far.to)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{far.sshd.address}, engine 'stress', log {far.runtime}/migfw/stress.log" in done.stdout
+    assert source.finish()[0] == 0
+    [there] = far.engines()
+    assert there["guest"] == "running"
+    assert migfw("verify", runtime=far.runtime).returncode == 0
+    assert not (far.runtime / "migfw" / "stress.in").exists()
+
+
+def test_as_json(far: Far, engines: Engines) -> None:
+    document = json.loads(engines(*SMALL).call("migrate", far.to, "--json").stdout)
+    assert document["status"] == "completed"
+    assert document["destination"]["name"] == "stress"
+    assert document["uri"] == f"ssh://{far.sshd.address}/unix:{far.runtime}/migfw/stress.in"
+
+
+def test_a_relative_program_is_looked_for_where_it_is_here(
+    far: Far, engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "busy.py").write_text(BUSY)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.chdir(tmp_path)
+    assert engines("busy.py:Busy").call("migrate", far.to).returncode == 0
+    [there] = far.engines()
+    assert there["guest"] == "running"
+
+
+@pytest.mark.parametrize("gone", ["file", "folder"])
+def test_a_program_that_is_not_there(
+    far: Far, engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """Both hosts are the same here, so the program goes once it runs."""
+    folder = tmp_path / "sims"
+    folder.mkdir()
+    (folder / "busy.py").write_text(BUSY)
+    monkeypatch.chdir(folder)
+    source = engines("busy.py:Busy")
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(folder)
+    if gone == "file":
+        folder.mkdir()
+    done = source.call("migrate", far.to)
+    complaint = f"has no '{folder}/busy.py': copy" if gone == "file" else f"has no folder '{folder}'"
+    _refused(far, source, done.returncode, done.stderr, complaint)
+
+
+def test_no_migfw_there(far: Far, engines: Engines) -> None:
+    source = engines(*SMALL)
+    done = source.call("migrate", far.to, "--remote-migfw", "/nowhere/migfw")
+    _refused(far, source, done.returncode, done.stderr, "'/nowhere/migfw' is not there")
+
+
+def test_another_version_there(far: Far, engines: Engines, tmp_path: Path) -> None:
+    other = tmp_path / "migfw"
+    other.write_text("#!/bin/sh\necho migfw 99.0\n")
+    other.chmod(0o755)
+    source = engines(*SMALL)
+    done = source.call("migrate", far.to, "--remote-migfw", str(other))
+    _refused(far, source, done.returncode, done.stderr, f"no migfw {__version__}", f"'{other}' is migfw 99.0")
+
+
+def test_a_host_that_is_not_known(far: Far, engines: Engines) -> None:
+    known = Path(os.environ["HOME"], ".ssh", "known_hosts")
+    known.write_text("")
+    source = engines(*SMALL)
+    done = source.call("migrate", far.to)
+    _refused(far, source, done.returncode, done.stderr, "the host key of", "is not known")
+
+
+def test_what_the_engine_refuses_ends_the_destination(far: Far, engines: Engines) -> None:
+    source = engines(*SMALL)
+    done = source.call("migrate", far.to, "--param", "downtime-limit=-1")
+    assert done.returncode == 2
+    assert migfw("qmp", "query-status", "--name", source.name, runtime=engines.runtime).returncode == 0
+    far.wait_empty()
+
+
+def test_ctrl_c_ends_the_destination(far: Far, engines: Engines) -> None:
+    source = engines("stress", "--opt=ram=64M", "--opt=working-set=64K")
+    command = start("migrate", far.to, "--name", source.name, "--param", "max-bandwidth=1M", runtime=engines.runtime)
+    deadline = time.monotonic() + TIMEOUT
+    while source.ask("query-migrate").get("status") != "active":
+        assert time.monotonic() < deadline, command.communicate(timeout=TIMEOUT)
+        time.sleep(0.05)
+    command.send_signal(signal.SIGINT)
+    _, err = command.communicate(timeout=TIMEOUT)
+    assert command.returncode == 130
+    assert "the guest is running here" in err
+    far.wait_empty()
+
+
+def test_ctrl_c_while_the_destination_starts_leaves_nothing(far: Far, engines: Engines, tmp_path: Path) -> None:
+    program = tmp_path / "slow.py"
+    program.write_text(BUSY)
+    source = engines(f"{program}:Busy")
+    program.write_text(f"import time, pathlib\npathlib.Path('{tmp_path}/begun').touch()\ntime.sleep(30)\n" + BUSY)
+    command = start("migrate", far.to, "--name", source.name, runtime=engines.runtime)
+    deadline = time.monotonic() + TIMEOUT
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    command.send_signal(signal.SIGINT)
+    out, err = command.communicate(timeout=TIMEOUT)
+    assert (command.returncode, out, err) == (130, "", "")
+    deadline = time.monotonic() + TIMEOUT
+    while left := [path for path in (far.runtime / "migfw").glob("*") if path.suffix != ".log" or path.stem == "slow"]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    assert source.ask("query-status")["status"] == "running"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((), "where to?"),
+        (("tcp:a:1", "--to", "b"), "give one of them"),
+        (("tcp:a:1", "--remote-migfw", "/x"), "--remote-migfw is for --to"),
+        (("--to", "b", "--detach"), "without --detach"),
+        (("--to", "a/b"), "ssh://"),
+    ],
+)
+def test_wrong_usage(engine: Engine, arguments: tuple[str, ...], complaint: str) -> None:
+    done = engine.call("migrate", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert complaint in done.stderr
+
+
+def _refused(far: Far, source: Engine, status: int, err: str, *complaints: str) -> None:
+    """A clear error before anything moved, and nothing left over there."""
+    assert (status, err.count("\n")) == (1, 1), err
+    for complaint in complaints:
+        assert complaint in err
+    assert source.ask("query-status")["status"] == "running"
+    assert source.ask("query-migrate").get("status") is None
+    assert far.engines() == []
