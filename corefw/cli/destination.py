@@ -1,6 +1,6 @@
 """A destination that `migfw migrate --to HOST` starts on another host, for one migration.
 
-It is an engine like the one here: the same machine, program and options, `migfw run --detach` in the same folder. It
+It is an engine like the one here: the same machine, program and options, in the background and in the same folder. It
 waits at a UNIX socket that only its user can dial, which the source reaches through the same sshd.
 """
 
