@@ -152,6 +152,17 @@ def test_a_save_image_that_cannot_be_read(data: bytes, reason: str, tmp_path: Pa
         in_file(tmp_path / "image", data)
 
 
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("02000000 34070100 01000000 00000000 48060000", SaveImage("raw", True, 0x10734)),  # libvirt 9.0
+        ("02000000 a8060100 01000000 06000000 bc050000", SaveImage("sparse", True, 0x106A8)),  # libvirt 11.3
+    ],
+)
+def test_headers_that_libvirt_wrote(head: str, expected: SaveImage) -> None:
+    assert parse_save_image(b"LibvirtQemudSave" + bytes.fromhex(head) + bytes(56)) == expected
+
+
 def test_the_first_version_is_not_compressed() -> None:
     found = parse_save_image(image(version=1, running=0, number=9)[:92])
     assert found == SaveImage("raw", False, len(XML) + 65536)

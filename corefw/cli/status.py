@@ -122,7 +122,7 @@ def _facts(document: Mapping[str, Any]) -> Iterator[Fact]:
 
 
 def _machine(machine: Mapping[str, Any]) -> Iterator[Fact]:
-    yield "machine", f"{machine['kind']}, type {machine['name']}"
+    yield "machine", f"{machine['kind']}, type {machine['name']}" if machine["name"] else machine["kind"]
     information = {key: value for key, value in machine["information"].items() if value != machine["name"]}
     ram = information.pop("ram", {})
     if ram:

@@ -5,7 +5,7 @@ Source: QEMU 7.2's vmstate_configuration (migration/savevm.c).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
@@ -15,7 +15,7 @@ from corefw.wire.constants import BE32, MAX_CONFIGURATION_CAPABILITIES, MAX_MACH
 from corefw.wire.stream import MemorySource, StreamReader, StreamWriter
 
 UUID_SIZE: Final = 16
-_CAPABILITIES: Final = b"configuration/capabilities"
+_CAPABILITIES: Final = "configuration/capabilities"
 PAGE_BITS: Final = range(10, 17)
 """Target pages of 1 KiB (the smallest that QEMU's Arm targets have) to 64 KiB."""
 
@@ -53,7 +53,7 @@ def _read_uuid(reader: StreamReader) -> bytes:
 
 CONFIGURATION_SUBSECTIONS: Final[Mapping[str, Callable[[StreamReader], bytes]]] = {
     "configuration/target-page-bits": _read_target_page_bits,
-    "configuration/capabilities": _read_capabilities,
+    _CAPABILITIES: _read_capabilities,
     "configuration/uuid": _read_uuid,
 }
 """What reads the body of each to its end. They carry no length, so one that is not here cannot be skipped."""
@@ -106,42 +106,36 @@ def write_configuration(writer: StreamWriter, configuration: Configuration) -> N
 def without_capabilities(configuration: Configuration, names: AbstractSet[str]) -> Configuration:
     """The same without these capabilities, and without their subsection when none is left."""
     kept = [name.encode() for name in sorted(configuration_capabilities(configuration) - names)]
-    reader = StreamReader(MemorySource(configuration.tail), size=max(len(configuration.tail), 1))
     tail = bytearray()
-    while not reader.at_end():
-        subsection = _read_configuration_subsection(reader, set())
-        head = subsection[: 2 + subsection[1] + BE32.size]  # type, name, version
-        if head[2 : 2 + head[1]] != _CAPABILITIES:
-            tail += subsection
+    for name, raw in _raw_subsections(configuration):
+        if name != _CAPABILITIES:
+            tail += raw
         elif kept:
-            tail += head + BE32.pack(len(kept)) + b"".join(bytes((len(name),)) + name for name in kept)
+            tail += raw[: _head_size(raw)] + BE32.pack(len(kept)) + b"".join(bytes((len(one),)) + one for one in kept)
     return Configuration(configuration.name, bytes(tail))
+
+
+def _raw_subsections(configuration: Configuration) -> Iterator[tuple[str, bytes]]:
+    """Each subsection of the tail: its name, and its bytes from the type byte on."""
+    reader = StreamReader(MemorySource(configuration.tail), size=max(len(configuration.tail), 1))
+    while not reader.at_end():
+        raw = _read_configuration_subsection(reader, set())
+        yield raw[2 : 2 + raw[1]].decode(), raw
+
+
+def _head_size(raw: bytes) -> int:
+    """Bytes of a subsection's type, name and version."""
+    return 2 + raw[1] + BE32.size
 
 
 def configuration_subsections(configuration: Configuration) -> dict[str, bytes]:
     """The bodies of the subsections by name."""
-    reader = StreamReader(MemorySource(configuration.tail), size=max(len(configuration.tail), 1))
-    found: dict[str, bytes] = {}
-    while not reader.at_end():
-        reader.u8("the type of a subsection")
-        name = reader.string("the name of a configuration subsection")
-        reader.be32("its version")
-        found[name] = CONFIGURATION_SUBSECTIONS[name](reader)
-    return found
+    return {name: raw[_head_size(raw) :] for name, raw in _raw_subsections(configuration)}
 
 
 def select_subsections(configuration: Configuration, names: Collection[str]) -> bytes:
     """The tail with only the subsections of these names, byte for byte."""
-    reader = StreamReader(MemorySource(configuration.tail), size=max(len(configuration.tail), 1))
-    seen: set[str] = set()
-    kept = bytearray()
-    while not reader.at_end():
-        before = set(seen)
-        raw = _read_configuration_subsection(reader, seen)
-        (name,) = seen - before
-        if name in names:
-            kept += raw
-    return bytes(kept)
+    return b"".join(raw for name, raw in _raw_subsections(configuration) if name in names)
 
 
 def configuration_page_size(configuration: Configuration) -> int | None:
@@ -152,7 +146,7 @@ def configuration_page_size(configuration: Configuration) -> int | None:
 
 def configuration_capabilities(configuration: Configuration) -> frozenset[str]:
     """The capability names of `configuration/capabilities`: those of the source's that change the stream's layout."""
-    body = configuration_subsections(configuration).get("configuration/capabilities", bytes(BE32.size))
+    body = configuration_subsections(configuration).get(_CAPABILITIES, bytes(BE32.size))
     names = set()
     at = BE32.size
     while at < len(body):
