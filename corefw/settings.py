@@ -218,7 +218,7 @@ PARAMETERS: Final = (
 
 IMPLEMENTED_BY_CORE: Final = frozenset(
     {
-        *("events", "return-path", "pause-before-switchover", "max-bandwidth", "downtime-limit"),
+        *("events", "return-path", "pause-before-switchover", "switchover-ack", "max-bandwidth", "downtime-limit"),
         *("x-migfw-timeout", "x-migfw-max-passes", "x-migfw-on-timeout"),
     }
 )
@@ -240,7 +240,13 @@ def _postcopy_with_compress(capabilities: Mapping[str, bool], _: Mapping[str, Va
     return None
 
 
-CHECKS: Final[tuple[Check, ...]] = (_postcopy_with_compress,)
+def _ack_without_return_path(capabilities: Mapping[str, bool], _: Mapping[str, Value]) -> str | None:
+    if capabilities["switchover-ack"] and not capabilities["return-path"]:
+        return "Capability 'switchover-ack' requires capability 'return-path'"
+    return None
+
+
+CHECKS: Final[tuple[Check, ...]] = (_postcopy_with_compress, _ack_without_return_path)
 
 
 class Settings:

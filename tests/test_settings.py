@@ -164,7 +164,7 @@ def test_a_parameter_that_nobody_implements_is_refused_unless_it_stays_as_it_is(
 @pytest.mark.parametrize("name", sorted(IMPLEMENTED_BY_CORE & SURFACE_CAPABILITIES))
 def test_what_the_core_implements_can_be_enabled(name: str) -> None:
     settings = Settings()
-    settings.set_capabilities({name: True})
+    settings.set_capabilities({"return-path": True, name: True})
     assert settings.capability(name)
 
 

@@ -21,6 +21,7 @@ from corefw.channelset import ChannelSet
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.engine.scheduling import yielding_to_guests
+from corefw.engine.strays import StrayChannels
 from corefw.engine.unframing import StreamLoader
 from corefw.errors import FOREIGN, ChannelError, MachineError, MigfwError
 from corefw.machine import AdoptsStreams, Machine, MakesRamBlocks, RunState
@@ -64,6 +65,7 @@ class IncomingMigration:
         self._channel: Channel | None = None
         self._channels = ChannelSet()
         self._return_path: ReturnPathWriter | None = None
+        self._strays: StrayChannels | None = None
         self._thread = threading.Thread(target=self._run, name="incoming migration", daemon=True)
 
     # -- from other threads ----------------------------------------------------------------------------------------
@@ -111,10 +113,12 @@ class IncomingMigration:
         try:
             self._take_in()
         except MigfwError as error:
-            reason = str(error)
+            reason = str(self._cause(error))
         except FOREIGN as bug:
             log.exception("the incoming migration failed")
             reason = f"internal error: {type(bug).__name__}: {bug}"
+        if self._strays is not None:
+            self._strays.stop()
         self._listener.close()
         if reason is None:
             self._state.advance(_S.ACTIVE, _S.COMPLETED)
@@ -130,7 +134,7 @@ class IncomingMigration:
         self.interrupt.check()
         handlers = list(self._registry)
         if not any(isinstance(handler, TakesChannels) and handler.takes_channels() for handler in handlers):
-            self._listener.close()  # who dials in now learns at once that nobody waits for him
+            self._strays = StrayChannels(self._listener, channel.abort)
         self._advance(_S.SETUP, _S.ACTIVE)
         reader = StreamReader(channel, BULK_BUFFER_SIZE)
         begun = []
@@ -148,6 +152,15 @@ class IncomingMigration:
         with self._guest_lock.unless(self.interrupt.check):
             self.interrupt.check()
             self._start_guest()
+
+    def _cause(self, error: MigfwError) -> MigfwError:
+        """What failed first: a channel of multifd aborts the stream."""
+        if self._strays is not None:
+            try:
+                self._strays.check()
+            except MigfwError as first:
+                return first
+        return error
 
     def _clean_up(self, handler: SectionHandler) -> None:
         """What it raises hides no cause, and keeps no other from cleaning up."""

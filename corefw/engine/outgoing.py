@@ -54,6 +54,11 @@ log = logging.getLogger(__name__)
 
 _S = MigrationStatus
 
+ACK_PATIENCE: Final = 30.0
+"""Seconds to wait for SWITCHOVER_ACK when everything else is ready."""
+ACK_LOOK: Final = 0.1
+"""Seconds after which such a wait looks for a cancel."""
+
 LAST_WORDS: Final = 1.0
 """Seconds that a destination whose connection broke has to say why: what it said may still be on its way."""
 
@@ -191,8 +196,30 @@ class OutgoingMigration:
         self._advance(_S.SETUP, _S.ACTIVE)
         with yielding_to_guests():
             self._passes.run(writer, sections)
+            if self._await_switchover_ack():
+                self._passes.run(writer, sections)  # what the guest has written meanwhile
         self._switch_over(writer, sections)
         self._hand_over(writer, sections, channel)
+
+    def _await_switchover_ack(self) -> bool:
+        """Whether it had to be waited for. A guest that is stopped loses nothing by switching over at once (QEMU 10.0,
+        migration_can_switchover)."""
+        path = self._return_path
+        if not self.settings.capability("switchover-ack") or self._machine.run_state is not RunState.RUNNING:
+            return False
+        assert path is not None, "settings refuse switchover-ack without return-path"
+        if path.wait_acknowledged(0):
+            return False
+        self._check()
+        end = time.monotonic() + ACK_PATIENCE
+        while not path.wait_acknowledged(ACK_LOOK):
+            self._check()
+            if time.monotonic() > end:
+                raise MachineError(
+                    f"the destination has sent no SWITCHOVER_ACK for {ACK_PATIENCE:.0f} s: switch the capability"
+                    " 'switchover-ack' on there too, or off here"
+                )
+        return True
 
     def _setup(self, writer: StreamWriter, channel: Channel) -> SectionWriter:
         live = self._active_handlers()

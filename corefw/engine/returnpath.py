@@ -31,6 +31,7 @@ class ReturnPathReader:
         self._on_failure = on_failure
         self._may_accept = False
         self._ended = threading.Event()
+        self._acknowledged = threading.Event()
         self._accepted = False
         self._error: MigfwError | None = None
         self._thread = threading.Thread(target=self._run, name="return path", daemon=True)
@@ -61,6 +62,10 @@ class ReturnPathReader:
         """Block until the path has ended, at most for `seconds`. `Channel.abort()` ends the wait."""
         self._ended.wait(seconds)
 
+    def wait_acknowledged(self, seconds: float) -> bool:
+        """Wait at most that long for SWITCHOVER_ACK; whether it has come. Also returns when the path ends."""
+        return self._acknowledged.wait(seconds) and not self._ended.is_set()
+
     def join(self) -> None:
         """After abort() of the channel, or SHUT."""
         if self._thread.ident is not None:
@@ -79,6 +84,7 @@ class ReturnPathReader:
             self._error = MigfwError(f"internal error on the return path: {type(bug).__name__}: {bug}")
         finally:
             self._ended.set()
+            self._acknowledged.set()
         if self._error is not None:
             self._on_failure()
 
@@ -89,6 +95,9 @@ class ReturnPathReader:
         message = read_return_message(reader)
         if message.type is ReturnMessage.PONG:
             log.debug("PONG %d", parse_number(message.body))
+            return False
+        if message.type is ReturnMessage.SWITCHOVER_ACK:
+            self._acknowledged.set()
             return False
         if message.type is not ReturnMessage.SHUT:
             raise StreamError(f"return path: unexpected {message.type.name} (postcopy is not in use)")

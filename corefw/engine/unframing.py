@@ -13,6 +13,7 @@ from typing import Final, Protocol
 from corefw.channel import Channel
 from corefw.engine.coverage import not_loaded
 from corefw.engine.returnpath import ReturnPathWriter
+from corefw.engine.switchover import SwitchoverAck
 from corefw.errors import MigfwError, RemoteStreamError
 from corefw.machine import AdoptsStreams, Machine, StreamFormat
 from corefw.section import LiveHandler, SectionHandler, SectionKey, SectionRegistry
@@ -88,7 +89,11 @@ class StreamLoader:
         self._loaded: set[SectionKey] = set()
         self._ids: dict[SectionKey, int] = {}
         self._return_path: ReturnPathWriter | None = None
+        self._passes_began = False
         self._switchover_started = False
+        self._switchover_ack = SwitchoverAck(
+            enabled=settings.capability("switchover-ack"), parks=isinstance(machine, AdoptsStreams)
+        )
         self._kinds: dict[SectionType, Callable[[], None]] = {
             SectionType.START: self._load_start,
             SectionType.PART: lambda: self._load_part(ends=False),
@@ -104,6 +109,15 @@ class StreamLoader:
 
     def load(self) -> None:
         """Raises StreamError, ChannelError, MachineError."""
+        try:
+            self._load()
+        except RemoteStreamError as error:
+            if self._passes_began or not self._reader.ended:
+                raise
+            got = f"{error.got} (a source whose capability 'multifd' is on breaks off here: switch it off there)"
+            raise RemoteStreamError(error.offset, error.where, error.expected, got) from None
+
+    def _load(self) -> None:
         reader = self._reader
         reader.where = "header"
         read_header(reader)
@@ -171,8 +185,11 @@ class StreamLoader:
         if section_id not in self._opened:
             raise self._reader.error("the id of a section that was started", str(section_id))
         header, handler = self._opened[section_id]
+        self._passes_began = True
         self._load_body(header, handler)
-        if ends:
+        if not ends:
+            self._switchover_ack.part_loaded()
+        else:
             del self._opened[section_id]
             self._loaded.add(handler.key)
 
@@ -188,7 +205,7 @@ class StreamLoader:
         handler = self._registry.find(key)
         known = ", ".join(str(one.key) for one in self._registry)
         if handler is None:
-            raise self._reader.error(f"one of the sections {known}", f"section {key}")
+            raise self._reader.error(f"one of the sections {known}", f"section {key}{self._explain_unknown(header)}")
         if key in self._loaded or any(one is handler for _, one in self._opened.values()):
             raise self._reader.error(f"section {key} once", "it again")
         if not handler.minimum_version <= header.version_id <= handler.version_id:
@@ -197,6 +214,16 @@ class StreamLoader:
                 f"version {header.version_id}",
             )
         return handler
+
+    def _explain_unknown(self, header: SectionHeader) -> str:
+        if header.idstr in _SECTION_CAPABILITIES:
+            return f", which {_belongs_to(_SECTION_CAPABILITIES[header.idstr])}"
+        if isinstance(self._machine, AdoptsStreams) and header.type is SectionType.FULL and not self._loaded:
+            return (
+                ", a device that QEMU sends before the RAM, which cannot be parked"
+                " (virtio-mem: give the device x-early-migration=off)"
+            )
+        return ""
 
     def _load_body(self, header: SectionHeader, handler: SectionHandler) -> None:
         reader = self._reader
@@ -242,6 +269,8 @@ class StreamLoader:
         name = self._peek_name()
         if name is None or self._registry.find(name) is not None:
             return False
+        if not self._passes_began and not self._loaded:
+            return False  # a device that goes before the RAM; it is refused
         self._end_open_sections()
         self._check_complete(f"section {name}")
         configuration = self._configuration or Configuration("", b"")
@@ -286,11 +315,8 @@ class StreamLoader:
         record = read_command(self._reader)
         run = self._commands.get(record.command)
         if run is None:
-            capability = _needs(record)
             raise self._reader.error(
-                "a command of precopy",
-                f"{record.command.name}, which belongs to the source's capability '{capability}' (switch it off there:"
-                " no installed plugin supports it)",
+                "a command of precopy", f"{record.command.name}, which {_belongs_to(_capability_of(record))}"
             )
         try:
             run(record.payload)
@@ -301,6 +327,8 @@ class StreamLoader:
         if self._return_path is not None:
             raise self._reader.error("OPEN_RETURN_PATH once", "it again")
         self._return_path = self._owner.open_return_path()
+        name = self._configuration.name if self._configuration is not None else ""
+        self._switchover_ack.return_path_opened(self._return_path, name)
 
     def _note_switchover(self, _payload: bytes) -> None:
         """QEMU announces the END sections with it, for devices that load their state in threads; nothing here does."""
@@ -316,12 +344,17 @@ class StreamLoader:
         self._return_path.pong(parse_ping(payload))
 
 
-_CAPABILITIES: Final = {Command.ENABLE_COLO: "x-colo"}
-"""Command -> the capability that it belongs to, where that is not postcopy-ram."""
+_COMMAND_CAPABILITIES: Final = {Command.ENABLE_COLO: "x-colo"}
+"""Command -> the capability of the source that makes it send the command, where that is not postcopy-ram."""
+
+_SECTION_CAPABILITIES: Final = {"block": "block", "dirty-bitmap": "dirty-bitmaps"}
 
 
-def _needs(record: CommandRecord) -> str:
-    """The capability of the source that makes it send a command that precopy does without."""
+def _capability_of(record: CommandRecord) -> str:
     if record.command is Command.POSTCOPY_ADVISE and parse_postcopy_advise(record.payload) is None:
         return "dirty-bitmaps"
-    return _CAPABILITIES.get(record.command, "postcopy-ram")
+    return _COMMAND_CAPABILITIES.get(record.command, "postcopy-ram")
+
+
+def _belongs_to(capability: str) -> str:
+    return f"belongs to the source's capability '{capability}' (switch it off there: no installed plugin supports it)"

@@ -12,6 +12,8 @@ from typing import Final
 
 FILE_MAGIC: Final = 0x5145564D  # "QEVM"
 FILE_VERSION: Final = 3
+MULTIFD_MAGIC: Final = 0x11223344
+"""Begins every channel of multifd but the first, which is the stream."""
 FILE_VERSION_OBSOLETE: Final = 2
 
 BE16: Final = Struct(">H")

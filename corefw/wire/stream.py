@@ -75,6 +75,7 @@ class StreamReader:
     """A buffered reader over a Source.
 
     offset   bytes consumed since the start of the stream
+    ended    the source had nothing more when it was asked last
     where    what is being read, for messages; handlers set it ("section 'ram'")
     """
 
@@ -87,6 +88,7 @@ class StreamReader:
         self._start = 0
         self._end = 0
         self._base = 0
+        self.ended = False
         self.where = where
 
     @property
@@ -143,6 +145,7 @@ class StreamReader:
             self._start, self._end = 0, held
         assert self._end < len(self._buffer), "fill() of a full buffer"
         n = self._source.receive_into(self._view[self._end :])
+        self.ended = n == 0
         self._end += n
         return n > 0
 
@@ -235,6 +238,7 @@ class StreamReader:
                 continue
             n = self._source.receive_into(view[at:])
             if n == 0:
+                self.ended = True
                 got = f"the end of the stream after {at}"
                 raise RemoteStreamError(self.offset - at, self.where, f"{len(view)} bytes of {what}", got)
             self._base += n

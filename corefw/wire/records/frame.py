@@ -16,6 +16,7 @@ from corefw.wire.constants import (
     FILE_VERSION,
     FILE_VERSION_OBSOLETE,
     MAX_DESCRIPTION,
+    MULTIFD_MAGIC,
     SectionType,
 )
 from corefw.wire.stream import StreamReader, StreamWriter
@@ -24,6 +25,8 @@ from corefw.wire.stream import StreamReader, StreamWriter
 def read_header(reader: StreamReader) -> None:
     """Check magic and version. Raises RemoteStreamError that says what came instead."""
     magic = reader.peek(4)
+    if magic == BE32.pack(MULTIFD_MAGIC):
+        raise reader.error("a migration stream", "a channel of multifd (switch capability 'multifd' off on the source)")
     if len(magic) == 4 and magic != BE32.pack(FILE_MAGIC):
         raise reader.error("a migration stream, beginning with 'QEVM'", f"bytes {magic.hex(' ')}")
     reader.be32("the magic number")

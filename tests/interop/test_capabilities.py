@@ -1,0 +1,195 @@
+"""Each capability of each QEMU, switched on at the source alone: it works, or both sides fail and migfw names it.
+
+None may make the migration wait in silence. Each QEMU is asked for its capabilities, so that a newer one with a
+capability that is not in OUTCOMES fails here and gets an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from corefw.states import MigrationStatus
+from tests.helpers.parking import PATIENCE, parking, prove, send, wait_parked
+from tests.helpers.peers import find_peer, needs_peers, peer_parameters
+from tests.helpers.qemu import Guest, Qemu, QmpError, assemble, needs_qemu, temporary_folder, wait_until
+
+pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(240)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of a migration into migfw when the source has a capability on.
+
+    works      the machine is parked, and goes on
+    names      otherwise migfw's error has this text
+    needs      other capabilities that QEMU asks for first
+    refusals   what QEMU itself may say when the capability is switched on or the migration begins; then nothing is sent
+    """
+
+    works: bool = False
+    names: str = ""
+    needs: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
+
+
+WORKS: Final = Outcome(works=True)
+POSTCOPY: Final = "capability 'postcopy-ram'"
+
+OUTCOMES: Final[Mapping[str, Outcome]] = {
+    "xbzrle": Outcome(works=True, names="capability 'xbzrle'"),  # only a page that is sent again is encoded
+    "rdma-pin-all": WORKS,
+    "auto-converge": WORKS,
+    "zero-blocks": WORKS,
+    "compress": Outcome(names="capability 'compress'"),
+    "events": WORKS,
+    "postcopy-ram": Outcome(names=POSTCOPY),
+    # QEMU 11.1 tells the destination nothing of it; the source then waits in `colo` for x-colo-lost-heartbeat.
+    "x-colo": Outcome(works=True, names="capability 'x-colo'", needs=("return-path",)),
+    "release-ram": WORKS,
+    "block": Outcome(names="capability 'block'"),
+    "return-path": WORKS,
+    "pause-before-switchover": WORKS,
+    "multifd": Outcome(names="capability 'multifd'"),
+    "dirty-bitmaps": Outcome(names="capability 'dirty-bitmaps'"),
+    "postcopy-blocktime": WORKS,
+    "late-block-activate": WORKS,
+    "x-ignore-shared": Outcome(names="capability 'x-ignore-shared'"),
+    "validate-uuid": WORKS,
+    "background-snapshot": Outcome(works=True, refusals=("not supported by host kernel", "not compatible with guest")),
+    "zero-copy-send": Outcome(names="capability 'multifd'", needs=("multifd",), refusals=("Zero copy",)),
+    "postcopy-preempt": Outcome(names=POSTCOPY, needs=("postcopy-ram",)),
+    "switchover-ack": Outcome(works=True, needs=("return-path",)),
+    "dirty-limit": Outcome(refusals=("requires KVM",)),
+    "mapped-ram": Outcome(refusals=("seekable",)),
+}
+
+ENDED: Final = ("completed", "failed", "cancelled", "colo")
+
+
+@pytest.fixture(scope="session")
+def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
+    return assemble(tmp_path_factory.mktemp("guest"))
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with temporary_folder() as path:
+        yield path
+
+
+@pytest.mark.parametrize("label", peer_parameters("5.2", "7.2", "10.0", "newest"))
+def test_every_capability_of_a_qemu_has_an_outcome(label: str) -> None:
+    with Qemu(machine="none", peer=find_peer(label)) as qemu:
+        known = {one["capability"] for one in qemu.command("query-migrate-capabilities")}
+    assert known <= OUTCOMES.keys()
+
+
+def switch_on(source: Qemu, capability: str, outcome: Outcome) -> bool:
+    """Whether this QEMU has the capability, and lets it be switched on."""
+    known = {one["capability"] for one in source.command("query-migrate-capabilities")}
+    if not {capability, *outcome.needs} <= known:
+        return False
+    try:
+        source.capabilities(*outcome.needs, capability)
+    except QmpError as error:
+        assert any(text in str(error) for text in outcome.refusals), error
+        return False
+    return True
+
+
+def migrate(source: Qemu, uri: str, outcome: Outcome) -> bool:
+    """Run the source's migration to its end, however it ends; False where QEMU refuses to begin."""
+    try:
+        source.migrate(uri)
+    except QmpError as error:
+        assert any(text in str(error) for text in outcome.refusals), error
+        return False
+
+    def ended() -> bool:
+        if source.status() == "pre-switchover":
+            source.command("migrate-continue", state="pre-switchover")
+        return source.status() in ENDED
+
+    wait_until(ended, "the end of the source's migration")
+    return True
+
+
+@pytest.mark.parametrize("capability", OUTCOMES)
+@pytest.mark.parametrize("label", peer_parameters("5.2", "7.2", "10.0", "newest"))
+def test_a_capability_of_the_source_works_or_is_named(label: str, capability: str, guest: Guest) -> None:
+    outcome = OUTCOMES[capability]
+    with Qemu(boot=guest.image, peer=find_peer(label)) as source, parking() as engine:
+        if not switch_on(source, capability, outcome):
+            return
+        source.wait_printed("B")
+        if not migrate(source, engine.migrate_incoming("tcp:127.0.0.1:0"), outcome):
+            return
+        status = engine.wait_incoming(PATIENCE)
+        if outcome.works and status is MigrationStatus.COMPLETED:
+            assert source.status() in ("completed", "colo")
+        else:
+            assert status is MigrationStatus.FAILED
+            assert outcome.names, engine.query_migrate()
+            assert outcome.names in engine.query_migrate()["error-desc"]
+
+
+# -- switchover-ack ----------------------------------------------------------------------------------------------------
+
+ACKS: Final = [
+    ("10.0", "pc-i440fx-10.0"),
+    ("10.0", "pc-i440fx-7.2"),
+    ("newest", "pc-i440fx-11.1"),
+    ("newest", "pc-i440fx-11.0"),
+    ("newest", "pc-i440fx-7.2"),
+]
+
+
+@pytest.mark.parametrize("here", [False, True], ids=["there-alone", "on-both-sides"])
+@pytest.mark.parametrize(
+    ("label", "machine"),
+    [pytest.param(label, machine, marks=needs_peers(label), id=f"{label}-{machine}") for label, machine in ACKS],
+)
+def test_switchover_ack(label: str, machine: str, here: bool, guest: Guest, folder: Path) -> None:
+    """In both directions, with machine types from before and after 11.1, which changed who asks for the message."""
+    peer = find_peer(label)
+    capabilities = ("return-path", "switchover-ack")
+    with (
+        Qemu(boot=guest.image, machine=machine, peer=peer) as source,
+        parking(*(capabilities if here else ("return-path",))) as engine,
+        Qemu(boot=guest.image, machine=machine, peer=peer, incoming=f"unix:{folder}/out") as destination,
+    ):
+        source.capabilities(*capabilities)
+        destination.capabilities(*capabilities)
+        source.wait_printed("B")
+        source.migrate(engine.migrate_incoming(f"unix:{folder}/in"))
+        source.wait_migrated()
+        wait_parked(engine)
+        send(engine, f"unix:{folder}/out")
+        prove(guest, destination)
+
+
+# -- devices that are sent before the RAM ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
+@pytest.mark.parametrize("label", peer_parameters("10.0", "newest"))
+def test_a_device_that_is_sent_before_the_ram_is_refused_by_name(label: str, early: bool, guest: Guest) -> None:
+    """virtio-mem; with x-early-migration=off it is sent behind the RAM, as everything else."""
+    memory = (
+        *("-m", "32M,maxmem=1G", "-object", "memory-backend-ram,id=memory,size=64M"),
+        *("-device", f"virtio-mem-pci,memdev=memory,requested-size=0,x-early-migration={'on' if early else 'off'}"),
+    )
+    with Qemu(*memory, boot=guest.image, peer=find_peer(label)) as source, parking() as engine:
+        source.wait_printed("B")
+        source.migrate(engine.migrate_incoming("tcp:127.0.0.1:0"))
+        if early:
+            assert engine.wait_incoming(PATIENCE) is MigrationStatus.FAILED
+            error = engine.query_migrate()["error-desc"]
+            assert "virtio-mem" in error and "x-early-migration=off" in error
+        else:
+            wait_parked(engine)
