@@ -138,6 +138,7 @@ class Declarations:
 
 
 MAX_DOWNTIME: Final = 2_000_000
+MAX_WAIT: Final = 2**32 - 1
 UNLIMITED: Final = 0
 QMP_MAX_BANDWIDTH: Final = 128 << 20
 """QEMU 7.2's default; QEMU of May 2018 had 32 MiB/s. The command line's own default is UNLIMITED."""
@@ -194,6 +195,20 @@ PARAMETERS: Final = (
     Parameter("avail-switchover-bandwidth", Kind.RATE, 0, "what to expect; 0 means measured", maximum=2**64 - 1),
     Parameter("max-postcopy-bandwidth", Kind.RATE, 0, "limit of postcopy's background; 0: none", maximum=2**64 - 1),
     Parameter("downtime-limit", Kind.MILLISECONDS, 300, "how long the guest may stop", maximum=MAX_DOWNTIME),
+    Parameter(
+        "confirm-timeout",
+        Kind.MILLISECONDS,
+        300_000,
+        "how long the source waits for the destination's word; 0 means no limit",
+        maximum=MAX_WAIT,
+    ),
+    Parameter(
+        "incoming-timeout",
+        Kind.MILLISECONDS,
+        60_000,
+        "how long a source may make next to no progress; 0 means no limit",
+        maximum=MAX_WAIT,
+    ),
     Parameter("x-checkpoint-delay", Kind.MILLISECONDS, 20_000, "time between two COLO checkpoints", maximum=2**32 - 1),
     Parameter("block-incremental", Kind.BOOLEAN, False, "storage: only what differs from the backing image"),
     Parameter("multifd-channels", Kind.INTEGER, 2, "channels", 1, 255, aliases=("x-multifd-channels",)),
@@ -220,6 +235,7 @@ IMPLEMENTED_BY_CORE: Final = frozenset(
     {
         *("events", "return-path", "pause-before-switchover", "switchover-ack", "max-bandwidth", "downtime-limit"),
         *("x-migfw-timeout", "x-migfw-max-passes", "x-migfw-on-timeout"),
+        *("confirm-timeout", "incoming-timeout"),
     }
 )
 

@@ -83,16 +83,18 @@ is taken back and everything is closed; FAILED says that this is done."""
 
 DESTINATION_TRANSITIONS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] = {
     _S.NONE: frozenset({_S.SETUP}),
-    _S.SETUP: frozenset({_S.ACTIVE, _S.FAILED}),
-    _S.ACTIVE: frozenset({_S.POSTCOPY_ACTIVE, _S.COLO, _S.COMPLETED, _S.FAILED}),
+    _S.SETUP: frozenset({_S.ACTIVE, _S.CANCELLED, _S.FAILED}),
+    _S.ACTIVE: frozenset({_S.POSTCOPY_ACTIVE, _S.COLO, _S.COMPLETED, _S.CANCELLED, _S.FAILED}),
     _S.POSTCOPY_ACTIVE: frozenset({_S.POSTCOPY_PAUSED, _S.COMPLETED, _S.FAILED}),
     _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER, _S.FAILED}),
     _S.POSTCOPY_RECOVER: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.FAILED}),
     _S.COLO: frozenset({_S.COMPLETED, _S.FAILED}),
     _S.COMPLETED: frozenset(),
+    _S.CANCELLED: frozenset({_S.SETUP}),
     _S.FAILED: frozenset({_S.SETUP}),
 }
-"""A destination that failed may be told to wait again (migrate-incoming); one that completed runs the guest."""
+"""A destination that failed or was cancelled may be told to wait again (migrate-incoming); one that completed runs the
+guest."""
 
 TRANSITIONS: Final[Mapping[Side, Mapping[MigrationStatus, frozenset[MigrationStatus]]]] = {
     Side.SOURCE: SOURCE_TRANSITIONS,

@@ -73,7 +73,14 @@ FURTHER: dict[str, Value] = {
     "direct-io": False,
     "cpr-exec-command": (),
 }
-OWN: dict[str, Value] = {"x-migfw-timeout": 0, "x-migfw-max-passes": 0, "x-migfw-on-timeout": "cancel"}
+OWN: dict[str, Value] = {
+    "x-migfw-timeout": 0,
+    "x-migfw-max-passes": 0,
+    "x-migfw-on-timeout": "cancel",
+    "confirm-timeout": 300_000,
+    "incoming-timeout": 60_000,
+}
+"""Parameters that QEMU does not have."""
 
 EVERYTHING = Declarations(
     implements=frozenset(SURFACE_CAPABILITIES | SURFACE_INTEGERS.keys() | SURFACE_OTHERS.keys() | FURTHER.keys())

@@ -105,6 +105,9 @@ def verify(name: str | None, qmp: str | None, as_json: bool) -> None:
 def cancel(name: str | None, qmp: str | None, as_json: bool) -> None:
     """Cancel the migration that runs; the guest goes on here. Fine when none runs.
 
+    A destination gives up the guest that comes, tells its source, and stops waiting; 'migfw qmp migrate-incoming
+    uri=URI' lets it wait again.
+
     \b
     Example:
       migfw cancel --name heat

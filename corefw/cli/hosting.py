@@ -165,6 +165,8 @@ def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: News[str], be
                 note(f"{_why_not_arrived(engine)}; waiting for migrate-incoming")
             else:
                 endings.put(Ending.NOT_ARRIVED)
+        if side is Side.DESTINATION and new is MigrationStatus.CANCELLED:
+            note("the incoming migration was cancelled; waiting for migrate-incoming")
         if side is Side.DESTINATION and new is MigrationStatus.COMPLETED:
             arrivals.post(f"the guest has arrived, and is {engine.query_status()['status']}")
             if begun.is_set():

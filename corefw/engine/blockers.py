@@ -7,14 +7,17 @@ only-migratable. Source: QEMU's migrate_add_blocker and migration_is_blocked. Th
 
 from __future__ import annotations
 
+import logging
 import threading
 
 from corefw.engine.coverage import uncovered
-from corefw.errors import StateError, UsageError
+from corefw.errors import FOREIGN, MigfwError, StateError, UsageError
 from corefw.machine import Machine
 from corefw.plugins import Plugins
 from corefw.section import SectionRegistry
 from corefw.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 class Blockers:
@@ -47,6 +50,15 @@ class Blockers:
         with self._lock:
             found = list(self._reasons)
         found += self._plugins.blockers(self._machine, self._settings)
-        found += uncovered(self._machine, registry)
+        found += self._uncovered(registry)
         found += [reason for handler in registry.state() if (reason := handler.blocked())]
         return found
+
+    def _uncovered(self, registry: SectionRegistry) -> list[str]:
+        try:
+            return uncovered(self._machine, registry)
+        except MigfwError as error:
+            return [str(error)]
+        except FOREIGN:  # a migration asks again before it sends anything, and fails with this
+            log.debug("the machine does not say what it consists of", exc_info=True)
+            return []

@@ -1,9 +1,9 @@
 """Whose the guest is while it moves.
 
-The law: it is the source's until the destination may be running it. From the moment when it is stopped for the
-switchover nobody starts it here but this page, and this page does so only when it cannot be running there: nothing that
-completes the stream has gone out, or the destination itself has said that it failed. Where nobody can know, it stays
-stopped, and a human decides.
+Invariant: the guest is the source's until the destination may be running it. From the moment when it is stopped for the
+switchover only this module starts it here, and only when it cannot be running there: nothing that completes the stream
+has gone out, or the destination itself has said that it failed. Where nobody can know, it stays stopped, and a human
+decides.
 
 Source: QEMU's migration_completion and migration_iteration_finish.
 Threads: the migration thread; `held` may be read from any that holds the guest's lock.
@@ -17,14 +17,13 @@ from typing import Final
 
 from corefw.engine.guestlock import GuestLock
 from corefw.errors import FOREIGN
-from corefw.machine import Machine, RunState, SupportsThrottle
+from corefw.machine import AdoptsStreams, Machine, RunState, SupportsThrottle
 
 log = logging.getLogger(__name__)
 
-MAY_RUN_THERE: Final = (
-    "; the destination had everything and may be running the guest, so it stays stopped here"
-    " ('cont' starts it, if you know that the destination does not run it)"
-)
+MAY_RUN_THERE: Final = "; the destination had everything and may be running the guest, so it stays stopped here"
+CONT: Final = " ('cont' starts it, if you know that the destination does not run it)"
+SEND_AGAIN: Final = " (parked, it cannot run: migrate it again, if you know that the destination does not run it)"
 
 
 class Custody:
@@ -67,7 +66,7 @@ class Custody:
             return ""
         if self.handed_over and not refused:
             self.let_go()
-            return MAY_RUN_THERE
+            return MAY_RUN_THERE + (SEND_AGAIN if isinstance(self._machine, AdoptsStreams) else CONT)
         with self._lock:
             self.held = False
             if self._before is not RunState.RUNNING:

@@ -34,6 +34,7 @@ MIGRATION_ACTIVE: Final = "There's a migration process in progress"
 WAITS: Final = "Guest is waiting for an incoming migration"
 MOVED: Final = "the guest has moved: the destination said that it has it"
 CLOSED: Final = "the engine is closed"
+ARRIVING: Final = frozenset({_S.SETUP, _S.ACTIVE})
 ENDED: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED})
 
 
@@ -240,11 +241,26 @@ class Engine:
         return self.outgoing.status
 
     def cancel(self) -> None:
-        """Begin to end the outgoing migration; nothing happens when there is none."""
+        """Begin to end the migration, on either side; nothing happens when there is none.
+
+        A destination gives up the connection that it loads from, tells that source, and stops waiting; migrate_incoming
+        lets it wait again. When the guest is here already, it stays.
+        """
+        self._cancel_outgoing()
+        self._cancel_arrival()
+
+    def _cancel_outgoing(self) -> None:
         with self._swap:
             if self._migration is not None:
                 self._migration.cancel()
         self.outgoing.announce()
+
+    def _cancel_arrival(self) -> IncomingMigration | None:
+        arrival = self._arrival
+        if arrival is None or self.incoming.status not in ARRIVING:
+            return None
+        arrival.cancel()
+        return arrival
 
     def continue_migration(self, state: MigrationStatus) -> None:
         """Go on from pre-switchover. Raises StateError when the status is not `state`."""
@@ -271,13 +287,18 @@ class Engine:
     # -- in --------------------------------------------------------------------------------------------------------
 
     def migrate_incoming(self, uri: str) -> str:
-        """Begin to wait for a source; the URI that it has to dial. Raises UsageError, ChannelError."""
+        """Begin to wait for a source; the URI that it has to dial. Raises UsageError, ChannelError.
+
+        A destination that waits already, or is loading, is cancelled first: this is the address from now on.
+        """
+        self.plugins.transport(uri).check_incoming()  # a wrong URI cancels nothing
+        self._replace_arrival()
         with self._lock:
             if self._closed:
                 raise StateError(CLOSED)
             if self.machine.run_state is not RunState.INMIGRATE:
                 raise StateError("'-incoming' was not specified on the command line")
-            if self.incoming.status not in (_S.NONE, _S.FAILED):
+            if self.incoming.status not in (_S.NONE, _S.CANCELLED, _S.FAILED):
                 raise StateError("The incoming migration has already been started")
             transport = self.plugins.transport(uri)
             transport.check_incoming()
@@ -294,6 +315,7 @@ class Engine:
                 self.incoming,
                 self._guest_lock,
                 lambda: self._autostart,
+                accepts_again=transport.features.multi_channel,
             )
             self._arrival = arrival
             self.incoming_uri = dialled = str(listener.uri)
@@ -307,6 +329,15 @@ class Engine:
                 raise MigfwError(f"cannot wait for a migration: {error}") from None
         self.incoming.announce()
         return dialled
+
+    def _replace_arrival(self) -> None:
+        """Cancel what is waited for now, if anything is, and wait until that has ended. Without locks: observers of the
+        end may want them."""
+        if self._closed or self.machine.run_state is not RunState.INMIGRATE:
+            return
+        arrival = self._cancel_arrival()
+        if arrival is not None:
+            arrival.join()
 
     def wait_incoming(self, seconds: float | None = None) -> MigrationStatus:
         """Block until the guest has come, or failed to."""
@@ -360,7 +391,7 @@ class Engine:
         """End migrations and the guest. A source that may have handed the guest over does not start it again."""
         with self._lock:
             self._closed = True
-        self.cancel()
+        self._cancel_outgoing()
         if self._migration is not None:
             self._migration.join()
         if self._arrival is not None:

@@ -1,11 +1,11 @@
 """The destination's side of one migration: wait for the source, load the stream, start the guest.
 
-The law: the stream is hostile until it is loaded. Whatever is wrong with it ends in `failed` with the offset, what was
-expected and what came, is reported to the source with SHUT 1, and the guest is never started here. Once it was started
-here, nothing that goes wrong makes the source believe that it was not.
+The stream is hostile until it is loaded. Whatever is wrong with it ends in `failed` with the offset, what was expected
+and what came; the source gets SHUT 1, and before that the reason where it is a migfw; and the guest is never started
+here. Once it was started here, nothing that goes wrong makes the source believe that it was not.
 
 Source: QEMU's process_incoming_migration_co and _bh, and qemu_loadvm_state (migration/savevm.c).
-Threads: one of its own; `abort` comes from others.
+Threads: one of its own; `abort` and `cancel` come from others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Final
 
 from corefw.channel import Channel, Interrupt, Listener
 from corefw.channelset import ChannelSet
+from corefw.engine.awaiting import Incoming, await_source
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.engine.scheduling import yielding_to_guests
@@ -30,13 +31,20 @@ from corefw.settings import Settings
 from corefw.states import MigrationStatus, StateMachine
 from corefw.wire.constants import ReturnMessage
 from corefw.wire.globalstate import CarriesRunState
-from corefw.wire.stream import BULK_BUFFER_SIZE, StreamReader
+from corefw.wire.stream import StreamReader
 
 log = logging.getLogger(__name__)
 
 _S = MigrationStatus
 DRAIN_SECONDS: Final = 2.0
 DRAIN_BYTES: Final = 16 << 20
+
+
+class NoMigration(MigfwError):
+    """What the connection brought was no migration, and not meant to be one: the destination goes on waiting.
+
+    To be raised while the stream is read, before its first section (IncomingMigration.begins).
+    """
 
 
 class IncomingMigration:
@@ -51,6 +59,8 @@ class IncomingMigration:
         state: StateMachine,
         guest_lock: GuestLock,
         autostart: Callable[[], bool],
+        *,
+        accepts_again: bool,
     ) -> None:
         self.settings = settings
         self.interrupt = Interrupt()
@@ -64,8 +74,12 @@ class IncomingMigration:
         self._autostart = autostart
         self._channel: Channel | None = None
         self._channels = ChannelSet()
+        self._accepts_again = accepts_again
+        self._source: Incoming | None = None
         self._return_path: ReturnPathWriter | None = None
         self._strays: StrayChannels | None = None
+        self._explains = False
+        self._cancelled = False
         self._thread = threading.Thread(target=self._run, name="incoming migration", daemon=True)
 
     # -- from other threads ----------------------------------------------------------------------------------------
@@ -83,6 +97,12 @@ class IncomingMigration:
         self.interrupt.set()
         if self._channel is not None:
             self._channel.abort()
+        self._channels.abort()
+
+    def cancel(self) -> None:
+        """End it, unless the guest is here already, and tell the source; the status becomes `cancelled`."""
+        self._cancelled = True
+        self.interrupt.set()
         self._channels.abort()
 
     # -- for the handlers and the loader ---------------------------------------------------------------------------
@@ -106,6 +126,24 @@ class IncomingMigration:
         self._return_path = ReturnPathWriter(self._channel)
         return self._return_path
 
+    def begins(self) -> None:
+        """The first section comes: it is a migration, so nobody else is waited for."""
+        if self._state.status is not _S.SETUP:
+            return
+        if not any(isinstance(handler, TakesChannels) and handler.takes_channels() for handler in self._registry):
+            assert self._channel is not None
+            self._strays = StrayChannels(self._listener, self._channel.abort)
+        self._advance(_S.SETUP, _S.ACTIVE)
+
+    def source_is_migfw(self) -> None:
+        """The source reads reasons (MIGFW_PING)."""
+        self._explains = True
+
+    def source_may_pause(self, allowed: bool) -> None:
+        """Whether the source may be silent for long at this point of the stream."""
+        if self._source is not None:
+            self._source.may_pause(allowed)
+
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -122,7 +160,7 @@ class IncomingMigration:
         self._listener.close()
         if reason is None:
             self._state.advance(_S.ACTIVE, _S.COMPLETED)
-            self._say_goodbye(0)
+            self._say_goodbye(None)
         else:
             self._fail(reason)
         self._channels.close()
@@ -130,28 +168,44 @@ class IncomingMigration:
             self._channel.close()
 
     def _take_in(self) -> None:
-        self._channel = channel = self._listener.accept(self.interrupt)
-        self.interrupt.check()
-        handlers = list(self._registry)
-        if not any(isinstance(handler, TakesChannels) and handler.takes_channels() for handler in handlers):
-            self._strays = StrayChannels(self._listener, channel.abort)
-        self._advance(_S.SETUP, _S.ACTIVE)
-        reader = StreamReader(channel, BULK_BUFFER_SIZE)
+        while True:
+            self._source, reader = await_source(
+                self._listener, self.settings, self.interrupt, self._hold, again=self._accepts_again
+            )
+            self.interrupt.check()
+            try:
+                self._load(self._source, reader)
+                break
+            except NoMigration as why:
+                log.info("%s; the destination waits on", why)
+                self._drop_connection()
+        with self._guest_lock.unless(self.interrupt.check):
+            self.interrupt.check()
+            self._start_guest()
+
+    def _hold(self, channel: Channel | None) -> None:
+        self._channel = channel
+
+    def _drop_connection(self) -> None:
+        """Let go of a connection that brought no migration."""
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = self._source = self._return_path = None
+        self._explains = False
+
+    def _load(self, source: Incoming, reader: StreamReader) -> None:
         begun = []
         try:
-            for handler in handlers:
+            for handler in self._registry:
                 begun.append(handler)
                 handler.load_setup(self)
             with yielding_to_guests():
-                StreamLoader(reader, channel, self._machine, self._registry, self.settings, self).load()
+                StreamLoader(reader, source, self._machine, self._registry, self.settings, self).load()
         except ChannelError as error:
             raise ChannelError(f"{error} (at offset {reader.offset} of the stream)") from error
         finally:
             for handler in begun:
                 self._clean_up(handler)
-        with self._guest_lock.unless(self.interrupt.check):
-            self.interrupt.check()
-            self._start_guest()
 
     def _cause(self, error: MigfwError) -> MigfwError:
         """What failed first: a channel of multifd aborts the stream."""
@@ -188,27 +242,32 @@ class IncomingMigration:
                 log.exception("the guest has arrived and runs, but not without trouble")  # somebody who watches it
 
     def _fail(self, reason: str) -> None:
-        self.error = f"load of migration failed: {reason}"
-        log.warning("%s", self.error)
+        if self._cancelled:
+            end, reason = _S.CANCELLED, "it was cancelled on the destination"
+        else:
+            end, self.error = _S.FAILED, f"load of migration failed: {reason}"
+            log.warning("%s", self.error)
         if isinstance(self._machine, MakesRamBlocks):
             self._machine.discard_loaded()
-        self._say_goodbye(1)
-        while (status := self._state.status) is not _S.FAILED:
-            self._state.advance(status, _S.FAILED)
+        self._say_goodbye(reason)
+        while (status := self._state.status) is not end:
+            self._state.advance(status, end)
 
-    def _say_goodbye(self, status: int) -> None:
-        """SHUT; then take in what the source still sends, for a socket closed on unread bytes would take SHUT with
-        it."""
+    def _say_goodbye(self, reason: str | None) -> None:
+        """Tell the source how it ended; `reason` is None for success. Then take in what it still sends, for a socket
+        closed on unread bytes would take SHUT with it."""
         if self._channel is None:
             return
-        if self._return_path is None and status and self._channel.has_return_path:
+        if self._return_path is None and reason is not None and self._channel.has_return_path:
             # It failed before OPEN_RETURN_PATH came. A source that will open it learns that its guest may run on; one
             # that will not never reads this.
             self._return_path = ReturnPathWriter(self._channel)
         if self._return_path is None:
             return
         try:
-            self._return_path.shut(status)
+            if reason is not None and self._explains:
+                self._return_path.explain(reason)
+            self._return_path.shut(0 if reason is None else 1)
             self._channel.send_eof()
             self._drain(self._channel)
         except ChannelError as error:

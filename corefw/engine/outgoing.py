@@ -1,9 +1,9 @@
 """The source's side of one migration: its thread, from setup to completion.
 
-The law: however it ends, what becomes of the guest is decided first (custody.py), then everything is let go, and then
-the status says so: whoever sees the end sees the guest as it will be.
+However it ends, custody.py first decides what becomes of the guest, then everything is let go, and then the status
+changes: whoever sees the end sees the guest as it will stay.
 
-    setup        header, configuration, OPEN_RETURN_PATH, START sections
+    setup        header, configuration, OPEN_RETURN_PATH, PINGs, START sections; wait for the PONG of the last PING
     passes       PART sections until what is left fits into the downtime limit (passes.py)
     switchover   stop the guest, [pre-switchover], END sections, FULL sections
     hand over    EOF and description; wait for SHUT where there is a return path
@@ -38,7 +38,7 @@ from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, StreamFormat,
 from corefw.section import HasRamStatistics, LiveHandler, SectionRegistry
 from corefw.settings import Settings
 from corefw.states import IDLE, SETUP_OR_ACTIVE, MigrationStatus, StateMachine
-from corefw.wire.constants import Command, SectionType
+from corefw.wire.constants import MIGFW_PING, READY_PING, Command, SectionType
 from corefw.wire.globalstate import CarriesRunState
 from corefw.wire.records import (
     Configuration,
@@ -61,6 +61,9 @@ ACK_LOOK: Final = 0.1
 
 LAST_WORDS: Final = 1.0
 """Seconds that a destination whose connection broke has to say why: what it said may still be on its way."""
+
+LOOK: Final = 0.1
+"""Seconds after which a wait for the destination looks at confirm-timeout again."""
 
 
 class OutgoingMigration:
@@ -232,6 +235,8 @@ class OutgoingMigration:
             self._return_path.start()
             write_command(writer, Command.OPEN_RETURN_PATH)
             write_command(writer, Command.PING, ping_payload(1))
+            write_command(writer, Command.PING, ping_payload(MIGFW_PING))
+        writer.flush()  # setup may take long: the destination shall know that a migration comes
         sections = SectionWriter(writer, self.statistics, footers=form.footers, ids=form.section_ids)
         for handler in live:
             self._live.append(handler)  # from here on it is cleaned up
@@ -239,8 +244,27 @@ class OutgoingMigration:
                 sections.start(handler, partial(handler.setup, writer, self))
                 if isinstance(handler, HasRamStatistics):
                     self._count_by(handler)
+        if self._return_path is not None:
+            write_command(writer, Command.PING, ping_payload(READY_PING))
         writer.flush()
+        if self._return_path is not None:
+            self._wait_accepted(self._return_path, channel)
         return sections
+
+    def _wait_accepted(self, path: ReturnPathReader, channel: Channel) -> None:
+        """No RAM goes out before the destination has accepted all START sections. Raises PeerError if it did not."""
+        self._wait_for_word(
+            partial(path.wait_pong, READY_PING), f"{channel.peer} did not answer what it was sent to begin with"
+        )
+        self._check()
+
+    def _wait_for_word(self, wait: Callable[[float], bool], complaint: str) -> None:
+        """Wait for something on the return path. Raises ChannelError after confirm-timeout; it may change meanwhile."""
+        began = time.monotonic()
+        while not wait(LOOK):
+            limit = self.settings.integer("confirm-timeout")
+            if limit and time.monotonic() - began >= limit / 1000:
+                raise ChannelError(f"{complaint} within {limit / 1000:g} s (parameter confirm-timeout)")
 
     def _active_handlers(self) -> list[LiveHandler]:
         """The live handlers that have something to send. Raises BlockedError if what is left carries less than the
@@ -318,7 +342,7 @@ class OutgoingMigration:
         writer.flush()
         self.statistics.transferred = writer.position
         if self._return_path is not None:
-            self._return_path.wait()
+            self._wait_for_word(self._return_path.wait, f"{channel.peer} did not say that it has the guest")
             self._return_path.check()
             self.confirmed = True
             with suppress(ChannelError):  # the destination has all it wants; relays like to see an end

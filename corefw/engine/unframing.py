@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, Protocol
 
-from corefw.channel import Channel
 from corefw.engine.coverage import not_loaded
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.engine.switchover import SwitchoverAck
@@ -18,7 +18,7 @@ from corefw.errors import MigfwError, RemoteStreamError
 from corefw.machine import AdoptsStreams, Machine, StreamFormat
 from corefw.section import LiveHandler, SectionHandler, SectionKey, SectionRegistry
 from corefw.settings import Settings
-from corefw.wire.constants import TARGET_PAGE_SIZE, Command, SectionType
+from corefw.wire.constants import MIGFW_PING, TARGET_PAGE_SIZE, Command, SectionType
 from corefw.wire.records import (
     MAPPED_RAM,
     CommandRecord,
@@ -62,6 +62,21 @@ class Owner(Protocol):
 
     def open_return_path(self) -> ReturnPathWriter: ...
 
+    def begins(self) -> None:
+        """A section comes, and not a command. Called before each."""
+
+    def source_is_migfw(self) -> None:
+        """The source said so."""
+
+    def source_may_pause(self, allowed: bool) -> None:
+        """Whether the source may be silent for long from here on."""
+
+
+class Readable(Protocol):
+    """What the loader needs of the channel."""
+
+    def wait_readable(self, seconds: float) -> bool: ...
+
 
 class StreamLoader:
     """Loads one stream. `load()` returns when the guest is complete."""
@@ -69,7 +84,7 @@ class StreamLoader:
     def __init__(
         self,
         reader: StreamReader,
-        channel: Channel,
+        channel: Readable,
         machine: Machine,
         registry: SectionRegistry,
         settings: Settings,
@@ -121,13 +136,20 @@ class StreamLoader:
         reader = self._reader
         reader.where = "header"
         read_header(reader)
-        self._load_configuration()
+        refusal = self._load_configuration()
+        if refusal is not None:
+            self._hear_who_it_is()
+            raise refusal
         while True:
+            self._allow_pause()
             if self._adopted():
                 return
             reader.where = "stream"
             at = reader.offset
             kind = reader.u8("a section's type")
+            self._owner.source_may_pause(False)
+            if kind != SectionType.COMMAND:
+                self._owner.begins()
             if kind == SectionType.EOF:
                 break
             load = self._kinds.get(SectionType(kind)) if kind in SectionType._value2member_map_ else None
@@ -139,7 +161,8 @@ class StreamLoader:
 
     # -- the frame -------------------------------------------------------------------------------------------------
 
-    def _load_configuration(self) -> None:
+    def _load_configuration(self) -> RemoteStreamError | None:
+        """Read the configuration section; an error where it is whole, but of a machine that cannot be loaded here."""
         reader = self._reader
         reader.where = "configuration"
         if reader.peek(1) != bytes((SectionType.CONFIGURATION,)):
@@ -148,26 +171,33 @@ class StreamLoader:
                     "a configuration section",
                     "none (set send-configuration alike on both sides)",
                 )
-            return
+            return None
         reader.u8("the section's type")
         at = reader.offset
         self._configuration = read_configuration_body(reader)
         name = self._configuration.name
         if not isinstance(self._machine, AdoptsStreams) and name != self._machine.name:
-            raise RemoteStreamError(at, "configuration", f"a machine '{self._machine.name}'", f"'{name}'")
+            return RemoteStreamError(at, "configuration", f"a machine '{self._machine.name}'", f"'{name}'")
         page_size = configuration_page_size(self._configuration)
         if page_size not in (None, TARGET_PAGE_SIZE):
-            raise RemoteStreamError(
+            return RemoteStreamError(
                 at, "configuration", f"target pages of {TARGET_PAGE_SIZE} bytes", f"{page_size} bytes"
             )
         self._owner.stream_capabilities = configuration_capabilities(self._configuration)
         if moved := UNREADABLE & self._owner.stream_capabilities:
-            raise RemoteStreamError(
+            return RemoteStreamError(
                 at,
                 "configuration",
                 "all pages in the stream",
                 f"capability '{min(moved)}', which puts them elsewhere (switch it off on the source)",
             )
+        return None
+
+    def _hear_who_it_is(self) -> None:
+        """Run the commands that come before the first section: among them a migfw says that it reads reasons."""
+        with suppress(MigfwError):
+            while self._reader.u8("a section's type") == SectionType.COMMAND:
+                self._load_command()
 
     def _load_start(self) -> None:
         header = read_section_header(self._reader, SectionType.START)
@@ -229,10 +259,17 @@ class StreamLoader:
         reader = self._reader
         reader.where = f"section {handler.key}"
         handler.load(reader, header.version_id)
+        self._allow_pause()  # a source may hold the footer back with what comes next
         if self._footers is None:
             self._footers = reader.peek(1) == bytes((SectionType.FOOTER,))
         if self._footers:
             read_footer(reader, header.section_id, f"section {handler.key}")
+
+    def _allow_pause(self) -> None:
+        """Once a live section has begun, a source may be silent between two sections: it waits for its bandwidth, for
+        migrate-continue, for its guest to stop."""
+        if self._ids:
+            self._owner.source_may_pause(True)
 
     def _check_complete(self, came: str) -> None:
         if self._opened:
@@ -281,6 +318,7 @@ class StreamLoader:
             section_ids=self._ids,
             switchover_start=self._switchover_started,
         )
+        self._owner.begins()
         self._machine.adopt_sections(configuration.name, form, self._reader, self._live)
         return True
 
@@ -341,7 +379,10 @@ class StreamLoader:
     def _ping(self, payload: bytes) -> None:
         if self._return_path is None:
             raise self._reader.error("OPEN_RETURN_PATH before PING", "PING")
-        self._return_path.pong(parse_ping(payload))
+        number = parse_ping(payload)
+        if number == MIGFW_PING:
+            self._owner.source_is_migfw()
+        self._return_path.pong(number)
 
 
 _COMMAND_CAPABILITIES: Final = {Command.ENABLE_COLO: "x-colo"}

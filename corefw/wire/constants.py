@@ -81,6 +81,7 @@ class ReturnMessage(IntEnum):
     RECV_BITMAP = 5
     RESUME_ACK = 6
     SWITCHOVER_ACK = 7
+    MIGFW_REASON = 0x6D01
 
 
 RETURN_MESSAGE_LENGTHS: Final[dict[ReturnMessage, int | None]] = {
@@ -91,9 +92,18 @@ RETURN_MESSAGE_LENGTHS: Final[dict[ReturnMessage, int | None]] = {
     ReturnMessage.RECV_BITMAP: None,
     ReturnMessage.RESUME_ACK: 4,
     ReturnMessage.SWITCHOVER_ACK: 0,
+    ReturnMessage.MIGFW_REASON: None,
 }
 RETURN_MESSAGE_LIMIT: Final = 512
 """The source accepts at most this many bytes of body (QEMU's source_return_path_thread)."""
+
+MIGFW_PING: Final = 0x6D696766  # "migf"
+"""The number of a PING by which a source says that it is a migfw: a QEMU only echoes it. A destination that saw it may
+send MIGFW_REASON before SHUT: why it could not load the guest, at most REASON_LIMIT bytes of UTF-8. QEMU never gets
+that message."""
+READY_PING: Final = 0x6D696702
+"""The number of the PING behind the START sections. Its PONG says that the destination has loaded all of them."""
+REASON_LIMIT: Final = 500
 
 
 class RamFlag(IntFlag):

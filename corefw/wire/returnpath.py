@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
-from corefw.errors import StreamError
-from corefw.wire.constants import BE32, RETURN_MESSAGE_LENGTHS, RETURN_MESSAGE_LIMIT, ReturnMessage
+from corefw.errors import StreamError, one_line
+from corefw.wire.constants import BE32, REASON_LIMIT, RETURN_MESSAGE_LENGTHS, RETURN_MESSAGE_LIMIT, ReturnMessage
 from corefw.wire.stream import StreamReader
 
 _HEAD: Final = Struct(">HH")
@@ -36,13 +36,13 @@ def read_return_message(reader: StreamReader) -> ReturnMessageRecord:
     try:
         message = ReturnMessage(number)
     except ValueError:
-        raise reader.error(
-            f"a return-path message from {min(ReturnMessage)} to {max(ReturnMessage)}", f"type {number}"
-        ) from None
+        last = ReturnMessage.SWITCHOVER_ACK
+        raise reader.error(f"a return-path message from {min(ReturnMessage)} to {last}", f"type {number}") from None
     expected = RETURN_MESSAGE_LENGTHS[message]
     if expected is not None and length != expected:
         raise reader.error(f"{expected} bytes of body for message {message.name}", f"{length}")
-    return ReturnMessageRecord(message, reader.read(length, f"the body of {message.name}", RETURN_MESSAGE_LIMIT))
+    limit = REASON_LIMIT if message is ReturnMessage.MIGFW_REASON else RETURN_MESSAGE_LIMIT
+    return ReturnMessageRecord(message, reader.read(length, f"the body of {message.name}", limit))
 
 
 def encode_return_message(message_type: ReturnMessage | int, body: bytes = b"") -> bytes:
@@ -64,6 +64,19 @@ def parse_number(body: bytes) -> int:
 
 def number_body(value: int) -> bytes:
     return BE32.pack(value)
+
+
+def parse_reason(body: bytes) -> str:
+    """MIGFW_REASON: the destination's own words, made one printable line, whatever was sent."""
+    return one_line(body.decode(errors="replace"))
+
+
+def reason_body(text: str) -> bytes:
+    """The text as one line, cut to what fits into MIGFW_REASON."""
+    data = one_line(text).encode(errors="replace")
+    if len(data) <= REASON_LIMIT:
+        return data
+    return data[: REASON_LIMIT - 3].decode(errors="ignore").encode() + b"..."
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from corefw.cli.migrate import migrate
 from corefw.qmp.client import QmpClient
 from tests.cli.conftest import SMALL, Engine, Engines
 from tests.helpers.cli import MIGFW, TIMEOUT, check_refused, environment, start
+from tests.helpers.engines import answer_pings
 
 SLOW = "--param=max-bandwidth=100K"
 """The guest of SMALL takes ten seconds at this rate: long enough for whatever happens on the way."""
@@ -139,12 +140,13 @@ def test_somebody_elses_cancel_is_a_failure(pair: tuple[Engine, Engine]) -> None
 
 @pytest.fixture
 def swallower() -> Iterator[tuple[str, list[float]]]:
-    """A destination that takes everything and answers nothing: its URI, and when it took something."""
+    """A destination that answers the PINGs, takes everything and says no more: its URI, and when it took something."""
     took: list[float] = []
 
     def swallow() -> None:
         peer, _ = listening.accept()
         with peer, contextlib.suppress(ConnectionError):
+            answer_pings(peer)
             while peer.recv(1 << 20):
                 took.append(time.monotonic())
 

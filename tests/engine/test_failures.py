@@ -310,9 +310,9 @@ def test_a_destination_that_differs(
 def test_a_destination_that_failed_waits_again(pair: Pair, peer: Peer) -> None:
     source, destination = pair.source(), pair.destination()
     with socket.create_connection(address(destination)) as stranger:
-        stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        stranger.sendall(b"QEVM and no version")
         assert arrived(destination) == "failed"
-    assert "beginning with 'QEVM'" in destination.query_migrate()["error-desc"]
+    assert "expected version 3" in destination.query_migrate()["error-desc"]
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "completed" and destination.incoming.wait(frozenset({MigrationStatus.COMPLETED}), 20)
     runs_on(destination)

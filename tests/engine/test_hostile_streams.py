@@ -80,6 +80,15 @@ class Context:
     def send_return_message(self, message: int, body: bytes) -> None:
         pass
 
+    def begins(self) -> None:
+        pass
+
+    def source_is_migfw(self) -> None:
+        pass
+
+    def source_may_pause(self, allowed: bool) -> None:
+        pass
+
     def open_return_path(self) -> ReturnPathWriter:
         return ReturnPathWriter(self._channel)
 

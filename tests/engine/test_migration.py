@@ -146,8 +146,6 @@ def test_one_migration_at_a_time(pair: Pair) -> None:
     source, destination = pair.source(), pair.destination()
     source.set_capabilities({"pause-before-switchover": True})
     uri = destination.migrate_incoming("tcp:127.0.0.1:0")
-    with pytest.raises(StateError, match="already been started"):
-        destination.migrate_incoming("tcp:127.0.0.1:0")
     source.migrate(uri)
     source.outgoing.wait(frozenset({MigrationStatus.PRE_SWITCHOVER}), 20)
     with pytest.raises(StateError, match="in progress"):

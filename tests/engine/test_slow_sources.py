@@ -29,7 +29,7 @@ def test_a_source_that_trickles_does_not_keep_a_failure_from_ending(
     destination = pair.destination()
     port = int(destination.migrate_incoming("tcp:127.0.0.1:0").rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as source:
-        source.sendall(b"GET / HTTP/1.0\r\n")
+        source.sendall(b"QEVM and nonsense")
         deadline = time.monotonic() + PATIENCE
         with contextlib.suppress(ConnectionError):
             while destination.incoming.status is not MigrationStatus.FAILED:

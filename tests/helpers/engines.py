@@ -14,11 +14,15 @@ from corefw.engine import Engine, Event
 from corefw.machine import Machine, RunState
 from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
-from corefw.wire.constants import ReturnMessage
+from corefw.wire.constants import READY_PING, Command, ReturnMessage, SectionType
 from corefw.wire.returnpath import encode_return_message, number_body
 from tests.helpers.machines import CountingMachine
 
 PATIENCE = 20.0
+OPEN = bytes((SectionType.COMMAND, 0, Command.OPEN_RETURN_PATH, 0, 0))
+PING = bytes((SectionType.COMMAND, 0, Command.PING, 0, 4))
+READY = PING + number_body(READY_PING)
+RAM = b"\3ram"
 
 
 class Pair:
@@ -108,6 +112,17 @@ def runs_on(engine: Engine) -> None:
     assert machine.check() > before
 
 
+def answer_pings(connection: socket.socket) -> None:
+    """Answer the PINGs that a source begins with, as any destination does, and leave them to be read."""
+    deadline = time.monotonic() + PATIENCE
+    while READY not in (came := connection.recv(1 << 16, socket.MSG_PEEK)) and (OPEN in came or RAM not in came):
+        assert time.monotonic() < deadline, "the source does not begin"
+        time.sleep(0.001)
+    for at in range(len(came) - len(READY) + 1):
+        if came.startswith(PING, at):
+            connection.sendall(encode_return_message(ReturnMessage.PONG, came[at + 5 : at + 9]))
+
+
 class Peer:
     """A destination that is driven by hand: listens on loopback, takes one connection."""
 
@@ -117,9 +132,11 @@ class Peer:
         self.uri = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
         self.connection: socket.socket | None = None
 
-    def accept(self) -> socket.socket:
+    def accept(self, *, answer: bool = True) -> socket.socket:
         self.connection, _ = self._listener.accept()
         self.connection.settimeout(PATIENCE)
+        if answer:
+            answer_pings(self.connection)
         return self.connection
 
     def read_all(self, until: Callable[[bytes], bool]) -> bytes:

@@ -1,0 +1,245 @@
+"""What a destination puts up with: strangers, sources that dribble or pause, people who change their mind."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from corefw.engine import Engine
+from corefw.errors import StateError, UriError
+from corefw.machine import RunState
+from corefw.states import MigrationStatus
+from corefw.wire.records import Configuration, write_configuration, write_header
+from corefw.wire.stream import MemorySink, StreamWriter
+from tests.helpers.engines import PATIENCE, Pair, arrived, counting, ended, runs_on
+from tests.helpers.machines import CountingMachine
+
+CANCELLED = frozenset({MigrationStatus.CANCELLED})
+
+
+@contextlib.contextmanager
+def dialled(uri: str) -> Iterator[socket.socket]:
+    """A connection to a destination at tcp: or unix:."""
+    scheme, _, where = uri.partition(":")
+    if scheme == "unix":
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(PATIENCE)
+            connection.connect(where)
+            yield connection
+        return
+    host, _, port = where.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        yield connection
+
+
+def beginning(name: str = "counting") -> bytes:
+    """What comes before the first section."""
+    sink = MemorySink()
+    writer = StreamWriter(sink)
+    write_header(writer)
+    write_configuration(writer, Configuration(name, b""))
+    writer.flush()
+    return bytes(sink.data)
+
+
+def ended_by_destination(connection: socket.socket) -> None:
+    """Wait until the other side has closed it."""
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except ConnectionResetError:
+        pass
+
+
+# -- strangers ---------------------------------------------------------------------------------------------------------
+
+STRANGERS: dict[str, bytes] = {
+    "says nothing": b"",
+    "says part of the magic": b"QEV",
+    "wants a page": b"GET / HTTP/1.1\r\nHost: there\r\n\r\n",
+    "sends noise": bytes(range(255, 0, -1)) * 100,
+}
+
+
+@pytest.mark.parametrize("case", STRANGERS)
+@pytest.mark.parametrize("scheme", ["tcp", "unix"])
+def test_a_connection_that_brings_no_migration_does_not_count(
+    pair: Pair, folder: Path, case: str, scheme: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, destination = pair.source(), pair.destination()
+    uri = destination.migrate_incoming("tcp:127.0.0.1:0" if scheme == "tcp" else f"unix:{folder}/in")
+    for _ in range(2):
+        with dialled(uri) as stranger:
+            stranger.sendall(STRANGERS[case])
+            if len(STRANGERS[case]) < 4:
+                stranger.shutdown(socket.SHUT_WR)
+            ended_by_destination(stranger)
+    assert destination.incoming.status == "setup"
+    lines = [record.getMessage() for record in caplog.records if "does not count" in record.getMessage()]
+    assert len(lines) == 2 and not any("\n" in line for line in lines), lines
+    source.migrate(uri)
+    assert (ended(source), arrived(destination)) == ("completed", "completed")
+    runs_on(destination)
+
+
+def test_a_connection_that_waits_holds_up_others_only_for_a_while(pair: Pair) -> None:
+    source, destination = pair.source(), pair.destination()
+    destination.set_parameters({"incoming-timeout": 500})
+    uri = destination.migrate_incoming("tcp:127.0.0.1:0")
+    with dialled(uri):
+        source.migrate(uri)
+        assert (ended(source), arrived(destination)) == ("completed", "completed")
+    runs_on(destination)
+
+
+def test_where_there_is_only_one_connection_it_counts(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "guest").write_bytes(STRANGERS["wants a page"])
+    destination = pair.destination()
+    destination.migrate_incoming(f"file:{tmp_path}/guest")
+    assert arrived(destination) == "failed"
+    assert "beginning with 'QEVM'" in destination.query_migrate()["error-desc"]
+
+
+def test_a_command_may_wait_for_its_source(pair: Pair, tmp_path: Path) -> None:
+    """The limit begins with the first byte: exec: may be a command that listens itself."""
+    source, destination = pair.source(), pair.destination()
+    source.set_capabilities({"return-path": False})
+    source.migrate(f"file:{tmp_path}/guest")
+    assert ended(source) == "completed"
+    destination.set_parameters({"incoming-timeout": 100})
+    destination.migrate_incoming(f"exec:sleep 1; cat {tmp_path}/guest")
+    assert arrived(destination) == "completed", destination.query_migrate()
+    runs_on(destination)
+
+
+# -- sources that are slow ---------------------------------------------------------------------------------------------
+
+
+def test_a_source_that_dribbles_is_given_up(pair: Pair) -> None:
+    """A byte now and then of a section's name: each is right, and the whole takes for ever."""
+    destination = pair.destination()
+    destination.set_parameters({"incoming-timeout": 1000})
+    over = threading.Event()
+    with dialled(destination.migrate_incoming("tcp:127.0.0.1:0")) as connection:
+        connection.sendall(beginning() + b"\x01\0\0\0\0\xff")
+
+        def dribble() -> None:
+            while not over.wait(0.1):
+                with contextlib.suppress(OSError):
+                    connection.sendall(b"a")
+
+        thread = threading.Thread(target=dribble)
+        thread.start()
+        try:
+            assert arrived(destination) == "failed"
+        finally:
+            over.set()
+            thread.join()
+    assert "(parameter incoming-timeout)" in destination.query_migrate()["error-desc"]
+
+
+def test_a_source_that_stops_in_the_middle_is_given_up_and_told(pair: Pair) -> None:
+    destination = pair.destination()
+    destination.set_parameters({"incoming-timeout": 500})
+    with dialled(destination.migrate_incoming("tcp:127.0.0.1:0")) as connection:
+        connection.sendall(beginning() + b"\x01\0\0")
+        assert arrived(destination) == "failed"
+    reason = destination.query_migrate()["error-desc"]
+    assert "expected at least 1024 (parameter incoming-timeout)" in reason and "at offset" in reason
+
+
+def test_a_source_in_pre_switchover_may_take_its_time(pair: Pair) -> None:
+    source, destination = pair.source(), pair.destination()
+    destination.set_parameters({"incoming-timeout": 200})
+    source.set_capabilities({"pause-before-switchover": True})
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    assert source.outgoing.wait(frozenset({MigrationStatus.PRE_SWITCHOVER}), PATIENCE)
+    time.sleep(1)
+    assert destination.incoming.status == "active"
+    source.continue_migration(MigrationStatus.PRE_SWITCHOVER)
+    assert (ended(source), arrived(destination)) == ("completed", "completed")
+    runs_on(destination)
+
+
+def test_a_slow_link_is_no_dribble(pair: Pair) -> None:
+    source, destination = pair.source(CountingMachine(pages=32)), pair.destination(CountingMachine(32, incoming=True))
+    counting(source).block.pages[:, 8:] = 1
+    destination.set_parameters({"incoming-timeout": 500})
+    source.set_parameters({"max-bandwidth": 60_000, "downtime-limit": 5000})
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    assert (ended(source), arrived(destination)) == ("completed", "completed")
+    runs_on(destination)
+
+
+# -- cancel, and another address ---------------------------------------------------------------------------------------
+
+
+def cancelled(engine: Engine) -> None:
+    assert engine.incoming.wait(CANCELLED, PATIENCE), engine.incoming.status
+    assert engine.query_migrate() == {"status": "cancelled"}
+    assert engine.machine.run_state is RunState.INMIGRATE
+
+
+def refuses(uri: str) -> bool:
+    try:
+        with dialled(uri):
+            return False
+    except ConnectionRefusedError:
+        return True
+
+
+def test_cancel_frees_a_destination_that_waits(pair: Pair) -> None:
+    source, destination = pair.source(), pair.destination()
+    uri = destination.migrate_incoming("tcp:127.0.0.1:0")
+    destination.cancel()
+    cancelled(destination)
+    assert refuses(uri)
+    source.migrate(destination.migrate_incoming(uri))
+    assert ended(source) == "completed"
+    runs_on(destination)
+
+
+def test_cancel_frees_a_destination_that_loads_and_tells_the_source(pair: Pair) -> None:
+    source, destination = pair.source(), pair.destination()
+    source.set_capabilities({"pause-before-switchover": True})
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    assert source.outgoing.wait(frozenset({MigrationStatus.PRE_SWITCHOVER}), PATIENCE)
+    destination.cancel()
+    assert ended(source) == "failed"
+    assert source.query_migrate()["error-desc"].endswith("it was cancelled on the destination")
+    runs_on(source)
+    cancelled(destination)
+
+
+def test_another_address_takes_the_place_of_the_first(pair: Pair) -> None:
+    source, destination = pair.source(), pair.destination()
+    first = destination.migrate_incoming("tcp:127.0.0.1:0")
+    with pytest.raises(UriError):
+        destination.migrate_incoming("tcp:nowhere")
+    assert destination.incoming.status == "setup", "a wrong address changes nothing"
+    with dialled(first) as idle:
+        second = destination.migrate_incoming("tcp:127.0.0.1:0")
+        ended_by_destination(idle)
+    assert first != second and refuses(first) and destination.incoming_uri == second
+    again = destination.migrate_incoming(second)
+    assert again == second, "the same address may be waited at again"
+    source.migrate(second)
+    assert (ended(source), destination.wait_incoming(PATIENCE)) == ("completed", "completed")
+    runs_on(destination)
+    with pytest.raises(StateError):
+        destination.migrate_incoming("tcp:127.0.0.1:0")
+
+
+def test_cancel_changes_nothing_where_the_guest_is_here(pair: Pair) -> None:
+    source, destination = pair.source(), pair.destination()
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    assert (ended(source), arrived(destination)) == ("completed", "completed")
+    destination.cancel()
+    assert destination.incoming.status == "completed"
+    runs_on(destination)
