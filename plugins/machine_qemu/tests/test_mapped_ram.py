@@ -155,6 +155,17 @@ def test_a_file_through_a_pipe(tmp_path: Path) -> None:
         check_ram(engine, GUEST)
 
 
+def test_a_block_of_many_pages(tmp_path: Path) -> None:
+    """More than are looked at at once, with runs across the borders."""
+    pages = {page: page % 251 + 1 for page in (*range(32760, 32775), 65535, 65536, 66000)}
+    (tmp_path / "mapped").write_bytes(mapped({"pc.ram": (66001, pages)}))
+    with parking() as engine:
+        park(engine, f"file:{tmp_path}/mapped")
+        (block,) = engine.machine.ram_blocks()
+        assert {page: int(block.pages[page][0]) for page in pages} == pages
+        assert np.count_nonzero(block.pages[:, ::4095]) == 2 * len(pages)
+
+
 def test_inspect_counts_the_pages(tmp_path: Path) -> None:
     data = mapped(GUEST)
     (tmp_path / "mapped").write_bytes(data)

@@ -141,7 +141,9 @@ class RamLoader:
     def _load_mapped(self, reader: StreamReader, entry: BlockEntry) -> BlockEntry:
         """A block whose pages stand behind its entry."""
         self._take(reader, [entry])
-        load_mapped_pages(reader, self._blocks[entry.idstr].block)
+        loaded = self._blocks[entry.idstr]
+        for stored in load_mapped_pages(reader, loaded.block):
+            loaded.guess.stored(stored)
         return entry
 
     def _take(self, reader: StreamReader, entries: Sequence[BlockEntry]) -> Sequence[BlockEntry]:
