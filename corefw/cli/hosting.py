@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from corefw.cli.interrupts import ending_signals
 from corefw.cli.outcome import ExitStatus, Finished, note
 from corefw.cli.stdout import StdoutError, abandon
 from corefw.engine import Engine, Event
@@ -183,10 +184,13 @@ def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: News[str], be
 
 
 def _hear_signals(endings: Endings, address: QmpAddress) -> None:
-    """From now on the first Ctrl-C or SIGTERM ends the process in order, the second at once, and the guest with it."""
+    """From now on the first Ctrl-C, SIGTERM or SIGHUP ends the process in order, and a second one that is no SIGHUP at
+    once, and the guest with it: a terminal that closes sends SIGHUP from the kernel and from the shell."""
     heard: list[int] = []
 
     def handler(number: int, _frame: FrameType | None) -> None:
+        if heard and number == signal.SIGHUP:
+            return
         if heard:
             if isinstance(address, UnixAddress):
                 Path(address.path).unlink(missing_ok=True)
@@ -194,7 +198,7 @@ def _hear_signals(endings: Endings, address: QmpAddress) -> None:
         heard.append(number)
         endings.put(Ending.INTERRUPTED if number == signal.SIGINT else Ending.TERMINATED)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ending_signals():
         signal.signal(number, handler)
 
 

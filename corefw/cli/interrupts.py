@@ -12,6 +12,12 @@ from typing import Final, Self
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """What ends an engine in order: Ctrl-C, SIGTERM, and the hangup of its terminal unless nohup had it ignored."""
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGINT, signal.SIGTERM, *hangup)
+
+
 class Interrupts:
     """`with Interrupts() as interrupts:` in the main thread; look at `interrupts.requested` now and then."""
 

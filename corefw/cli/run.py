@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from corefw.cli import completion
+from corefw.cli.interrupts import ending_signals
 from corefw.cli.leaving import LeavingAtOnce
 from corefw.cli.naming import claim
 from corefw.cli.options import parse_switches, settings_options, split_pairs
@@ -137,8 +138,9 @@ def run(
         from corefw.plugins import Plugins
         from corefw.qmp.server import QmpServer
 
-    # Until the engine hears signals itself, SIGTERM finds its way through the cleaning up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Until the engine hears signals itself, the others find their way through the cleaning up as Ctrl-C does.
+    for number in set(ending_signals()) - {signal.SIGINT}:
+        signal.signal(number, signal.default_int_handler)
     options = split_pairs(opts, "--opt NAME=VALUE, as in --opt ram=1G")
     with LeavingAtOnce():
         plugins = Plugins.load()

@@ -81,6 +81,66 @@ def test_sigterm_ends_it_in_order(engines: Engines) -> None:
     assert engines.sockets() == []
 
 
+FAREWELL = """
+import time
+from corefw_machine_python import guest
+
+class Farewell(guest.Program):
+    stop_timeout = {patience}
+    def tick(self):
+        time.sleep({tick})
+    def before_stop(self):
+        {stop}
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_lets_the_guest_say_goodbye(engines: Engines, tmp_path: Path, number: signal.Signals) -> None:
+    program = tmp_path / "farewell.py"
+    program.write_text(FAREWELL.format(patience=10, tick=0.01, stop="print('goodbye', flush=True)"))
+    engine = engines(f"{program}:Farewell")
+    engine.process.send_signal(number)
+    if number is signal.SIGHUP:
+        engine.process.send_signal(number)  # a closed terminal sends it twice: this one is no hurry
+    status, out, _ = engine.finish()
+    assert (status, out) == (130 if number is signal.SIGINT else 0, "goodbye\n")
+    assert engines.sockets() == []
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"stop": "raise RuntimeError('not now')"},
+            "its before_stop() failed: RuntimeError: not now (farewell.py, line ",
+        ),
+        (
+            {"patience": 0.2, "tick": 60, "stop": "print('never')"},
+            "the guest did not stop within 0.2 s: its process is ended without before_stop() (",
+        ),
+    ],
+)
+def test_a_goodbye_that_fails_is_said(engines: Engines, tmp_path: Path, values: dict[str, object], said: str) -> None:
+    program = tmp_path / "farewell.py"
+    program.write_text(FAREWELL.format(**({"patience": 10, "tick": 0.01} | values)))
+    engine = engines(f"{program}:Farewell")
+    engine.process.send_signal(signal.SIGTERM)
+    status, out, err = engine.finish()
+    assert (status, out) == (0, "")
+    assert said in err.splitlines()[-1]
+
+
+def test_a_hangup_under_nohup_ends_nothing(engines: Engines) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does it: the engine inherits that
+    try:
+        engine = engines(*SMALL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    engine.process.send_signal(signal.SIGHUP)
+    assert engine.call("status").returncode == 0
+    assert engine.process.poll() is None
+
+
 def test_a_second_signal_ends_it_at_once(engines: Engines, tmp_path: Path) -> None:
     program = tmp_path / "slow.py"
     program.write_text(

@@ -93,6 +93,18 @@ def test_the_traceback_begins_in_the_users_code(make: Make, caplog: pytest.LogCa
     assert "guestmain.py" not in caplog.text
 
 
+def test_a_field_that_refuses_a_value_names_the_users_line(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    machine = make("Overflows")
+    machine.start()
+    wait_for(machine, RunState.INTERNAL_ERROR)
+    lines = PLAIN.read_text().splitlines()
+    line = next(number for number, text in enumerate(lines, 1) if "one too many" in text)
+    assert machine.information()["error"] == (
+        f"ValueError: field 'small' is u8: 256 is not in 0 to 255 (plain.py, line {line}, in tick)"
+    )
+    assert "declarations.py" not in caplog.text
+
+
 @pytest.mark.parametrize("program", ["Finishes", "Exits"])
 def test_a_program_that_is_done(make: Make, program: str) -> None:
     machine = make(program)

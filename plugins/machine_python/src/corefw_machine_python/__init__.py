@@ -6,6 +6,7 @@
     layout         what a program consists of, compared between two sides; layoutsection sends it
     requirements   the versions that a program requires
     loading        from "heat.py:Heat" to the class
+    forking        what becomes of the arrays in a process that the guest forks
     protocol       the messages between the engine and the guest's process
     guestmain      the guest's process: maps the arrays, runs the program
     undeclared     finds state that nobody declared

@@ -81,6 +81,10 @@ class HasOptions(Protocol):
     options: Options
 
 
+FORKED: Final = object()
+"""In the place of an array, in a process that the guest has forked."""
+
+
 class Array:
     """See guest.array()."""
 
@@ -117,10 +121,16 @@ class Array:
     def __get__(self, program: HasOptions | None, owner: type) -> Array | NDArray[Any]:
         if program is None:
             return self
-        array: NDArray[Any] | None = program.__dict__.get(self.attribute)
+        array: Any = program.__dict__.get(self.attribute)
+        if array is FORKED:
+            raise RuntimeError(
+                f"array '{self.name}' is not there in a forked process: use threads, or"
+                " multiprocessing.get_context('spawn') and give the processes copies"
+            )
         if array is None:
             raise AttributeError(f"array '{self.name}' is not there yet: use it from setup(), after_start() or tick()")
-        return array
+        found: NDArray[Any] = array
+        return found
 
     def __set__(self, program: HasOptions, value: object) -> None:
         # `self.grid += 1` assigns the array to itself.

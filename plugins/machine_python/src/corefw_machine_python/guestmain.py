@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from corefw.errors import MigfwError, UsageError, one_line
 from corefw.memory import pagemap
 from corefw_machine_python import requirements
 from corefw_machine_python.declarations import Declarations
+from corefw_machine_python.forking import Mapped, watch_forks
 from corefw_machine_python.guest import Program
 from corefw_machine_python.loading import load_program
 from corefw_machine_python.protocol import Link, Message
@@ -55,6 +56,7 @@ class Guest:
         self._program_made: Program | None = None
         self._declared = Declarations((), (), ())
         self._memory: list[NDArray[np.uint8]] = []
+        self._forked = False  # this is a process that the program has made
         self._running = False
         self._set_up = False
         self._started = False  # after_start() was called and before_stop() was not
@@ -116,6 +118,8 @@ class Guest:
         began = time.monotonic()
         self._begin()
         self._program.tick()
+        if self._forked:
+            self._end_of_fork(None)
         if not self._ticked:
             self._ticked = True
             self._link.send({"event": "undeclared", "names": self._undeclared()})
@@ -146,7 +150,22 @@ class Guest:
     def _program_name(self) -> str:
         return type(self._program).__name__
 
+    def _leave_the_engine(self) -> None:
+        """In a process that the program has forked: what the guest says to the engine is not for it to say."""
+        self._forked = True
+        self._link.close()
+
+    def _end_of_fork(self, error: BaseException | None) -> NoReturn:
+        """The program's code has returned to where only the guest goes on."""
+        if error is not None and not isinstance(error, SystemExit):
+            sys.stderr.write(_traceback(error))
+        sys.stdout.flush()
+        code = error.code if isinstance(error, SystemExit) else int(error is not None)
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
     def _ended(self, error: BaseException | None) -> int:
+        if self._forked:
+            self._end_of_fork(error)
         finished = error is None or (isinstance(error, SystemExit) and not error.code)
         message: Message = {"event": "ended", "values": None, "reason": None, "traceback": ""}
         with contextlib.suppress(_Unmovable):
@@ -188,6 +207,7 @@ class Guest:
             "version": kind.version,
             "minimum_version": kind.version if kind.minimum_version is None else kind.minimum_version,
             "stop_timeout": kind.stop_timeout,
+            "has_before_stop": kind.before_stop is not Program.before_stop,
             "arrays": [
                 {
                     "name": array.name,
@@ -205,15 +225,17 @@ class Guest:
         }, []
 
     def _map(self, _request: Message, fds: list[int]) -> Answer:
+        mapped: list[Mapped] = []
         for array, fd in zip(self._declared.arrays, fds, strict=True):
             mapping = mmap.mmap(fd, os.fstat(fd).st_size)
-            os.close(fd)
-            # The dirty log watches this process: a forked one shall not write unseen.
+            # The dirty log watches this process alone.
             mapping.madvise(mmap.MADV_DONTFORK)
             self._memory.append(np.frombuffer(mapping, dtype=np.uint8))
             array.bind(self._program, self._memory[-1])
+            mapped.append(Mapped(fd, self._memory[-1].ctypes.data))
+        watch_forks(self._program, self._declared.arrays, mapped, self._leave_the_engine)
         self._watch_made = Watch(self._program, self._declared.attributes)
-        addresses = [memory.ctypes.data for memory in self._memory]
+        addresses = [memory.address for memory in mapped]
         if reason := pagemap.unsupported():
             return {"addresses": addresses, "reason": reason}, []
         tracker = pagemap.open_tracker()
@@ -328,14 +350,23 @@ def _reason(error: BaseException) -> str:
     frames = traceback.extract_tb(_of_the_program(error))
     if not frames:
         return text
-    last = frames[-1]
+    last = next((frame for frame in reversed(frames) if not _is_ours(frame.filename)), frames[-1])
     return f"{text} ({Path(last.filename).name}, line {last.lineno}, in {last.name})"
 
 
+def _is_ours(file: str) -> bool:
+    """Whether it is a module of this package: a field that refuses a value is not where the mistake is."""
+    return Path(file).parent == Path(__file__).parent
+
+
 def _traceback(error: BaseException) -> str:
+    """From the user's first line to the user's last, where the error was raised here."""
     if isinstance(error, _Unmovable):
         return ""
-    return "".join(traceback.format_exception(type(error), error, _of_the_program(error)))
+    lines = traceback.TracebackException(type(error), error, _of_the_program(error))
+    while len(lines.stack) > 1 and _is_ours(lines.stack[-1].filename):
+        lines.stack.pop()
+    return "".join(lines.format())
 
 
 # -- the process -------------------------------------------------------------------------------------------------------

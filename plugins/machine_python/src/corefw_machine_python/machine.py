@@ -285,6 +285,8 @@ class PythonMachine(Machine):
         self._guest.ask("throttle", self._patience, percent=percent)
 
     def close(self) -> None:
+        if not self._closed and self._run_state is RunState.RUNNING and self._loaded["has_before_stop"]:
+            self._say_goodbye()
         self._closed = True
         self._guest.close()
         for block in self._blocks:
@@ -292,6 +294,20 @@ class PythonMachine(Machine):
         if self._tracker is not None:
             self._tracker.close()
             self._tracker = None
+
+    def _say_goodbye(self) -> None:
+        """Let a guest that runs call before_stop(), before its process ends."""
+        try:
+            self._guest.ask("stop", self._patience, whole=False)
+        except GuestTimeout:
+            log.warning(
+                "the guest did not stop within %g s: its process is ended without before_stop() (let '%s' have a larger"
+                " stop_timeout)",
+                self._patience,
+                self._loaded["name"],
+            )
+        except MachineError as error:
+            log.warning("the guest is ended, but its before_stop() failed: %s", error)
 
 
 def _log_kind(block: RamBlock) -> LogKind:

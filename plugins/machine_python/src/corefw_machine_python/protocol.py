@@ -6,7 +6,7 @@ u32 of length (this host's byte order) and JSON; file descriptors travel with it
 
     request     fields                        answer
     load        program, options,             name, version, minimum_version, stop_timeout, arrays, fields
-                only_migratable           values, requires, versions
+                only_migratable           has_before_stop, values, requires, versions
     map         (descriptors of the memfds)   addresses, reason (why the memory cannot be watched, or "")
                                               (descriptors: userfaultfd, pagemap, unless there is a reason)
     start       values, set_up                undeclared (once setup() has been called)

@@ -70,6 +70,15 @@ class Fails(Silent):
             raise ZeroDivisionError("ten is enough")
 
 
+class Overflows(Silent):
+    """Assigns what its field cannot hold."""
+
+    small = guest.field("u8")
+
+    def tick(self) -> None:
+        self.small = 256  # one too many
+
+
 class FailsInSetup(Silent):
     def setup(self) -> None:
         raise RuntimeError("no setup today")
