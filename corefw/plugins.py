@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 import pluggy
@@ -37,6 +38,15 @@ MACHINES: Final = "corefw.machine"
 PLUGINS: Final = "corefw.plugins"
 GROUPS: Final = (TRANSPORTS, MACHINES, PLUGINS)
 
+_ADDITIONS: Final = {
+    "corefw_transport": "transports",
+    "corefw_section_handlers": "section handlers",
+    "corefw_blockers": "blockers",
+    "corefw_state_changed": "an observer of statuses",
+    "corefw_commands": "QMP commands",
+}
+"""What a plugin adds by implementing a hook."""
+
 HOOKS: Final = tuple(sorted(name for name in vars(hookspecs) if name.startswith("corefw_")))
 """The names of all hooks."""
 
@@ -45,7 +55,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PluginInfo:
-    """One installed entry point. `error` is None when it loads."""
+    """One installed entry point. `error` is None when it loads; `adds` are phrases, for the group `corefw.plugins`."""
 
     group: str
     name: str
@@ -53,6 +63,7 @@ class PluginInfo:
     distribution: str
     version: str
     error: str | None
+    adds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +267,25 @@ class Plugins:
                 failed = self.failures.get(_line(point))
                 error = failed if group == PLUGINS else _driver_error(self._installed, point)
                 name, version = (point.dist.name, point.dist.version) if point.dist else ("?", "?")
-                yield PluginInfo(group, point.name, point.value, name, version, error)
+                adds = tuple(self._additions(point.name)) if group == PLUGINS and error is None else ()
+                yield PluginInfo(group, point.name, point.value, name, version, error, adds)
+
+    def _additions(self, name: str) -> Iterator[str]:
+        """What a loaded plugin adds, as phrases."""
+        for hook, what in _ADDITIONS.items():
+            caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
+            if any(implementation.plugin_name == name for implementation in caller.get_hookimpls()):
+                yield what
+        declared = self._declarations.get(name, Declarations())
+        own = {one.name for one in declared.capabilities} | {one.name for one in declared.parameters}
+        yield from (f"capability {one.name}" for one in declared.capabilities)
+        yield from (f"parameter {one.name}" for one in declared.parameters)
+        yield from (f"support of {known}" for known in sorted(declared.implements - own))
+
+    @property
+    def declarations(self) -> Mapping[str, Declarations]:
+        """The settings that plugins declare, by the plugin's name."""
+        return MappingProxyType(self._declarations)
 
 
 def _warn(errors: Iterable[PluginError]) -> None:

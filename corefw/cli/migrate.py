@@ -16,6 +16,7 @@ from corefw.cli import completion
 from corefw.cli.changes import Changes, read_changes
 from corefw.cli.engines import EngineClient, connect
 from corefw.cli.follow import Follower
+from corefw.cli.installed import WithInstalled
 from corefw.cli.interrupts import Interrupts
 from corefw.cli.limits import add_limits
 from corefw.cli.options import engine_options, json_option, parse_switches, settings_options
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from corefw.cli.relayed import QemuRelay
 
 
-@click.command()
+@click.command(cls=WithInstalled)
 @click.argument("uri", required=False, shell_complete=completion.uris)
 @click.option(
     "--to",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from corefw.cli import completion
+from corefw.cli.installed import WithInstalled
 from corefw.cli.interrupts import ending_signals
 from corefw.cli.leaving import LeavingAtOnce
 from corefw.cli.naming import claim
@@ -31,7 +32,7 @@ PRIVATE: Final = "private"
 PROPERTY: Final = "--property NAME=on or --property NAME=off"
 
 
-@click.command()
+@click.command(cls=WithInstalled)
 @click.argument("program", required=False, shell_complete=completion.programs)
 @click.option(
     "--machine",
@@ -40,7 +41,7 @@ PROPERTY: Final = "--property NAME=on or --property NAME=off"
     shell_complete=completion.machines,
     default="python",
     show_default=True,
-    help="Kind of guest: python or qemu.",
+    help="Kind of guest.",
 )
 @click.option(
     "--opt", "opts", metavar="NAME=VALUE", multiple=True, help="An option of the program or machine. Repeatable."

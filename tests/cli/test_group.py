@@ -52,7 +52,7 @@ def test_every_command_explains_itself(name: str) -> None:
 def test_help_of_a_command_on_the_command_line() -> None:
     done = call("migrate", "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("Usage: migfw migrate [OPTIONS] URI")
+    assert done.stdout.startswith("Usage: migfw migrate [OPTIONS] [URI]")
 
 
 def test_version() -> None:
@@ -67,12 +67,12 @@ def test_without_a_command_it_shows_help_and_fails() -> None:
 
 LINES = {
     ("fly",): "No such command 'fly' (see 'migfw --help')",
-    ("migrate",): "Missing argument 'URI' (see 'migfw migrate --help')",
+    ("recover",): "Missing argument 'URI' (see 'migfw recover --help')",
     ("migrate", "a:b", "c"): "Got unexpected extra argument (c) (see 'migfw migrate --help')",
     ("cancel", "--name"): "Option '--name' requires an argument (see 'migfw cancel --help')",
     ("--fast",): "No such option '--fast' (see 'migfw --help')",
     ("set",): "Missing argument 'NAME=VALUE...' (see 'migfw set --help')",
-    ("-v", "migrate"): "Missing argument 'URI' (see 'migfw migrate --help')",
+    ("-v", "recover"): "Missing argument 'URI' (see 'migfw recover --help')",
 }
 
 
