@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
 import pytest
 
-from corefw.machine import MachineConfig
+from corefw.engine import Engine
+from corefw.machine import MachineConfig, SupportsVerify
 from corefw.plugins import Plugins
+from corefw.states import MigrationStatus
+from corefw.testing.tasks import wait_until
 
 PAGE = Path(__file__).parents[2] / "docs" / "make-your-program-movable.md"
 
@@ -44,10 +48,41 @@ def test_the_newer_program_loads_and_has_its_field(program: Path) -> None:
         machine.close()
 
 
+@pytest.mark.parametrize("name", ["Walk", "CarefulHeat"])
+def test_the_other_programs_run(program: Path, name: str) -> None:
+    machine = Plugins.load().machine("python", MachineConfig(f"{program}:{name}"))
+    try:
+        machine.start()
+        assert isinstance(machine, SupportsVerify)
+        first = machine.verify()
+        assert wait_until(lambda: machine.verify() != first)
+        assert machine.information()["fields"]
+    finally:
+        machine.close()
+
+
+def test_the_example_moves_and_proves_it(capfd: pytest.CaptureFixture[str]) -> None:
+    """examples/heat.py: the README's program."""
+    program = PAGE.parents[1] / "examples" / "heat.py"
+    plugins = Plugins.load()
+    source, destination = (
+        Engine(plugins.machine("python", MachineConfig(f"{program}:Heat", {}, incoming)), plugins, plugins.settings())
+        for incoming in (False, True)
+    )
+    with contextlib.closing(source), contextlib.closing(destination):
+        source.cont()
+        assert source.verify()["step"] is not None
+        source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+        assert destination.wait_incoming(120) is MigrationStatus.COMPLETED
+        steps = int(str(destination.verify()["step"]))
+        assert wait_until(lambda: int(str(destination.verify()["step"])) > steps)
+    assert "would not move" not in capfd.readouterr().err
+
+
 def test_the_page_speaks_of_everything_that_a_program_may_define() -> None:
     from corefw_machine_python import guest
 
     text = PAGE.read_text()
     names = [name for name, one in vars(guest.Program).items() if callable(one) and not name.startswith("_")]
-    for name in [*names, *(f"guest.{one}" for one in ("array", "field", "option", "size")), "stop_timeout"]:
+    for name in [*names, *(f"guest.{one}" for one in guest.__all__ if one.islower()), "stop_timeout", "requires"]:
         assert name in text, f"the page says nothing of {name}"
