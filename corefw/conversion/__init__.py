@@ -8,6 +8,7 @@ Source: docs/convert.md.
 
 from corefw.conversion.rewrite import Conversion, Target, convert
 from corefw.conversion.tables import DeviceTables, read_tables
-from corefw.conversion.versions import Version, parse_version
+from corefw.conversion.versions import parse_version
+from corefw.wire.versions import Version
 
 __all__ = ["Conversion", "DeviceTables", "Target", "Version", "convert", "parse_version", "read_tables"]

@@ -13,15 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from corefw.conversion.tables import DeviceTables, compare
-from corefw.conversion.versions import (
-    COMMANDS_SINCE,
-    RAM_RECORDS_SINCE,
-    RAM_RECORDS_UNTIL,
-    SUBSECTIONS_SINCE,
-    Version,
-    board,
-    machine_version,
-)
+from corefw.conversion.versions import board
 from corefw.errors import MigfwError, RemoteStreamError
 from corefw.wire import items
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
@@ -36,6 +28,7 @@ from corefw.wire.records import (
     select_subsections,
 )
 from corefw.wire.stream import Sink, Source, StreamReader, StreamWriter
+from corefw.wire.versions import Subject, Version, is_known, machine_version
 
 MAX_LISTED: Final = 1000
 """Problems and unjudged devices that are kept; a hostile stream may have any number of sections."""
@@ -140,7 +133,7 @@ class _Rewriting:
         self._begin(before.name)
         kept, subsections = [], configuration_subsections(before)
         for name in subsections:
-            if self._too_old_for(SUBSECTIONS_SINCE.get(name)):
+            if self._unknown(name):
                 self._dropped[f"subsection '{name}'"] += 1
             else:
                 kept.append(name)
@@ -181,26 +174,25 @@ class _Rewriting:
 
     # -- what a version does not know ------------------------------------------------------------------------------
 
-    def _too_old_for(self, since: Version | None) -> bool:
-        return since is not None and self._done.version is not None and self._done.version < since
+    def _unknown(self, subject: Subject) -> bool:
+        """Whether the version that it is converted for does not understand this part."""
+        return self._done.version is not None and not is_known(subject, self._done.version)
 
     def _command(self, item: items.CommandItem) -> Iterator[items.Item]:
         command = item.record.command
-        if self._too_old_for(COMMANDS_SINCE.get(command)):
+        if self._unknown(command):
             self._dropped[f"command {command.name}"] += 1
         else:
             yield item
 
     def _ram(self, item: items.Ram) -> Iterator[items.Item]:
         kind = item.record.kind
-        if self._too_old_for(RAM_RECORDS_SINCE.get(kind)):
-            self._dropped[f"RAM record {kind.name}"] += 1
-            return
-        until = RAM_RECORDS_UNTIL.get(kind)
-        if until is not None and self._done.version is not None and self._done.version >= until:
+        if not self._unknown(kind):
+            yield item
+        elif kind is RamFlag.COMPRESS_PAGE:
             yield self._unpack(item)
         else:
-            yield item
+            self._dropped[f"RAM record {kind.name}"] += 1
 
     def _unpack(self, item: items.Ram) -> items.Ram:
         unpacker = zlib.decompressobj()

@@ -10,9 +10,20 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from functools import lru_cache
+from typing import Final, NamedTuple
 
-Version = tuple[int, int]
+from corefw.wire.constants import Command, RamFlag, ReturnMessage
+
+
+class Version(NamedTuple):
+    """A release of QEMU."""
+
+    major: int
+    minor: int
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}"
 
 
 class Depends(StrEnum):
@@ -22,15 +33,20 @@ class Depends(StrEnum):
     MACHINE_TYPE = "machine type"
 
 
+Subject = Command | RamFlag | ReturnMessage | str
+"""What a difference is about; a text is the name of a configuration subsection, a section or a capability."""
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """One difference: it holds from version `since` to version `until`, both included; None: no bound.
 
-    what     what QEMU does
+    what     what QEMU does in these versions
     migfw    what migfw does about it
     """
 
     name: str
+    subject: Subject
     depends: Depends
     since: Version | None
     until: Version | None
@@ -43,47 +59,141 @@ class Difference:
     def versions(self) -> str:
         """The range in words."""
         if self.since is None:
-            return "all" if self.until is None else f"up to {_text(self.until)}"
-        return f"{_text(self.since)} and later" if self.until is None else f"{_text(self.since)} to {_text(self.until)}"
+            return f"up to {self.until}"
+        return f"{self.since} and later" if self.until is None else f"{self.since} to {self.until}"
 
 
-def _text(version: Version) -> str:
-    return f"{version[0]}.{version[1]}"
-
-
-def machine_version(name: str) -> Version | None:
+def machine_version(machine_type: str) -> Version | None:
     """The version that a machine type's name ends with, as in "pc-q35-10.0"; None for types that name none (microvm)
     and for a distribution's own ("pc-q35-rhel9.4.0")."""
-    found = re.fullmatch(r"[a-z0-9-]+-(\d+)\.(\d+)", name)
-    return None if found is None else (int(found[1]), int(found[2]))
+    found = re.fullmatch(r".+-(\d{1,3})\.(\d{1,3})", machine_type)
+    return None if found is None else Version(int(found[1]), int(found[2]))
+
+
+@lru_cache(maxsize=None, typed=True)  # numbers of different enumerations are equal
+def is_known(subject: Subject, version: Version) -> bool:
+    """Whether a QEMU of that version understands this part of a stream."""
+    return all(
+        one.holds(version) for one in DIFFERENCES if one.subject == subject and type(one.subject) is type(subject)
+    )
 
 
 SWITCHOVER_START: Final = Difference(
     "SWITCHOVER_START",
+    Command.SWITCHOVER_START,
     Depends.MACHINE_TYPE,
-    (10, 0),
+    Version(10, 0),
     None,
     "The source sends command 11 when the guest has stopped, before the END sections. QEMU 9.2 and older fail on it.",
-    "Takes it in. A parked machine sends it on where it came, and nowhere else.",
+    "Takes it in. A parked machine sends it on where it came, and nowhere else; `convert` leaves it out.",
 )
 SWITCHOVER_ACK: Final = Difference(
     "SWITCHOVER_ACK",
+    ReturnMessage.SWITCHOVER_ACK,
     Depends.PROGRAM,
-    (8, 1),
+    Version(8, 1),
     None,
     "With the capability `switchover-ack` the source goes on sending until return-path message 7 has come. QEMU 8.0 and"
     " older fail on the message.",
-    "Has the capability on both sides. A destination sends the message without it too where the machine type says that"
-    " the source understands it.",
+    "Has the capability on both sides. A parked machine sends the message without it too if the machine type says that"
+    " the source understands it, or if the source evidently waits for it.",
 )
 UNASKED_ACK: Final = Difference(
     "SWITCHOVER_ACK without a request",
+    "switchover-ack-legacy",
     Depends.MACHINE_TYPE,
     None,
-    (11, 0),
+    Version(11, 0),
     "The destination decides which devices need `switchover-ack`; if none does, it sends one SWITCHOVER_ACK as soon as"
     " there is a return path. From 11.1 on the source's devices ask for it, and one that none asked for is an error.",
-    "Follows the machine type on both sides: from 11.1 on none is sent and none awaited, since no device here asks.",
+    "Sends none for machine types from 11.1 on, nor for those without a version unless the source waits for it.",
 )
 
-DIFFERENCES: Final = (SWITCHOVER_START, SWITCHOVER_ACK, UNASKED_ACK)
+DIFFERENCES: Final = (
+    SWITCHOVER_START,
+    SWITCHOVER_ACK,
+    UNASKED_ACK,
+    Difference(
+        "MULTIFD_FLUSH",
+        RamFlag.MULTIFD_FLUSH,
+        Depends.MACHINE_TYPE,
+        Version(8, 1),
+        None,
+        "The stream marks with a RAM record where the channels of multifd have to be in step; older types do so at the"
+        " end of every section.",
+        "Refused with the capability `multifd`, by name; `inspect` reads it, `convert` leaves it out.",
+    ),
+    Difference(
+        "COMPRESS_PAGE",
+        RamFlag.COMPRESS_PAGE,
+        Depends.PROGRAM,
+        None,
+        Version(9, 0),
+        "The capability `compress` sends pages packed by zlib. QEMU 9.1 removed it.",
+        "Refused by the capability's name; `inspect` reads the pages, `convert` unpacks them.",
+    ),
+    Difference(
+        "section block",
+        "block",
+        Depends.PROGRAM,
+        None,
+        Version(9, 0),
+        "The capability `block` sends disks in the stream. QEMU 9.1 removed it.",
+        "Refused by the capability's name.",
+    ),
+    Difference(
+        "configuration/target-page-bits",
+        "configuration/target-page-bits",
+        Depends.PROGRAM,
+        Version(2, 9),
+        None,
+        "Targets whose page size varies (Arm) send it in the configuration section.",
+        "A parked machine sends it on; pages of another size than 4 KiB are refused.",
+    ),
+    Difference(
+        "configuration/capabilities",
+        "configuration/capabilities",
+        Depends.PROGRAM,
+        Version(4, 0),
+        None,
+        "The configuration section names the capabilities `x-ignore-shared` and `mapped-ram` (9.0) where they are on.",
+        "`x-ignore-shared` is refused by name, `mapped-ram` read.",
+    ),
+    Difference(
+        "configuration/uuid",
+        "configuration/uuid",
+        Depends.PROGRAM,
+        Version(4, 2),
+        None,
+        "With the capability `validate-uuid` the configuration section has the guest's UUID.",
+        "A parked machine sends it on.",
+    ),
+    Difference(
+        "background-snapshot",
+        "background-snapshot",
+        Depends.PROGRAM,
+        Version(6, 0),
+        None,
+        "A stream of the capability `background-snapshot` has no END section for the RAM.",
+        "Parks it, and sends the machine on as an ordinary stream.",
+    ),
+    Difference(
+        "devices before the RAM",
+        "virtio-mem-device-early",
+        Depends.MACHINE_TYPE,
+        Version(8, 0),
+        None,
+        "virtio-mem sends a part of its state before the RAM: behind the RAM's START in 10.0, before it in 11.1.",
+        "Refused by the device's name. The device's property `x-early-migration=off` sends it behind the RAM.",
+    ),
+    Difference(
+        "COLO without ENABLE_COLO",
+        "x-colo",
+        Depends.PROGRAM,
+        Version(11, 1),
+        None,
+        "A source with the capability `x-colo` no longer says so in the stream; until 10.0 it sends ENABLE_COLO.",
+        "Refuses ENABLE_COLO by the capability's name. A later stream is parked as any other, and the source stays in"
+        " status `colo`, stopped, until `x-colo-lost-heartbeat`.",
+    ),
+)
