@@ -181,6 +181,17 @@ class Machine(ABC):
     def information(self) -> Mapping[str, object]:
         """For `migfw status`: JSON values; at least "ram" with sizes by block."""
 
+    def layout_document(self) -> bytes:
+        """What the guest consists of, as UTF-8 text of the machine's own kind: what a destination compares with its own
+        before anything is sent (`migfw check`). b"" where RAM blocks and sections say everything."""
+        return b""
+
+    def compare_layout(self, there: bytes) -> tuple[list[str], list[str]]:
+        """At a destination: what keeps the guest of that layout_document() from running here, and what may matter, as
+        phrases. `there` is a peer's, so anything may be in it. Does not raise."""
+        del there
+        return [], []
+
     @abstractmethod
     def close(self) -> None:
         """End the guest and free everything. Idempotent; does not raise."""

@@ -35,6 +35,7 @@ COMMANDS: Final[Mapping[str, Mapping[str, Entry]]] = {
     },
     "Migration": {
         "migrate": Entry("corefw.cli.migrate:migrate", "Move the running guest to another host."),
+        "check": Entry("corefw.cli.check:check", "Try out whether the guest could move, and what it would be like."),
         "status": Entry("corefw.cli.status:status", "Show the guest and its migration."),
         "cancel": Entry("corefw.cli.control:cancel", "Cancel the migration; the guest goes on here."),
         "set": Entry("corefw.cli.control:set_values", "Change capabilities and parameters, also in flight."),

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from corefw.channel import Channel, Interrupt, Listener, ReceivesMemory
-from corefw.errors import ChannelError, Interrupted
+from corefw.engine.checking import MAGIC as CHECK_MAGIC
+from corefw.errors import ChannelError, Interrupted, MigfwError
 from corefw.settings import Settings
 from corefw.wire.constants import BE32, FILE_MAGIC
 from corefw.wire.stream import BULK_BUFFER_SIZE, StreamReader
@@ -102,11 +103,18 @@ class IncomingMemory(Incoming):
 
 
 def await_source(
-    listener: Listener, settings: Settings, interrupt: Interrupt, hold: Callable[[Channel | None], None], *, again: bool
+    listener: Listener,
+    settings: Settings,
+    interrupt: Interrupt,
+    hold: Callable[[Channel | None], None],
+    answer: Callable[[StreamReader, Channel], None],
+    *,
+    again: bool,
 ) -> tuple[Incoming, StreamReader]:
     """Wait for a connection that brings a migration. Raises Interrupted, ChannelError.
 
-    `hold` is given each connection at once, and None when it is closed again. Where the listener has only one to give
+    `answer` is called for a connection that brings a check instead (checking.py), behind its magic number. `hold` is
+    given each connection at once, and None when it is closed again. Where the listener has only one to give
     (`again` is False), that one counts whatever it brings, and its first byte may take as long as it likes.
     """
     while True:
@@ -120,16 +128,18 @@ def await_source(
             reader.peek(1)
             source.may_pause(False)
             return source, reader
-        problem = _problem(reader, channel.peer)
+        problem = _problem(reader, channel, answer)
         if problem is None:
             return source, reader
-        log.warning("%s; it does not count, and the destination waits on", problem)
+        if problem:
+            log.warning("%s; it does not count, and the destination waits on", problem)
         hold(None)
         channel.close()
 
 
-def _problem(reader: StreamReader, peer: str) -> str | None:
-    """Why these first bytes begin no migration."""
+def _problem(reader: StreamReader, channel: Channel, answer: Callable[[StreamReader, Channel], None]) -> str | None:
+    """Why these first bytes begin no migration; "" where they began a check, which has been answered."""
+    peer = channel.peer
     try:
         head = reader.peek(len(MAGIC))
     except Interrupted:
@@ -138,6 +148,15 @@ def _problem(reader: StreamReader, peer: str) -> str | None:
         return f"a connection brought no migration: {error}"
     if head == MAGIC:
         return None
+    if head == CHECK_MAGIC:
+        reader.read(len(CHECK_MAGIC), "the magic number")
+        try:
+            answer(reader, channel)
+        except Interrupted:
+            raise
+        except MigfwError as error:
+            log.info("%s: a check was broken off: %s", peer, error)
+        return ""
     if len(head) < len(MAGIC):
         return f"a connection ({peer}) ended after {len(head)} bytes"
     return f"a connection ({peer}) began with the bytes {head.hex(' ')}, expected a migration stream ('QEVM')"

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from corefw.channel import Transport
 from corefw.engine.blockers import Blockers
+from corefw.engine.checking import Checking
 from corefw.engine.coverage import uncovered
 from corefw.engine.events import Events, Observer
 from corefw.engine.guestlock import GuestLock
@@ -22,7 +23,16 @@ from corefw.engine.incoming import IncomingMigration
 from corefw.engine.launch import Launch
 from corefw.engine.outgoing import OutgoingMigration
 from corefw.engine.statistics import idle_document, with_blockers
-from corefw.errors import BlockedError, MigfwError, PluginError, SettingsError, StateError, UriError, UsageError
+from corefw.errors import (
+    BlockedError,
+    Interrupted,
+    MigfwError,
+    PluginError,
+    SettingsError,
+    StateError,
+    UriError,
+    UsageError,
+)
 from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, SupportsVerify
 from corefw.plugins import Plugins
 from corefw.section import SectionRegistry
@@ -68,6 +78,7 @@ class Engine:
         self._blockers = Blockers(machine, plugins, settings)
         self._migration: OutgoingMigration | None = None
         self._arrival: IncomingMigration | None = None
+        self._checking: Checking | None = None
         if settings.property("only-migratable") and (reasons := self._blockers.reasons(self._registry())):
             raise UsageError("the guest cannot migrate, and only-migratable was asked for: " + "; ".join(reasons))
         for side in (self.outgoing, self.incoming):
@@ -179,6 +190,7 @@ class Engine:
                 raise StateError("Cannot resume if there is no paused migration")
             if self.outgoing.status not in IDLE:
                 raise StateError(MIGRATION_ACTIVE)
+            self._end_check()
             self._check_is_ours()
             self._check_left_nothing_open()
             if blk or inc:
@@ -189,6 +201,38 @@ class Engine:
                 raise BlockedError(reasons)
             self._begin_outgoing(transport, registry)
         self.outgoing.announce()
+
+    def check(self, uri: str | None = None) -> dict[str, Any]:
+        """Whether a migration to `uri` would succeed, and what it would be like; it changes nothing and takes some
+        seconds. Without `uri` only this side is looked at. A migration that begins meanwhile ends it.
+
+        Raises StateError, UriError, PluginError.
+        """
+        with self._lock:
+            if self.outgoing.status not in IDLE:
+                raise StateError(MIGRATION_ACTIVE)
+            if self._checking is not None:
+                raise StateError("a check is under way already")
+            self._check_is_ours()
+            transport = self.plugins.transport(uri) if uri is not None else None
+            if transport is not None:
+                transport.check_outgoing()
+            registry = self._registry()
+            reasons = self._blockers.reasons(registry)
+            self._checking = checking = Checking(self.machine, self.settings, registry, transport, reasons)
+        try:
+            return checking.run()
+        except Interrupted:
+            raise StateError("a migration began, and ended the check") from None
+        finally:
+            self._checking = None
+            checking.done.set()
+
+    def _end_check(self) -> None:
+        """Under the lock: a migration needs the dirty logs for itself."""
+        checking = self._checking
+        if checking is not None:
+            checking.end()
 
     def _check_left_nothing_open(self) -> None:
         """Raise when the guest may run elsewhere: a second copy of it must not come to run as well. A machine that
@@ -391,6 +435,7 @@ class Engine:
         """End migrations and the guest. A source that may have handed the guest over does not start it again."""
         with self._lock:
             self._closed = True
+            self._end_check()
         self._cancel_outgoing()
         if self._migration is not None:
             self._migration.join()

@@ -19,6 +19,7 @@ from typing import Final
 from corefw.channel import Channel, Interrupt, Listener
 from corefw.channelset import ChannelSet
 from corefw.engine.awaiting import Incoming, await_source
+from corefw.engine.checking import answer_check
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.engine.scheduling import yielding_to_guests
@@ -170,7 +171,12 @@ class IncomingMigration:
     def _take_in(self) -> None:
         while True:
             self._source, reader = await_source(
-                self._listener, self.settings, self.interrupt, self._hold, again=self._accepts_again
+                self._listener,
+                self.settings,
+                self.interrupt,
+                self._hold,
+                self._answer_check,
+                again=self._accepts_again,
             )
             self.interrupt.check()
             try:
@@ -182,6 +188,9 @@ class IncomingMigration:
         with self._guest_lock.unless(self.interrupt.check):
             self.interrupt.check()
             self._start_guest()
+
+    def _answer_check(self, reader: StreamReader, channel: Channel) -> None:
+        answer_check(reader, channel, self._machine, self.settings, self._registry)
 
     def _hold(self, channel: Channel | None) -> None:
         self._channel = channel

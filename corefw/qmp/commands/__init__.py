@@ -51,6 +51,7 @@ CORE: Final[Mapping[str, Callable[..., object]]] = {
     "cont": guest.cont,
     "x-migfw-status": guest.x_migfw_status,
     "x-migfw-verify": guest.x_migfw_verify,
+    "x-migfw-check": migration.x_migfw_check,
     "migrate": migration.migrate,
     "migrate-incoming": migration.migrate_incoming,
     "x-migfw-transport": migration.x_migfw_transport,

@@ -26,6 +26,12 @@ def migrate(
     context.engine.migrate(uri, blk=blk, inc=inc, detach=detach, resume=resume)
 
 
+def x_migfw_check(context: Context, uri: str = "") -> object:
+    """Whether a migration to `uri` would succeed, and what it would be like. It changes nothing and takes some seconds;
+    without `uri` it looks at this side only."""
+    return context.engine.check(uri or None)
+
+
 def migrate_incoming(context: Context, uri: str) -> None:
     """Wait at `uri` for a guest, in an engine that was started with `--incoming`."""
     context.engine.migrate_incoming(uri)

@@ -19,7 +19,7 @@ from corefw.memory.blocks import MemfdBlock
 from corefw.memory.logs import LogKind, best_dirty_log
 from corefw.memory.pagemap import PagemapLog, Tracker
 from corefw_machine_python import undeclared
-from corefw_machine_python.layout import Layout
+from corefw_machine_python.layout import Layout, compare
 from corefw_machine_python.loading import BUNDLED, EXPECTED
 from corefw_machine_python.process import START_TIMEOUT, Ending, GuestProcess, GuestTimeout
 from corefw_machine_python.protocol import Message
@@ -98,6 +98,16 @@ class PythonMachine(Machine):
     def layout(self) -> Layout:
         """What the program consists of."""
         return Layout.of(self._loaded)
+
+    def layout_document(self) -> bytes:
+        return self.layout.pack()
+
+    def compare_layout(self, there: bytes) -> tuple[list[str], list[str]]:
+        try:
+            comparison = compare(self.layout, Layout.unpack(there))
+        except ValueError as error:
+            return [f"the source does not say what its program consists of ({error})"], []
+        return list(comparison.refusals), list(comparison.notes)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 

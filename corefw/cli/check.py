@@ -1,0 +1,100 @@
+"""`migfw check`: would the guest's migration succeed, and what would it be like?"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import click
+
+from corefw.cli import completion
+from corefw.cli.engines import EngineClient, connect
+from corefw.cli.options import engine_options, json_option
+from corefw.cli.outcome import ExitStatus, Finished
+from corefw.cli.output import print_facts, print_json
+from corefw.errors import UsageError
+from corefw.quantities import format_milliseconds, format_size
+
+
+@click.command()
+@click.argument("uri", required=False, shell_complete=completion.uris)
+@click.option(
+    "--to", metavar="[USER@]HOST[:PORT]", help="Start a destination on HOST over ssh for the check, and end it."
+)
+@click.option("--remote-migfw", metavar="PATH", help="Where migfw is on HOST.  [default: migfw, then where it is here]")
+@engine_options
+@json_option
+def check(
+    uri: str | None, to: str | None, remote_migfw: str | None, name: str | None, qmp: str | None, as_json: bool
+) -> None:
+    """Try out whether the running guest could move to URI or HOST. Nothing moves, and the guest runs on.
+
+    The destination at URI compares the programs, their fields and arrays, the versions of Python and NumPy, and its
+    free memory; the path's bandwidth and the rate at which the guest writes are measured for a second each. From these
+    follows whether a migration would converge, how long it would take, and how long the guest would be down. The
+    destination waits on afterwards. Without URI and --to, only this side is looked at.
+
+    \b
+    Examples:
+      migfw check tcp:other.example.org:4444
+      migfw check --to me@other.example.org
+      migfw check --json
+
+    \b
+    Exit status:
+      0    a migration should succeed
+      1    it would not; the lines called "problem" say why
+      2    wrong usage
+    """
+    if uri is not None and to is not None:
+        raise UsageError(f"'{uri}' and --to {to} both say where: give one of them")
+    if to is None and remote_migfw is not None:
+        raise UsageError("--remote-migfw is for --to HOST")
+    with connect(name, qmp) as engine:
+        if not engine.is_migfw:
+            raise UsageError(f"at {engine.address} is a QEMU, and only a migfw can check its own guest")
+        with _dialled(engine, uri, to, remote_migfw) as where:
+            answer = engine.call("x-migfw-check", **({"uri": where} if where is not None else {}))
+    if as_json:
+        print_json({"uri": where, **answer})
+    else:
+        print_facts(list(_facts(answer)))
+    if not answer["ok"]:
+        raise Finished(ExitStatus.FAILED)
+
+
+@contextlib.contextmanager
+def _dialled(engine: EngineClient, uri: str | None, to: str | None, remote_migfw: str | None) -> Iterator[str | None]:
+    """The URI to dial; for --to that of a destination that is ended afterwards."""
+    if to is None:
+        yield uri
+        return
+    from corefw.cli.destination import start_destination
+
+    with start_destination(engine, to, remote_migfw, ()) as destination:
+        yield destination.uri
+
+
+def _facts(answer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for problem in answer["problems"]:
+        yield "problem", problem
+    for note in answer["notes"]:
+        yield "note", note
+    yield "RAM", f"{format_size(answer['ram'])}, {format_size(answer['ram-used'])} of it in use"
+    if answer["dirty-rate"] is not None:
+        yield "dirty rate", f"{format_size(answer['dirty-rate'])}/s"
+    if there := answer["destination"]:
+        versions = ", ".join(f"{called} {there.get(key, '?')}" for key, called in _VERSIONS)
+        yield "destination", f"{there.get('host', '?')}: {versions}"
+        if isinstance(there.get("memory"), int):
+            yield "memory there", f"{format_size(there['memory'])} to spare"
+    if answer["bandwidth"]:
+        yield "bandwidth", f"{format_size(answer['bandwidth'])}/s, an answer takes {answer['round-trip']:.1f} ms"
+    if answer["converges"]:
+        yield "would take", f"{format_milliseconds(answer['expected-time'])}, {answer['passes']} passes"
+        yield "downtime", f"about {format_milliseconds(answer['expected-downtime'])}, and what stopping takes"
+    yield "result", "a migration should succeed" if answer["ok"] else "a migration would not succeed"
+
+
+_VERSIONS = (("migfw", "migfw"), ("python", "Python"), ("numpy", "NumPy"))

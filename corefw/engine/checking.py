@@ -1,0 +1,315 @@
+"""`migfw check`: would a migration succeed, and what would it be like? Nothing is changed on either side.
+
+The source dials the destination as for a migration, but begins with another magic number. A destination compares what
+the source says of itself with its own, answers, takes in some padding so that the source can measure the path, and
+waits on as if nobody had come. Messages are a u32 length and a JSON object:
+
+    source        "MGCK", message {facts}         padding: u32 length, bytes; ...; u32 0
+    destination   message {"facts", "problems", "notes"}                                  message {"received"}
+
+Meanwhile the source measures how fast its guest writes, with the dirty logs that a migration would use. So no migration
+runs at the same time: `migrate` ends a check.
+
+Threads: the one that asked; `end` comes from others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version as installed
+from typing import Any, Final
+
+from corefw import __version__
+from corefw.channel import Channel, Interrupt, Transport
+from corefw.engine.estimate import Estimate, Rates, estimate
+from corefw.errors import ChannelError, Interrupted, StreamError, one_line
+from corefw.machine import AdoptsStreams, Machine, RunState
+from corefw.memory.host import spare_memory
+from corefw.quantities import format_size
+from corefw.section import SectionRegistry
+from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED, Settings
+from corefw.wire.constants import BE32
+from corefw.wire.stream import StreamReader
+
+MAGIC: Final = b"MGCK"
+MESSAGE_LIMIT: Final = 2 << 20
+CHUNK: Final = 1 << 18
+PADDING_LIMIT: Final = 1 << 30
+"""Bytes of padding that a destination takes in, at most."""
+
+PROBE_SECONDS: Final = 1.0
+PROBE_BYTES: Final = 256 << 20
+PATIENCE: Final = 30.0
+"""Seconds that a conversation with a destination may take."""
+
+FIRST_LOOK: Final = 0.1
+SECOND_LOOK: Final = 0.9
+"""Seconds until the first harvest of the dirty logs, and from there to the second."""
+
+_COMPARED: Final = ("send-configuration", "send-section-footer")
+"""Properties that have to be alike on both sides."""
+_SHOWN: Final = 20
+_LONGEST: Final = 500
+
+
+class Checking:
+    """One check, at the source. `transport` is None where nobody is to be asked."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        settings: Settings,
+        registry: SectionRegistry,
+        transport: Transport | None,
+        blockers: Sequence[str],
+    ) -> None:
+        self.done: Final = threading.Event()
+        self._machine = machine
+        self._settings = settings
+        self._registry = registry
+        self._transport = transport
+        self._interrupt = Interrupt()
+        self._channel: Channel | None = None
+        self._problems = list(blockers)
+        self._notes: list[str] = []
+        self._there: Mapping[str, Any] | None = None
+        self._bandwidth: float | None = None
+        self._round_trip: float | None = None
+
+    def end(self) -> None:
+        """From another thread: end it, and wait until it has let go of the guest."""
+        self._interrupt.set()
+        if self._channel is not None:
+            self._channel.abort()
+        self.done.wait()
+
+    def run(self) -> dict[str, Any]:
+        """The answer of x-migfw-check. Raises Interrupted when a migration began."""
+        if self._transport is not None:
+            self._ask(self._transport)
+        self._interrupt.check()
+        rates = self._measure()
+        self._interrupt.check()
+        used = sum(min(block.length, os.fstat(block.fd).st_blocks * 512) for block in self._machine.ram_blocks())
+        guess = self._estimate(used, rates)
+        return {
+            "ok": not self._problems,
+            "problems": self._problems,
+            "notes": self._notes,
+            "ram": sum(block.length for block in self._machine.ram_blocks()),
+            "ram-used": used,
+            "dirty-rate": int(rates.second) if rates is not None else None,
+            "destination": self._there,
+            "bandwidth": int(self._bandwidth) if self._bandwidth else None,
+            "round-trip": round(self._round_trip * 1000, 3) if self._round_trip is not None else None,
+            "converges": guess.converges if guess else None,
+            "expected-time": guess.milliseconds if guess else None,
+            "expected-downtime": guess.downtime if guess else None,
+            "passes": guess.passes if guess else None,
+        }
+
+    # -- the destination -------------------------------------------------------------------------------------------
+
+    def _ask(self, transport: Transport) -> None:
+        if why := self._why_not_dialled(transport):
+            self._notes.append(f"{transport.uri} was not dialled: {why}")
+            return
+        try:
+            self._channel = channel = transport.connect(self._interrupt)
+            self._interrupt.check()
+            limit = threading.Timer(PATIENCE, channel.abort)
+            limit.daemon = True
+            limit.start()
+            try:
+                self._talk(channel)
+            finally:
+                limit.cancel()
+                channel.close()
+        except (ChannelError, StreamError) as error:
+            self._interrupt.check()
+            late = " (it did not answer in time)" if isinstance(error, Interrupted) else ""
+            self._problems.append(f"{error}{late}")
+
+    def _why_not_dialled(self, transport: Transport) -> str | None:
+        if isinstance(self._machine, AdoptsStreams):
+            return "a QEMU that waits there would end when somebody connects and leaves; only this side was checked"
+        if not (transport.features.return_path and transport.features.multi_channel):
+            return f"'{transport.uri.scheme}:' has one connection, or one direction; only this side was checked"
+        return None
+
+    def _talk(self, channel: Channel) -> None:
+        channel.send(MAGIC, pack(facts_of(self._machine, self._settings, self._registry)))
+        reader = StreamReader(channel, where="the answer to the check")
+        if reader.at_end():
+            raise ChannelError(
+                f"{channel.peer}: whoever listens there does not answer a check: no migfw that waits for a guest,"
+                " or one of another version"
+            )
+        answer = read_message(reader)
+        facts, problems, notes = (answer.get(name) for name in ("facts", "problems", "notes"))
+        if not (isinstance(facts, dict) and _is_texts(problems) and _is_texts(notes)):
+            raise reader.error("the facts, problems and notes of a destination", "something else")
+        self._there = {
+            name: facts[name] for name in ("host", "migfw", "python", "numpy", "memory") if _is_plain(facts.get(name))
+        }
+        assert isinstance(problems, list)
+        assert isinstance(notes, list)
+        self._problems += [f"the destination: {one_line(one)[:_LONGEST]}" for one in problems[:_SHOWN]]
+        self._notes += [f"the destination: {one_line(one)[:_LONGEST]}" for one in notes[:_SHOWN]]
+        self._probe(channel, reader)
+
+    def _probe(self, channel: Channel, reader: StreamReader) -> None:
+        """Send padding for a second. Bytes that only fill buffers on the way do not count: the answer comes behind
+        them. An empty round first shows how long an answer takes."""
+        began = time.monotonic()
+        channel.send(BE32.pack(0))
+        read_message(reader)
+        self._round_trip = time.monotonic() - began
+        padding = os.urandom(CHUNK)  # a tunnel may compress
+        began, sent = time.monotonic(), 0
+        while time.monotonic() - began < PROBE_SECONDS and sent < PROBE_BYTES:
+            channel.send(BE32.pack(CHUNK), padding)
+            sent += CHUNK
+        channel.send(BE32.pack(0))
+        read_message(reader)
+        self._bandwidth = sent / max(1e-6, time.monotonic() - began - self._round_trip)
+        channel.send_eof()
+
+    # -- the guest -------------------------------------------------------------------------------------------------
+
+    def _measure(self) -> Rates | None:
+        """How fast the guest writes; None where it does not run."""
+        if self._machine.run_state is not RunState.RUNNING:
+            self._notes.append(f"the guest is {self._machine.run_state}: how fast it writes cannot be measured")
+            return None
+        blocks = self._machine.ram_blocks()
+        with ExitStack() as stop:
+            for block in blocks:
+                stop.callback(block.dirty_log.stop)
+                block.dirty_log.start()
+            looks = []
+            for seconds in (FIRST_LOOK, SECOND_LOOK):
+                began = time.monotonic()
+                self._interrupt.wait(seconds)
+                self._interrupt.check()
+                dirty = sum(_dirty_bytes(block.dirty_log.harvest(), block.page_size) for block in blocks)
+                looks.append(dirty / max(seconds, time.monotonic() - began))
+        return Rates(*looks)
+
+    def _estimate(self, used: int, rates: Rates | None) -> Estimate | None:
+        if not self._bandwidth:
+            return None
+        limit = self._settings.integer("max-bandwidth")
+        if limit not in (UNLIMITED, QMP_MAX_BANDWIDTH):  # the default is none that anybody chose: see `migfw migrate`
+            self._bandwidth = min(self._bandwidth, limit)
+        downtime = self._settings.integer("downtime-limit")
+        guess = estimate(used, self._bandwidth, rates or Rates(0.0, 0.0), downtime)
+        if not guess.converges:
+            self._problems.append(
+                f"it will not converge: the guest writes {format_size(guess.pending)} while that much is sent at"
+                f" {format_size(self._bandwidth)}/s, and {format_size(int(self._bandwidth * downtime / 1000))} fit into"
+                f" the downtime limit of {downtime} ms (set downtime-limit to {guess.downtime} ms or more, or let it"
+                " write less)"
+            )
+        return guess
+
+
+def _dirty_bytes(runs: Any, page_size: int) -> int:
+    return int((runs[:, 1] - runs[:, 0]).sum()) * page_size
+
+
+# -- both sides ----------------------------------------------------------------------------------------------------
+
+
+def facts_of(machine: Machine, settings: Settings, registry: SectionRegistry) -> dict[str, Any]:
+    """What one side says of itself."""
+    return {
+        "host": platform.node(),
+        "migfw": __version__,
+        "python": platform.python_version(),
+        "numpy": installed("numpy"),
+        "kind": machine.kind,
+        "name": machine.name,
+        "ram": {block.idstr: block.length for block in machine.ram_blocks()},
+        "layout": machine.layout_document().decode(),
+        "sections": [str(handler.key) for handler in registry],
+        "properties": {name: settings.property(name) for name in _COMPARED},
+        "memory": spare_memory(),
+    }
+
+
+def pack(document: Mapping[str, object]) -> bytes:
+    text = json.dumps(document).encode()
+    return BE32.pack(len(text)) + text
+
+
+def read_message(reader: StreamReader) -> dict[str, Any]:
+    """Raises StreamError for anything but a JSON object of a bounded length."""
+    length = reader.be32("the length of a message")
+    text = reader.read(length, "a message", MESSAGE_LIMIT)
+    try:
+        document = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        raise reader.error("a JSON object", "something else") from None
+    if not isinstance(document, dict):
+        raise reader.error("a JSON object", "something else")
+    return document
+
+
+def answer_check(
+    reader: StreamReader, channel: Channel, machine: Machine, settings: Settings, registry: SectionRegistry
+) -> None:
+    """The destination's side, behind the magic number. Raises StreamError, ChannelError: whatever happens, the
+    destination waits on."""
+    there = read_message(reader)
+    here = facts_of(machine, settings, registry)
+    problems, notes = _compare(here, there, machine)
+    shown = {name: here[name] for name in ("host", "migfw", "python", "numpy", "memory")}
+    channel.send(pack({"facts": shown, "problems": problems, "notes": notes}))
+    total = 0
+    for _ in range(2):  # the empty round, and the padding
+        while length := reader.be32("the length of some padding"):
+            total += length
+            if length > CHUNK or total > PADDING_LIMIT:
+                raise reader.error(f"at most {PADDING_LIMIT} bytes of padding", str(total))
+            reader.read(length, "padding", CHUNK)
+        channel.send(pack({"received": total}))
+
+
+def _compare(here: Mapping[str, Any], there: Mapping[str, Any], machine: Machine) -> tuple[list[str], list[str]]:
+    """Problems and notes, as the destination says them. `there` came from the peer: anything may be in it."""
+    if (there.get("kind"), there.get("name")) != (here["kind"], here["name"]):
+        return [f"this is a machine '{here['name']}', and '{there.get('name')}' would come"], []
+    layout = there.get("layout")
+    problems, notes = machine.compare_layout(layout.encode(errors="replace") if isinstance(layout, str) else b"")
+    if not problems and there.get("ram") != here["ram"]:
+        problems.append("its RAM blocks are others, or of other lengths (give both sides the same options)")
+    sections = there.get("sections")
+    if not _is_texts(sections) or set(sections or ()) != set(here["sections"]):
+        mine, theirs = set(here["sections"]), {str(one) for one in sections or ()}
+        problems += [f"no plugin here loads section {one}" for one in sorted(theirs - mine)[:_SHOWN]]
+        notes += [f"no plugin there sends section {one}" for one in sorted(mine - theirs)[:_SHOWN]]
+    properties = there.get("properties")
+    for name, value in here["properties"].items():
+        if isinstance(properties, dict) and properties.get(name, value) != value:
+            problems.append(f"property {name} is {'on' if value else 'off'} here and has to be alike on both sides")
+    needed = sum(here["ram"].values())
+    if needed > here["memory"]:
+        problems.append(
+            f"the guest has {format_size(needed)} of RAM, and this host has {format_size(here['memory'])} to spare"
+        )
+    return problems, notes
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, int) or (isinstance(value, str) and len(value) < _LONGEST)
