@@ -51,7 +51,7 @@ CORE: Final[dict[str, set[str]]] = {
     "testing": {"errors", "uri", "quantities", "settings", "channel", "wire", "section", "machine", "memory"},
     "engine": {
         *("errors", "uri", "quantities", "news", "states", "settings", "channel", "channelset", "wire", "section"),
-        *("machine", "plugins"),
+        *("machine", "memory", "plugins"),
     },
     "qmp": {
         *("closing", "errors", "uri", "quantities", "descriptors", "states", "settings", "channel", "socketfile"),

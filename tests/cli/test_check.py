@@ -107,15 +107,6 @@ def test_it_will_not_converge(engines: Engines) -> None:
     assert (status, found["converges"]) == (0, True)
 
 
-def test_a_blocker_is_a_problem(engines: Engines, tmp_path: Path) -> None:
-    program = tmp_path / "sim.py"
-    body = PROGRAM.format(length=4096, fields='step = guest.field("u64")')
-    program.write_text(body.replace("    def tick(self):", "    def tick(self):\n        self.found = [*getattr(self, 'found', []), 1]"))
-    status, found = check(engines(f"{program}:Sim"))
-    assert status == 1
-    assert any("'found'" in one for one in found["problems"]), found
-
-
 def test_nobody_there(pair: tuple[Engine, Engine]) -> None:
     status, found = check(pair[0], "unix:/nowhere/socket")
     assert status == 1

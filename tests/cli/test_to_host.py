@@ -202,6 +202,18 @@ def test_wrong_usage(engine: Engine, arguments: tuple[str, ...], complaint: str)
     assert complaint in done.stderr
 
 
+def test_check_starts_a_destination_and_ends_it(far: Far, engines: Engines) -> None:
+    source = engines(*SMALL)
+    done = source.call("check", far.to, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    assert document["ok"]
+    assert document["bandwidth"] > 0
+    far.wait_empty()
+    assert source.ask("query-status")["status"] == "running"
+    assert source.ask("query-migrate").get("status") is None
+
+
 def _refused(far: Far, source: Engine, status: int, err: str, *complaints: str) -> None:
     """A clear error before anything moved, and nothing left over there."""
     assert (status, err.count("\n")) == (1, 1), err

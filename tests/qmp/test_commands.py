@@ -23,7 +23,7 @@ SURFACE = """
     query-migrate-capabilities migrate-set-parameters query-migrate-parameters query-migrate migrate_set_speed
     migrate_set_downtime migrate-set-cache-size query-migrate-cache-size migrate-recover migrate-pause
     query-status stop cont quit getfd closefd query-version query-commands query-name qmp_capabilities
-    x-migfw-status x-migfw-verify x-migfw-transport
+    x-migfw-status x-migfw-check x-migfw-verify x-migfw-transport
 """
 
 
