@@ -92,7 +92,7 @@ class Progress:
             known.append("will not converge")
         elif self.time_left is not None:
             known.append(f"done in about {format_duration(self.time_left)}")
-        elif self.pass_time_left is not None:
+        elif self.pass_time_left is not None and self.remaining:
             known.append(f"this pass ends in about {format_duration(self.pass_time_left)}")
         if self.rate:
             known.append(f"{format_size(self.rate)}/s")

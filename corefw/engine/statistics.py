@@ -85,7 +85,6 @@ class OutgoingStatistics:
     stop_time: int = 0
     downtime_limit: int | None = None
     _before_stop: int = 0  # bytes that had been sent when the guest was stopped
-    _left_at_stop: int = 0
 
     def elapsed(self) -> int:
         return milliseconds_since(self.started)
@@ -123,7 +122,7 @@ class OutgoingStatistics:
         """The guest was stopped for the switchover, which took `stop_time`."""
         self.advice = None
         self.downtime_limit, self.stop_time = downtime_limit, stop_time
-        self._before_stop, self._left_at_stop = self.transferred, self.remaining
+        self._before_stop = self.transferred
 
     def finish(self, downtime: int) -> None:
         """The guest has left (migration_calculate_complete)."""
@@ -135,6 +134,23 @@ class OutgoingStatistics:
             self.warnings.append(warning)
         self.mbps = self.transferred * 8 / max(1, self.total_time) / 1000
         self.ram.remaining_bytes = 0
+
+    def _left_now(self) -> int:
+        """Once the guest is stopped, its RAM's handler alone knows what the last harvest found."""
+        return self.remaining if self.downtime_limit is None else max(self.remaining, self.ram.remaining_bytes)
+
+    def _will_exceed(self) -> str | None:
+        """That the guest, which is stopped, will be down for longer than the limit."""
+        if self.downtime_limit is None or not self.outlook.send_rate:
+            return None
+        left = self._left_now()
+        expected = self.stop_time + left / self.outlook.send_rate * 1000
+        if expected <= self.downtime_limit:
+            return None
+        return (
+            f"the guest is stopped, with {format_size(left)} left to send: it will be down for about"
+            f" {format_milliseconds(expected)}, over the downtime-limit of {format_milliseconds(self.downtime_limit)}"
+        )
 
     def _over_limit(self) -> str | None:
         """That the guest was down for longer than the limit, and with what."""
@@ -177,7 +193,8 @@ class OutgoingStatistics:
     def _own(self, status: MigrationStatus) -> dict[str, Any]:
         """What QEMU's fields have no place for. What is not known is left out."""
         outlook = self.outlook if status in _RUNNING else Outlook()
-        warnings = [*self.warnings, *([self.advice] if self.advice and status in _RUNNING else [])]
+        now = (self.advice, self._will_exceed()) if status in _RUNNING else ()
+        warnings = [*self.warnings, *(warning for warning in now if warning)]
         known = {
             "dirty-rate": outlook.dirty_rate,
             "time-left": _milliseconds(outlook.time_left),
@@ -188,7 +205,7 @@ class OutgoingStatistics:
         return {
             "pass": self.ram.dirty_sync_count,
             "total": self.total,
-            "remaining": self.remaining,
+            "remaining": self._left_now() if status in _RUNNING else self.remaining,
             "send-rate": int(outlook.send_rate),
             **{
                 name: value if isinstance(value, bool) else int(value)

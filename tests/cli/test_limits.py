@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from tests.cli.conftest import Engine, Engines
 from tests.cli.test_migrate import SLOW, begin, pair, setting, status, wait_until
@@ -90,3 +91,31 @@ def test_wrong_limits_start_nothing(engine: Engine) -> None:
         engine.runtime,
     )
     assert status(engine) == "none"
+
+
+LATE = """
+import time
+from corefw_machine_python import guest
+
+class Late(guest.Program):
+    data = guest.array("data", shape=(4 << 20,), dtype="uint8")
+
+    def tick(self):
+        time.sleep(0.001)
+
+    def before_stop(self):
+        self.data += 1
+        time.sleep(0.2)
+"""
+
+
+def test_a_stop_that_took_too_long_says_with_what(engines: Engines, tmp_path: Path) -> None:
+    """before_stop() takes its time, and writes what has to be sent while the guest is stopped."""
+    (tmp_path / "late.py").write_text(LATE)
+    program = f"{tmp_path}/late.py:Late"
+    here, there = engines(program, "--name=here"), engines(program, "--name=there", "--incoming=tcp:127.0.0.1:0")
+    done = here.call("migrate", there.uri, "--param=downtime-limit=50ms")
+    assert (done.returncode, done.stderr) == (0, "")
+    (warning,) = [line for line in done.stdout.splitlines() if line.startswith("warning:")]
+    assert "over the downtime-limit of 50 ms: stopping it took " in warning
+    assert "4.0 MiB were sent while it was stopped" in warning

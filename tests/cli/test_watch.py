@@ -31,7 +31,9 @@ def test_lines_follow_a_migration_until_the_engine_ends(pair: tuple[Engine, Engi
     watching = start("status", "--watch", "--name=here", runtime=here.runtime)
     assert watching.stdout is not None
     first = watching.stdout.readline()
-    assert first.startswith("guest running")
+    assert first.startswith("guest running; writes ")
+    again = watching.stdout.readline()
+    assert again.split()[3] != first.split()[3], "the fields of a guest that runs"
     assert here.call("migrate", there.uri, "--param=max-bandwidth=500K").returncode == 0
     out, err = watching.communicate(timeout=TIMEOUT)
     assert (watching.returncode, err) == (0, "migfw: the engine has ended\n")

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from corefw.engine.forecast import Outlook
+from corefw.engine.statistics import OutgoingStatistics
 from corefw.errors import MigfwError
+from corefw.states import MigrationStatus
 from tests.engine.test_passes import GIB, MIB, NeverEnds, World
 
 
@@ -115,6 +117,17 @@ def test_what_to_do() -> None:
     assert "raise max-bandwidth, or stop the guest" in (hopeless.advice(MIB) or "")
     assert "downtime-limit" not in (hopeless.advice(MIB) or "")
     assert Outlook(send_rate=1.0, converges=True).advice(0) is None
+
+
+def test_a_stop_that_will_take_too_long_is_said_while_it_lasts() -> None:
+    statistics = OutgoingStatistics(outlook=Outlook(send_rate=100.0 * MIB))
+    statistics.ram.remaining_bytes = 20 * MIB
+    assert statistics.document(MigrationStatus.ACTIVE)["x-migfw"]["warnings"] == []
+    statistics.stopped(downtime_limit=300, stop_time=150)
+    (warning,) = statistics.document(MigrationStatus.ACTIVE)["x-migfw"]["warnings"]
+    assert "with 20.0 MiB left to send: it will be down for about 350 ms, over the downtime-limit of 300 ms" in warning
+    statistics.ram.remaining_bytes = 10 * MIB
+    assert statistics.document(MigrationStatus.ACTIVE)["x-migfw"]["warnings"] == []
 
 
 @pytest.mark.parametrize(
