@@ -210,6 +210,7 @@ def _document(done: Conversion) -> dict[str, object]:
         "size": done.size,
         "changes": done.changes,
         "problems": done.problems,
+        "doubts": done.doubts,
         "notes": done.notes,
         "devices": {"compared": done.compared, "not-judged": done.unjudged},
     }
@@ -223,6 +224,7 @@ def _facts(done: Conversion, tables: DeviceTables | None) -> list[tuple[str, str
         *(("changed", change) for change in done.changes or ["nothing"]),
         *(("needs", text) for text in done.notes),
         *(("will not load", problem) for problem in done.problems),
+        *(("may not load", doubt) for doubt in done.doubts),
     ]
     if tables is None:
         return [*facts, ("devices", "not compared (give --to-vmstate FILE to find out which will not load)")]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from corefw.conversion.tables import DeviceTables, compare
+from corefw.conversion.tables import DeviceTables, compare, is_doubtful
 from corefw.conversion.versions import board
 from corefw.errors import MigfwError, RemoteStreamError
 from corefw.wire import items
@@ -57,6 +57,7 @@ class Conversion:
     version    what the stream is for, as far as it is known
     changes    what was changed, in words
     problems   what will not load, in words
+    doubts     devices that the source's tables have and the target's have not
     notes      what the destination has to have switched on
     compared   devices that were compared with the tables; unjudged: those that are not in them
     """
@@ -66,6 +67,7 @@ class Conversion:
     version: Version | None = None
     changes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     compared: int = 0
     unjudged: list[str] = field(default_factory=list)
@@ -228,7 +230,9 @@ class _Rewriting:
         problems = compare(item.header, item.device, target.from_tables, target.to_tables)
         if problems is None:
             name = item.header.idstr
-            if name not in done.unjudged and len(done.unjudged) < MAX_LISTED:
+            if is_doubtful(item.device, target.from_tables, target.to_tables):
+                done.doubts += [f"{item.header}: the target's tables do not have it"][: MAX_LISTED - len(done.doubts)]
+            elif name not in done.unjudged and len(done.unjudged) < MAX_LISTED:
                 done.unjudged.append(name)
             return
         done.compared += 1
