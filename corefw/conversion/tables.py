@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Final, TypeVar
 
 from corefw.errors import MigfwError
@@ -22,6 +22,7 @@ from corefw.wire.description import DeviceDescription, FieldDescription, StateDe
 from corefw.wire.records import SectionHeader
 
 MACHINE: Final = "vmschkmachine"
+UNUSED: Final = "unused"
 MAX_DEPTH: Final = 64
 
 _Value = TypeVar("_Value")
@@ -31,7 +32,8 @@ _NUMBERED: Final = re.compile(r"(.+)\[\d+\]\Z")
 
 @dataclass(frozen=True, slots=True)
 class FieldTable:
-    """One field. `version`: the first version of the state that has it; `optional`: a function decides instead."""
+    """One field. `version`: the first version of the state that has it; `optional`: a function decides instead;
+    `size`: bytes in memory, of one element."""
 
     name: str
     version: int
@@ -165,20 +167,25 @@ def _judge_fields(
 ) -> Iterator[str]:
     expected = target.fields_of(version)
     before = None if origin is None else _by_name(origin.fields_of(state.version))
-    known = _by_name(expected)
-    at = 0
-    for name, group in groupby(state.fields, key=lambda field: _base_name(field, target)):
-        field = list(group)[-1]
-        found = next((place for place in range(at, len(expected)) if expected[place].name == name), None)
-        if found is None:
-            if at < len(expected) and _is_renamed(field, expected[at], before):
-                at += 1
-                continue
-            yield f"{where}: the target has no field '{name}'"
+    sent = _runs(state.fields, target)
+    at = place = 0
+    while place < len(sent):
+        run = sent[place]
+        if (taken := _unused(sent[place:], expected[at:])) is not None:
+            place, at = place + taken[0], at + taken[1]
             continue
-        yield from _new_fields(where, expected[at:found], before)
-        at = found + 1
-        yield from _judge_field(f"{where}, field '{name}'", field, (before or {}).get(name, []), known[name])
+        place += 1
+        found = next((number for number in range(at, len(expected)) if run.is_of(expected[number])), None)
+        if found is None and at < len(expected) and _is_renamed(run, expected[at], before):
+            at += 1
+        elif found is None:
+            yield f"{where}: the target has no field '{run.name}'"
+        else:
+            yield from _new_fields(where, expected[at:found], before)
+            at = found + 1
+            alike = [one for one in expected if run.is_of(one)]
+            origins = [one for one in (before or {}).get(run.name, []) if run.is_of(one)]
+            yield from _judge_field(f"{where}, field '{run.name}'", run.field, origins, alike)
     yield from _new_fields(where, expected[at:], before)
     for one in state.subsections:
         subsection = target.subsection(one.vmsd_name)
@@ -187,6 +194,54 @@ def _judge_fields(
             yield f"{inner}: the target does not know it"
         else:
             yield from _judge(inner, one.version, one, origin and origin.subsection(one.vmsd_name), subsection)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A field, or the elements of an array that are described one by one; `size`: bytes of all."""
+
+    name: str
+    field: FieldDescription
+    size: int
+
+    @property
+    def is_unused(self) -> bool:
+        return self.field.type == "unused_buffer"
+
+    def is_of(self, table: FieldTable) -> bool:
+        """Whether the tables mean this field: a device with MSI-X has two `parent_obj`, of different states."""
+        struct = self.field.struct
+        same = struct is None or table.state is None or struct.vmsd_name == table.state.name
+        return self.name == table.name and same
+
+
+def _runs(fields: Sequence[FieldDescription], target: StateTable) -> list[_Run]:
+    def kind(field: FieldDescription) -> tuple[str, str, str]:
+        struct = "" if field.struct is None else field.struct.vmsd_name
+        return _base_name(field, target), "" if field.type == "nullptr" else field.type, struct
+
+    runs = []
+    for (name, _, _), group in groupby(fields, key=kind):
+        elements = list(group)
+        runs.append(_Run(name, elements[-1], sum(field.total for field in elements)))
+    return runs
+
+
+def _unused(sent: Sequence[_Run], expected: Sequence[FieldTable]) -> tuple[int, int] | None:
+    """Bytes that one side has no use for, in the place of fields of the other: how many of each to pass over."""
+    if not sent or not expected or sent[0].is_unused == (expected[0].name == UNUSED):
+        return None
+    if sent[0].is_unused:
+        # Older tables do not have the length of an array, so what follows says where the fields end.
+        after = next((run for run in sent if not run.is_unused), None)
+        end = (number for number, one in enumerate(expected) if after is not None and after.is_of(one))
+        count = next(end, len(expected) if after is None else 0)
+        fits = count > 0 and sum(one.size for one in expected[:count]) <= sent[0].size
+        return (1, count) if fits else None
+    for count, total in enumerate(accumulate(run.size for run in sent), 1):
+        if total >= expected[0].size:
+            return (count, 1) if total == expected[0].size else None
+    return None
 
 
 def _by_name(fields: Iterable[FieldTable]) -> dict[str, list[FieldTable]]:
@@ -205,10 +260,10 @@ def _base_name(field: FieldDescription, target: StateTable) -> str:
     return numbered[1]
 
 
-def _is_renamed(field: FieldDescription, expected: FieldTable, before: Mapping[str, object] | None) -> bool:
+def _is_renamed(run: _Run, expected: FieldTable, before: Mapping[str, object] | None) -> bool:
     """A name is not on the wire: a scalar of the same size in the same place is the same field, unless the source has
     the other one too."""
-    same = _SCALAR.fullmatch(field.type) is not None and field.size == expected.size
+    same = _SCALAR.fullmatch(run.field.type) is not None and run.field.size == expected.size
     return same and expected.state is None and (before is None or expected.name not in before)
 
 
