@@ -1,6 +1,7 @@
 """volatility3, a tool for memory forensics, opens what migfw stores of a parked machine: its pages are the RAM's.
 
-Its reader of QEMU's streams has limits of its own, which docs/qemu.md lists.
+Its reader of QEMU's streams has limits of its own, which docs/qemu.md lists: it stops at the first device whose state
+begins with a zero byte, and fails where another comes first, as from QEMU 11 on.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(240)]
 
 @pytest.fixture(scope="session")
 def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
-    return assemble(tmp_path_factory.mktemp("guest"))
+    return assemble(tmp_path_factory.mktemp("guest"), end=0x400000)
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 def store(guest: Guest, machine: str, label: str, path: Path) -> bytes:
     """Park a guest that runs in a QEMU, and store it; its RAM."""
-    with Qemu(boot=guest.image, machine=machine, peer=find_peer(label)) as source, parking() as engine:
+    with Qemu(boot=guest.image, machine=machine, memory="8M", peer=find_peer(label)) as source, parking() as engine:
         source.wait_printed("B")
         park(source, engine, f"unix:{path.parent}/in")
         (ram,) = [bytes(block.view) for block in engine.machine.ram_blocks() if block.idstr == "pc.ram"]
@@ -61,10 +62,9 @@ def store(guest: Guest, machine: str, label: str, path: Path) -> bytes:
     return ram
 
 
-@pytest.mark.parametrize("machine", ["pc-i440fx-7.2", "pc-q35-7.2"])
-@pytest.mark.parametrize("label", peer_parameters("7.2", "10.0", "newest"))
-def test_all_pages_are_found(label: str, machine: str, guest: Guest, folder: Path) -> None:
-    ram = store(guest, machine, label, folder / "stream")
+@pytest.mark.parametrize("label", peer_parameters("7.2", "10.0"))
+def test_all_pages_are_found(label: str, guest: Guest, folder: Path) -> None:
+    ram = store(guest, "pc-i440fx-7.2" if label == "7.2" else "pc-q35-7.2", label, folder / "stream")
     with opened(folder / "stream") as layer:
         assert layer.maximum_address == len(ram) - 1
         assert layer.read(0, len(ram)) == ram

@@ -89,6 +89,20 @@ def test_zero_pages_are_one_byte_each(sending: Sending, touched: bool) -> None:
         )  # fmt: skip
 
 
+def test_a_file_has_the_pages_in_the_order_of_their_addresses() -> None:
+    """As QEMU sends them. volatility3 looks for a page by its address in the list of those that it read."""
+    ram = block("ram", 600)
+    with StillMachine(ram) as machine, Sender(machine, gathers=False) as sender:
+        for page in range(0, 500, 3):
+            ram.pages[page] = np.frombuffer(A_PAGE, dtype=np.uint8)
+        ram.pages[[1, 2, 130, 131, 499]] = 0
+        sender.setup()
+        records = page_records(sender.part())
+    assert [record.page for record in records] == list(range(600))
+    assert {record.data for record in records} == {A_PAGE, b"\0"}
+    assert [record.page for record in records if record.kind is RamFlag.PAGE] == list(range(0, 500, 3))
+
+
 def test_each_block_is_named_where_it_begins(sending: Sending) -> None:
     one, two = block("one", 2), block("two", 2)
     with StillMachine(one, two) as machine, sending(machine) as sender:

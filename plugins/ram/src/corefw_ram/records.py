@@ -14,6 +14,7 @@ Threads: the migration thread.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -71,75 +72,87 @@ class PageWriter:
         while at < len(pages) and (not at or limit is None or writer.position < limit):
             batch = slice(at, at + _room(writer, limit, HEADER + self._page_size, most))
             at += len(pages[batch])
-            there = pages[batch]
-            if hole[batch].any():
-                self._send_zeros(writer, block, there[hole[batch]])
-                there = there[~hole[batch]]
-            if len(there) == 0:
-                continue
             if gathered:
-                self._send_gathered(writer, block, there)
+                self._send_gathered(writer, block, pages[batch], hole[batch])
             else:
-                self._send_staged(writer, block, there, notes)
+                self._send_staged(writer, block, pages[batch], hole[batch], notes)
         return at
 
-    def _send_gathered(self, writer: StreamWriter, block: RamBlock, pages: NDArray[np.int64]) -> None:
-        pages = self._without_zeros(writer, block, pages, block.pages.view(np.uint64), _index(pages))
+    def _send_gathered(
+        self, writer: StreamWriter, block: RamBlock, pages: NDArray[np.int64], hole: NDArray[np.bool_]
+    ) -> None:
+        zero = hole.copy()
+        if not hole.any():
+            zero = _find_zeros(block.pages.view(np.uint64), _index(pages))
+        elif not hole.all():
+            zero[~hole] = _find_zeros(block.pages.view(np.uint64), _index(pages[~hole]))
+        if zero.any():
+            self._send_zeros(writer, block, pages[zero])
+            pages = pages[~zero]
         if len(pages) == 0:
             return
         count = len(pages)
-        self._put_headers(self._headers[:count], block, pages, RamFlag.PAGE)
+        self._put_headers(self._headers[:count], block, pages, int(RamFlag.PAGE))
         self._pieces[1 : 2 * count : 2, 0] = pages * self._page_size + block.pages.ctypes.data
         first = self._introduce(writer, block, self._headers[0])
         writer.memory(self._pieces[first : 2 * count], count * (HEADER + self._page_size) - first * HEADER)
         self._statistics.normal += count
 
     def _send_staged(
-        self, writer: StreamWriter, block: RamBlock, pages: NDArray[np.int64], notes: NotesSentPages | None
+        self,
+        writer: StreamWriter,
+        block: RamBlock,
+        pages: NDArray[np.int64],
+        hole: NDArray[np.bool_],
+        notes: NotesSentPages | None,
     ) -> None:
+        """In the order of their addresses, zero pages among the others: tools that read stored streams count on it."""
         rows = self._staging[: len(pages)]
-        rows[:, HEADER:] = block.pages[_index(pages)]
-        if notes is not None:
-            notes.sent(pages, rows[:, HEADER:])
-        # A row is a whole number of words, the header is the first.
-        left = self._without_zeros(writer, block, pages, rows.view(np.uint64)[:, 1:], slice(0, None))
-        if len(left) == 0:
-            return
-        if len(left) < len(pages):
-            rows[: len(left), HEADER:] = rows[np.isin(pages, left, assume_unique=True), HEADER:]
-            rows = rows[: len(left)]
-        self._put_headers(rows, block, left, RamFlag.PAGE)
-        first = self._introduce(writer, block, rows[0, :HEADER])
-        writer.payload(rows.data.cast("B")[first * HEADER :])
-        self._statistics.normal += len(left)
+        read: Index = np.flatnonzero(~hole) if hole.any() else slice(0, len(pages))
+        zero = hole.copy()
+        if len(there := pages[read]):
+            rows[read, HEADER:] = block.pages[_index(there)]
+            if notes is not None:
+                notes.sent(there, rows[read, HEADER:])
+            # A row is a whole number of words, the header is the first.
+            zero[read] = _find_zeros(rows.view(np.uint64)[:, 1:], read)
+        if zero.any():
+            self._put_headers(rows, block, pages, np.where(zero, int(RamFlag.ZERO), int(RamFlag.PAGE)))
+            size = self._close_gaps(rows, zero)
+        else:
+            self._put_headers(rows, block, pages, int(RamFlag.PAGE))
+            size = rows.size
+        count = int(np.count_nonzero(zero))
+        data = self._staging.reshape(-1)[:size]
+        first = self._introduce(writer, block, data[:HEADER])
+        (writer.write if count == len(pages) else writer.payload)(data.data[first * HEADER :])
+        self._statistics.normal += len(pages) - count
+        self._statistics.duplicate += count
 
-    def _without_zeros(
-        self, writer: StreamWriter, block: RamBlock, pages: NDArray[np.int64], words: NDArray[np.uint64], where: Index
-    ) -> NDArray[np.int64]:
-        """Send those of the pages that are zero; the others. Their contents are the rows `where` of `words`."""
-        suspects = np.flatnonzero(words[where, 0] == 0)
-        if not len(suspects):
-            return pages
-        rows = suspects + where.start if isinstance(where, slice) else where[suspects]
-        zero = np.zeros(len(pages), dtype=np.bool_)
-        for at in range(0, len(suspects), STAGED):
-            some = slice(at, at + STAGED)
-            zero[suspects[some]] = ~words[_index(rows[some])].any(axis=1)
-        if not zero.any():
-            return pages
-        self._send_zeros(writer, block, pages[zero])
-        return pages[~zero]
+    def _close_gaps(self, rows: NDArray[np.uint8], zero: NDArray[np.bool_]) -> int:
+        """Shorten the rows of zero pages to records of header and fill byte; the bytes of all records, from the
+        buffer's start on."""
+        rows[zero, HEADER] = 0  # what stands there of a page that was not read is old
+        data, row, size = self._staging.reshape(-1), self._staging.shape[1], 0
+        edges = np.flatnonzero(zero[1:] != zero[:-1]) + 1
+        for first, end in pairwise((0, *edges.tolist(), len(zero))):
+            run = rows[first:end, :ZERO_RECORD].ravel() if zero[first] else data[first * row : end * row]
+            data[size : size + len(run)] = run
+            size += len(run)
+        return size
 
     def _send_zeros(self, writer: StreamWriter, block: RamBlock, pages: NDArray[np.int64]) -> None:
         records = np.zeros((len(pages), ZERO_RECORD), dtype=np.uint8)
-        self._put_headers(records, block, pages, RamFlag.ZERO)
+        self._put_headers(records, block, pages, int(RamFlag.ZERO))
         first = self._introduce(writer, block, records[0, :HEADER])
         writer.write(records.data.cast("B")[first * HEADER :])
         self._statistics.duplicate += len(pages)
 
-    def _put_headers(self, rows: NDArray[np.uint8], block: RamBlock, pages: NDArray[np.int64], flag: RamFlag) -> None:
+    def _put_headers(
+        self, rows: NDArray[np.uint8], block: RamBlock, pages: NDArray[np.int64], flags: int | NDArray[np.int64]
+    ) -> None:
         """The u64 in front of each record; CONTINUE says "the same block as before", so the first one may lack it."""
-        headers = (pages * self._page_size | int(flag | RamFlag.CONTINUE)).astype(">u8")
+        headers = (pages * self._page_size | flags | int(RamFlag.CONTINUE)).astype(">u8")
         if self._current is not block:
             headers[0] ^= int(RamFlag.CONTINUE)
         rows[:, :HEADER] = headers.view(np.uint8).reshape(len(pages), HEADER)
@@ -152,6 +165,18 @@ class PageWriter:
         writer.string(block.idstr)
         self._current = block
         return 1
+
+
+def _find_zeros(words: NDArray[np.uint64], where: Index) -> NDArray[np.bool_]:
+    """Which of the pages in these rows are zero. Most that are not show it in their first word."""
+    first = words[where, 0]
+    zero = np.zeros(len(first), dtype=np.bool_)
+    suspects = np.flatnonzero(first == 0)
+    rows = suspects + where.start if isinstance(where, slice) else where[suspects]
+    for at in range(0, len(suspects), STAGED):
+        some = slice(at, at + STAGED)
+        zero[suspects[some]] = ~words[_index(rows[some])].any(axis=1)
+    return zero
 
 
 def _index(pages: NDArray[np.int64]) -> Index:
