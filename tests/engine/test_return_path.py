@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from corefw.machine import MachineConfig, RunState
+from corefw.relay import Relay
 from corefw.states import MigrationStatus
 from corefw.wire.constants import MIGFW_PING, ReturnMessage
 from corefw.wire.returnpath import encode_return_message, number_body, parse_reason, reason_body
@@ -216,3 +218,28 @@ def test_a_reason_alone_is_no_end(pair: Pair, peer: Peer) -> None:
     connection.sendall(encode_return_message(ReturnMessage.MIGFW_REASON, b"nothing at all"))
     peer.say(ReturnMessage.SHUT, 0)
     assert ended(source) == "completed"
+
+
+# -- through a relay ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_what_they_say_passes_a_relay(pair: Pair, fits: bool) -> None:
+    source = pair.source()
+    destination = pair.destination(CountingMachine(64 if fits else 128, incoming=True))
+    relay = Relay(
+        pair.plugins.transport("tcp:127.0.0.1:0"),
+        pair.plugins.transport(destination.migrate_incoming("tcp:127.0.0.1:0")),
+    )
+    with contextlib.closing(relay):
+        relay.start()
+        assert relay.uri is not None
+        source.migrate(str(relay.uri))
+        expected = "completed" if fits else "failed"
+        assert (ended(source), arrived(destination)) == (expected, expected)
+        assert relay.wait(PATIENCE)
+    if fits:
+        runs_on(destination)
+    else:
+        assert "RAM block 'counters' of 524288 bytes" in source.query_migrate()["error-desc"]
+        runs_on(source)
