@@ -6,11 +6,12 @@ linker, libraries, modules and firmware. Paths outside mean the same to it as to
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -56,9 +57,23 @@ def find_peer(label: str) -> Peer | None:
     return own if own is not None and f"{own.version[0]}.{own.version[1]}" == label else None
 
 
+_default = "PATH"
+
+
 def default_peer() -> Peer | None:
-    """The QEMU for tests that need any: the PATH's, else 7.2 of the peers."""
-    return find_peer("PATH") or find_peer("7.2")
+    """The QEMU of tests that name none: the PATH's, else 7.2 of the peers; within `using_peer` another."""
+    return find_peer(_default) or find_peer("7.2")
+
+
+@contextlib.contextmanager
+def using_peer(label: str) -> Iterator[None]:
+    """Let tests that name no QEMU use this one."""
+    global _default
+    before, _default = _default, label
+    try:
+        yield
+    finally:
+        _default = before
 
 
 def peer_parameters(*labels: str) -> list[object]:

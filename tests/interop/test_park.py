@@ -20,9 +20,17 @@ from corefw.engine import Engine
 from corefw.machine import RunState
 from corefw.states import MigrationStatus
 from tests.helpers.parking import PATIENCE, park, parking, prove, send, wait_parked
+from tests.helpers.peers import default_peer
 from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
+
+
+def qemu_version() -> tuple[int, int]:
+    peer = default_peer()
+    assert peer is not None
+    return peer.version
+
 
 NO_CONFIGURATION = ("-global", "migration.send-configuration=off")
 NO_FOOTERS = ("-global", "migration.send-section-footer=off")
@@ -93,6 +101,7 @@ WAYS = {
 }
 
 
+@pytest.mark.usefixtures("every_qemu")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_machine_is_parked_and_wakes_up(way: str, guest: Guest, folder: Path) -> None:
     with (
@@ -105,6 +114,7 @@ def test_a_machine_is_parked_and_wakes_up(way: str, guest: Guest, folder: Path) 
         prove(guest, destination)
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_a_machine_that_is_sent_in_several_passes(guest: Guest, folder: Path) -> None:
     with (
         Qemu(boot=guest.image) as source,
@@ -116,7 +126,8 @@ def test_a_machine_that_is_sent_in_several_passes(guest: Guest, folder: Path) ->
         source.command("migrate-set-parameters", downtime_limit=200)
         source.migrate(engine.migrate_incoming(f"unix:{folder}/in"), bandwidth=16 << 20)
         wait_parked(engine)
-        assert source.wait_migrated()["ram"]["dirty-sync-count"] > 2
+        # QEMU 11.1 finds with one harvest less that what is left fits.
+        assert source.wait_migrated()["ram"]["dirty-sync-count"] > (1 if qemu_version() >= (11, 0) else 2)
         send(engine, f"unix:{folder}/out")
         prove(guest, destination)
 
@@ -149,6 +160,7 @@ def test_a_machine_goes_through_a_chain(guest: Guest, folder: Path) -> None:
 # -- 4, 5: with the options of the stream ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("every_qemu")
 @pytest.mark.parametrize("return_path", [False, True], ids=["one-way", "return-path"])
 @pytest.mark.parametrize(
     ("machine", "options"),
@@ -164,6 +176,8 @@ def test_a_machine_goes_through_a_chain(guest: Guest, folder: Path) -> None:
 def test_every_option_of_the_stream(
     machine: str, options: tuple[str, ...], return_path: bool, guest: Guest, folder: Path
 ) -> None:
+    if options == NO_CONFIGURATION and qemu_version() >= (10, 0):
+        machine = NO_DESCRIPTION  # QEMU 10.0 and later abort while they write a description without a configuration
     with (
         Qemu(*options, machine=machine, boot=guest.image) as source,
         parking() as engine,
@@ -179,6 +193,7 @@ def test_every_option_of_the_stream(
         prove(guest, destination)
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_a_machine_with_many_devices(guest: Guest, folder: Path) -> None:
     devices = [
         *("-device", "VGA,vgamem_mb=1", "-device", "e1000", "-device", "virtio-net-pci", "-device", "virtio-rng-pci"),
@@ -213,6 +228,7 @@ def test_a_machine_with_many_devices(guest: Guest, folder: Path) -> None:
 # -- and when it cannot be ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("every_qemu")
 def test_a_machine_that_is_too_large_is_refused_and_runs_on_at_its_source(guest: Guest, folder: Path) -> None:
     with Qemu(boot=guest.image) as source, parking(**{"ram-limit": "16M"}) as engine:
         source.capabilities("return-path")
