@@ -198,6 +198,7 @@ def test_the_header_says_what_came_instead() -> None:
     fails(b"QEVM\0\0\0\2", read_header, "obsolete")
     fails(b"QEVM\0\0\0\4", read_header, "expected version 3, got version 4")
     fails(b"GET / HTTP", read_header, "got bytes 47 45 54 20")
+    fails(b"LibvirtQemudSave", read_header, "a libvirt save image. give its path as file:PATH")
 
 
 def test_configuration_subsections() -> None:

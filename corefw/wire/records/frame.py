@@ -28,7 +28,8 @@ def read_header(reader: StreamReader) -> None:
     if magic == BE32.pack(MULTIFD_MAGIC):
         raise reader.error("a migration stream", "a channel of multifd (switch capability 'multifd' off on the source)")
     if len(magic) == 4 and magic != BE32.pack(FILE_MAGIC):
-        raise reader.error("a migration stream, beginning with 'QEVM'", f"bytes {magic.hex(' ')}")
+        hint = " (a libvirt save image? give its path as file:PATH)" if magic == b"Libv" else ""
+        raise reader.error("a migration stream, beginning with 'QEVM'", f"bytes {magic.hex(' ')}{hint}")
     reader.be32("the magic number")
     version = reader.be32("the stream's version")
     if version == FILE_VERSION_OBSOLETE:
