@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from corefw.channel import Channel, Interrupt, Listener, ReceivesMemory
+from corefw.channel import Channel, FileBacked, Interrupt, Listener, ReceivesMemory
 from corefw.engine.checking import MAGIC as CHECK_MAGIC
 from corefw.errors import ChannelError, Interrupted, MigfwError
 from corefw.settings import Settings
@@ -102,6 +102,20 @@ class IncomingMemory(Incoming):
         return self._count(self.channel.receive_memory(pieces))
 
 
+class IncomingFile(Incoming, FileBacked):
+    """One whose channel reads a file."""
+
+    def __init__(self, channel: Channel, settings: Settings, interrupt: Interrupt) -> None:
+        assert isinstance(channel, FileBacked)
+        super().__init__(channel, settings, interrupt)
+        self._file: Final[FileBacked] = channel
+        self.origin = channel.origin
+
+    def skip(self, count: int) -> None:
+        """See FileBacked."""
+        self._file.skip(count)
+
+
 def await_source(
     listener: Listener,
     settings: Settings,
@@ -120,8 +134,7 @@ def await_source(
     while True:
         channel = listener.accept(interrupt)
         hold(channel)
-        kind = IncomingMemory if isinstance(channel, ReceivesMemory) else Incoming
-        source = kind(channel, settings, interrupt)
+        source = _kind(channel)(channel, settings, interrupt)
         reader = StreamReader(source, BULK_BUFFER_SIZE)
         if not again:
             source.may_pause(True)
@@ -135,6 +148,12 @@ def await_source(
             log.warning("%s; it does not count, and the destination waits on", problem)
         hold(None)
         channel.close()
+
+
+def _kind(channel: Channel) -> type[Incoming]:
+    if isinstance(channel, ReceivesMemory):
+        return IncomingMemory
+    return IncomingFile if isinstance(channel, FileBacked) else Incoming
 
 
 def _problem(reader: StreamReader, channel: Channel, answer: Callable[[StreamReader, Channel], None]) -> str | None:

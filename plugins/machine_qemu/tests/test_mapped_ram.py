@@ -148,6 +148,13 @@ def test_other_capabilities_stay(tmp_path: Path) -> None:
         assert list(configuration_subsections(configuration)) == ["configuration/capabilities"]
 
 
+def test_a_file_with_an_offset(tmp_path: Path) -> None:
+    (tmp_path / "mapped").write_bytes(mapped(GUEST, origin=5000))
+    with parking() as engine:
+        park(engine, f"file:{tmp_path}/mapped,offset=5000")
+        check_ram(engine, GUEST)
+
+
 def test_a_file_through_a_pipe(tmp_path: Path) -> None:
     (tmp_path / "mapped").write_bytes(mapped(GUEST))
     with parking() as engine:
