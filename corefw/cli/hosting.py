@@ -162,7 +162,7 @@ def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: News[str], be
             else:
                 say(UNCONFIRMED)
         if side is Side.DESTINATION and new is MigrationStatus.FAILED:
-            if plan.stay:
+            if plan.stay or not engine.exit_on_error:
                 note(f"{_why_not_arrived(engine)}; waiting for migrate-incoming")
             else:
                 endings.put(Ending.NOT_ARRIVED)

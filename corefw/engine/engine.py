@@ -69,6 +69,7 @@ class Engine:
         self.outgoing: Final = StateMachine(Side.SOURCE)
         self.incoming: Final = StateMachine(Side.DESTINATION)
         self.incoming_uri: str | None = None
+        self.exit_on_error = True
         self._autostart = autostart
         self._closed = False
         self._lock = threading.RLock()  # whoever begins a migration, or changes what one begins with, holds it
@@ -330,10 +331,11 @@ class Engine:
 
     # -- in --------------------------------------------------------------------------------------------------------
 
-    def migrate_incoming(self, uri: str) -> str:
+    def migrate_incoming(self, uri: str, *, exit_on_error: bool = True) -> str:
         """Begin to wait for a source; the URI that it has to dial. Raises UsageError, ChannelError.
 
         A destination that waits already, or is loading, is cancelled first: this is the address from now on.
+        `exit_on_error` says whether the process that hosts this engine ends when the guest cannot be loaded.
         """
         self.plugins.transport(uri).check_incoming()  # a wrong URI cancels nothing
         self._replace_arrival()
@@ -363,6 +365,7 @@ class Engine:
             )
             self._arrival = arrival
             self.incoming_uri = dialled = str(listener.uri)
+            self.exit_on_error = exit_on_error
             self.incoming.move(self.incoming.status, _S.SETUP)
             try:
                 arrival.start()

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Final
 
-from corefw.errors import FOREIGN, MigfwError
+from corefw.errors import FOREIGN, MigfwError, did_you_mean
 from corefw.qmp import protocol
 from corefw.qmp.commands import Command
 from corefw.qmp.commands.context import Context
@@ -80,7 +80,7 @@ class Session:
         command = self._command(request)
         keywords = command.signature.bind(request.arguments)
         log.debug("QMP: %s %s", request.command, request.arguments)
-        context = Context(self._engine, self._commands.keys(), self._negotiate, self._quit, handed.take)
+        context = Context(self._engine, self._commands, self._negotiate, self._quit, handed.take)
         return command.run(context, keywords)
 
     def _command(self, request: Request) -> Command:
@@ -88,7 +88,8 @@ class Session:
             raise QmpError(f"Expecting capabilities negotiation with '{NEGOTIATION}'", ErrorClass.COMMAND_NOT_FOUND)
         command = self._commands.get(request.command)
         if command is None:
-            raise QmpError(f"The command {request.command} has not been found", ErrorClass.COMMAND_NOT_FOUND)
+            hint = did_you_mean(request.command, self._commands)
+            raise QmpError(f"The command {request.command} has not been found{hint}", ErrorClass.COMMAND_NOT_FOUND)
         if request.out_of_band and not command.out_of_band:
             raise QmpError(f"The command {request.command} does not support OOB")
         return command

@@ -273,7 +273,10 @@ def test_a_plugins_signature_is_its_schema(client: RawClient) -> None:
     assert add({"first-number": 1}) == {"sum": 1.5, "names": None, "engine": "tiny"}
     assert add({"first-number": 1, "second": 2, "names": ["x"]}) == {"sum": 3, "names": ["x"], "engine": "tiny"}
     assert add({}) == "Parameter 'first-number' is missing"
-    assert add({"first_number": 1, "first-number": 1}) == "Parameter 'first_number' is unexpected"
+    assert (
+        add({"first_number": 1, "first-number": 1})
+        == "Parameter 'first_number' is unexpected (did you mean first-number?)"
+    )
     assert add({"first-number": True}) == "Invalid parameter type for 'first-number', expected: integer"
     assert add({"first-number": 1, "names": ["x", 2]}) == "Invalid parameter type for 'names[1]', expected: string"
 

@@ -1,7 +1,7 @@
 """The table of commands: name -> function. Its typed keyword signature is the command's schema (schema.py).
 
-The law: a command is in this table or in a plugin's, and nowhere else; names, fields and texts are QEMU 7.2's where
-it has the command, those of May 2018 where only that QEMU has it. A command does all that was asked or raises a
+A command is in this table or in a plugin's, and nowhere else. Names, fields and texts are QEMU 7.2's, with what QEMU
+11.1 has in addition, and those of May 2018 for what only that QEMU has. A command does all that was asked or raises a
 MigfwError.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from corefw.errors import FOREIGN, PluginError
-from corefw.qmp.commands import control, guest, migration
+from corefw.qmp.commands import control, guest, migration, monitor, queries
 from corefw.qmp.commands.context import Context
 from corefw.qmp.schema import Signature, signature
 
@@ -43,6 +43,16 @@ CORE: Final[Mapping[str, Callable[..., object]]] = {
     "query-version": control.query_version,
     "query-commands": control.query_commands,
     "query-name": control.query_name,
+    "query-qmp-schema": control.query_qmp_schema,
+    "query-events": queries.query_events,
+    "human-monitor-command": monitor.human_monitor_command,
+    "query-uuid": queries.query_uuid,
+    "query-kvm": queries.query_kvm,
+    "query-target": queries.query_target,
+    "query-machines": queries.query_machines,
+    "query-current-machine": queries.query_current_machine,
+    "query-memory-size-summary": queries.query_memory_size_summary,
+    **dict.fromkeys(queries.EMPTY, queries.query_nothing),
     "getfd": control.getfd,
     "closefd": control.closefd,
     "quit": control.quit_engine,

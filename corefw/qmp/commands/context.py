@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from corefw.engine import Engine
+    from corefw.qmp.commands import Command
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,14 +16,14 @@ class Context:
     """One request's surroundings.
 
     engine      the engine that is controlled
-    commands    the names of all commands
+    commands    all commands by name
     negotiate   ends negotiation mode, with the capabilities that the client enabled; raises QmpError the second time
     quit        ask the process to end, once this reply is sent
     take_fd     the file descriptor that came with this request, the caller's from now on; None without one
     """
 
     engine: Engine
-    commands: Collection[str]
+    commands: Mapping[str, Command]
     negotiate: Callable[[Collection[str]], None]
     quit: Callable[[], None]
     take_fd: Callable[[], int | None]

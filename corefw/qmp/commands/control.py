@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from corefw import descriptors
 from corefw.qmp import protocol
 from corefw.qmp.commands.context import Context
+from corefw.qmp.documents import CommandInfo, NameInfo, VersionInfo
+from corefw.qmp.introspection import describe
 from corefw.qmp.protocol import QmpError
 
 
@@ -17,19 +19,25 @@ def qmp_capabilities(context: Context, enable: Sequence[Literal["oob"]] = ()) ->
     context.negotiate(enable)
 
 
-def query_version(_: Context) -> object:
+def query_version(_: Context) -> VersionInfo:
     """Which QEMU the commands are those of, and this program's own version in "package"."""
-    return protocol.version()
+    major, minor, micro = protocol.QEMU_VERSION
+    return {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": protocol.PACKAGE}
 
 
-def query_commands(context: Context) -> object:
+def query_commands(context: Context) -> list[CommandInfo]:
     """The names of all commands."""
     return [{"name": name} for name in sorted(context.commands)]
 
 
-def query_name(context: Context) -> object:
+def query_name(context: Context) -> NameInfo:
     """The engine's name; nothing when it has none."""
     return {"name": context.engine.name} if context.engine.name else {}
+
+
+def query_qmp_schema(context: Context) -> list[Any]:
+    """Every command and event with its types, as QAPI's SchemaInfo."""
+    return list(describe(context.commands, context.engine.settings))
 
 
 def getfd(context: Context, fdname: str) -> None:

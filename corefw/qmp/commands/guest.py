@@ -6,12 +6,14 @@ import os
 
 from corefw import __version__
 from corefw.qmp.commands.context import Context
+from corefw.qmp.documents import StatusInfo
 from corefw.settings import as_json
 
 
-def query_status(context: Context) -> object:
+def query_status(context: Context) -> StatusInfo:
     """The guest's run state; "singlestep" is always false."""
-    return context.engine.query_status()
+    status = context.engine.query_status()
+    return {"running": status["running"], "singlestep": status["singlestep"], "status": status["status"]}
 
 
 def stop(context: Context) -> None:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, TypedDict
+from typing import Final, cast
 
-from corefw.errors import SettingsError
+from corefw.errors import SettingsError, did_you_mean
+from corefw.qmp.channels import uri_of
 from corefw.qmp.commands.context import Context
+from corefw.qmp.documents import (
+    MigrationCapabilityStatus,
+    MigrationChannel,
+    MigrationInfo,
+    ParameterChange,
+    ParameterValues,
+)
 from corefw.qmp.protocol import QmpError
 from corefw.settings import MAX_DOWNTIME
 from corefw.states import MigrationStatus
 
 
-class CapabilityStatus(TypedDict):
-    """QAPI's MigrationCapabilityStatus."""
-
-    capability: str
-    state: bool
-
-
 def migrate(
-    context: Context, uri: str, blk: bool = False, inc: bool = False, detach: bool = False, resume: bool = False
+    context: Context,
+    uri: str = "",
+    channels: Sequence[MigrationChannel] = (),
+    blk: bool = False,
+    inc: bool = False,
+    detach: bool = False,
+    resume: bool = False,
 ) -> None:
-    """Start to migrate the guest to `uri`; returns at once, with or without `detach`, as in QEMU."""
-    context.engine.migrate(uri, blk=blk, inc=inc, detach=detach, resume=resume)
+    """Start to migrate the guest; returns at once, with or without `detach`, as in QEMU."""
+    context.engine.migrate(uri_of(uri, channels), blk=blk, inc=inc, detach=detach, resume=resume)
 
 
 def x_migfw_check(context: Context, uri: str = "") -> object:
@@ -32,9 +39,11 @@ def x_migfw_check(context: Context, uri: str = "") -> object:
     return context.engine.check(uri or None)
 
 
-def migrate_incoming(context: Context, uri: str) -> None:
-    """Wait at `uri` for a guest, in an engine that was started with `--incoming`."""
-    context.engine.migrate_incoming(uri)
+def migrate_incoming(
+    context: Context, uri: str = "", channels: Sequence[MigrationChannel] = (), exit_on_error: bool = True
+) -> None:
+    """Wait for a guest, in an engine that was started with `--incoming`."""
+    context.engine.migrate_incoming(uri_of(uri, channels), exit_on_error=exit_on_error)
 
 
 def migrate_cancel(context: Context) -> None:
@@ -62,9 +71,9 @@ def migrate_recover(context: Context, uri: str) -> None:
     context.engine.recover(uri)
 
 
-def query_migrate(context: Context) -> object:
+def query_migrate(context: Context) -> MigrationInfo:
     """How the migration goes, or went."""
-    return context.engine.query_migrate()
+    return cast("MigrationInfo", context.engine.query_migrate())
 
 
 def x_migfw_transport(context: Context, uri: str) -> object:
@@ -81,29 +90,30 @@ def x_migfw_transport(context: Context, uri: str) -> object:
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def migrate_set_capabilities(context: Context, capabilities: Sequence[CapabilityStatus]) -> None:
+def migrate_set_capabilities(context: Context, capabilities: Sequence[MigrationCapabilityStatus]) -> None:
     """Switch capabilities, all or none of them. Earlier names are accepted."""
     context.engine.set_capabilities({one["capability"]: one["state"] for one in capabilities})
 
 
-def query_migrate_capabilities(context: Context) -> object:
+def query_migrate_capabilities(context: Context) -> list[MigrationCapabilityStatus]:
     """Every capability, and whether it is on."""
     enabled = context.engine.settings.capabilities()
     return [{"capability": name, "state": state} for name, state in enabled.items()]
 
 
-def migrate_set_parameters(context: Context, **parameters: object) -> None:
+def migrate_set_parameters(context: Context, **parameters: ParameterChange) -> None:
     """Change parameters, all or none of them; also while a migration runs. Earlier names are accepted, and null for a
     string means the empty one."""
     for name in parameters:
         try:
             context.engine.settings.declared_parameter(name)
         except SettingsError:
-            raise QmpError(f"Parameter '{name}' is unexpected") from None
+            hint = did_you_mean(name, context.engine.settings.parameters())
+            raise QmpError(f"Parameter '{name}' is unexpected{hint}") from None
     context.engine.set_parameters(parameters)
 
 
-def query_migrate_parameters(context: Context) -> object:
+def query_migrate_parameters(context: Context) -> ParameterValues:
     """The value of every parameter."""
     return context.engine.settings.parameters()
 
@@ -130,6 +140,6 @@ def migrate_set_cache_size(context: Context, value: int) -> None:
     context.engine.set_parameters({"xbzrle-cache-size": value})
 
 
-def query_migrate_cache_size(context: Context) -> object:
+def query_migrate_cache_size(context: Context) -> int:
     """Bytes of the XBZRLE cache."""
     return context.engine.settings.integer("xbzrle-cache-size")
