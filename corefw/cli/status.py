@@ -38,9 +38,18 @@ def _size(value: Any) -> str:
     return format_size(value) if isinstance(value, int) else _phrase(value)
 
 
+def _sizes(value: Any) -> str:
+    """Sizes by name."""
+    if not isinstance(value, dict):
+        return _phrase(value)
+    return ", ".join(f"{name} {_size(size)}" for name, size in value.items())
+
+
 _SHOWN: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "pid": ("guest process", _phrase),
     "dirty-log": ("dirty log", _phrase),
+    "value-sizes": ("values", _sizes),
+    "before-stop": ("before_stop()", _phrase),
     "devices": ("devices", _devices),
     "device-state": ("device state", _size),
 }

@@ -96,6 +96,32 @@ def unsupported() -> str | None:
         tracker.close()
 
 
+def _scan(pagemap: int, regions: NDArray[np.uint64], start: int, end: int, flags: int) -> tuple[int, int]:
+    """One PAGEMAP_SCAN: how many regions it reported, and where it stopped because the buffer was full."""
+    fields = [0] * 12
+    fields[:8] = [_ScanArgument.size, flags, start, end, 0, regions.ctypes.data, len(regions), 0]
+    fields[9] = fields[11] = _PAGE_IS_WRITTEN
+    argument = bytearray(_ScanArgument.pack(*fields))
+    try:
+        count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument, True)
+    except OSError as error:
+        raise MachineError(f"cannot read the guest's dirty log by PAGEMAP_SCAN: {error.strerror}") from None
+    stopped = int(_ScanArgument.unpack(argument)[_WALK_END]) if count == len(regions) else end
+    if not start < stopped <= end:
+        raise MachineError(f"PAGEMAP_SCAN stopped at {stopped:#x}, expected {start:#x} to {end:#x}")
+    return count, stopped
+
+
+def written_bytes(pagemap: int, address: int, length: int) -> int:
+    """Bytes of this process's memory that the dirty log has as written; nothing is harvested. Raises MachineError."""
+    regions = np.empty((REGIONS, 3), dtype=np.uint64)
+    found, at = 0, address
+    while at < address + length:
+        count, at = _scan(pagemap, regions, at, address + length, 0)
+        found += int((regions[:count, 1] - regions[:count, 0]).sum())
+    return found
+
+
 class PagemapLog(DirtyLog):
     """The dirty log of the mapping at `address` (of `length` bytes) in the memory that `tracker` watches.
 
@@ -131,33 +157,9 @@ class PagemapLog(DirtyLog):
         found: list[NDArray[np.uint64]] = []
         at, end = self._address, self._address + self._length
         while at < end:
-            count, at = self._scan(at, end)
+            count, at = _scan(self._tracker.pagemap, self._regions, at, end, _WP_MATCHING | _CHECK_WPASYNC)
             found.append(self._regions[:count, :2].copy())
         return self._as_runs(np.concatenate(found))
-
-    def _scan(self, start: int, end: int) -> tuple[int, int]:
-        """One PAGEMAP_SCAN: how many regions it reported, and where it stopped because the buffer was full."""
-        fields = [0] * 12
-        fields[:8] = [
-            _ScanArgument.size,
-            _WP_MATCHING | _CHECK_WPASYNC,
-            start,
-            end,
-            0,
-            self._regions.ctypes.data,
-            len(self._regions),
-            0,
-        ]
-        fields[9] = fields[11] = _PAGE_IS_WRITTEN
-        argument = bytearray(_ScanArgument.pack(*fields))
-        try:
-            count = fcntl.ioctl(self._tracker.pagemap, _PAGEMAP_SCAN, argument, True)
-        except OSError as error:
-            raise MachineError(f"cannot read the guest's dirty log by PAGEMAP_SCAN: {error.strerror}") from None
-        stopped = int(_ScanArgument.unpack(argument)[_WALK_END]) if count == len(self._regions) else end
-        if not start < stopped <= end:
-            raise MachineError(f"PAGEMAP_SCAN stopped at {stopped:#x}, expected {start:#x} to {end:#x}")
-        return count, stopped
 
     def _as_runs(self, regions: NDArray[np.uint64]) -> Runs:
         # The host's pages need not be the guest's: outwards to whole ones.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,13 +17,17 @@ from corefw_machine_python import PythonMachine, requirements
 from corefw_machine_python.layout import Layout, compare
 from corefw_machine_python.layoutsection import LayoutHandler
 
+from corefw.channel import Interrupt
 from corefw.engine import Engine
 from corefw.errors import RemoteStreamError, StreamError, UsageError
 from corefw.inspection import inspect
 from corefw.machine import MachineConfig
+from corefw.memory import pagemap
 from corefw.plugins import Plugins
+from corefw.settings import Settings
 from corefw.states import MigrationStatus
 from corefw.testing.handler import HandlerCase, check_handler
+from corefw.testing.recording import KitContext
 from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
 
 Make = Callable[..., PythonMachine]
@@ -57,6 +62,7 @@ def moved(source: PythonMachine, destination: PythonMachine) -> tuple[int, str |
         here.cont()
         # Little enough in a second that the answer comes while the RAM is far from sent.
         here.set_parameters({"max-bandwidth": 1 << 20})
+        here.set_capabilities({"return-path": True})
         here.migrate(there.migrate_incoming("tcp:127.0.0.1:0"))
         status = there.wait_incoming(60)
         here.wait_outgoing(60)
@@ -64,6 +70,7 @@ def moved(source: PythonMachine, destination: PythonMachine) -> tuple[int, str |
         assert (status is MigrationStatus.FAILED) == (error is not None)
         if error is not None:
             assert here.query_status()["running"], "the guest runs on where it was"
+            assert error.removeprefix("load of migration failed: ") in here.query_migrate()["error-desc"]
         return int(np.asarray(destination.ram_blocks()[0].pages).any()), error
 
 
@@ -166,7 +173,7 @@ def test_the_section_as_bytes() -> None:
     sink = MemorySink()
     writer = StreamWriter(sink)
     handler = LayoutHandler(layout())
-    handler.setup(writer, None)  # type: ignore[arg-type]  # it has no use for the context
+    handler.setup(writer, KitContext(Settings(), Interrupt()))
     writer.flush()
     data = bytes(sink.data)
     assert data == body(layout().pack())
@@ -204,6 +211,31 @@ def test_requirements_of_a_hostile_source() -> None:
     for hostile in ("x" * 1000, ">=" + "9" * 100_000, "=="):
         with pytest.raises(StreamError):
             load(body(layout(requires={"numpy": hostile}).pack()))
+
+
+@pytest.mark.parametrize(
+    ("body", "cost"),
+    [
+        ("def before_stop(self): time.sleep(0.3)", r"took [\d.]+ m?s"),
+        ("def before_stop(self): self.big[:] = self.big[0] + 1", r"took [\d.]+ m?s and wrote 4.0 MiB"),
+    ],
+)
+def test_a_stop_that_before_stop_makes_too_long_is_said(
+    make: Make, body: str, cost: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    if "wrote" in cost and (reason := pagemap.unsupported()):
+        pytest.skip(f"PAGEMAP_SCAN: {reason}")
+    machine = make("big = guest.array('big', 4 << 20, 'u1'); " + body)
+    plugins = Plugins.load()
+    engine = Engine(machine, plugins, plugins.settings())
+    with contextlib.closing(engine):
+        engine.set_parameters({"downtime-limit": 1})
+        engine.cont()
+        engine.migrate(f"file:{tmp_path}/stream")
+        assert engine.wait_outgoing(60) is MigrationStatus.COMPLETED
+        assert re.fullmatch(cost, str(machine.information()["before-stop"]))
+    (said,) = [record.getMessage() for record in caplog.records if "downtime-limit" in record.getMessage()]
+    assert re.match(rf"the guest was stopped for [\d.]+ m?s, downtime-limit is 1 ms: its before_stop\(\) {cost}", said)
 
 
 def test_the_contract_kit() -> None:

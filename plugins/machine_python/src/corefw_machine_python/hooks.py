@@ -23,4 +23,4 @@ def corefw_blockers(machine: Machine, settings: Settings) -> Iterable[str]:
 def corefw_section_handlers(machine: Machine, settings: Settings) -> Iterable[SectionHandler]:
     """What the program consists of goes ahead of everything else."""
     del settings
-    return (LayoutHandler(machine.layout),) if isinstance(machine, PythonMachine) else ()
+    return (LayoutHandler(machine.layout, lambda: machine.farewell),) if isinstance(machine, PythonMachine) else ()

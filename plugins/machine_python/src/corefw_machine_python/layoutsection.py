@@ -6,14 +6,22 @@ A destination that cannot take the program over refuses it here, and nothing was
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
+from typing import Final
 
 from corefw.errors import StreamError, one_line
+from corefw.quantities import format_milliseconds
 from corefw.section import IncomingContext, LiveHandler, OutgoingContext, Pending, Priority
 from corefw.wire.records import LAYOUT_IDSTR, read_layout, write_layout
 from corefw.wire.stream import StreamReader, StreamWriter
 from corefw_machine_python.layout import Layout, compare
+from corefw_machine_python.machine import Farewell
 
 log = logging.getLogger(__name__)
+
+MUCH: Final = 1 << 20
+"""Bytes that before_stop() may write without being named as what took long."""
 
 
 class LayoutHandler(LiveHandler):
@@ -23,8 +31,12 @@ class LayoutHandler(LiveHandler):
     version_id = minimum_version = 1
     priority = Priority.EARLY
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, farewell: Callable[[], Farewell | None] = lambda: None) -> None:
+        """`farewell` gives what the program's before_stop() cost at the last stop."""
         self.layout = layout
+        self._farewell = farewell
+        self._limit = 0.0
+        self._stopped: float | None = None
         self._compared = False
 
     def required(self) -> bool:
@@ -38,6 +50,7 @@ class LayoutHandler(LiveHandler):
 
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
         write_layout(writer, self.layout.pack())
+        self._limit = context.settings.integer("downtime-limit") / 1000
 
     def pending(self, threshold: int) -> Pending:
         return Pending(0, 0)
@@ -46,10 +59,24 @@ class LayoutHandler(LiveHandler):
         return True
 
     def complete_precopy(self, writer: StreamWriter) -> None:
-        pass
+        self._stopped = time.monotonic()
 
     def cleanup(self) -> None:
-        pass
+        """Say it if the guest was stopped for too long because of its before_stop()."""
+        farewell = self._farewell()
+        if self._stopped is None or farewell is None:
+            return
+        stopped = time.monotonic() - self._stopped + farewell.seconds
+        self._stopped = None
+        if stopped > self._limit and (farewell.seconds > self._limit / 2 or (farewell.written or 0) >= MUCH):
+            log.warning(
+                "the guest was stopped for %s, downtime-limit is %s: its before_stop() %s of its arrays (do less there)"
+                if farewell.written
+                else "the guest was stopped for %s, downtime-limit is %s: its before_stop() %s (do less there)",
+                format_milliseconds(round(1000 * stopped)),
+                format_milliseconds(round(1000 * self._limit)),
+                farewell,
+            )
 
     # -- destination -----------------------------------------------------------------------------------------------
 

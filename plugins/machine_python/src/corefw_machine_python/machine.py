@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 from corefw.errors import MachineError, UsageError
@@ -18,6 +19,7 @@ from corefw.machine import DEAD, Device, Machine, MachineConfig, RamBlock, RunSt
 from corefw.memory.blocks import MemfdBlock
 from corefw.memory.logs import LogKind, best_dirty_log
 from corefw.memory.pagemap import PagemapLog, Tracker
+from corefw.quantities import format_milliseconds, format_size
 from corefw_machine_python import undeclared
 from corefw_machine_python.layout import Layout, compare
 from corefw_machine_python.loading import BUNDLED, EXPECTED
@@ -34,6 +36,18 @@ LOOK_TIMEOUT: Final = 1.0
 """Seconds that a question about a guest may take that runs: a tick may be under way."""
 
 Observer = Callable[[RunState, RunState], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Farewell:
+    """What the program's before_stop() cost at the last stop: seconds, and bytes of arrays written (None: unknown)."""
+
+    seconds: float
+    written: int | None
+
+    def __str__(self) -> str:
+        took = f"took {format_milliseconds(round(1000 * self.seconds))}"
+        return f"{took} and wrote {format_size(self.written)}" if self.written else took
 
 
 class PythonMachine(Machine):
@@ -62,6 +76,7 @@ class PythonMachine(Machine):
         self._undeclared: Sequence[str] = ()
         self._warned: set[str] = set()
         self._unmovable = ""
+        self.farewell: Farewell | None = None
         self._said: Sequence[Any] = ()
         self._guest = GuestProcess(self._guest_ended, self._note_undeclared)
         try:
@@ -133,6 +148,7 @@ class PythonMachine(Machine):
             "ram": {block.idstr: block.length for block in self._blocks},
             "dirty-log": {block.idstr: _log_kind(block) for block in self._blocks},
             **self._shown_fields(),
+            **({"before-stop": str(self.farewell)} if self.farewell else {}),
             **({"error": self._reason} if self._reason else {}),
         }
 
@@ -230,6 +246,7 @@ class PythonMachine(Machine):
             set_values(self._device, self._loaded["fields"], answer["values"])
             setattr(self._device.state, SET_UP, answer["set_up"])
             self._note_undeclared(answer["undeclared"])
+            self.farewell = answer["before_stop"] and Farewell(**answer["before_stop"])
             self._change(state)
 
     def _ask_to_stop(self, *, whole: bool) -> Message:

@@ -12,6 +12,7 @@ u32 of length (this host's byte order) and JSON; file descriptors travel with it
     start       values, set_up                undeclared (once setup() has been called)
     resume      -                             -              (a stop was given up: run on with what is there)
     stop        whole                         values, set_up, undeclared    (whole: fails where something is undeclared)
+                                              before_stop: seconds, written (bytes of arrays, null: not known), or null
     look        -                             undeclared, values, unmovable (values is null where unmovable says why)
     verify      values, set_up                facts          (null: as it is, for a guest that runs)
     throttle    percent                       -
