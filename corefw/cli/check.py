@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -72,6 +73,8 @@ def _dialled(engine: EngineClient, uri: str | None, to: str | None, remote_migfw
         return
     from corefw.cli.destination import start_destination
 
+    for number in (signal.SIGTERM, signal.SIGHUP):  # they, too, have to find their way through ending it
+        signal.signal(number, signal.default_int_handler)
     with start_destination(engine, to, remote_migfw, ()) as destination:
         yield destination.uri
 

@@ -214,6 +214,19 @@ def test_check_starts_a_destination_and_ends_it(far: Far, engines: Engines) -> N
     assert source.ask("query-migrate").get("status") is None
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_check_that_is_broken_off_ends_its_destination(far: Far, engines: Engines, number: signal.Signals) -> None:
+    source = engines(*SMALL)
+    command = start("check", far.to, "--name", source.name, runtime=engines.runtime)
+    deadline = time.monotonic() + TIMEOUT
+    while not far.engines():
+        assert time.monotonic() < deadline
+    command.send_signal(number)
+    out, err = command.communicate(timeout=TIMEOUT)
+    assert (command.returncode, err) in ((130, ""), (0, "")), out
+    far.wait_empty()
+
+
 def _refused(far: Far, source: Engine, status: int, err: str, *complaints: str) -> None:
     """A clear error before anything moved, and nothing left over there."""
     assert (status, err.count("\n")) == (1, 1), err
