@@ -24,7 +24,13 @@ LONG_EPOCH: Final = 5.0
 STUCK: Final = 0.95
 """An epoch that leaves more than this share of what was left before made no progress."""
 PROGRESS: Final = 0.9
-"""An epoch that leaves at most this share made progress. In between, the verdict stays as it was."""
+"""An epoch that leaves at most this share made progress; it takes two in a row to say that it converges after all."""
+SAMPLE: Final = 0.2
+"""Seconds after a harvest that a stuck migration harvests once more: a long pass finds each page once."""
+SAMPLE_EVERY: Final = 5.0
+"""Shortest time between two samples; what they find is sent again, and that costs."""
+SAMPLE_PASSES: Final = 3
+"""Passes from one sample to the next: the pass with a sample ends with less than others, and is not judged."""
 ROOM: Final = 1.25
 """The downtime limit that is proposed has this much room over what the last harvest would take."""
 
@@ -37,6 +43,7 @@ class Outlook:
     dirty_rate          bytes that the guest dirties in a second, from one harvest to the next
     time_left           seconds until the guest runs on the destination; None as well while it does not converge
     pass_time_left      seconds until the present pass has been sent
+    growth              how much larger than the last pass the next one will be, at least 1
     expected_downtime   seconds that it takes to send what the last harvest found
     converges           False: passes do not get smaller, and what is left does not fit into the downtime limit
     """
@@ -48,6 +55,7 @@ class Outlook:
     pass_time_left: float | None = None
     expected_downtime: float | None = None
     converges: bool | None = None
+    growth: float = 1.0
 
     def advice(self, max_bandwidth: int) -> str | None:
         """What to do where it does not converge; `max_bandwidth` is the limit that is set, 0 for none."""
@@ -69,8 +77,7 @@ class Outlook:
 
     def _sufficient_limit(self) -> int:
         """Milliseconds of downtime that the next pass would fit into, as a round number."""
-        growth = max(1.0, (self.dirty_rate or 0.0) / self.send_rate)
-        needed = self.pass_total / self.send_rate * growth * ROOM * 1000
+        needed = self.pass_total / self.send_rate * self.growth * ROOM * 1000
         step = 100
         while True:
             for factor in (1, 2, 3, 5):
@@ -98,11 +105,15 @@ class Forecast:
     _ran_until: float = field(init=False)
     _harvests: int = 0
     _dirty_rate: float | None = None
+    _sampled_rate: float = 0.0
+    _sampled_at: float = float("-inf")
+    _sampled_pass: int = -SAMPLE_PASSES
     _rate_since: float = field(init=False)
     _rate_bytes: int = 0
     _epoch_since: float = field(init=False)
     _epoch_left: int = 0
-    _stuck: int = 0
+    _stuck: int = 0  # epochs in a row
+    _moving: int = 0
     _converges: bool | None = None
 
     def __post_init__(self) -> None:
@@ -132,22 +143,50 @@ class Forecast:
         if harvested:
             self._harvest(now, left, threshold)
 
+    @property
+    def wants_sample(self) -> bool:
+        """Whether to read the dirty logs now, in the middle of a pass, to see how fast the guest really writes."""
+        return (
+            self._converges is False
+            and self.runs
+            and SAMPLE <= self.now - self._rate_since <= 1.5 * SAMPLE
+            and self.now - self._sampled_at >= SAMPLE_EVERY
+            and self._harvests - self._sampled_pass >= SAMPLE_PASSES
+        )
+
+    def sampled(self) -> None:
+        """The dirty logs were read in the middle of a pass; `note` was told what they had."""
+        self._sampled_rate = self._rate_bytes / (self.now - self._rate_since)
+        self._sampled_at = self._harvested_at = self._rate_since = self.now
+        self._sampled_pass = self._harvests
+        self._rate_bytes = 0
+
     def _harvest(self, now: float, left: int, threshold: int) -> None:
         self._harvested_at, self._pass_total = now, left
         self._harvests += 1
         if now - self._rate_since >= RATE_PERIOD:
             self._dirty_rate = self._rate_bytes / (now - self._rate_since)
             self._rate_since, self._rate_bytes = now, 0
+        self._judge(now, left, threshold)
+        if self._converges is not False:
+            self._sampled_rate = 0.0
+
+    def _judge(self, now: float, left: int, threshold: int) -> None:
+        """Compare with what was left an epoch ago."""
         if left == 0 or left < threshold or not self.runs:
             self._converges, self._stuck = True, 0
         elif now - self._epoch_since < EPOCH:
             return
+        elif self._sampled_pass == self._harvests - 1:
+            pass
         elif left > STUCK * self._epoch_left:
-            self._stuck += 1
+            self._stuck, self._moving = self._stuck + 1, 0
             if self._stuck > 1 or now - self._epoch_since >= LONG_EPOCH:
                 self._converges = False
         elif left <= PROGRESS * self._epoch_left or self._converges is None:
-            self._converges, self._stuck = True, 0
+            self._stuck, self._moving = 0, self._moving + 1
+            if self._moving > 1 or self._converges is not False:
+                self._converges = True
         self._epoch_since, self._epoch_left = now, left
 
     def outlook(self, threshold: int) -> Outlook:
@@ -157,11 +196,12 @@ class Forecast:
         return Outlook(
             pass_total=self._pass_total,
             send_rate=rate,
-            dirty_rate=self._dirty_rate,
+            dirty_rate=self._dirty_rate if self._dirty_rate is None else max(self._dirty_rate, self._sampled_rate),
             time_left=self._time_left(rate, threshold) if rate and converges is not False else None,
             pass_time_left=self._left / rate if rate else None,
             expected_downtime=self._pass_total / rate if rate and self._harvests else None,
             converges=converges,
+            growth=max(1.0, (self._dirty_rate or 0.0) / rate) if rate else 1.0,
         )
 
     def _send_rate(self) -> float:

@@ -32,6 +32,12 @@ from corefw.wire.stream import StreamWriter
 KNOWN: Final = -1
 """The threshold for what is known to be left, without a harvest: nobody has less."""
 
+ALL: Final = 2**63 - 1
+"""The threshold for a harvest whatever is left."""
+
+CHEAP: Final = 0.02
+"""Seconds that a harvest may take to be made only to measure the dirty rate: by hashes it may take much longer."""
+
 LOOK: Final = 0.1
 """Seconds after which a stream that is held back by max-bandwidth looks for a new limit, and for a reason to end."""
 
@@ -62,6 +68,8 @@ class Passes:
         self._on_pass = on_pass
         self._clock = clock
         self._forecast = Forecast(clock())
+        self._harvest_time = 0.0  # seconds that the last harvest took
+        self._samples = 0  # harvests that began no pass
         self._dirtied = 0  # what the RAM's harvests had found when last looked at
 
     def run(self, writer: StreamWriter, sections: SectionWriter) -> None:
@@ -75,13 +83,17 @@ class Passes:
             self._check()
             if self._limits.reached():
                 break
+            if self._forecast.wants_sample and self._harvest_time < CHEAP:
+                self._sample(convergence)
             if not finishing:
                 left = self._pending(KNOWN, convergence)
                 if not self._is_worth_finishing(convergence, left, most):
-                    passes = self._statistics.ram.dirty_sync_count
+                    passes = self._statistics.ram.dirty_sync_count - self._samples
                     left = self._pending(convergence.threshold, convergence)
                     if not convergence.fits(left):
-                        if self._statistics.ram.dirty_sync_count > passes and self._limits.reached(passes):
+                        if self._statistics.ram.dirty_sync_count > passes and self._limits.reached(
+                            passes - self._samples
+                        ):
                             break
                         most = math.inf
                     elif not self._is_worth_finishing(convergence, left, most):
@@ -109,8 +121,15 @@ class Passes:
         self._dirtied = self._statistics.ram.dirtied
         self._forecast.begin(self._clock(), self._statistics.remaining)
 
-    def _pending(self, threshold: int, convergence: Convergence) -> int:
+    def _sample(self, convergence: Convergence) -> None:
+        """Harvest in the middle of a pass, to measure the dirty rate."""
+        self._samples += 1
+        self._pending(ALL, convergence, begins_pass=False)
+        self._forecast.sampled()
+
+    def _pending(self, threshold: int, convergence: Convergence, *, begins_pass: bool = True) -> int:
         """Bytes left; the dirty logs are harvested where that is at most `threshold`."""
+        began = self._clock()
         passes = self._statistics.ram.dirty_sync_count
         settled = grown = 0
         with self.told():
@@ -119,6 +138,8 @@ class Passes:
                 settled += max(0, -change)
                 grown += max(0, change)
         ram = self._statistics.ram
+        if harvested := threshold != KNOWN and (grown > 0 or ram.dirty_sync_count > passes):
+            self._harvest_time = self._clock() - began
         found = (ram.dirtied - self._dirtied) * ram.page_size
         self._dirtied = ram.dirtied
         self._forecast.runs = self._machine.run_state is RunState.RUNNING
@@ -128,7 +149,7 @@ class Passes:
             left,
             settled=settled,
             dirtied=max(grown, found),  # pages that were dirty already are found again, and are nothing more to send
-            harvested=threshold != KNOWN and (grown > 0 or ram.dirty_sync_count > passes),
+            harvested=harvested and begins_pass,
             threshold=convergence.threshold,
         )
         return left

@@ -52,6 +52,16 @@ def test_the_time_that_is_left_counts_what_the_guest_dirties_meanwhile() -> None
     assert verdicts(world) == [None, True]
 
 
+@pytest.mark.parametrize("working_set", [4 * GIB, 256 * MIB])
+def test_a_stuck_migration_measures_how_fast_the_guest_really_writes(working_set: int) -> None:
+    """A pass finds each page once, so its harvest is never more than the working set."""
+    world = watched(World(4 * GIB, rate=800 * MIB, working_set=working_set, bandwidth=500 * MIB))
+    _, outlook, advice = world.looks[-1]
+    assert outlook.dirty_rate == pytest.approx(800 * MIB, rel=0.1)
+    assert advice
+    assert "the guest dirties 800.0 MiB/s, the link carries 500.0 MiB/s" in advice
+
+
 @pytest.mark.parametrize(
     ("ram", "rate", "working_set"),
     [(4 * GIB, 800 * MIB, 4 * GIB), (GIB, 800 * MIB, 256 * MIB), (4 * GIB, 490 * MIB, 4 * GIB)],
@@ -107,7 +117,7 @@ def test_the_verdict_does_not_flicker() -> None:
 
 
 def test_what_to_do() -> None:
-    stuck = Outlook(pass_total=600 * MIB, send_rate=500 * MIB, dirty_rate=800 * MIB, converges=False)
+    stuck = Outlook(pass_total=600 * MIB, send_rate=500 * MIB, dirty_rate=800 * MIB, converges=False, growth=1.6)
     assert stuck.advice(0) == (
         "will not converge: the guest dirties 800.0 MiB/s, the link carries 500.0 MiB/s; raise downtime-limit to 3 s,"
         " or stop the guest ('migfw stop')"
