@@ -24,7 +24,8 @@ from corefw.wire.description import DeviceDescription, FieldDescription, StateDe
 from corefw.wire.records import BlockEntry, RamRecord, SectionHeader, write_description, write_package
 from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
 from tests.golden.record import RECORDINGS, load
-from tests.helpers.cli import MIGFW, migfw
+from tests.helpers.cli import MIGFW, migfw, start
+from tests.helpers.qemu import wait_until
 
 WITHOUT_FOOTERS = {"pc-no-footers", "pc-description-only", "pc-bare"}
 WITHOUT_CONFIGURATION = {"pc-no-configuration", "pc-footers-only", "pc-description-only", "pc-bare"}
@@ -232,6 +233,48 @@ def test_doubles_are_numbers() -> None:
         "b": -0.25,
         "c": ["inf", "nan"],
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (b'{"a":[1,2.5,null],"b":{"c":"x"}}', {"a": [1, 2.5, None], "b": {"c": "x"}}),
+        (b"5", 5),
+        (b"[]", []),
+        (b"NaN", "NaN"),
+        (b"[1,", "[1,"),
+        (b"[" * 80 + b"]" * 80, "[" * 80 + "]" * 80),
+        (b"[" * 9000, "[" * 9000),
+    ],
+)
+def test_a_value_of_a_python_program_is_json(text: bytes, shown: object) -> None:
+    shape = _shape(FieldDescription("x.size", "uint32", 4), FieldDescription("x", "buffer", len(text)))
+    assert device_fields(shape, len(text).to_bytes(4, "big") + text) == {"x.size": len(text), "x": shown}
+
+
+def test_a_python_program_is_shown(tmp_path: Path) -> None:
+    """A field of each kind, as an engine stores them."""
+    (tmp_path / "program.py").write_text(
+        "from corefw_machine_python import guest\n"
+        "class Program(guest.Program):\n"
+        "    ratio = guest.field('f64', 0.375)\n"
+        "    items = guest.value({'done': [1, 2], 'name': 'x'})\n"
+        "    def tick(self):\n"
+        "        pass\n"
+    )
+    engine = start("run", f"{tmp_path}/program.py:Program", "--name", "shown", runtime=tmp_path)
+    try:
+        stream = tmp_path / "stream"
+        wait_until(lambda: migfw("status", runtime=tmp_path).returncode == 0, "the engine")
+        done = migfw("migrate", f"file:{stream}", runtime=tmp_path)
+        assert done.returncode == 0, done.stderr
+    finally:
+        engine.kill()
+        engine.communicate()
+    document = json.loads(migfw("inspect", "--json", str(stream)).stdout)
+    fields = next(one["fields"] for one in document["sections"] if "ratio" in one.get("fields", {}))
+    assert fields["ratio"] == 0.375
+    assert fields["items"] == {"done": [1, 2], "name": "x"}
 
 
 # -- streams that a guest cannot be made of ----------------------------------------------------------------------------

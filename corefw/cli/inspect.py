@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from corefw.inspection import CommandInfo, Inspection, SectionInfo, ValueBudget
 
 MOST_TEXT: Final = 60
-"""Characters of one value."""
+"""Characters of a list."""
+
+MOST_STRING: Final = 500
+"""Characters of a text."""
 
 
 class _StreamFile(click.ParamType[tuple[str, int]]):
@@ -241,7 +244,8 @@ def _shown(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         return f"{value} ({value:#x})" if abs(value) > 9 else str(value)
-    return _text(str(value))
+    text = _text(str(value))
+    return text if len(text) <= MOST_STRING else f"{text[:MOST_STRING]}... ({len(text)} characters)"
 
 
 def _text(text: str) -> str:

@@ -10,6 +10,7 @@ Source: vmstate_info_* (migration/vmstate-types.c) and vmsd_desc_field_start (mi
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import zlib
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping
 from struct import Struct
 from typing import Final
 
-from corefw.wire.description import SUBSECTION_HEAD, DeviceDescription, FieldDescription, StateDescription
+from corefw.wire.description import MAX_DEPTH, SUBSECTION_HEAD, DeviceDescription, FieldDescription, StateDescription
 
 SHORT: Final = 32
 """Bytes that are shown in full."""
@@ -65,10 +66,12 @@ def _state(state: StateDescription, data: memoryview, budget: ValueBudget) -> di
         return {NOT_DECODED: _bytes(data)}
     values: dict[str, object] = {}
     repeated: set[str] = set()
-    at = 0
+    at, before = 0, ""
     for field in state.fields:
-        _put(values, repeated, field, _elements(field, data[at : at + field.total], budget))
-        at += field.total
+        part = data[at : at + field.total]
+        value = _json_value(part, budget) if before == f"{field.name}.size" and field.type == "buffer" else _NO_JSON
+        _put(values, repeated, field, _elements(field, part, budget) if value is _NO_JSON else value)
+        at, before = at + field.total, field.name
     subsections: dict[str, object] = {}
     for one in state.subsections:
         at += SUBSECTION_HEAD + len(one.vmsd_name.encode())
@@ -116,6 +119,30 @@ def _value(field: FieldDescription, data: memoryview, budget: ValueBudget) -> ob
         if size == field.size:
             return read(data)
     return _bytes(data)
+
+
+_NO_JSON: Final = object()
+
+
+def _json_value(data: memoryview, budget: ValueBudget) -> object:
+    """A guest.value of a Python program: JSON behind a field NAME.size. _NO_JSON for anything else."""
+    text = bytes(data)
+    if not budget.take(text.count(b",") + text.count(b"[") + text.count(b"{")):
+        return _NO_JSON
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return _NO_JSON
+    return value if _is_shallow(value, MAX_DEPTH) else _NO_JSON
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _is_shallow(value: object, depth: int) -> bool:
+    inner = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
+    return depth > 0 and all(_is_shallow(one, depth - 1) for one in inner)
 
 
 def _double(data: memoryview) -> object:
