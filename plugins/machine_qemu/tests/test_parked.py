@@ -17,6 +17,7 @@ from corefw.machine import AdoptsStreams, MachineConfig, MakesRamBlocks, RunStat
 from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
 from corefw.wire import items
+from corefw.wire.constants import Command, SectionType
 from corefw.wire.decoder import decode
 from corefw.wire.stream import MemorySource, StreamReader
 from tests.golden.record import RECORDINGS, load
@@ -171,3 +172,39 @@ def test_status_names_what_is_parked(tmp_path: Path) -> None:
         assert {"name": "timer", "instance-id": 0, "version": 2, "size": 48} in told["devices"]
         with pytest.raises(MachineError, match="cannot run here"):
             engine.cont()
+
+
+# -- SWITCHOVER_START --------------------------------------------------------------------------------------------------
+
+SWITCHOVER_START = bytes((SectionType.COMMAND, 0, Command.SWITCHOVER_START, 0, 0))
+
+
+def end_of_ram(data: bytes) -> int:
+    """Where the END section of the RAM begins."""
+    found = decode(StreamReader(MemorySource(data)))
+    return next(item.offset for item in found if isinstance(item, items.Part) and item.type is SectionType.END)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_switchover_start_goes_out_only_where_it_came(announced: bool, tmp_path: Path) -> None:
+    """Machine types from 10.0 on send it, and a QEMU that does not know it fails on it."""
+    data = load("pc")
+    at = end_of_ram(data)
+    with parking() as engine:
+        sent = data[:at] + SWITCHOVER_START + data[at:] if announced else data
+        assert take_in(engine, sent, tmp_path) is MigrationStatus.COMPLETED, engine.query_migrate()
+        engine.migrate(f"file:{tmp_path}/out")
+        assert engine.wait_outgoing(PATIENCE) is MigrationStatus.COMPLETED
+    out = (tmp_path / "out").read_bytes()
+    end = end_of_ram(out)
+    assert (out[end - len(SWITCHOVER_START) : end] == SWITCHOVER_START) is announced
+
+
+@pytest.mark.parametrize(("times", "behind"), [(2, False), (1, True)], ids=["twice", "behind the END"])
+def test_switchover_start_in_the_wrong_place_is_refused(times: int, behind: bool, tmp_path: Path) -> None:
+    data = load("pc")
+    at = len(data) - len(devices(data)) if behind else end_of_ram(data)
+    with parking() as engine:
+        sent = data[:at] + SWITCHOVER_START * times + data[at:]
+        assert take_in(engine, sent, tmp_path) is MigrationStatus.FAILED
+        assert "expected SWITCHOVER_START" in engine.query_migrate()["error-desc"]
