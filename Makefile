@@ -17,7 +17,7 @@ DOCS     := $(VENV)/.docs-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help dev demo test peers clean-peers check format bench docs clean
+.PHONY: help dev wheels demo test peers clean-peers check format bench docs clean
 
 help: ## Show this list
 	@echo "Goals of this Makefile; each installs what it needs into $(VENV) first."
@@ -28,6 +28,19 @@ help: ## Show this list
 	@echo "  PYTHON=...    is the interpreter that $(VENV) is made with (3.11 or newer; default python3)"
 
 dev: $(DEV) ## Install migfw, every plugin (editable) and the tools for tests and checks
+	@echo "migfw is installed in $(VENV). Put it on the path of this shell:"
+	@echo
+	@echo "  . $(BIN)/activate"
+	@echo
+	@echo "Then try:  migfw run stress --detach && migfw status && migfw quit"
+	@echo "On another host: make wheels (docs/install.md)."
+
+wheels: $(DEV) ## Build a wheel of migfw and of every plugin into dist/, to install on other hosts
+	@rm -rf dist
+	@for project in . $(PLUGINS); do $(BIN)/python -m build --wheel --no-isolation --outdir dist $$project >dist.log 2>&1 \
+	    || { cat dist.log; rm -f dist.log; exit 1; }; done; rm -f dist.log
+	@ls dist
+	@echo "Install them there: docs/install.md"
 
 demo: $(DEV) ## Watch a running program move from one process to another, with proof that nothing was lost
 	@$(BIN)/migfw demo $(ARGS)
