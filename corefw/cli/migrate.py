@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     " and send the rest, even if that takes longer than downtime-limit.  [default: cancel]",
 )
 @click.option("--postcopy", is_flag=True, help="Switch to postcopy when everything was sent once.")
-@click.option("--detach", is_flag=True, help="Start it and leave; 'migfw status' shows how far it is.")
+@click.option("--detach", is_flag=True, help="Start the migration and return; 'migfw status' shows its progress.")
 @click.option("--resume", is_flag=True, help="Go on with a postcopy migration whose connection broke.")
 @json_option
 def migrate(

@@ -1,7 +1,7 @@
 """`migfw relay`: join two transports, and show what goes through.
 
-The law: it says where it listens before it waits; it ends when both directions have ended, and says how much went each
-way. A relay that broke before the destination had the guest is exit status 1, whatever had gone through.
+It prints its address before it waits, and the bytes of each direction when both have ended. A relay that breaks before
+the destination has the guest ends with status 1, however much went through.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ _SMOOTHING: Final = 0.3
 )
 @json_option
 def relay(source: str, target: str, allow_any_user: bool, as_json: bool) -> None:
-    """Listen at FROM, dial TO when somebody comes, and pass everything on, both ways.
+    """Listen at FROM, dial TO when a source connects, and pass everything on, both ways.
 
-    So two hosts meet over a transport that one of them does not know: a QEMU dials FROM, and its stream goes on over
-    ssh: or zmq:, its return path included. FROM and TO are any migration URIs; with port 0, the port that was taken
-    is printed. An end is passed on as an end; when one side breaks, the other is broken off too. Where the migration
-    has a return path, it fails unless the destination has said that it has the guest.
+    This connects two hosts over a transport that one of them does not know: a QEMU dials FROM, and its stream goes on
+    over ssh: or zmq:, and so do the destination's answers. FROM and TO are any migration URIs; with port 0, the relay
+    prints the port that it got. When one side ends its stream, so does the relay on the other side; when one side
+    breaks, the relay aborts the other. If the migration has a return path, the relay fails unless the destination has
+    confirmed that it has the guest.
 
     \b
     Examples:
@@ -89,7 +90,7 @@ def _report(joined: Relay, *, as_json: bool) -> None:
         rate = f" ({format_size(progress.forward / progress.seconds)}/s)" if progress.seconds else ""
         click.echo(f"relayed {amount} in {format_milliseconds(progress.seconds * 1000)}{rate}")
     if isinstance(joined.failure, Interrupted):
-        note(f"interrupted after {amount}; both sides were broken off")
+        note(f"interrupted after {amount}; both connections were aborted")
         raise Finished(ExitStatus.INTERRUPTED)
     if joined.failure:
         raise joined.failure
