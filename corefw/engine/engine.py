@@ -1,7 +1,7 @@
-"""What the outside calls: QMP, the command line, programs that embed migfw.
+"""The engine: what QMP, the command line and programs that embed migfw call.
 
-The law: every command is checked before anything is started; what is refused changes nothing. The errors' texts are
-QEMU's where it has them (qmp_migrate, migrate_prepare, qmp_migrate_incoming, qmp_migrate_continue, ...).
+Every command is checked before anything is started; one that is refused changes nothing. The errors' texts are QEMU's
+where it has them (qmp_migrate, migrate_prepare, qmp_migrate_incoming, qmp_migrate_continue, ...).
 
 Threads: everything here may be called from any thread, by observers too. Events come in order, from some thread that
 caused one, with no lock held.

@@ -1,7 +1,7 @@
-"""What the engine makes known: QMP's events, to whoever wants to hear them.
+"""The engine's events, which are QMP's, and their observers.
 
-The law: events are told in order, by some thread that caused one, with no lock held; an observer that fails keeps no
-other from hearing.
+Events are delivered in order, by a thread that caused one, with no lock held. An observer that fails does not keep the
+others from hearing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Frames sections on the source: type byte, header, body, footer; and collects the description.
 
-The law: handlers write bodies, this page writes everything around them, and each section has the same id from START to
-END. Source: QEMU 7.2's save_section_header, save_section_footer, qemu_savevm_state_* (migration/savevm.c).
+Handlers write bodies; this module writes everything around them. A section keeps its id from START to END.
+
+Source: QEMU 7.2's save_section_header, save_section_footer, qemu_savevm_state_* (migration/savevm.c).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Who may start, stop or ask the guest.
+"""The lock under which the guest is started, stopped or asked.
 
-The law: one at a time, and whoever decides by the guest's run state holds it from the look to the deed. What becomes
-known of the guest meanwhile is told when it is let go.
+Hold it from reading the guest's run state until you have acted on it. Events that happen meanwhile are delivered when
+it is released.
 """
 
 from __future__ import annotations

@@ -363,7 +363,7 @@ class OutgoingMigration:
     # -- how it ends -----------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        """Raise when there is no point in going on."""
+        """Raise if the migration was cancelled or has already failed."""
         self.interrupt.check()
         if self._return_path is not None:
             self._return_path.check()
@@ -405,7 +405,7 @@ class OutgoingMigration:
         return error
 
     def _clean_up(self) -> None:
-        """Of what has to succeed nothing may keep the rest from being done."""
+        """Run every cleanup step even if one fails."""
         for handler in self._live:
             try:
                 handler.cleanup()

@@ -1,7 +1,8 @@
 """How the kernel shares the processor between a migration and the guest that it moves.
 
-The law: only the calling thread, only while it moves bytes (a guest that it starts must not be born with this), only
-where nobody chose a policy for it, and never with a privilege; where the kernel refuses, everything works as before.
+Only the calling thread changes, only while it moves bytes (a guest that it starts must not inherit this), and only
+where nobody has chosen a policy for it. No privilege is needed. Where the kernel refuses, everything works
+as before.
 """
 
 from __future__ import annotations

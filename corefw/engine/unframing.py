@@ -1,7 +1,9 @@
-"""Takes a stream apart on the destination: sections to their handlers, commands to their tables.
+"""Loads a stream on the destination: gives each section to its handler and runs the commands.
 
-The law: every section is known, in its place, of a version that its handler reads, and ends where its footer says;
-whatever is not so ends the load with RemoteStreamError. Source: QEMU 7.2's qemu_loadvm_state_main and what it calls.
+Every section must be known, in its place, of a version that its handler reads, and must end where its footer says.
+Anything else aborts the load with RemoteStreamError.
+
+Source: QEMU 7.2's qemu_loadvm_state_main and what it calls.
 """
 
 from __future__ import annotations

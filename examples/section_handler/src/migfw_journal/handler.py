@@ -17,7 +17,11 @@ CAPABILITY: Final = "x-journal"
 
 
 class JournalHandler(StateHandler):
-    """A StateHandler: the section is sent whole, when the guest has stopped."""
+    """A StateHandler: the section is sent whole, when the guest has stopped.
+
+    The journal belongs to this plugin and not to the machine, so the handler covers no RAM block or device of the
+    machine's: it leaves covers() as it is.
+    """
 
     idstr = "journal"
     version_id = JOURNAL.version_id
