@@ -79,3 +79,34 @@ def test_the_shell(server: QmpServer, folder: Path) -> None:
     assert "Connected to QEMU 7.2.0" in shell.stdout
     for expected in ('{"return": {"name": "tiny"', '"max-bandwidth": 12345', "'event': 'RESUME'", "'uri' is missing"):
         assert expected in shell.stdout, shell.stdout
+
+
+def test_the_shell_of_the_human_monitor(server: QmpServer, folder: Path) -> None:
+    lines = [
+        "info status",
+        "cont",
+        "info migrate",
+        "migrate -d tcp:127.0.0.1:1",
+        "info name",
+        "nonsense",
+        "help migrate",
+    ]
+    shell = subprocess.run(
+        [SHELL, "-H", path_of(server.address)],
+        input="\n".join([*lines, ""]) + "\n",
+        env={**os.environ, "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    (folder / ".qmp-shell_history").unlink(missing_ok=True)
+    assert shell.returncode == 0, shell.stderr
+    assert "Traceback" not in shell.stderr
+    for expected in (
+        "VM status: paused (prelaunch)",
+        "tiny",
+        "unknown command: 'nonsense'",
+        "migrate [-d] [-r] uri -- ",
+    ):
+        assert expected in shell.stdout, shell.stdout
