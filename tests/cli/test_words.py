@@ -46,14 +46,14 @@ def test_changes_read_by_the_table_and_take_the_later_names() -> None:
 
 def test_what_the_tables_do_not_have_is_guessed_for_a_qemu() -> None:
     changes = read_changes(
-        ["switchover-ack"], ["announce-initial=50", "mode=normal", "direct-io=on", "vcpu-dirty-limit=1M"], plugins=False
+        ["later-capability"], ["later-count=50", "later-mode=normal", "later-switch=on", "later-size=1M"], plugins=False
     )
-    assert changes.capabilities == {"switchover-ack": True}
+    assert changes.capabilities == {"later-capability": True}
     assert changes.parameters == {
-        "announce-initial": 50,
-        "mode": "normal",
-        "direct-io": True,
-        "vcpu-dirty-limit": 1 << 20,
+        "later-count": 50,
+        "later-mode": "normal",
+        "later-switch": True,
+        "later-size": 1 << 20,
     }
 
 
