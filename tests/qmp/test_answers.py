@@ -150,3 +150,26 @@ def test_answers_have_what_qemus_have(ours: QmpClient, theirs: QmpClient) -> Non
 
 def capabilities(answers: Answers) -> set[str]:
     return {one["capability"] for one in answers["idle"]["query-migrate-capabilities"]}
+
+
+def test_events_come_in_qemus_order(ours: QmpClient) -> None:
+    """As QEMU 10.0 and 11.1 send them: STOP before device, failing before failed."""
+
+    def happened(uri: str) -> list[str]:
+        client = ours
+        client.execute("migrate", {"uri": uri})
+        names: list[str] = []
+        while not names or names[-1] not in ("failed", "completed"):
+            event = client.wait_event(20)
+            assert event is not None, names
+            if event.name != "MIGRATION_PASS":
+                names.append(str(event.data.get("status", event.name)))
+        return names
+
+    ours.execute("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]})
+    ours.execute("cont")
+    resumed = ours.wait_event(20)
+    assert resumed is not None
+    assert resumed.name == "RESUME"
+    assert happened("unix:/nowhere/at/all") == ["setup", "failing", "failed"]
+    assert happened("exec:cat >/dev/null") == ["setup", "active", "STOP", "device", "completed"]
