@@ -63,7 +63,7 @@ def split_host_port(text: str, what: str) -> tuple[str, int]:
 def check_dialled_port(port: int, what: str) -> None:
     """Raise UriError for port 0: whoever listens there gets a free one, and nobody can dial it."""
     if port == 0:
-        raise UriError(f"'{what}': port 0 is only for who listens, expected the port that the listener reports")
+        raise UriError(f"'{what}': port 0 is only for listening, expected the port that the listener reports")
 
 
 def join_host_port(host: str, port: int) -> str:

@@ -362,7 +362,7 @@ def test_command_fails_with_one_line(tmp_path: Path) -> None:
         (("tcp:127.0.0.1", "file:/dev/null"), "has no port"),
         (("tcp:127.0.0.1:0", "nosuch:x"), "no installed plugin has the scheme 'nosuch'"),
         (("tcp:127.0.0.1:0",), "Missing argument 'TO'"),
-        (("tcp:127.0.0.1:0", "tcp:127.0.0.1:0"), "'tcp:127.0.0.1:0': port 0 is only for who listens"),
+        (("tcp:127.0.0.1:0", "tcp:127.0.0.1:0"), "'tcp:127.0.0.1:0': port 0 is only for listening"),
     ],
 )
 def test_command_used_wrongly(arguments: tuple[str, ...], expected: str) -> None:

@@ -100,5 +100,5 @@ def test_any_text_is_a_uri_or_a_uri_error(text: str) -> None:
 
 def test_port_0_is_for_who_listens() -> None:
     check_dialled_port(1, "tcp:localhost:1")
-    with pytest.raises(UriError, match=r"^'tcp:localhost:0': port 0 is only for who listens, expected the port that "):
+    with pytest.raises(UriError, match=r"^'tcp:localhost:0': port 0 is only for listening, expected the port that "):
         check_dialled_port(0, "tcp:localhost:0")

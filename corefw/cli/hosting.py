@@ -41,7 +41,7 @@ LINGER: Final = 10.0
 """Seconds that a source stays, at most, for clients that are still connected when its guest has moved."""
 
 UNCONFIRMED: Final = (
-    "the guest was sent, and nobody said that it has arrived, so it is kept here, stopped: 'migfw quit' ends it"
+    "the guest was sent, but nothing confirmed its arrival, so it is kept here, stopped: 'migfw quit' ends it"
 )
 
 _LOOK: Final = 0.02

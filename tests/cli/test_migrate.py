@@ -87,7 +87,7 @@ def test_the_only_copy_that_is_known_stays(engines: Engines) -> None:
     here = engines(*SMALL, "--name=here")
     assert here.call("migrate", "exec:cat >/dev/null").returncode == 0
     assert here.process.stdout is not None
-    assert here.process.stdout.readline().startswith("migfw: the guest was sent, and nobody said that it has arrived")
+    assert here.process.stdout.readline().startswith("migfw: the guest was sent, but nothing confirmed its arrival")
     assert here.call("cont").returncode == 0
     assert here.call("verify").returncode == 0
     assert here.call("migrate", f"file:{here.runtime}/stream").returncode == 0
@@ -299,9 +299,9 @@ WRONG = {
     ("fd:nobody",): "no descriptor is called 'nobody'",
     ("tcp:localhost",): "has no port",
     ("tcp:localhost:70000",): "'70000' is no port",
-    ("tcp:127.0.0.1:0",): "'tcp:127.0.0.1:0': port 0 is only for who listens",
-    ("zmq:tcp://*:0",): "port 0 is only for who listens",
-    ("ssh://host/tcp:localhost:0",): "port 0 is only for who listens",
+    ("tcp:127.0.0.1:0",): "'tcp:127.0.0.1:0': port 0 is only for listening",
+    ("zmq:tcp://*:0",): "port 0 is only for listening",
+    ("ssh://host/tcp:localhost:0",): "port 0 is only for listening",
     ("tcp:localhost:1", "--cap", "levitate"): "unknown capability 'levitate'",
     ("tcp:localhost:1", "--cap", "xbzrle"): "capability 'xbzrle' is not supported by any installed plugin",
     ("tcp:localhost:1", "--cap", "events=perhaps"): "expected events=on or events=off",
