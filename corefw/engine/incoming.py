@@ -41,13 +41,6 @@ DRAIN_SECONDS: Final = 2.0
 DRAIN_BYTES: Final = 16 << 20
 
 
-class NoMigration(MigfwError):
-    """What the connection brought was no migration, and not meant to be one: the destination goes on waiting.
-
-    To be raised while the stream is read, before its first section (IncomingMigration.begins).
-    """
-
-
 class IncomingMigration:
     """One attempt to take a guest in. It is an IncomingContext for the handlers."""
 
@@ -169,22 +162,16 @@ class IncomingMigration:
             self._channel.close()
 
     def _take_in(self) -> None:
-        while True:
-            self._source, reader = await_source(
-                self._listener,
-                self.settings,
-                self.interrupt,
-                self._hold,
-                self._answer_check,
-                again=self._accepts_again,
-            )
-            self.interrupt.check()
-            try:
-                self._load(self._source, reader)
-                break
-            except NoMigration as why:
-                log.info("%s; the destination waits on", why)
-                self._drop_connection()
+        self._source, reader = await_source(
+            self._listener,
+            self.settings,
+            self.interrupt,
+            self._hold,
+            self._answer_check,
+            again=self._accepts_again,
+        )
+        self.interrupt.check()
+        self._load(self._source, reader)
         with self._guest_lock.unless(self.interrupt.check):
             self.interrupt.check()
             self._start_guest()
@@ -194,13 +181,6 @@ class IncomingMigration:
 
     def _hold(self, channel: Channel | None) -> None:
         self._channel = channel
-
-    def _drop_connection(self) -> None:
-        """Let go of a connection that brought no migration."""
-        if self._channel is not None:
-            self._channel.close()
-        self._channel = self._source = self._return_path = None
-        self._explains = False
 
     def _load(self, source: Incoming, reader: StreamReader) -> None:
         begun = []

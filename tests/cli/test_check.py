@@ -71,7 +71,7 @@ def test_without_a_destination_it_looks_at_this_side(pair: tuple[Engine, Engine]
 @pytest.mark.parametrize(
     ("length", "fields", "complaint"),
     [
-        (4096, 'step = guest.field("u64"); more = guest.field("u32")', "'more' is missing there"),
+        (4096, 'step = guest.field("u64"); more = guest.field("u32")', "'more' is missing at the source"),
         (8192, 'step = guest.field("u64")', "other arrays"),
     ],
 )

@@ -84,12 +84,18 @@ def test_arrays_of_one_size_and_another_shape_are_refused(define: Define, there:
 @pytest.mark.parametrize(
     ("there", "complaint"),
     [
-        ("b = guest.field('u32'); a = guest.field('u32')", "in another order: a, b there, b, a here"),
-        ("a = guest.field('u32')", "'b' is missing here"),
-        ("a = guest.field('u32'); b = guest.field('u32'); c = guest.field('u8')", "'c' is missing there"),
-        ("a = guest.field('u32'); c = guest.field('u32')", "'b' is missing here; 'c' is missing there"),
-        ("a = guest.field('u32'); b = guest.field('i32')", "'b' is u32 there and i32 here"),
-        ("a = guest.field('u32'); b = guest.value()", "'b' is u32 there and value[1048576] here"),
+        (
+            "b = guest.field('u32'); a = guest.field('u32')",
+            "in another order: a, b at the source, b, a at the destination",
+        ),
+        ("a = guest.field('u32')", "'b' is missing at the destination"),
+        ("a = guest.field('u32'); b = guest.field('u32'); c = guest.field('u8')", "'c' is missing at the source"),
+        (
+            "a = guest.field('u32'); c = guest.field('u32')",
+            "'b' is missing at the destination; 'c' is missing at the source",
+        ),
+        ("a = guest.field('u32'); b = guest.field('i32')", "'b' is u32 at the source and i32 at the destination"),
+        ("a = guest.field('u32'); b = guest.value()", "'b' is u32 at the source and value[1048576] at the destination"),
     ],
 )
 def test_other_fields_are_named_and_none_is_loaded(define: Define, there: str, complaint: str) -> None:

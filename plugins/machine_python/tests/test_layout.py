@@ -77,16 +77,21 @@ def moved(source: PythonMachine, destination: PythonMachine) -> tuple[int, str |
 @pytest.mark.parametrize(
     ("there", "complaint"),
     [
-        (HERE.replace("a = ", "z = "), "this program has other fields: 'a' is missing here; 'z' is missing there ("),
+        (
+            HERE.replace("a = ", "z = "),
+            "this program has other fields: 'a' is missing at the destination; 'z' is missing at the source (",
+        ),
         (
             "big = guest.array('big', 4 << 20, 'u1'); b = guest.field('u32'); a = guest.field('u32')",
-            "this program has other fields: they are in another order: a, b there, b, a here (raise `version`",
+            "this program has other fields: they are in another order:"
+            " a, b at the source, b, a at the destination (raise `version`",
         ),
         (
             HERE.replace("4 << 20, 'u1'", "1 << 20, 'i4'"),
-            "this program has other arrays: 'big' is (4194304,) of uint8 there and (1048576,) of int32 here (give both",
+            "this program has other arrays:"
+            " 'big' is (4194304,) of uint8 at the source and (1048576,) of int32 at the destination (give both",
         ),
-        (HERE + "; version = 2", "this program takes over version 2, and version 1 comes"),
+        (HERE + "; version = 2", "the destination's program takes over version 2, the source's is version 1"),
     ],
 )
 def test_what_differs_is_refused_before_any_ram_came(make: Make, there: str, complaint: str) -> None:
@@ -145,15 +150,15 @@ def test_other_versions_are_a_note_and_refused_only_where_the_program_says_so() 
     there = {"python": "3.12.1", "numpy": "2.1.0", "migfw": "0.2"}
     assert compare(layout(), layout(versions=there)).refusals == ()
     assert compare(layout(), layout(versions=there)).notes == (
-        "Python is 3.12.1 there and 3.11.2 here",
-        "NumPy is 2.1.0 there and 1.26.0 here",
+        "Python is 3.12.1 at the source and 3.11.2 at the destination",
+        "NumPy is 2.1.0 at the source and 1.26.0 at the destination",
     )
     (_, numpy) = compare(layout(fields=(("r", "rng[numpy]", 0),)), layout(versions=there)).notes
     assert "a generator goes on from its state" in numpy
     (same,) = compare(layout(), layout(versions=there, requires={"numpy": "same"})).refusals
-    assert same == "the program requires the same numpy on both sides: 2.1.0 there, 1.26.0 here"
+    assert same == "the program requires the same numpy on both sides: 2.1.0 at the source, 1.26.0 at the destination"
     (newer,) = compare(layout(), layout(requires={"numpy": ">=99"})).refusals
-    assert newer == f"the program that comes requires numpy >=99, and numpy is {np.__version__} here"
+    assert newer == f"the source's program requires numpy >=99, and numpy is {np.__version__} at the destination"
     patch = {"python": "3.11.9", "numpy": "1.26.4", "migfw": "0.2"}
     assert compare(layout(), layout(versions=patch)).notes == ()
 

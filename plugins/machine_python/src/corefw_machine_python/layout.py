@@ -137,10 +137,12 @@ def compare(here: Layout, there: Layout) -> Comparison:
     """Whether the program that comes from there can go on here."""
     refusals = []
     if here.program != there.program:
-        refusals.append(f"this is program '{here.program}', and '{there.program}' comes")
+        refusals.append(f"the destination has program '{here.program}', the source '{there.program}'")
     if not here.minimum_version <= there.version <= here.version:
         known = " to ".join(str(one) for one in sorted({here.minimum_version, here.version}))
-        refusals.append(f"this program takes over version {known}, and version {there.version} comes")
+        refusals.append(
+            f"the destination's program takes over version {known}, the source's is version {there.version}"
+        )
     elif different := compare_fields(here.fields, there.fields, there.version):
         refusals.append(f"this program has other fields: {'; '.join(different)} ({RAISE_VERSION})")
     if different := _compare_arrays(here.arrays, there.arrays):
@@ -157,40 +159,46 @@ def compare_fields(
     theirs = {name: kind for name, kind, since in there if since <= version}
     found = _missing(mine, theirs)
     found += [
-        f"'{name}' is {theirs[name]} there and {kind} here"
+        f"'{name}' is {theirs[name]} at the source and {kind} at the destination"
         for name, kind in mine.items()
         if theirs.get(name, kind) != kind
     ]
     if not found and list(mine) != list(theirs):
-        found.append(f"they are in another order: {', '.join(theirs)} there, {', '.join(mine)} here")
+        found.append(
+            f"they are in another order: {', '.join(theirs)} at the source, {', '.join(mine)} at the destination"
+        )
     return found
 
 
 def _compare_arrays(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
     found = _missing(here, there)
     return found + [
-        f"'{name}' is {there[name]} there and {kind} here"
+        f"'{name}' is {there[name]} at the source and {kind} at the destination"
         for name, kind in here.items()
         if there.get(name, kind) != kind
     ]
 
 
 def _missing(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
-    found = [f"'{name}' is missing here" for name in there if name not in here]
-    return found + [f"'{name}' is missing there" for name in here if name not in there]
+    found = [f"'{name}' is missing at the destination" for name in there if name not in here]
+    return found + [f"'{name}' is missing at the source" for name in here if name not in there]
 
 
 def _compare_requirements(here: Layout, there: Layout) -> list[str]:
     """A version there is known to the source; what its program requires has to hold here too."""
     try:
-        found = [f"the program that comes requires {one} here" for one in requirements.unmet(there.requires)]
+        found = [
+            f"the source's program requires {one} at the destination" for one in requirements.unmet(there.requires)
+        ]
     except ValueError as error:
-        return [f"the program that comes requires what is not understood: {error}"]
+        return [f"the source's program has a `requires` that cannot be read: {error}"]
     for name in {**there.requires, **here.requires}:
         texts = (there.requires.get(name, ""), here.requires.get(name, ""))
         mine, theirs = here.versions.get(name) or requirements.installed(name), there.versions.get(name)
         if any(text.strip() == requirements.SAME for text in texts) and mine != theirs:
-            found.append(f"the program requires the same {name} on both sides: {theirs} there, {mine} here")
+            found.append(
+                f"the program requires the same {name} on both sides: {theirs} at the source, {mine} at the destination"
+            )
     return found
 
 
@@ -202,5 +210,5 @@ def _notes(here: Layout, there: Layout) -> list[str]:
             also = ""
             if name == "numpy" and any(kind == "rng[numpy]" for _, kind, _ in here.fields):
                 also = ": a generator goes on from its state, but another NumPy may draw other numbers from it"
-            found.append(f"{called} is {theirs} there and {mine} here{also}")
+            found.append(f"{called} is {theirs} at the source and {mine} at the destination{also}")
     return found
