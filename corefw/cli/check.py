@@ -21,20 +21,20 @@ from corefw.quantities import format_milliseconds, format_size
 @click.command()
 @click.argument("uri", required=False, shell_complete=completion.uris)
 @click.option(
-    "--to", metavar="[USER@]HOST[:PORT]", help="Start a destination on HOST over ssh for the check, and end it."
+    "--to", metavar="[USER@]HOST[:PORT]", help="Start a destination on HOST over ssh for the check, then end it."
 )
-@click.option("--remote-migfw", metavar="PATH", help="Where migfw is on HOST.  [default: migfw, then where it is here]")
+@click.option("--remote-migfw", metavar="PATH", help="Path of migfw on HOST.  [default: migfw, then its path here]")
 @engine_options
 @json_option
 def check(
     uri: str | None, to: str | None, remote_migfw: str | None, name: str | None, qmp: str | None, as_json: bool
 ) -> None:
-    """Try out whether the running guest could move to URI or HOST. Nothing moves, and the guest runs on.
+    """Check whether the running guest could move to URI or HOST. Nothing moves, and the guest keeps running.
 
-    The destination at URI compares the programs, their fields and arrays, the versions of Python and NumPy, and its
-    free memory; the path's bandwidth and the rate at which the guest writes are measured for a second each. From these
-    follows whether a migration would converge, how long it would take, and how long the guest would be down. The
-    destination waits on afterwards. Without URI and --to, only this side is looked at.
+    The destination compares the programs, their fields and arrays, the versions of Python and NumPy, and checks its
+    free memory. The bandwidth and the guest's dirty rate are measured for one second each. The result shows whether a
+    migration would converge, how long it would take, and the expected downtime. The destination keeps waiting
+    afterwards. Without URI or --to, only this side is checked.
 
     \b
     Examples:
@@ -45,7 +45,7 @@ def check(
     \b
     Exit status:
       0    a migration should succeed
-      1    it would not; the lines called "problem" say why
+      1    it would fail; the "problem" lines say why
       2    wrong usage
     """
     if uri is not None and to is not None:

@@ -217,8 +217,8 @@ def register_shells() -> None:
 @click.command()
 @click.argument("shell", metavar="SHELL", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the script that completes migfw's command lines in SHELL: names of engines, programs and their classes,
-    capabilities, parameters, machines, schemes.
+    """Print the Tab completion script for SHELL. It completes engines, programs and their classes, capabilities,
+    parameters, machines and schemes.
 
     \b
     Examples:

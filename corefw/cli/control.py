@@ -34,7 +34,7 @@ def _confirm(engine: EngineClient, text: str, *, as_json: bool) -> None:
 @engine_options
 @json_option
 def stop(name: str | None, qmp: str | None, as_json: bool) -> None:
-    """Stop the guest; it stays as it is until 'migfw cont'.
+    """Stop the guest until 'migfw cont'.
 
     \b
     Example:
@@ -49,10 +49,11 @@ def stop(name: str | None, qmp: str | None, as_json: bool) -> None:
 @engine_options
 @json_option
 def cont(name: str | None, qmp: str | None, as_json: bool) -> None:
-    """Let a stopped guest go on.
+    """Resume a stopped guest.
 
-    Refused on the source once the destination has said that it has the guest. Where nobody could say so (file:, exec:,
-    a link that broke at the end) it starts the guest: be sure that it does not run elsewhere, for two of it must never.
+    Refused on the source once the destination has confirmed that it has the guest. If the destination could not confirm
+    it (file:, exec:, a connection that broke at the end), the guest is started: first make sure that it does not run
+    elsewhere, because a guest must never run twice.
 
     \b
     Example:
@@ -66,7 +67,7 @@ def cont(name: str | None, qmp: str | None, as_json: bool) -> None:
 @click.command("quit")
 @engine_options
 def quit_engine(name: str | None, qmp: str | None) -> None:
-    """End the engine and its guest. What the guest has in memory is lost.
+    """End the engine and its guest. The guest's memory is lost.
 
     \b
     Example:
@@ -75,16 +76,16 @@ def quit_engine(name: str | None, qmp: str | None) -> None:
     with connect(name, qmp) as engine:
         engine.call("quit")
         if not engine.wait_end(QUIT_SECONDS):
-            raise MigfwError(f"the engine at {engine.address} was told to quit, and is still there")
+            raise MigfwError(f"the engine at {engine.address} was asked to quit, but is still running")
 
 
 @click.command()
 @engine_options
 @json_option
 def verify(name: str | None, qmp: str | None, as_json: bool) -> None:
-    """Let the guest check its own state, and print what it found.
+    """Ask the guest to check its own state, and print the result.
 
-    The guest is stopped for as long as that takes. Exit status 1 when something is wrong with it.
+    The guest is stopped during the check. The exit status is 1 if its state is damaged.
 
     \b
     Example:
@@ -103,10 +104,10 @@ def verify(name: str | None, qmp: str | None, as_json: bool) -> None:
 @engine_options
 @json_option
 def cancel(name: str | None, qmp: str | None, as_json: bool) -> None:
-    """Cancel the migration that runs; the guest goes on here. Fine when none runs.
+    """Cancel the running migration, if there is one; the guest keeps running here.
 
-    A destination gives up the guest that comes, tells its source, and stops waiting; 'migfw qmp migrate-incoming
-    uri=URI' lets it wait again.
+    A destination drops the incoming guest, tells the source, and stops waiting; 'migfw qmp migrate-incoming uri=URI'
+    makes it wait again.
 
     \b
     Example:
@@ -123,10 +124,10 @@ def cancel(name: str | None, qmp: str | None, as_json: bool) -> None:
 @engine_options
 @json_option
 def continue_migration(name: str | None, qmp: str | None, as_json: bool) -> None:
-    """Let a migration that waits in pre-switchover complete.
+    """Complete a migration that waits in pre-switchover.
 
-    A migration waits there when the capability pause-before-switchover is on: the guest is stopped, everything but the
-    last of its state is sent.
+    A migration waits there if the capability pause-before-switchover is on. The guest is stopped, and everything but
+    the last part of its state has been sent.
 
     \b
     Example:
@@ -135,14 +136,14 @@ def continue_migration(name: str | None, qmp: str | None, as_json: bool) -> None
     """
     with connect(name, qmp) as engine:
         engine.call("migrate-continue", state="pre-switchover")
-        _confirm(engine, "the migration goes on", as_json=as_json)
+        _confirm(engine, "the migration continues", as_json=as_json)
 
 
 @click.command()
 @engine_options
 @json_option
 def postcopy(name: str | None, qmp: str | None, as_json: bool) -> None:
-    """Start the guest on the destination now; the RAM that is left follows.
+    """Start the guest on the destination now; the remaining RAM follows.
 
     The migration must have been started with the capability postcopy-ram.
 
@@ -159,7 +160,7 @@ def postcopy(name: str | None, qmp: str | None, as_json: bool) -> None:
 @engine_options
 @json_option
 def pause(name: str | None, qmp: str | None, as_json: bool) -> None:
-    """Break a postcopy migration's connection off, to go on over another one.
+    """Close the connection of a postcopy migration, to recover it over another one.
 
     \b
     Example:
@@ -177,7 +178,7 @@ def pause(name: str | None, qmp: str | None, as_json: bool) -> None:
 @engine_options
 @json_option
 def recover(uri: str, name: str | None, qmp: str | None, as_json: bool) -> None:
-    """Wait at URI, on the destination, for a broken postcopy migration to resume.
+    """On the destination, wait at URI for the source to resume a broken postcopy migration.
 
     \b
     Example:

@@ -30,21 +30,21 @@ INTERVAL: Final = 0.5
 @click.command()
 @click.argument("source", metavar="IN", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.argument("destination", metavar="OUT", type=click.Path(dir_okay=False))
-@click.option("--machine", metavar="TYPE", help="The machine type of the QEMU that will load it, as pc-i440fx-7.2.")
+@click.option("--machine", metavar="TYPE", help="Machine type of the QEMU that will load it, such as pc-i440fx-7.2.")
 @click.option(
-    "--for", "version", metavar="VERSION", help="The version of that QEMU.  [default: that of the machine type]"
+    "--for", "version", metavar="VERSION", help="Version of that QEMU.  [default: the version in the machine type]"
 )
 @click.option(
     "--to-vmstate",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False),
-    help="What that QEMU wrote with -dump-vmstate: compare the devices with it.",
+    help="Output of -dump-vmstate from that QEMU, to compare the devices with.",
 )
 @click.option(
     "--from-vmstate",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False),
-    help="The same of the QEMU that saved the stream, to compare more.",
+    help="The same from the QEMU that saved the stream, for a more complete comparison.",
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @json_option
@@ -58,11 +58,11 @@ def convert(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write the stream in IN ("-": standard input) to OUT for another machine type or version of QEMU.
+    """Rewrite the stream in IN ("-": standard input) to OUT for another machine type or version of QEMU.
 
-    The machine type is renamed, and what the version does not know is left out. Everything else stays byte for byte,
-    so a device that the other QEMU sees differently still will not load: compare with its -dump-vmstate to find out.
-    OUT is made whole or not at all. The exit status is 1 if something is known that will not load.
+    Renames the machine type and leaves out what that version cannot parse. Everything else is copied byte for byte, so
+    a device with a different layout in the other QEMU still will not load: compare with its -dump-vmstate to find out.
+    OUT is created completely or not at all. The exit status is 1 if part of it is known not to load.
 
     \b
     Examples:

@@ -43,19 +43,16 @@ _libc: Final = ctypes.CDLL(None)
 
 
 @click.command()
+@click.option("--ram", default="512M", show_default=True, help="RAM of the guest, filled with incompressible bytes.")
 @click.option(
-    "--ram", default="512M", show_default=True, help="RAM of the guest, filled with bytes that do not compress."
-)
-@click.option(
-    "--dirty-rate", default="100M", show_default=True, help="Bytes of pages that the guest dirties in a second."
+    "--dirty-rate", default="100M", show_default=True, help="Bytes of pages that the guest dirties per second."
 )
 @click.option("--working-set", default="64M", show_default=True, help="How much of its RAM the guest writes to.")
 def demo(ram: str, dirty_rate: str, working_set: str) -> None:
-    """Move a running guest from one process to another on this host, and prove that not one write was lost.
+    """Move a running guest from one process to another on this host, and verify that no write was lost.
 
-    The guest 'stress' fills its RAM, goes on writing all the time and counts its writes. After the move it runs on in
-    the other process; then the writes that it counted are compared with those that its RAM has seen. The last line is
-    "demo: ok".
+    The guest 'stress' fills its RAM, keeps writing to it and counts its writes. After the move it keeps running in the
+    other process, and the writes that it counted are compared with those found in its RAM. The last line is "demo: ok".
 
     \b
     Examples:

@@ -27,31 +27,31 @@ class Entry(NamedTuple):
 COMMANDS: Final[Mapping[str, Mapping[str, Entry]]] = {
     "Guests": {
         "run": Entry("corefw.cli.run:run", "Run a guest, or wait for one to migrate here."),
-        "demo": Entry("corefw.cli.demo:demo", "Watch a running guest move, and the proof that nothing was lost."),
+        "demo": Entry("corefw.cli.demo:demo", "Move a running guest between two processes and verify it."),
         "stop": Entry("corefw.cli.control:stop", "Stop the guest."),
-        "cont": Entry("corefw.cli.control:cont", "Let a stopped guest go on."),
-        "verify": Entry("corefw.cli.control:verify", "Let the guest check its own state."),
+        "cont": Entry("corefw.cli.control:cont", "Resume a stopped guest."),
+        "verify": Entry("corefw.cli.control:verify", "Ask the guest to check its own state."),
         "quit": Entry("corefw.cli.control:quit_engine", "End the engine and its guest."),
     },
     "Migration": {
         "migrate": Entry("corefw.cli.migrate:migrate", "Move the running guest to another host."),
-        "check": Entry("corefw.cli.check:check", "Try out whether the guest could move, and what it would be like."),
+        "check": Entry("corefw.cli.check:check", "Check whether the guest could move, and how long it would take."),
         "status": Entry("corefw.cli.status:status", "Show the guest and its migration."),
-        "cancel": Entry("corefw.cli.control:cancel", "Cancel the migration; the guest goes on here."),
-        "set": Entry("corefw.cli.control:set_values", "Change capabilities and parameters, also in flight."),
-        "continue": Entry("corefw.cli.control:continue_migration", "Let a migration in pre-switchover complete."),
+        "cancel": Entry("corefw.cli.control:cancel", "Cancel the migration; the guest keeps running here."),
+        "set": Entry("corefw.cli.control:set_values", "Change capabilities and parameters, even during a migration."),
+        "continue": Entry("corefw.cli.control:continue_migration", "Complete a migration in pre-switchover."),
         "postcopy": Entry("corefw.cli.control:postcopy", "Switch to postcopy now."),
-        "pause": Entry("corefw.cli.control:pause", "Break a postcopy migration off, to recover it later."),
-        "recover": Entry("corefw.cli.control:recover", "Wait on the destination for a broken postcopy to resume."),
+        "pause": Entry("corefw.cli.control:pause", "Pause a postcopy migration, to recover it later."),
+        "recover": Entry("corefw.cli.control:recover", "On the destination, wait for a broken postcopy to resume."),
     },
     "Tools": {
-        "ps": Entry("corefw.cli.ps:ps", "List the engines that run on this host."),
+        "ps": Entry("corefw.cli.ps:ps", "List your engines on this host."),
         "plugins": Entry("corefw.cli.plugins:plugins", "List the installed plugins, and what failed to load."),
-        "inspect": Entry("corefw.cli.inspect:inspect", "Show what is inside a recorded migration stream."),
-        "convert": Entry("corefw.cli.convert:convert", "Make a stored stream one for another machine type or QEMU."),
-        "relay": Entry("corefw.cli.relay:relay", "Join two transports, both ways."),
+        "inspect": Entry("corefw.cli.inspect:inspect", "Show what is in a recorded migration stream."),
+        "convert": Entry("corefw.cli.convert:convert", "Rewrite a stored stream for another machine type or QEMU."),
+        "relay": Entry("corefw.cli.relay:relay", "Forward a migration from one transport to another."),
         "qmp": Entry("corefw.cli.qmp:qmp", "Send one QMP command and print the answer."),
-        "completion": Entry("corefw.cli.completion:completion", "Print a shell's script for Tab completion."),
+        "completion": Entry("corefw.cli.completion:completion", "Print the Tab completion script for a shell."),
     },
 }
 
@@ -109,7 +109,7 @@ def _verbose_option() -> click.Option:
         count=True,
         expose_value=False,
         callback=_set_verbosity,
-        help="Log to stderr what happens; -vv logs everything.",
+        help="Log progress to stderr; -vv logs everything.",
     )
 
 
@@ -129,7 +129,7 @@ def _set_verbosity(ctx: click.Context, _parameter: click.Parameter, count: int) 
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     params=[_verbose_option()],
-    epilog="'migfw COMMAND --help' has the options and examples of each command.",
+    epilog="Run 'migfw COMMAND --help' for the options and examples of a command.",
 )
 @click.version_option(__version__, message="migfw %(version)s")
 @click.pass_context
@@ -137,7 +137,7 @@ def migfw(ctx: click.Context) -> None:
     """Move running guests between hosts while they run.
 
     \b
-    A guest is a Python program, or a machine that left a QEMU.
+    A guest is a Python program, or a virtual machine from QEMU.
       migfw run heat.py:Heat                               run a program as a guest
       migfw run heat.py:Heat --incoming tcp:0.0.0.0:4444   wait for it, on the other host
       migfw migrate tcp:other.example.org:4444             move it there while it runs

@@ -42,16 +42,16 @@ class _StreamFile(click.ParamType[tuple[str, int]]):
 
 @click.command()
 @click.argument("place", metavar="FILE", type=_StreamFile())
-@click.option("--device", "devices", metavar="NAME", multiple=True, help="Show this device's fields; may be repeated.")
+@click.option("--device", "devices", metavar="NAME", multiple=True, help="Show the fields of this device. Repeatable.")
 @click.option("--fields", "all_fields", is_flag=True, help="Show the fields of all devices.")
 @json_option
 def inspect(place: tuple[str, int], devices: Sequence[str], all_fields: bool, as_json: bool) -> None:
     """Show the sections, RAM, devices and commands of the migration stream in FILE ("-": standard input).
 
-    FILE may also be a save image of libvirt (virsh save), or a URI as QEMU reads it: file:PATH,offset=N.
+    FILE may also be a libvirt save image (virsh save), or a URI like QEMU's: file:PATH,offset=N.
 
-    Streams of QEMU and of migfw are read alike, with every option of the stream on or off. A damaged stream is shown
-    up to the damage. The exit status is 1 for a stream that is damaged or whose RAM is missing.
+    Reads streams of QEMU and migfw, with any stream options. A damaged stream is shown up to the damage. The exit
+    status is 1 if the stream is damaged or its RAM is missing.
 
     \b
     Examples:

@@ -43,20 +43,20 @@ if TYPE_CHECKING:
     metavar="[USER@]HOST[:PORT]",
     help="Start the destination on HOST over ssh, with the same program and options, and move there.",
 )
-@click.option("--remote-migfw", metavar="PATH", help="Where migfw is on HOST.  [default: migfw, then where it is here]")
+@click.option("--remote-migfw", metavar="PATH", help="Path of migfw on HOST.  [default: migfw, then its path here]")
 @engine_options
 @settings_options
-@click.option("--timeout", metavar="DURATION", help="How long the migration may take, as in 30s or 10m.")
-@click.option("--max-passes", metavar="N", type=click.IntRange(1), help="How many passes it may take.")
+@click.option("--timeout", metavar="DURATION", help="Limit how long the migration may take, for example 30s or 10m.")
+@click.option("--max-passes", metavar="N", type=click.IntRange(1), help="Limit the number of passes.")
 @click.option(
     "--on-timeout",
     type=click.Choice(["cancel", "switchover"]),
-    help="What happens when --timeout or --max-passes is reached: cancel, and the guest runs on here; or stop the guest"
-    " and send the rest, even if that takes longer than downtime-limit.  [default: cancel]",
+    help="What to do when --timeout or --max-passes is reached: cancel, and keep the guest running here; or stop the"
+    " guest and send the rest, even if that takes longer than downtime-limit.  [default: cancel]",
 )
-@click.option("--postcopy", is_flag=True, help="Switch to postcopy when everything was sent once.")
+@click.option("--postcopy", is_flag=True, help="Switch to postcopy once everything has been sent once.")
 @click.option("--detach", is_flag=True, help="Start the migration and return; 'migfw status' shows its progress.")
-@click.option("--resume", is_flag=True, help="Go on with a postcopy migration whose connection broke.")
+@click.option("--resume", is_flag=True, help="Resume a postcopy migration whose connection broke.")
 @json_option
 def migrate(
     uri: str | None,
@@ -74,28 +74,28 @@ def migrate(
     resume: bool,
     as_json: bool,
 ) -> None:
-    """Move the running guest to whoever waits at URI, or to a HOST, and show how far it is.
+    """Move the running guest to the destination at URI, or to HOST, and show progress.
 
     \b
-    URI says how to get there:
+    URI is one of:
       tcp:HOST:PORT                                unix:PATH
       ssh://[USER@]HOST[:PORT]/tcp:HOST:PORT       ssh://[USER@]HOST[:PORT]/unix:PATH
       zmq:tcp://HOST:PORT                          zmq:ipc://PATH
       exec:COMMAND                                 fd:N or fd:NAME
-      file:PATH                                    what else 'migfw plugins' lists
+      file:PATH                                    others that 'migfw plugins' lists
 
-    Paths and commands are those of the host and the folder that the engine was started in. The return path is on
-    wherever URI has two ways, so that "completed" means that the destination has said so; the bandwidth is not
-    limited. --cap and --param say otherwise.
+    The engine opens the URI, so paths and commands refer to its host and working directory. The return path is on if
+    the transport is bidirectional, so "completed" means that the destination has confirmed it. The bandwidth is not
+    limited. Use --cap and --param to change this.
 
-    A migration that does not converge goes on until its guest writes less, or until --timeout or --max-passes. The
-    engine keeps these limits, with --detach as well.
+    A migration that does not converge continues until the guest writes less, or until --timeout or --max-passes. The
+    engine enforces these limits, even with --detach.
 
-    With --to there is nothing to start by hand: the destination is started over there (migfw of this version, and the
-    program's files, have to be on HOST), stays in the background when the guest has arrived, and ends when it has not.
+    With --to, the command starts the destination for you. HOST needs this version of migfw and the program's files. The
+    remote engine stays in the background after a successful migration, and is ended after a failed one.
 
-    Ctrl-C cancels the migration and waits until the guest goes on here; a second one leaves at once. With --qmp it
-    moves a real QEMU as well: over transports that QEMU does not know, this process relays.
+    Ctrl-C cancels the migration and waits until the guest runs here again; a second one exits at once. With --qmp the
+    command also moves a real QEMU; it relays over transports that QEMU does not support.
 
     \b
     Examples:
@@ -119,7 +119,7 @@ def migrate(
             _add_defaults(changes, engine, route)
             add_limits(changes, engine, timeout, max_passes, on_timeout)
         if detach and route.relayed:
-            raise UsageError(f"'{uri}': this process has to stay and relay for the QEMU, so --detach cannot be")
+            raise UsageError(f"'{uri}': this process has to stay and relay for QEMU, so --detach is not possible")
         relay = stack.enter_context(_relay(uri, engine)) if route.relayed else None
         interrupts = stack.enter_context(Interrupts())
         with changes.applied(engine):

@@ -20,7 +20,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 def json_option(command: _Command) -> _Command:
     """--json as the argument `as_json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document, and nothing else.")(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")(command)
 
 
 def engine_options(command: _Command) -> _Command:
@@ -29,13 +29,13 @@ def engine_options(command: _Command) -> _Command:
         "--qmp",
         metavar="ADDRESS",
         shell_complete=completion.addresses,
-        help="Talk to the engine, or the QEMU, at unix:PATH or tcp:HOST:PORT.",
+        help="Talk to the engine or QEMU at unix:PATH or tcp:HOST:PORT.",
     )(command)
     return click.option(
         "--name",
         metavar="NAME",
         shell_complete=completion.engines,
-        help="Talk to the engine with this name.  [default: the only one that runs]",
+        help="Talk to the engine with this name.  [default: the only running engine]",
     )(command)
 
 
@@ -47,7 +47,7 @@ def settings_options(command: _Command) -> _Command:
         metavar="NAME=VALUE",
         multiple=True,
         shell_complete=completion.parameters,
-        help="Set a migration parameter: max-bandwidth=500M (bytes a second), downtime-limit=100ms. Repeatable.",
+        help="Set a migration parameter: max-bandwidth=500M (bytes per second), downtime-limit=100ms. Repeatable.",
     )(command)
     return click.option(
         "--cap",

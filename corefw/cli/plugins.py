@@ -24,12 +24,10 @@ if TYPE_CHECKING:
 )
 @json_option
 def plugins(show_settings: bool, as_json: bool) -> None:
-    """List every installed plugin: its kind and name, the distribution it comes from, "ok" or why it does not load, and
-    what it adds.
+    """List every installed plugin: its kind and name, its distribution, "ok" or why it failed to load, what it adds.
 
-    A plugin that fails to load does not keep the others from loading; the exit status is 0 all the same. With
-    --settings: every capability, parameter and property, who declares it, whether anything installed supports it, and
-    what it means.
+    If one plugin fails to load, the others still load, and the exit status is 0. With --settings: every capability,
+    parameter and property, which plugin declares it, whether it is supported, and what it means.
 
     \b
     Kinds:

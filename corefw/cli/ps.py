@@ -14,9 +14,9 @@ from corefw.qmp.address import EngineInfo, find_engines
 @click.command()
 @json_option
 def ps(as_json: bool) -> None:
-    """List the engines that you run on this host: name, process, machine, state of the guest, migration, address, log.
+    """List your engines on this host: name, process, machine, state of the guest, migration, address and log.
 
-    Engines started with 'migfw run --qmp ADDRESS' have a place of their own and are not listed.
+    Engines started with 'migfw run --qmp ADDRESS' are not listed.
 
     \b
     Examples:

@@ -18,7 +18,8 @@ from corefw.cli.output import print_json
 def qmp(command: str, arguments: tuple[str, ...], name: str | None, qmp: str | None) -> None:
     """Send one QMP command and print what it returns, as JSON.
 
-    A VALUE that reads as JSON is that (numbers, true, false, null, "strings", lists, objects); any other is a string.
+    A VALUE that is valid JSON is sent as such (numbers, true, false, null, "strings", lists, objects); any other is
+    sent as a string.
 
     \b
     Examples:

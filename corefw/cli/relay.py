@@ -42,17 +42,17 @@ _SMOOTHING: Final = 0.3
 @click.option(
     "--allow-any-user",
     is_flag=True,
-    help="Let every user of this host dial a FROM of unix:@NAME; otherwise only you and root.",
+    help="Let every user of this host dial FROM if it is unix:@NAME, not only you and root.",
 )
 @json_option
 def relay(source: str, target: str, allow_any_user: bool, as_json: bool) -> None:
-    """Listen at FROM, dial TO when a source connects, and pass everything on, both ways.
+    """Listen at FROM, dial TO when a source connects, and forward everything in both directions.
 
-    This connects two hosts over a transport that one of them does not know: a QEMU dials FROM, and its stream goes on
-    over ssh: or zmq:, and so do the destination's answers. FROM and TO are any migration URIs; with port 0, the relay
-    prints the port that it got. When one side ends its stream, so does the relay on the other side; when one side
-    breaks, the relay aborts the other. If the migration has a return path, the relay fails unless the destination has
-    confirmed that it has the guest.
+    Use this to connect two hosts over a transport that one of them does not support: QEMU dials FROM, and the relay
+    forwards its stream and the destination's replies over ssh: or zmq:. FROM and TO are any migration URIs; for port 0,
+    the relay prints the port that it got. When one side ends its stream, the relay ends the stream to the other side;
+    when one connection breaks, the relay aborts the other. If the migration has a return path, the relay fails unless
+    the destination has confirmed that it has the guest.
 
     \b
     Examples:

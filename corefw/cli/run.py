@@ -44,22 +44,22 @@ PROPERTY: Final = "--property NAME=on or --property NAME=off"
     help="Kind of guest.",
 )
 @click.option(
-    "--opt", "opts", metavar="NAME=VALUE", multiple=True, help="An option of the program or machine. Repeatable."
+    "--opt", "opts", metavar="NAME=VALUE", multiple=True, help="Set an option of the program or machine. Repeatable."
 )
-@click.option("--name", metavar="NAME", help="Name of the engine, for --name elsewhere.  [default: from PROGRAM]")
+@click.option("--name", metavar="NAME", help="Name the engine, for --name in other commands.  [default: from PROGRAM]")
 @click.option(
     "--qmp",
     metavar="ADDRESS",
     shell_complete=completion.addresses,
-    help="Listen for QMP at unix:PATH or tcp:HOST:PORT instead of at the name's own socket. Whoever can reach a tcp:"
-    " address is in control.",
+    help="Listen for QMP at unix:PATH or tcp:HOST:PORT instead of the default socket. Anyone who can reach a tcp:"
+    " address controls the engine.",
 )
 @click.option(
     "--incoming",
     metavar="URI",
     shell_complete=completion.incoming,
-    help="Wait for a guest to migrate here. 'private': at a UNIX socket of the engine's own that only you can dial."
-    " 'defer': wait for the QMP command migrate-incoming first.",
+    help="Wait for a guest to migrate here. 'private': at a UNIX socket of the engine that only you can dial."
+    " 'defer': first wait for the QMP command migrate-incoming.",
 )
 @settings_options
 @click.option(
@@ -70,24 +70,24 @@ PROPERTY: Final = "--property NAME=on or --property NAME=off"
     shell_complete=completion.properties,
     help="Set a machine property: send-configuration, send-section-footer, store-global-state, ... Repeatable.",
 )
-@click.option("--only-migratable", is_flag=True, help="Refuse whatever would keep the guest from migrating.")
+@click.option("--only-migratable", is_flag=True, help="Refuse a guest that could not migrate.")
 @click.option(
     "--allow-any-user",
     is_flag=True,
-    help="Let every user of this host migrate in through --incoming unix:@NAME; otherwise only you and root may.",
+    help="Let every user of this host migrate in through --incoming unix:@NAME, not only you and root.",
 )
 @click.option(
     "--allow-undeclared", is_flag=True, help="Let the guest migrate even if undeclared state would be left behind."
 )
-@click.option("--paused", is_flag=True, help="Do not start the guest; 'migfw cont' does.")
+@click.option("--paused", is_flag=True, help="Do not start the guest; start it later with 'migfw cont'.")
 @click.option(
     "--detach",
     is_flag=True,
-    help="Go on in the background once the engine is ready. Its output goes to a log that 'migfw status' names.",
+    help="Run in the background once the engine is ready. 'migfw status' shows where its log is.",
 )
 @click.option("--json", "as_json", is_flag=True, help="With --detach: print one JSON document about the engine.")
 @click.option("--tied", is_flag=True, hidden=True, help="With --detach: end if stdin ends before the engine is ready.")
-@click.option("--stay", is_flag=True, help="Stay when the guest has left, or when a guest failed to arrive.")
+@click.option("--stay", is_flag=True, help="Keep the engine after the guest has left, or failed to arrive.")
 def run(
     program: str | None,
     kind: str,
@@ -109,10 +109,10 @@ def run(
 ) -> None:
     """Run PROGRAM as a guest that can migrate, or wait for one to migrate here.
 
-    PROGRAM is FILE.py:CLASS, PACKAGE.MODULE:CLASS, or the name of a bundled one (stress, life). A destination needs the
-    same PROGRAM and options as the source. It runs until the guest ends, until it has moved elsewhere, until 'migfw
-    quit' or Ctrl-C. One line on stdout says when it is ready; with --incoming it says which address it got, so port 0
-    is fine.
+    PROGRAM is FILE.py:CLASS, PACKAGE.MODULE:CLASS, or the name of a bundled program (stress, life). A destination needs
+    the same PROGRAM and options as the source. The engine runs until the guest ends or has moved, or until 'migfw quit'
+    or Ctrl-C. It prints one line on stdout when it is ready; with --incoming the line shows the address, so you can use
+    port 0.
 
     \b
     Examples:
@@ -124,13 +124,13 @@ def run(
 
     \b
     Exit status:
-      0    the guest ended, has moved elsewhere, or was told to quit
+      0    the guest ended or has moved, or 'migfw quit'
       1    the guest failed, or could not be loaded
-      2    wrong usage, nothing was started
+      2    wrong usage; nothing was started
       130  Ctrl-C
     """
     if as_json and not detach:
-        raise UsageError("--json is for --detach: without it the engine stays, and says what happens in lines")
+        raise UsageError("--json needs --detach: without it the engine stays in the foreground and prints lines")
     background = _go_to_background(as_json=as_json, tied=tied) if detach else None
     with LeavingAtOnce():
         from corefw.cli.hosting import Plan, host

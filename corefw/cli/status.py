@@ -58,13 +58,13 @@ _SHOWN: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
 
 @click.command()
 @engine_options
-@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C or until the engine ends.")
+@click.option("--watch", is_flag=True, help="Keep showing it until Ctrl-C or until the engine ends.")
 @json_option
 def status(name: str | None, qmp: str | None, watch: bool, as_json: bool) -> None:
-    """Show the guest, its RAM, and the migration that runs or ran last; of a real QEMU as well.
+    """Show the guest, its RAM, and the current or last migration, of an engine or a real QEMU.
 
-    With --watch a terminal shows it live; where stdout is a file or a pipe there is a line whenever something changed,
-    one a second at most. It only asks: Ctrl-C ends this command (status 130), and neither guest nor migration.
+    With --watch a terminal is updated live; if stdout is a file or a pipe, a line is printed whenever something
+    changes, at most once per second. Ctrl-C ends only this command (status 130), not the guest or the migration.
 
     \b
     Examples:
@@ -74,7 +74,7 @@ def status(name: str | None, qmp: str | None, watch: bool, as_json: bool) -> Non
       migfw status --qmp unix:/run/qemu.sock
     """
     if watch and as_json:
-        raise UsageError("--json prints one document and --watch goes on: choose one of them")
+        raise UsageError("--json prints one document, --watch never stops printing: use one of them")
     with connect(name, qmp) as engine:
         if watch:
             from corefw.cli.watch import watch_engine
