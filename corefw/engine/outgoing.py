@@ -104,9 +104,14 @@ class OutgoingMigration:
     # -- from other threads ----------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        self._thread.start()
+        """Raises RuntimeError if the host gives no thread; then nothing was started."""
         watch = partial(self._limits.watch, self._abort, lambda: self._state.status is not _S.SETUP)
         threading.Thread(target=watch, name="limits", daemon=True).start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._limits.end()
+            raise
 
     def join(self) -> None:
         """Nothing of it goes on when this returns, unless its own thread asks (in an observer)."""
