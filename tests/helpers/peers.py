@@ -57,6 +57,13 @@ def find_peer(label: str) -> Peer | None:
     return own if own is not None and f"{own.version[0]}.{own.version[1]}" == label else None
 
 
+def the_peer(label: str) -> Peer:
+    """As find_peer(), for a test that is skipped where this QEMU is not here."""
+    found = find_peer(label)
+    assert found is not None, f"no QEMU {label}: the test lacks peer_parameters() or needs_peers()"
+    return found
+
+
 _default = "PATH"
 
 

@@ -6,7 +6,7 @@ capability that is not in OUTCOMES fails here and gets an answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,7 +16,7 @@ import pytest
 from corefw.states import MigrationStatus
 from tests.helpers.parking import PATIENCE, parking, prove, send, wait_parked
 from tests.helpers.peers import find_peer, needs_peers, peer_parameters
-from tests.helpers.qemu import Guest, Qemu, QmpError, assemble, needs_qemu, temporary_folder, wait_until
+from tests.helpers.qemu import Guest, Qemu, QmpError, needs_qemu, wait_until
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(240)]
 
@@ -69,17 +69,6 @@ OUTCOMES: Final[Mapping[str, Outcome]] = {
 }
 
 ENDED: Final = ("completed", "failed", "cancelled", "colo")
-
-
-@pytest.fixture(scope="session")
-def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
-    return assemble(tmp_path_factory.mktemp("guest"))
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with temporary_folder() as path:
-        yield path
 
 
 @pytest.mark.parametrize("label", peer_parameters("5.2", "7.2", "10.0", "newest"))

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +16,8 @@ import pytest
 
 from tests.helpers.cli import migfw
 from tests.helpers.parking import prove
-from tests.helpers.peers import Peer, find_peer, needs_peers, peer_parameters
-from tests.helpers.qemu import PATIENCE, Guest, Qemu, assemble, needs_qemu, temporary_folder, wait_until
+from tests.helpers.peers import Peer, find_peer, needs_peers, peer_parameters, the_peer
+from tests.helpers.qemu import PATIENCE, Guest, Qemu, needs_qemu, wait_until
 
 pytestmark = [pytest.mark.qemu, needs_qemu, needs_peers("7.2", "10.0"), pytest.mark.timeout(240)]
 
@@ -29,23 +28,6 @@ DEVICES: Final = (
 )
 BALLOON: Final = ("-device", "virtio-balloon-pci")
 """Machine types before 10.0 make it without MSI-X, so it loads only where the machine type is held."""
-
-
-@pytest.fixture(scope="session")
-def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
-    return assemble(tmp_path_factory.mktemp("guest"))
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with temporary_folder() as path:
-        yield path
-
-
-def peer(label: str) -> Peer:
-    found = find_peer(label)
-    assert found is not None
-    return found
 
 
 def machine_type(board: str, program: Peer) -> str:
@@ -99,7 +81,7 @@ def convert(folder: Path, machine: str, source: Peer, destination: Peer) -> tupl
 def test_a_converted_stream_runs_on_in_another_version(origin: str, target: str, guest: Guest, folder: Path) -> None:
     if find_peer(origin) is None:
         pytest.skip(f"needs QEMU {origin}: run 'make peers'")
-    source, destination = peer(origin), peer(target)
+    source, destination = the_peer(origin), the_peer(target)
     before, after = machine_type("i440fx", source), machine_type("i440fx", destination)
     store(guest, before, source, folder / "in", *DEVICES)
     with Qemu(*DEVICES, machine=after, peer=destination, incoming="defer") as refusing:
@@ -123,7 +105,7 @@ def _load(qemu: Qemu, path: Path) -> str:
 
 def test_what_does_not_load_was_said(guest: Guest, folder: Path) -> None:
     """The e1000e of QEMU 10.0 has a timer that the one of 7.2 does not know."""
-    source, destination = peer("10.0"), peer("7.2")
+    source, destination = the_peer("10.0"), the_peer("7.2")
     store(guest, "pc-q35-10.0", source, folder / "in", "-device", "e1000e,romfile=")
     status, report = convert(folder, "pc-q35-7.2", source, destination)
     assert status == 1
@@ -137,10 +119,10 @@ def test_what_does_not_load_was_said(guest: Guest, folder: Path) -> None:
 @pytest.mark.parametrize("board", ["i440fx", "q35"])
 @pytest.mark.parametrize("origin", peer_parameters("10.0", "newest"))
 def test_a_machine_type_that_was_held_needs_no_change(origin: str, board: str, guest: Guest, folder: Path) -> None:
-    destination = peer("7.2")
+    destination = the_peer("7.2")
     machine = machine_type(board, destination)
-    store(guest, machine, peer(origin), folder / "in", *DEVICES, *BALLOON)
-    status, report = convert(folder, machine, peer(origin), destination)
+    store(guest, machine, the_peer(origin), folder / "in", *DEVICES, *BALLOON)
+    status, report = convert(folder, machine, the_peer(origin), destination)
     assert (status, report["problems"], report["changes"]) == (0, [], [])
     assert (folder / "out").read_bytes() == (folder / "in").read_bytes()
     with Qemu(*DEVICES, *BALLOON, machine=machine, peer=destination, incoming="defer") as loading:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from struct import pack
 
@@ -13,23 +13,12 @@ from corefw.inspection import inspect
 from corefw.inspection.source import FileSource
 from tests.helpers.parking import parking, prove, send, wait_parked
 from tests.helpers.peers import find_peer, peer_parameters
-from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder
+from tests.helpers.qemu import Guest, Qemu, needs_qemu
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
 
 LIBVIRT_HEADER = b"LibvirtQemudSave" + pack("<5I56x", 2, 4096, 1, 0, 0) + bytes(4096)
 LIBVIRT_GZIP = b"LibvirtQemudSave" + pack("<5I56x", 2, 4096, 1, 1, 0) + bytes(4096)
-
-
-@pytest.fixture(scope="session")
-def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
-    return assemble(tmp_path_factory.mktemp("guest"))
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with temporary_folder() as path:
-        yield path
 
 
 def machine(version: str, guest: Guest, **options: str) -> Qemu:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from corefw.machine import RunState
 from corefw.states import MigrationStatus
 from tests.helpers.parking import PATIENCE, park, parking, prove, send, wait_parked
 from tests.helpers.peers import default_peer
-from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder
+from tests.helpers.qemu import Guest, Qemu, needs_qemu
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
 
@@ -35,17 +35,6 @@ def qemu_version() -> tuple[int, int]:
 NO_CONFIGURATION = ("-global", "migration.send-configuration=off")
 NO_FOOTERS = ("-global", "migration.send-section-footer=off")
 NO_DESCRIPTION = "pc,suppress-vmdesc=on"
-
-
-@pytest.fixture(scope="session")
-def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
-    return assemble(tmp_path_factory.mktemp("guest"))
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with temporary_folder() as path:
-        yield path
 
 
 # -- 1: over every transport that QEMU and migfw share

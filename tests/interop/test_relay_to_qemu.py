@@ -15,18 +15,13 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cli import MIGFW
-from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder, wait_until
+from tests.helpers.qemu import Guest, Qemu, needs_qemu, wait_until
 from tests.helpers.sshd import missing_programs, running_sshd
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(180)]
 
 needs_sshd = pytest.mark.skipif(bool(missing_programs()), reason=f"needs OpenSSH: {', '.join(missing_programs())}")
 TRANSPORTS = [pytest.param("ssh", marks=[pytest.mark.sshd, needs_sshd]), "zmq"]
-
-
-@pytest.fixture(scope="module")
-def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
-    return assemble(tmp_path_factory.mktemp("guest"))
 
 
 class Way:
@@ -81,12 +76,6 @@ def _relayed(process: subprocess.Popen[str]) -> None:
     assert report["return-path"]
     assert report["forward-bytes"] > 16 << 20
     assert report["backward-bytes"] >= 8
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with temporary_folder() as path:
-        yield path
 
 
 @pytest.fixture

@@ -5,15 +5,14 @@ The machine type is held, as a user of several hosts holds it. Each version is a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from tests.helpers.parking import park, parking, prove, send, wait_parked
-from tests.helpers.peers import Peer, find_peer, needs_peers, peer_parameters
-from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder
+from tests.helpers.peers import needs_peers, peer_parameters, the_peer
+from tests.helpers.qemu import Guest, Qemu, needs_qemu
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(240)]
 
@@ -33,28 +32,11 @@ Q35_DEVICES: Final = (
 )
 
 
-@pytest.fixture(scope="session")
-def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
-    return assemble(tmp_path_factory.mktemp("guest"))
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with temporary_folder() as path:
-        yield path
-
-
-def peer(label: str) -> Peer:
-    found = find_peer(label)
-    assert found is not None
-    return found
-
-
 @pytest.mark.parametrize("label", peer_parameters("10.0", "newest"))
 def test_switchover_start_goes_on_only_where_it_came(label: str, guest: Guest, folder: Path) -> None:
     """A machine type from 10.0 on sends SWITCHOVER_START. One that is held at an older version does not, and a QEMU
     that does not know the command refuses it: the next test has both."""
-    machine, program, away = "pc-i440fx-10.0", peer(label), f"unix:{folder}/out"
+    machine, program, away = "pc-i440fx-10.0", the_peer(label), f"unix:{folder}/out"
     with (
         Qemu(boot=guest.image, machine=machine, peer=program) as source,
         parking() as engine,
@@ -85,9 +67,9 @@ def test_a_machine_goes_between_versions(
 ) -> None:
     devices = Q35_DEVICES if "q35" in machine else PC_DEVICES
     with (
-        Qemu(*devices, boot=guest.image, machine=machine, peer=peer(origin)) as source,
+        Qemu(*devices, boot=guest.image, machine=machine, peer=the_peer(origin)) as source,
         parking() as engine,
-        Qemu(*devices, boot=guest.image, machine=machine, peer=peer(target), incoming="defer") as destination,
+        Qemu(*devices, boot=guest.image, machine=machine, peer=the_peer(target), incoming="defer") as destination,
     ):
         source.wait_printed("B")
         park(source, engine, "tcp:127.0.0.1:0")

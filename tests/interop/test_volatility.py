@@ -16,7 +16,7 @@ import pytest
 from tests.helpers.cli import migfw
 from tests.helpers.parking import park, parking, send
 from tests.helpers.peers import find_peer, needs_peers, peer_parameters
-from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder
+from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu
 
 WANTED = "needs volatility3 (pip install -r requirements-dev.txt)"
 contexts = pytest.importorskip("volatility3.framework.contexts", reason=WANTED)
@@ -30,12 +30,6 @@ pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(240)]
 @pytest.fixture(scope="session")
 def guest(tmp_path_factory: pytest.TempPathFactory) -> Guest:
     return assemble(tmp_path_factory.mktemp("guest"), end=0x400000)
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with temporary_folder() as path:
-        yield path
 
 
 @contextlib.contextmanager
