@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from corefw.channel import Channel, FileBacked, Interrupt, Listener, ReceivesMemory
 from corefw.engine.checking import MAGIC as CHECK_MAGIC
-from corefw.errors import ChannelError, Interrupted, MigfwError
+from corefw.errors import FOREIGN, ChannelError, Interrupted, MigfwError
 from corefw.settings import Settings
 from corefw.wire.constants import BE32, FILE_MAGIC
 from corefw.wire.stream import BULK_BUFFER_SIZE, StreamReader
@@ -175,6 +175,8 @@ def _problem(reader: StreamReader, channel: Channel, answer: Callable[[StreamRea
             raise
         except MigfwError as error:
             log.info("%s: a check was broken off: %s", peer, error)
+        except FOREIGN:  # a machine is a plugin: whatever it does with what came, the destination waits on
+            log.exception("%s: a check failed", peer)
         return ""
     if len(head) < len(MAGIC):
         return f"a connection ({peer}) ended after {len(head)} bytes"

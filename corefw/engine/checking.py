@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version as installed
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from corefw import __version__
 from corefw.channel import Channel, Interrupt, Transport
@@ -290,9 +290,9 @@ def _compare(here: Mapping[str, Any], there: Mapping[str, Any], machine: Machine
     problems, notes = machine.compare_layout(layout.encode(errors="replace") if isinstance(layout, str) else b"")
     if not problems and there.get("ram") != here["ram"]:
         problems.append("its RAM blocks are others, or of other lengths (give both sides the same options)")
-    sections = there.get("sections")
-    if not _is_texts(sections) or set(sections or ()) != set(here["sections"]):
-        mine, theirs = set(here["sections"]), {str(one) for one in sections or ()}
+    named = there.get("sections")
+    mine, theirs = set(here["sections"]), set(named if _is_texts(named) else ())
+    if mine != theirs:
         problems += [f"no plugin here loads section {one}" for one in sorted(theirs - mine)[:_SHOWN]]
         notes += [f"no plugin there sends section {one}" for one in sorted(mine - theirs)[:_SHOWN]]
     properties = there.get("properties")
@@ -307,7 +307,7 @@ def _compare(here: Mapping[str, Any], there: Mapping[str, Any], machine: Machine
     return problems, notes
 
 
-def _is_texts(value: object) -> bool:
+def _is_texts(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 

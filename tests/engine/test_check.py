@@ -2,10 +2,60 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from corefw.engine import checking
-from tests.helpers.engines import Pair, counting, ended, runs_on
+from corefw.testing.tasks import wait_until
+from corefw.wire.stream import MemorySource, StreamReader
+from tests.helpers.engines import PATIENCE, Pair, counting, ended, runs_on
+from tests.helpers.machines import CountingMachine
+
+
+def ask(uri: str, document: dict[str, object]) -> bytes:
+    """What a destination answers to somebody who says this of himself."""
+    _, host, port = uri.split(":")
+    with socket.create_connection((host, int(port)), PATIENCE) as connection:
+        connection.sendall(checking.MAGIC + checking.pack(document))
+        connection.shutdown(socket.SHUT_WR)
+        return connection.makefile("rb").read()
+
+
+def facts_like(pair: Pair) -> dict[str, object]:
+    """What a source that fits says of itself."""
+    settings = pair.plugins.settings()
+    machine = CountingMachine()
+    try:
+        return checking.facts_of(machine, settings, pair.plugins.section_handlers(machine, settings))
+    finally:
+        machine.close()
+
+
+@pytest.mark.parametrize("name", ["kind", "name", "ram", "layout", "sections", "properties"])
+@pytest.mark.parametrize("value", [None, 5, "text", [5, None], [[]], {"a": {}}])
+def test_a_destination_survives_whatever_a_check_says(pair: Pair, name: str, value: object) -> None:
+    uri = pair.destination().migrate_incoming("tcp:127.0.0.1:0")
+    answer = ask(uri, {**facts_like(pair), name: value})
+    assert set(checking.read_message(StreamReader(MemorySource(answer)))) == {"facts", "problems", "notes"}
+    source = pair.source()
+    source.migrate(uri)
+    assert ended(source) == "completed", "it waits on"
+
+
+def test_a_destination_survives_a_machine_that_fails_at_a_check(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compare_layout(self: CountingMachine, there: bytes) -> tuple[list[str], list[str]]:
+        raise RuntimeError("no comparison today")
+
+    monkeypatch.setattr(CountingMachine, "compare_layout", compare_layout)
+    uri = pair.destination().migrate_incoming("tcp:127.0.0.1:0")
+    assert ask(uri, facts_like(pair)) == b""
+    assert wait_until(lambda: "no comparison today" in caplog.text)
+    source = pair.source()
+    source.migrate(uri)
+    assert ended(source) == "completed"
 
 
 def test_a_blocker_is_a_problem(pair: Pair) -> None:
