@@ -121,16 +121,16 @@ class Checking:
             self._notes.append(f"{transport.uri} was not dialled: {why}")
             return
         try:
-            self._channel = channel = transport.connect(self._interrupt)
-            self._interrupt.check()
-            limit = threading.Timer(PATIENCE, channel.abort)
-            limit.daemon = True
-            limit.start()
-            try:
-                self._talk(channel)
-            finally:
-                limit.cancel()
-                channel.close()
+            with transport.connect(self._interrupt) as channel:
+                self._channel = channel
+                self._interrupt.check()
+                limit = threading.Timer(PATIENCE, channel.abort)
+                limit.daemon = True
+                limit.start()
+                try:
+                    self._talk(channel)
+                finally:
+                    limit.cancel()
         except (ChannelError, StreamError) as error:
             self._interrupt.check()
             late = " (it did not answer in time)" if isinstance(error, Interrupted) else ""
