@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import Any, ClassVar, Final, Literal, overload
+from abc import abstractmethod
+from typing import Any, ClassVar, Final, Literal, Self, overload
 
 import numpy as np
 
@@ -17,7 +18,26 @@ DEFAULT_LIMIT: Final = 1 << 20
 Kind = Literal["numpy", "random"]
 
 
-class Value(Stored):
+class MadeOnDemand(Stored):
+    """A field whose first value is made when it is first asked for."""
+
+    @overload
+    def __get__(self, program: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, program: object, owner: type) -> Any: ...
+    def __get__(self, program: object | None, owner: type) -> Any:
+        if program is None:
+            return self
+        if self.name not in program.__dict__:
+            program.__dict__[self.name] = self._first()
+        return program.__dict__[self.name]
+
+    @abstractmethod
+    def _first(self) -> object:
+        """A new object, for one program."""
+
+
+class Value(MadeOnDemand):
     """See guest.value()."""
 
     def __init__(self, default: object, limit: int, since: int) -> None:
@@ -34,16 +54,8 @@ class Value(Stored):
     def type_name(self) -> str:
         return f"value[{self.limit}]"
 
-    @overload
-    def __get__(self, program: None, owner: type) -> Value: ...
-    @overload
-    def __get__(self, program: object, owner: type) -> Any: ...
-    def __get__(self, program: object | None, owner: type) -> Any:
-        if program is None:
-            return self
-        if self.name not in program.__dict__:
-            program.__dict__[self.name] = jsonlike.decode(self._default)
-        return program.__dict__[self.name]
+    def _first(self) -> object:
+        return jsonlike.decode(self._default)
 
     def __set__(self, program: object, value: object) -> None:
         self._encode(value)
@@ -62,7 +74,7 @@ class Value(Stored):
         program.__dict__[self.name] = jsonlike.decode(stored)
 
 
-class Rng(Stored):
+class Rng(MadeOnDemand):
     """See guest.rng()."""
 
     KINDS: ClassVar[dict[str, type]] = {"numpy": np.random.Generator, "random": random.Random}
@@ -78,17 +90,9 @@ class Rng(Stored):
     def type_name(self) -> str:
         return f"rng[{self.kind}]"
 
-    @overload
-    def __get__(self, program: None, owner: type) -> Rng: ...
-    @overload
-    def __get__(self, program: object, owner: type) -> Any: ...
-    def __get__(self, program: object | None, owner: type) -> Any:
-        if program is None:
-            return self
-        if self.name not in program.__dict__:
-            make = np.random.default_rng if self.kind == "numpy" else random.Random
-            program.__dict__[self.name] = make(self.seed)
-        return program.__dict__[self.name]
+    def _first(self) -> object:
+        make = np.random.default_rng if self.kind == "numpy" else random.Random
+        return make(self.seed)
 
     def __set__(self, program: object, value: object) -> None:
         if not isinstance(value, self.KINDS[self.kind]):
