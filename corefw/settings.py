@@ -195,20 +195,6 @@ PARAMETERS: Final = (
     Parameter("avail-switchover-bandwidth", Kind.RATE, 0, "what to expect; 0 means measured", maximum=2**64 - 1),
     Parameter("max-postcopy-bandwidth", Kind.RATE, 0, "limit of postcopy's background; 0: none", maximum=2**64 - 1),
     Parameter("downtime-limit", Kind.MILLISECONDS, 300, "how long the guest may stop", maximum=MAX_DOWNTIME),
-    Parameter(
-        "confirm-timeout",
-        Kind.MILLISECONDS,
-        300_000,
-        "how long the source waits for the destination's word; 0 means no limit",
-        maximum=MAX_WAIT,
-    ),
-    Parameter(
-        "incoming-timeout",
-        Kind.MILLISECONDS,
-        60_000,
-        "how long a source may make next to no progress; 0 means no limit",
-        maximum=MAX_WAIT,
-    ),
     Parameter("x-checkpoint-delay", Kind.MILLISECONDS, 20_000, "time between two COLO checkpoints", maximum=2**32 - 1),
     Parameter("block-incremental", Kind.BOOLEAN, False, "storage: only what differs from the backing image"),
     Parameter("multifd-channels", Kind.INTEGER, 2, "channels", 1, 255, aliases=("x-multifd-channels",)),
@@ -226,6 +212,20 @@ PARAMETERS: Final = (
     Parameter("direct-io", Kind.BOOLEAN, False, "files without the page cache (mapped-ram)"),
     Parameter("x-rdma-chunk-size", Kind.SIZE, 1 << 20, "bytes registered at once (RDMA)", 4096, power_of_two=True),
     Parameter("cpr-exec-command", Kind.LIST, (), "the QEMU that mode cpr-exec starts"),
+    Parameter(
+        "x-migfw-confirm-timeout",
+        Kind.MILLISECONDS,
+        300_000,
+        "how long the source waits for the destination's word; 0 means no limit",
+        maximum=MAX_WAIT,
+    ),
+    Parameter(
+        "x-migfw-incoming-timeout",
+        Kind.MILLISECONDS,
+        60_000,
+        "how long a source may make next to no progress; 0 means no limit",
+        maximum=MAX_WAIT,
+    ),
     Parameter("x-migfw-timeout", Kind.MILLISECONDS, 0, "how long a migration may take; 0 means no limit"),
     Parameter("x-migfw-max-passes", Kind.INTEGER, 0, "how many passes it may take; 0 means no limit"),
     Parameter("x-migfw-on-timeout", Kind.CHOICE, "cancel", "what happens then", choices=("cancel", "switchover")),
@@ -234,8 +234,8 @@ PARAMETERS: Final = (
 IMPLEMENTED_BY_CORE: Final = frozenset(
     {
         *("events", "return-path", "pause-before-switchover", "switchover-ack", "max-bandwidth", "downtime-limit"),
+        *("x-migfw-confirm-timeout", "x-migfw-incoming-timeout"),
         *("x-migfw-timeout", "x-migfw-max-passes", "x-migfw-on-timeout"),
-        *("confirm-timeout", "incoming-timeout"),
     }
 )
 

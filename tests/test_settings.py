@@ -77,8 +77,8 @@ OWN: dict[str, Value] = {
     "x-migfw-timeout": 0,
     "x-migfw-max-passes": 0,
     "x-migfw-on-timeout": "cancel",
-    "confirm-timeout": 300_000,
-    "incoming-timeout": 60_000,
+    "x-migfw-confirm-timeout": 300_000,
+    "x-migfw-incoming-timeout": 60_000,
 }
 """Parameters that QEMU does not have."""
 

@@ -1,10 +1,10 @@
 """The destination's connection: which one brings a migration, and how long it may make no progress.
 
 A connection that does not begin with the stream's magic number (a port scanner, a browser) does not count: the
-destination says so in one line and waits for the next. One that does is held to incoming-timeout: while the destination
-waits in the middle of something, ENOUGH bytes have to come in that time. Time in which the source may well have nothing
-to say does not count. It pauses as long as it likes between two sections of a guest that has begun to come, as in
-pre-switchover, or when the guest's downtime is long.
+destination says so in one line and waits for the next. One that does is held to x-migfw-incoming-timeout: while the
+destination waits in the middle of something, ENOUGH bytes have to come in that time. Time in which the source may well
+have nothing to say does not count. It pauses as long as it likes between two sections of a guest that has begun to
+come, as in pre-switchover, or when the guest's downtime is long.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 MAGIC: Final = BE32.pack(FILE_MAGIC)
 ENOUGH: Final = 1024
-"""Bytes within incoming-timeout that are progress: with its default the slowest link has 17 bytes a second."""
+"""Bytes within x-migfw-incoming-timeout that are progress: with its default the slowest link has 17 bytes a second."""
 
 TICK: Final = 0.2
 """Seconds after which a wait for bytes looks for a cancel."""
@@ -73,11 +73,11 @@ class Incoming:
         readable = self.channel.wait_readable(seconds)
         if not self._may_pause:
             self._waited += time.monotonic() - began
-            limit = self._settings.integer("incoming-timeout")
+            limit = self._settings.integer("x-migfw-incoming-timeout")
             if limit and self._waited * 1000 >= limit:
                 raise ChannelError(
                     f"{self.channel.peer}: the source sent {self._received} bytes in {limit / 1000:g} s, expected at"
-                    f" least {ENOUGH} (parameter incoming-timeout)"
+                    f" least {ENOUGH} (parameter x-migfw-incoming-timeout)"
                 )
         return readable
 

@@ -63,7 +63,7 @@ LAST_WORDS: Final = 1.0
 """Seconds that a destination whose connection broke has to say why: what it said may still be on its way."""
 
 LOOK: Final = 0.1
-"""Seconds after which a wait for the destination looks at confirm-timeout again."""
+"""Seconds after which a wait for the destination looks at x-migfw-confirm-timeout again."""
 
 
 class OutgoingMigration:
@@ -264,12 +264,12 @@ class OutgoingMigration:
         self._check()
 
     def _wait_for_word(self, wait: Callable[[float], bool], complaint: str) -> None:
-        """Wait for something on the return path. Raises ChannelError after confirm-timeout; it may change meanwhile."""
+        """Wait for something on the return path. Raises ChannelError after x-migfw-confirm-timeout."""
         began = time.monotonic()
         while not wait(LOOK):
-            limit = self.settings.integer("confirm-timeout")
+            limit = self.settings.integer("x-migfw-confirm-timeout")
             if limit and time.monotonic() - began >= limit / 1000:
-                raise ChannelError(f"{complaint} within {limit / 1000:g} s (parameter confirm-timeout)")
+                raise ChannelError(f"{complaint} within {limit / 1000:g} s (parameter x-migfw-confirm-timeout)")
 
     def _active_handlers(self) -> list[LiveHandler]:
         """The live handlers that have something to send. Raises BlockedError if what is left carries less than the

@@ -90,7 +90,7 @@ def test_a_connection_that_brings_no_migration_does_not_count(
 
 def test_a_connection_that_waits_holds_up_others_only_for_a_while(pair: Pair) -> None:
     source, destination = pair.source(), pair.destination()
-    destination.set_parameters({"incoming-timeout": 500})
+    destination.set_parameters({"x-migfw-incoming-timeout": 500})
     uri = destination.migrate_incoming("tcp:127.0.0.1:0")
     with dialled(uri):
         source.migrate(uri)
@@ -112,7 +112,7 @@ def test_a_command_may_wait_for_its_source(pair: Pair, tmp_path: Path) -> None:
     source.set_capabilities({"return-path": False})
     source.migrate(f"file:{tmp_path}/guest")
     assert ended(source) == "completed"
-    destination.set_parameters({"incoming-timeout": 100})
+    destination.set_parameters({"x-migfw-incoming-timeout": 100})
     destination.migrate_incoming(f"exec:sleep 1; cat {tmp_path}/guest")
     assert arrived(destination) == "completed", destination.query_migrate()
     runs_on(destination)
@@ -124,7 +124,7 @@ def test_a_command_may_wait_for_its_source(pair: Pair, tmp_path: Path) -> None:
 def test_a_source_that_dribbles_is_given_up(pair: Pair) -> None:
     """A byte now and then of a section's name: each is right, and the whole takes for ever."""
     destination = pair.destination()
-    destination.set_parameters({"incoming-timeout": 1000})
+    destination.set_parameters({"x-migfw-incoming-timeout": 1000})
     over = threading.Event()
     with dialled(destination.migrate_incoming("tcp:127.0.0.1:0")) as connection:
         connection.sendall(beginning() + b"\x01\0\0\0\0\xff")
@@ -141,22 +141,22 @@ def test_a_source_that_dribbles_is_given_up(pair: Pair) -> None:
         finally:
             over.set()
             thread.join()
-    assert "(parameter incoming-timeout)" in destination.query_migrate()["error-desc"]
+    assert "(parameter x-migfw-incoming-timeout)" in destination.query_migrate()["error-desc"]
 
 
 def test_a_source_that_stops_in_the_middle_is_given_up_and_told(pair: Pair) -> None:
     destination = pair.destination()
-    destination.set_parameters({"incoming-timeout": 500})
+    destination.set_parameters({"x-migfw-incoming-timeout": 500})
     with dialled(destination.migrate_incoming("tcp:127.0.0.1:0")) as connection:
         connection.sendall(beginning() + b"\x01\0\0")
         assert arrived(destination) == "failed"
     reason = destination.query_migrate()["error-desc"]
-    assert "expected at least 1024 (parameter incoming-timeout)" in reason and "at offset" in reason
+    assert "expected at least 1024 (parameter x-migfw-incoming-timeout)" in reason and "at offset" in reason
 
 
 def test_a_source_in_pre_switchover_may_take_its_time(pair: Pair) -> None:
     source, destination = pair.source(), pair.destination()
-    destination.set_parameters({"incoming-timeout": 200})
+    destination.set_parameters({"x-migfw-incoming-timeout": 200})
     source.set_capabilities({"pause-before-switchover": True})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert source.outgoing.wait(frozenset({MigrationStatus.PRE_SWITCHOVER}), PATIENCE)
@@ -170,7 +170,7 @@ def test_a_source_in_pre_switchover_may_take_its_time(pair: Pair) -> None:
 def test_a_slow_link_is_no_dribble(pair: Pair) -> None:
     source, destination = pair.source(CountingMachine(pages=32)), pair.destination(CountingMachine(32, incoming=True))
     counting(source).block.pages[:, 8:] = 1
-    destination.set_parameters({"incoming-timeout": 500})
+    destination.set_parameters({"x-migfw-incoming-timeout": 500})
     source.set_parameters({"max-bandwidth": 60_000, "downtime-limit": 5000})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert (ended(source), arrived(destination)) == ("completed", "completed")

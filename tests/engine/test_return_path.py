@@ -80,12 +80,12 @@ def test_a_wait_for_the_first_answer_can_be_cancelled_and_is_limited(pair: Pair,
     source.cancel()
     assert ended(source) == "cancelled"
     first.close()
-    source.set_parameters({"confirm-timeout": 300})
+    source.set_parameters({"x-migfw-confirm-timeout": 300})
     source.migrate(peer.uri)
     peer.accept(answer=False)
     assert ended(source) == "failed"
     assert "did not answer" in source.query_migrate()["error-desc"]
-    assert "confirm-timeout" in source.query_migrate()["error-desc"]
+    assert "x-migfw-confirm-timeout" in source.query_migrate()["error-desc"]
     runs_on(source)
 
 
@@ -94,25 +94,25 @@ def test_a_wait_for_the_first_answer_can_be_cancelled_and_is_limited(pair: Pair,
 
 def test_a_destination_that_never_confirms_is_given_up_and_the_guest_stays_stopped(pair: Pair, peer: Peer) -> None:
     source = pair.source()
-    source.set_parameters({"confirm-timeout": 500})
+    source.set_parameters({"x-migfw-confirm-timeout": 500})
     source.migrate(peer.uri)
     peer.accept()
     peer.read_all(lambda data: data.endswith(END_OF_DESCRIPTION))
     assert ended(source) == "failed"
     reason = source.query_migrate()["error-desc"]
-    assert "did not say that it has the guest within 0.5 s (parameter confirm-timeout)" in reason
+    assert "did not say that it has the guest within 0.5 s (parameter x-migfw-confirm-timeout)" in reason
     assert "may be running the guest, so it stays stopped here ('cont' starts it" in reason
     assert source.machine.run_state is RunState.POSTMIGRATE and counting(source).starts == 1
 
 
 def test_the_limit_may_be_set_while_the_source_waits(pair: Pair, peer: Peer) -> None:
     source = pair.source()
-    source.set_parameters({"confirm-timeout": 0})
+    source.set_parameters({"x-migfw-confirm-timeout": 0})
     source.migrate(peer.uri)
     peer.accept()
     peer.read_all(lambda data: data.endswith(END_OF_DESCRIPTION))
     assert not source.outgoing.wait(frozenset({MigrationStatus.FAILED}), 0.5)
-    source.set_parameters({"confirm-timeout": 1})
+    source.set_parameters({"x-migfw-confirm-timeout": 1})
     assert ended(source) == "failed"
 
 
@@ -123,7 +123,7 @@ def test_a_parked_machine_is_to_be_migrated_again(pair: Pair, peer: Peer, tmp_pa
     parked = pair.engine(pair.plugins.machine("qemu", MachineConfig(incoming=True)), {})
     donor.migrate(parked.migrate_incoming("tcp:127.0.0.1:0"))
     assert arrived(parked) == "completed", parked.query_migrate()
-    parked.set_parameters({"confirm-timeout": 500})
+    parked.set_parameters({"x-migfw-confirm-timeout": 500})
     parked.migrate(peer.uri)
     peer.accept()
     peer.read_all(lambda data: data.endswith(END_OF_DESCRIPTION))
