@@ -20,7 +20,7 @@ from tests.helpers.cli import migfw
 Make = Callable[..., Engine]
 
 HEAD = """
-import collections, enum, functools, itertools, logging, random, sqlite3, threading, time
+import collections, decimal, enum, functools, itertools, logging, queue, random, sqlite3, threading, time, types
 from dataclasses import dataclass, field
 import numpy as np
 from corefw_machine_python import guest
@@ -37,6 +37,30 @@ LIMIT, NAMES, TABLE = 10, ["a", "b"], np.arange(10)
 HISTORY = []
 COUNTER = 0
 log = logging.getLogger("heat")
+
+class Sum:
+    total = 0
+
+def calls(): pass
+
+def counter():
+    n = 0
+    def one():
+        nonlocal n
+        n += 1
+        return n
+    return one
+
+def glad(): pass
+def sad(): pass
+
+counted, space, jobs, mood = counter(), types.SimpleNamespace(n=0), queue.Queue(), sad
+add_one, AMOUNTS = functools.partial([].append, 1), [decimal.Decimal(0)]
+note = [].append
+
+class Access(enum.Flag):
+    READ = 1
+    WRITE = 2
 
 class Heat(guest.Program):
     step = guest.field("u64")
@@ -105,6 +129,17 @@ STATE = {
     "Heat.generator": "    generator = np.random.default_rng(1)\n"
     "    def tick(self): self.step += 1; self.generator.random()\n",
     "Heat.table": "    table = np.zeros(3)\n    def tick(self): self.step += 1; self.table[0] += 1\n",
+    "Heat.count": "    def count(self, seen=[]): seen.append(1); return len(seen)\n"
+    "    def tick(self): self.step = self.count()\n",
+    "heat.calls": "    def tick(self): calls.n = getattr(calls, 'n', 0) + 1; self.step += 1\n",
+    "heat.counted": "    def tick(self): self.step = counted()\n",
+    "heat.Sum": "    def tick(self): Sum.total += 1; self.step += 1\n",
+    "heat.space": "    def tick(self): space.n += 1; self.step += 1\n",
+    "heat.jobs": "    def tick(self): jobs.put(1); self.step += 1\n",
+    "heat.note": "    def tick(self): note(1); self.step += 1\n",
+    "heat.add_one": "    def tick(self): add_one(); self.step += 1\n",
+    "heat.AMOUNTS": "    def tick(self): AMOUNTS[0] += 1; self.step += 1\n",
+    "heat.mood": "    def tick(self):\n        global mood\n        mood = glad; self.step += 1\n",
     "self.saved": "    def before_stop(self): self.saved = 1\n",
 }
 
@@ -159,6 +194,9 @@ NO_STATE = {
     "constants": "    limit: int = 5\n    names = ['a']\n    settings = Settings()\n"
     "    colours = {c: c.name for c in Colour}\n"
     "    def tick(self): self.step += self.limit + len(NAMES) + int(TABLE[1]) + len(self.settings.names)\n",
+    "flags that are combined": "    def tick(self): self.step += (Access.READ | Access.WRITE).value\n",
+    "functions that are made again": "    def tick(self):\n        global mood\n"
+    "        mood = (lambda: None) if self.step < 0 else mood; self.step += counter()()\n",
     "properties": "    @property\n    def double(self): return 2 * self.step\n"
     "    def tick(self): self.step += 1; self.double\n",
     "what __init__() makes": "    def __init__(self, options):\n"

@@ -4,17 +4,19 @@ What exists after __init__() exists at the destination as well, with the same co
 classes, and the globals of the modules that define those. Anything that appears or changes afterwards is state, unless
 it is declared, or after_start() assigns it, or before_stop() deletes it.
 
-Contents are compared by digests, as deep as `NODES` objects: containers, arrays, random generators and objects of the
-program's own classes. Of other objects (loggers, locks, connections, caches of functools) only the identity counts.
-Runs in the guest's process, between two ticks.
+Contents are compared by digests, as deep as `NODES` objects: containers, arrays, random generators, and the program's
+own objects, classes and functions. Of other objects (loggers, locks, connections, caches of functools) only the
+identity counts. Runs in the guest's process, between two ticks.
 """
 
 from __future__ import annotations
 
 import dis
+import enum
 import functools
 import hashlib
 import itertools
+import queue
 import random
 import sys
 import types
@@ -22,7 +24,10 @@ import zlib
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import date, timedelta
+from datetime import time as clock_time
+from numbers import Number
 from typing import Any, Final
 
 import numpy as np
@@ -217,16 +222,41 @@ class _Digest:
             elements = list(itertools.islice(list(value), max(0, self._left)))
             self._left -= len(elements)
             self._token(len(value), *sorted(_Digest(self._own).of(element) for element in elements))
-        elif isinstance(value, itertools.count):
+        elif isinstance(value, itertools.count | Number | date | clock_time | timedelta):
             self._token(repr(value))
-        elif (state := _generator_state(value)) is not None:
-            self._add(state, depth)
-        elif type(value).__module__ in self._own and not isinstance(value, type | types.FunctionType | Program):
+        elif (held := _held(value)) is not None:
+            self._add(held, depth)
+        elif isinstance(value, types.FunctionType):
+            return self._is_own(value) and self._add_function(value, depth)
+        elif isinstance(value, type):
+            return self._is_own(value) and self._add_class(value, depth)
+        elif self._is_own(type(value)) and not isinstance(value, Program):
             lazy = _lazy(type(value).__mro__)
-            held = dict(getattr(value, "__dict__", {})) | _slots(value)
-            self._add({name: inner for name, inner in held.items() if name not in lazy}, depth)
+            fields = dict(getattr(value, "__dict__", {})) | _slots(value)
+            self._add({name: inner for name, inner in fields.items() if name not in lazy}, depth)
         else:
             return False
+        return True
+
+    def _is_own(self, value: type | types.FunctionType) -> bool:
+        return value.__module__ in self._own
+
+    def _add_function(self, value: types.FunctionType, depth: int) -> bool:
+        """What a function keeps between two calls: its defaults, its variables outside, its attributes."""
+        self._token(id(value.__code__))
+        self._add((value.__defaults__, value.__kwdefaults__, vars(value)), depth)
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                self._add(cell.cell_contents, depth)
+        return True
+
+    def _add_class(self, value: type, depth: int) -> bool:
+        """Its attributes; not those of an Enum, which notes in itself what was looked up, or of a Program, which has a
+        place of its own."""
+        if issubclass(value, enum.Enum | Program):
+            return False
+        self._token(id(value))
+        self._add({name: inner for name, inner in vars(value).items() if not _dunder(name)}, depth)
         return True
 
     def _add_array(self, value: np.ndarray[Any, Any]) -> None:
@@ -241,6 +271,22 @@ class _Digest:
     def _sample(self, data: bytes | memoryview) -> None:
         step = max(1, len(data) // SAMPLE)
         self._token(len(data), zlib.crc32(bytes(data[::step])), bytes(data[-8:]))
+
+
+def _held(value: object) -> object | None:
+    """What an object of a library holds; None for one that is not looked into."""
+    match value:
+        case types.MethodType():
+            return value.__self__, value.__func__
+        case types.BuiltinMethodType():
+            return value.__self__, value.__name__
+        case functools.partial():
+            return value.func, value.args, value.keywords
+        case types.SimpleNamespace():
+            return vars(value)
+        case queue.Queue():
+            return deque(value.queue)
+    return _generator_state(value)
 
 
 def _generator_state(value: object) -> object | None:
