@@ -27,6 +27,9 @@ from typing import Final
 FOREIGN: Final = (Exception, SystemExit)
 """What code that is not ours may raise: sys.exit() in a plugin must not end a thread that others wait for."""
 
+ANYTHING: Final = BaseException
+"""The same in a thread of a migration, where no Ctrl-C arrives: a plugin's asyncio.CancelledError is no Exception."""
+
 
 def printable(text: str) -> str:
     """The text with every character escaped that would not show."""

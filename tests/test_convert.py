@@ -191,6 +191,14 @@ def test_compressed_pages_that_are_none_are_damage(tmp_path: Path, packed: bytes
     assert "at offset" in done.stderr
 
 
+@pytest.mark.parametrize("broken", [b'"page_size: 4096"', b'"page_size": 409\xff'])
+def test_a_description_that_is_no_json_is_damage(tmp_path: Path, broken: bytes) -> None:
+    data = load("pc").replace(b'"page_size": 4096', broken)
+    done = Converted(tmp_path, data, "--for", "7.2")
+    assert (done.status, done.data) == (1, None)
+    assert "is damaged" in done.stderr and "the description is no JSON" in done.stderr
+
+
 def test_subsections_that_a_version_does_not_know_are_left_out(tmp_path: Path) -> None:
     data = stream_of(tail=CAPABILITIES_TAIL, machine="pc-i440fx-3.1")
     done = Converted(tmp_path, data, "--for", "3.1")

@@ -249,18 +249,21 @@ _KEY: Final = '"configuration": '
 
 
 def _with_configuration(text: bytes, configuration: Configuration | None) -> bytes:
-    """The same JSON, but for what it says of the configuration section; untouched where that is right already.
+    """The same JSON, but for what it says of the configuration section; untouched where that is right already, and
+    where it is no JSON, of which the decoder complains next.
 
     Only that object is written anew: QEMU's descriptions have objects with a name twice, which do not survive parsing.
     """
-    document = json.loads(text)
+    try:
+        document, whole = json.loads(text), text.decode()
+    except (ValueError, RecursionError):
+        return text
     described = document.get("configuration") if isinstance(document, dict) else None
     if configuration is None or not isinstance(described, dict):
         return text
     changed = _described(described, configuration)
     if changed == described:
         return text
-    whole = text.decode()
     # QEMU writes it before the devices.
     begin = whole.index(_KEY) + len(_KEY) if _KEY in whole else len(whole)
     found, end = json.JSONDecoder().raw_decode(whole, begin) if begin < len(whole) else (None, begin)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Final
 
 from corefw.engine.guestlock import GuestLock
-from corefw.errors import FOREIGN
+from corefw.errors import ANYTHING
 from corefw.machine import AdoptsStreams, Machine, RunState, SupportsThrottle
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Custody:
                 return ""
             try:
                 self._machine.start()
-            except FOREIGN as error:  # a machine is a plugin: whatever it does, the migration has to end
+            except ANYTHING as error:  # a machine is a plugin: whatever it does, the migration has to end
                 log.debug("the guest does not start", exc_info=True)
                 return f"; and the guest could not be started again: {error}"
         return ""
@@ -82,5 +82,5 @@ class Custody:
     def _enter(self, state: RunState) -> None:
         try:
             self._machine.set_run_state(state)
-        except FOREIGN:
+        except ANYTHING:
             log.exception("the guest did not become '%s'", state)

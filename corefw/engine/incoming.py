@@ -25,7 +25,7 @@ from corefw.engine.returnpath import ReturnPathWriter
 from corefw.engine.scheduling import yielding_to_guests
 from corefw.engine.strays import StrayChannels
 from corefw.engine.unframing import StreamLoader
-from corefw.errors import FOREIGN, ChannelError, MachineError, MigfwError
+from corefw.errors import ANYTHING, ChannelError, MachineError, MigfwError
 from corefw.machine import AdoptsStreams, Machine, MakesRamBlocks, RunState
 from corefw.section import SectionHandler, SectionRegistry, TakesChannels
 from corefw.settings import Settings
@@ -146,7 +146,7 @@ class IncomingMigration:
             self._take_in()
         except MigfwError as error:
             reason = str(self._cause(error))
-        except FOREIGN as bug:
+        except ANYTHING as bug:
             log.exception("the incoming migration failed")
             reason = f"internal error: {type(bug).__name__}: {bug}"
         if self._strays is not None:
@@ -209,7 +209,7 @@ class IncomingMigration:
         """What it raises hides no cause, and keeps no other from cleaning up."""
         try:
             handler.load_cleanup()
-        except FOREIGN:
+        except ANYTHING:
             log.exception("section %s: cleanup failed", handler.key)
 
     def _start_guest(self) -> None:
@@ -225,7 +225,7 @@ class IncomingMigration:
         else:
             try:
                 self._machine.start()
-            except FOREIGN:
+            except ANYTHING:
                 if self._machine.run_state is not RunState.RUNNING:
                     raise
                 log.exception("the guest has arrived and runs, but not without trouble")  # somebody who watches it
@@ -261,7 +261,7 @@ class IncomingMigration:
             self._drain(self._channel)
         except ChannelError as error:
             log.debug("the source went away: %s", error)
-        except FOREIGN:  # a transport is a plugin: the migration is over, whatever it does
+        except ANYTHING:  # a transport is a plugin: the migration is over, whatever it does
             log.exception("cannot tell the source how it ended")
 
     def _drain(self, channel: Channel) -> None:

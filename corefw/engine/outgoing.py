@@ -33,7 +33,7 @@ from corefw.engine.passes import Passes
 from corefw.engine.returnpath import ReturnPathReader
 from corefw.engine.scheduling import yielding_to_guests
 from corefw.engine.statistics import OutgoingStatistics, milliseconds_since
-from corefw.errors import FOREIGN, BlockedError, ChannelError, Interrupted, MachineError, MigfwError, PluginError
+from corefw.errors import ANYTHING, BlockedError, ChannelError, Interrupted, MachineError, MigfwError, PluginError
 from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, StreamFormat, SupportsThrottle
 from corefw.section import HasRamStatistics, LiveHandler, SectionRegistry
 from corefw.settings import Settings
@@ -178,7 +178,7 @@ class OutgoingMigration:
             self._migrate()
         except MigfwError as caught:
             error = caught
-        except FOREIGN as bug:
+        except ANYTHING as bug:
             log.exception("the migration thread failed")
             error = MigfwError(f"internal error: {type(bug).__name__}: {bug}")
         self._limits.end()
@@ -414,7 +414,7 @@ class OutgoingMigration:
         for handler in self._live:
             try:
                 handler.cleanup()
-            except FOREIGN:
+            except ANYTHING:
                 log.exception("section %s: cleanup failed", handler.key)
         if self._return_path is not None:
             self._return_path.join()

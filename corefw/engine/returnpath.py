@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final
 
 from corefw.channel import Channel
-from corefw.errors import FOREIGN, ChannelClosed, ChannelError, MigfwError, PeerError, StreamError
+from corefw.errors import ANYTHING, ChannelClosed, ChannelError, MigfwError, PeerError, StreamError
 from corefw.wire.constants import READY_PING, ReturnMessage
 from corefw.wire.returnpath import (
     encode_return_message,
@@ -103,7 +103,7 @@ class ReturnPathReader:
             self._accepted = True
         except MigfwError as error:
             self._error = error
-        except FOREIGN as bug:
+        except ANYTHING as bug:
             log.exception("the return path failed")
             self._error = MigfwError(f"internal error on the return path: {type(bug).__name__}: {bug}")
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -366,3 +367,26 @@ def test_progress_is_that_of_every_handler() -> None:
         assert own["sections"]["bulky"]["sent"] >= Bulky.size
         assert own["sections"]["counter"]["sent"] > 0, "devices are counted as well"
         runs_on(destination)
+
+
+class Cancelled(Section):
+    """Raises what is no Exception, at the switchover or where it is loaded."""
+
+    def complete_precopy(self, writer: StreamWriter) -> None:
+        raise asyncio.CancelledError("broken off")
+
+
+class CancelledThere(Section):
+    def load(self, reader: StreamReader, version_id: int) -> None:
+        raise asyncio.CancelledError("broken off")
+
+
+@pytest.mark.parametrize("kind", [Cancelled, CancelledThere])
+def test_what_is_no_exception_ends_a_migration_and_the_guest_runs_on(kind: type[SectionHandler]) -> None:
+    pair, _ = pair_with(kind)
+    with pair:
+        source, destination = pair.source(), pair.destination()
+        source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+        assert (ended(source), arrived(destination)) == ("failed", "failed")
+        assert "CancelledError: broken off" in source.query_migrate()["error-desc"]
+        runs_on(source)
