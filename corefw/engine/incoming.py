@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 _S = MigrationStatus
 DRAIN_SECONDS: Final = 2.0
 DRAIN_BYTES: Final = 16 << 20
+CANCEL_SECONDS: Final = 5.0
+"""Seconds that a cancelled migration has to tell its source. One whose source reads nothing is cut off then."""
 
 
 class IncomingMigration:
@@ -74,6 +76,9 @@ class IncomingMigration:
         self._strays: StrayChannels | None = None
         self._explains = False
         self._cancelled = False
+        self._cancelling = threading.Lock()
+        self._cut_off = threading.Timer(CANCEL_SECONDS, self.abort)
+        self._cut_off.daemon = True
         self._thread = threading.Thread(target=self._run, name="incoming migration", daemon=True)
 
     # -- from other threads ----------------------------------------------------------------------------------------
@@ -95,9 +100,12 @@ class IncomingMigration:
 
     def cancel(self) -> None:
         """End it, unless the guest is here already, and tell the source; the status becomes `cancelled`."""
-        self._cancelled = True
+        with self._cancelling:
+            first, self._cancelled = not self._cancelled, True
         self.interrupt.set()
         self._channels.abort()
+        if first:
+            self._cut_off.start()
 
     # -- for the handlers and the loader ---------------------------------------------------------------------------
 
@@ -157,6 +165,7 @@ class IncomingMigration:
             self._say_goodbye(None)
         else:
             self._fail(reason)
+        self._cut_off.cancel()
         self._channels.close()
         if self._channel is not None:
             self._channel.close()

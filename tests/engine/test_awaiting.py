@@ -15,7 +15,8 @@ from corefw.engine import Engine
 from corefw.errors import StateError, UriError
 from corefw.machine import RunState
 from corefw.states import MigrationStatus
-from corefw.wire.records import Configuration, write_configuration, write_header
+from corefw.wire.constants import Command
+from corefw.wire.records import Configuration, ping_payload, write_command, write_configuration, write_header
 from corefw.wire.stream import MemorySink, StreamWriter
 from tests.helpers.engines import PATIENCE, Pair, arrived, counting, ended, runs_on
 from tests.helpers.machines import CountingMachine
@@ -44,6 +45,14 @@ def beginning(name: str = "counting") -> bytes:
     writer = StreamWriter(sink)
     write_header(writer)
     write_configuration(writer, Configuration(name, b""))
+    writer.flush()
+    return bytes(sink.data)
+
+
+def command(kind: Command) -> bytes:
+    sink = MemorySink()
+    writer = StreamWriter(sink)
+    write_command(writer, kind)
     writer.flush()
     return bytes(sink.data)
 
@@ -215,6 +224,24 @@ def test_cancel_frees_a_destination_that_loads_and_tells_the_source(pair: Pair) 
     assert source.query_migrate()["error-desc"].endswith("it was cancelled on the destination")
     runs_on(source)
     cancelled(destination)
+
+
+def test_cancel_frees_a_destination_whose_source_reads_no_answers(pair: Pair) -> None:
+    """A PONG that nobody takes blocks the destination in a send, where no limit of its own looks."""
+    destination = pair.destination()
+    sink = MemorySink()
+    writer = StreamWriter(sink)
+    for number in range(1000):
+        write_command(writer, Command.PING, ping_payload(number))
+    writer.flush()
+    with dialled(destination.migrate_incoming("tcp:127.0.0.1:0")) as deaf:
+        deaf.sendall(beginning() + command(Command.OPEN_RETURN_PATH))
+        deaf.settimeout(2)
+        with pytest.raises(TimeoutError):  # no room for a byte: the destination reads no more
+            while True:
+                deaf.send(sink.data)
+        destination.cancel()
+        cancelled(destination)
 
 
 def test_another_address_takes_the_place_of_the_first(pair: Pair) -> None:
