@@ -1,6 +1,6 @@
 """Byte streams between two hosts, and how a URI becomes one.
 
-The law: a channel moves bytes whole and in order, or raises; it knows nothing of what they mean. Whoever holds a
+Invariant: a channel moves bytes whole and in order, or raises; it knows nothing of what they mean. Whoever holds a
 channel may call `abort()` from any thread at any time, and every call that is blocked in it then raises `Interrupted`
 soon.
 

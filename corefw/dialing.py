@@ -1,6 +1,6 @@
 """Dials and listens at TCP and UNIX addresses.
 
-The law: a wait ends when its Interrupt says so, name resolution included; every address of a name is tried; an error
+Invariant: a wait ends when its Interrupt says so, name resolution included; every address of a name is tried; an error
 names the URI and the cause. A socket file is the listener's own (socketfile.py).
 """
 

@@ -1,6 +1,6 @@
 """What a migration moves: a machine with RAM blocks and devices that can be stopped and started.
 
-The law: the engine knows machines only by this page. A machine that can do more (take sections nobody knows, make RAM
+Invariant: the engine knows machines only by this page. A machine that can do more (take sections nobody knows, make RAM
 blocks from the stream, verify itself, be throttled) says so by a Protocol.
 
 Threads: what only looks (`name`, `run_state`, `ram_blocks`, `devices`, `information`) may be called from any thread at

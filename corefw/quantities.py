@@ -1,7 +1,7 @@
 """Sizes, rates, times and switches as people write them: "1G", "32MiB", "300ms", "on".
 
-The law: units of bytes are powers of 1024, as QEMU's are; a number alone is bytes, or milliseconds. Anything else is a
-UsageError that shows what would have been right.
+Invariant: units of bytes are powers of 1024, as QEMU's are; a number alone is bytes, or milliseconds. Anything else is
+a UsageError that shows what would have been right.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Channels and listeners over sockets: for tcp:, unix:, fd:, tunnels and third parties.
 
-The law: bytes leave in one gathering system call from where they are; a connection that broke never looks like an end,
-not even when another thread was told of the break first; an aborted TCP channel is reset, so that its peer sees a break
-and not an end (a UNIX socket has no such signal: there the stream itself has to say where it ends).
+Invariant: bytes leave in one gathering system call from where they are; a connection that broke never looks like an
+end, not even when another thread was told of the break first; an aborted TCP channel is reset, so that its peer sees a
+break and not an end (a UNIX socket has no such signal: there the stream itself has to say where it ends).
 
 `corefw.dialing` makes the sockets.
 """

@@ -1,6 +1,6 @@
 """The states of a migration, and every change between them that can be.
 
-The law: a state moves by `advance(expected, new)`, a compare-and-swap against the table of its side; a change that is
+Invariant: a state moves by `advance(expected, new)`, a compare-and-swap against the table of its side; a change that is
 not in the table is a bug and raises. Observers hear of it with no lock held, in the order of the changes.
 Source: QEMU's migrate_set_state and its callers; the names are QAPI's MigrationStatus.
 """

@@ -1,6 +1,6 @@
 """Migration URIs: a scheme, a colon, and what the scheme's transport makes of the rest.
 
-The law: the core knows no scheme. Splitting `host:port` is here because several transports, the QMP server and third
+Invariant: the core knows no scheme. Splitting `host:port` is here because several transports, the QMP server and third
 parties need it.
 """
 

@@ -1,6 +1,6 @@
 """The one way: URI -> Transport -> Channel -> wire -> stream -> SectionHandler -> Machine.
 
-The law: a part of the core imports only what stands above it in the table, and of that only what its row allows; so
+Invariant: a part of the core imports only what stands above it in the table, and of that only what its row allows; so
 there are no circles, and nothing to the left knows what is to its right. Plugins import the public part of the core,
 what they declare as dependencies, and never one another. Imports under TYPE_CHECKING are promises about types, not
 about what runs; they are in a table of their own.

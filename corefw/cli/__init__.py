@@ -1,6 +1,6 @@
 """The command line; the only place where everything meets.
 
-The law: one room for each concern, and nothing is imported before a command needs it. `migfw --help` loads click and
+Invariant: one room for each concern, and nothing is imported before a command needs it. `migfw --help` loads click and
 the table of commands, neither NumPy nor a plugin.
 
     group.py      the table of commands, their lazy loading, --help, --version, --verbose

@@ -1,6 +1,6 @@
 """Capabilities and parameters as people write them -> as QMP takes them.
 
-The law: the tables decide how a value reads ("500M" is a rate, "300ms" a time); whether it may be set is the engine's
+Invariant: the tables decide how a value reads ("500M" is a rate, "300ms" a time); whether it may be set is the engine's
 to say. Several changes are made all together, or none of them.
 """
 

@@ -1,6 +1,6 @@
 """The small commands: one QMP command each, to the engine that --name or --qmp says.
 
-The law: a command that changed something says in one line what holds now; with --json it says so in a document.
+Invariant: a command that changed something says in one line what holds now; with --json it says so in a document.
 """
 
 from __future__ import annotations

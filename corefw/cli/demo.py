@@ -1,7 +1,7 @@
 """`migfw demo`: two engines on this host, a guest that goes on writing, and the proof that its move lost no write.
 
-The law: it does what a user would do, with the same commands over the same QMP; whatever happens, both engines are gone
-and nothing is left behind when it ends.
+Invariant: it does what a user would do, with the same commands over the same QMP; whatever happens, both engines are
+gone and nothing is left behind when it ends.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The table of commands, and `migfw` itself.
 
-The law: a command is named here with where it lives and one line of help; its module is imported when it runs or when
+Invariant: a command is named here with where it lives and one line of help; its module is imported when it runs or when
 its own help is asked for, not before. What every command has (--verbose, an end by outcome.py's rules) is added here.
 """
 

@@ -1,8 +1,8 @@
 """The life of an engine's process, from its first word to its end.
 
-The law: exactly one reason ends it, the first that comes; then everything that was made is undone. A guest that has
-moved elsewhere takes its old process with it, but not before whoever watches the migration could read how it went; one
-of which nobody said that it has arrived is the only copy that is known, and stays.
+Invariant: exactly one reason ends the process, the first that comes; then everything that was made is undone. A guest
+that has moved takes its old process with it, but not before clients that watch the migration could read how it went. A
+guest whose arrival nobody confirmed stays: it may be the only copy.
 """
 
 from __future__ import annotations

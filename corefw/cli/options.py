@@ -1,6 +1,6 @@
 """Options that several commands share, and how their values are written.
 
-The law: an option means the same and reads the same wherever it is; its help text is here once. A value that is wrong
+Invariant: an option means the same and reads the same wherever it is; its help text is here once. A value that is wrong
 is refused before anything is started.
 """
 

@@ -1,6 +1,6 @@
 """Reads a stream from its first byte to its last, or to what is damaged, and counts.
 
-The law: memory does not grow with the pages: a page is counted and forgotten. What grows with what a hostile file may
+Invariant: memory does not grow with the pages: a page is counted and forgotten. What grows with what a hostile file may
 contain has a limit (MAX_LISTED, MAX_TRACKED, the decoder's own). Nothing that the bytes can be makes this raise, apart
 from the source's own errors.
 """

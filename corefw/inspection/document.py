@@ -1,6 +1,6 @@
 """An inspection as one JSON document: what `migfw inspect --json` prints.
 
-The law: offsets and sizes are bytes; names are those of the stream; what is not there is null or left out, never
+Invariant: offsets and sizes are bytes; names are those of the stream; what is not there is null or left out, never
 invented.
 """
 

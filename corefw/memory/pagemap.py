@@ -1,6 +1,6 @@
 """The dirty log by PAGEMAP_SCAN and asynchronous write-protection (Linux 6.7), of this process's memory or another's.
 
-The law: the kernel remembers the writes. A page of a registered range is write-protected by a mark in the page table;
+Invariant: the kernel remembers the writes. A page of a registered range is write-protected by a mark in the page table;
 the first write takes the mark away without anybody waiting; one ioctl finds the pages without the mark and sets it
 again, page by page under the page table's lock, so a write is in this harvest or in the next.
 

@@ -1,6 +1,6 @@
 """One client's conversation: an item of its stream in, the line to answer with out. No sockets, no threads.
 
-The law: every item gets exactly one answer, and nothing that a command raises ends the conversation. Before
+Invariant: every item gets exactly one answer, and nothing that a command raises ends the conversation. Before
 `qmp_capabilities` there is no other command.
 """
 

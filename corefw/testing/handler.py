@@ -8,7 +8,7 @@
     def test_contract(check):
         check_handler(CASE, only=[check])
 
-The law: every check states one promise of the interface, finds out by sending the section for real, and fails with an
+Invariant: every check states one promise of the interface, finds out by sending the section for real, and fails with an
 AssertionError that says in one line what was promised and what happened. Afterwards nothing may be left behind: no
 descriptor, process or thread. It needs no test framework and no machine.
 """

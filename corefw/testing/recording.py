@@ -1,6 +1,6 @@
 """One migration of one section, without an engine: what the contract kit for section handlers is written with.
 
-The law: a recording holds the bodies exactly as the source wrote them; a replay gives them to a destination framed as
+Invariant: a recording holds the bodies exactly as the source wrote them; a replay gives them to a destination framed as
 in a stream, through one reader, and lets the destination clean up whatever happens.
 """
 

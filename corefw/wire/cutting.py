@@ -1,8 +1,8 @@
 """Finds where device sections end, for they do not say so themselves.
 
-The law: the description knows; where there is none, a footer does when something that can follow a footer stands behind
-it. Either way the cut counts only when every section's footer (where there are footers) carries the section's own id
-and the last section ends where the stream does.
+Invariant: the description knows; where there is none, a footer does when something that can follow a footer stands
+behind it. Either way the cut counts only when every section's footer (where there are footers) carries the section's
+own id and the last section ends where the stream does.
 
 Source: QEMU 7.2's save_section_header and qemu_savevm_state_complete_precopy (migration/savevm.c).
 """

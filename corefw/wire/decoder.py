@@ -1,6 +1,6 @@
 """Takes a stream of any origin apart into items: QEMU's or migfw's, with every option on or off, whole or damaged.
 
-The law: it gives every item that is whole, in order, and then ends or raises RemoteStreamError with the place of the
+Invariant: it gives every item that is whole, in order, and then ends or raises RemoteStreamError with the place of the
 damage. It keeps at most MAX_DEVICE_STATE bytes: ram records are passed on one by one, and what comes from the first
 section on that only the description can cut is held until the stream has ended.
 

@@ -1,8 +1,8 @@
 """The JSON description at the end of a stream: the shapes of the device sections, for whoever has no handler for them.
 
-The law: it is the peer's claim, so it is parsed into these few types or refused, and no number in it is trusted: sizes
-are only added up and compared with the bytes that are there. Of a name that stands twice in one JSON object the last
-one counts (QEMU writes such objects for lists, whose elements describe themselves one after the other).
+Invariant: it is the peer's claim, so it is parsed into these few types or refused, and no number in it is trusted:
+sizes are only added up and compared with the bytes that are there. Of a name that stands twice in one JSON object the
+last one counts (QEMU writes such objects for lists, whose elements describe themselves one after the other).
 
     Description -> DeviceDescription -> StateDescription -> FieldDescription -> StateDescription ...
 

@@ -1,6 +1,6 @@
 """What a stream is made of, in order: the items that the decoder gives and that `encode` writes again.
 
-The law: an item holds everything of its bytes, so writing all items again gives the stream byte for byte. `offset` is
+Invariant: an item holds everything of its bytes, so writing all items again gives the stream byte for byte. `offset` is
 where its first byte stands in the stream (in the package, for items inside PACKAGED); how long it is, its neighbour's
 offset says.
 """

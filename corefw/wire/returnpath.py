@@ -1,7 +1,7 @@
 """The return path: what a destination tells its source.
 
-The law: a message goes out whole, in one send, for several threads may answer; one that comes in is checked against its
-length before its body is read, for the source trusts the destination no more than the other way round.
+Invariant: a message goes out whole, in one send, for several threads may answer; one that comes in is checked against
+its length before its body is read, for the source trusts the destination no more than the other way round.
 
     u16 type, u16 length, body
 

@@ -1,6 +1,6 @@
 """Typed reading and writing of the stream, with the offset always known.
 
-The law: reading is total. Every read gives what was asked for or raises RemoteStreamError with the offset, what was
+Invariant: reading is total. Every read gives what was asked for or raises RemoteStreamError with the offset, what was
 expected and what came; an end in the middle of a record is an error, never a zero. The reader allocates its buffer
 once.
 

@@ -1,6 +1,6 @@
 """A real QEMU as the peer of a test, and a guest whose memory proves that a migration lost nothing.
 
-The law: everything is QEMU's own (the program, its QMP, its TCG); whatever was started is ended and removed, however
+Invariant: everything is QEMU's own (the program, its QMP, its TCG); whatever was started is ended and removed, however
 the test ended. A wait is bounded and says what it waited for.
 
     with Qemu(boot=guest.image) as source:

@@ -1,9 +1,9 @@
 """The records of the stream's frame: what stands between the bodies that handlers write and read.
 
-The law: `read_x` stands above `write_x`, and whatever one reads the other writes back byte for byte. Reading is total:
-a record, or RemoteStreamError with offset, expected and got; what the peer announces is checked against a limit before
-anything is allocated. Nothing here knows what a section's body means. The type byte of a section is read by whoever
-has to choose, so `read_x` begins behind it and `write_x` writes it.
+Invariant: `read_x` stands above `write_x`, and whatever one reads the other writes back byte for byte. Reading is
+total: a record, or RemoteStreamError with offset, expected and got; what the peer announces is checked against a limit
+before anything is allocated. Nothing here knows what a section's body means. The type byte of a section is read by
+whoever has to choose, so `read_x` begins behind it and `write_x` writes it.
 
 docs/stream.md tells the format in prose. Threads: those of the reader and the writer.
 """

@@ -1,7 +1,7 @@
 """The handler of section 'journal': what the engine calls, and when.
 
-The law: a handler serves one migration in one direction. What it loads becomes the guest's journal only when the whole
-of it was loaded, so that a migration that fails leaves no half of a journal behind.
+Invariant: a handler serves one migration in one direction. What it loads becomes the guest's journal only when the
+whole of it was loaded, so that a migration that fails leaves no half of a journal behind.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The guest's process: `python -m corefw_machine_python.guestmain LINK LIFELINE`, two descriptor numbers.
 
-The law: between two ticks it looks whether the engine wants something; the program's code runs nowhere else. It dies
-with the engine: the lifeline is a pipe whose other end only the engine holds, and the kernel kills this process when
-that is closed, whatever it does at that moment (PR_SET_PDEATHSIG would be about the thread that spawned it).
+Between two ticks it looks whether the engine wants something; the program's code runs nowhere else. It dies with the
+engine: the lifeline is a pipe whose other end only the engine holds, and the kernel kills this process when that end is
+closed, whatever the process does at that moment (PR_SET_PDEATHSIG would depend on the thread that spawned it).
 """
 
 from __future__ import annotations

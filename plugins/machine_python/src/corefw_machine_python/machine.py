@@ -1,8 +1,8 @@
 """PythonMachine: a program in a process of its own, its arrays in memfds that both map.
 
-The law: while the guest runs, its process has the truth about the fields; while it is stopped, the state object behind
-devices() has. start() hands the one over, stop() the other. Where an order to the guest fails or takes too long, the
-guest stays in the state that it was in.
+Invariant: while the guest runs, its process holds the current fields; while it is stopped, the state object behind
+devices() does. start() hands them to the process, stop() takes them back. If an order to the guest fails or takes too
+long, the guest stays in the state that it was in.
 """
 
 from __future__ import annotations

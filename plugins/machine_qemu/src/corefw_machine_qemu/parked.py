@@ -1,7 +1,7 @@
 """A QEMU machine that is not running: its RAM in memory, its devices byte for byte as QEMU sent them.
 
-The law: it comes from a stream and goes into a stream, and nothing here changes it in between, so a QEMU that takes it
-in goes on with the guest as if it had come straight from the other. It cannot run here, and says so.
+Invariant: it comes from a stream and goes into a stream, unchanged, so a QEMU that takes it in goes on with the guest
+as if it had come straight from the other QEMU. It cannot run here, and says so.
 
 Threads: as corefw.machine says.
 """

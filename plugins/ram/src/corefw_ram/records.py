@@ -1,7 +1,7 @@
 """Page numbers to records on the wire.
 
-The law: nothing here runs once a page in Python. Pages travel in batches, each told zero or not by its first word where
-that is enough:
+Invariant: nothing here runs once a page in Python. Pages travel in batches, each told zero or not by its first word
+where that is enough:
 
     gathered   over a channel that sends memory from where it is: headers and guest pages in one list of pieces
     staged     over any other, and where a dirty log has to know exactly what was sent: copied between the headers into

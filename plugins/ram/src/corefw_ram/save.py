@@ -1,8 +1,8 @@
 """The source's half: which pages are dirty, and how they get onto the wire.
 
-The law: a page's dirty mark is cleared when the dirty log is harvested, never when the page is sent; the mark that says
-"send it" falls after the page was handed to the writer. So a write during the copy is in the next harvest, and none is
-lost.
+Invariant: a page's dirty mark is cleared when the dirty log is harvested, never when the page is sent; the mark that
+says "send it" falls after the page was handed to the writer. So a write during the copy is in the next harvest, and
+none is lost.
 
 Threads: the migration thread; the statistics may be read from any.
 """

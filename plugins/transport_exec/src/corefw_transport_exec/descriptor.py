@@ -1,6 +1,6 @@
 """fd:N and fd:NAME: a stream through a descriptor that is open already.
 
-The law: what a descriptor can do is found out before anything is sent: a connected socket has a return path, anything
+Invariant: what a descriptor can do is found out before anything is sent: a connected socket has a return path, anything
 else goes one way. The channel owns the descriptor and closes it. A number means one that the process was started with:
 what it opened itself is close-on-exec (Python sees to that), and to take such a one would take the guest's own.
 """

@@ -4,7 +4,7 @@
                                                 wait: the far sshd listens at HOST:PORT for us
     ssh://[USER@]HOST[:PORT]/unix:PATH          dial only: a UNIX socket on the far host
 
-The law: host keys are checked always, nothing asks for a password, and a lost ssh connection never looks like an end.
+Invariant: host keys are checked always, nothing asks for a password, and a lost ssh connection never looks like an end.
 
     address      what the URI says              config      what ~/.ssh/config adds to it
     known_hosts  whether we know the host       credentials our keys and the agent's

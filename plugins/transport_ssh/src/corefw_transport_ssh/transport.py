@@ -1,7 +1,7 @@
 """connect() opens a tunnel; listen() asks the far sshd to listen for us; log_in() runs commands over there.
 
-The law: each channel that we dial has a connection of its own, so that one does not slow or break another; the channels
-that a listener accepts share the listener's, which lives until the last of them is closed.
+Invariant: each channel that we dial has a connection of its own, so that one does not slow or break another; the
+channels that a listener accepts share the listener's, which lives until the last of them is closed.
 """
 
 from __future__ import annotations
