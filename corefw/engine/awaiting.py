@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from corefw.channel import Channel, FileBacked, Interrupt, Listener, ReceivesMemory
 from corefw.engine.checking import MAGIC as CHECK_MAGIC
+from corefw.engine.checking import PATIENCE as CHECK_SECONDS
 from corefw.errors import FOREIGN, ChannelError, Interrupted, MigfwError
 from corefw.settings import Settings
 from corefw.wire.constants import BE32, FILE_MAGIC
@@ -42,6 +43,11 @@ class Incoming:
         self._may_pause = False
         self._waited = 0.0
         self._received = 0
+        self._end: float | None = None
+
+    def end_within(self, seconds: float) -> None:
+        """From now on the source has this long for all that it says."""
+        self._end = time.monotonic() + seconds
 
     def may_pause(self, allowed: bool) -> None:
         """Whether the source may be silent from here on; if not, it has begun with something and has to go on."""
@@ -70,6 +76,8 @@ class Incoming:
     def _wait_tick(self, seconds: float) -> bool:
         self._interrupt.check()
         began = time.monotonic()
+        if self._end is not None and began >= self._end:
+            raise ChannelError(f"{self.channel.peer}: it takes too long")
         readable = self.channel.wait_readable(seconds)
         if not self._may_pause:
             self._waited += time.monotonic() - began
@@ -141,7 +149,7 @@ def await_source(
             reader.peek(1)
             source.may_pause(False)
             return source, reader
-        problem = _problem(reader, channel, answer)
+        problem = _problem(source, reader, answer)
         if problem is None:
             return source, reader
         if problem:
@@ -156,9 +164,9 @@ def _kind(channel: Channel) -> type[Incoming]:
     return IncomingFile if isinstance(channel, FileBacked) else Incoming
 
 
-def _problem(reader: StreamReader, channel: Channel, answer: Callable[[StreamReader, Channel], None]) -> str | None:
+def _problem(source: Incoming, reader: StreamReader, answer: Callable[[StreamReader, Channel], None]) -> str | None:
     """Why these first bytes begin no migration; "" where they began a check, which has been answered."""
-    peer = channel.peer
+    peer = source.channel.peer
     try:
         head = reader.peek(len(MAGIC))
     except Interrupted:
@@ -170,7 +178,8 @@ def _problem(reader: StreamReader, channel: Channel, answer: Callable[[StreamRea
     if head == CHECK_MAGIC:
         reader.read(len(CHECK_MAGIC), "the magic number")
         try:
-            answer(reader, channel)
+            source.end_within(CHECK_SECONDS)
+            answer(reader, source.channel)
         except Interrupted:
             raise
         except MigfwError as error:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
+import time
 
 import pytest
 
-from corefw.engine import checking
+from corefw.engine import awaiting, checking
 from corefw.testing.tasks import wait_until
+from corefw.wire.constants import BE32
 from corefw.wire.stream import MemorySource, StreamReader
 from tests.helpers.engines import PATIENCE, Pair, counting, ended, runs_on
 from tests.helpers.machines import CountingMachine
 
 
+def dialled(uri: str) -> socket.socket:
+    _, host, port = uri.split(":")
+    return socket.create_connection((host, int(port)), PATIENCE)
+
+
 def ask(uri: str, document: dict[str, object]) -> bytes:
     """What a destination answers to somebody who says this of himself."""
-    _, host, port = uri.split(":")
-    with socket.create_connection((host, int(port)), PATIENCE) as connection:
+    with dialled(uri) as connection:
         connection.sendall(checking.MAGIC + checking.pack(document))
         connection.shutdown(socket.SHUT_WR)
         return connection.makefile("rb").read()
@@ -98,3 +106,29 @@ def test_no_write_is_lost_by_checks_before_a_migration(pair: Pair) -> None:
     assert ended(source) == "completed"
     assert counting(destination).run_state == "running"
     runs_on(destination)
+
+
+def test_a_check_that_dribbles_does_not_keep_a_migration_waiting(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(awaiting, "CHECK_SECONDS", 0.5)
+    uri = pair.destination().migrate_incoming("tcp:127.0.0.1:0")
+    ended_by_the_destination = threading.Event()
+
+    def dribble() -> None:
+        with contextlib.suppress(OSError), dialled(uri) as connection:
+            connection.sendall(checking.MAGIC + checking.pack(facts_like(pair)))
+            asked.set()
+            for _ in range(int(PATIENCE * 100)):
+                connection.sendall(BE32.pack(1) + b"x")
+                time.sleep(0.01)
+            return
+        ended_by_the_destination.set()
+
+    asked = threading.Event()
+    dribbling = threading.Thread(target=dribble)
+    dribbling.start()
+    assert asked.wait(PATIENCE)
+    source = pair.source()
+    source.migrate(uri)
+    assert ended(source) == "completed"
+    dribbling.join()
+    assert ended_by_the_destination.is_set()
