@@ -72,7 +72,7 @@ class DeflateChannel(Channel):
         self._inflate = zlib.decompressobj()
         self._room = memoryview(bytearray(ROOM))
         self._compressed = b""  # received, and not inflated yet
-        self._ready = b""  # inflated, and not asked for yet: wait_readable looks for one byte
+        self._ready = b""  # inflated, and not asked for yet
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
@@ -107,9 +107,12 @@ class DeflateChannel(Channel):
         return count
 
     def wait_readable(self, seconds: float) -> bool:
-        """Compressed bytes that are there need not make a single byte of the stream, so this inflates one."""
+        """Compressed bytes that are there need not make a single byte of the stream, so this inflates them.
+
+        A destination asks before each receive, so it inflates as many as a receive takes, not just one.
+        """
         deadline = time.monotonic() + seconds
-        while not self._ready and not self._inflated(1) and not self._inflate.eof:
+        while not self._ready and not self._inflated(ROOM) and not self._inflate.eof:
             if not self._inner.wait_readable(deadline - time.monotonic()):
                 return False
             self._receive()
