@@ -205,12 +205,12 @@ class Transport(ABC):
     def check_outgoing(self) -> None:
         """Raise UriError when one cannot dial out. A transport whose URIs are not all good for that adds its own."""
         if not self.features.outgoing:
-            raise UriError(f"'{self.uri}': one cannot send there, only wait for a migration")
+            raise UriError(f"'{self.uri}': it can only receive a migration, not send one")
 
     def check_incoming(self) -> None:
         """Raise UriError when one cannot wait for peers; as check_outgoing()."""
         if not self.features.incoming:
-            raise UriError(f"'{self.uri}': one cannot wait for a migration there, only send")
+            raise UriError(f"'{self.uri}': it can only send a migration, not receive one")
 
     @abstractmethod
     def connect(self, interrupt: Interrupt) -> Channel:

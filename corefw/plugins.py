@@ -127,7 +127,7 @@ class Plugins:
             raise PluginError(f"plugin '{name}' is {plugin!r}: expected a module or an object with hooks, not a class")
         name = name or self._manager.get_canonical_name(plugin)
         if self._manager.has_plugin(name) or self._manager.is_registered(plugin):
-            raise PluginError(f"plugin '{name}' is registered already: give this one another name")
+            raise PluginError(f"plugin '{name}' is already registered: choose another name for this one")
         try:
             self._manager.register(plugin, name)
             self._manager.check_pending()
@@ -202,7 +202,7 @@ class Plugins:
         for name, ask in self._implementers("corefw_section_handlers"):
             for handler in _listed(name, "corefw_section_handlers", ask(machine=machine, settings=settings)):
                 if not isinstance(handler, SectionHandler):
-                    raise PluginError(f"plugin '{name}': {handler!r} is no SectionHandler")
+                    raise PluginError(f"plugin '{name}': {handler!r} is not a SectionHandler")
                 registry.add(handler)
         return registry
 

@@ -30,7 +30,7 @@ def parse_size(text: str) -> int:
     """ "4096", "64K", "1.5GiB", "100MB/s" -> bytes (per second), rounded down."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise UsageError(f"'{text}' is no size: expected a number with K, M, G or T, as in 64M or 1.5GiB")
+        raise UsageError(f"'{text}' is not a size: expected a number with K, M, G or T, as in 64M or 1.5GiB")
     return int(Decimal(match[1]) * _BYTES[match[2].lower()])
 
 
@@ -38,7 +38,7 @@ def parse_milliseconds(text: str) -> int:
     """ "300", "300ms", "0.3s", "2m" -> milliseconds, rounded down."""
     match = _TIME.fullmatch(text.strip())
     if match is None:
-        raise UsageError(f"'{text}' is no time: expected a number with ms, s or m, as in 300ms or 0.3s")
+        raise UsageError(f"'{text}' is not a time: expected a number with ms, s or m, as in 300ms or 0.3s")
     return int(Decimal(match[1]) * _MILLISECONDS[(match[2] or "").lower()])
 
 
@@ -46,7 +46,7 @@ def parse_switch(text: str) -> bool:
     """ "on", "yes", "true", and their opposites. 1 and 0 are numbers."""
     state = _SWITCH.get(text.strip().lower())
     if state is None:
-        raise UsageError(f"'{text}' is no switch: expected on or off")
+        raise UsageError(f"'{text}' is not a switch: expected on or off")
     return state
 
 

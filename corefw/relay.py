@@ -40,8 +40,8 @@ LAST_WORDS: Final = 10.0
 """Seconds that a destination which takes no more may still talk. One that has gone is done with that at once."""
 
 UNDECIDED: Final = {
-    Verdict.OPEN: "the destination ended the return path without saying that it has the guest",
-    Verdict.REFUSED: "the destination said that it failed to load the guest (its log says why)",
+    Verdict.OPEN: "the destination ended the return path without confirming that it has the guest",
+    Verdict.REFUSED: "the destination reported that it failed to load the guest (its log says why)",
 }
 """What both ends of a stream in good order do not make up for."""
 

@@ -288,7 +288,7 @@ class Settings:
             self._implemented |= declared.implements
             self._checks += declared.checks
         if unknown := self._implemented - self._names.keys():
-            raise SettingsError(f"plugins implement what nobody declares: {', '.join(sorted(unknown))}")
+            raise SettingsError(f"plugins implement settings that no plugin declares: {', '.join(sorted(unknown))}")
         self._enabled = dict.fromkeys(self._capabilities, False)
         self._values: dict[str, Value] = {one.name: one.default for one in self._parameters.values()}
         self._properties = {name: default for name, (default, _) in PROPERTIES.items()}

@@ -77,7 +77,7 @@ def make_room(path: Path) -> None:
     if found is Occupant.LISTENER:
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     if found is Occupant.OTHER:
-        raise OSError(errno.EEXIST, "what is there is no dead socket of yours (remove it, or choose another path)")
+        raise OSError(errno.EEXIST, "it exists and is not a stale socket of yours (remove it, or choose another path)")
 
 
 def listen_at(sock: socket.socket, path: Path, backlog: int) -> Callable[[], None]:

@@ -63,11 +63,11 @@ _TCP_CLOSE: Final = 7  # the kernel's TCP_CLOSE, first byte of struct tcp_info
 
 REASONS: Final = {
     errno.ECONNREFUSED: "connection refused (is the destination listening?)",
-    errno.ECONNRESET: "the peer broke the connection",
-    errno.ENOTCONN: "the peer broke the connection",  # shutdown() after the reset was reported
+    errno.ECONNRESET: "the peer reset the connection",
+    errno.ENOTCONN: "the peer reset the connection",  # shutdown() after the reset was reported
     errno.EPIPE: "the peer closed the connection",
     errno.ETIMEDOUT: "no answer from the peer",
-    errno.EADDRINUSE: "the address is in use (is another one listening there?)",
+    errno.EADDRINUSE: "the address is in use (is another process listening there?)",
     errno.EADDRNOTAVAIL: "this host does not have that address",
     errno.EACCES: "permission denied",
 }
@@ -91,7 +91,7 @@ def check_peer_user(sock: socket.socket) -> str | None:
     _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     if uid in (0, os.geteuid()):
         return None
-    return f"it is from user {uid}, expected user {os.geteuid()} or root (--allow-any-user lets everybody in)"
+    return f"it is from user {uid}, expected user {os.geteuid()} or root (--allow-any-user admits every user)"
 
 
 class SocketChannel(Channel):
@@ -171,7 +171,7 @@ class SocketChannel(Channel):
                     self._poll(None)
         except OSError as error:
             if error.errno == errno.EFAULT:  # this host's fault, not the connection's: it can still say so
-                raise ChannelError(f"{self.peer}: there is no memory left to receive into") from None
+                raise ChannelError(f"{self.peer}: out of memory to receive into") from None
             raise self._failed(error) from None
         self._check_aborted()
         if count == 0:
@@ -371,7 +371,7 @@ class SocketListener(Listener):
                 except OSError as error:
                     raise ChannelError(f"{self.uri}: {reason(error)}") from None
                 if self._check and (why := self._check(connection)):
-                    log.warning("%s: turned a connection away: %s", self.uri, why)
+                    log.warning("%s: rejected a connection: %s", self.uri, why)
                     connection.close()
                     continue
                 return SocketChannel(connection, self._peer(address))
@@ -390,7 +390,7 @@ class SocketListener(Listener):
             self._closing.close()
 
     def _closed_error(self) -> ChannelError:
-        return ChannelError(f"{self.uri}: does not listen any more")
+        return ChannelError(f"{self.uri}: is no longer listening")
 
     def _peer(self, address: object) -> str:
         if isinstance(address, tuple):

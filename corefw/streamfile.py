@@ -52,7 +52,7 @@ def split_offset(text: str) -> tuple[str, int]:
     try:
         return path, int(number, 16) if number.lower().startswith("0x") else parse_size(number)
     except (UsageError, ValueError):
-        raise UsageError(f"'{number}' is no offset: expected bytes, as in offset=4096, 0x1000 or 64K") from None
+        raise UsageError(f"'{number}' is not an offset: expected bytes, as in offset=4096, 0x1000 or 64K") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def parse_save_image(head: bytes) -> SaveImage | None:
     """The header at the start of a file; None for any other file. Raises StreamError for an image that cannot be
     restored."""
     if head.startswith(LIBVIRT_PARTIAL):
-        raise StreamError("a libvirt save image that is not complete: 'virsh save' failed or is still writing it")
+        raise StreamError("an incomplete libvirt save image: 'virsh save' failed or is still writing it")
     if not head.startswith(LIBVIRT_MAGIC):
         return None
     if len(head) < _HEADER.size:
@@ -82,7 +82,7 @@ def parse_save_image(head: bytes) -> SaveImage | None:
         (found for found in (_HEADER.unpack(head), _HEADER_BIG.unpack(head)) if found[1] <= LIBVIRT_VERSION), None
     )
     if fields is None:
-        raise StreamError(f"a libvirt save image of a version above {LIBVIRT_VERSION}, which is not known here")
+        raise StreamError(f"a libvirt save image of a version above {LIBVIRT_VERSION}, which migfw does not know")
     _, version, data_length, was_running, number, _ = fields
     if version < LIBVIRT_VERSION:
         number = 0  # the first version does not compress
@@ -164,7 +164,7 @@ class StreamFile(FileBacked):
             return None
         if name not in _OPENERS:
             raise StreamError(
-                f"a libvirt save image that {name} compressed, which is not read here: decompress it with"
+                f"a libvirt save image that {name} compressed, which migfw cannot read: decompress it with"
                 f" 'tail -c +{self.origin + 1} FILE | {name} -dc > STREAM'"
             )
         return _OPENERS[name](io.FileIO(self._fd, closefd=False))

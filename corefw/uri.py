@@ -25,10 +25,12 @@ class MigrationUri:
     @classmethod
     def parse(cls, text: str) -> MigrationUri:
         if _NO_UTF8.search(text):
-            raise UriError(f"'{_NO_UTF8.sub(_escape, text)}' is no migration URI: a URI has to be UTF-8")
+            raise UriError(f"'{_NO_UTF8.sub(_escape, text)}' is not a migration URI: a URI has to be UTF-8")
         scheme, colon, rest = text.partition(":")
         if not colon or not _SCHEME.match(scheme):
-            raise UriError(f"'{text}' is no migration URI: expected SCHEME:ADDRESS, as in tcp:HOST:PORT or unix:PATH")
+            raise UriError(
+                f"'{text}' is not a migration URI: expected SCHEME:ADDRESS, such as tcp:HOST:PORT or unix:PATH"
+            )
         if not rest:
             raise UriError(f"'{text}' has no address: expected something after '{scheme}:'")
         return cls(scheme, rest)
@@ -56,7 +58,7 @@ def split_host_port(text: str, what: str) -> tuple[str, int]:
     if ":" in host and not bracketed:
         raise UriError(f"'{what}': put an IPv6 address in brackets, as in [{host}]:{port}")
     if not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise UriError(f"'{what}': '{port}' is no port, expected a number from 0 to 65535")
+        raise UriError(f"'{what}': '{port}' is not a port, expected a number from 0 to 65535")
     return host, int(port)
 
 

@@ -18,7 +18,7 @@ class Pieces(Channel):
         self.closed = 0
 
     def send(self, *parts: Buffer) -> None:
-        raise ChannelError("one way only")
+        raise ChannelError("one-way")
 
     def receive_into(self, view: memoryview) -> int:
         if not self.pieces:
@@ -34,7 +34,7 @@ class Pieces(Channel):
         return True
 
     def send_eof(self) -> None:
-        raise ChannelError("one way only")
+        raise ChannelError("one-way")
 
     def abort(self) -> None:
         self.pieces.clear()
@@ -85,7 +85,7 @@ def test_a_transport_says_which_end_it_cannot_be() -> None:
     both.check_incoming()
     both.check_outgoing()
     neither = Pigeon(incoming=False, outgoing=False)
-    with pytest.raises(UriError, match=r"^'pigeon:loft': one cannot wait for a migration there, only send$"):
+    with pytest.raises(UriError, match=r"^'pigeon:loft': it can only send a migration, not receive one$"):
         neither.check_incoming()
-    with pytest.raises(UriError, match=r"^'pigeon:loft': one cannot send there, only wait for a migration$"):
+    with pytest.raises(UriError, match=r"^'pigeon:loft': it can only receive a migration, not send one$"):
         neither.check_outgoing()

@@ -404,7 +404,7 @@ def test_the_input_is_never_overwritten(tmp_path: Path, link: str) -> None:
         other = source
     done = migfw("convert", str(source), str(other), "--for", "7.2", "--force")
     assert done.returncode == 2
-    assert "is the file to read" in done.stderr
+    assert "is also the input" in done.stderr
     assert source.read_bytes() == load("pc")
 
 
@@ -412,11 +412,11 @@ def test_the_input_is_never_overwritten(tmp_path: Path, link: str) -> None:
     ("arguments", "complaint"),
     [
         ((), "nothing to convert"),
-        (("--for", "seven"), "'seven' is no version"),
-        (("--for", "7"), "'7' is no version"),
-        (("--machine", ""), "is no machine type"),
-        (("--machine", "x" * 256), "is no machine type"),
-        (("--for", "7.2", "--from-vmstate", "/dev/null"), "add --to-vmstate"),
+        (("--for", "seven"), "'seven' is not a QEMU version"),
+        (("--for", "7"), "'7' is not a QEMU version"),
+        (("--machine", ""), "is not a machine type"),
+        (("--machine", "x" * 256), "is not a machine type"),
+        (("--for", "7.2", "--from-vmstate", "/dev/null"), "--from-vmstate needs --to-vmstate"),
         (("--for", "7.2", "--to-vmstate", "/no/such/file"), "does not exist"),
     ],
 )

@@ -146,7 +146,7 @@ def generator_that_fails() -> Iterable[Handler]:
         (lambda: fail("oh"), r"plugin 'it' \(corefw_section_handlers\) failed: ZeroDivisionError: oh"),
         (generator_that_fails, r"plugin 'it' \(corefw_section_handlers\) failed: ZeroDivisionError: midway"),
         (lambda: 5, r"plugin 'it' \(corefw_section_handlers\) gave int, expected a list"),
-        (lambda: ["x"], "plugin 'it': 'x' is no SectionHandler"),
+        (lambda: ["x"], "plugin 'it': 'x' is not a SectionHandler"),
         (lambda: [Handler("x"), Handler("x")], r"two handlers claim section 'x' \(instance 0\)"),
     ],
 )
@@ -192,7 +192,10 @@ def test_corefw_settings() -> None:
         (lambda: fail("oh"), "plugin 'it': corefw_settings failed: ZeroDivisionError: oh"),
         (lambda: None, "plugin 'it': corefw_settings gave NoneType, expected Declarations"),
         (lambda: Declarations((Capability("events", "again"),)), "plugin 'it': 'events' is declared by two plugins"),
-        (lambda: Declarations(implements=frozenset({"evnts"})), "plugin 'it': plugins implement what nobody declares"),
+        (
+            lambda: Declarations(implements=frozenset({"evnts"})),
+            "plugin 'it': plugins implement settings that no plugin declares",
+        ),
         (
             lambda: Declarations(capabilities=cast("Any", ("x",))),
             "plugin 'it': its Declarations are not in order: AttributeError",

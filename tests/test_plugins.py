@@ -260,7 +260,8 @@ def test_a_name_that_is_taken_belongs_to_the_first(install: Install) -> None:
     one = install("one", BLOCKER, plugins={"same": "{module}"})
     two = install("two", BLOCKER, plugins={"same": "{module}"})
     plugins = Plugins.load()
-    assert plugins.failures == {f"same = {two}": "plugin 'same' is registered already: give this one another name"}
+    already = "plugin 'same' is already registered: choose another name for this one"
+    assert plugins.failures == {f"same = {two}": already}
     errors = {info.distribution: info.error for info in plugins.inventory() if info.name == "same"}
     assert errors == {"one": None, "two": plugins.failures[f"same = {two}"]}
     assert blockers(plugins) == [one]
@@ -297,9 +298,9 @@ def test_registering_from_inside_a_program_is_all_or_nothing() -> None:
             plugins.register(wrong, "it")
     one = Misspelt()
     plugins.register(one, "it")
-    with pytest.raises(PluginError, match="plugin 'it' is registered already"):
+    with pytest.raises(PluginError, match="plugin 'it' is already registered"):
         plugins.register(Misspelt(), "it")
-    with pytest.raises(PluginError, match="plugin 'other' is registered already"):
+    with pytest.raises(PluginError, match="plugin 'other' is already registered"):
         plugins.register(one, "other")
     assert plugins.failures == {}, "who registers gets the error"
 

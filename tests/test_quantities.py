@@ -55,7 +55,7 @@ def test_switches(word: str, opposite: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "1", "0", "perhaps", "onn"])
 def test_what_is_no_switch(text: str) -> None:
-    with pytest.raises(UsageError, match=f"^'{text}' is no switch: expected on or off$"):
+    with pytest.raises(UsageError, match=f"^'{text}' is not a switch: expected on or off$"):
         parse_switch(text)
 
 
@@ -63,13 +63,13 @@ def test_what_is_no_switch(text: str) -> None:
     "text", ["", "G", "-1", "1e9", "1,5G", "5 iB", "5X", "1GG", "0x10", "1.G", "٣", "nan", "9" * 21]
 )
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UsageError, match=r"is no size: expected a number with K, M, G or T, as in 64M or 1\.5GiB"):
+    with pytest.raises(UsageError, match=r"is not a size: expected a number with K, M, G or T, as in 64M or 1\.5GiB"):
         parse_size(text)
 
 
 @pytest.mark.parametrize("text", ["", "ms", "-1", "3h", "1e3", "300ms/s", "soon"])
 def test_what_is_no_time(text: str) -> None:
-    with pytest.raises(UsageError, match=r"is no time: expected a number with ms, s or m, as in 300ms or 0\.3s"):
+    with pytest.raises(UsageError, match=r"is not a time: expected a number with ms, s or m, as in 300ms or 0\.3s"):
         parse_milliseconds(text)
 
 

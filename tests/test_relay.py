@@ -114,7 +114,7 @@ def test_a_break_is_passed_on_as_a_break(joined: Joined, broken: str, side: str)
     breaks, hears = (joined.source, joined.target) if broken == "source" else (joined.target, joined.source)
     breaks.abort()
     breaks.close()
-    with pytest.raises(ChannelError, match="the peer broke the connection"):
+    with pytest.raises(ChannelError, match="the peer reset the connection"):
         Task("received", receive_all, hears).result()
     assert joined.relay.wait(10)
     assert joined.relay.progress().phase is Phase.FAILED
@@ -157,7 +157,7 @@ def test_a_destination_that_says_shut_and_closes_over_unread_bytes() -> None:
 
 @pytest.mark.parametrize(
     ("said", "why"),
-    [(PONG, "the TO side of the relay broke: tcp:"), (SHUT_1, "the destination said that it failed")],
+    [(PONG, "the TO side of the relay broke: tcp:"), (SHUT_1, "the destination reported that it failed")],
     ids=["none", "shut-1"],
 )
 def test_last_words_of_a_destination_that_fails(said: bytes, why: str) -> None:
@@ -179,7 +179,7 @@ def test_last_words_of_a_destination_that_fails(said: bytes, why: str) -> None:
 
 @pytest.mark.parametrize(
     ("said", "why"),
-    [(PONG, "without saying that it has the guest"), (PONG + SHUT_1, "said that it failed to load")],
+    [(PONG, "without confirming that it has the guest"), (PONG + SHUT_1, "reported that it failed to load")],
     ids=["none", "shut-1"],
 )
 def test_orderly_ends_do_not_make_up_for_a_failed_migration(joined: Joined, said: bytes, why: str) -> None:
@@ -235,7 +235,7 @@ def test_abort_breaks_both_sides_off(joined: Joined) -> None:
     assert joined.relay.wait(10)
     assert isinstance(joined.relay.failure, Interrupted)
     for channel in (joined.source, joined.target):
-        with pytest.raises(ChannelError, match="the peer broke the connection"):
+        with pytest.raises(ChannelError, match="the peer reset the connection"):
             Task("received", receive_all, channel).result()
 
 
@@ -254,7 +254,7 @@ def test_a_target_that_is_not_there_breaks_the_source_off() -> None:
         assert relay.uri
         transport = PLUGINS.transport(relay.uri)
         with (
-            pytest.raises(ChannelError, match="the peer broke the connection"),
+            pytest.raises(ChannelError, match="the peer reset the connection"),
             transport.connect(NEVER) as source,  # may be told already here
         ):
             source.receive_into(memoryview(bytearray(1)))
@@ -299,9 +299,9 @@ def test_the_wrong_way_round() -> None:
     for name, fd in zip(("reader", "writer"), os.pipe(), strict=True):
         descriptors.put(name, fd)
     tcp = PLUGINS.transport("tcp:127.0.0.1:0")
-    with pytest.raises(UsageError, match="one cannot send there, only wait"):
+    with pytest.raises(UsageError, match="it can only receive a migration"):
         Relay(tcp, PLUGINS.transport("fd:reader"))
-    with pytest.raises(UsageError, match="one cannot wait for a migration there, only send"):
+    with pytest.raises(UsageError, match="it can only send a migration, not receive one"):
         Relay(PLUGINS.transport("fd:writer"), tcp)
     for name in ("reader", "writer"):
         left = descriptors.take(name)

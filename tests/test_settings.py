@@ -284,7 +284,7 @@ def test_a_name_belongs_to_one_plugin(declared: Declarations) -> None:
 
 
 def test_nobody_implements_what_nobody_declares() -> None:
-    with pytest.raises(SettingsError, match="plugins implement what nobody declares: multi-fd, zstd"):
+    with pytest.raises(SettingsError, match="plugins implement settings that no plugin declares: multi-fd, zstd"):
         Settings([Declarations(implements=frozenset({"zstd", "multi-fd"}))])
 
 

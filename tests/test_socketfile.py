@@ -71,6 +71,6 @@ def test_everything_else_stays(folder: Path) -> None:
         datagrams.bind(str(folder / "datagrams"))
         for name in ("file", "link", "datagrams"):
             assert occupant(folder / name) is Occupant.OTHER
-            with pytest.raises(FileExistsError, match="no dead socket of yours"):
+            with pytest.raises(FileExistsError, match="not a stale socket of yours"):
                 make_room(folder / name)
             assert os.path.lexists(folder / name)

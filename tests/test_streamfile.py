@@ -84,7 +84,7 @@ def test_an_offset_behind_a_path(text: str, expected: tuple[str, int]) -> None:
 
 @pytest.mark.parametrize("text", ["/a,offset=", "/a,offset=-1", "/a,offset=0xg", "/a,offset=1,offset=2"])
 def test_an_offset_that_is_none(text: str) -> None:
-    with pytest.raises(UsageError, match="is no offset: expected bytes, as in offset=4096"):
+    with pytest.raises(UsageError, match="is not an offset: expected bytes, as in offset=4096"):
         split_offset(text)
 
 

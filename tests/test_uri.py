@@ -28,14 +28,14 @@ def test_a_uri_is_a_scheme_and_the_rest(text: str, scheme: str, rest: str) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is no migration URI: expected SCHEME:ADDRESS"),
-        ("host", "'host' is no migration URI: expected SCHEME:ADDRESS"),
-        (":4444", "':4444' is no migration URI"),
-        ("TCP:host:1", "'TCP:host:1' is no migration URI"),
-        ("/path:1", "'/path:1' is no migration URI"),
+        ("", "'' is not a migration URI: expected SCHEME:ADDRESS"),
+        ("host", "'host' is not a migration URI: expected SCHEME:ADDRESS"),
+        (":4444", "':4444' is not a migration URI"),
+        ("TCP:host:1", "'TCP:host:1' is not a migration URI"),
+        ("/path:1", "'/path:1' is not a migration URI"),
         ("tcp:", "'tcp:' has no address: expected something after 'tcp:'"),
-        ("file:/tmp/\udcff", "'file:/tmp/\\xff' is no migration URI: a URI has to be UTF-8"),
-        ("file:/tmp/\ud800", "'file:/tmp/\\ud800' is no migration URI: a URI has to be UTF-8"),
+        ("file:/tmp/\udcff", "'file:/tmp/\\xff' is not a migration URI: a URI has to be UTF-8"),
+        ("file:/tmp/\ud800", "'file:/tmp/\\ud800' is not a migration URI: a URI has to be UTF-8"),
     ],
 )
 def test_what_is_no_uri_is_refused_with_an_example(text: str, message: str) -> None:
@@ -68,11 +68,11 @@ def test_host_and_port(text: str, expected: tuple[str, int]) -> None:
         ("[::1:4", "'tcp:[::1:4' has no port"),
         ("::1:4", "'tcp:::1:4': put an IPv6 address in brackets, as in [::1]:4"),
         ("//h:4", "'tcp://h:4': tcp: takes no //, expected tcp:h:4"),
-        ("h:65536", "'tcp:h:65536': '65536' is no port, expected a number from 0 to 65535"),
-        ("h:-1", "'tcp:h:-1': '-1' is no port"),
-        ("h:http", "'tcp:h:http': 'http' is no port"),
-        ("h:", "'tcp:h:': '' is no port"),
-        ("h:²", "'tcp:h:²': '²' is no port"),  # a digit to str.isdigit, a ValueError to int
+        ("h:65536", "'tcp:h:65536': '65536' is not a port, expected a number from 0 to 65535"),
+        ("h:-1", "'tcp:h:-1': '-1' is not a port"),
+        ("h:http", "'tcp:h:http': 'http' is not a port"),
+        ("h:", "'tcp:h:': '' is not a port"),
+        ("h:²", "'tcp:h:²': '²' is not a port"),  # a digit to str.isdigit, a ValueError to int
     ],
 )
 def test_what_is_no_host_and_port(text: str, message: str) -> None:

@@ -49,12 +49,12 @@ def check(
       2    wrong usage
     """
     if uri is not None and to is not None:
-        raise UsageError(f"'{uri}' and --to {to} both say where: give one of them")
+        raise UsageError(f"'{uri}' and --to {to} both name a destination: use one of them")
     if to is None and remote_migfw is not None:
-        raise UsageError("--remote-migfw is for --to HOST")
+        raise UsageError("--remote-migfw needs --to HOST")
     with connect(name, qmp) as engine:
         if not engine.is_migfw:
-            raise UsageError(f"at {engine.address} is a QEMU, and only a migfw can check its own guest")
+            raise UsageError(f"at {engine.address} is a QEMU, and only migfw can check its guest")
         with _dialled(engine, uri, to, remote_migfw) as where:
             answer = engine.call("x-migfw-check", **({"uri": where} if where is not None else {}))
     if as_json:
@@ -93,11 +93,11 @@ def _facts(answer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(there.get("memory"), int):
             yield "memory there", f"{format_size(there['memory'])} to spare"
     if answer["bandwidth"]:
-        yield "bandwidth", f"{format_size(answer['bandwidth'])}/s, an answer takes {answer['round-trip']:.1f} ms"
+        yield "bandwidth", f"{format_size(answer['bandwidth'])}/s, round trip {answer['round-trip']:.1f} ms"
     if answer["converges"]:
         yield "would take", f"{format_milliseconds(answer['expected-time'])}, {answer['passes']} passes"
-        yield "downtime", f"about {format_milliseconds(answer['expected-downtime'])}, and what stopping takes"
-    yield "result", "a migration should succeed" if answer["ok"] else "a migration would not succeed"
+        yield "downtime", f"about {format_milliseconds(answer['expected-downtime'])}, plus the time to stop the guest"
+    yield "result", "a migration should succeed" if answer["ok"] else "a migration would fail"
 
 
 _VERSIONS = (("migfw", "migfw"), ("python", "Python"), ("numpy", "NumPy"))

@@ -76,11 +76,11 @@ def convert(
     from corefw.inspection.source import FileSource
 
     if machine is None and version is None:
-        raise UsageError("nothing to convert: say what the stream is for with --machine TYPE or --for VERSION")
+        raise UsageError("nothing to convert: choose the target with --machine TYPE or --for VERSION")
     if from_vmstate is not None and to_vmstate is None:
-        raise UsageError("--from-vmstate alone compares nothing: add --to-vmstate FILE of the QEMU that will load it")
+        raise UsageError("--from-vmstate needs --to-vmstate FILE, from the QEMU that will load the stream")
     if machine is not None and not (machine.isprintable() and 0 < len(machine.encode()) < 256):
-        raise UsageError(f"{machine!r} is no machine type: expected 1 to 255 bytes that can be printed")
+        raise UsageError(f"{machine!r} is not a machine type: expected 1 to 255 printable bytes")
     target = Target(
         machine, parse_version(version) if version is not None else None, _tables(to_vmstate), _tables(from_vmstate)
     )
@@ -123,9 +123,9 @@ def _check_destination(source: str, destination: str, force: bool) -> None:
     if not os.path.lexists(destination):
         return
     if source != "-" and Path(destination).exists() and Path(source).samefile(destination):
-        raise UsageError(f"'{destination}' is the file to read: write to another one")
+        raise UsageError(f"'{destination}' is also the input: write to another file")
     if not force:
-        raise UsageError(f"'{destination}' exists (replace it with --force)")
+        raise UsageError(f"'{destination}' already exists (use --force to replace it)")
 
 
 @contextlib.contextmanager

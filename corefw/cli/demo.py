@@ -76,9 +76,9 @@ def _play(folder: Path, options: list[str]) -> None:
         _engine(folder, "source", *options) as (source, left),
     ):
         uri = _wait_for("the destination to listen", lambda: destination.call("x-migfw-status")["incoming-uri"])
-        click.echo(f"a guest fills {_ram(source)} of RAM with bytes that do not compress")
+        click.echo(f"a guest fills {_ram(source)} of RAM with incompressible bytes")
         _wait_for("the guest to fill its RAM and write", lambda: _verified_beyond(source, 0))
-        click.echo(f"it is running, goes on writing, and moves to another process at {uri}")
+        click.echo(f"it is running and keeps writing; now it moves to another process at {uri}")
         answer = _migrate(source, uri)
         print_facts(summary(answer))
         before = _writes(source)
@@ -183,6 +183,6 @@ def _wait_for(what: str, look: Callable[[], Any]) -> Any:
     end = time.monotonic() + PATIENCE
     while not (found := look()):
         if time.monotonic() > end:
-            raise MigfwError(f"demo: waited {PATIENCE:.0f} s in vain for {what}")
+            raise MigfwError(f"demo: gave up waiting for {what} after {PATIENCE:.0f} s")
         time.sleep(POLL)
     return found

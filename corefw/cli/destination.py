@@ -110,7 +110,7 @@ def _status(engine: EngineClient) -> dict[str, Any]:
     status: dict[str, Any] = engine.call("x-migfw-status")
     if not status.get("launch"):
         raise UsageError(
-            f"the engine at {engine.address} does not know how it was started (by a program of its own?):"
+            f"the engine at {engine.address} does not know how it was started (from Python?):"
             " start the destination yourself, and give its URI"
         )
     return status
@@ -164,7 +164,7 @@ def _start(host: RemoteHost, migfw: Sequence[str], launch: Mapping[str, Any], ca
     done = host.run(command, START_SECONDS)
     if done.status == _NO_FOLDER:
         raise MigfwError(
-            f"{host.name} has no folder '{launch['directory']}': the program '{file}' has to be there as it is here"
+            f"{host.name} has no directory '{launch['directory']}': the program '{file}' must be at the same path there"
         )
     if done.status == _NO_FILE:
         raise MigfwError(
@@ -178,7 +178,7 @@ def _start(host: RemoteHost, migfw: Sequence[str], launch: Mapping[str, Any], ca
         if not all(isinstance(facts[key], str) for key in ("name", "qmp", "incoming-uri", "log")):
             raise TypeError
     except (ValueError, KeyError, TypeError):
-        raise MigfwError(f"the destination on {host.name} says something that is no answer of migfw run") from None
+        raise MigfwError(f"unexpected output from migfw run on {host.name}") from None
     return {**facts}
 
 

@@ -103,7 +103,7 @@ class EngineClient:
 def connect(name: str | None, qmp: str | None) -> Iterator[EngineClient]:
     """The engine with this name, at this address, or the only one that runs. Raises UsageError when there is none."""
     if name is not None and qmp is not None:
-        raise UsageError("--name and --qmp both say which engine: give one of them")
+        raise UsageError("--name and --qmp both name an engine: use one of them")
     address = resolve(name, qmp)
     try:
         client = QmpClient(address)

@@ -61,7 +61,9 @@ class Follower:
             try:
                 answer = self._engine.query_migrate()
             except ChannelError as error:
-                raise MigfwError(f"the engine ended while its guest migrated ({error}): ask the destination") from None
+                raise MigfwError(
+                    f"the engine ended while its guest migrated ({error}): check the destination"
+                ) from None
             progress = Progress.of(answer)
             if progress.phase in OVER:
                 return answer
@@ -74,7 +76,7 @@ class Follower:
         if not self._cancelling and (self._interrupts.requested or hopeless):
             self._cancelling = True
             if self._interrupts.requested:
-                self._display.say("cancelling; press Ctrl-C again to leave at once")
+                self._display.say("cancelling; press Ctrl-C again to exit at once")
             self._engine.call("migrate_cancel")
         elif self._postcopy and progress.passes >= _FIRST_PASS:
             self._postcopy = False

@@ -129,9 +129,9 @@ def _begin(engine: Engine, server: QmpServer, endings: Endings, plan: Plan, dial
     if dialled is not None:
         ready(f"waiting for a migration at {dialled}")
     elif plan.deferred:
-        ready("waiting for migrate-incoming to say where a guest comes in")
+        ready("waiting for migrate-incoming to give the address")
     elif plan.paused:
-        ready("the guest is not started yet: 'migfw cont' does")
+        ready("the guest is not started yet: start it with 'migfw cont'")
     else:
         # A guest may take its time to start; Ctrl-C and QMP are heard meanwhile.
         threading.Thread(target=_start, args=(engine, endings, ready), name="start", daemon=True).start()
@@ -217,12 +217,12 @@ def _last_words(engine: Engine, server: QmpServer, ending: Ending) -> None:
         case Ending.NOT_ARRIVED:
             raise MigfwError(_why_not_arrived(engine))
         case Ending.INTERRUPTED:
-            note("interrupted; the guest ends")
+            note("interrupted; ending the guest")
             raise Finished(ExitStatus.INTERRUPTED)
 
 
 def _why_not_arrived(engine: Engine) -> str:
-    reason = str(engine.query_migrate().get("error-desc", "for no reason that it gave"))
+    reason = str(engine.query_migrate().get("error-desc", "no reason given"))
     return f"the guest could not be loaded: {reason.removeprefix('load of migration failed: ')}"
 
 

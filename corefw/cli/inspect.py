@@ -80,7 +80,7 @@ def inspect(place: tuple[str, int], devices: Sequence[str], all_fields: bool, as
         note(f"'{file}' is damaged: {found.damage}")
         raise Finished(ExitStatus.FAILED)
     if found.missing is not None:
-        note(f"'{file}' makes no guest: RAM is missing: {found.missing}")
+        note(f"'{file}' is not a complete guest: RAM is missing: {found.missing}")
         raise Finished(ExitStatus.FAILED)
     if missing:
         note(f"'{file}' has no device '{missing[0]}' (the names are in the table of sections)")

@@ -124,7 +124,7 @@ def migrate(
         interrupts = stack.enter_context(Interrupts())
         with changes.applied(engine):
             if interrupts.requested:
-                note("cancelled before it began")
+                note("cancelled before it started")
                 raise Finished(ExitStatus.INTERRUPTED)
             engine.call("migrate", uri=relay.uri if relay else uri, **({"resume": True} if resume else {}))
         if destination is not None:
@@ -153,11 +153,11 @@ def migrate(
 
 def _check_where(uri: str | None, to: str | None, remote_migfw: str | None, *, detach: bool, resume: bool) -> None:
     if uri is not None and to is not None:
-        raise UsageError(f"'{uri}' and --to {to} both say where to move: give one of them")
+        raise UsageError(f"'{uri}' and --to {to} both name a destination: use one of them")
     if uri is None and to is None:
-        raise UsageError("where to? Give a URI, as in tcp:HOST:PORT, or --to HOST")
+        raise UsageError("no destination: give a URI, as in tcp:HOST:PORT, or --to HOST")
     if to is None and remote_migfw is not None:
-        raise UsageError("--remote-migfw is for --to HOST")
+        raise UsageError("--remote-migfw needs --to HOST")
     if to is not None and (detach or resume):
         raise UsageError(
             f"--to {to}: this process has to stay and look after the destination, so without --"
@@ -178,7 +178,7 @@ def _settle(destination: Destination, engine: EngineClient, answer: Mapping[str,
         return
     if engine.settled_run_state() in (RunState.POSTMIGRATE, RunState.FINISH_MIGRATE):
         facts = destination.facts
-        note(f"the guest may have arrived: look at the engine '{facts['name']}' on {facts['host']}, which stays")
+        note(f"the guest may have arrived: check the engine '{facts['name']}' on {facts['host']}, which still runs")
         return
     destination.give_up()
 

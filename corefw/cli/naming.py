@@ -58,7 +58,7 @@ def claim(name: str | None, qmp: str | None, program: str) -> Claim:
         claimed = _claim(name)
         if claimed is None:
             raise UsageError(
-                f"an engine named '{name}' runs already: choose another --name, or end it with 'migfw quit'"
+                f"an engine named '{name}' is already running: choose another --name, or end it with 'migfw quit'"
             )
         return claimed
     suggested, number = suggest(program), 1

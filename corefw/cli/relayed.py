@@ -81,13 +81,13 @@ class QemuRelay:
     def _drain(self, interrupts: Interrupts) -> str | None:
         while not self._relay.wait(_LOOK):
             if interrupts.requested:
-                return "interrupted before all that QEMU had sent was passed on"
-        return f"QEMU had sent all of it, but {self._failure()}" if self._relay.failure else None
+                return "interrupted before everything from QEMU was forwarded"
+        return f"QEMU had sent everything, but {self._failure()}" if self._relay.failure else None
 
     def _failure(self) -> str:
         """Why the relay broke, with its two sides called by what they are here."""
         sides = {
-            "the FROM side of the relay": "the QEMU's side",
+            "the FROM side of the relay": "QEMU's side",
             "the TO side of the relay": f"the side of {self._far}",
         }
         text = str(self._relay.failure)

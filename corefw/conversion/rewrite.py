@@ -128,7 +128,7 @@ class _Rewriting:
         before = item.configuration
         if MAPPED_RAM in configuration_capabilities(before):
             raise MigfwError(
-                "a mapped-ram file is not converted, since its pages stand at fixed places: park the machine"
+                "a mapped-ram file cannot be converted, because its pages are at fixed offsets: park the machine"
                 " ('migfw run --machine qemu --incoming file:PATH'), store it again ('migfw migrate file:OTHER'), and"
                 " convert that"
             )
@@ -144,7 +144,7 @@ class _Rewriting:
         self._configuration = Configuration(name, tail)
         self._page_size = configuration_page_size(before) or self._page_size
         if "x-ignore-shared" in configuration_capabilities(before) and len(kept) < len(subsections):
-            self._done.problems.append(f"QEMU {self._done.version} does not know RAM that is shared (x-ignore-shared)")
+            self._done.problems.append(f"QEMU {self._done.version} does not support shared RAM (x-ignore-shared)")
         for capability in sorted(configuration_capabilities(self._configuration)):
             self._done.notes.append(
                 f"the destination needs the capability '{capability}' switched on, as the source had"
@@ -154,7 +154,7 @@ class _Rewriting:
     def _without_configuration(self, offset: int) -> Iterator[items.Item]:
         self._begin(None)
         if self._target.machine is not None:
-            self._done.changes.append("a configuration section added, since the stream has none")
+            self._done.changes.append("a configuration section added, because the stream has none")
             yield items.ConfigurationItem(offset, Configuration(self._target.machine))
 
     def _begin(self, machine: str | None) -> None:

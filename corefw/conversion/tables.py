@@ -191,7 +191,7 @@ def _judge_fields(
         subsection = target.subsection(one.vmsd_name)
         inner = f"{where}, subsection '{one.vmsd_name}'"
         if subsection is None:
-            yield f"{inner}: the target does not know it"
+            yield f"{inner}: the target does not have it"
         else:
             yield from _judge(inner, one.version, one, origin and origin.subsection(one.vmsd_name), subsection)
 

@@ -16,7 +16,7 @@ def parse_version(text: str) -> Version:
     """ "7.2" or "7.2.19". Raises UsageError."""
     found = _VERSION.match(text)
     if found is None:
-        raise UsageError(f"'{text}' is no version of QEMU: expected one as 7.2 or 10.0")
+        raise UsageError(f"'{text}' is not a QEMU version: expected for example 7.2 or 10.0")
     return Version(int(found[1]), int(found[2]))
 
 

@@ -153,7 +153,7 @@ def await_source(
         if problem is None:
             return source, reader
         if problem:
-            log.warning("%s; it does not count, and the destination waits on", problem)
+            log.warning("%s (ignored; the destination keeps waiting)", problem)
         hold(None)
         channel.close()
 
@@ -172,7 +172,7 @@ def _problem(source: Incoming, reader: StreamReader, answer: Callable[[StreamRea
     except Interrupted:
         raise
     except ChannelError as error:
-        return f"a connection brought no migration: {error}"
+        return f"a connection carried no migration: {error}"
     if head == MAGIC:
         return None
     if head == CHECK_MAGIC:
@@ -183,7 +183,7 @@ def _problem(source: Incoming, reader: StreamReader, answer: Callable[[StreamRea
         except Interrupted:
             raise
         except MigfwError as error:
-            log.info("%s: a check was broken off: %s", peer, error)
+            log.info("%s: a check was aborted: %s", peer, error)
         except FOREIGN:  # a machine is a plugin: whatever it does with what came, the destination waits on
             log.exception("%s: a check failed", peer)
         return ""

@@ -138,7 +138,7 @@ class Checking:
 
     def _why_not_dialled(self, transport: Transport) -> str | None:
         if isinstance(self._machine, AdoptsStreams):
-            return "a QEMU that waits there would end when somebody connects and leaves; only this side was checked"
+            return "a waiting QEMU would exit when a peer connects and disconnects; only this side was checked"
         if not (transport.features.return_path and transport.features.multi_channel):
             return f"'{transport.uri.scheme}:' has one connection, or one direction; only this side was checked"
         return None
@@ -148,8 +148,8 @@ class Checking:
         reader = StreamReader(channel, where="the answer to the check")
         if reader.at_end():
             raise ChannelError(
-                f"{channel.peer}: whoever listens there does not answer a check: no migfw that waits for a guest,"
-                " or one of another version"
+                f"{channel.peer}: the listener does not answer a check: it is not a migfw that waits for a guest,"
+                " or it has another version"
             )
         answer = read_message(reader)
         facts, problems, notes = (answer.get(name) for name in ("facts", "problems", "notes"))
@@ -186,7 +186,7 @@ class Checking:
     def _measure(self) -> Rates | None:
         """How fast the guest writes; None where it does not run."""
         if self._machine.run_state is not RunState.RUNNING:
-            self._notes.append(f"the guest is {self._machine.run_state}: how fast it writes cannot be measured")
+            self._notes.append(f"the guest is {self._machine.run_state}: its dirty rate cannot be measured")
             return None
         blocks = self._machine.ram_blocks()
         with ExitStack() as stop:
@@ -285,11 +285,11 @@ def answer_check(
 def _compare(here: Mapping[str, Any], there: Mapping[str, Any], machine: Machine) -> tuple[list[str], list[str]]:
     """Problems and notes, as the destination says them. `there` came from the peer: anything may be in it."""
     if (there.get("kind"), there.get("name")) != (here["kind"], here["name"]):
-        return [f"this is a machine '{here['name']}', and '{there.get('name')}' would come"], []
+        return [f"this is a machine '{here['name']}', but the incoming machine is '{there.get('name')}'"], []
     layout = there.get("layout")
     problems, notes = machine.compare_layout(layout.encode(errors="replace") if isinstance(layout, str) else b"")
     if not problems and there.get("ram") != here["ram"]:
-        problems.append("its RAM blocks are others, or of other lengths (give both sides the same options)")
+        problems.append("its RAM blocks have different names or lengths (give both sides the same options)")
     named = there.get("sections")
     mine, theirs = set(here["sections"]), set(named if _is_texts(named) else ())
     if mine != theirs:
@@ -298,7 +298,7 @@ def _compare(here: Mapping[str, Any], there: Mapping[str, Any], machine: Machine
     properties = there.get("properties")
     for name, value in here["properties"].items():
         if isinstance(properties, dict) and properties.get(name, value) != value:
-            problems.append(f"property {name} is {'on' if value else 'off'} here and has to be alike on both sides")
+            problems.append(f"property {name} is {'on' if value else 'off'} here and must be the same on both sides")
     needed = sum(here["ram"].values())
     if needed > here["memory"]:
         problems.append(

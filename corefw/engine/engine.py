@@ -42,7 +42,7 @@ from corefw.states import IDLE, MigrationStatus, Side, StateMachine
 _S = MigrationStatus
 MIGRATION_ACTIVE: Final = "There's a migration process in progress"
 WAITS: Final = "Guest is waiting for an incoming migration"
-MOVED: Final = "the guest has moved: the destination said that it has it"
+MOVED: Final = "the guest has moved: the destination confirmed it"
 CLOSED: Final = "the engine is closed"
 ARRIVING: Final = frozenset({_S.SETUP, _S.ACTIVE})
 ENDED: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED})
@@ -168,7 +168,7 @@ class Engine:
     def _check_not_held(self) -> None:
         """Under the guest's lock."""
         if self._migration is not None and self._migration.holds_guest:
-            raise StateError("the guest is stopped for the switchover (cancel the migration to let it run on here)")
+            raise StateError("the guest is stopped for the switchover (cancel the migration to keep it running here)")
 
     @property
     def has_left(self) -> bool:
@@ -373,7 +373,7 @@ class Engine:
                 listener.close()
                 self._arrival = None
                 self.incoming.advance(_S.SETUP, _S.FAILED)
-                raise MigfwError(f"cannot wait for a migration: {error}") from None
+                raise MigfwError(f"cannot listen for a migration: {error}") from None
         self.incoming.announce()
         return dialled
 

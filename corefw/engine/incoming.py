@@ -122,7 +122,7 @@ class IncomingMigration:
         assert self._channel is not None
         if not self._channel.has_return_path:
             raise ChannelError(
-                f"the source wants a return path, but {self._channel.peer} carries bytes one way only"
+                f"the source wants a return path, but {self._channel.peer} is one-way"
                 " (switch its capability 'return-path' off)"
             )
         self._return_path = ReturnPathWriter(self._channel)
@@ -237,7 +237,7 @@ class IncomingMigration:
             except ANYTHING:
                 if self._machine.run_state is not RunState.RUNNING:
                     raise
-                log.exception("the guest has arrived and runs, but not without trouble")  # somebody who watches it
+                log.exception("the guest has arrived and runs, but with errors")  # somebody who watches it
 
     def _fail(self, reason: str) -> None:
         if self._cancelled:
@@ -271,7 +271,7 @@ class IncomingMigration:
         except ChannelError as error:
             log.debug("the source went away: %s", error)
         except ANYTHING:  # a transport is a plugin: the migration is over, whatever it does
-            log.exception("cannot tell the source how it ended")
+            log.exception("cannot report the result to the source")
 
     def _drain(self, channel: Channel) -> None:
         scratch = memoryview(bytearray(1 << 16))

@@ -167,7 +167,7 @@ class OutgoingMigration:
 
     def throttle_guest(self, percent: int) -> None:
         if not isinstance(self._machine, SupportsThrottle):
-            raise MachineError(f"a machine of kind '{self._machine.kind}' cannot be slowed down")
+            raise MachineError(f"a machine of kind '{self._machine.kind}' cannot be throttled")
         self._custody.throttle(self._machine, percent, self._check)
 
     # -- the thread ------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ class OutgoingMigration:
     def _wait_accepted(self, path: ReturnPathReader, channel: Channel) -> None:
         """No RAM goes out before the destination has accepted all START sections. Raises PeerError if it did not."""
         self._wait_for_word(
-            partial(path.wait_pong, READY_PING), f"{channel.peer} did not answer what it was sent to begin with"
+            partial(path.wait_pong, READY_PING), f"{channel.peer} did not answer the start of the migration"
         )
         self._check()
 
@@ -347,7 +347,7 @@ class OutgoingMigration:
         writer.flush()
         self.statistics.transferred = writer.position
         if self._return_path is not None:
-            self._wait_for_word(self._return_path.wait, f"{channel.peer} did not say that it has the guest")
+            self._wait_for_word(self._return_path.wait, f"{channel.peer} did not confirm that it has the guest")
             self._return_path.check()
             self.confirmed = True
             with suppress(ChannelError):  # the destination has all it wants; relays like to see an end

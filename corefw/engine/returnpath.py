@@ -116,7 +116,7 @@ class ReturnPathReader:
     def _handle(self, reader: StreamReader) -> bool:
         """One message; True when it was SHUT 0."""
         if reader.at_end():
-            raise ChannelClosed(f"{self._channel.peer} closed the return path without a word")
+            raise ChannelClosed(f"{self._channel.peer} closed the return path without reporting a result")
         message = read_return_message(reader)
         if message.type is ReturnMessage.PONG:
             self._note_pong(parse_number(message.body))
@@ -135,7 +135,7 @@ class ReturnPathReader:
             why = f": {self._reason}" if self._reason else f" (status {status}; its log says why)"
             raise PeerError(f"the destination failed to load the guest{why}")
         if not self._may_accept:
-            raise StreamError("return path: the destination said that it has the guest before everything was sent")
+            raise StreamError("return path: the destination confirmed the guest before everything was sent")
         return True
 
     def _note_pong(self, value: int) -> None:
@@ -169,4 +169,4 @@ class ReturnPathWriter:
         try:
             self.send(ReturnMessage.SHUT, number_body(status))
         except ChannelError as error:
-            log.warning("could not tell the source how it ended: %s", error)
+            log.warning("could not report the result to the source: %s", error)

@@ -131,7 +131,7 @@ class StreamLoader:
         except RemoteStreamError as error:
             if self._passes_began or not self._reader.ended:
                 raise
-            got = f"{error.got} (a source whose capability 'multifd' is on breaks off here: switch it off there)"
+            got = f"{error.got} (a source whose capability 'multifd' is on fails here: switch it off there)"
             raise RemoteStreamError(error.offset, error.where, error.expected, got) from None
 
     def _load(self) -> None:
@@ -171,7 +171,7 @@ class StreamLoader:
             if self._settings.property("send-configuration") and not isinstance(self._machine, AdoptsStreams):
                 raise reader.error(
                     "a configuration section",
-                    "none (set send-configuration alike on both sides)",
+                    "none (set send-configuration the same on both sides)",
                 )
             return None
         reader.u8("the section's type")

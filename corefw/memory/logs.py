@@ -41,7 +41,7 @@ def wanted_log(environment: Mapping[str, str] = os.environ) -> LogKind | None:
         return LogKind(word)
     except ValueError:
         known = ", ".join([*LogKind, AUTO])
-        raise UsageError(f"{VARIABLE}='{word}' is no dirty log: expected one of {known}") from None
+        raise UsageError(f"{VARIABLE}='{word}' is not a dirty log: expected one of {known}") from None
 
 
 def best_dirty_log(block: RamBlock, tracker: Tracker | None, address: int, reason: str = "") -> DirtyLog:

@@ -177,4 +177,4 @@ class PagemapLog(DirtyLog):
         try:
             userfault.unregister(self._tracker.userfaultfd, self._address, self._length)
         except OSError as error:  # the guest has gone, and its memory with it
-            log.debug("cannot let go of the guest's memory: %s", error)
+            log.debug("cannot release the guest's memory: %s", error)

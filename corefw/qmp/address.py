@@ -59,12 +59,12 @@ def parse_address(text: str) -> QmpAddress:
         return _unix(rest, text)
     if scheme == "tcp" and rest:
         return TcpAddress(*split_host_port(rest, text))
-    raise UriError(f"'{text}' is no QMP address: expected unix:PATH or tcp:HOST:PORT")
+    raise UriError(f"'{text}' is not a QMP address: expected unix:PATH or tcp:HOST:PORT")
 
 
 def _unix(path: str, text: str) -> UnixAddress:
     if "\0" in path or path.startswith("@"):
-        raise UriError(f"{text!r}: a QMP socket has to be a file, for its mode keeps other users out")
+        raise UriError(f"{text!r}: a QMP socket has to be a file, because its mode keeps other users out")
     check_path(path, text)
     return UnixAddress(path)
 
@@ -83,7 +83,7 @@ def runtime_directory(environment: Mapping[str, str] = os.environ) -> Path:
         found = directory.lstat()
         if not stat.S_ISDIR(found.st_mode):
             raise UsageError(
-                f"'{directory}' has to be a directory, it is something else: remove it, or set XDG_RUNTIME_DIR"
+                f"'{directory}' has to be a directory, but is something else: remove it, or set XDG_RUNTIME_DIR"
             )
         if found.st_uid != os.geteuid():
             raise UsageError(
@@ -109,7 +109,7 @@ def named_address(name: str) -> UnixAddress:
     """The address of the engine called `name`, whether it runs or not. Raises UsageError for a name that cannot be."""
     if not _NAME.match(name):
         raise UsageError(
-            f"'{name}' is no name for an engine: expected up to 64 letters, digits, '.', '_' and '-', "
+            f"'{name}' is not a valid engine name: expected up to 64 letters, digits, '.', '_' and '-', "
             "the first one a letter or digit"
         )
     path = str(runtime_directory() / f"{name}{_SUFFIX}")

@@ -59,7 +59,7 @@ def _socket(address: Mapping[str, Any]) -> str:
                     raise QmpError(f"'{name}' of a socket address is not supported: leave it out")
             port = str(address["port"])
             if not port.isdecimal():
-                raise QmpError(f"port '{port}' of a socket address is no number")
+                raise QmpError(f"port '{port}' of a socket address is not a number")
             return f"tcp:{join_host_port(address['host'], int(port))}"
         case "unix":
             return f"unix:{'@' if address.get('abstract') else ''}{address['path']}"

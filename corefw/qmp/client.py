@@ -29,7 +29,7 @@ REPLY_SECONDS: Final = 600.0
 """A command may stop a guest or check all of its memory before it answers."""
 
 _CHUNK: Final = 1 << 16
-_BUSY: Final = "it sends no greeting (a QEMU serves one client at a time: is another one connected?)"
+_BUSY: Final = "it sends no greeting (QEMU serves one client at a time: is another one connected?)"
 _RETRY: Final = 0.02
 _EVENTS: Final = 1 << 16
 """How many events are kept for a caller who does not ask for them; then the oldest go."""
@@ -127,7 +127,7 @@ class QmpClient(Closing):
             raise ChannelError(f"no migfw or QEMU answers at {self.address}: {_BUSY}")
         greeting = message.get("QMP")
         if not isinstance(greeting, dict):
-            raise self._not_qmp("its first message is no greeting")
+            raise self._not_qmp("its first message is not a greeting")
         return greeting
 
     def _not_qmp(self, why: str) -> ChannelError:
@@ -174,7 +174,7 @@ class QmpClient(Closing):
             if isinstance(item, Malformed):
                 raise self._not_qmp(item.reason)
             if not isinstance(item, dict):
-                raise self._not_qmp("a message that is no object")
+                raise self._not_qmp("a message that is not an object")
             self._messages.append(item)
         return True
 

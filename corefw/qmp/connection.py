@@ -170,7 +170,7 @@ class Connection:
         """Do what can be done, then wait until more can. False when the conversation is over."""
         self._send()
         if self._overflowed:
-            log.warning("QMP client %s does not read what it is sent: disconnected", self.peer)
+            log.warning("QMP client %s does not read its messages: disconnected", self.peer)
             return False
         self._take_requests()
         if self._is_over():
@@ -221,7 +221,7 @@ class Connection:
         self._begun = bool(first)
         if self._begun and first not in FIRST_BYTES:
             log.warning(
-                "QMP client %s disconnected, nothing of what it sent was run: its first byte is %#04x, expected '{'"
+                "QMP client %s disconnected, and nothing that it sent was run: its first byte is %#04x, expected '{'"
                 " (a web browser or a port scanner?)",
                 self.peer,
                 first[0],

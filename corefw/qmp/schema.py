@@ -127,7 +127,7 @@ def signature(function: Callable[..., object], *, skip: int = 0) -> Signature:
             _returns(function),
         )
     except FOREIGN as error:  # annotations that are strings are code
-        raise PluginError(f"the signature of {what} is no schema for a command: {error}") from None
+        raise PluginError(f"the signature of {what} is not a valid command schema: {error}") from None
 
 
 def _returns(function: Callable[..., object]) -> Shape:
@@ -168,7 +168,7 @@ def shape(annotation: object) -> Shape:
         return _array(shape(arguments[0]))
     if origin in (Union, types.UnionType) and len(arguments) == 2 and types.NoneType in arguments:
         return _nullable(shape(next(one for one in arguments if one is not types.NoneType)))
-    raise TypeError(f"{annotation!r} stands for no JSON type")
+    raise TypeError(f"{annotation!r} is not a JSON type")
 
 
 # -- the shapes ------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class Session:
         except MigfwError as error:
             return protocol.encode(protocol.failure(error, id_))
         except FOREIGN as error:
-            log.exception("a QMP command failed in a way that it must not")
+            log.exception("a QMP command failed with an internal error")
             bug = QmpError(f"internal error, please report it: {type(error).__name__}: {error}")
             return protocol.encode(protocol.failure(bug, id_))
         finally:

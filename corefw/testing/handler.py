@@ -82,7 +82,7 @@ def _identity(case: HandlerCase) -> None:
     """Both sides have the same key, which fits into a header, and versions that make sense."""
     with opened(case, case.source) as (source, _), opened(case, case.destination) as (destination, _):
         for handler in (source, destination):
-            assert isinstance(handler, LiveHandler | StateHandler), f"{handler!r} is no LiveHandler and no StateHandler"
+            assert isinstance(handler, LiveHandler | StateHandler), f"{handler!r} is not a LiveHandler or StateHandler"
             length = len(handler.idstr.encode())
             assert 1 <= length <= 255, f"idstr has 1 to 255 bytes, this one has {length}"
             assert 0 <= handler.instance_id < 1 << 32, f"instance_id {handler.instance_id} does not fit into 32 bits"

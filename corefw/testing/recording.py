@@ -55,7 +55,7 @@ class HandlerCase:
 
 
 class KitContext:
-    """What the kit offers to a handler on either side: one channel, a guest that cannot be slowed down."""
+    """What the kit offers to a handler on either side: one channel, a guest that cannot be throttled."""
 
     def __init__(self, settings: Settings, interrupt: Interrupt) -> None:
         self.settings = settings
@@ -70,7 +70,7 @@ class KitContext:
         raise ChannelError("this transport has only one channel")
 
     def throttle_guest(self, percent: int) -> None:
-        raise MachineError(f"this guest cannot be slowed down by {percent} %")
+        raise MachineError(f"this guest cannot be throttled by {percent} %")
 
     def send_return_message(self, message: int, body: bytes) -> None:
         self.messages.append((message, body))

@@ -91,7 +91,7 @@ def parse_description(text: bytes) -> Description:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise StreamError(f"the description is no JSON: {error}") from None
+        raise StreamError(f"the description is not JSON: {error}") from None
     top = _object(document, "description")
     page_size = _integer(top, "page_size", "description") if "page_size" in top else 0
     devices = tuple(

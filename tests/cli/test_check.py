@@ -72,7 +72,7 @@ def test_without_a_destination_it_looks_at_this_side(pair: tuple[Engine, Engine]
     ("length", "fields", "complaint"),
     [
         (4096, 'step = guest.field("u64"); more = guest.field("u32")', "'more' is missing at the source"),
-        (8192, 'step = guest.field("u64")', "other arrays"),
+        (8192, 'step = guest.field("u64")', "different arrays"),
     ],
 )
 def test_another_program_there(engines: Engines, tmp_path: Path, length: int, fields: str, complaint: str) -> None:
@@ -190,8 +190,8 @@ def test_a_migration_ends_a_check(pair: tuple[Engine, Engine]) -> None:
 
 def test_wrong_usage(engine: Engine) -> None:
     for arguments, complaint in {
-        ("tcp:a:1", "--to", "b"): "give one of them",
-        ("--remote-migfw", "/x"): "--remote-migfw is for --to",
+        ("tcp:a:1", "--to", "b"): "use one of them",
+        ("--remote-migfw", "/x"): "--remote-migfw needs --to",
         ("nonsense:x",): "nonsense",
         ("tcp:127.0.0.1:0",): "port 0",
     }.items():

@@ -94,7 +94,7 @@ WRONG = {
     ("pause",): "postcopy-active",
     ("recover", "tcp:localhost:1"): "postcopy is paused",
     ("recover", "carrier-pigeon:x"): "no installed plugin has the scheme 'carrier-pigeon'",
-    ("recover", "file:/tmp/\udcff"): "'file:/tmp/\\xff' is no migration URI: a URI has to be UTF-8",
+    ("recover", "file:/tmp/\udcff"): "'file:/tmp/\\xff' is not a migration URI: a URI has to be UTF-8",
     ("set", "altitude=3"): "unknown parameter 'altitude'",
     ("set", "altitude"): "'altitude': expected NAME=VALUE",
     ("set", "events=perhaps"): "expected events=on or events=off",

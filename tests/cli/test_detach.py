@@ -108,10 +108,10 @@ def test_relative_programs_work(detached: Detached, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "complaint"),
     [
-        (("nosuch",), 2, "'nosuch' is no program"),
+        (("nosuch",), 2, "'nosuch' is not a program"),
         (("stress", "--opt", "nosuch=1"), 2, "nosuch"),
         (("stress", "--incoming", "unix:/nowhere/x"), 1, "unix:/nowhere/x"),
-        ((*SMALL, "--name", "a/b"), 2, "is no name for an engine"),
+        ((*SMALL, "--name", "a/b"), 2, "is not a valid engine name"),
     ],
 )
 def test_an_engine_that_does_not_start_says_why(

@@ -76,7 +76,7 @@ def test_so_many_passes(engines: Engines) -> None:
 
 WRONG = {
     ("--timeout=30",): "'--timeout 30': give a unit, as in 30s or 30m",
-    ("--timeout=soon",): "'soon' is no time",
+    ("--timeout=soon",): "'soon' is not a time",
     ("--timeout=0s",): "expected a time longer than zero",
     ("--max-passes=0",): "0 is not in the range x>=1",
     ("--on-timeout=cancel",): "give --timeout or --max-passes as well",

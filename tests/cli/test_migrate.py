@@ -114,7 +114,7 @@ def test_ctrl_c_cancels_and_the_guest_goes_on(pair: tuple[Engine, Engine], numbe
     out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
     assert err == "migfw: cancelled; the guest is running here\n"
-    assert "cancelling; press Ctrl-C again to leave at once" in out
+    assert "cancelling; press Ctrl-C again to exit at once" in out
     assert status(here) == "cancelled"
     assert there.finish()[0] == 1
 
@@ -210,7 +210,7 @@ def test_before_the_switchover_it_says_what_to_do(pair: tuple[Engine, Engine]) -
         for line in process.stdout
     )
     assert status(here) == "pre-switchover"
-    assert here.call("continue").stdout == "the migration goes on\n"
+    assert here.call("continue").stdout == "the migration continues\n"
     _, err = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, err) == (0, "")
 
@@ -222,7 +222,7 @@ def test_a_source_that_stays_can_be_asked(engines: Engines) -> None:
     assert "guest:         postmigrate" in here.call("status").stdout
     refused = here.call("cont")
     assert refused.returncode != 0
-    assert refused.stderr == "migfw: the guest has moved: the destination said that it has it\n"
+    assert refused.stderr == "migfw: the guest has moved: the destination confirmed it\n"
 
 
 def test_nobody_there_is_a_failure_and_the_guest_goes_on(engines: Engines) -> None:
@@ -291,14 +291,14 @@ def test_fd_means_a_descriptor_of_the_engine(pair: tuple[Engine, Engine]) -> Non
 
 
 WRONG = {
-    ("nonsense",): "is no migration URI",
+    ("nonsense",): "is not a migration URI",
     ("carrier-pigeon:x",): "no installed plugin has the scheme 'carrier-pigeon'",
     ("tpc:localhost:1",): "(did you mean tcp?)",
     ("tcp://localhost:1",): "tcp: takes no //, expected tcp:localhost:1",
     ("fd:999",): "descriptor 999 is not open in process",
     ("fd:nobody",): "no descriptor is called 'nobody'",
     ("tcp:localhost",): "has no port",
-    ("tcp:localhost:70000",): "'70000' is no port",
+    ("tcp:localhost:70000",): "'70000' is not a port",
     ("tcp:127.0.0.1:0",): "'tcp:127.0.0.1:0': port 0 is only for listening",
     ("zmq:tcp://*:0",): "port 0 is only for listening",
     ("ssh://host/tcp:localhost:0",): "port 0 is only for listening",
@@ -311,8 +311,8 @@ WRONG = {
     ("tcp:localhost:1", "--postcopy"): "capability 'postcopy-ram' is not supported",
     ("tcp:localhost:1", "--resume"): "no paused migration",
     ("exec:cat >/dev/null", "--cap", "return-path"): "has no return path",
-    ("defer",): "is no migration URI",
-    ("file:/tmp/\udcff",): "'file:/tmp/\\xff' is no migration URI: a URI has to be UTF-8",
+    ("defer",): "is not a migration URI",
+    ("file:/tmp/\udcff",): "'file:/tmp/\\xff' is not a migration URI: a URI has to be UTF-8",
 }
 
 NOBODY = {
@@ -320,8 +320,8 @@ NOBODY = {
     ("--name", "nobody"): "no engine named 'nobody' is running",
     ("--qmp", "unix:/nonexistent"): "no migfw or QEMU answers at unix:/nonexistent",
     ("--qmp", "tcp:127.0.0.1:1"): "no migfw or QEMU answers at tcp:127.0.0.1:1",
-    ("--qmp", "/run/socket"): "is no QMP address",
-    ("--qmp", "unix:/x", "--name", "x"): "give one of them",
+    ("--qmp", "/run/socket"): "is not a QMP address",
+    ("--qmp", "unix:/x", "--name", "x"): "use one of them",
 }
 
 

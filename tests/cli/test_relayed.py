@@ -79,7 +79,7 @@ def test_what_the_destination_says_explains_a_failure(far: Listener) -> None:
         destination.close()
         answer = {"status": "failed", "error-desc": "Unable to write to socket: Bad file descriptor"}
         why = relay.finish(answer, RETURN_PATH, Interrupts())
-        assert why == "the destination said that it failed to load the guest (its log says why)"
+        assert why == "the destination reported that it failed to load the guest (its log says why)"
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -92,4 +92,4 @@ def test_who_cancelled_it(far: Listener, asked: bool) -> None:
         assert wait_until(relay.has_failed) if asked else wait_until(lambda: relay._relay.failure is not None)
         qemu.close()
         why = relay.finish({"status": "cancelled"}, RETURN_PATH, Interrupts())
-        assert why == (f"the side of {far.uri} broke: {far.uri}: the peer broke the connection" if asked else None)
+        assert why == (f"the side of {far.uri} broke: {far.uri}: the peer reset the connection" if asked else None)

@@ -46,7 +46,7 @@ def test_names_are_made_from_the_program_and_numbered(engines: Engines) -> None:
     )
     taken = migfw("run", *SMALL, "--name", "stress", runtime=engines.runtime)
     assert (taken.returncode, taken.stdout) == (2, "")
-    assert taken.stderr.startswith("migfw: an engine named 'stress' runs already")
+    assert taken.stderr.startswith("migfw: an engine named 'stress' is already running")
 
 
 def test_paused_it_waits_for_cont(engines: Engines) -> None:
@@ -70,7 +70,7 @@ def test_a_reader_that_goes_away_does_not_end_the_guest(engines: Engines) -> Non
 def test_ctrl_c_ends_it_in_order(engines: Engines) -> None:
     engine = engines(*SMALL)
     engine.process.send_signal(signal.SIGINT)
-    assert engine.finish() == (130, "", "migfw: interrupted; the guest ends\n")
+    assert engine.finish() == (130, "", "migfw: interrupted; ending the guest\n")
     assert engines.sockets() == []
 
 
@@ -116,7 +116,7 @@ def test_a_signal_lets_the_guest_say_goodbye(engines: Engines, tmp_path: Path, n
         ),
         (
             {"patience": 0.2, "tick": 60, "stop": "print('never')"},
-            "the guest did not stop within 0.2 s: its process is ended without before_stop() (",
+            "the guest did not stop within 0.2 s: its process is killed without before_stop() (",
         ),
     ],
 )
@@ -216,7 +216,7 @@ def test_an_address_where_something_else_is_is_refused(tmp_path: Path) -> None:
     file.write_text("precious")
     done = migfw("run", *SMALL, "--qmp", f"unix:{file}", runtime=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert f"'unix:{file}': what is there is no dead socket of yours" in done.stderr
+    assert f"'unix:{file}': it exists and is not a stale socket of yours" in done.stderr
     assert file.read_text() == "precious"
 
 
@@ -264,17 +264,17 @@ WRONG = {
     ("stress", "--opt", "ram=1M", "--opt", "ram=2M"): "'ram' is given twice",
     ("stress", "--incoming", "carrier-pigeon:x"): "no installed plugin has the scheme 'carrier-pigeon'",
     ("stress", "--incoming", "tcp:localhost"): "has no port",
-    ("stress", "--incoming", "tcp:localhost:http"): "'http' is no port",
-    ("stress", "--incoming", "nonsense"): "is no migration URI",
-    ("stress", "--incoming", "file:/tmp/\udcff"): "'file:/tmp/\\xff' is no migration URI: a URI has to be UTF-8",
+    ("stress", "--incoming", "tcp:localhost:http"): "'http' is not a port",
+    ("stress", "--incoming", "nonsense"): "is not a migration URI",
+    ("stress", "--incoming", "file:/tmp/\udcff"): "'file:/tmp/\\xff' is not a migration URI: a URI has to be UTF-8",
     ("stress", "--cap", "levitate"): "unknown capability 'levitate'",
     ("stress", "--cap", "events=perhaps"): "expected events=on or events=off",
     ("stress", "--cap", "x-colo"): "capability 'x-colo' is not supported by any installed plugin",
     ("stress", "--param", "downtime-limit=long"): "expects a time in milliseconds",
     ("stress", "--param", "altitude=3"): "unknown parameter 'altitude'",
     ("stress", "--property", "shiny=on"): "no property 'shiny'",
-    ("stress", "--qmp", "pigeon:1"): "is no QMP address",
-    ("stress", "--name", "a/b"): "'a/b' is no name for an engine",
+    ("stress", "--qmp", "pigeon:1"): "is not a QMP address",
+    ("stress", "--name", "a/b"): "'a/b' is not a valid engine name",
 }
 
 

@@ -117,7 +117,7 @@ def test_a_program_that_is_not_there(
     if gone == "file":
         folder.mkdir()
     done = source.call("migrate", far.to)
-    complaint = f"has no '{folder}/busy.py': copy" if gone == "file" else f"has no folder '{folder}'"
+    complaint = f"has no '{folder}/busy.py': copy" if gone == "file" else f"has no directory '{folder}'"
     _refused(far, source, done.returncode, done.stderr, complaint)
 
 
@@ -189,9 +189,9 @@ def test_ctrl_c_while_the_destination_starts_leaves_nothing(far: Far, engines: E
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ((), "where to?"),
-        (("tcp:a:1", "--to", "b"), "give one of them"),
-        (("tcp:a:1", "--remote-migfw", "/x"), "--remote-migfw is for --to"),
+        ((), "no destination"),
+        (("tcp:a:1", "--to", "b"), "use one of them"),
+        (("tcp:a:1", "--remote-migfw", "/x"), "--remote-migfw needs --to"),
         (("--to", "b", "--detach"), "without --detach"),
         (("--to", "a/b"), "ssh://"),
     ],

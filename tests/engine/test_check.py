@@ -87,7 +87,7 @@ def test_properties_that_differ_are_a_problem(pair: Pair) -> None:
     destination = pair.destination(properties={"send-section-footer": False})
     source = pair.source()
     [problem] = source.check(destination.migrate_incoming("tcp:127.0.0.1:0"))["problems"]
-    assert problem == "the destination: property send-section-footer is off here and has to be alike on both sides"
+    assert problem == "the destination: property send-section-footer is off here and must be the same on both sides"
 
 
 def test_a_stopped_guest_is_checked_without_its_dirty_rate(pair: Pair) -> None:

@@ -100,7 +100,7 @@ def test_a_destination_that_never_confirms_is_given_up_and_the_guest_stays_stopp
     peer.read_all(lambda data: data.endswith(END_OF_DESCRIPTION))
     assert ended(source) == "failed"
     reason = source.query_migrate()["error-desc"]
-    assert "did not say that it has the guest within 0.5 s (parameter x-migfw-confirm-timeout)" in reason
+    assert "did not confirm that it has the guest within 0.5 s (parameter x-migfw-confirm-timeout)" in reason
     assert "may be running the guest, so it stays stopped here ('cont' starts it" in reason
     assert source.machine.run_state is RunState.POSTMIGRATE and counting(source).starts == 1
 

@@ -266,7 +266,7 @@ def test_a_log_that_is_forced_and_cannot_be(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_log_that_is_none() -> None:
     assert wanted_log({}) is None
     with pytest.raises(
-        UsageError, match="MIGFW_DIRTY_LOG='soft' is no dirty log: expected one of pagemap, hashes, auto"
+        UsageError, match="MIGFW_DIRTY_LOG='soft' is not a dirty log: expected one of pagemap, hashes, auto"
     ):
         wanted_log({logs.VARIABLE: "soft"})
 

@@ -48,7 +48,7 @@ def test_addresses(text: str, address: object) -> None:
         ("unix:a\0b", "has to be a file"),
         ("unix:/" + 107 * "x", "the path has 108 bytes, a UNIX socket's can have 107"),
         ("tcp:host", "has no port"),
-        ("tcp:host:ssh", "is no port"),
+        ("tcp:host:ssh", "is not a port"),
         ("tcp:::1:22", "brackets"),
     ],
 )
@@ -100,7 +100,7 @@ def test_somebody_elses_directory_is_refused(runtime: Path, folder: Path) -> Non
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "../x", "ä", "x" * 65, "a\n"])
 def test_names_that_cannot_be(runtime: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="is no name for an engine"):
+    with pytest.raises(UsageError, match="is not a valid engine name"):
         named_address(name)
 
 

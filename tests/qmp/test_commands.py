@@ -166,7 +166,7 @@ def test_what_the_state_refuses(client: QmpClient) -> None:
     assert refused(client, "migrate-continue", state="pre-switchover") == "Migration not in expected state: none"
     assert refused(client, "migrate", uri="tcp:h:1", resume=True) == "Cannot resume if there is no paused migration"
     assert "no installed plugin has the scheme 'nope'" in refused(client, "migrate", uri="nope:x")
-    assert "is no migration URI" in refused(client, "migrate", uri="nope")
+    assert "is not a migration URI" in refused(client, "migrate", uri="nope")
     assert client.execute("migrate_cancel") == {}
     assert client.execute("query-migrate") == {}
 

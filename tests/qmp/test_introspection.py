@@ -199,7 +199,7 @@ def test_what_is_no_channel(client: QmpClient) -> None:
         client, channel("socket", type="inet", host="h", port="1", mptcp=True)
     )
     assert "did you mean host" in refused(client, channel("socket", type="inet", host="h", port="1", hots="x"))
-    assert "'no-port' of a socket address is no number" in refused(
+    assert "'no-port' of a socket address is not a number" in refused(
         client, channel("socket", type="inet", host="h", port="no-port")
     )
 

@@ -106,7 +106,7 @@ def test_what_is_no_socket_is_left_alone(engine: Engine, folder: Path, make: Cal
     path = folder / "file"
     make(path)
     before = path.lstat()
-    with pytest.raises(ChannelError, match="no dead socket of yours"):
+    with pytest.raises(ChannelError, match="not a stale socket of yours"):
         QmpServer(engine, f"unix:{path}")
     assert path.lstat().st_ino == before.st_ino
     assert [entry.name for entry in folder.iterdir()] == ["file"]
@@ -176,7 +176,7 @@ def unhinged(data: contextlib.missing) -> None: ...  # type: ignore[name-defined
     ("name", "function", "why"),
     [
         ("stop", dict, "the core has a command of that name"),
-        ("x-shapeless", shapeless, "no schema for a command: <class 'bytes'> stands for no JSON type"),
+        ("x-shapeless", shapeless, "no schema for a command: <class 'bytes'> is not a JSON type"),
         ("x-unhinged", unhinged, "no schema for a command: module 'contextlib' has no attribute 'missing'"),
         ("x-nothing", None, "no schema for a command: None is not a callable object"),
     ],

@@ -53,7 +53,9 @@ TICK = """
 """
 
 WARNING = "migfw: program 'P' forks: its arrays are not in the new process"
-ADVICE = "array 'grid' is not there in a forked process: use threads, or multiprocessing.get_context('spawn') and give"
+ADVICE = (
+    "array 'grid' does not exist in a forked process: use threads, or multiprocessing.get_context('spawn') and give"
+)
 
 
 @pytest.fixture

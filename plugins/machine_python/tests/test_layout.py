@@ -79,16 +79,16 @@ def moved(source: PythonMachine, destination: PythonMachine) -> tuple[int, str |
     [
         (
             HERE.replace("a = ", "z = "),
-            "this program has other fields: 'a' is missing at the destination; 'z' is missing at the source (",
+            "this program has different fields: 'a' is missing at the destination; 'z' is missing at the source (",
         ),
         (
             "big = guest.array('big', 4 << 20, 'u1'); b = guest.field('u32'); a = guest.field('u32')",
-            "this program has other fields: they are in another order:"
+            "this program has different fields: they are in a different order:"
             " a, b at the source, b, a at the destination (raise `version`",
         ),
         (
             HERE.replace("4 << 20, 'u1'", "1 << 20, 'i4'"),
-            "this program has other arrays:"
+            "this program has different arrays:"
             " 'big' is (4194304,) of uint8 at the source and (1048576,) of int32 at the destination (give both",
         ),
         (HERE + "; version = 2", "the destination's program takes over version 2, the source's is version 1"),
@@ -116,7 +116,7 @@ def test_an_older_version_is_taken_over(make: Make) -> None:
         ("{'numpy': '>=99'}", f"program 'P' requires numpy >=99, and numpy is {np.__version__}"),
         ("{'python': '>=3.11,<3.11'}", f"program 'P' requires python >=3.11,<3.11, and python is {PYTHON}"),
         ("{'no-such-thing': '>=1'}", "program 'P' requires no-such-thing >=1, and no-such-thing is not installed"),
-        ("{'numpy': 'new'}", "program 'P': requires: 'new' is no requirement: expected one like >=1.26, or same"),
+        ("{'numpy': 'new'}", "program 'P': requires: 'new' is not a requirement: expected one like >=1.26, or same"),
     ],
 )
 def test_a_program_whose_requirements_do_not_hold_does_not_start(make: Make, requires: str, complaint: str) -> None:
@@ -154,7 +154,7 @@ def test_other_versions_are_a_note_and_refused_only_where_the_program_says_so() 
         "NumPy is 2.1.0 at the source and 1.26.0 at the destination",
     )
     (_, numpy) = compare(layout(fields=(("r", "rng[numpy]", 0),)), layout(versions=there)).notes
-    assert "a generator goes on from its state" in numpy
+    assert "a generator keeps its state" in numpy
     (same,) = compare(layout(), layout(versions=there, requires={"numpy": "same"})).refusals
     assert same == "the program requires the same numpy on both sides: 2.1.0 at the source, 1.26.0 at the destination"
     (newer,) = compare(layout(), layout(requires={"numpy": ">=99"})).refusals

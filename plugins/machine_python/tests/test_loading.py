@@ -27,17 +27,17 @@ def test_bundled_names_files_and_modules() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("heat", "'heat' is no program: expected FILE.py:CLASS, PACKAGE.MODULE:CLASS, or one of life, stress"),
+        ("heat", "'heat' is not a program: expected FILE.py:CLASS, PACKAGE.MODULE:CLASS, or one of life, stress"),
         ("heat.py:Heat", "no file 'heat.py'"),
         ("no.such.module:Heat", "no module 'no.such.module' can be imported here"),
-        ("http://heat:Heat", "'http://heat:Heat' is no program: expected FILE.py:CLASS"),
-        ("corefw.errors:MigfwError", "is no program: expected a subclass of guest.Program (its programs: none)"),
+        ("http://heat:Heat", "'http://heat:Heat' is not a program: expected FILE.py:CLASS"),
+        ("corefw.errors:MigfwError", "is not a program: expected a subclass of guest.Program (its programs: none)"),
         ("corefw_machine_python.programs.life:Lief", "has no class 'Lief' (its programs: Life)"),
-        (f"{PLAIN}:NoProgram", "is no program: expected a subclass of guest.Program (its programs: Plain, Silent"),
+        (f"{PLAIN}:NoProgram", "is not a program: expected a subclass of guest.Program (its programs: Plain, Silent"),
         (f"{PLAIN}:NoTick", "program 'NoTick' in '"),
         (f"{PLAIN}:NoTick", "plain.py' has no tick(): expected a method that does one step"),
-        (str(PLAIN), "does not say which class: expected "),
-        (f"{PLAIN}:", "does not say which class: expected "),
+        (str(PLAIN), "does not name a class: expected "),
+        (f"{PLAIN}:", "does not name a class: expected "),
     ],
 )
 def test_wrong_names(name: str, message: str) -> None:
@@ -54,7 +54,7 @@ def test_wrong_names(name: str, message: str) -> None:
         ("import no_such_thing\n", "ModuleNotFoundError: No module named 'no_such_thing' ("),
         (
             "from corefw_machine_python import guest\nclass P(guest.Program):\n  a = guest.field('u63')\n",
-            "'u63' is no type",
+            "'u63' is not a field type",
         ),
         (
             "from corefw_machine_python import guest\nclass P(guest.Program):\n  a = guest.array('a', 3, 'O')\n",
@@ -87,7 +87,7 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     [
         (None, {}, "which program? expected FILE.py:CLASS"),
         ("stress", {"rma": "1M"}, "has no option 'rma' (its options: ram, dirty-rate, working-set, seed)"),
-        ("stress", {"ram": "much"}, "option 'ram': 'much' is no size: expected a number with K, M, G or T"),
+        ("stress", {"ram": "much"}, "option 'ram': 'much' is not a size: expected a number with K, M, G or T"),
         (
             "stress",
             {"ram": "1M", "working-set": "2M"},
@@ -96,8 +96,8 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         ("stress", {"seed": "x"}, "option 'seed': 'x' is no int (as in seed=1)"),
         ("life", {"size": "big"}, "option 'size': 'big' is no world_size"),
         (f"{PLAIN}:Plain", {"rows": "0"}, "array 'small' would have the shape (0, 7)"),
-        (f"{PLAIN}:Plain", {"fast": "maybe"}, "option 'fast': 'maybe' is no switch: expected on or off"),
-        (f"{PLAIN}:Plain", {"fast": "1"}, "option 'fast': '1' is no switch: expected on or off"),
+        (f"{PLAIN}:Plain", {"fast": "maybe"}, "option 'fast': 'maybe' is not a switch: expected on or off"),
+        (f"{PLAIN}:Plain", {"fast": "1"}, "option 'fast': '1' is not a switch: expected on or off"),
         (f"{PLAIN}:Wide", {"size": "0"}, "array 'grid' has no shape with these options: integer division"),
         (f"{PLAIN}:Twice", {}, "program 'Twice': two arrays have the name 'same'"),
         (f"{PLAIN}:WrongVersion", {}, "program 'WrongVersion'"),
@@ -154,5 +154,5 @@ def test_bytes_are_padded() -> None:
 
 @pytest.mark.parametrize("text", ["u63", "bytes", "bytes[0]", "str[-1]", "str[99999999]", "float"])
 def test_types_of_fields_that_are_none(text: str) -> None:
-    with pytest.raises(ValueError, match="is no type of field: expected one of u8, "):
+    with pytest.raises(ValueError, match="is not a field type: expected one of u8, "):
         FieldType.parse(text)

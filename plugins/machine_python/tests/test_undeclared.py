@@ -151,7 +151,7 @@ def test_a_migration_is_refused_and_the_guest_runs_on(
     engine.cont()
     ticked(engine)
     expected = (
-        f"program 'Heat' has state that would not move: {name} (declare it by guest.field, guest.array, guest.value"
+        f"program 'Heat' has state that would not move: {name} (declare it with guest.field, guest.array, guest.value"
     )
     assert wait_until(lambda: [reason[: len(expected)] for reason in blocked(engine)] == [expected])
     with pytest.raises(BlockedError, match=f"cannot migrate: program 'Heat' has state that would not move: {name} "):

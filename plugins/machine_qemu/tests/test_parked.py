@@ -37,11 +37,11 @@ def machine(**options: str) -> ParkedMachine:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (MachineConfig(), "say where it comes from with --incoming URI"),
-        (MachineConfig(program="x.py", incoming=True), "runs no program, got 'x.py'"),
+        (MachineConfig(), "say where to wait with --incoming URI"),
+        (MachineConfig(program="x.py", incoming=True), "does not run a program, got 'x.py'"),
         (MachineConfig(allow_undeclared=True, incoming=True), "leave --allow-undeclared out"),
         (MachineConfig(options={"ram": "1G"}, incoming=True), "no option 'ram': expected ram-limit, block-limit"),
-        (MachineConfig(options={"ram-limit": "much"}, incoming=True), "'ram-limit': 'much' is no size"),
+        (MachineConfig(options={"ram-limit": "much"}, incoming=True), "'ram-limit': 'much' is not a size"),
         (MachineConfig(options={"ram-limit": "0"}, incoming=True), "at least one page"),
         (MachineConfig(options={"block-limit": "-1"}, incoming=True), "'block-limit': expected a number above zero"),
     ],

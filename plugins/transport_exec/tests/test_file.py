@@ -313,19 +313,19 @@ def test_an_offset_and_a_link(tmp_path: Path) -> None:
 
 
 def test_an_offset_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(UriError, match="'x' is no offset: expected bytes"):
+    with pytest.raises(UriError, match="'x' is not an offset: expected bytes"):
         FileTransport(MigrationUri("file", f"{tmp_path}/guest,offset=x"))
     os.mkfifo(tmp_path / "fifo")
     transport = FileTransport(MigrationUri("file", f"{tmp_path}/fifo,offset=3"))
     for use in (lambda: transport.connect(NEVER), transport.listen):
-        with pytest.raises(ChannelError, match="an offset is for files, and this is none"):
+        with pytest.raises(ChannelError, match="an offset needs a regular file"):
             use()
 
 
 def test_a_save_image_that_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(b"LibvirtQemudPart" + bytes(100))
-    with pytest.raises(ChannelError, match=f"file:{path} is a libvirt save image that is not complete"):
+    with pytest.raises(ChannelError, match=f"file:{path} is an incomplete libvirt save image"):
         FileTransport(MigrationUri("file", str(path))).listen()
 
 

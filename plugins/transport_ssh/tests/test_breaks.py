@@ -157,7 +157,7 @@ def test_paramiko_s_own_words_are_for_debugging(
 REFUSALS = {
     "tcp:127.0.0.1:1": "cannot connect to tcp:127.0.0.1:1 (is the destination listening there?)",
     "tcp:no-such-host.invalid:80": "cannot connect to tcp:no-such-host.invalid:80",
-    "unix:/nowhere/at/all": "cannot connect to unix:/nowhere/at/all: nobody listens there, or it does not allow",
+    "unix:/nowhere/at/all": "cannot connect to unix:/nowhere/at/all: nothing listens there, or it does not allow",
     "tcp:127.0.0.1:0": "port 0 cannot be dialled",
 }
 

@@ -115,7 +115,7 @@ def test_a_key_that_others_can_read(sshd: Sshd, home: Path, listener: SocketList
 
 def test_nonsense_for_a_key(sshd: Sshd, home: Path, listener: SocketListener, interrupt: Interrupt) -> None:
     (home / ".ssh" / "id_ed25519").write_text("nonsense\n")
-    assert "is no private key that can be used" in refusal(sshd.address, listener, interrupt)
+    assert "is not a private key that can be used" in refusal(sshd.address, listener, interrupt)
 
 
 def test_the_wrong_key(
@@ -228,7 +228,7 @@ def test_a_proxy_command(alias: str, home: Path, listener: SocketListener, inter
     settings.write_text(before + f" ProxyCommand {sys.executable} {home}/proxy.py %h %p\n")
     reaches(alias, listener, interrupt)
     settings.write_text(before + " ProxyCommand exit 7\n")
-    assert "ProxyCommand 'exit 7' does not answer as an sshd does" in refusal(alias, listener, interrupt)
+    assert "ProxyCommand 'exit 7' does not answer like an sshd" in refusal(alias, listener, interrupt)
 
 
 # -- no sshd at all ------------------------------------------------------------------------------------------------
@@ -255,4 +255,4 @@ def test_something_else_there(home: Path, listener: SocketListener, interrupt: I
         )
         stack.callback(speaker.wait)
         stack.callback(speaker.kill)
-        assert "does not answer as an sshd does" in refusal(f"127.0.0.1:{port}", listener, interrupt)
+        assert "does not answer like an sshd" in refusal(f"127.0.0.1:{port}", listener, interrupt)

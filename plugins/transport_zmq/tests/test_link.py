@@ -243,5 +243,5 @@ def test_wrong_greetings(text: str) -> None:
 def test_texts_of_a_peer_are_fit_to_be_shown() -> None:
     victim = link()
     victim.handle(Message(Kind.RESET, 0, b"\x1b[31m\nred\xff"))
-    with pytest.raises(ChannelError, match=r"broke off: \?\[31m\?red"):
+    with pytest.raises(ChannelError, match=r"aborted: \?\[31m\?red"):
         receive(victim)

@@ -95,7 +95,7 @@ class Array:
         self._shape = shape
         self.dtype = np.dtype(dtype)
         if self.dtype.hasobject:
-            raise TypeError(f"array '{name}': Python objects ({self.dtype}) cannot be in RAM that moves")
+            raise TypeError(f"array '{name}': Python objects ({self.dtype}) cannot be stored in RAM that moves")
         self.attribute = name
 
     def __set_name__(self, owner: type, attribute: str) -> None:
@@ -124,11 +124,11 @@ class Array:
         array: Any = program.__dict__.get(self.attribute)
         if array is FORKED:
             raise RuntimeError(
-                f"array '{self.name}' is not there in a forked process: use threads, or"
+                f"array '{self.name}' does not exist in a forked process: use threads, or"
                 " multiprocessing.get_context('spawn') and give the processes copies"
             )
         if array is None:
-            raise AttributeError(f"array '{self.name}' is not there yet: use it from setup(), after_start() or tick()")
+            raise AttributeError(f"array '{self.name}' does not exist yet: use it in setup(), after_start() or tick()")
         found: NDArray[Any] = array
         return found
 
@@ -136,7 +136,7 @@ class Array:
         # `self.grid += 1` assigns the array to itself.
         if value is not program.__dict__.get(self.attribute):
             name = self.attribute
-            raise AttributeError(f"an array's memory stays where it is: write into it, as in self.{name}[...] = value")
+            raise AttributeError(f"an array's memory cannot be replaced: write into it, as in self.{name}[...] = value")
 
     def bind(self, program: HasOptions, memory: NDArray[np.uint8]) -> None:
         """Let the attribute be the first bytes of this memory."""
@@ -161,7 +161,7 @@ class FieldType:
         sized = _SIZED.match(text)
         if sized is None or int(sized[2]) > MAX_SIZED:
             known = ", ".join([*INTEGERS, "f64", "bool", "bytes[N]", "str[N]"])
-            raise ValueError(f"'{text}' is no type of field: expected one of {known} (N at most {MAX_SIZED})")
+            raise ValueError(f"'{text}' is not a field type: expected one of {known} (N at most {MAX_SIZED})")
         return cls(sized[1], int(sized[2]))
 
     def __str__(self) -> str:
@@ -178,7 +178,7 @@ class FieldType:
             return self._check_integer(value)
         if self.kind == "f64":
             if not isinstance(value, int | float | np.number):
-                raise TypeError(f"is f64, got {value!r}")
+                raise TypeError(f"is an f64, got {value!r}")
             return float(value)
         if self.kind == "bool":
             if not isinstance(value, bool | np.bool_):

@@ -32,7 +32,7 @@ def variable_limit(type_name: str) -> int | None:
     if found[1]:
         return int(found[2])
     if found[3] not in GENERATORS:
-        raise ValueError(f"'{type_name}' is no type of generator")
+        raise ValueError(f"'{type_name}' is not a generator type")
     return GENERATOR_LIMIT
 
 
@@ -144,9 +144,9 @@ def compare(here: Layout, there: Layout) -> Comparison:
             f"the destination's program takes over version {known}, the source's is version {there.version}"
         )
     elif different := compare_fields(here.fields, there.fields, there.version):
-        refusals.append(f"this program has other fields: {'; '.join(different)} ({RAISE_VERSION})")
+        refusals.append(f"this program has different fields: {'; '.join(different)} ({RAISE_VERSION})")
     if different := _compare_arrays(here.arrays, there.arrays):
-        refusals.append(f"this program has other arrays: {'; '.join(different)} (give both sides the same options)")
+        refusals.append(f"this program has different arrays: {'; '.join(different)} (give both sides the same options)")
     refusals += _compare_requirements(here, there)
     return Comparison(tuple(refusals), tuple(_notes(here, there)))
 
@@ -165,7 +165,7 @@ def compare_fields(
     ]
     if not found and list(mine) != list(theirs):
         found.append(
-            f"they are in another order: {', '.join(theirs)} at the source, {', '.join(mine)} at the destination"
+            f"they are in a different order: {', '.join(theirs)} at the source, {', '.join(mine)} at the destination"
         )
     return found
 
@@ -209,6 +209,6 @@ def _notes(here: Layout, there: Layout) -> list[str]:
         if requirements.release(mine)[:2] != requirements.release(theirs)[:2]:
             also = ""
             if name == "numpy" and any(kind == "rng[numpy]" for _, kind, _ in here.fields):
-                also = ": a generator goes on from its state, but another NumPy may draw other numbers from it"
+                also = ": a generator keeps its state, but another NumPy may draw different numbers from it"
             found.append(f"{called} is {theirs} at the source and {mine} at the destination{also}")
     return found

@@ -39,7 +39,7 @@ def load_program(name: str) -> type[Program]:
     has = f"its programs: {', '.join(_programs(module)) or 'none'}"
     if found is None:
         raise UsageError(f"'{place}' has no class '{class_name}' ({has})")
-    raise UsageError(f"'{name}' is no program: expected a subclass of guest.Program ({has})")
+    raise UsageError(f"'{name}' is not a program: expected a subclass of guest.Program ({has})")
 
 
 def _which_class(place: str) -> str:
@@ -47,9 +47,9 @@ def _which_class(place: str) -> str:
     if place.endswith(".py") and Path(place).is_file():
         programs = _programs(_load(place, place))
         if programs:
-            return f"'{place}' does not say which class: expected {' or '.join(f'{place}:{one}' for one in programs)}"
-        return f"'{place}' has no program in it: expected a class that is a subclass of guest.Program"
-    return f"'{place}' is no program: {EXPECTED}"
+            return f"'{place}' does not name a class: expected {' or '.join(f'{place}:{one}' for one in programs)}"
+        return f"'{place}' contains no program: expected a subclass of guest.Program"
+    return f"'{place}' is not a program: {EXPECTED}"
 
 
 def _programs(module: ModuleType) -> list[str]:
@@ -99,7 +99,7 @@ def _load_file(path: Path) -> ModuleType:
 
 def _load_module(place: str, name: str) -> ModuleType:
     if not all(part.isidentifier() for part in place.split(".")):
-        raise UsageError(f"'{name}' is no program: {EXPECTED}")
+        raise UsageError(f"'{name}' is not a program: {EXPECTED}")
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:

@@ -121,7 +121,7 @@ class PythonMachine(Machine):
         try:
             comparison = compare(self.layout, Layout.unpack(there))
         except ValueError as error:
-            return [f"the source does not say what its program consists of ({error})"], []
+            return [f"the source does not describe its program ({error})"], []
         return list(comparison.refusals), list(comparison.notes)
 
     # -- what it is ------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class PythonMachine(Machine):
         try:
             answer, _ = self._guest.ask("look", LOOK_TIMEOUT)
         except MachineError as error:  # what was known before has to do; a stop looks again
-            log.debug("the guest did not say how it is: %s", error)
+            log.debug("the guest did not report its status: %s", error)
             return
         self._unmovable = answer["unmovable"]
         self._note_undeclared(answer["undeclared"])
@@ -186,7 +186,7 @@ class PythonMachine(Machine):
 
     def set_run_state(self, state: RunState) -> None:
         if self._run_state is RunState.RUNNING:
-            raise MachineError(f"the guest runs: stop it before its state becomes '{state}'")
+            raise MachineError(f"the guest is running: stop it before its state becomes '{state}'")
         self._change(state)
 
     def _change(self, new: RunState) -> None:
@@ -218,7 +218,7 @@ class PythonMachine(Machine):
 
     def start(self) -> None:
         if self._closed:
-            raise MachineError("the guest was ended")
+            raise MachineError("the guest was terminated")
         if self._run_state is RunState.RUNNING:
             return
         with self._order():
@@ -230,7 +230,7 @@ class PythonMachine(Machine):
                 self._guest.tell("stop", whole=False)
                 raise MachineError(
                     f"the guest did not start within {self._patience:g} s: after_start() takes longer"
-                    f" (let '{self._loaded['name']}' have a larger stop_timeout)"
+                    f" (give '{self._loaded['name']}' a larger stop_timeout)"
                 ) from None
             self._note_undeclared(answer.get("undeclared", ()))
             self._change(RunState.RUNNING)
@@ -256,8 +256,8 @@ class PythonMachine(Machine):
             # It will find both requests behind the tick, and so run on.
             self._guest.tell("resume")
             raise MachineError(
-                f"the guest did not stop within {self._patience:g} s, for its tick() takes longer; it runs on"
-                f" (do less in a tick, or let '{self._loaded['name']}' have a larger stop_timeout)"
+                f"the guest did not stop within {self._patience:g} s, because its tick() takes longer; it keeps running"
+                f" (do less in a tick, or give '{self._loaded['name']}' a larger stop_timeout)"
             ) from None
         return answer
 
@@ -328,13 +328,13 @@ class PythonMachine(Machine):
             self._guest.ask("stop", self._patience, whole=False)
         except GuestTimeout:
             log.warning(
-                "the guest did not stop within %g s: its process is ended without before_stop() (let '%s' have a larger"
+                "the guest did not stop within %g s: its process is killed without before_stop() (give '%s' a larger"
                 " stop_timeout)",
                 self._patience,
                 self._loaded["name"],
             )
         except MachineError as error:
-            log.warning("the guest is ended, but its before_stop() failed: %s", error)
+            log.warning("the guest was ended, but its before_stop() failed: %s", error)
 
 
 def _log_kind(block: RamBlock) -> LogKind:

@@ -122,7 +122,7 @@ class GuestProcess:
         try:
             self._send({"command": command, "id": 0, **fields}, ())
         except MachineError:
-            log.debug("the guest has gone before it could be told '%s'", command)
+            log.debug("the guest has ended before it received '%s'", command)
 
     def _send(self, message: Message, fds: Sequence[int]) -> None:
         try:
@@ -149,7 +149,7 @@ class GuestProcess:
                     break
                 self._received(*received)
         except (OSError, ValueError) as error:
-            log.debug("the link to the guest broke: %s", error)
+            log.debug("the connection to the guest process broke: %s", error)
         self._reap()
 
     def _received(self, message: Message, fds: list[int]) -> None:

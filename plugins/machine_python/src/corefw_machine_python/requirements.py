@@ -48,7 +48,7 @@ def satisfied(version: str, requirement: str) -> bool:
 def _holds(version: str, comparison: str) -> bool:
     found = _COMPARISON.match(comparison)
     if found is None:
-        raise ValueError(f"'{comparison}' is no requirement: expected one like >=1.26, or {SAME}")
+        raise ValueError(f"'{comparison}' is not a requirement: expected one like >=1.26, or {SAME}")
     here, wanted = release(version), release(found[2])
     length = max(len(here), len(wanted))
     return _OPERATORS[found[1]](*(one + (0,) * (length - len(one)) for one in (here, wanted)))

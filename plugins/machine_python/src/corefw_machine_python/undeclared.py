@@ -48,7 +48,7 @@ _NAMESPACES: Final = (type, types.ModuleType)
 def message(program: str, names: Iterable[str]) -> str:
     """What is wrong, and what to do."""
     return (
-        f"program '{program}' has state that would not move: {', '.join(names)} (declare it by guest.field,"
+        f"program '{program}' has state that would not move: {', '.join(names)} (declare it with guest.field,"
         " guest.array, guest.value or guest.rng, or set it in after_start(); --allow-undeclared leaves it"
         " behind)"
     )

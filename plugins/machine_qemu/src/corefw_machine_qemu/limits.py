@@ -14,8 +14,8 @@ from corefw.wire.constants import TARGET_PAGE_SIZE
 RAM_LIMIT: Final = "ram-limit"
 BLOCK_LIMIT: Final = "block-limit"
 OPTIONS: Final[Mapping[str, str]] = {
-    RAM_LIMIT: "the most RAM that an incoming machine may have, as in 4G (default: what this host has free)",
-    BLOCK_LIMIT: "the most RAM blocks that it may have (default: what the limit on open files leaves room for)",
+    RAM_LIMIT: "the most RAM that an incoming machine may have, such as 4G (default: the free memory of this host)",
+    BLOCK_LIMIT: "the most RAM blocks that it may have (default: as many as the limit on open files allows)",
 }
 
 
@@ -43,7 +43,7 @@ class Limits:
             ram=self.ram if self.ram is not None else host.spare_memory(),
             blocks=self.blocks if self.blocks is not None else host.spare_descriptors(),
             ram_because="allowed" if self.ram is not None else "that this host has free",
-            blocks_because="allowed" if self.blocks is not None else "that the limit on open files leaves room for",
+            blocks_because="allowed" if self.blocks is not None else "that the limit on open files allows",
         )
 
 

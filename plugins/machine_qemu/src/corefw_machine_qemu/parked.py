@@ -29,11 +29,11 @@ class ParkedMachine(Machine):
         self._limits = Limits.from_options(config.options)
         self._room = self._limits.now()
         if config.program is not None:
-            raise UsageError(f"machine 'qemu' runs no program, got '{config.program}': leave it out")
+            raise UsageError(f"machine 'qemu' does not run a program, got '{config.program}': leave it out")
         if config.allow_undeclared:
-            raise UsageError("machine 'qemu' runs no program: leave --allow-undeclared out")
+            raise UsageError("machine 'qemu' does not run a program: leave --allow-undeclared out")
         if not config.incoming:
-            raise UsageError("machine 'qemu' takes in what a QEMU sends: say where it comes from with --incoming URI")
+            raise UsageError("machine 'qemu' only receives machines from QEMU: say where to wait with --incoming URI")
         self._name = ""
         self._state = RunState.INMIGRATE
         self._blocks: dict[str, MemfdBlock] = {}

@@ -88,7 +88,7 @@ class CommandChannel(PipeChannel):
     def _failed(self, error: OSError) -> ChannelError:
         if error.errno == errno.EPIPE and not self._aborted:
             self._command.wait(self._wake, PATIENCE)
-            self._failure = self._command.failure() or f"{self.peer}: the command does not read its input any more"
+            self._failure = self._command.failure() or f"{self.peer}: the command no longer reads its input"
         self._check_aborted()
         return super()._failed(error)
 

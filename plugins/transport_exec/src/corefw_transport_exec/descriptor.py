@@ -67,9 +67,7 @@ class FdTransport(Transport):
             self._check_socket(fd)
             return TransportFeatures(return_path=True, multi_channel=False)
         if not any(is_one(mode) for is_one in _STREAMS):
-            raise UriError(
-                f"'{self.uri}': descriptor {self._name} is none that bytes go through (a socket, pipe, file)"
-            )
+            raise UriError(f"'{self.uri}': descriptor {self._name} is not a socket, pipe or file")
         return TransportFeatures(
             return_path=False, multi_channel=False, incoming=access != os.O_WRONLY, outgoing=access != os.O_RDONLY
         )
@@ -77,7 +75,7 @@ class FdTransport(Transport):
     def _check_socket(self, fd: int) -> None:
         with socket.socket(fileno=os.dup(fd)) as sock:
             if sock.type != socket.SOCK_STREAM:
-                raise UriError(f"'{self.uri}': the socket keeps messages apart, expected a stream socket")
+                raise UriError(f"'{self.uri}': it is a datagram or packet socket, expected a stream socket")
             try:
                 sock.getpeername()
             except OSError as error:
@@ -86,7 +84,7 @@ class FdTransport(Transport):
     def _channel(self, *, outgoing: bool) -> Channel:
         fd = None if self._used else self._take()
         if fd is None:
-            raise ChannelError(f"{self.uri}: the descriptor was used already")
+            raise ChannelError(f"{self.uri}: the descriptor has already been used")
         self._used = True
         os.set_inheritable(fd, False)
         if self.features.return_path:

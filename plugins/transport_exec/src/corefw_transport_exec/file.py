@@ -98,7 +98,7 @@ class FileTransport(Transport):
 
     def _check_has_no_offset(self) -> None:
         if self._offset:
-            raise ChannelError(f"{self.uri}: an offset is for files, and this is none")
+            raise ChannelError(f"{self.uri}: an offset needs a regular file")
 
     def _is_replaced(self) -> bool:
         """Whether a new file takes the name PATH: where there is a regular file, a link to one, or nothing yet. Not so
@@ -137,7 +137,7 @@ class FileTransport(Transport):
         if somebodys and there.st_uid not in (0, os.geteuid()):
             what = "FIFO" if stat.S_ISFIFO(there.st_mode) else "symbolic link"
             raise ChannelError(
-                f"{self.uri}: it is a {what} that user {there.st_uid} made, who may be after the guest's memory"
+                f"{self.uri}: it is a {what} that user {there.st_uid} made, who may want to read the guest's memory"
                 " (remove it, or choose another path)"
             )
 
@@ -180,7 +180,7 @@ class NewFileChannel(PipeChannel):
             if stat.S_ISREG(old.st_mode) and old.st_uid == os.geteuid():
                 os.fchmod(fd, stat.S_IMODE(old.st_mode) & 0o777)
             elif stat.S_ISLNK(old.st_mode):
-                log.warning("%s: a symbolic link is there; the new file replaces it and not what it points to", uri)
+                log.warning("%s: there is a symbolic link; the new file replaces the link, not its target", uri)
         try:
             _copy_start(target, fd, kept)
         except OSError:
@@ -203,7 +203,7 @@ class NewFileChannel(PipeChannel):
         try:
             _sync_directory(self._target.parent)
         except OSError as error:  # the file is there, whole: a failure now would leave two of the guest
-            log.warning("%s: the new name may not be on the disk yet: %s", self.peer, reason(error))
+            log.warning("%s: the new name may not be on disk yet: %s", self.peer, reason(error))
         self._let_go()
 
     def _leave(self) -> None:

@@ -145,7 +145,7 @@ class PipeChannel(Channel):
             raise ChannelError(self._failure)
         assert not self._closed, "use of a closed channel"
         if outgoing != self._outgoing:
-            raise ChannelError(f"{self.peer}: bytes go one way only here, from the source to the destination")
+            raise ChannelError(f"{self.peer}: this transport is one-way, from the source to the destination")
 
     def _wait(self, events: int, seconds: float | None = None) -> bool:
         try:
@@ -173,7 +173,7 @@ class OneShotListener(Listener):
     def accept(self, interrupt: Interrupt) -> Channel:
         interrupt.check()
         if self._used:
-            raise ChannelError(f"{self.uri}: there is one stream, and it was taken already")
+            raise ChannelError(f"{self.uri}: its only stream is already in use")
         channel = self._opens(interrupt)
         self._used = True
         return channel

@@ -1,7 +1,7 @@
 """The transport ssh: a tunnel through an sshd to a listener behind it, or, waiting, a port at a far host.
 
-    ssh://[USER@]HOST[:PORT]/tcp:HOST:PORT      dial: the far sshd connects to HOST:PORT for us
-                                                wait: the far sshd listens at HOST:PORT for us
+    ssh://[USER@]HOST[:PORT]/tcp:HOST:PORT      dial: the remote sshd connects to HOST:PORT for us
+                                                wait: the remote sshd listens at HOST:PORT for us
     ssh://[USER@]HOST[:PORT]/unix:PATH          dial only: a UNIX socket on the far host
 
 Invariant: host keys are checked always, nothing asks for a password, and a lost ssh connection never looks like an end.

@@ -70,7 +70,7 @@ def parse_address(uri: MigrationUri) -> SshAddress:
         raise UriError(f"'{uri}': expected {_FORMS}")
     authority, slash, target = uri.rest[2:].partition("/")
     if not slash or not target:
-        raise UriError(f"'{uri}' does not say where to go on the far host: expected {_FORMS}")
+        raise UriError(f"'{uri}' does not name a target on the remote host: expected {_FORMS}")
     user, host, port = parse_authority(authority, str(uri))
     return SshAddress(user, host, port, _parse_target(target, uri))
 
@@ -81,20 +81,20 @@ def parse_authority(text: str, what: str) -> tuple[str | None, str, int | None]:
     if ":" in user:
         raise UriError(f"'{what.replace(user, 'USER:...')}': no passwords here, use a key or ssh-agent")
     if at and not _USER.match(user):
-        raise UriError(f"'{what}': '{user}' is no user name")
+        raise UriError(f"'{what}': '{user}' is not a user name")
     bracketed = re.fullmatch(r"\[([^\]]*)\]", place)
     if bracketed:
         host, port = bracketed[1], None
     elif ":" in place:
         host, port = split_host_port(place, what)
         if port == 0:
-            raise UriError(f"'{what}': '0' is no port of an sshd, expected a number from 1 to 65535")
+            raise UriError(f"'{what}': '0' is not a port of an sshd, expected a number from 1 to 65535")
     else:
         host, port = place, None
     if not host:
         raise UriError(f"'{what}' names no host: expected {_FORMS}")
     if not _HOST.match(host):
-        raise UriError(f"'{what}': '{host}' is no host name")
+        raise UriError(f"'{what}': '{host}' is not a host name")
     return user or None, host, port
 
 
@@ -107,7 +107,7 @@ def _parse_target(text: str, uri: MigrationUri) -> Target:
         check_unix_path(rest, uri)
         if not rest.startswith("/"):
             raise UriError(
-                f"'{uri}': expected the absolute path of a socket on the far host, as in unix:/run/guest.sock"
+                f"'{uri}': expected the absolute path of a socket on the remote host, as in unix:/run/guest.sock"
             )
         return UnixTarget(rest)
-    raise UriError(f"'{uri}': '{text}' is nothing that sshd can connect to: expected tcp:HOST:PORT or unix:PATH")
+    raise UriError(f"'{uri}': '{text}' is not something that sshd can connect to: expected tcp:HOST:PORT or unix:PATH")

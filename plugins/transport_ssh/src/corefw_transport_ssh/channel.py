@@ -1,6 +1,6 @@
 """One tunnel as a Channel.
 
-The law: an end is an end only when the far sshd said so; a tunnel or a connection that went away in any other manner
+The law: an end is an end only when the remote sshd said so; a tunnel or a connection that went away in any other manner
 raises. Sending blocks on the far side's window, so that memory stays bounded: at most WINDOW bytes wait here to be
 received, twice that while they are taken over.
 
@@ -78,7 +78,7 @@ class SshChannel(Channel):
 
     def send_eof(self) -> None:
         self._check()
-        if self._channel.closed:  # the far sshd waits with that for our end, unless it could not hand on what we sent
+        if self._channel.closed:  # the sshd waits with that for our end, unless it could not hand on what we sent
             raise self._broken()
         try:
             self._channel.shutdown_write()
@@ -160,7 +160,7 @@ class SshChannel(Channel):
         thread.join(CLOSE_SECONDS)
 
     def _finish(self) -> None:
-        """Close the tunnel, and wait until the far sshd, having handed on what we sent, has closed it too."""
+        """Close the tunnel, and wait until the remote sshd, having handed on what we sent, has closed it too."""
         try:
             threading.Thread(target=self._say_close, name="migfw-ssh-close", daemon=True).start()
             gone = self._connection.unlinked(self._channel)

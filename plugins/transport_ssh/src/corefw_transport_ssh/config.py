@@ -134,7 +134,7 @@ def _present_user() -> str:
 def _number(found: paramiko.SSHConfigDict, key: str, default: int, host: str) -> int:
     text = found.get(key, str(default))
     if not (text.isascii() and text.isdigit()):
-        raise ChannelError(f"cannot use the ssh configuration for '{host}': '{text}' is no number for {key}")
+        raise ChannelError(f"cannot use the ssh configuration for '{host}': '{text}' is not a number for {key}")
     return int(text)
 
 

@@ -107,7 +107,7 @@ class Credentials:
         except OSError as error:
             self.unusable.append(f"{file}: {error.strerror}")
         except (paramiko.SSHException, paramiko.pkey.UnknownKeyType, ValueError):
-            self.unusable.append(f"{file} is no private key that can be used here")
+            self.unusable.append(f"{file} is not a private key that can be used here")
         return None
 
 

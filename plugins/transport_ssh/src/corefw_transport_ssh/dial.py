@@ -219,9 +219,9 @@ _NO_BANNER: Final = ("banner", "Indecipherable protocol version")
 def _no_ssh(destination: Destination, error: Exception) -> str:
     what = f"ProxyCommand '{destination.proxy_command}'" if destination.proxy_command else _place(destination)
     if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
-        return f"{what} and we have no algorithm in common: {error}"
+        return f"{what} and migfw have no algorithm in common: {error}"
     if isinstance(error, EOFError) or not str(error) or any(word in str(error) for word in _NO_BANNER):
-        return f"{what} does not answer as an sshd does (is it one? does it refuse connections?)"
+        return f"{what} does not answer like an sshd (is it one? does it refuse connections?)"
     return f"{what} failed at the ssh handshake: {error}"
 
 

@@ -114,11 +114,11 @@ def check_host_key(
         remove = shlex.join(["ssh-keygen", "-f", str(old.file), "-R", identity.name])
         raise ChannelError(
             f"THE HOST KEY OF '{identity.name}' HAS CHANGED: it is {shown}, but {old.file}:{old.line} has "
-            f"{old.kind} {fingerprint(old.blob)}; somebody may be between us and that host. "
+            f"{old.kind} {fingerprint(old.blob)}; someone may be intercepting the connection. "
             f"If it really has a new key, forget the old one with: {remove}"
         )
     raise ChannelError(
-        f"the host key of '{identity.name}' is not known: {shown}. If the host itself says the same "
+        f"the host key of '{identity.name}' is not known: {shown}. If the host itself shows the same "
         f"(ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub), accept it with: {_how_to_accept(identity, files)}"
     )
 

@@ -35,7 +35,7 @@ class SshHost(RemoteHost):
         try:
             channel = self._connection.open_session(timeout=OPEN_SECONDS)
         except FAILURES as error:
-            raise ChannelError(f"{self.name}: sshd does not run commands for us: {error}") from None
+            raise ChannelError(f"{self.name}: sshd refuses to run commands: {error}") from None
         try:
             channel.exec_command(shlex.join(command))
             return self._result(channel, command[0], time.monotonic() + seconds)

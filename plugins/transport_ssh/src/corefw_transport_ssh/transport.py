@@ -1,4 +1,4 @@
-"""connect() opens a tunnel; listen() asks the far sshd to listen for us; log_in() runs commands over there.
+"""connect() opens a tunnel; listen() asks the remote sshd to listen for us; log_in() runs commands over there.
 
 Invariant: each channel that we dial has a connection of its own, so that one does not slow or break another; the
 channels that a listener accepts share the listener's, which lives until the last of them is closed.
@@ -34,7 +34,7 @@ _PROHIBITED: Final = 1
 _CONNECT_FAILED: Final = 2
 
 _UNIX_REFUSED: Final = (
-    "cannot connect to {target}: nobody listens there, or it does not allow that (AllowStreamLocalForwarding)"
+    "cannot connect to {target}: nothing listens there, or it does not allow that (AllowStreamLocalForwarding)"
 )
 
 _REFUSALS: Final[dict[tuple[type[Target], int], str]] = {
@@ -83,14 +83,14 @@ class SshTransport(Transport):
             return connection.open_tcp(target.host or "localhost", target.port)
         except paramiko.ChannelException as error:
             said = _REFUSALS.get((type(target), error.code), f"refuses a tunnel to {{target}}: {error.text}")
-            raise ChannelError(f"{self.uri}: the far sshd {said.format(target=target)}") from None
+            raise ChannelError(f"{self.uri}: the remote sshd {said.format(target=target)}") from None
         except FAILURES as error:
             raise ChannelError(f"{self.uri}: the ssh connection was lost: {error}") from None
 
     def listen(self) -> Listener:
         target = self._address.target
         if not isinstance(target, TcpTarget):
-            raise ChannelError(f"{self.uri}: cannot wait at a UNIX socket of a far host (use tcp:HOST:PORT)")
+            raise ChannelError(f"{self.uri}: cannot listen at a UNIX socket on a remote host (use tcp:HOST:PORT)")
         never = Interrupt()
         try:
             connection = dial(self.uri, self._address, never)
@@ -119,7 +119,7 @@ class SshListener(Listener):
         except FAILURES:
             self.close()
             raise ChannelError(
-                f"{uri}: the far sshd does not listen at {target} for us "
+                f"{uri}: the remote sshd does not listen at {target} for us "
                 "(is the port in use there? AllowTcpForwarding? PermitListen?)"
             ) from None
         finally:
@@ -131,7 +131,7 @@ class SshListener(Listener):
         while True:
             with self._lock:
                 if self._closed:
-                    raise ChannelError(f"{self.uri}: does not listen any more")
+                    raise ChannelError(f"{self.uri}: is no longer listening")
                 if self._waiting:
                     channel, origin = self._waiting.popleft()
                     self._connection.retain()

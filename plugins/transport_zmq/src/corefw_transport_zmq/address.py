@@ -70,7 +70,7 @@ def _tcp(rest: str, uri: MigrationUri) -> Place:
         rest = rest[:-1] + "0"
     host, port = split_host_port(rest, str(uri))
     if any(character in host for character in "/;@ "):
-        raise UriError(f"'{uri}': '{host}' is no host name")
+        raise UriError(f"'{uri}': '{host}' is not a host name")
     return TcpPlace("" if host == "*" else host, port)
 
 
@@ -91,7 +91,7 @@ def _parse_options(query: str, uri: MigrationUri) -> dict[str, str]:
         if name not in OPTIONS:
             raise UriError(f"'{uri}': unknown option '{name}', expected {', '.join(OPTIONS)}")
         if name in options:
-            raise UriError(f"'{uri}': option '{name}' is there twice")
+            raise UriError(f"'{uri}': option '{name}' is given twice")
         if not equals or not value:
             raise UriError(f"'{uri}': option '{name}' needs a value, as in {name}=FILE")
         options[name] = unquote(value)

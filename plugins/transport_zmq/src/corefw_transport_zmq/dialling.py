@@ -21,12 +21,12 @@ from corefw_transport_zmq.protocol import Kind, Message, ProtocolError, greeting
 _MONITOR: Final = "inproc://monitor"
 _GIVE_UP_SECONDS: Final = 3.0
 
-_NOBODY: Final = "nobody listens there (is the destination listening?)"
+_NOBODY: Final = "nothing listens there (is the destination listening?)"
 _HANDSHAKE: Final = (
     "the handshake failed: one side uses keys and the other does not, the server-key is not the listener's, "
     "or it is no ZeroMQ socket of the right kind"
 )
-_NOT_AUTHORIZED: Final = "the listener does not let our key in (is its public half in the folder of authorized=?)"
+_NOT_AUTHORIZED: Final = "the listener rejected our key (is its public half in the folder of authorized=?)"
 
 EVENTS: Final[dict[int, str]] = {
     zmq.Event.CLOSED: _NOBODY,
@@ -95,7 +95,7 @@ class DiallingHub(Hub):
             if message:
                 self.link.handle(message)
         elif message is None:
-            self._fail("what answers there does not speak migfw's protocol")
+            self._fail("the listener does not speak migfw's protocol")
         elif message.kind is Kind.REFUSE:
             self._fail(f"the listener refuses: {text(message)}")
         else:
@@ -105,7 +105,7 @@ class DiallingHub(Hub):
         try:
             self.link.open(read_greeting(message, Kind.WELCOME), answer=False)
         except ProtocolError as error:
-            return self._fail(f"what answers there does not speak our version of migfw's protocol: {error}")
+            return self._fail(f"the listener speaks a different version of migfw's protocol: {error}")
         self._welcomed = True
         return self._tell()
 

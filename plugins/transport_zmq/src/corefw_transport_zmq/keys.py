@@ -64,14 +64,14 @@ def _load(name: str, uri: object) -> tuple[bytes, bytes | None]:
     except (OSError, ValueError) as error:
         raise UriError(f"'{uri}': cannot use the certificate {name}: {error}") from None
     if any(key is not None and len(key) != _Z85_LENGTH for key in (public, secret)):
-        raise UriError(f"'{uri}': {name} is no ZeroMQ certificate: a key has {_Z85_LENGTH} characters")
+        raise UriError(f"'{uri}': {name} is not a ZeroMQ certificate: a key has {_Z85_LENGTH} characters")
     return public, secret
 
 
 def _load_folder(name: str, uri: object) -> frozenset[bytes]:
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise UriError(f"'{uri}': authorized={name} is no folder")
+        raise UriError(f"'{uri}': authorized={name} is not a directory")
     found = frozenset(_load(str(file), uri)[0] for file in sorted(folder.glob("*.key")))
     if not found:
         raise UriError(f"'{uri}': there is no *.key file in {name}, so that nobody could dial")

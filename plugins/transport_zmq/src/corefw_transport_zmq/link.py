@@ -260,14 +260,14 @@ class Link:
         self._outbox = deque(one for one in self._outbox if one.kind is not Kind.DATA)
 
     def _reset(self, message: Message) -> None:
-        self._failure = f"the peer broke off: {text(message)}"
+        self._failure = f"the peer aborted: {text(message)}"
         self._outbox.clear()
 
     def _ping(self, _: Message) -> None:
         pass
 
     def _out_of_place(self, message: Message) -> None:
-        raise ProtocolError(f"{message.kind.name} in the midst of a stream")
+        raise ProtocolError(f"{message.kind.name} in the middle of a stream")
 
 
 _HANDLERS: Final[dict[Kind, Callable[[Link, Message], None]]] = {

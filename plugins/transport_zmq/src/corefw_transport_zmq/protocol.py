@@ -80,7 +80,7 @@ class Message(NamedTuple):
 def read_message(parts: list[memoryview]) -> Message:
     """Raises ProtocolError."""
     if not 1 <= len(parts) <= 2 or len(parts[0]) != _HEADER.size:
-        raise ProtocolError("a message that is not migfw's")
+        raise ProtocolError("not a migfw message")
     number, argument = _HEADER.unpack(parts[0])
     payload = parts[1] if len(parts) == 2 else b""
     try:
@@ -106,7 +106,7 @@ def read_greeting(message: Message, expected: Kind) -> int:
     """The peer's window. Raises ProtocolError."""
     payload = bytes(message.payload)
     if message.kind is not expected or payload[:-1] != MAGIC:
-        raise ProtocolError(f"{message.kind.name} where {expected.name} had to come")
+        raise ProtocolError(f"{message.kind.name} instead of {expected.name}")
     if payload[-1] != VERSION:
         raise ProtocolError(f"version {payload[-1]} of the protocol, expected {VERSION}")
     if message.argument < CHUNK:

@@ -96,7 +96,7 @@ class ServingHub(Hub):
             return
         link = Link(f"{self._peer} from {_origin(frame)}", self.wake, pack)
         with self._waiting_lock:
-            refusal = "it does not listen any more" if self._closed else None
+            refusal = "it is no longer listening" if self._closed else None
             if len(self._waiting) >= BACKLOG:
                 refusal = "too many wait to be accepted"
             if refusal is None:

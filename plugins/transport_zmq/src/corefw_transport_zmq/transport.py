@@ -140,9 +140,9 @@ class ZmqListener(Listener):
             if link := self._hub.take():
                 return ZmqChannel(link)
             if self._hub.wait(0):
-                raise ChannelError(f"{self.uri}: ZeroMQ failed, it does not listen any more")
+                raise ChannelError(f"{self.uri}: ZeroMQ failed, it is no longer listening")
             interrupt.wait_for(self._hub.arrived_fd, select.POLLIN)
-        raise ChannelError(f"{self.uri}: does not listen any more")
+        raise ChannelError(f"{self.uri}: is no longer listening")
 
     def close(self) -> None:
         if self._closed:
