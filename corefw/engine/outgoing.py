@@ -204,7 +204,7 @@ class OutgoingMigration:
         self._advance(_S.SETUP, _S.ACTIVE)
         with yielding_to_guests():
             self._passes.run(writer, sections)
-            if self._await_switchover_ack():
+            if self._await_switchover_ack() and not self._limits.reason:
                 self._passes.run(writer, sections)  # what the guest has written meanwhile
         self._switch_over(writer, sections)
         self._hand_over(writer, sections, channel)
