@@ -160,8 +160,8 @@ class Checking:
         }
         assert isinstance(problems, list)
         assert isinstance(notes, list)
-        self._problems += [f"the destination: {one_line(one)[:_LONGEST]}" for one in problems[:_SHOWN]]
-        self._notes += [f"the destination: {one_line(one)[:_LONGEST]}" for one in notes[:_SHOWN]]
+        self._problems += [f"the destination: {one}" for one in _shortened(problems)]
+        self._notes += [f"the destination: {one}" for one in _shortened(notes)]
         self._probe(channel, reader)
 
     def _probe(self, channel: Channel, reader: StreamReader) -> None:
@@ -271,7 +271,7 @@ def answer_check(
     here = facts_of(machine, settings, registry)
     problems, notes = _compare(here, there, machine)
     shown = {name: here[name] for name in ("host", "migfw", "python", "numpy", "memory")}
-    channel.send(pack({"facts": shown, "problems": problems, "notes": notes}))
+    channel.send(pack({"facts": shown, "problems": _shortened(problems), "notes": _shortened(notes)}))
     total = 0
     for _ in range(2):  # the empty round, and the padding
         while length := reader.be32("the length of some padding"):
@@ -305,6 +305,11 @@ def _compare(here: Mapping[str, Any], there: Mapping[str, Any], machine: Machine
             f"the guest has {format_size(needed)} of RAM, and this host has {format_size(here['memory'])} to spare"
         )
     return problems, notes
+
+
+def _shortened(texts: Sequence[str]) -> list[str]:
+    """What the other side quoted may be long: an answer has to fit into the buffers of somebody who does not read."""
+    return [one_line(text)[:_LONGEST] for text in texts[:_SHOWN]]
 
 
 def _is_texts(value: object) -> TypeGuard[list[str]]:

@@ -51,6 +51,12 @@ def test_a_destination_survives_whatever_a_check_says(pair: Pair, name: str, val
     assert ended(source) == "completed", "it waits on"
 
 
+def test_an_answer_is_short_whatever_was_asked(pair: Pair) -> None:
+    uri = pair.destination().migrate_incoming("tcp:127.0.0.1:0")
+    assert len(ask(uri, {**facts_like(pair), "name": "\u00e9" * 500_000})) < 100_000
+    assert len(ask(uri, {**facts_like(pair), "sections": ["\u00e9" * 1000 + str(n) for n in range(500)]})) < 200_000
+
+
 def test_a_destination_survives_a_machine_that_fails_at_a_check(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
