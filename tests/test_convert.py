@@ -196,7 +196,7 @@ def test_a_description_that_is_no_json_is_damage(tmp_path: Path, broken: bytes) 
     data = load("pc").replace(b'"page_size": 4096', broken)
     done = Converted(tmp_path, data, "--for", "7.2")
     assert (done.status, done.data) == (1, None)
-    assert "is damaged" in done.stderr and "the description is no JSON" in done.stderr
+    assert "is damaged" in done.stderr and "the description is not JSON" in done.stderr
 
 
 def test_subsections_that_a_version_does_not_know_are_left_out(tmp_path: Path) -> None:

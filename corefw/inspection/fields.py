@@ -137,7 +137,7 @@ def _json_value(data: memoryview, budget: ValueBudget) -> object:
 
 
 def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _is_shallow(value: object, depth: int) -> bool:

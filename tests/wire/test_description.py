@@ -69,9 +69,9 @@ def test_the_last_of_two_members_of_one_name_counts() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (b"", "is no JSON"),
-        (b"\xff", "is no JSON"),
-        (b"[" * 100_000, "is no JSON"),
+        (b"", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
         (b"[]", "expected an object, got list"),
         (b"{}", "expected a list 'devices', got None"),
         (b'{"devices": [1]}', r"devices\[0\]: expected an object, got 1"),

@@ -109,7 +109,7 @@ def test_abort_drops_and_tells() -> None:
     assert [message.kind for message in carry(source, destination)] == [Kind.RESET]
     with pytest.raises(Interrupted):
         source.send(memoryview(b"x"))
-    with pytest.raises(ChannelError, match="the peer broke off: the peer aborted") as caught:
+    with pytest.raises(ChannelError, match="connection reset by the peer: the peer aborted") as caught:
         receive(destination)
     assert not isinstance(caught.value, Interrupted)
     source.close()
@@ -227,8 +227,8 @@ def test_golden_bytes() -> None:
 
 
 WRONG_GREETINGS = {
-    "WELCOME where HELLO": greeting(Kind.WELCOME),
-    "HELLO where HELLO": Message(Kind.HELLO, WINDOW, b"nonsense"),
+    "WELCOME instead of HELLO": greeting(Kind.WELCOME),
+    "HELLO instead of HELLO": Message(Kind.HELLO, WINDOW, b"nonsense"),
     "version 2 of the protocol, expected 1": Message(Kind.HELLO, WINDOW, b"migfw-zmq\x02"),
     "a window of 5 bytes": Message(Kind.HELLO, 5, b"migfw-zmq\x01"),
 }
@@ -243,5 +243,5 @@ def test_wrong_greetings(text: str) -> None:
 def test_texts_of_a_peer_are_fit_to_be_shown() -> None:
     victim = link()
     victim.handle(Message(Kind.RESET, 0, b"\x1b[31m\nred\xff"))
-    with pytest.raises(ChannelError, match=r"aborted: \?\[31m\?red"):
+    with pytest.raises(ChannelError, match=r"reset by the peer: \?\[31m\?red"):
         receive(victim)

@@ -260,7 +260,7 @@ class Link:
         self._outbox = deque(one for one in self._outbox if one.kind is not Kind.DATA)
 
     def _reset(self, message: Message) -> None:
-        self._failure = f"the peer aborted: {text(message)}"
+        self._failure = f"connection reset by the peer: {text(message)}"
         self._outbox.clear()
 
     def _ping(self, _: Message) -> None:
