@@ -60,7 +60,7 @@ def check(
     if as_json:
         print_json({"uri": where, **answer})
     else:
-        print_facts(list(_facts(answer)))
+        print_facts(list(_facts(answer, tried=where is None or bool(answer["destination"]))))
     if not answer["ok"]:
         raise Finished(ExitStatus.FAILED)
 
@@ -79,7 +79,8 @@ def _dialled(engine: EngineClient, uri: str | None, to: str | None, remote_migfw
         yield destination.uri
 
 
-def _facts(answer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _facts(answer: Mapping[str, Any], *, tried: bool) -> Iterator[tuple[str, str]]:
+    """`tried` is False where a destination was named and could not be asked (file:, exec:)."""
     for problem in answer["problems"]:
         yield "problem", problem
     for note in answer["notes"]:
@@ -95,9 +96,13 @@ def _facts(answer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if answer["bandwidth"]:
         yield "bandwidth", f"{format_size(answer['bandwidth'])}/s, round trip {answer['round-trip']:.1f} ms"
     if answer["converges"]:
-        yield "would take", f"{format_milliseconds(answer['expected-time'])}, {answer['passes']} passes"
+        yield (
+            "would take",
+            f"{format_milliseconds(answer['expected-time'])}, {answer['passes']} pass{'es' if answer['passes'] != 1 else ''}",
+        )
         yield "downtime", f"about {format_milliseconds(answer['expected-downtime'])}, plus the time to stop the guest"
-    yield "result", "a migration should succeed" if answer["ok"] else "a migration would fail"
+    good = "a migration should succeed" if tried else "nothing here is in the way; the destination was not tried"
+    yield "result", good if answer["ok"] else "a migration would fail"
 
 
 _VERSIONS = (("migfw", "migfw"), ("python", "Python"), ("numpy", "NumPy"))

@@ -24,7 +24,7 @@ import click
 from corefw.cli.outcome import ExitStatus, Finished, note
 from corefw.cli.output import print_json
 from corefw.errors import MigfwError, UsageError, one_line
-from corefw.qmp.address import runtime_directory
+from corefw.qmp.address import log_directory
 from corefw.sockets import reason
 
 LOG_LIMIT: Final = 8 << 20
@@ -163,20 +163,11 @@ def _remove(log: Path | None) -> str:
 # -- the log -------------------------------------------------------------------------------------------------------
 
 
-def _log_directory() -> Path:
-    """$XDG_STATE_HOME/migfw, or the folder of the engines' sockets where that variable is not set."""
-    state = os.environ.get("XDG_STATE_HOME", "")
-    if not os.path.isabs(state):  # noqa: PTH117 - an empty one is none
-        return runtime_directory()
-    folder = Path(state, "migfw")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
-
-
 def _open_log(name: str) -> tuple[Path, int]:
     """An empty log that no other engine writes to, mode 0600. Raises UsageError."""
     try:
-        folder = _log_directory()
+        folder = log_directory()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         number = 1
         while True:
             path = folder / (f"{name}.log" if number == 1 else f"{name}-{number}.log")

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from corefw.machine import RunState
 from corefw.quantities import format_milliseconds, format_size
+
+_WHEREABOUTS: Final[Mapping[str, str]] = {
+    "stored": "stored in the file; it no longer runs here",
+    "unconfirmed": "stopped here: nobody confirmed that it arrived (if it did, 'migfw quit'; if not, 'migfw cont')",
+}
+"""Where the guest is, unless it simply moved."""
 
 
 def throughput(answer: Mapping[str, Any]) -> float:
@@ -46,5 +52,7 @@ def summary(answer: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("sections", ", ".join(f"{name} {format_size(one['sent'])}" for name, one in live.items())))
     if "normal" in ram:
         facts.append(("pages", f"{ram['normal']:,} sent whole, {ram.get('duplicate', 0):,} zero"))
+    if guest := _WHEREABOUTS.get(answer.get("x-migfw", {}).get("guest", "")):
+        facts.append(("guest", guest))
     facts += [("warning", str(warning)) for warning in answer.get("x-migfw", {}).get("warnings", ())]
     return facts

@@ -124,6 +124,12 @@ class OutgoingMigration:
         stored = self._transport.features.atomic and self._state.status is _S.COMPLETED
         return self.confirmed or stored
 
+    def _whereabouts(self) -> str:
+        """Where a guest is whose migration has completed, for query-migrate's x-migfw.guest."""
+        if self.confirmed:
+            return "moved"
+        return "stored" if self._transport.features.atomic else "unconfirmed"
+
     @property
     def holds_guest(self) -> bool:
         """Whether it has stopped the guest and not decided yet what becomes of it: then nobody else may start it. To
@@ -185,7 +191,7 @@ class OutgoingMigration:
         if error is not None:
             error = self._break_off(error)
         if error is None:
-            self.statistics.finish(downtime=milliseconds_since(self._downtime_began))
+            self.statistics.finish(downtime=milliseconds_since(self._downtime_began), guest=self._whereabouts())
             self._custody.let_go()
         else:
             self._begin_to_fail()

@@ -116,7 +116,10 @@ class ReturnPathReader:
     def _handle(self, reader: StreamReader) -> bool:
         """One message; True when it was SHUT 0."""
         if reader.at_end():
-            raise ChannelClosed(f"{self._channel.peer} closed the return path without reporting a result")
+            raise ChannelClosed(
+                f"{self._channel.peer} closed the return path without reporting a result"
+                " (if it is a QEMU, its stderr or log says why)"
+            )
         message = read_return_message(reader)
         if message.type is ReturnMessage.PONG:
             self._note_pong(parse_number(message.body))

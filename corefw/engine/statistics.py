@@ -73,6 +73,7 @@ class OutgoingStatistics:
     downtime: int = 0
     expected_downtime: int = 0
     mbps: float = 0.0
+    guest: str = ""
     pages_per_second: int = 0
     transferred: int = 0
     precopy_bytes: int = 0
@@ -124,8 +125,10 @@ class OutgoingStatistics:
         self.downtime_limit, self.stop_time = downtime_limit, stop_time
         self._before_stop = self.transferred
 
-    def finish(self, downtime: int) -> None:
-        """The guest has left (migration_calculate_complete)."""
+    def finish(self, downtime: int, guest: str) -> None:
+        """The guest has left (migration_calculate_complete). `guest` says where it is: "moved" if the destination has
+        confirmed it, "stored" if it is whole in a file, "unconfirmed" if nobody can say."""
+        self.guest = guest
         self.total_time = self.elapsed()
         self.downtime = downtime
         for section in self.sections.values():
@@ -212,6 +215,7 @@ class OutgoingStatistics:
                 for name, value in known.items()
                 if value is not None
             },
+            **({"guest": self.guest} if status is MigrationStatus.COMPLETED else {}),
             **({"reason": self.error} if self.error is not None and status is MigrationStatus.CANCELLED else {}),
             "warnings": warnings,
             "sections": {_name(key): section.document() for key, section in list(self.sections.items())},

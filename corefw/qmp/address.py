@@ -97,6 +97,13 @@ def runtime_directory(environment: Mapping[str, str] = os.environ) -> Path:
     return directory
 
 
+def log_directory(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where engines that were started with --detach keep their logs: $XDG_STATE_HOME/migfw, or beside the sockets where
+    that variable is not set. It may not exist yet."""
+    state = Path(environment.get("XDG_STATE_HOME", ""))
+    return state / "migfw" if state.is_absolute() else runtime_directory(environment)
+
+
 def _owned_directory(path: str) -> bool:
     try:
         found = Path(path).stat()
@@ -139,7 +146,9 @@ def resolve(name: str | None = None, qmp: str | None = None) -> QmpAddress:
     if wanted is not None:
         if any(one.address == wanted for one in running):
             return wanted
-        raise UsageError(f"no engine named '{name}' is running (running: {names})")
+        log = log_directory() / f"{name}.log"
+        ended = f"; the log of the last one is {log}" if log.is_file() else ""
+        raise UsageError(f"no engine named '{name}' is running (running: {names}){ended}")
     if not running:
         raise UsageError("no engine is running: start one with 'migfw run', or name one with --qmp ADDRESS")
     if len(running) > 1:

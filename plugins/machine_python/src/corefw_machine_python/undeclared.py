@@ -34,7 +34,7 @@ import numpy as np
 
 from corefw_machine_python.guest import Program
 
-NODES: Final = 20_000
+NODES: Final = 2_000
 """Objects that one digest looks at; of a container that has more, the length and the first ones count."""
 
 DEPTH: Final = 20
