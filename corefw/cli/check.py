@@ -96,10 +96,8 @@ def _facts(answer: Mapping[str, Any], *, tried: bool) -> Iterator[tuple[str, str
     if answer["bandwidth"]:
         yield "bandwidth", f"{format_size(answer['bandwidth'])}/s, round trip {answer['round-trip']:.1f} ms"
     if answer["converges"]:
-        yield (
-            "would take",
-            f"{format_milliseconds(answer['expected-time'])}, {answer['passes']} pass{'es' if answer['passes'] != 1 else ''}",
-        )
+        passes = f"{answer['passes']} pass{'es' if answer['passes'] != 1 else ''}"
+        yield "would take", f"{format_milliseconds(answer['expected-time'])}, {passes}"
         yield "downtime", f"about {format_milliseconds(answer['expected-downtime'])}, plus the time to stop the guest"
     good = "a migration should succeed" if tried else "nothing here is in the way; the destination was not tried"
     yield "result", good if answer["ok"] else "a migration would fail"

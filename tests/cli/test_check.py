@@ -172,7 +172,7 @@ def test_a_parked_machine_does_not_dial(engines: Engines) -> None:
         with pytest.raises(BlockingIOError):
             server.accept()
     assert status == 0
-    assert any("was not dialled: a QEMU" in note for note in found["notes"])
+    assert any("was not dialled: a waiting QEMU" in note for note in found["notes"])
 
 
 def test_a_migration_ends_a_check(pair: tuple[Engine, Engine]) -> None:
