@@ -384,7 +384,7 @@ def test_ctrl_c_before_it_began(
 
     monkeypatch.setattr(EngineClient, "call", interrupted)
     assert migrate.main(["tcp:127.0.0.1:1", "--cap=events", "--qmp", here.address], standalone_mode=False) == 130
-    assert capsys.readouterr() == ("", "migfw: cancelled before it began\n")
+    assert capsys.readouterr() == ("", "migfw: cancelled before it started\n")
     assert status(here) == "none"
     assert here.ask("x-migfw-status")["settings"] == before
 
