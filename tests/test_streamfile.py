@@ -139,7 +139,10 @@ def test_passing_over_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (image(magic=b"LibvirtQemudPart"), "not complete: 'virsh save' failed or is still writing it"),
+        (
+            image(magic=b"LibvirtQemudPart"),
+            "an incomplete libvirt save image: 'virsh save' failed or is still writing it",
+        ),
         (image()[:50], "cut in its header of 92"),
         (image(version=3), "of a version above 2"),
         (image(number=7), "of format 7: expected at most 6"),

@@ -126,6 +126,7 @@ class Terminal:
             },
         )
         os.close(terminal)
+        self._unread = ""
         self.read_until("ready> ")
         self.type('bind "set enable-bracketed-paste off"; eval "$(migfw completion bash)"; echo switched-"on"\n')
         self.read_until("switched-on\r\n")
@@ -135,12 +136,13 @@ class Terminal:
         os.write(self._controller, text.encode())
 
     def read_until(self, text: str) -> str:
-        seen, end = "", time.monotonic() + TIMEOUT
-        while text not in seen:
-            assert time.monotonic() < end, f"no {text!r} in {seen!r}"
+        end = time.monotonic() + TIMEOUT
+        while text not in self._unread:
+            assert time.monotonic() < end, f"no {text!r} in {self._unread!r}"
             if select.select([self._controller], [], [], 1)[0]:
-                seen += os.read(self._controller, 1 << 16).decode(errors="replace")
-        return seen
+                self._unread += os.read(self._controller, 1 << 16).decode(errors="replace")
+        before, _, self._unread = self._unread.partition(text)
+        return before + text
 
     def complete(self, line: str, expected: str) -> None:
         """Type a line and a Tab; the line must become what is expected. Then the line is thrown away."""

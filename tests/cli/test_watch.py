@@ -85,4 +85,4 @@ def test_a_terminal_shows_it_in_place(pair: tuple[Engine, Engine]) -> None:
 
 
 def test_one_document_and_going_on_do_not_go_together(engine: Engine) -> None:
-    check_refused({("status", "--watch", "--json"): "choose one of them"}, (), engine.runtime)
+    check_refused({("status", "--watch", "--json"): "use one of them"}, (), engine.runtime)

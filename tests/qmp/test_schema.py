@@ -95,5 +95,5 @@ def no_item(x: Sequence) -> None: ...  # type: ignore[type-arg]  # what is teste
 
 @pytest.mark.parametrize("function", [untyped, positional, many, no_json, two, unknown, no_attribute, no_code, no_item])
 def test_what_is_no_schema(function: Callable[..., object]) -> None:
-    with pytest.raises(PluginError, match=f"signature of {function.__name__} is no schema"):
+    with pytest.raises(PluginError, match=f"signature of {function.__name__} is not a valid command schema"):
         signature(function)

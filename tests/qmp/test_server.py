@@ -176,9 +176,9 @@ def unhinged(data: contextlib.missing) -> None: ...  # type: ignore[name-defined
     ("name", "function", "why"),
     [
         ("stop", dict, "the core has a command of that name"),
-        ("x-shapeless", shapeless, "no schema for a command: <class 'bytes'> is not a JSON type"),
-        ("x-unhinged", unhinged, "no schema for a command: module 'contextlib' has no attribute 'missing'"),
-        ("x-nothing", None, "no schema for a command: None is not a callable object"),
+        ("x-shapeless", shapeless, "is not a valid command schema: <class 'bytes'> is not a JSON type"),
+        ("x-unhinged", unhinged, "is not a valid command schema: module 'contextlib' has no attribute 'missing'"),
+        ("x-nothing", None, "is not a valid command schema: None is not a callable object"),
     ],
 )
 def test_a_plugins_command_that_cannot_be_one_is_left_out(

@@ -86,7 +86,7 @@ def test_arrays_of_one_size_and_another_shape_are_refused(define: Define, there:
     [
         (
             "b = guest.field('u32'); a = guest.field('u32')",
-            "in another order: a, b at the source, b, a at the destination",
+            "in a different order: a, b at the source, b, a at the destination",
         ),
         ("a = guest.field('u32')", "'b' is missing at the destination"),
         ("a = guest.field('u32'); b = guest.field('u32'); c = guest.field('u8')", "'c' is missing at the source"),
