@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import select
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
@@ -29,8 +30,6 @@ from corefw.uri import MigrationUri
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-    from corefw.remote import RemoteHost
 
 Buffer = bytes | bytearray | memoryview
 """What may be sent: contiguous bytes. NumPy arrays go through `array.data.cast("B")`."""
@@ -149,7 +148,7 @@ class SendsMemory(Protocol):
     """A channel that sends pieces of memory from where they are, without a Python object for each."""
 
     def send_memory(self, pieces: NDArray[np.uint64]) -> None:
-        """As Channel.send(), for rows (address, length) as corefw.iovec has them. The caller keeps the memory alive;
+        """As Channel.send(), for rows (address, length), dtype uint64. The caller keeps the memory alive;
         what changes in it meanwhile is sent as it was or as it is."""
 
 
@@ -187,6 +186,33 @@ class Listener(Closing, ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop listening and remove what was made for it (a socket file). Idempotent; never raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """How a command ended. `status` is what a shell would say: 127 where there is no such command."""
+
+    status: int
+    output: str
+    errors: str
+
+
+class RemoteHost(Closing, ABC):
+    """A log-in on another host. `name` is how the user called the host, for messages."""
+
+    name: str
+
+    @abstractmethod
+    def run(self, command: Sequence[str], seconds: float) -> CommandResult:
+        """Run a command there, and wait for its end, `seconds` at most.
+
+        Its words arrive as they are, whatever the user's shell is. Its standard input ends when the connection does,
+        and when this method returns or raises; so a command can watch for that. Raises ChannelError.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Log out. Idempotent; does not raise."""
 
 
 class Transport(ABC):
@@ -241,10 +267,12 @@ __all__ = [
     "Buffer",
     "Channel",
     "ChannelError",
+    "CommandResult",
     "FileBacked",
     "Interrupt",
     "Listener",
     "ReceivesMemory",
+    "RemoteHost",
     "SendsMemory",
     "Transport",
     "TransportFeatures",

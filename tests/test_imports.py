@@ -27,46 +27,36 @@ CORE: Final[dict[str, set[str]]] = {
     "closing": set(),
     "uri": {"errors"},
     "quantities": {"errors"},
-    "descriptors": {"errors"},
     "news": set(),
     "states": {"errors", "news"},
     "settings": {"errors", "quantities"},
     "channel": {"closing", "errors", "uri"},
-    "remote": {"closing"},
-    "channelset": {"channel"},
-    "socketfile": {"errors"},
-    "iovec": set(),
-    "sockets": {"errors", "uri", "iovec", "channel"},
-    "dialing": {"errors", "uri", "channel", "socketfile", "sockets"},
     "wire": {"errors", "channel"},
-    "relay": {"closing", "errors", "uri", "channel", "channelset", "wire"},
-    "streamfile": {"errors", "quantities", "channel"},
-    "inspection": {"closing", "errors", "channel", "streamfile", "wire"},
+    "net": {"closing", "errors", "uri", "quantities", "channel", "wire"},
+    "inspection": {"closing", "errors", "channel", "net", "wire"},
     "conversion": {"errors", "channel", "wire"},
     "section": {"errors", "channel", "settings", "wire"},
     "machine": {"errors"},
-    "memory": {"errors", "quantities", "iovec", "machine"},
+    "memory": {"errors", "quantities", "net", "machine"},
     "hookspecs": set(),
     "plugins": {"errors", "uri", "states", "settings", "channel", "section", "machine", "hookspecs"},
     "testing": {"errors", "uri", "quantities", "settings", "channel", "wire", "section", "machine", "memory"},
     "engine": {
-        *("errors", "uri", "quantities", "news", "states", "settings", "channel", "channelset", "wire", "section"),
+        *("errors", "uri", "quantities", "news", "states", "settings", "channel", "net", "wire", "section"),
         *("machine", "memory", "plugins"),
     },
     "qmp": {
-        *("closing", "errors", "uri", "quantities", "descriptors", "states", "settings", "channel", "socketfile"),
-        *("dialing", "plugins", "engine"),
+        *("closing", "errors", "uri", "quantities", "states", "settings", "channel", "net"),
+        *("plugins", "engine"),
     },
 }
 """Part of the core -> what it may import. `cli` is missing: it is the only place where everything meets."""
 
 TYPES: Final[dict[str, set[str]]] = {
-    "channel": {"remote"},
     "wire": {"machine"},
     "machine": {"section", "wire"},
     "hookspecs": {"uri", "states", "settings", "channel", "section", "machine", "engine"},
     "plugins": {"engine"},
-    "qmp": {"sockets"},
 }
 """What a part may name in annotations beside that."""
 
@@ -75,13 +65,13 @@ LIBRARIES: Final[dict[str, set[str]]] = {
     "stevedore": {"plugins"},
     "click": {"cli"},
     "rich": {"cli"},
-    "numpy": {"iovec", "channel", "sockets", "wire", "section", "machine", "memory", "testing"},
+    "numpy": {"channel", "net", "wire", "section", "machine", "memory", "testing"},
 }
 """Library -> the parts of the core that may import it."""
 
 PUBLIC: Final = {
-    *("errors", "uri", "quantities", "descriptors", "states", "settings", "channel", "sockets", "dialing", "wire"),
-    *("section", "machine", "memory", "hookspecs", "remote", "streamfile", "testing"),
+    *("errors", "uri", "quantities", "states", "settings", "channel", "net", "wire"),
+    *("section", "machine", "memory", "hookspecs", "testing"),
 }
 """What plugins may import; docs/plugins.md says the same."""
 

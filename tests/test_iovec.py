@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from corefw import iovec
+from corefw.net import iovec
 
 
 def pieces(*arrays: NDArray[np.uint8]) -> iovec.Iovecs:

@@ -1,4 +1,4 @@
-"""corefw.relay: streams pass whole, ends as ends, breaks as breaks."""
+"""corefw.net.relay: streams pass whole, ends as ends, breaks as breaks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from corefw import descriptors
 from corefw.channel import Channel, Interrupt, receive_exactly
 from corefw.errors import ChannelError, Interrupted, UsageError
+from corefw.net import descriptors
+from corefw.net.relay import Phase, Relay
 from corefw.plugins import Plugins
-from corefw.relay import Phase, Relay
 from corefw.testing.ends import MIB, Flood, pattern, receive_all, same, send_chunks
 from corefw.testing.tasks import Possessions, Task, private_memory, wait_until
 from corefw.wire.constants import ReturnMessage

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from corefw.socketfile import Occupant, make_room, occupant
+from corefw.net.socketfile import Occupant, make_room, occupant
 
 
 @pytest.fixture

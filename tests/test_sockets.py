@@ -1,4 +1,4 @@
-"""corefw.sockets and corefw.dialing: what the contract kit does not ask, because it is particular to sockets."""
+"""Sockets, dialing and listening: what the contract kit does not ask, because only sockets have it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from corefw import dialing
 from corefw.channel import Interrupt, receive_exactly
-from corefw.dialing import check_unix_path, connect_tcp, connect_unix, listen_tcp, listen_unix
 from corefw.errors import ChannelError, Interrupted, UriError
-from corefw.sockets import SocketChannel
+from corefw.net import dialing
+from corefw.net.dialing import check_unix_path, connect_tcp, connect_unix, listen_tcp, listen_unix
+from corefw.net.sockets import SocketChannel
 from corefw.testing.tasks import Possessions, Task, wait_until
 from corefw.uri import MigrationUri, split_host_port
 

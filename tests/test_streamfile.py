@@ -14,7 +14,7 @@ from struct import pack
 import pytest
 
 from corefw.errors import StreamError, UsageError
-from corefw.streamfile import SaveImage, StreamFile, parse_save_image, split_offset
+from corefw.net.streamfile import SaveImage, StreamFile, parse_save_image, split_offset
 
 STREAM = bytes(range(256)) * 40
 XML = b"<domain/>\0"

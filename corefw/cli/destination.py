@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from corefw.channel import Interrupt
+from corefw.channel import Interrupt, RemoteHost
 from corefw.cli.engines import EngineClient
 from corefw.cli.outcome import note
 from corefw.cli.routes import find_transport
 from corefw.closing import Closing
 from corefw.errors import ChannelError, MigfwError, UsageError
-from corefw.remote import RemoteHost
 
 START_SECONDS: Final = 180.0
 """How long a destination may take until it listens. Its program is imported by then, its RAM made."""

@@ -24,8 +24,8 @@ import click
 from corefw.cli.outcome import ExitStatus, Finished, note
 from corefw.cli.output import print_json
 from corefw.errors import MigfwError, UsageError, one_line
+from corefw.net.sockets import reason
 from corefw.qmp.address import log_directory
-from corefw.sockets import reason
 
 LOG_LIMIT: Final = 8 << 20
 """Bytes of a log; one that grows beyond keeps its newer half."""

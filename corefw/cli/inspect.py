@@ -28,7 +28,7 @@ class _StreamFile(click.ParamType[tuple[str, int]]):
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
         from corefw.errors import UsageError
-        from corefw.streamfile import split_offset
+        from corefw.net.streamfile import split_offset
 
         path, offset = value, 0
         if value.startswith("file:"):

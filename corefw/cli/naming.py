@@ -11,9 +11,9 @@ from typing import Final
 
 from corefw.closing import Closing
 from corefw.errors import UsageError
+from corefw.net.socketfile import Occupant, make_room, occupant
+from corefw.net.sockets import reason
 from corefw.qmp.address import QmpAddress, UnixAddress, named_address, parse_address
-from corefw.socketfile import Occupant, make_room, occupant
-from corefw.sockets import reason
 
 _LONGEST: Final = 40
 """Characters of a name that was made up; a name given by --name may be longer."""

@@ -20,8 +20,8 @@ from corefw.cli.outcome import ExitStatus, Finished, note
 from corefw.cli.output import print_json
 from corefw.cli.stdout import unread_is_fine
 from corefw.errors import Interrupted, one_line
+from corefw.net.relay import Phase, Relay, RelayProgress
 from corefw.quantities import format_milliseconds, format_size
-from corefw.relay import Phase, Relay, RelayProgress
 
 if TYPE_CHECKING:
     from rich.live import Live

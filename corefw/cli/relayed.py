@@ -19,13 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from corefw import descriptors
 from corefw.cli.interrupts import Interrupts
 from corefw.cli.routes import find_transport
 from corefw.errors import ChannelError
+from corefw.net import descriptors
+from corefw.net.relay import Relay
 from corefw.qmp.address import UnixAddress
 from corefw.qmp.client import QmpClient, QmpError
-from corefw.relay import Relay
 from corefw.states import MigrationStatus
 
 _SETTLE: Final = 2.0

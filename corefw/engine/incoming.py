@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Final
 
 from corefw.channel import Channel, Interrupt, Listener
-from corefw.channelset import ChannelSet
 from corefw.engine.awaiting import Incoming, await_source
 from corefw.engine.checking import answer_check
 from corefw.engine.guestlock import GuestLock
@@ -27,6 +26,7 @@ from corefw.engine.strays import StrayChannels
 from corefw.engine.unframing import StreamLoader
 from corefw.errors import ANYTHING, ChannelError, MachineError, MigfwError
 from corefw.machine import AdoptsStreams, Machine, MakesRamBlocks, RunState
+from corefw.net.channelset import ChannelSet
 from corefw.section import SectionHandler, SectionRegistry, TakesChannels
 from corefw.settings import Settings
 from corefw.states import MigrationStatus, StateMachine

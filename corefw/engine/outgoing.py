@@ -23,7 +23,6 @@ from functools import partial
 from typing import Final
 
 from corefw.channel import Channel, Interrupt, Transport
-from corefw.channelset import ChannelSet
 from corefw.engine.coverage import uncovered
 from corefw.engine.custody import Custody
 from corefw.engine.framing import SectionWriter
@@ -35,6 +34,7 @@ from corefw.engine.scheduling import yielding_to_guests
 from corefw.engine.statistics import OutgoingStatistics, milliseconds_since
 from corefw.errors import ANYTHING, BlockedError, ChannelError, Interrupted, MachineError, MigfwError, PluginError
 from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, StreamFormat, SupportsThrottle
+from corefw.net.channelset import ChannelSet
 from corefw.section import HasRamStatistics, LiveHandler, SectionRegistry
 from corefw.settings import Settings
 from corefw.states import IDLE, SETUP_OR_ACTIVE, MigrationStatus, StateMachine

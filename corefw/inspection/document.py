@@ -11,7 +11,7 @@ from typing import Final
 
 from corefw.inspection.fields import ValueBudget, device_fields
 from corefw.inspection.model import BlockInfo, CommandInfo, Inspection, SectionInfo
-from corefw.streamfile import SaveImage
+from corefw.net.streamfile import SaveImage
 from corefw.wire.constants import BE32, BE64, Command
 from corefw.wire.records import Configuration, configuration_subsections, parse_ping, parse_postcopy_advise
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from corefw.errors import RemoteStreamError
-from corefw.streamfile import SaveImage
+from corefw.net.streamfile import SaveImage
 from corefw.wire.description import DeviceDescription
 from corefw.wire.records import BlockEntry, CommandRecord, Configuration
 

@@ -10,7 +10,7 @@ from typing import Self
 
 from corefw.closing import Closing
 from corefw.errors import ChannelError, StreamError
-from corefw.streamfile import StreamFile
+from corefw.net.streamfile import StreamFile
 
 
 class FileSource(Closing, StreamFile):

@@ -26,11 +26,11 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw import iovec
 from corefw.errors import MachineError
 from corefw.machine import DirtyLog, RamBlock
 from corefw.memory import hugefile
 from corefw.memory.runs import Runs, no_runs, runs_of_pages
+from corefw.net import iovec
 from corefw.quantities import format_size
 
 PAGES_A_CALL: Final = 4

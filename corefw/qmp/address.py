@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from corefw.errors import UriError, UsageError
-from corefw.socketfile import Occupant, check_path, occupant
+from corefw.net.socketfile import Occupant, check_path, occupant
 from corefw.uri import join_host_port, split_host_port
 
 _SUFFIX: Final = ".qmp"

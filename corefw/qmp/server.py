@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from corefw.channel import Interrupt
 from corefw.closing import Closing
-from corefw.dialing import listen_tcp, listen_unix
+from corefw.net.dialing import listen_tcp, listen_unix
 from corefw.qmp import protocol
 from corefw.qmp.address import QmpAddress, UnixAddress, parse_address
 from corefw.qmp.admission import whom_to_disconnect
@@ -26,7 +26,7 @@ from corefw.uri import MigrationUri
 
 if TYPE_CHECKING:
     from corefw.engine import Engine, Event
-    from corefw.sockets import SocketListener
+    from corefw.net.sockets import SocketListener
 
 log = logging.getLogger(__name__)
 

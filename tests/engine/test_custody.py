@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport, TransportFeatures
-from corefw.dialing import connect_tcp
 from corefw.engine import Engine
 from corefw.engine.returnpath import ReturnPathReader
 from corefw.errors import ChannelError, MigfwError, StateError
 from corefw.hookspecs import hookimpl
 from corefw.machine import RunState
 from corefw.memory.blocks import MemfdBlock
+from corefw.net.dialing import connect_tcp
+from corefw.net.sockets import SocketChannel
 from corefw.plugins import Plugins
-from corefw.sockets import SocketChannel
 from corefw.states import MigrationStatus
 from corefw.uri import MigrationUri
 from corefw.wire.constants import ReturnMessage

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from corefw.machine import MachineConfig, RunState
-from corefw.relay import Relay
+from corefw.net.relay import Relay
 from corefw.states import MigrationStatus
 from corefw.wire.constants import MIGFW_PING, ReturnMessage
 from corefw.wire.returnpath import encode_return_message, number_body, parse_reason, reason_body

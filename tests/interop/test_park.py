@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from corefw import descriptors
 from corefw.engine import Engine
 from corefw.machine import RunState
+from corefw.net import descriptors
 from corefw.states import MigrationStatus
 from tests.helpers.parking import PATIENCE, park, parking, prove, send, wait_parked
 from tests.helpers.peers import default_peer

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from corefw import descriptors
 from corefw.engine import Engine
 from corefw.machine import RunState
+from corefw.net import descriptors
 from corefw.qmp.address import TcpAddress
 from corefw.qmp.client import QmpClient
 from corefw.qmp.server import MAX_CLIENTS, QmpServer

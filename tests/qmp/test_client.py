@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from corefw import descriptors
 from corefw.engine import Engine
 from corefw.errors import ChannelClosed, ChannelError
+from corefw.net import descriptors
+from corefw.net.socketfile import Occupant, occupant
 from corefw.plugins import Plugins
 from corefw.qmp.client import QmpClient, QmpError
 from corefw.qmp.server import QmpServer
-from corefw.socketfile import Occupant, occupant
 from tests.qmp.support import TinyMachine
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
@@ -187,7 +187,10 @@ def test_a_flood_of_events_is_no_reply(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("module", "left"),
-    [("client", ("numpy", "asyncio", "pluggy", "corefw.sockets", "corefw.engine")), ("server", ("numpy", "asyncio"))],
+    [
+        ("client", ("numpy", "asyncio", "pluggy", "corefw.net.sockets", "corefw.engine")),
+        ("server", ("numpy", "asyncio")),
+    ],
 )
 def test_it_is_light_to_import(module: str, left: tuple[str, ...]) -> None:
     script = f"import sys, corefw.qmp.{module}; print([name for name in {left} if name in sys.modules])"

@@ -17,10 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corefw import descriptors, hookspecs
+from corefw import hookspecs
 from corefw.engine import Engine
 from corefw.errors import ChannelError, MigfwError
 from corefw.machine import RunState
+from corefw.net import descriptors
 from corefw.plugins import Plugins
 from corefw.qmp.address import TcpAddress
 from corefw.qmp.client import QmpClient

@@ -13,7 +13,6 @@ import pytest
 from corefw_transport_tcp import TcpTransport
 from numpy.typing import NDArray
 
-from corefw import iovec
 from corefw.channel import (
     Buffer,
     Channel,
@@ -25,6 +24,7 @@ from corefw.channel import (
     TransportFeatures,
 )
 from corefw.errors import ChannelError
+from corefw.net import iovec
 from corefw.testing import tasks
 from corefw.testing.transport import CHECKS, TransportCase, applicable, check_transport
 from corefw.uri import MigrationUri

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from corefw import descriptors
+from corefw.net import descriptors
 from corefw.qmp import protocol
 from corefw.qmp.commands.context import Context
 from corefw.qmp.documents import CommandInfo, NameInfo, VersionInfo

@@ -9,8 +9,8 @@ import pytest
 from migfw_deflate import DeflateChannel, DeflateTransport
 
 from corefw.channel import Channel, Interrupt, receive_exactly
-from corefw.dialing import connect_tcp
 from corefw.errors import ChannelError
+from corefw.net.dialing import connect_tcp
 from corefw.testing.transport import TransportCase, applicable, check_transport
 from corefw.uri import MigrationUri, split_host_port
 

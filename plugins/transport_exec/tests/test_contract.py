@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from corefw_transport_exec import ExecTransport, FdTransport, FileTransport
 
-from corefw import descriptors
 from corefw.channel import TransportFeatures
+from corefw.net import descriptors
 from corefw.testing.transport import TransportCase, applicable, check_transport
 from corefw.uri import MigrationUri
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from corefw_transport_exec import FdTransport
 
-from corefw import descriptors
 from corefw.channel import Interrupt
 from corefw.errors import ChannelError, UriError
+from corefw.net import descriptors
 from corefw.uri import MigrationUri
 
 NEVER = Interrupt()

@@ -15,8 +15,8 @@ from corefw_transport_ssh.connection import Connection
 from paramiko.packet import Packetizer
 
 from corefw.channel import Channel, Interrupt, Listener, receive_exactly
-from corefw.dialing import listen_tcp
 from corefw.errors import ChannelError, Interrupted
+from corefw.net.dialing import listen_tcp
 from corefw.testing.ends import pattern, receive_all
 from corefw.testing.tasks import Task, wait_until
 from corefw.uri import MigrationUri

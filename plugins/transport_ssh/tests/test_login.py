@@ -12,9 +12,9 @@ import pytest
 from corefw_transport_ssh import SshTransport
 
 from corefw.channel import Interrupt, receive_exactly
-from corefw.dialing import listen_tcp
 from corefw.errors import ChannelError
-from corefw.sockets import SocketListener
+from corefw.net.dialing import listen_tcp
+from corefw.net.sockets import SocketListener
 from corefw.uri import MigrationUri
 from tests.helpers.sshd import Sshd, make_key, running_agent, running_sshd
 

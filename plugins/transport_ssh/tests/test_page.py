@@ -10,7 +10,7 @@ from corefw_transport_ssh import config, connection, dial
 from corefw_transport_ssh.config import find_destination
 
 from corefw.channel import Interrupt
-from corefw.dialing import listen_tcp
+from corefw.net.dialing import listen_tcp
 from corefw.testing.ends import receive_all
 from corefw.uri import MigrationUri
 from tests.helpers.sshd import Sshd

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from corefw_transport_ssh import remote
 
-from corefw.channel import Interrupt
+from corefw.channel import Interrupt, RemoteHost
 from corefw.errors import ChannelError, UriError
 from corefw.plugins import Plugins
-from corefw.remote import RemoteHost
 from tests.helpers.sshd import Sshd
 
 SECONDS = 30.0

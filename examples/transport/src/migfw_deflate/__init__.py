@@ -12,8 +12,8 @@ import zlib
 from typing import Final
 
 from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport, TransportFeatures
-from corefw.dialing import connect_tcp, listen_tcp
 from corefw.errors import ChannelError
+from corefw.net.dialing import connect_tcp, listen_tcp
 from corefw.uri import MigrationUri, split_host_port
 
 __all__ = ["DeflateTransport"]

@@ -14,10 +14,10 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
-from corefw import descriptors
 from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
 from corefw.errors import ChannelError, UriError
-from corefw.sockets import SocketChannel, reason
+from corefw.net import descriptors
+from corefw.net.sockets import SocketChannel, reason
 from corefw.uri import MigrationUri
 from corefw_transport_exec.pipe import OneShotListener, PipeChannel
 

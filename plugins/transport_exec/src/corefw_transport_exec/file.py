@@ -21,8 +21,8 @@ from typing import Final
 
 from corefw.channel import Channel, FileBacked, Interrupt, Listener, Transport, TransportFeatures
 from corefw.errors import ChannelError, StreamError, UriError, UsageError
-from corefw.sockets import reason
-from corefw.streamfile import StreamFile, split_offset
+from corefw.net.sockets import reason
+from corefw.net.streamfile import StreamFile, split_offset
 from corefw.uri import MigrationUri
 from corefw_transport_exec.pipe import OneShotListener, PipeChannel
 

@@ -16,7 +16,7 @@ from typing import Final
 
 from corefw.channel import Buffer, Channel, Interrupt, Listener
 from corefw.errors import ChannelError, Interrupted
-from corefw.sockets import IOV_MAX, reason
+from corefw.net.sockets import IOV_MAX, reason
 from corefw.uri import MigrationUri
 
 PIPE_SIZE: Final = 1 << 20

@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from corefw.dialing import check_unix_path
 from corefw.errors import UriError
+from corefw.net.dialing import check_unix_path
 from corefw.uri import MigrationUri, join_host_port, split_host_port
 
 SSH_PORT: Final = 22

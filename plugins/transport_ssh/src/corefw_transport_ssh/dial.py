@@ -19,9 +19,9 @@ from typing import Final
 import paramiko
 
 from corefw.channel import Interrupt
-from corefw.dialing import resolve
 from corefw.errors import ChannelError, Interrupted, UriError
-from corefw.sockets import KEEPALIVE, reason
+from corefw.net.dialing import resolve
+from corefw.net.sockets import KEEPALIVE, reason
 from corefw.uri import MigrationUri, join_host_port
 from corefw_transport_ssh.address import SshAddress, parse_authority
 from corefw_transport_ssh.config import Destination, find_destination

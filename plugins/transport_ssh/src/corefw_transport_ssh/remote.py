@@ -10,8 +10,8 @@ from typing import Final
 
 import paramiko
 
+from corefw.channel import CommandResult, RemoteHost
 from corefw.errors import ChannelError
-from corefw.remote import CommandResult, RemoteHost
 from corefw_transport_ssh.channel import FAILURES
 from corefw_transport_ssh.connection import OPEN_SECONDS, Connection
 

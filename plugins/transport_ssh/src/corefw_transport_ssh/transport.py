@@ -15,9 +15,8 @@ from typing import Final
 
 import paramiko
 
-from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw.channel import Channel, Interrupt, Listener, RemoteHost, Transport, TransportFeatures
 from corefw.errors import ChannelError
-from corefw.remote import RemoteHost
 from corefw.uri import MigrationUri, check_dialled_port, join_host_port
 from corefw_transport_ssh.address import SshAddress, Target, TcpTarget, UnixTarget, parse_address
 from corefw_transport_ssh.channel import FAILURES, SshChannel

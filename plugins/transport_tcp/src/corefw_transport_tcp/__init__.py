@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
-from corefw.dialing import check_unix_path, connect_tcp, connect_unix, listen_tcp, listen_unix
+from corefw.net.dialing import check_unix_path, connect_tcp, connect_unix, listen_tcp, listen_unix
 from corefw.uri import MigrationUri, check_dialled_port, split_host_port
 
 _BOTH_WAYS: Final = TransportFeatures(return_path=True, multi_channel=True)

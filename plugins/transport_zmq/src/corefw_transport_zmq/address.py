@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote
 
-from corefw.dialing import check_unix_path
 from corefw.errors import UriError
+from corefw.net.dialing import check_unix_path
 from corefw.uri import MigrationUri, join_host_port, split_host_port
 from corefw_transport_zmq.keys import OPTIONS
 

@@ -12,9 +12,9 @@ from typing import Final
 import zmq
 
 from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
-from corefw.dialing import listen_tcp, listen_unix, resolve
 from corefw.errors import ChannelError
-from corefw.sockets import SocketListener
+from corefw.net.dialing import listen_tcp, listen_unix, resolve
+from corefw.net.sockets import SocketListener
 from corefw.uri import MigrationUri, check_dialled_port, join_host_port
 from corefw_transport_zmq.address import IpcPlace, Place, TcpPlace, parse_address
 from corefw_transport_zmq.channel import ZmqChannel

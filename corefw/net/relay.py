@@ -27,9 +27,9 @@ from enum import StrEnum
 from typing import Final
 
 from corefw.channel import Channel, Interrupt, Listener, Transport
-from corefw.channelset import ChannelSet
 from corefw.closing import Closing
 from corefw.errors import ChannelError, Interrupted, MigfwError
+from corefw.net.channelset import ChannelSet
 from corefw.uri import MigrationUri
 from corefw.wire.verdict import Overhearing, Verdict
 

@@ -19,8 +19,8 @@ from typing import Any, Final
 
 from corefw.channel import Interrupt
 from corefw.errors import ChannelError, UriError
-from corefw.socketfile import check_path, listen_at
-from corefw.sockets import SocketChannel, SocketListener, check_peer_user, reason
+from corefw.net.socketfile import check_path, listen_at
+from corefw.net.sockets import SocketChannel, SocketListener, check_peer_user, reason
 from corefw.uri import MigrationUri, join_host_port
 
 BACKLOG: Final = 256

@@ -4,7 +4,7 @@ Invariant: bytes leave in one gathering system call from where they are; a conne
 end, not even when another thread was told of the break first; an aborted TCP channel is reset, so that its peer sees a
 break and not an end (a UNIX socket has no such signal: there the stream itself has to say where it ends).
 
-`corefw.dialing` makes the sockets.
+`corefw.net.dialing` makes the sockets.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class SocketChannel(Channel):
 
     def send_memory(self, pieces: NDArray[np.uint64]) -> None:
         """See SendsMemory."""
-        from corefw import iovec  # noqa: PLC0415 - with NumPy, which a control socket has no use for
+        from corefw.net import iovec  # noqa: PLC0415 - with NumPy, which a control socket has no use for
 
         self._check()
         while len(pieces):
@@ -153,7 +153,7 @@ class SocketChannel(Channel):
 
     def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
         """See ReceivesMemory."""
-        from corefw import iovec  # noqa: PLC0415 - as above
+        from corefw.net import iovec  # noqa: PLC0415 - as above
 
         assert len(pieces), "receive_memory into no pieces"
         return self._receive(lambda: iovec.receive_some(self._socket.fileno(), pieces))

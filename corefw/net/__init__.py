@@ -1,0 +1,1 @@
+"""Plumbing below the transports: sockets, dialing and listening, iovecs, descriptors, sets of channels, relays."""
