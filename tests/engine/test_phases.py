@@ -1,0 +1,72 @@
+"""The driver of a migration's phases: it follows the table, may come back to a phase, and notices a cancel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from corefw.engine.phases import run_phases
+from corefw.errors import Interrupted
+from corefw.states import MigrationStatus, Side, StateMachine
+
+_S = MigrationStatus
+
+Log = list[str]
+
+
+def step(name: str, following: MigrationStatus) -> Callable[[Log], MigrationStatus]:
+    def phase(log: Log) -> MigrationStatus:
+        log.append(name)
+        return following
+
+    return phase
+
+
+def started() -> StateMachine:
+    state = StateMachine(Side.SOURCE)
+    state.advance(_S.NONE, _S.SETUP)
+    return state
+
+
+def test_phases_follow_one_another_until_a_status_has_none() -> None:
+    state, log = started(), Log()
+    seen: list[str] = []
+    state.observe(lambda _side, _old, new: seen.append(new))
+    phases = {
+        _S.SETUP: step("setup", _S.ACTIVE),
+        _S.ACTIVE: step("precopy", _S.DEVICE),
+        _S.DEVICE: step("switch over", _S.COMPLETED),
+    }
+    assert run_phases(state, phases, log) is _S.COMPLETED
+    assert log == ["setup", "precopy", "switch over"]
+    assert seen == ["active", "device"], "the last status is left to the caller"
+
+
+def test_a_phase_may_be_entered_again() -> None:
+    """A postcopy that pauses twice: what a straight line cannot do."""
+    state, log = started(), Log()
+    outcomes = iter([_S.POSTCOPY_PAUSED, _S.POSTCOPY_PAUSED, _S.COMPLETED])
+    phases: Mapping[MigrationStatus, Callable[[Log], MigrationStatus]] = {
+        _S.SETUP: step("setup", _S.ACTIVE),
+        _S.ACTIVE: step("precopy", _S.POSTCOPY_ACTIVE),
+        _S.POSTCOPY_ACTIVE: lambda log: step("postcopy", next(outcomes))(log),
+        _S.POSTCOPY_PAUSED: step("pause", _S.POSTCOPY_RECOVER),
+        _S.POSTCOPY_RECOVER: step("recover", _S.POSTCOPY_ACTIVE),
+    }
+    assert run_phases(state, phases, log) is _S.COMPLETED
+    assert log == ["setup", "precopy", *["postcopy", "pause", "recover"] * 2, "postcopy"]
+
+
+def test_a_cancel_from_another_thread_ends_it() -> None:
+    state = started()
+
+    def cancelled_meanwhile(log: Log) -> MigrationStatus:
+        log.append("setup")
+        assert state.advance(_S.SETUP, _S.CANCELLING)
+        return _S.ACTIVE
+
+    log = Log()
+    with pytest.raises(Interrupted):
+        run_phases(state, {_S.SETUP: cancelled_meanwhile, _S.ACTIVE: step("precopy", _S.COMPLETED)}, log)
+    assert log == ["setup"] and state.status is _S.CANCELLING
