@@ -9,11 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from corefw.errors import StreamError
 from corefw.inspection.fields import ValueBudget, device_fields
 from corefw.inspection.model import BlockInfo, CommandInfo, Inspection, SectionInfo
 from corefw.net.streamfile import SaveImage
-from corefw.wire.constants import BE32, BE64, Command
-from corefw.wire.records import Configuration, configuration_subsections, parse_ping, parse_postcopy_advise
+from corefw.wire.constants import BE32, Command
+from corefw.wire.records import (
+    Configuration,
+    configuration_subsections,
+    parse_discard,
+    parse_ping,
+    parse_postcopy_advise,
+)
 
 
 def document(inspection: Inspection, budget: ValueBudget | None = None) -> dict[str, object]:
@@ -119,13 +126,12 @@ def _advise(payload: bytes) -> str:
 
 
 def _discard(payload: bytes) -> str:
-    """u8 version, str block, u8 0, then (u64 start, u64 length) each."""
-    name_end = 2 + payload[1] if len(payload) > 1 else 0
-    pairs = payload[name_end + 1 :]
-    if not name_end or len(pairs) % 16 or len(payload) <= name_end:
+    try:
+        discard = parse_discard(payload)
+    except StreamError:
         return "not as it has to be"
-    total = sum(BE64.unpack_from(pairs, at + 8)[0] for at in range(0, len(pairs), 16))
-    return f"{len(pairs) // 16} runs, {total} bytes of '{payload[2:name_end].decode(errors='replace')}'"
+    total = sum(length for _, length in discard.ranges)
+    return f"{len(discard.ranges)} runs, {total} bytes of '{discard.block}'"
 
 
 _MEANINGS: Final[Mapping[Command, Callable[[bytes], str]]] = {

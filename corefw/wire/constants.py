@@ -127,5 +127,6 @@ RAM_VERSION: Final = 4
 # Limits on what a peer may announce, checked before anything is allocated.
 MAX_DESCRIPTION: Final = 4 << 20
 MAX_PACKAGE: Final = 64 << 20  # QEMU: MAX_VM_CMD_PACKAGED_SIZE is 4 GiB less one; device state is never near that
+MAX_DISCARDS: Final = 12  # ranges in one RAM_DISCARD (QEMU: MAX_DISCARDS_PER_COMMAND)
 MAX_MACHINE_NAME: Final = 255
 MAX_CONFIGURATION_CAPABILITIES: Final = 64

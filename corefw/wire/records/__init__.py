@@ -12,11 +12,8 @@ from __future__ import annotations
 
 from corefw.wire.records.commands import (
     CommandRecord,
-    PostcopyAdvice,
     parse_ping,
-    parse_postcopy_advise,
     ping_payload,
-    postcopy_advise_payload,
     read_command,
     read_package,
     write_command,
@@ -59,6 +56,17 @@ from corefw.wire.records.mapped import (
     read_mapped_header,
     write_mapped_header,
 )
+from corefw.wire.records.postcopy import (
+    Discard,
+    PostcopyAdvice,
+    discard_payload,
+    discards,
+    parse_discard,
+    parse_postcopy_advise,
+    postcopy_advise_payload,
+    read_received_bitmap,
+    write_received_bitmap,
+)
 from corefw.wire.records.ram import (
     MAX_BLOCKS,
     PAGE_BODIES,
@@ -84,6 +92,7 @@ __all__ = [
     "BlockEntry",
     "CommandRecord",
     "Configuration",
+    "Discard",
     "MappedHeader",
     "PostcopyAdvice",
     "RamLayout",
@@ -92,7 +101,10 @@ __all__ = [
     "configuration_capabilities",
     "configuration_page_size",
     "configuration_subsections",
+    "discard_payload",
+    "discards",
     "pad_description",
+    "parse_discard",
     "parse_ping",
     "parse_postcopy_advise",
     "peek_section_name",
@@ -110,6 +122,7 @@ __all__ = [
     "read_package",
     "read_part_header",
     "read_ram_record",
+    "read_received_bitmap",
     "read_section_header",
     "select_subsections",
     "without_capabilities",
@@ -124,5 +137,6 @@ __all__ = [
     "write_package",
     "write_part_header",
     "write_ram_record",
+    "write_received_bitmap",
     "write_section_header",
 ]

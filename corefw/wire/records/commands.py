@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from corefw.channel import Buffer
 from corefw.errors import StreamError
-from corefw.wire.constants import BE32, BE64, COMMAND_LENGTHS, MAX_PACKAGE, Command, SectionType
+from corefw.wire.constants import BE32, COMMAND_LENGTHS, MAX_PACKAGE, Command, SectionType
 from corefw.wire.stream import StreamReader, StreamWriter
 
 
@@ -56,23 +56,6 @@ def parse_ping(payload: bytes) -> int:
 
 def ping_payload(value: int) -> bytes:
     return BE32.pack(value)
-
-
-@dataclass(frozen=True, slots=True)
-class PostcopyAdvice:
-    """Bytes: the OR of all blocks' host page sizes, and the target's page size."""
-
-    page_sizes: int
-    target_page_size: int
-
-
-def parse_postcopy_advise(payload: bytes) -> PostcopyAdvice | None:
-    """None when it is empty: then only dirty bitmaps go by postcopy."""
-    return PostcopyAdvice(int(BE64.unpack(payload[:8])[0]), int(BE64.unpack(payload[8:])[0])) if payload else None
-
-
-def postcopy_advise_payload(advice: PostcopyAdvice | None) -> bytes:
-    return b"" if advice is None else BE64.pack(advice.page_sizes) + BE64.pack(advice.target_page_size)
 
 
 def read_package(reader: StreamReader, record: CommandRecord) -> bytes:
