@@ -105,6 +105,32 @@ class RamBlock(ABC):
         """Set these pages to one byte value. Zero to a page that was never touched leaves it untouched."""
 
 
+class FaultSource(ABC):
+    """The page faults of a guest that runs while its RAM is still arriving (postcopy).
+
+    A thread of the guest that accesses a page waits until that page is installed. What the engine writes to a block
+    stays invisible to the guest until then, so a page may be received in pieces, and more than once.
+    """
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """A descriptor that is readable when poll() has something to return."""
+
+    @abstractmethod
+    def poll(self) -> Mapping[str, NDArray[np.int64]]:
+        """By block, the pages (ascending numbers) that the guest has begun to wait for since the last call. Does not
+        block."""
+
+    @abstractmethod
+    def install(self, block: RamBlock, runs: NDArray[np.int64]) -> None:
+        """Let the guest see the pages in these runs (rows first, end) as they are in the block, and wake whoever waits
+        for them. Fine for pages that are installed already, and for a guest that has ended. Raises MachineError."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Everything has arrived: let the guest see all of its RAM. Idempotent; does not raise."""
+
+
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
     """What `migfw run` passes to a machine's entry point: `factory(config) -> Machine`, in run state PRELAUNCH, or
@@ -195,6 +221,20 @@ class Machine(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the guest and free everything. Idempotent; does not raise."""
+
+
+class PostcopyMachine(Machine):
+    """A machine that can run while its RAM is still arriving."""
+
+    @abstractmethod
+    def postcopy_unsupported(self) -> str | None:
+        """On a destination: why the guest's page faults cannot be served on this host, and what to do about it; None
+        where they can."""
+
+    @abstractmethod
+    def watch_faults(self) -> FaultSource:
+        """On a destination, before start(): from now on an access of the guest to a page that is not installed waits
+        for it. Nothing is installed at first. Raises MachineError."""
 
 
 @runtime_checkable

@@ -1,7 +1,7 @@
-"""The userfaultfd of Linux: as much of it as the dirty log needs.
+"""The userfaultfd of Linux: as much of it as the dirty log and postcopy need.
 
-The law: a userfaultfd belongs to the memory of the process that made it, and works from any process that holds it. It
-is made with UFFD_USER_MODE_ONLY, so an ordinary user may, whatever vm.unprivileged_userfaultfd says.
+A userfaultfd belongs to the memory of the process that made it, and works from any process that holds it. It is made
+with UFFD_USER_MODE_ONLY, so an ordinary user may make one whatever vm.unprivileged_userfaultfd says.
 
 Source: include/uapi/linux/userfaultfd.h. Raises OSError; the callers know what to do without it.
 """
@@ -16,6 +16,9 @@ from enum import IntFlag
 from struct import Struct
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 SYSCALL: Final = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "loongarch64": 282}
 """The number of userfaultfd(2), by os.uname().machine."""
 
@@ -26,11 +29,18 @@ _UFFDIO_API: Final = 0xC018AA3F
 _UFFDIO_REGISTER: Final = 0xC020AA00
 _UFFDIO_UNREGISTER: Final = 0x8010AA01
 _UFFDIO_WRITEPROTECT: Final = 0xC018AA06
+_UFFDIO_WAKE: Final = 0x8010AA02
+_UFFDIO_ZEROPAGE: Final = 0xC020AA04
+_UFFDIO_CONTINUE: Final = 0xC020AA07
 
 _ApiArgument: Final = Struct("=QQQ")  # api, features, ioctls
 _RegisterArgument: Final = Struct("=QQQQ")  # start, length, mode, ioctls
 _RangeArgument: Final = Struct("=QQ")  # start, length
 _WriteProtectArgument: Final = Struct("=QQQ")  # start, length, mode
+_FillArgument: Final = Struct("=QQQq")  # start, length, mode, bytes filled or a negative errno
+
+_MESSAGE: Final = np.dtype({"names": ["event", "address"], "formats": ["u1", "u8"], "offsets": [0, 16], "itemsize": 32})
+_PAGE_FAULT: Final = 0x12
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -39,6 +49,8 @@ _libc.syscall.restype = ctypes.c_long
 class Feature(IntFlag):
     """What to ask for in the handshake; the kernel refuses what it does not know."""
 
+    MISSING_SHMEM = 1 << 5
+    MINOR_SHMEM = 1 << 10
     WP_HUGETLBFS_SHMEM = 1 << 12
     WP_UNPOPULATED = 1 << 13
     WP_ASYNC = 1 << 15
@@ -47,7 +59,9 @@ class Feature(IntFlag):
 class Mode(IntFlag):
     """Which faults a registered range reports."""
 
+    MISSING = 1
     WP = 2
+    MINOR = 4
 
 
 def create(features: Feature) -> int:
@@ -80,3 +94,43 @@ def unregister(fd: int, address: int, length: int) -> None:
 def write_protect(fd: int, address: int, length: int) -> None:
     """Let the next write to each page of the range be noticed."""
     fcntl.ioctl(fd, _UFFDIO_WRITEPROTECT, bytearray(_WriteProtectArgument.pack(address, length, 1)), True)
+
+
+def read_faults(fd: int, most: int) -> NDArray[np.int64]:
+    """The addresses of up to `most` faults that no call has returned before; none is no error. Does not block."""
+    try:
+        data = os.read(fd, most * _MESSAGE.itemsize)
+    except BlockingIOError:
+        return np.empty(0, dtype=np.int64)
+    messages = np.frombuffer(data, dtype=_MESSAGE)
+    addresses: NDArray[np.int64] = messages["address"][messages["event"] == _PAGE_FAULT].astype(np.int64)
+    return addresses
+
+
+def map_existing(fd: int, address: int, length: int) -> int:
+    """Map pages that are in the page cache, in a range registered for MINOR, and wake whoever waits for them.
+
+    The bytes mapped, fewer than `length` where a page is in the way and 0 when the kernel was busy. EEXIST: the first
+    page is mapped already; EFAULT: it is in a hole; ESRCH: the process has ended.
+    """
+    return _fill(_UFFDIO_CONTINUE, fd, address, length)
+
+
+def map_zeros(fd: int, address: int, length: int) -> int:
+    """As map_existing(), for pages in a hole, in a range registered for MISSING. EEXIST: the first one is in none."""
+    return _fill(_UFFDIO_ZEROPAGE, fd, address, length)
+
+
+def _fill(request: int, fd: int, address: int, length: int) -> int:
+    argument = bytearray(_FillArgument.pack(address, length, 0, 0))
+    try:
+        fcntl.ioctl(fd, request, argument, True)
+    except OSError as error:
+        if error.errno != errno.EAGAIN:
+            raise
+    return max(0, int(_FillArgument.unpack(argument)[3]))
+
+
+def wake(fd: int, address: int, length: int) -> None:
+    """Let whoever waits for a page in this range look again whether it is mapped."""
+    fcntl.ioctl(fd, _UFFDIO_WAKE, _RangeArgument.pack(address, length))

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from corefw.errors import MigfwError, UsageError, one_line
 from corefw.memory import pagemap
+from corefw.memory.faults import open_faults
 from corefw_machine_python import requirements
 from corefw_machine_python.declarations import Declarations
 from corefw_machine_python.forking import Mapped, watch_forks
@@ -58,8 +59,10 @@ class Guest:
         self._link = link
         self._program_made: Program | None = None
         self._declared = Declarations((), (), ())
-        self._memory: list[NDArray[np.uint8]] = []
+        self._mappings: list[mmap.mmap] = []
+        self._memory: list[NDArray[np.uint8]] = []  # of each mapping
         self._pagemap: int | None = None
+        self._userfaultfd: int | None = None
         self._forked = False  # this is a process that the program has made
         self._running = False
         self._set_up = False
@@ -73,6 +76,7 @@ class Guest:
         self._commands: dict[str, Callable[[Message, list[int]], Answer]] = {
             "load": self._load,
             "map": self._map,
+            "faults": self._faults,
             "start": self._start,
             "resume": self._resume,
             "stop": self._stop,
@@ -234,6 +238,7 @@ class Guest:
             mapping = mmap.mmap(fd, os.fstat(fd).st_size)
             # The dirty log watches this process alone.
             mapping.madvise(mmap.MADV_DONTFORK)
+            self._mappings.append(mapping)
             self._memory.append(np.frombuffer(mapping, dtype=np.uint8))
             array.bind(self._program, self._memory[-1])
             mapped.append(Mapped(fd, self._memory[-1].ctypes.data))
@@ -245,6 +250,14 @@ class Guest:
         tracker = pagemap.open_tracker()
         self._pagemap = tracker.pagemap
         return {"addresses": addresses, "reason": ""}, [tracker.userfaultfd, tracker.pagemap]
+
+    def _faults(self, _request: Message, _fds: list[int]) -> Answer:
+        if self._userfaultfd is not None:
+            os.close(self._userfaultfd)
+        self._userfaultfd = open_faults()  # stays open: see corefw.memory.faults
+        for mapping in self._mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)  # what was mapped before would be seen without a fault
+        return {}, [self._userfaultfd]
 
     def _start(self, request: Message, _fds: list[int]) -> Answer:
         self._set_values(request)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from corefw.errors import MachineError, UsageError
-from corefw.machine import DEAD, Device, Machine, MachineConfig, RamBlock, RunState
+from corefw.machine import DEAD, Device, FaultSource, MachineConfig, PostcopyMachine, RamBlock, RunState
 from corefw.memory.blocks import MemfdBlock
+from corefw.memory.faults import FaultQueue
 from corefw.memory.logs import LogKind, best_dirty_log
 from corefw.memory.pagemap import PagemapLog, Tracker
 from corefw.quantities import format_milliseconds, format_size
@@ -50,7 +51,7 @@ class Farewell:
         return f"{took} and wrote {format_size(self.written)}" if self.written else took
 
 
-class PythonMachine(Machine):
+class PythonMachine(PostcopyMachine):
     """See the module, and corefw.machine.Machine for what each method promises.
 
     `config.program` is a program's name (see loading); `config.options` are those that its class declares. Raises
@@ -106,7 +107,8 @@ class PythonMachine(Machine):
         answer, fds = self._guest.ask("map", START_TIMEOUT, fds=[block.fd for block in self._blocks])
         if fds:
             self._tracker = Tracker(*fds)
-        for block, address in zip(self._blocks, answer["addresses"], strict=True):
+        self._addresses = answer["addresses"]
+        for block, address in zip(self._blocks, self._addresses, strict=True):
             block.dirty_log = best_dirty_log(block, self._tracker, address, answer["reason"])
 
     @property
@@ -276,6 +278,19 @@ class PythonMachine(Machine):
     def _fields(self) -> dict[str, Any]:
         values = get_values(self._device, self._loaded["fields"])
         return {"values": values, "set_up": getattr(self._device.state, SET_UP)}
+
+    # -- postcopy --------------------------------------------------------------------------------------------------
+
+    def postcopy_unsupported(self) -> str | None:
+        try:
+            self.watch_faults().close()
+        except MachineError as error:
+            return str(error)
+        return None
+
+    def watch_faults(self) -> FaultSource:
+        _, (fd,) = self._guest.ask("faults", ORDER_TIMEOUT)
+        return FaultQueue(fd, self._blocks, self._addresses)
 
     # -- what would not move ---------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ u32 of length (this host's byte order) and JSON; file descriptors travel with it
                 only_migratable           has_before_stop, values, requires, versions
     map         (descriptors of the memfds)   addresses, reason (why the memory cannot be watched, or "")
                                               (descriptors: userfaultfd, pagemap, unless there is a reason)
+    faults      -                             (descriptor: a userfaultfd for page faults; nothing is mapped any more)
     start       values, set_up                undeclared (once setup() has been called)
     resume      -                             -              (a stop was given up: run on with what is there)
     stop        whole                         values, set_up, undeclared    (whole: fails where something is undeclared)

@@ -1,0 +1,152 @@
+"""The page faults of a guest whose RAM is still arriving, by userfaultfd.
+
+The guest's mapping is registered for MISSING and MINOR faults. The engine receives into its own mapping of the same
+memfd, and one UFFDIO_CONTINUE lets the guest see a run of pages. A page that lies in the page cache but was not
+installed still faults, so the guest never sees half a page, nor an old one that has to be sent again.
+
+The process that is watched calls open_faults() and passes the descriptor on; it keeps its own copy open, so that its
+accesses go on waiting, rather than seeing what has not arrived, if the engine is killed.
+
+Needs Linux 5.14 (minor faults on shared memory), and no privilege: UFFD_USER_MODE_ONLY. With that flag a system call of
+the guest fails with EFAULT on a page that has not arrived.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corefw.errors import MachineError
+from corefw.machine import FaultSource, RamBlock
+from corefw.memory import userfault
+from corefw.memory.runs import Runs
+
+log = logging.getLogger(__name__)
+
+SYSCTL: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
+EVENTS: Final = 256
+"""Faults that one read(2) takes."""
+
+
+def open_faults() -> int:
+    """A userfaultfd of this process for FaultQueue. Raises MachineError that says what the host lacks."""
+    try:
+        return userfault.create(userfault.Feature.MISSING_SHMEM | userfault.Feature.MINOR_SHMEM)
+    except OSError as error:
+        raise MachineError(f"page faults cannot be served here: {_explain(error)}") from None
+
+
+def _explain(error: OSError) -> str:
+    if error.errno == errno.EINVAL:
+        return "the kernel has no minor faults on shared memory (expected Linux 5.14 or later)"
+    if error.errno == errno.ENOSYS:
+        return "the kernel has no userfaultfd, or a seccomp filter hides it (expected CONFIG_USERFAULTFD)"
+    if error.errno == errno.EPERM:
+        return (
+            "userfaultfd is not permitted: allow it in the container's seccomp profile, give the process"
+            f" CAP_SYS_PTRACE, or set the sysctl vm.unprivileged_userfaultfd to 1{_sysctl()}"
+        )
+    return f"userfaultfd failed ({error.strerror})"
+
+
+def _sysctl() -> str:
+    try:
+        return f" (it is {SYSCTL.read_text().strip()})"
+    except OSError:
+        return ""
+
+
+class FaultQueue(FaultSource):
+    """The faults of the process behind `userfaultfd`, which maps each of `blocks` at the address in `addresses`.
+
+    Owns the descriptor when this returns. Raises MachineError where the memory cannot be registered.
+    Threads: install() may run in several threads at once, also beside poll().
+    """
+
+    def __init__(self, userfaultfd: int, blocks: Sequence[RamBlock], addresses: Sequence[int]) -> None:
+        self._fd = userfaultfd
+        self._addresses: dict[str, int] = {}
+        try:
+            for block, address in zip(blocks, addresses, strict=True):
+                userfault.register(self._fd, address, block.length, userfault.Mode.MISSING | userfault.Mode.MINOR)
+                self._addresses[block.idstr] = address
+        except OSError as error:
+            self.close()
+            raise MachineError(f"cannot watch the guest's memory for page faults: {_explain(error)}") from None
+        self._blocks = {block.idstr: block for block in blocks}
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def poll(self) -> Mapping[str, NDArray[np.int64]]:
+        places = userfault.read_faults(self._fd, EVENTS)
+        found: dict[str, NDArray[np.int64]] = {}
+        for idstr, address in self._addresses.items():
+            block = self._blocks[idstr]
+            inside = places[(places >= address) & (places < address + block.length)]
+            if len(inside):
+                found[idstr] = np.unique((inside - address) // block.page_size)
+        return found
+
+    def install(self, block: RamBlock, runs: Runs) -> None:
+        address = self._addresses[block.idstr]
+        for first, end in runs.tolist():
+            try:
+                self._install(block, address, first * block.page_size, end * block.page_size)
+            except OSError as error:
+                if error.errno == errno.ESRCH:
+                    return  # the guest has ended
+                raise MachineError(f"cannot map pages of RAM block '{block.idstr}': {error.strerror}") from None
+
+    def _install(self, block: RamBlock, address: int, start: int, end: int) -> None:
+        at = start
+        while at < end:
+            try:
+                at += userfault.map_existing(self._fd, address + at, end - at)
+            except OSError as error:
+                if error.errno == errno.EFAULT:
+                    at += self._map_hole(block, address, at, end)
+                elif error.errno == errno.EEXIST:
+                    userfault.wake(self._fd, address + at, block.page_size)
+                    at += block.page_size
+                else:
+                    raise
+
+    def _map_hole(self, block: RamBlock, address: int, start: int, end: int) -> int:
+        """Map zeros from here to the end of the hole, where the file has no page that could be mapped; how many bytes.
+        None if the page was written meanwhile."""
+        end = min(end, _data_after(block.fd, start, block.length))
+        try:
+            return userfault.map_zeros(self._fd, address + start, end - start) if start < end else 0
+        except OSError as error:
+            if error.errno == errno.EEXIST:
+                return 0
+            raise
+
+    def close(self) -> None:
+        if self._fd < 0:
+            return
+        for idstr, address in self._addresses.items():
+            try:
+                userfault.unregister(self._fd, address, self._blocks[idstr].length)
+            except OSError as error:  # the guest has ended, and its memory with it
+                log.debug("cannot release the memory of block '%s': %s", idstr, error)
+        os.close(self._fd)
+        self._fd = -1
+
+
+def _data_after(fd: int, offset: int, length: int) -> int:
+    """The first byte from `offset` on that is in no hole of the file; its length where there is none."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return length
+        raise

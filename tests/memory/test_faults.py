@@ -1,0 +1,167 @@
+"""A process whose memory is served page by page: it waits for what was not installed, and sees what was."""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import os
+import select
+import socket
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import numpy as np
+import pytest
+
+from corefw.errors import MachineError
+from corefw.memory import userfault
+from corefw.memory.blocks import MemfdBlock
+from corefw.memory.faults import FaultQueue, open_faults
+from corefw.memory.runs import runs_of_pages
+
+PAGE = 4096
+PATIENCE = 20.0
+SMALL, LARGE = 64, 8192
+"""Pages: a memfd, and what gets a file of huge pages where the host has those."""
+
+fork = multiprocessing.get_context("fork")
+
+
+def run_guest(ram: int, link: socket.socket, touch: Callable[[np.ndarray[Any, Any]], Any]) -> None:
+    """The guest's process: pass the userfaultfd to the engine, wait for its word, then use the memory."""
+    memory = mmap.mmap(ram, os.fstat(ram).st_size)
+    pages = np.frombuffer(memory, dtype=np.uint8).reshape(-1, PAGE)
+    fd = open_faults()
+    socket.send_fds(link, [str(pages.ctypes.data).encode()], [fd])
+    link.recv(1)
+    link.send(repr(touch(pages)).encode())
+    os._exit(0)
+
+
+class Guest:
+    """A process with one block, and the engine's view of both."""
+
+    def __init__(self, pages: int, touch: Callable[[np.ndarray[Any, Any]], Any]) -> None:
+        self.block = MemfdBlock("ram", pages * PAGE)
+        self.link, theirs = socket.socketpair()
+        self.link.settimeout(PATIENCE)
+        self.process: BaseProcess = fork.Process(target=run_guest, args=(self.block.fd, theirs, touch), daemon=True)
+        self.process.start()
+        theirs.close()
+        address, (fd,), _, _ = socket.recv_fds(self.link, 64, 1)
+        self.faults = FaultQueue(fd, [self.block], [int(address)])
+
+    def run(self) -> None:
+        self.link.send(b".")
+
+    def next_faults(self) -> list[int]:
+        ready, _, _ = select.select([self.faults], [], [], PATIENCE)
+        assert ready, "the guest does not wait for a page"
+        return [int(page) for page in self.faults.poll()["ram"]]
+
+    def install(self, *pages: int) -> None:
+        self.faults.install(self.block, runs_of_pages(np.array(pages)))
+
+    def result(self) -> str:
+        return self.link.recv(1000).decode()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.faults.close()
+        self.link.close()
+        self.block.close()
+
+
+@pytest.fixture
+def make_guest() -> Iterator[Callable[..., Guest]]:
+    guests: list[Guest] = []
+
+    def make(pages: int, touch: Callable[[np.ndarray[Any, Any]], Any]) -> Guest:
+        guests.append(Guest(pages, touch))
+        return guests[-1]
+
+    yield make
+    for guest in guests:
+        guest.close()
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_a_page_is_awaited_and_then_seen(make_guest: Callable[..., Guest], size: int) -> None:
+    guest = make_guest(size, lambda pages: [int(pages[7, 5]), int(pages[size - 1, 5])])
+    guest.run()
+    assert guest.next_faults() == [7]
+    guest.block.pages[7] = 3
+    guest.install(7)
+    assert guest.next_faults() == [size - 1]
+    guest.block.store(np.array([size - 1]), np.full((1, PAGE), 9, dtype=np.uint8))
+    guest.install(size - 1)
+    assert guest.result() == "[3, 9]"
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_what_is_there_but_not_installed_is_awaited_too(make_guest: Callable[..., Guest], size: int) -> None:
+    """Sent in precopy, written by the source's guest since: the old page must never be seen."""
+    guest = make_guest(size, lambda pages: [int(pages[1, 0]), int(pages[2, 0])])
+    guest.block.pages[:4] = 1
+    guest.install(1)
+    guest.run()
+    assert guest.next_faults() == [2]
+    guest.block.pages[2] = 2
+    guest.install(2)
+    assert guest.result() == "[1, 2]"
+
+
+def test_runs_with_holes_and_with_pages_that_were_installed_before(make_guest: Callable[..., Guest]) -> None:
+    guest = make_guest(SMALL, lambda pages: pages[:, 0].tolist())
+    for page in range(0, SMALL, 3):
+        guest.block.pages[page] = page + 1
+    guest.install(0, 5, 6, 40)
+    guest.install(*range(SMALL))
+    guest.run()
+    assert guest.result() == repr([page + 1 if page % 3 == 0 else 0 for page in range(SMALL)])
+
+
+def test_a_write_of_the_guest_is_in_the_block(make_guest: Callable[..., Guest]) -> None:
+    guest = make_guest(SMALL, lambda pages: pages[9].__setitem__(0, 77))
+    guest.run()
+    assert guest.next_faults() == [9]
+    guest.install(9)
+    assert guest.result() == "None"
+    assert guest.block.pages[9, 0] == 77
+
+
+def test_close_shows_everything(make_guest: Callable[..., Guest]) -> None:
+    guest = make_guest(SMALL, lambda pages: int(pages.sum()))
+    guest.block.pages[3] = 1
+    guest.run()
+    assert guest.next_faults() == [0]
+    guest.faults.close()
+    guest.faults.close()
+    assert guest.result() == str(PAGE)
+
+
+def test_a_guest_that_has_ended_needs_no_page(make_guest: Callable[..., Guest]) -> None:
+    guest = make_guest(SMALL, lambda pages: int(pages[1, 0]))
+    guest.run()
+    assert guest.next_faults() == [1]
+    guest.process.kill()
+    guest.process.join()
+    guest.install(1)
+
+
+def test_a_host_that_denies_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(_features: userfault.Feature) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(userfault, "create", deny)
+    with pytest.raises(MachineError, match=r"not permitted.*vm\.unprivileged_userfaultfd"):
+        open_faults()
+
+
+def test_a_kernel_without_minor_faults_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = userfault.create
+    monkeypatch.setattr(userfault, "create", lambda features: create(features | 1 << 60))
+    with pytest.raises(MachineError, match=r"Linux 5\.14"):
+        open_faults()
