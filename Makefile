@@ -17,7 +17,7 @@ DOCS     := $(VENV)/.docs-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help dev wheels demo test peers clean-peers check format bench docs clean
+.PHONY: help dev wheels demo test peers clean-peers check format bench bench-full docs clean
 
 help: ## Show this list
 	@echo "Goals of this Makefile; each installs what it needs into $(VENV) first."
@@ -64,8 +64,11 @@ format: $(DEV) ## Format the code and mend what the linter can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(DEV) ## Measure speed and memory beside a real QEMU; results go to bench/results
+bench: $(DEV) ## Measure speed and memory beside the newest QEMU of `make peers`, in at most ten minutes
 	@$(BIN)/python bench/run.py $(ARGS)
+
+bench-full: $(DEV) ## Measure everything, in about half an hour; the results go to bench/results
+	@$(BIN)/python bench/run.py --full $(ARGS)
 
 docs: $(DOCS) ## Build the documentation into site/; a broken link is an error
 	@rm -rf site

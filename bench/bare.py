@@ -1,9 +1,9 @@
-"""What this machine gives any migration at best: bytes through a socket, from memory to memory, and nothing else.
+"""The best that this machine can give any migration: bytes through a socket, from memory to memory, and nothing else.
 
-The law: the same memory as a guest's, the same loopback, the same order of things; no records, no dirty log, no engine.
-Where this takes longer per GiB for more GiB, so must everything.
+The memory, the network and the order of steps are those of a migration; there are no records, no dirty log and no
+engine. Where this takes longer per GiB for more GiB, so does everything.
 
-`python -m bench.bare BYTES` says "ready", waits for a line, and says how many seconds it took.
+`python -m bench.bare BYTES` prints "ready", waits for a line, and prints how many seconds it took.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ from corefw.memory.blocks import MemfdBlock
 
 SENT: Final = 32 * MIB
 RECEIVED: Final = 2 * MIB
-"""Bytes in a call, as the engine has them."""
+"""Bytes in a call, about as many as in the engine's calls."""
 
 
 def seconds_per_gib(size: int) -> float:
-    """Copy `size` bytes of warm memory. Raises CalledProcessError."""
+    """Copy `size` bytes of memory that is allocated on both sides. Raises CalledProcessError."""
     command = [sys.executable, "-m", "bench.bare", str(size)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdout.readline()
         warm(size + EXTRA)
-        said, _ = process.communicate("go\n")
+        output, _ = process.communicate("go\n")
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return float(said) / (size / GIB)
+    return float(output) / (size / GIB)
 
 
 def _copy(size: int) -> float:
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as out:
-        source = MemfdBlock("source", size)
+        source, destination = MemfdBlock("source", size), MemfdBlock("destination", size)
         source.pages[:] = 1
+        destination.pages[:] = 0
         into, _ = listener.accept()
         with into:
             if (child := os.fork()) == 0:
                 listener.close()
-                out.close()  # or this process would never see that the other one has ended
+                out.close()  # or this process would not see the other one end
                 try:
-                    _receive(into, size)
+                    _receive(into, destination.view)
                 finally:
                     os._exit(0)
         print("ready", flush=True)
@@ -62,10 +63,9 @@ def _copy(size: int) -> float:
     return spent
 
 
-def _receive(sock: socket.socket, size: int) -> None:
-    view = MemfdBlock("destination", size).view
+def _receive(sock: socket.socket, view: memoryview) -> None:
     at = 0
-    while at < size:
+    while at < len(view):
         got = sock.recv_into(view[at : at + RECEIVED], 0, socket.MSG_WAITALL)
         if got == 0:
             return  # the other side has failed

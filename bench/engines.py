@@ -1,12 +1,13 @@
 """The processes that are measured: `migfw run` and QEMU, both driven by QMP's client over a UNIX socket.
 
-The law: both sides get the same work and the same settings (return-path on, so that "completed" means that the
-destination said so; no limit of bandwidth). Every process that is started ends, and every file goes, on every way out.
+Both sides get the same work and the same settings: return-path on, so that "completed" means that the destination
+confirmed it, and no limit of bandwidth. However a run ends, its processes are ended and its files removed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +24,8 @@ from typing import Any, Final, Self, TypeVar
 from bench.warming import MIB
 from corefw.errors import ChannelError
 from corefw.qmp.client import QmpClient, QmpError
+from tests.helpers.peers import Peer, find_peer
 
-QEMU: Final = "qemu-system-x86_64"
 ASSEMBLER: Final = "nasm"
 PATIENCE: Final = 300.0
 """Seconds until a wait gives up: an emulated guest takes a minute to fill a GiB on a busy machine."""
@@ -61,8 +62,9 @@ class Guest:
 class Process:
     """One engine and the connection to it. Use it with `with`."""
 
-    def __init__(self, command: Sequence[str], folder: Path) -> None:
-        """`folder` is its own: it is removed with it, and `folder/qmp` is the socket that `command` makes."""
+    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+        """`folder` is its own: it is removed with it, and `folder/qmp` is the socket that `command` makes.
+        `environment` is added to ours."""
         self._folder = folder
         self._log = (folder / "log").open("w+b")
         self._process = subprocess.Popen(
@@ -70,7 +72,8 @@ class Process:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            start_new_session=True,  # Ctrl-C is ours to hear
+            env=os.environ | environment,
+            start_new_session=True,  # Ctrl-C is for this program alone
         )
         try:
             self.client: Final[QmpClient] = self._connect()
@@ -129,12 +132,14 @@ class Process:
 class Side(ABC):
     """One of the two that are compared.
 
-    name        for people
-    unlimited   the max-bandwidth that limits nothing
+    name          for people
+    unlimited     the max-bandwidth that limits nothing
+    environment   what its processes need besides ours
     """
 
     name: str
     unlimited: int
+    environment: Mapping[str, str] = {}
 
     @abstractmethod
     def command(self, guest: Guest, folder: Path, *, incoming: bool) -> list[str]:
@@ -178,7 +183,7 @@ class Side(ABC):
     def _start(self, guest: Guest, *, incoming: bool) -> Iterator[tuple[Process, Path]]:
         folder = Path(tempfile.mkdtemp(prefix="migfw-bench-", dir="/tmp"))
         try:
-            with Process(self.command(guest, folder, incoming=incoming), folder) as process:
+            with Process(self.command(guest, folder, incoming=incoming), folder, self.environment) as process:
                 self._configure(process)
                 yield process, folder
         finally:
@@ -224,25 +229,32 @@ class Ours(Side):
 
 
 class Qemu(Side):
-    """A PC under TCG with the guest of guest.asm, whose image is in `images`.
+    """A PC under TCG with the guest of guest.asm, its RAM allocated before it starts.
 
-    `shared` puts its RAM into a memfd as ours is, so that what it has for itself can be told; its default is faster.
+    QEMU's default, private memory, is faster than a memfd. `shared` asks for a memfd all the same, as our RAM is in
+    one, so that RssAnon tells what the engine has for itself.
     """
 
     name = "QEMU"
     unlimited = UNLIMITED_QEMU
 
     def __init__(self, images: Path, *, shared: bool = False) -> None:
+        """`images` is a folder for the guests' boot sectors."""
+        peer = find_qemu()
+        assert peer is not None, lacking()
+        self._peer = peer
+        self.environment = peer.environment
         self._images = images
         self._shared = shared
 
     def command(self, guest: Guest, folder: Path, *, incoming: bool) -> list[str]:
         size = f"{guest.ram // MIB}M"
-        memory = ["-object", f"memory-backend-memfd,id=ram,size={size},share=on"] if self._shared else []
-        machine = "pc,memory-backend=ram" if self._shared else "pc"
+        backend = "memory-backend-memfd,share=on" if self._shared else "memory-backend-ram"
         (folder / "serial").touch()
         return [
-            *(QEMU, "-accel", "tcg", "-M", machine, "-m", size, "-display", "none", "-nodefaults", *memory),
+            *(*self._peer.command, "-accel", "tcg", "-M", "pc,memory-backend=ram", "-m", size),
+            *("-object", f"{backend},id=ram,size={size},prealloc=on"),
+            *("-display", "none", "-nodefaults"),
             *("-drive", f"file={self._image(guest)},format=raw,if=ide,snapshot=on"),
             *("-serial", f"file:{folder}/serial", "-qmp", f"unix:{folder}/qmp,server=on,wait=off"),
             *(["-incoming", "defer"] if incoming else []),
@@ -273,9 +285,15 @@ class Qemu(Side):
         return (folder / "serial").read_bytes().count(b"B") * MARK * PAGE
 
 
+def find_qemu() -> Peer | None:
+    """The newest QEMU that `make peers` has unpacked, else the one on the PATH."""
+    return find_peer("newest") or find_peer("PATH")
+
+
 def lacking() -> str:
     """Why the QEMU side cannot be measured on this machine; empty where it can."""
-    missing = [name for name in (QEMU, ASSEMBLER) if shutil.which(name) is None]
+    missing = [] if find_qemu() else ["QEMU (run 'make peers')"]
+    missing += [] if shutil.which(ASSEMBLER) else [ASSEMBLER]
     return f"there is no {' and no '.join(missing)} here" if missing else ""
 
 

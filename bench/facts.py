@@ -5,24 +5,28 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from bench.engines import QEMU, lacking
+from bench.engines import find_qemu, lacking
+from bench.network import congestion_control
 from bench.warming import GIB
+from corefw.net.sockets import UNPACED
 
 
-def facts() -> Mapping[str, str]:
-    """Name -> value, for people and for JSON."""
+def facts(host_congestion_control: str) -> Mapping[str, str]:
+    """Name -> value, for people and for JSON. `host_congestion_control` is the default of the host's own network, which
+    this process may have left."""
     return {
         "processor": _field("/proc/cpuinfo", "model name") or platform.machine(),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{int(_field('/proc/meminfo', 'MemTotal').split()[0]) * 1024 / GIB:.1f} GiB",
         "virtual machine": "yes" if " hypervisor" in _field("/proc/cpuinfo", "flags") else "no",
         "kernel": kernel(platform.release()),
-        "congestion control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
+        "congestion control": f"{congestion_control()} on both sides (the host's default: {host_congestion_control})"
+        if congestion_control() == UNPACED.decode()
+        else f"QEMU {congestion_control()}, migfw {UNPACED.decode()}: this host has no network namespaces",
         "Python": platform.python_version(),
         "NumPy": version("numpy"),
         "migfw": version("migfw"),
@@ -45,8 +49,9 @@ def _field(path: str, name: str) -> str:
 
 
 def _qemu() -> str:
-    """ "7.2.22", with "(TCG)", or why there is none."""
+    """ "11.1 (TCG)", or why there is none."""
     if reason := lacking():
         return f"not measured: {reason}"
-    said = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True).stdout.split()
-    return f"{said[3]} (TCG)"
+    peer = find_qemu()
+    assert peer is not None
+    return f"{peer.version[0]}.{peer.version[1]} (TCG)"

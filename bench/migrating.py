@@ -1,7 +1,6 @@
 """One migration over tcp loopback between two fresh processes, and its figures.
 
-The law: nobody asks anything while it runs; events tell when it is over, and the engines' own figures are read
-afterwards.
+Nothing is queried while it runs: events tell when it is over, and the engines' own figures are read afterwards.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from bench.warming import GIB, warm
 END_SECONDS: Final = 300.0
 ENDED: Final = frozenset({"completed", "failed", "cancelled"})
 EXTRA: Final = 3 * GIB
-"""Warmed beyond what the destination needs: while a migration runs, the host goes on taking free memory back."""
+"""Bytes warmed beyond what the destination needs: meanwhile the host goes on taking free memory back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +61,11 @@ class Migration:
 
 @contextlib.contextmanager
 def ready(side: Side, guest: Guest) -> Iterator[tuple[Process, Process, str]]:
-    """A source whose guest is where it is to be measured, a destination with warm memory to come, the URI to dial."""
-    with side.source(guest) as source, side.destination(guest) as (destination, uri):
+    """A source with its guest as it is to be measured, a destination with its RAM allocated, and the URI to dial."""
+    with side.source(guest) as source:
         warm(guest.ram + EXTRA)
-        yield source, destination, uri
+        with side.destination(guest) as (destination, uri):
+            yield source, destination, uri
 
 
 def migrate(side: Side, guest: Guest) -> Migration:
@@ -75,7 +75,7 @@ def migrate(side: Side, guest: Guest) -> Migration:
 
 
 def migrate_between(source: Process, destination: Process, uri: str) -> Migration:
-    """See migrate()."""
+    """As migrate(), between engines that are there already."""
     both = (source, destination)
     before = [processor_seconds(process.pid) for process in both]
     for process in both:

@@ -1,6 +1,6 @@
 """What a scenario found: rows of a table, charts, notes, and the samples behind them.
 
-The law: a row is measured or it is not there; whether a goal is met is computed here and nowhere else.
+Invariant: there is no row for what was not measured.
 """
 
 from __future__ import annotations

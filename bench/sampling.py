@@ -1,7 +1,7 @@
-"""Turns, pairs and medians; and what the kernel knows of a process.
+"""Turns, pairs and medians; processor time and memory of a process.
 
-The law: A B A B ..., so that whatever else the machine does falls on both; each pair gives one ratio, and their median
-is the result.
+Runs alternate, A B A B ..., so that whatever else the machine does falls on both; each pair gives one ratio, and the
+median of the ratios is the result.
 """
 
 from __future__ import annotations

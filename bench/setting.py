@@ -1,6 +1,6 @@
-"""What every scenario gets: the two sides, how often to measure, and where to say what happens.
+"""What every scenario gets: the two sides, how much to measure, and where to report progress.
 
-The law: a scenario asks `fits` before it uses memory, and leaves a note where something was left out.
+A scenario asks `fits` before it uses memory, and leaves a note where something was left out.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final, TypeVar
 
 from bench.engines import Ours, Qemu, Side
@@ -16,17 +17,25 @@ from bench.warming import GIB, SPARE, available
 
 T = TypeVar("T")
 
-RETURN_SECONDS: Final = 10.0
-"""How long memory of processes that have ended is waited for."""
+FREE_SECONDS: Final = 10.0
+"""How long to wait for the memory of processes that have ended."""
+
+
+class Effort(Enum):
+    """How much a run may take: a smoke test with small guests, ten minutes, or as long as it takes."""
+
+    QUICK = "quick"
+    USUAL = "usual"
+    FULL = "full"
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """`pairs` of measured runs; `quick` asks for small sizes; `qemu` is None where it is not measured, and `lacking`
-    says why; `say` tells the user what happens."""
+    """`pairs` of measured runs; `qemu` is None where it is not measured, and `lacking` says why; `say` reports
+    progress to the user."""
 
     pairs: int
-    quick: bool
+    effort: Effort
     ours: Ours
     qemu: Qemu | None
     lacking: str
@@ -36,7 +45,7 @@ class Bench:
         """`run` on either side in turns, `times` pairs. `describe` a run in a few words."""
         count = 0
 
-        def told(side: Side) -> T:
+        def measured(side: Side) -> T:
             nonlocal count
             found = run(side)
             count += 1
@@ -44,17 +53,19 @@ class Bench:
             return found
 
         other = self.qemu
-        return in_turns(times or self.pairs, lambda: told(self.ours), None if other is None else lambda: told(other))
+        return in_turns(
+            times or self.pairs, lambda: measured(self.ours), None if other is None else lambda: measured(other)
+        )
 
     def notes(self) -> list[str]:
-        """What a reader of any comparison has to know."""
+        """What a reader of any comparison needs to know."""
         return [f"QEMU was not measured: {self.lacking}."] if self.lacking else []
 
 
 def fits(ram: int) -> bool:
-    """Whether a source and a destination with this much RAM each can be had. What the last run had comes back within
-    seconds of its end."""
-    end = time.monotonic() + RETURN_SECONDS
+    """Whether there is memory for a source and a destination with this much RAM each. What the last run used
+    is free within seconds of its end."""
+    end = time.monotonic() + FREE_SECONDS
     while not (enough := 2 * ram + GIB // 2 < available() - SPARE) and time.monotonic() < end:
         time.sleep(0.1)
     return enough

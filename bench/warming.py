@@ -1,9 +1,9 @@
-"""Has the host back memory before anybody measures with it.
+"""Has the host back memory before it is used in a measurement.
 
-The law: where this machine is itself a virtual one, memory that was never touched, or that was given back, costs its
-host seconds per GiB at the first touch, and whoever comes first would pay for it. So before every measured run as much
-as both sides will use is touched once, by a process that then ends: in huge pages, for those are what a host takes
-back first, what QEMU's guest RAM is made of, and what the kernel splits where small pages are asked for.
+Where this machine is itself a virtual one, memory that was never touched, or that was given back, costs its host
+seconds per GiB at the first touch, and the first process to touch it would pay for that. So before every measured run a
+process touches as much as both sides will use, and ends. It asks for huge pages: a host takes those back first, QEMU's
+guest RAM is made of them, and the kernel splits them where small pages are wanted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 
 SPARE: Final = 512 * MIB
-"""Left alone, for everybody else on the machine."""
+"""Bytes left for everything else on the machine."""
 
 _PROGRAM: Final = """
 import mmap, sys

@@ -18,3 +18,6 @@ SCENARIOS: Final[Mapping[str, Callable[[Bench], Outcome]]] = {
     startup.NAME: startup.measure,
     bandwidth.NAME: bandwidth.measure,
 }
+
+FULL_ONLY: Final = frozenset({scaling.NAME})
+"""Scenarios that take too long for a run of ten minutes."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from bench.engines import BenchError, Guest, Process, Side
 from bench.results import Chart, Outcome, Row, Shape, at_most
 from bench.sampling import Pairs
-from bench.setting import Bench
+from bench.setting import Bench, Effort
 from bench.warming import GIB
 
 NAME: Final = "bandwidth"
@@ -28,8 +28,8 @@ PHASES: Final = ((100_000_000, 3.0), (20_000_000, 3.0), (100_000_000, 3.0))
 """max-bandwidth in bytes a second, and for how many seconds; all but the first are changes in flight."""
 CHUNK: Final = 1 << 18
 END_SECONDS: Final = 10.0
-TIMES: Final = 3
-"""Runs whose median counts: a stall of the machine itself is no fault of the pacing. The worst is shown beside it."""
+TIMES: Final = {Effort.QUICK: 1, Effort.USUAL: 1, Effort.FULL: 3}
+"""Runs, of which the median counts: a stall of the machine itself is no fault of the pacing. The worst is shown too."""
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class Found:
 
 def measure(bench: Bench) -> Outcome:
     guest = Guest(GIB)
-    runs = min(TIMES, bench.pairs)
+    runs = min(TIMES[bench.effort], bench.pairs)
     found = bench.compare(lambda side: _measure(side, guest), _describe, times=runs)
     rows = [
         Row(
@@ -84,9 +84,8 @@ def measure(bench: Bench) -> Outcome:
         NAME,
         "max-bandwidth over any second",
         "A receiver on loopback notes when each piece arrives; the limit is changed in flight. The figure is the"
-        " largest deviation from the limit over any window of one second that lies within one phase; the median of"
-        f" {runs} runs, for a machine that stands still for a moment does so for everybody. The worst of them has a"
-        " row of its own.",
+        " largest deviation from the limit over any window of one second that lies within one phase; runs: {runs}, of"
+        " which the median counts, since a machine may stand still for a moment. The worst has a row of its own.",
         rows,
         [
             Chart(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bench.engines import BenchError
 from bench.results import Chart, Outcome, Row, Shape, at_most
 from bench.sampling import median
-from bench.setting import Bench
+from bench.setting import Bench, Effort
 from bench.warming import GIB, MIB, warm
 from corefw.memory import pagemap
 from corefw.memory.blocks import MemfdBlock
@@ -29,7 +29,7 @@ DENSE: Final = {"one page in 5 is dirty": 5}
 
 
 def measure(bench: Bench) -> Outcome:
-    size = 256 * MIB if bench.quick else 2 * GIB
+    size = 256 * MIB if bench.effort is Effort.QUICK else 2 * GIB
     samples: dict[str, list[float]] = {}
     with _watched(size) as (block, log):
         for what, every in (EVERY | DENSE).items():

@@ -8,7 +8,7 @@ from typing import Final
 from bench.engines import Guest
 from bench.migrating import Migration, migrate
 from bench.results import Chart, Outcome, Row, Shape, at_most, no_more_than_qemu
-from bench.setting import Bench
+from bench.setting import Bench, Effort
 from bench.warming import GIB, MIB
 
 NAME: Final = "live"
@@ -19,7 +19,7 @@ RATE_SECONDS: Final = 3.0
 
 
 def measure(bench: Bench) -> Outcome:
-    guest = Guest(256 * MIB if bench.quick else GIB, RATE)
+    guest = Guest(256 * MIB if bench.effort is Effort.QUICK else GIB, RATE)
     sides = [bench.ours, *([bench.qemu] if bench.qemu else [])]
     rates = {side.name: side.measure_rate(guest, RATE_SECONDS) for side in sides}
     pairs = bench.compare(lambda side: migrate(side, guest), _describe)

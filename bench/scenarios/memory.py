@@ -10,15 +10,14 @@ from bench.engines import Guest, Side
 from bench.migrating import migrate_between, ready
 from bench.results import Chart, Outcome, Row, at_most
 from bench.sampling import MemoryWatch
-from bench.setting import Bench, fits
+from bench.setting import Bench, Effort, fits
 from bench.warming import GIB, MIB
 from corefw.quantities import format_size
 
 NAME: Final = "memory"
 LIMIT: Final = 96.0
 """MiB."""
-SIZES: Final = (GIB, 8 * GIB)
-QUICK_SIZES: Final = (256 * MIB, GIB)
+SIZES: Final = {Effort.QUICK: (256 * MIB,), Effort.USUAL: (GIB,), Effort.FULL: (GIB, 8 * GIB)}
 RATE: Final = 100_000_000
 
 
@@ -35,7 +34,7 @@ def measure(bench: Bench) -> Outcome:
     notes = bench.notes()
     rows: list[Row] = []
     curves: dict[str, Sequence[tuple[float, float]]] = {}
-    for ram in QUICK_SIZES if bench.quick else SIZES:
+    for ram in SIZES[bench.effort]:
         if not fits(ram):
             notes.append(f"Left out: two guests with {format_size(ram)} do not fit into this machine's free memory.")
             continue

@@ -10,20 +10,23 @@ from bench.engines import Guest
 from bench.migrating import Migration, migrate
 from bench.results import Chart, Outcome, Row, Shape, at_most
 from bench.sampling import median
-from bench.setting import Bench, fits
+from bench.setting import Bench, Effort, fits
 from bench.warming import GIB, MIB
 from corefw.quantities import format_size
 
 NAME: Final = "scaling"
-SIZES: Final = (256 * MIB, GIB, 4 * GIB, 8 * GIB)
-QUICK_SIZES: Final = (128 * MIB, 256 * MIB, GIB)
+SIZES: Final = {
+    Effort.QUICK: (128 * MIB, 256 * MIB),
+    Effort.USUAL: (256 * MIB, GIB, 4 * GIB),
+    Effort.FULL: (256 * MIB, GIB, 4 * GIB, 8 * GIB),
+}
 TIMES: Final = 5
 NOISE: Final = 1.05
 """What counts as no growth: medians of a few runs differ by as much."""
 
 
 def measure(bench: Bench) -> Outcome:
-    sizes = QUICK_SIZES if bench.quick else SIZES
+    sizes = SIZES[bench.effort]
     possible = [ram for ram in sizes if fits(ram)]
     notes = [
         f"Left out: two guests with {format_size(ram)} do not fit into this machine's free memory."

@@ -8,14 +8,14 @@ from typing import Final
 from bench.engines import Guest
 from bench.migrating import Migration, migrate
 from bench.results import Chart, Outcome, Row, Shape, no_less_than_qemu
-from bench.setting import Bench
+from bench.setting import Bench, Effort
 from bench.warming import GIB, MIB
 
 NAME: Final = "throughput"
 
 
 def measure(bench: Bench) -> Outcome:
-    guest = Guest(256 * MIB if bench.quick else GIB)
+    guest = Guest(256 * MIB if bench.effort is Effort.QUICK else GIB)
     pairs = bench.compare(lambda side: migrate(side, guest), _describe)
     rows = [
         Row(
@@ -41,7 +41,8 @@ def measure(bench: Bench) -> Outcome:
     return Outcome(
         NAME,
         f"Throughput: {guest.ram // MIB} MiB that do not compress, paused guest",
-        "tcp over loopback, one channel, no limit of bandwidth, return path on, warm memory. Throughput is the bytes of"
+        "tcp over loopback, one channel, no limit of bandwidth, return path on, RAM allocated on"
+        " both sides. Throughput is the bytes of"
         " pages that were sent (zero pages are not counted) by the time; the engine's own figure is total-time, the"
         " client's clock runs from the command 'migrate' to the event 'completed'.",
         rows,
