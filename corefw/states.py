@@ -1,7 +1,7 @@
 """The states of a migration, and every change between them that can be.
 
 Invariant: a state moves by `advance(expected, new)`, a compare-and-swap against the table of its side; a change that is
-not in the table is a bug and raises. Observers hear of it with no lock held, in the order of the changes.
+not in the table is a bug and raises.
 Source: QEMU's migrate_set_state and its callers; the names are QAPI's MigrationStatus.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from corefw.errors import FOREIGN
-from corefw.news import News
+from corefw.dispatch import Event, EventDispatcher
 
 log = logging.getLogger(__name__)
 
@@ -111,74 +111,49 @@ def diagram(side: Side) -> str:
     return "\n".join(["stateDiagram-v2", *names, "    [*] --> none", *edges])
 
 
-Observer = Callable[[Side, MigrationStatus, MigrationStatus], None]
+@dataclass(frozen=True, slots=True)
+class StatusChanged(Event):
+    """The status of one side's migration changed."""
+
+    side: Side
+    old: MigrationStatus
+    new: MigrationStatus
 
 
 class StateMachine:
-    """One side's status. Thread-safe."""
+    """One side's status. Thread-safe. Every change is an event, StatusChanged."""
 
-    def __init__(self, side: Side) -> None:
+    def __init__(self, side: Side, events: EventDispatcher) -> None:
         self.side: Final = side
+        self._events = events
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._status = MigrationStatus.NONE
-        self._observers: list[Observer] = []
-        self._notes: list[Observer] = []
-        self._news = News(self._tell)
 
     @property
     def status(self) -> MigrationStatus:
         return self._status
 
-    def observe(self, observer: Observer) -> None:
-        """Call `observer(side, old, new)` after each change, in the thread of some `advance()`.
-
-        One change at a time: every observer has heard of it before the first one hears of the next, also where an
-        observer makes the next change itself. What an observer raises is logged and goes no further.
-        """
-        self._observers.append(observer)
-
-    def note(self, note: Observer) -> None:
-        """Call `note(side, old, new)` at each change, at once and under locks: it may write that down and nothing more.
-        So what is written down elsewhere because of the change comes after it."""
-        self._notes.append(note)
-
     def advance(self, expected: MigrationStatus, new: MigrationStatus) -> bool:
-        """Go from `expected` to `new`; False, and nothing happened, when the state was another one by now.
+        """Go from `expected` to `new`; False, and nothing happened, if the status is another one by now.
 
-        Raises AssertionError for a transition that is not in the table: that is a bug here, not a user's error.
+        Observers hear of it before this returns, unless another thread is just delivering events; a caller that holds
+        a lock calls this inside EventDispatcher.hold(). Raises AssertionError for a transition that is not in the
+        table: a bug here, not a user's error.
         """
-        moved = self.move(expected, new)
-        self.announce()
-        return moved
-
-    def move(self, expected: MigrationStatus, new: MigrationStatus) -> bool:
-        """As advance(), for a caller that holds a lock: it calls announce() when that is let go."""
         if new not in TRANSITIONS[self.side].get(expected, frozenset()):
             raise AssertionError(f"the {self.side} never goes from '{expected}' to '{new}'")
         with self._lock:
             if self._status is not expected:
                 return False
             self._status = new
-            for note in self._notes:
-                note(self.side, expected, new)
-            self._news.post((expected, new))
+            self._events.post(StatusChanged(self.side, expected, new))
             self._changed.notify_all()
         log.info("%s: %s -> %s", self.side, expected, new)
+        self._events.deliver()
         return True
-
-    def announce(self) -> None:
-        """Tell the observers of what was moved, unless another thread is just doing that."""
-        self._news.tell()
 
     def wait(self, statuses: frozenset[MigrationStatus], seconds: float | None = None) -> bool:
         """Block until the status is one of these; False after `seconds`."""
         with self._lock:
             return self._changed.wait_for(lambda: self._status in statuses, seconds)
-
-    def _tell(self, change: tuple[MigrationStatus, MigrationStatus]) -> None:
-        for observer in tuple(self._observers):
-            try:
-                observer(self.side, *change)
-            except FOREIGN:
-                log.exception("an observer of the %s's status failed", self.side)

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -26,13 +27,14 @@ import click
 from corefw.cli.interrupts import ending_signals
 from corefw.cli.outcome import ExitStatus, Finished, note
 from corefw.cli.stdout import StdoutError, abandon
-from corefw.engine import Engine, Event
+from corefw.control import RunStateChanged
+from corefw.dispatch import Event
+from corefw.engine import Engine
 from corefw.errors import MigfwError, one_line
-from corefw.machine import DEAD
-from corefw.news import News
+from corefw.machine import DEAD, RunState
 from corefw.qmp.address import QmpAddress, UnixAddress
 from corefw.qmp.server import QmpServer
-from corefw.states import MigrationStatus, Side
+from corefw.states import MigrationStatus, Side, StatusChanged
 
 if TYPE_CHECKING:
     from corefw.cli.detaching import Background
@@ -88,6 +90,27 @@ def say(text: str) -> None:
         note(str(error))
 
 
+class Arrivals:
+    """Lines about guests that have arrived. One may arrive before the engine has said where it listens; its line is
+    held until then."""
+
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._begun = threading.Event()
+
+    def say(self, line: str) -> None:
+        self._lines.put(line)
+        if self._begun.is_set():
+            self.begin()
+
+    def begin(self) -> None:
+        """Say the lines that are held, and every further one at once."""
+        self._begun.set()
+        with suppress(queue.Empty):
+            while True:
+                say(self._lines.get_nowait())
+
+
 def host(engine: Engine, address: QmpAddress, listen: Callable[[], QmpServer], plan: Plan) -> None:
     """Begin, wait for the end, and say why it came. Raises MigfwError or Finished when that is no good one.
 
@@ -97,15 +120,13 @@ def host(engine: Engine, address: QmpAddress, listen: Callable[[], QmpServer], p
     endings: Endings = queue.SimpleQueue()
     _hear_signals(endings, address)
     _say_it_once()
-    arrivals: News[str] = News(say)
-    begun = threading.Event()
-    _watch(engine, endings, plan, arrivals, begun)
+    arrivals = Arrivals()
+    _watch(engine, endings, plan, arrivals)
     dialled = engine.migrate_incoming(plan.incoming) if plan.incoming is not None else None
     server = listen()
     threading.Thread(target=_wait_quit, args=(server, endings), name="quit", daemon=True).start()
     _begin(engine, server, endings, plan, dialled)
-    begun.set()
-    arrivals.tell()
+    arrivals.begin()
     ending = endings.get()
     if isinstance(ending, MigfwError):
         raise ending
@@ -151,11 +172,10 @@ def _wait_quit(server: QmpServer, endings: Endings) -> None:
     endings.put(Ending.QUIT)
 
 
-def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: News[str], begun: threading.Event) -> None:
-    """Put every reason to end into the queue when it comes. A guest may arrive before it is `begun`: the line that says
-    where it can comes first all the same."""
+def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: Arrivals) -> None:
+    """Put every reason to end into the queue when it comes."""
 
-    def status_changed(side: Side, _old: MigrationStatus, new: MigrationStatus) -> None:
+    def status_changed(side: Side, new: MigrationStatus) -> None:
         if side is Side.SOURCE and new is MigrationStatus.COMPLETED and not plan.stay:
             if engine.has_left:
                 endings.put(Ending.MOVED)
@@ -169,17 +189,15 @@ def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: News[str], be
         if side is Side.DESTINATION and new is MigrationStatus.CANCELLED:
             note("the incoming migration was cancelled; waiting for migrate-incoming")
         if side is Side.DESTINATION and new is MigrationStatus.COMPLETED:
-            arrivals.post(f"the guest has arrived, and is {engine.query_status()['status']}")
-            if begun.is_set():
-                arrivals.tell()
+            arrivals.say(f"the guest has arrived, and is {engine.query_status()['status']}")
 
     def happened(event: Event) -> None:
-        if event.name == "SHUTDOWN":
-            ended = event.data.get("reason") == "guest-shutdown"
-            endings.put(Ending.GUEST_ENDED if ended else Ending.GUEST_FAILED)
+        match event:
+            case StatusChanged():
+                status_changed(event.side, event.new)
+            case RunStateChanged() if event.new in DEAD:
+                endings.put(Ending.GUEST_ENDED if event.new is RunState.SHUTDOWN else Ending.GUEST_FAILED)
 
-    engine.outgoing.observe(status_changed)
-    engine.incoming.observe(status_changed)
     engine.observe(happened)
 
 

@@ -2,14 +2,13 @@
 
 Read engine.py for what the outside calls, outgoing.py and incoming.py for the two threads, custody.py for whose the
 guest is. passes.py decides when it is stopped; convergence.py and pacing.py are the arithmetic of that, framing.py and
-unframing.py the sections, returnpath.py the way back, statistics.py what is counted, events.py what is told,
+unframing.py the sections, returnpath.py the way back, statistics.py what is counted,
 guestlock.py who may touch the guest, launch.py how the engine was started.
 """
 
 from __future__ import annotations
 
 from corefw.engine.engine import Engine
-from corefw.engine.events import Event
 from corefw.engine.launch import Launch
 
-__all__ = ["Engine", "Event", "Launch"]
+__all__ = ["Engine", "Launch"]

@@ -56,7 +56,7 @@ class Custody:
 
     def let_go(self) -> None:
         """It is the destination's, or stored. `held` stays: the migration's status says when it is over."""
-        with self._lock:
+        with self._lock.held():
             self._enter(RunState.POSTMIGRATE)
 
     def take_back(self, *, refused: bool) -> str:
@@ -67,7 +67,7 @@ class Custody:
         if self.handed_over and not refused:
             self.let_go()
             return MAY_RUN_THERE + (SEND_AGAIN if isinstance(self._machine, AdoptsStreams) else CONT)
-        with self._lock:
+        with self._lock.held():
             self.held = False
             if self._before is not RunState.RUNNING:
                 self._enter(self._before)

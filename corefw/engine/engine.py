@@ -3,8 +3,7 @@
 Every command is checked before anything is started; one that is refused changes nothing. The errors' texts are QEMU's
 where it has them (qmp_migrate, migrate_prepare, qmp_migrate_incoming, qmp_migrate_continue, ...).
 
-Threads: everything here may be called from any thread, by observers too. Events come in order, from some thread that
-caused one, with no lock held.
+Threads: everything here may be called from any thread, by observers too.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from corefw.channel import Transport
+from corefw.control import PassBegan, RunStateChanged
+from corefw.dispatch import Event, EventDispatcher, Observer
 from corefw.engine.blockers import Blockers
 from corefw.engine.checking import Checking
 from corefw.engine.coverage import uncovered
-from corefw.engine.events import Events, Observer
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.incoming import IncomingMigration
 from corefw.engine.launch import Launch
@@ -37,7 +37,7 @@ from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, SupportsVerif
 from corefw.plugins import Plugins
 from corefw.section import SectionRegistry
 from corefw.settings import Settings
-from corefw.states import IDLE, MigrationStatus, Side, StateMachine
+from corefw.states import IDLE, MigrationStatus, Side, StateMachine, StatusChanged
 
 _S = MigrationStatus
 MIGRATION_ACTIVE: Final = "There's a migration process in progress"
@@ -66,59 +66,35 @@ class Engine:
         self.settings: Final = settings
         self.name: Final = name
         self.launch: Final = launch
-        self.outgoing: Final = StateMachine(Side.SOURCE)
-        self.incoming: Final = StateMachine(Side.DESTINATION)
+        self._events = EventDispatcher()
+        self.outgoing: Final = StateMachine(Side.SOURCE, self._events)
+        self.incoming: Final = StateMachine(Side.DESTINATION, self._events)
         self.incoming_uri: str | None = None
         self.exit_on_error = True
         self._autostart = autostart
         self._closed = False
         self._lock = threading.RLock()  # whoever begins a migration, or changes what one begins with, holds it
         self._swap = threading.Lock()  # `_migration` changes together with the status that is its own
-        self._events = Events()
-        self._guest_lock = GuestLock(self._events.tell)
+        self._guest_lock = GuestLock(self._events)
         self._blockers = Blockers(machine, plugins, settings)
         self._migration: OutgoingMigration | None = None
         self._arrival: IncomingMigration | None = None
         self._checking: Checking | None = None
         if settings.property("only-migratable") and (reasons := self._blockers.reasons(self._registry())):
             raise UsageError("the guest cannot migrate, and only-migratable was asked for: " + "; ".join(reasons))
-        for side in (self.outgoing, self.incoming):
-            side.note(self._note_status)
-            side.observe(lambda *_: self._tell_events())
-            side.observe(plugins.state_changed)
-        machine.watch(self._run_state_changed)
+        self.observe(self._tell_plugins)
+        machine.watch(lambda old, new: self._events.publish(RunStateChanged(old, new)))
 
     # -- events ----------------------------------------------------------------------------------------------------
 
     def observe(self, observer: Observer) -> Callable[[], None]:
-        """Call `observer(event)` for every event from now on; returns what ends that."""
+        """Call `observer(event)` for every StatusChanged, PassBegan and RunStateChanged from now on; the function
+        returned ends that. See EventDispatcher.observe."""
         return self._events.observe(observer)
 
-    def _emit(self, name: str, data: Mapping[str, Any] | None = None) -> None:
-        self._events.post(name, data)
-        self._tell_events()
-
-    def _tell_events(self) -> None:
-        if not self._guest_lock.mine():
-            self._events.tell()
-
-    def _note_status(self, _side: Side, _old: MigrationStatus, new: MigrationStatus) -> None:
-        if self.settings.capability("events"):
-            self._events.post("MIGRATION", {"status": str(new)})
-
-    def _pass_began(self, number: int) -> None:
-        if self.settings.capability("events"):
-            self._emit("MIGRATION_PASS", {"pass": number})
-
-    def _run_state_changed(self, old: RunState, new: RunState) -> None:
-        if new is RunState.RUNNING:
-            self._emit("RESUME")
-        elif old is RunState.RUNNING and new not in DEAD:
-            self._emit("STOP")
-        elif new in DEAD:
-            self._emit(
-                "SHUTDOWN", {"guest": True, "reason": "guest-shutdown" if new is RunState.SHUTDOWN else "host-error"}
-            )
+    def _tell_plugins(self, event: Event) -> None:
+        if isinstance(event, StatusChanged):
+            self.plugins.state_changed(event.side, event.old, event.new)
 
     # -- the guest -------------------------------------------------------------------------------------------------
 
@@ -129,13 +105,13 @@ class Engine:
 
     def stop(self) -> None:
         """Pause the guest. Nothing happens when it does not run."""
-        with self._guest_lock:
+        with self._guest_lock.held():
             if self.machine.run_state is RunState.RUNNING:
                 self.machine.stop(RunState.PAUSED)
 
     def cont(self) -> None:
         """Let the guest run. Raises StateError where a destination said that it has it, or where it is not here yet."""
-        with self._guest_lock:
+        with self._guest_lock.held():
             state = self.machine.run_state
             if state is RunState.RUNNING:
                 return
@@ -149,7 +125,7 @@ class Engine:
         """Let the guest prove its own state. Raises UsageError where it cannot, MachineError when it is wrong."""
         if not isinstance(self.machine, SupportsVerify):
             raise UsageError(f"a machine of kind '{self.machine.kind}' cannot verify itself")
-        with self._guest_lock:
+        with self._guest_lock.held():
             if self.machine.run_state is RunState.INMIGRATE:
                 raise StateError(WAITS)
             self._check_not_held()
@@ -186,7 +162,7 @@ class Engine:
         meaning in QMP, as in QEMU.
         """
         del detach
-        with self._lock:
+        with self._events.hold(), self._lock:
             if resume:
                 raise StateError("Cannot resume if there is no paused migration")
             if self.outgoing.status not in IDLE:
@@ -201,7 +177,6 @@ class Engine:
             if reasons := self._blockers.reasons(registry):
                 raise BlockedError(reasons)
             self._begin_outgoing(transport, registry)
-        self.outgoing.announce()
 
     def check(self, uri: str | None = None) -> dict[str, Any]:
         """Whether a migration to `uri` would succeed, and what it would be like; it changes nothing and takes some
@@ -263,11 +238,11 @@ class Engine:
             transport,
             self.outgoing,
             self._guest_lock,
-            self._pass_began,
+            lambda number: self._events.publish(PassBegan(number)),
         )
         with self._swap:
             self._migration = migration
-            self.outgoing.move(self.outgoing.status, _S.SETUP)
+            self.outgoing.advance(self.outgoing.status, _S.SETUP)
         try:
             migration.start()
         except RuntimeError as error:  # the host gives us no thread
@@ -295,10 +270,9 @@ class Engine:
         self._cancel_arrival()
 
     def _cancel_outgoing(self) -> None:
-        with self._swap:
+        with self._events.hold(), self._swap:
             if self._migration is not None:
                 self._migration.cancel()
-        self.outgoing.announce()
 
     def _cancel_arrival(self) -> IncomingMigration | None:
         arrival = self._arrival
@@ -339,7 +313,7 @@ class Engine:
         """
         self.plugins.transport(uri).check_incoming()  # a wrong URI cancels nothing
         self._replace_arrival()
-        with self._lock:
+        with self._events.hold(), self._lock:
             if self._closed:
                 raise StateError(CLOSED)
             if self.machine.run_state is not RunState.INMIGRATE:
@@ -366,7 +340,7 @@ class Engine:
             self._arrival = arrival
             self.incoming_uri = dialled = str(listener.uri)
             self.exit_on_error = exit_on_error
-            self.incoming.move(self.incoming.status, _S.SETUP)
+            self.incoming.advance(self.incoming.status, _S.SETUP)
             try:
                 arrival.start()
             except RuntimeError as error:
@@ -374,7 +348,6 @@ class Engine:
                 self._arrival = None
                 self.incoming.advance(_S.SETUP, _S.FAILED)
                 raise MigfwError(f"cannot listen for a migration: {error}") from None
-        self.incoming.announce()
         return dialled
 
     def _replace_arrival(self) -> None:

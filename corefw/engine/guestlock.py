@@ -9,55 +9,35 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Final
 
+from corefw.dispatch import EventDispatcher
+
 POLL: Final = 0.1
-"""Seconds after which somebody who waits for his turn looks whether there is still a point in it."""
+"""Seconds after which a thread that waits for the lock checks whether it still has a reason to."""
 
 
 class GuestLock:
-    """Re-entrant. `after` is called when the outermost holder has let go."""
+    """Re-entrant."""
 
-    def __init__(self, after: Callable[[], None]) -> None:
+    def __init__(self, events: EventDispatcher) -> None:
+        self._events = events
         self._lock = threading.RLock()
-        self._depth = 0
-        self._holder: int | None = None
-        self._after = after
 
-    def mine(self) -> bool:
-        """Whether the calling thread holds it."""
-        return self._holder == threading.get_ident()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._entered()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._leave()
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold it during the block."""
+        with self._events.hold(), self._lock:
+            yield
 
     @contextmanager
     def unless(self, check: Callable[[], None]) -> Iterator[None]:
-        """Hold it; while others do (a guest that verifies itself may take minutes), raise what `check` raises."""
-        while not self._lock.acquire(timeout=POLL):
-            check()
-        self._entered()
-        try:
-            yield
-        finally:
-            self._leave()
-
-    def _entered(self) -> None:
-        self._depth += 1
-        self._holder = threading.get_ident()
-
-    def _leave(self) -> None:
-        self._depth -= 1
-        outermost = self._depth == 0
-        if outermost:
-            self._holder = None
-        self._lock.release()
-        if outermost:
-            self._after()
+        """Hold it during the block. While others hold it (a guest that verifies itself may take minutes), raise
+        whatever `check` raises."""
+        with self._events.hold():
+            while not self._lock.acquire(timeout=POLL):
+                check()
+            try:
+                yield
+            finally:
+                self._lock.release()

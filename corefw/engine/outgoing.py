@@ -138,9 +138,9 @@ class OutgoingMigration:
 
     def cancel(self) -> None:
         """Begin to end it, in whatever state; nothing happens when it is over. The caller sees to it that no other
-        migration begins meanwhile, and announces the status afterwards (QEMU's migrate_fd_cancel)."""
+        migration begins meanwhile (QEMU's migrate_fd_cancel)."""
         while (status := self._state.status) in SETUP_OR_ACTIVE:
-            if self._state.move(status, _S.CANCELLING):
+            if self._state.advance(status, _S.CANCELLING):
                 self._abort()
                 return
 

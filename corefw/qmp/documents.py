@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
 
+from corefw.control import PassBegan, RunStateChanged
+from corefw.dispatch import Event
+from corefw.machine import RunState
 from corefw.qmp.forms import NOTHING, Enumeration, Form, Member, Structure
 from corefw.qmp.schema import Variants, shape
-from corefw.states import MigrationStatus
+from corefw.states import MigrationStatus, StatusChanged
 
 # Known only once the plugins are: forms of these names are filled in by introspection.py.
 CapabilityName = Annotated[str, Enumeration("MigrationCapability", ())]
@@ -200,3 +203,24 @@ EVENTS: Final[Mapping[str, Form]] = {
     "SHUTDOWN": _data("ShutdownEvent", guest=bool, reason=ShutdownCause),
 }
 """Every event and its data."""
+
+OPTIONAL_EVENTS: Final = frozenset({"MIGRATION", "MIGRATION_PASS"})
+"""The events that are sent only while the capability `events` is on."""
+
+
+def event_document(event: Event) -> tuple[str, dict[str, object]] | None:
+    """Name and data of the QMP event for something that happened; None where QMP has no event for it."""
+    match event:
+        case StatusChanged():
+            return "MIGRATION", {"status": str(event.new)}
+        case PassBegan():
+            return "MIGRATION_PASS", {"pass": event.number}
+        case RunStateChanged(new=RunState.RUNNING):
+            return "RESUME", {}
+        case RunStateChanged(new=RunState.SHUTDOWN):
+            return "SHUTDOWN", {"guest": True, "reason": "guest-shutdown"}
+        case RunStateChanged(new=RunState.INTERNAL_ERROR):
+            return "SHUTDOWN", {"guest": True, "reason": "host-error"}
+        case RunStateChanged(old=RunState.RUNNING):
+            return "STOP", {}
+    return None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from corefw.channel import Interrupt
 from corefw.closing import Closing
 from corefw.net.dialing import listen_tcp, listen_unix
-from corefw.qmp import protocol
+from corefw.qmp import documents, protocol
 from corefw.qmp.address import QmpAddress, UnixAddress, parse_address
 from corefw.qmp.admission import whom_to_disconnect
 from corefw.qmp.commands import command_table
@@ -25,7 +25,8 @@ from corefw.qmp.session import Session
 from corefw.uri import MigrationUri
 
 if TYPE_CHECKING:
-    from corefw.engine import Engine, Event
+    from corefw.dispatch import Event
+    from corefw.engine import Engine
     from corefw.net.sockets import SocketListener
 
 log = logging.getLogger(__name__)
@@ -151,7 +152,13 @@ class QmpServer(Closing):
     # -- events ----------------------------------------------------------------------------------------------------
 
     def _broadcast(self, event: Event) -> None:
-        self._post(protocol.encode(protocol.event(event.name, event.data, event.timestamp)))
+        found = documents.event_document(event)
+        if found is None:
+            return
+        name, data = found
+        if name in documents.OPTIONAL_EVENTS and not self._engine.settings.capability("events"):
+            return
+        self._post(protocol.encode(protocol.event(name, data, event.timestamp)))
 
     def _post(self, line: bytes) -> None:
         with self._lock:

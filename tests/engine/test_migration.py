@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from corefw.control import PassBegan
 from corefw.errors import BlockedError, SettingsError, StateError, UriError, UsageError
 from corefw.machine import RunState
 from corefw.states import MigrationStatus
@@ -22,7 +23,7 @@ def test_a_running_guest_moves_and_loses_nothing(pair: Pair) -> None:
     assert ended(source) == "completed" and arrived(destination) == "completed"
     assert source.machine.run_state is RunState.POSTMIGRATE
     assert pair.statuses("completed") == ["setup", "active", "device", "completed"]
-    passes = [event.data["pass"] for event in pair.events if event.name == "MIGRATION_PASS"]
+    passes = [event.number for event in pair.events if isinstance(event, PassBegan)]
     assert passes == list(range(1, len(passes) + 1)) and len(passes) >= 2
     moved = counting(source).check()
     runs_on(destination)

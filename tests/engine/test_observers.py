@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from corefw.engine import Engine, Event
+from corefw.control import PassBegan, RunStateChanged
+from corefw.dispatch import Event
+from corefw.engine import Engine
 from corefw.errors import StateError
 from corefw.machine import RunState
-from corefw.news import News
 from corefw.plugins import Plugins
+from corefw.states import MigrationStatus, StatusChanged
 from tests.helpers.engines import PATIENCE, Pair, arrived, counting, ended, runs_on
 
 
@@ -32,23 +34,29 @@ def elsewhere(deed: Callable[[], object]) -> None:
     assert not thread.is_alive(), "the engine holds a lock while it tells"
 
 
+def status(event: Event) -> MigrationStatus | None:
+    """The new status, where an event is a change of one."""
+    return event.new if isinstance(event, StatusChanged) else None
+
+
 def test_no_lock_is_held_while_events_are_told(pair: Pair) -> None:
     source, destination = pair.source(), pair.destination()
-    heard: list[str] = []
+    heard: list[Event] = []
 
     def observe(event: Event) -> None:
         elsewhere(source.cont)
         elsewhere(lambda: source.add_blocker("in the way"))
-        heard.append(f"{event.name} {event.data.get('status', '')}".strip())
+        heard.append(event)
 
     source.observe(observe)
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "completed"
     deadline = time.monotonic() + PATIENCE
-    while not heard or heard[-1] != "MIGRATION completed":
+    while not heard or status(heard[-1]) != "completed":
         assert time.monotonic() < deadline, f"not told, but {heard}"
         time.sleep(0.001)
-    assert heard[0] == "MIGRATION setup" and "STOP" in heard and "MIGRATION_PASS" in heard
+    assert status(heard[0]) == "setup"
+    assert {RunStateChanged, PassBegan} <= set(map(type, heard))
 
 
 def test_an_observer_may_try_again_when_a_migration_failed(pair: Pair) -> None:
@@ -56,7 +64,7 @@ def test_an_observer_may_try_again_when_a_migration_failed(pair: Pair) -> None:
     uri = destination.migrate_incoming("tcp:127.0.0.1:0")
 
     def again(event: Event) -> None:
-        if event.data.get("status") == "failed":
+        if status(event) == "failed":
             source.migrate(uri)
 
     source.observe(again)
@@ -70,7 +78,7 @@ def test_an_observer_may_close_the_engine(pair: Pair) -> None:
     closed = threading.Event()
 
     def close(event: Event) -> None:
-        if event.data.get("status") == "completed":
+        if status(event) == "completed":
             source.close()
             closed.set()
 
@@ -86,10 +94,10 @@ def test_who_hears_the_end_sees_the_guest_as_it_is(pair: Pair, end: str) -> None
     source, destination = pair.source(), pair.destination()
     source.set_capabilities({"pause-before-switchover": True})
     seen: list[RunState] = []
-    source.observe(lambda event: seen.append(source.machine.run_state) if event.data.get("status") == end else None)
+    source.observe(lambda event: seen.append(source.machine.run_state) if status(event) == end else None)
 
     def go_on(event: Event) -> None:
-        if event.data.get("status") == "pre-switchover":
+        if status(event) == "pre-switchover":
             if end == "completed":
                 source.continue_migration(source.outgoing.status)
             elif end == "failed":
@@ -109,50 +117,8 @@ def test_every_harvest_of_the_dirty_log_is_a_pass(pair: Pair) -> None:
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     ended(source)
     pair.statuses("completed")
-    passes = [event.data["pass"] for event in pair.events if event.name == "MIGRATION_PASS"]
+    passes = [event.number for event in pair.events if isinstance(event, PassBegan)]
     assert passes == list(range(1, source.query_migrate()["ram"]["dirty-sync-count"] + 1))
-
-
-# -- news --------------------------------------------------------------------------------------------------------------
-
-
-def test_news_in_order_also_from_within() -> None:
-    heard: list[int] = []
-
-    def tell(piece: int) -> None:
-        if piece < 5:
-            news.post(piece + 10)
-            news.tell()
-        heard.append(piece)
-
-    news = News(tell)
-    for piece in (1, 2):
-        news.post(piece)
-    assert heard == []
-    news.tell()
-    assert heard == [1, 2, 11, 12]
-
-
-def test_nobody_waits_for_who_tells() -> None:
-    begun, go_on = threading.Event(), threading.Event()
-    heard: list[int] = []
-
-    def tell(piece: int) -> None:
-        begun.set()
-        assert go_on.wait(PATIENCE)
-        heard.append(piece)
-
-    news = News(tell)
-    news.post(1)
-    telling = threading.Thread(target=news.tell)
-    telling.start()
-    assert begun.wait(PATIENCE)
-    news.post(2)
-    news.tell()
-    assert heard == []
-    go_on.set()
-    telling.join()
-    assert heard == [1, 2]
 
 
 # -- nothing is left behind --------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from contextlib import ExitStack
 from types import MappingProxyType, TracebackType
 from typing import Self
 
-from corefw.engine import Engine, Event
+from corefw.dispatch import Event
+from corefw.engine import Engine
 from corefw.machine import Machine, RunState
 from corefw.plugins import Plugins
-from corefw.states import MigrationStatus
+from corefw.states import MigrationStatus, StatusChanged
 from corefw.wire.constants import READY_PING, Command, ReturnMessage, SectionType
 from corefw.wire.returnpath import encode_return_message, number_body
 from tests.helpers.machines import CountingMachine
@@ -66,7 +67,7 @@ class Pair:
         """The source's statuses, in the order in which they were told; once `last` was, which is told after it is."""
         deadline = time.monotonic() + PATIENCE
         while True:
-            told = [event.data["status"] for event in self.events if event.name == "MIGRATION"]
+            told = [str(event.new) for event in self.events if isinstance(event, StatusChanged)]
             if last is None or told[-1:] == [last]:
                 return told
             assert time.monotonic() < deadline, f"'{last}' is not told, but {told}"
