@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
+from corefw.dispatch import EventDispatcher
 from corefw.engine.phases import run_phases
 from corefw.errors import Interrupted
-from corefw.states import MigrationStatus, Side, StateMachine
+from corefw.states import MigrationStatus, Side, StateMachine, StatusChanged
 
 _S = MigrationStatus
 
@@ -23,16 +24,17 @@ def step(name: str, following: MigrationStatus) -> Callable[[Log], MigrationStat
     return phase
 
 
-def started() -> StateMachine:
-    state = StateMachine(Side.SOURCE)
+def started(events: EventDispatcher | None = None) -> StateMachine:
+    state = StateMachine(Side.SOURCE, events or EventDispatcher())
     state.advance(_S.NONE, _S.SETUP)
     return state
 
 
 def test_phases_follow_one_another_until_a_status_has_none() -> None:
-    state, log = started(), Log()
+    events = EventDispatcher()
+    state, log = started(events), Log()
     seen: list[str] = []
-    state.observe(lambda _side, _old, new: seen.append(new))
+    events.observe(lambda event: seen.append(event.new) if isinstance(event, StatusChanged) else None)
     phases = {
         _S.SETUP: step("setup", _S.ACTIVE),
         _S.ACTIVE: step("precopy", _S.DEVICE),
