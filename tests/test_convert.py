@@ -70,7 +70,7 @@ def stream_of(
             *(items.Part(0, SectionType.END, RAM), *(items.Ram(0, one, None) for one in records), eos, footer),
             *(items.Section(0, DEVICE), items.Body(0, DEVICE, body, None), items.Footer(0, 3)),
             items.Eof(0),
-            items.DescriptionItem(0, text, None),
+            items.DescriptionItem(0, text),
         ]
     )
 

@@ -1,8 +1,8 @@
-"""What a stream is made of, in order: the items that the decoder gives and that `encode` writes again.
+"""What a stream is made of: the events of its frame (frames.py), and what stands between them.
 
-Invariant: an item holds everything of its bytes, so writing all items again gives the stream byte for byte. `offset` is
-where its first byte stands in the stream (in the package, for items inside PACKAGED); how long it is, its neighbour's
-offset says.
+The decoder gives these items in the order of the stream, and `encode` writes them again.
+Invariant: an item holds everything that its bytes say, so writing all items gives the stream byte for byte. It ends
+where the next one begins.
 """
 
 from __future__ import annotations
@@ -13,10 +13,19 @@ from typing import Any, Final
 
 from corefw.errors import StreamError
 from corefw.wire.constants import SectionType
-from corefw.wire.description import Description, DeviceDescription
+from corefw.wire.description import DeviceDescription
+from corefw.wire.frames import (
+    CommandItem,
+    ConfigurationItem,
+    DescriptionItem,
+    Eof,
+    Footer,
+    Header,
+    Item,
+    Part,
+    Section,
+)
 from corefw.wire.records import (
-    CommandRecord,
-    Configuration,
     RamRecord,
     SectionHeader,
     write_command,
@@ -30,36 +39,6 @@ from corefw.wire.records import (
     write_section_header,
 )
 from corefw.wire.stream import StreamWriter
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Header(Item):
-    """Magic and version."""
-
-
-@dataclass(frozen=True, slots=True)
-class ConfigurationItem(Item):
-    configuration: Configuration
-
-
-@dataclass(frozen=True, slots=True)
-class Section(Item):
-    """The head of a START or FULL section."""
-
-    header: SectionHeader
-
-
-@dataclass(frozen=True, slots=True)
-class Part(Item):
-    """The head of a PART or END section; `header` is what its START said."""
-
-    type: SectionType
-    header: SectionHeader
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,35 +66,12 @@ class Body(Item):
 
 
 @dataclass(frozen=True, slots=True)
-class Footer(Item):
-    section_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class CommandItem(Item):
-    record: CommandRecord
-
-
-@dataclass(frozen=True, slots=True)
 class Package(Item):
     """The stream within the stream that follows a PACKAGED command. `error` is what was wrong with it."""
 
     data: bytes
     items: tuple[Item, ...]
     error: StreamError | None
-
-
-@dataclass(frozen=True, slots=True)
-class Eof(Item):
-    """The byte that ends the sections."""
-
-
-@dataclass(frozen=True, slots=True)
-class DescriptionItem(Item):
-    """The description: its text as it came, and parsed (None: it is not what a description has to be)."""
-
-    text: bytes
-    description: Description | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,3 +103,22 @@ def encode(writer: StreamWriter, items: Iterable[Item]) -> None:
     for item in items:
         _WRITERS[type(item)](writer, item)
     writer.flush()
+
+
+__all__ = [
+    "Body",
+    "CommandItem",
+    "ConfigurationItem",
+    "DescriptionItem",
+    "Eof",
+    "Footer",
+    "Header",
+    "Item",
+    "Layout",
+    "Package",
+    "Part",
+    "Ram",
+    "Section",
+    "Uncut",
+    "encode",
+]

@@ -79,7 +79,8 @@ class StreamReader:
     where    what is being read, for messages; handlers set it ("section 'ram'")
     """
 
-    def __init__(self, source: Source, size: int = BUFFER_SIZE, where: str = "stream") -> None:
+    def __init__(self, source: Source, size: int = BUFFER_SIZE, where: str = "stream", base: int = 0) -> None:
+        """`size`: bytes of the buffer. `base`: the offset of the first byte, where it is not the stream's first."""
         self._source = source
         self._memory_source = source if isinstance(source, ReceivesMemory) else None
         self._file = source if isinstance(source, FileBacked) else None
@@ -87,7 +88,7 @@ class StreamReader:
         self._view = memoryview(self._buffer)
         self._start = 0
         self._end = 0
-        self._base = 0
+        self._base = base
         self.ended = False
         self.where = where
 

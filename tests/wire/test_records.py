@@ -31,7 +31,7 @@ from corefw.wire.records import (
     configuration_subsections,
     parse_ping,
     parse_postcopy_advise,
-    peek_section_name,
+    peek_section_header,
     ping_payload,
     postcopy_advise_payload,
     read_bitmap,
@@ -244,10 +244,10 @@ def test_a_footer_proves_the_section() -> None:
 def test_the_next_section_can_be_seen_ahead() -> None:
     data = written(lambda writer: write_section_header(writer, CPU))
     reader = reading(data)
-    assert peek_section_name(reader) == "cpu"
+    assert peek_section_header(reader) == (CPU.idstr, CPU.instance_id)
     assert reader.offset == 0
-    assert peek_section_name(reading(data[:8])) is None
-    assert peek_section_name(reading(data[:3])) is None
+    assert peek_section_header(reading(data[:8])) is None
+    assert peek_section_header(reading(data[:3])) is None
 
 
 def test_commands_have_their_lengths() -> None:

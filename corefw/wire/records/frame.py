@@ -77,13 +77,17 @@ def read_section_header(reader: StreamReader, section_type: SectionType) -> Sect
     )
 
 
-def peek_section_name(reader: StreamReader) -> str | None:
-    """The idstr of the START or FULL section that comes next, nothing consumed; None where the stream ends."""
+def peek_section_header(reader: StreamReader) -> tuple[str, int] | None:
+    """Name and instance id of the START or FULL section whose type byte comes next, nothing consumed; None where the
+    stream ends inside the header."""
     head = reader.peek(6)
     if len(head) < 6:
         return None
-    name = reader.peek(6 + head[5])[6:]
-    return name.decode(errors="replace") if len(name) == head[5] else None
+    end = len(head) + head[5]
+    whole = reader.peek(end + BE32.size)
+    if len(whole) < end + BE32.size:
+        return None
+    return whole[6:end].decode(errors="replace"), int(BE32.unpack_from(whole, end)[0])
 
 
 def write_section_header(writer: StreamWriter, header: SectionHeader) -> None:
