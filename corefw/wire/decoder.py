@@ -110,9 +110,7 @@ class _Decoder:
         try:
             parse_description(item.text)
         except StreamError as error:
-            raise RemoteStreamError(
-                item.offset, "description", "JSON that describes devices", str(error)
-            ) from None
+            raise RemoteStreamError(item.offset, "description", "JSON that describes devices", str(error)) from None
 
     # -- bodies ----------------------------------------------------------------------------------------------------
 

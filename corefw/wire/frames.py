@@ -1,6 +1,6 @@
 """The one reader of a stream's frame: what stands around the bodies of sections.
 
-`FrameReader.next_event()` gives one event after another; whoever asks reads a section's body, and a package, in between:
+`FrameReader.next_event()` gives one event after another; the caller reads bodies of sections, and packages, in between:
 
     Header  ConfigurationItem?
     ( Section  body  Footer? | Part  body  Footer? | CommandItem  package? )*
