@@ -1,12 +1,12 @@
-"""Whose the guest is while it moves.
+"""Which side may run the guest while it moves.
 
-Invariant: the guest is the source's until the destination may be running it. From the moment when it is stopped for the
-switchover only this module starts it here, and only when it cannot be running there: nothing that completes the stream
-has gone out, or the destination itself has said that it failed. Where nobody can know, it stays stopped, and a human
+Invariant: the guest belongs to the source until the destination may be running it. Once it is stopped for the
+switchover, only this module starts it here, and only if it cannot be running there: the stream has not been completed,
+or the destination itself has reported that it failed. If there is no way to know, the guest stays stopped and the user
 decides.
 
-Source: QEMU's migration_completion and migration_iteration_finish.
-Threads: the migration thread; `held` may be read from any that holds the guest's lock.
+Source: QEMU 10.0, migration_completion and migration_iteration_finish.
+Threads: the migration thread; `held` may be read by any thread that holds the guest lock.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SEND_AGAIN: Final = " (parked, it cannot run: migrate it again, if you know that
 
 
 class Custody:
-    """One migration's hold on the guest.
+    """The hold of a single migration on the guest.
 
-    held          it was stopped for the switchover, and has not been let go or taken back
-    handed_over   what completes the stream has begun to go out: the destination may be running it
+    held          the guest was stopped for the switchover, and has not been let go or taken back yet
+    handed_over   the destination may be running it
     """
 
     def __init__(self, machine: Machine, lock: GuestLock) -> None:
@@ -41,8 +41,8 @@ class Custody:
         self._before = machine.run_state
 
     def stop(self, check: Callable[[], None], store: Callable[[RunState], None]) -> None:
-        """Stop the guest; `store` is given its run state before. Raises MachineError and what `check` raises; then the
-        guest is as it was."""
+        """Stop the guest; `store` is called with the run state it had. Raises MachineError and what `check` raises;
+        the guest is then as it was."""
         with self._lock.unless(check):
             self._before = self._machine.run_state
             store(self._before)
@@ -54,14 +54,24 @@ class Custody:
         with self._lock.unless(check):
             machine.throttle(percent)
 
+    def hand_over_at_eof(self, *, visible: bool) -> None:
+        """Precopy: the end mark is about to go out, and the destination starts the guest once it has that. `visible`
+        is False if nobody sees anything of the stream before it was ended cleanly (a file)."""
+        self.handed_over = visible
+
+    def hand_over_at_run(self) -> None:
+        """Postcopy: the command RUN is about to go out, and the destination starts the guest with it."""
+        self.handed_over = True
+
     def let_go(self) -> None:
-        """It is the destination's, or stored. `held` stays: the migration's status says when it is over."""
+        """Leave the guest to the destination, or to the file. `held` stays set until the migration's status has
+        changed."""
         with self._lock.held():
             self._enter(RunState.POSTMIGRATE)
 
     def take_back(self, *, refused: bool) -> str:
-        """The migration failed: let the guest run on if it ran before, unless it may run there. `refused`: the
-        destination said that it does not. Returns what to add to the reason."""
+        """The migration failed: start the guest again if it ran before, unless it may be running there. `refused`: the
+        destination reported that it failed, so it does not run the guest. Returns what to append to the error."""
         if not self.held:
             return ""
         if self.handed_over and not refused:
@@ -74,7 +84,7 @@ class Custody:
                 return ""
             try:
                 self._machine.start()
-            except ANYTHING as error:  # a machine is a plugin: whatever it does, the migration has to end
+            except ANYTHING as error:  # the migration has to end, whatever a machine does
                 log.debug("the guest does not start", exc_info=True)
                 return f"; and the guest could not be started again: {error}"
         return ""

@@ -1,10 +1,9 @@
-"""The return path: what the destination tells the source, on the way back of the same channel.
+"""The return path: messages from the destination to the source, in the other direction of the stream's channel.
 
-The guest has arrived when SHUT came with 0, and came after everything was sent. Anything else that ends the return path
-fails the migration. Between two migfws the destination says why it failed (MIGFW_REASON) before it says SHUT 1.
+The guest has arrived when SHUT 0 has come, after everything was sent. Anything else that ends the return path fails the
+migration. Between two migfws the destination says why it failed (MIGFW_REASON) before it sends SHUT 1.
 
-Source: QEMU's source_return_path_thread,
-await_return_path_close_on_source, migrate_send_rp_message.
+Source: QEMU 10.0, source_return_path_thread, await_return_path_close_on_source, migrate_send_rp_message.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Final
 
 from corefw.channel import Channel
 from corefw.errors import ANYTHING, ChannelClosed, ChannelError, MigfwError, PeerError, StreamError
-from corefw.wire.constants import READY_PING, ReturnMessage
+from corefw.wire.constants import ReturnMessage
 from corefw.wire.returnpath import (
     encode_return_message,
     number_body,
@@ -29,27 +28,36 @@ from corefw.wire.stream import StreamReader
 
 log = logging.getLogger(__name__)
 
-AWAITED: Final = frozenset({READY_PING})
-"""The PINGs whose PONG somebody waits for."""
+_ACCEPTED: Final = (ReturnMessage.SHUT, 0)
+
+Handler = Callable[[bytes], None]
+"""Called in the return path's thread with a message's body. What it raises ends the return path and the migration."""
 
 
 class ReturnPathReader:
-    """The source's end: a thread that reads messages until SHUT, or until something is wrong.
+    """The source's end: a thread that reads messages until SHUT 0, or until something is wrong.
 
-    `on_failure` is called from that thread, once, when the path ended otherwise than with SHUT 0.
+    Each message is passed to its handler; one without a handler fails the migration. Messages that somebody waits for
+    are announced with `expect`, so that a destination cannot make the source collect others.
+
+    `on_failure` is called from that thread, once, if the path ends in anything but SHUT 0.
     """
 
     def __init__(self, channel: Channel, on_failure: Callable[[], None]) -> None:
         self._channel = channel
         self._on_failure = on_failure
-        self._may_accept = False
+        self._handlers: Final[dict[ReturnMessage, Handler]] = {
+            ReturnMessage.PONG: self._pong,
+            ReturnMessage.SWITCHOVER_ACK: self._switchover_ack,
+            ReturnMessage.MIGFW_REASON: self._note_reason,
+            ReturnMessage.SHUT: self._shut,
+        }
         self._changed = threading.Condition()  # guards the four below
         self._ended = False
-        self._pongs: set[int] = set()
-        self._acknowledged = False
-        self._reason = ""
-        self._accepted = False
+        self._expected = {(ReturnMessage.SWITCHOVER_ACK, 0)}
+        self._received: set[tuple[ReturnMessage, int]] = set()
         self._error: MigfwError | None = None
+        self._reason = ""
         self._thread = threading.Thread(target=self._run, name="return path", daemon=True)
 
     def start(self) -> None:
@@ -62,90 +70,95 @@ class ReturnPathReader:
 
     @property
     def refused(self) -> bool:
-        """Whether the destination itself said that it failed: then it does not run the guest."""
+        """Whether the destination itself reported that it failed: then it does not run the guest."""
         return isinstance(self._error, PeerError)
 
     @property
     def accepted(self) -> bool:
-        """Whether the destination said that it has the guest."""
-        return self._accepted
+        """Whether the destination confirmed that it has the guest."""
+        return _ACCEPTED in self._received
 
-    def expect_end(self) -> None:
-        """From now on the destination may have everything, and say SHUT 0."""
-        self._may_accept = True
+    def expect(self, message: ReturnMessage, value: int) -> None:
+        """From now on the destination may send this; wait() then finds it. SHUT 0 before that is an error."""
+        with self._changed:
+            self._expected.add((message, value))
 
-    def wait(self, seconds: float | None = None) -> bool:
-        """Block until the path has ended, at most for `seconds`; whether it has. `Channel.abort()` ends the wait."""
+    def wait(self, message: ReturnMessage, value: int, seconds: float) -> bool:
+        """Block until an expected message has come; False after `seconds`. Raises what ended the path instead."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or (message, value) in self._received, seconds)
+            received = (message, value) in self._received
+        if not received:
+            self.check()
+        return received
+
+    def wait_end(self, seconds: float) -> bool:
+        """Block until the path has ended, for `seconds` at most; whether it has."""
         with self._changed:
             return self._changed.wait_for(lambda: self._ended, seconds)
-
-    def wait_pong(self, value: int, seconds: float) -> bool:
-        """Block until the destination has answered this PING or the path has ended; False after `seconds`."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._ended or value in self._pongs, seconds)
-
-    def wait_acknowledged(self, seconds: float) -> bool:
-        """Wait at most that long for SWITCHOVER_ACK; whether it has come. Also returns when the path ends."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._acknowledged, seconds)
-            return self._acknowledged and not self._ended
 
     def join(self) -> None:
         """After abort() of the channel, or SHUT."""
         if self._thread.ident is not None:
             self._thread.join()
 
+    # -- the thread ------------------------------------------------------------------------------------------------
+
     def _run(self) -> None:
+        error: MigfwError | None = None
         try:
             reader = StreamReader(self._channel, size=4096, where="return path")
-            while not self._handle(reader):
-                pass
-            self._accepted = True
-        except MigfwError as error:
-            self._error = error
+            while not self.accepted:
+                self._dispatch(reader)
+        except MigfwError as caught:
+            error = caught
         except ANYTHING as bug:
             log.exception("the return path failed")
-            self._error = MigfwError(f"internal error on the return path: {type(bug).__name__}: {bug}")
-        finally:
-            with self._changed:
-                self._ended = True
-                self._changed.notify_all()
-        if self._error is not None:
+            error = MigfwError(f"internal error on the return path: {type(bug).__name__}: {bug}")
+        with self._changed:
+            self._error = error
+            self._ended = True
+            self._changed.notify_all()
+        if error is not None:
             self._on_failure()
 
-    def _handle(self, reader: StreamReader) -> bool:
-        """One message; True when it was SHUT 0."""
+    def _dispatch(self, reader: StreamReader) -> None:
+        """Read one message and call its handler."""
         if reader.at_end():
             raise ChannelClosed(
                 f"{self._channel.peer} closed the return path without reporting a result"
                 " (if it is a QEMU, its stderr or log says why)"
             )
         message = read_return_message(reader)
-        if message.type is ReturnMessage.PONG:
-            self._note_pong(parse_number(message.body))
-            return False
-        if message.type is ReturnMessage.MIGFW_REASON:
-            self._reason = parse_reason(message.body)
-            return False
-        if message.type is ReturnMessage.SWITCHOVER_ACK:
-            with self._changed:
-                self._acknowledged = True
-                self._changed.notify_all()
-            return False
-        if message.type is not ReturnMessage.SHUT:
+        handler = self._handlers.get(message.type)
+        if handler is None:
             raise StreamError(f"return path: unexpected {message.type.name} (postcopy is not in use)")
-        if status := parse_number(message.body):
+        handler(message.body)
+
+    def _note(self, message: ReturnMessage, value: int) -> None:
+        with self._changed:
+            if (message, value) in self._expected:
+                self._received.add((message, value))
+                self._changed.notify_all()
+
+    # -- the handlers ----------------------------------------------------------------------------------------------
+
+    def _pong(self, body: bytes) -> None:
+        self._note(ReturnMessage.PONG, parse_number(body))
+
+    def _switchover_ack(self, _body: bytes) -> None:
+        self._note(ReturnMessage.SWITCHOVER_ACK, 0)
+
+    def _note_reason(self, body: bytes) -> None:
+        self._reason = parse_reason(body)
+
+    def _shut(self, body: bytes) -> None:
+        if status := parse_number(body):
             why = f": {self._reason}" if self._reason else f" (status {status}; its log says why)"
             raise PeerError(f"the destination failed to load the guest{why}")
-        if not self._may_accept:
+        if _ACCEPTED not in self._expected:
             raise StreamError("return path: the destination confirmed the guest before everything was sent")
-        return True
-
-    def _note_pong(self, value: int) -> None:
-        with self._changed:
-            if value in AWAITED:  # a destination may send as many others as it likes
-                self._pongs.add(value)
-                self._changed.notify_all()
+        self._note(ReturnMessage.SHUT, 0)
 
 
 class ReturnPathWriter:

@@ -203,9 +203,9 @@ class Broken(Channel):
 
 def test_a_bug_on_the_return_path_is_no_yes() -> None:
     path = ReturnPathReader(Broken(), lambda: None)
-    path.expect_end()
+    path.expect(ReturnMessage.SHUT, 0)
     path.start()
-    path.wait(PATIENCE)
+    path.wait_end(PATIENCE)
     assert not path.accepted
     with pytest.raises(MigfwError, match="RuntimeError: a bug"):
         path.check()

@@ -41,7 +41,7 @@ def test_the_source_does_not_switch_over_before_the_ack(pair: Pair) -> None:
 
 
 def test_a_destination_without_the_capability_is_named(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("corefw.engine.outgoing.ACK_PATIENCE", 0.2)
+    monkeypatch.setattr("corefw.engine.precopy.ACK_PATIENCE", 0.2)
     source, destination = pair.source(), pair.destination()
     source.set_capabilities({"switchover-ack": True})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))

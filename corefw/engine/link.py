@@ -1,0 +1,111 @@
+"""The source's connection to the destination: its channels, the stream's writer, and the return path.
+
+What belongs to one connection is here and nowhere else, so a migration that resumes replaces its link as a whole. The
+channels that savers open belong to the link they were opened over, and end with it.
+
+Threads: the migration thread; `abort` and `open_channel` may be called from any.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from corefw.channel import Channel, Interrupt, Transport
+from corefw.engine.returnpath import ReturnPathReader
+from corefw.errors import ChannelError
+from corefw.net.channelset import ChannelSet
+from corefw.wire.constants import Command, ReturnMessage
+from corefw.wire.records import ping_payload, write_command
+from corefw.wire.stream import StreamWriter
+
+LAST_WORDS: Final = 1.0
+"""Seconds that the destination has to say why the connection broke: its last message may still be on its way."""
+
+LOOK: Final = 0.1
+"""Seconds between two calls of the check that may end a wait for an answer."""
+
+
+class Link:
+    """One connection. `channel` and `writer` exist once connect() has returned; `abort` works at any time.
+
+    return_path   None before open_return_path(), and in a migration without that capability
+    """
+
+    channel: Channel
+    writer: StreamWriter
+
+    def __init__(self, transport: Transport, interrupt: Interrupt) -> None:
+        self.transport: Final = transport
+        self.return_path: ReturnPathReader | None = None
+        self._interrupt = interrupt
+        self._channels = ChannelSet()
+
+    def connect(self) -> None:
+        """Raises ChannelError, Interrupted."""
+        self.channel = self._connect()
+        self.writer = StreamWriter(self.channel)
+
+    def open_channel(self) -> Channel:
+        """One more channel to the destination. Raises ChannelError if the transport has only one."""
+        if not self.transport.features.multi_channel:
+            raise ChannelError(f"{self.transport.uri}: '{self.transport.uri.scheme}' has only one channel")
+        return self._connect()
+
+    def _connect(self) -> Channel:
+        return self._channels.add(self.transport.connect(self._interrupt))
+
+    # -- the return path -------------------------------------------------------------------------------------------
+
+    def open_return_path(self, on_failure: Callable[[], None]) -> None:
+        """Ask the destination for a return path, and begin to read it. `on_failure` is called from the return path's
+        thread when the path ends in anything but success."""
+        self.return_path = ReturnPathReader(self.channel, on_failure)
+        self.return_path.start()
+        write_command(self.writer, Command.OPEN_RETURN_PATH)
+
+    def ping(self, number: int) -> None:
+        """Write a PING whose PONG can be awaited."""
+        if self.return_path is not None:
+            self.return_path.expect(ReturnMessage.PONG, number)
+        write_command(self.writer, Command.PING, ping_payload(number))
+
+    def check(self) -> None:
+        """Raise what ended the return path, if it failed."""
+        if self.return_path is not None:
+            self.return_path.check()
+
+    def await_answer(self, message: ReturnMessage, value: int, check: Callable[[float], None]) -> None:
+        """Block until the destination has sent `message` with this value.
+
+        `check` is called several times a second with the seconds waited so far, and ends the wait by raising. Raises
+        what ended the return path too: PeerError, StreamError, ChannelError, Interrupted.
+        """
+        assert self.return_path is not None, "only a return path brings answers"
+        began = time.monotonic()
+        while not self.return_path.wait(message, value, LOOK):
+            check(time.monotonic() - began)
+
+    def await_last_words(self) -> None:
+        """The connection broke: give the destination a moment to say why."""
+        if self.return_path is not None:
+            self.return_path.wait_end(LAST_WORDS)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Nothing more will be sent. Relays wait for this; a destination that has closed already does not mind."""
+        with suppress(ChannelError):
+            self.channel.send_eof()
+
+    def abort(self) -> None:
+        """Make every call on one of its channels raise Interrupted, on those that are opened later too."""
+        self._channels.abort()
+
+    def close(self) -> None:
+        """Join the return path's thread, which has to be ending (abort() or SHUT), and close all channels."""
+        if self.return_path is not None:
+            self.return_path.join()
+        self._channels.close()

@@ -1,0 +1,218 @@
+"""The phases of a precopy migration on the source.
+
+    set_up           header, configuration, OPEN_RETURN_PATH, PINGs, START sections; wait for the last PING's PONG
+    send_passes      PART sections until what is left fits into the downtime limit (passes.py); stop the guest
+    await_continue   pre-switchover: wait for migrate-continue
+    switch_over      END sections, FULL sections, EOF, description; wait for SHUT if there is a return path
+
+Source: QEMU 10.0, migration_thread, migration_completion_precopy. Threads: the migration thread.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Final
+
+from corefw.engine.coverage import uncovered
+from corefw.engine.framing import SectionWriter
+from corefw.engine.scheduling import yielding_to_guests
+from corefw.engine.source import Source
+from corefw.engine.statistics import milliseconds_since
+from corefw.errors import BlockedError, ChannelError, MachineError, PluginError
+from corefw.machine import AdoptsStreams, RunState
+from corefw.section import HasRamStatistics, LiveHandler
+from corefw.states import MigrationStatus
+from corefw.wire.constants import MIGFW_PING, READY_PING, Command, ReturnMessage, SectionType
+from corefw.wire.globalstate import CarriesRunState
+from corefw.wire.records import Configuration, write_command, write_configuration, write_description, write_header
+from corefw.wire.stream import MemorySink, StreamWriter
+
+ACK_PATIENCE: Final = 30.0
+"""Seconds to wait for SWITCHOVER_ACK when everything else is ready."""
+
+
+# -- setup -------------------------------------------------------------------------------------------------------------
+
+
+def set_up(source: Source) -> MigrationStatus:
+    """Connect, begin the stream, and wait until the destination has accepted every section: no RAM is sent before.
+
+    Raises BlockedError if the savers would leave part of the machine behind.
+    """
+    source.link.connect()
+    source.interrupt.check()
+    began = time.monotonic()
+    savers = _active_savers(source)
+    _write_head(source)
+    for saver in savers:
+        source.live.append(saver)  # from here on it is cleaned up
+        with source.passes.told():
+            source.sections.start(saver, partial(saver.setup, source.link.writer, source))
+            if isinstance(saver, HasRamStatistics):
+                _take_ram_statistics(source, saver)
+    if source.link.return_path is not None:
+        source.link.ping(READY_PING)
+    source.link.writer.flush()
+    if source.link.return_path is not None:
+        _await_confirmation(source, ReturnMessage.PONG, READY_PING, "did not answer the start of the migration")
+        source.check()
+    source.statistics.setup_time = milliseconds_since(began)
+    return MigrationStatus.ACTIVE
+
+
+def _active_savers(source: Source) -> list[LiveHandler]:
+    savers = [saver for saver in source.savers.live() if saver.active()]
+    if missing := uncovered(source.machine, [*savers, *source.savers.state()]):
+        raise BlockedError(missing)
+    return savers
+
+
+def _write_head(source: Source) -> None:
+    """Everything before the first section."""
+    form, writer = source.stream_format(), source.link.writer
+    write_header(writer)
+    if form.configuration:
+        write_configuration(writer, Configuration(source.machine.name, form.configuration_tail))
+    if source.settings.capability("return-path"):
+        source.link.open_return_path(source.return_path_failed)
+        source.link.ping(1)
+        source.link.ping(MIGFW_PING)
+    writer.flush()  # setup may take long, and the destination should know that this is a migration
+    source.sections = SectionWriter(writer, source.statistics, footers=form.footers, ids=form.section_ids)
+
+
+def _take_ram_statistics(source: Source, saver: HasRamStatistics) -> None:
+    if any(isinstance(other, HasRamStatistics) and other is not saver for other in source.live):
+        raise PluginError("two section handlers count the RAM's pages: query-migrate has room for one of them")
+    source.statistics.ram = saver.ram_statistics()
+
+
+def _await_confirmation(source: Source, message: ReturnMessage, value: int, complaint: str) -> None:
+    """Wait for an answer, for at most x-migfw-confirm-timeout (which may be changed meanwhile)."""
+
+    def check(waited: float) -> None:
+        limit = source.settings.integer("x-migfw-confirm-timeout") / 1000
+        if limit and waited >= limit:
+            peer = source.link.channel.peer
+            raise ChannelError(f"{peer} {complaint} within {limit:g} s (parameter x-migfw-confirm-timeout)")
+
+    source.link.await_answer(message, value, check)
+
+
+# -- active ------------------------------------------------------------------------------------------------------------
+
+
+def send_passes(source: Source) -> MigrationStatus:
+    """Send passes while the guest runs, then stop it."""
+    with yielding_to_guests():
+        source.passes.run(source.link.writer, source.sections)
+        if _await_switchover_ack(source) and not source.limits.reason:
+            source.passes.run(source.link.writer, source.sections)  # what the guest has written meanwhile
+    _stop_guest(source)
+    if source.settings.capability("pause-before-switchover"):
+        return MigrationStatus.PRE_SWITCHOVER
+    return MigrationStatus.DEVICE
+
+
+def _await_switchover_ack(source: Source) -> bool:
+    """Whether it had to be waited for. A guest that is stopped loses nothing by switching over at once (QEMU 10.0,
+    migration_can_switchover)."""
+    path = source.link.return_path
+    if not source.settings.capability("switchover-ack") or source.machine.run_state is not RunState.RUNNING:
+        return False
+    assert path is not None, "settings refuse switchover-ack without return-path"
+    if path.wait(ReturnMessage.SWITCHOVER_ACK, 0, 0):
+        return False
+
+    def check(waited: float) -> None:
+        source.check()
+        if waited > ACK_PATIENCE:
+            raise MachineError(
+                f"the destination has sent no SWITCHOVER_ACK for {ACK_PATIENCE:.0f} s: switch the capability"
+                " 'switchover-ack' on there too, or off here"
+            )
+
+    source.link.await_answer(ReturnMessage.SWITCHOVER_ACK, 0, check)
+    return True
+
+
+def _stop_guest(source: Source) -> None:
+    """Stop the guest for the switchover. No limit on the migration holds from here on."""
+    source.limits.end()
+    source.stopped_at = time.monotonic()
+    limit = source.settings.integer("downtime-limit")
+    source.custody.stop(source.check, partial(_store_run_state, source))
+    source.statistics.stopped(limit, milliseconds_since(source.stopped_at))
+
+
+def _store_run_state(source: Source, state: RunState) -> None:
+    for saver in source.savers:
+        if isinstance(saver, CarriesRunState):
+            saver.store(state)
+
+
+# -- pre-switchover ----------------------------------------------------------------------------------------------------
+
+
+def await_continue(source: Source) -> MigrationStatus:
+    """Wait for migrate-continue. QEMU counts this time as downtime, and so do we."""
+    source.proceed.wait()
+    source.check()
+    return MigrationStatus.DEVICE
+
+
+# -- device ------------------------------------------------------------------------------------------------------------
+
+
+def switch_over(source: Source) -> MigrationStatus:
+    """Send the rest of the guest, then the end mark: from its first byte on the destination may run the guest."""
+    _send_rest(source)
+    description = _description(source)
+    source.check()
+    source.custody.hand_over_at_eof(visible=not source.link.transport.features.atomic)
+    if source.link.return_path is not None:
+        source.link.return_path.expect(ReturnMessage.SHUT, 0)
+    _send_end(source, description)
+    if source.link.return_path is None:
+        source.link.channel.send_eof()
+        return MigrationStatus.COMPLETED
+    _await_confirmation(source, ReturnMessage.SHUT, 0, "did not confirm that it has the guest")
+    source.confirmed = True
+    source.link.finish()
+    return MigrationStatus.COMPLETED
+
+
+def _send_rest(source: Source) -> None:
+    if source.stream_format().switchover_start:
+        write_command(source.link.writer, Command.SWITCHOVER_START)
+    with source.passes.told():
+        for saver in source.live:
+            source.sections.end(saver)
+    for device in source.savers.state():
+        if device.needed():
+            source.sections.full(device)
+    source.link.writer.flush()
+
+
+def _send_end(source: Source, description: bytes) -> None:
+    writer = source.link.writer
+    if isinstance(source.machine, AdoptsStreams):
+        for piece in source.machine.stored_sections():
+            writer.write(piece)
+    else:
+        writer.u8(SectionType.EOF)
+        writer.write(description)
+    writer.flush()
+    source.statistics.transferred = writer.position
+
+
+def _description(source: Source) -> bytes:
+    """Made before anything is handed over: it has what plugins say of their sections."""
+    if isinstance(source.machine, AdoptsStreams) or not source.settings.property("send-vmdescription"):
+        return b""
+    made = MemorySink()
+    writer = StreamWriter(made)
+    write_description(writer, source.sections.description())
+    writer.flush()
+    return bytes(made.data)

@@ -1,0 +1,106 @@
+"""The state of one outgoing migration, shared by its phases; to savers, the context that setup() is given.
+
+Threads: the migration thread, unless a method says otherwise.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from corefw.channel import Channel, Interrupt, Transport
+from corefw.engine.custody import Custody
+from corefw.engine.framing import SectionWriter
+from corefw.engine.guestlock import GuestLock
+from corefw.engine.limits import Limits
+from corefw.engine.link import Link
+from corefw.engine.passes import Passes
+from corefw.engine.statistics import OutgoingStatistics
+from corefw.errors import MachineError
+from corefw.machine import DEAD, AdoptsStreams, Machine, StreamFormat, SupportsThrottle
+from corefw.section import LiveHandler, SectionRegistry
+from corefw.settings import Settings
+
+
+class Source:
+    """One attempt to send the guest away.
+
+    live         the live savers whose setup() was called: those to iterate, to complete and to clean up
+    link         the present connection; a migration that resumes gets a new one
+    proceed      set to leave pre-switchover, and to end any other wait of the migration thread for a command
+    confirmed    the destination said that it has the guest
+    stopped_at   time.monotonic() when the guest began to be stopped for the switchover
+    """
+
+    sections: SectionWriter
+
+    def __init__(
+        self,
+        machine: Machine,
+        settings: Settings,
+        savers: SectionRegistry,
+        transport: Transport,
+        guest_lock: GuestLock,
+        on_pass: Callable[[int], None],
+    ) -> None:
+        self.machine = machine
+        self.settings = settings
+        self.savers = savers
+        self.interrupt = Interrupt()
+        self.link = Link(transport, self.interrupt)
+        self.statistics = OutgoingStatistics(expected_downtime=settings.integer("downtime-limit"))
+        self.custody = Custody(machine, guest_lock)
+        self.live: list[LiveHandler] = []
+        self.limits = Limits(settings)
+        self.passes = Passes(
+            machine, self.live, settings, self.statistics, self.interrupt, self.limits, self.check, on_pass
+        )
+        self.proceed = threading.Event()
+        self.confirmed = False
+        self.stopped_at = 0.0
+
+    def check(self) -> None:
+        """Raise if the migration was cancelled or has already failed. Any thread."""
+        self.interrupt.check()
+        self.link.check()
+        self.check_guest()
+
+    def check_guest(self) -> None:
+        """Raise MachineError if the guest has ended. Any thread."""
+        if self.machine.run_state in DEAD:
+            raise MachineError(f"the guest ended during the migration ({self.machine.run_state})")
+
+    def stream_format(self) -> StreamFormat:
+        """How this stream is framed: as a parked machine's stream was, or as the settings say."""
+        stored = self.machine.stored_format() if isinstance(self.machine, AdoptsStreams) else None
+        return stored or StreamFormat(
+            configuration=self.settings.property("send-configuration"),
+            footers=self.settings.property("send-section-footer"),
+            configuration_tail=b"",
+            section_ids={},
+        )
+
+    # -- how it is interrupted, from any thread --------------------------------------------------------------------
+
+    def abort(self) -> None:
+        """Wake the migration thread wherever it waits, to end the migration."""
+        self.interrupt.set()
+        self.proceed.set()
+        self.link.abort()
+
+    def return_path_failed(self) -> None:
+        """Wake the migration thread wherever it waits; it finds the reason in the return path."""
+        self.link.abort()
+        self.proceed.set()
+
+    # -- for the savers --------------------------------------------------------------------------------------------
+
+    def open_channel(self) -> Channel:
+        """One more channel to the destination, from any thread. Raises ChannelError if the transport has only one."""
+        return self.link.open_channel()
+
+    def throttle_guest(self, percent: int) -> None:
+        """Slow the guest down by `percent` (0 to 99) of its time. Raises MachineError if the machine cannot."""
+        if not isinstance(self.machine, SupportsThrottle):
+            raise MachineError(f"a machine of kind '{self.machine.kind}' cannot be throttled")
+        self.custody.throttle(self.machine, percent, self.check)
