@@ -19,12 +19,13 @@ from __future__ import annotations
 import os
 import select
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from corefw.closing import Closing
 from corefw.errors import ChannelClosed, ChannelError, Interrupted, UriError
+from corefw.settings import Settings
 from corefw.uri import MigrationUri
 
 if TYPE_CHECKING:
@@ -215,18 +216,45 @@ class RemoteHost(Closing, ABC):
         """Log out. Idempotent; does not raise."""
 
 
+def _no_transports(uri: MigrationUri, _context: TransportContext) -> Transport:
+    raise UriError(f"'{uri}': no other transports are available here")
+
+
+@dataclass(frozen=True, slots=True)
+class TransportContext:
+    """The program around a transport.
+
+    settings   every capability, parameter and property. A transport reads its own parameters, which its plugin declares
+               with the hook corefw_settings, when it connects or listens: they may have changed since it was made.
+    make       makes the transport of another URI; call `transport()` instead
+    """
+
+    settings: Settings = field(default_factory=Settings)
+    make: Callable[[MigrationUri, TransportContext], Transport] = _no_transports
+
+    @property
+    def any_user(self) -> bool:
+        """Whether every user of this host may connect to an address that does not itself keep them out (an abstract
+        UNIX socket). By default only the same user and root may."""
+        return self.settings.property("allow-any-user")
+
+    def transport(self, uri: MigrationUri | str) -> Transport:
+        """The transport of another URI, with the same context: a layer makes the one below it. Raises UriError,
+        PluginError."""
+        return self.make(MigrationUri.parse(uri) if isinstance(uri, str) else uri, self)
+
+
 class Transport(ABC):
-    """One URI's way of making channels. Constructed with the parsed URI, it checks that and does nothing else yet:
-    a wrong URI raises UriError there, so that nothing is started."""
+    """A way to make channels for one URI.
+
+    The constructor checks the URI, raises UriError if it is wrong, and does nothing else.
+    """
 
     features: TransportFeatures
 
-    any_user: bool = False
-    """Whether every user of this host may dial in, where the address itself keeps nobody out (an abstract UNIX socket).
-    Set before listen(); a transport whose addresses are not for one host's users ignores it."""
-
-    def __init__(self, uri: MigrationUri) -> None:
+    def __init__(self, uri: MigrationUri, context: TransportContext) -> None:
         self.uri: Final = uri
+        self.context: Final = context
 
     def check_outgoing(self) -> None:
         """Raise UriError when one cannot dial out. A transport whose URIs are not all good for that adds its own."""
@@ -275,6 +303,7 @@ __all__ = [
     "RemoteHost",
     "SendsMemory",
     "Transport",
+    "TransportContext",
     "TransportFeatures",
     "receive_exactly",
 ]

@@ -2,7 +2,8 @@
 under the entry point group `corefw.plugins`.
 
 Two groups beside it name one driver each, loaded only when it is asked for: `corefw.transport` (the entry point's name
-is the URI scheme, its object `factory(uri: MigrationUri) -> Transport`) and `corefw.machine`
+is the URI scheme, or `NAME+` for a layer over any other scheme; its object is
+`factory(uri: MigrationUri, context: TransportContext) -> Transport`) and `corefw.machine`
 (`factory(config: MachineConfig) -> Machine`). Hooks are called at a migration's begin and for questions about one,
 never on the hot path; all of them in the thread of the caller.
 """
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import pluggy
 
 if TYPE_CHECKING:
-    from corefw.channel import Transport
+    from corefw.channel import Transport, TransportContext
     from corefw.engine import Engine
     from corefw.machine import Machine
     from corefw.section import SectionHandler
@@ -37,8 +38,8 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 
 
 @hookspec(firstresult=True)
-def corefw_transport(uri: MigrationUri) -> Transport | None:
-    """The transport for this URI, or None when its scheme is somebody else's. Raises UriError when the URI is wrong.
+def corefw_transport(uri: MigrationUri, context: TransportContext) -> Transport | None:
+    """The transport for this URI, or None if this plugin does not know its scheme. Raises UriError if the URI is wrong.
 
     The core's own implementer, asked last, resolves the scheme's entry point. Implement this hook to add a scheme from
     inside a program, without packaging it.

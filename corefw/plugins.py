@@ -22,7 +22,7 @@ import pluggy
 from stevedore import driver, extension
 
 from corefw import hookspecs
-from corefw.channel import Transport
+from corefw.channel import Transport, TransportContext
 from corefw.errors import FOREIGN, MigfwError, PluginError, SettingsError, UriError, UsageError, did_you_mean, one_line
 from corefw.machine import Machine, MachineConfig
 from corefw.section import SectionHandler, SectionRegistry
@@ -81,14 +81,15 @@ class _EntryPointTransports:
         self._installed = installed
 
     @hookspecs.hookimpl
-    def corefw_transport(self, uri: MigrationUri) -> Transport | None:
-        factory = _driver(self._installed, TRANSPORTS, uri.scheme)
-        if factory is None:
-            return None
-        made = _call(f"transport '{uri.scheme}'", factory, uri)
-        if not isinstance(made, Transport):
-            raise PluginError(f"transport '{uri.scheme}' gave {type(made).__name__}, expected a Transport")
-        return made
+    def corefw_transport(self, uri: MigrationUri, context: TransportContext) -> Transport | None:
+        for name in uri.drivers():
+            factory = _driver(self._installed, TRANSPORTS, name)
+            if factory is not None:
+                made = _call(f"transport '{name}'", factory, uri, context)
+                if not isinstance(made, Transport):
+                    raise PluginError(f"transport '{name}' gave {type(made).__name__}, expected a Transport")
+                return made
+        return None
 
 
 class Plugins:
@@ -154,16 +155,23 @@ class Plugins:
 
     # -- one name, one driver --------------------------------------------------------------------------------------
 
-    def transport(self, uri: MigrationUri | str) -> Transport:
-        """The transport for a URI. Raises UriError (nobody knows the scheme; the rest is wrong), PluginError.
+    def transport(self, uri: MigrationUri | str, settings: Settings | None = None) -> Transport:
+        """The transport for a URI. Raises UriError (unknown scheme, wrong address) or PluginError.
 
-        A plugin that fails when it is asked is passed over; what it raised is told when nobody else knows the scheme.
+        The transport reads its parameters from `settings`, by default those of `settings()`. If a plugin fails, the
+        next one is asked; its error is raised only if no other plugin knows the scheme.
         """
-        parsed = MigrationUri.parse(uri) if isinstance(uri, str) else uri
+        return self.transport_context(settings).transport(uri)
+
+    def transport_context(self, settings: Settings | None = None) -> TransportContext:
+        """What a transport is made with: these settings, and the transports of all plugins."""
+        return TransportContext(self.settings() if settings is None else settings, self._make_transport)
+
+    def _make_transport(self, parsed: MigrationUri, context: TransportContext) -> Transport:
         failed: list[PluginError] = []
         for name, ask in self._implementers("corefw_transport", last_first=True):
             try:
-                made = ask(uri=parsed)
+                made = ask(uri=parsed, context=context)
                 if made is not None and not isinstance(made, Transport):
                     raise PluginError(f"plugin '{name}' gave {type(made).__name__}, expected a Transport")
             except PluginError as error:

@@ -38,6 +38,24 @@ class MigrationUri:
     def __str__(self) -> str:
         return f"{self.scheme}:{self.rest}"
 
+    # -- layers: zstd+tcp:10.0.0.7:4444 ----------------------------------------------------------------------------
+
+    def drivers(self) -> tuple[str, ...]:
+        """The entry points that may make this URI's transport, best first: "zstd+tcp", then the layer "zstd+"."""
+        layer, plus, _ = self.scheme.partition("+")
+        return (self.scheme, f"{layer}+") if plus else (self.scheme,)
+
+    def below_layer(self) -> MigrationUri:
+        """The URI that a layer stands on: tcp:10.0.0.7:4444 of zstd+tcp:10.0.0.7:4444. Raises UriError."""
+        layer, plus, scheme = self.scheme.partition("+")
+        if not plus or not scheme:
+            raise UriError(f"'{self}': expected {layer}+URI, as in {layer}+tcp:HOST:PORT")
+        return MigrationUri.parse(f"{scheme}:{self.rest}")
+
+    def with_layer(self, layer: str) -> MigrationUri:
+        """The inverse of below_layer: with_layer("zstd") puts zstd+ in front."""
+        return MigrationUri(f"{layer}+{self.scheme}", self.rest)
+
 
 def _escape(found: re.Match[str]) -> str:
     """The byte as one would type it."""

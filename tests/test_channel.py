@@ -2,7 +2,16 @@
 
 import pytest
 
-from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport, TransportFeatures, receive_exactly
+from corefw.channel import (
+    Buffer,
+    Channel,
+    Interrupt,
+    Listener,
+    Transport,
+    TransportContext,
+    TransportFeatures,
+    receive_exactly,
+)
 from corefw.errors import ChannelClosed, ChannelError, UriError
 from corefw.uri import MigrationUri
 
@@ -70,7 +79,7 @@ class Pigeon(Transport):
     """A transport for one direction, or none."""
 
     def __init__(self, *, incoming: bool, outgoing: bool) -> None:
-        super().__init__(MigrationUri("pigeon", "loft"))
+        super().__init__(MigrationUri("pigeon", "loft"), TransportContext())
         self.features = TransportFeatures(False, False, incoming=incoming, outgoing=outgoing)
 
     def connect(self, interrupt: Interrupt) -> Channel:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from corefw import hookspecs
-from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw.channel import Channel, Interrupt, Listener, Transport, TransportContext, TransportFeatures
 from corefw.errors import ChannelError, PluginError, SettingsError, UriError
 from corefw.hookspecs import hookimpl
 from corefw.plugins import HOOKS, Plugins
@@ -86,9 +86,9 @@ def test_corefw_transport() -> None:
     asked: list[str] = []
 
     def of(name: str, scheme: str) -> Plugin:
-        def corefw_transport(uri: MigrationUri) -> Transport | None:
+        def corefw_transport(uri: MigrationUri, context: TransportContext) -> Transport | None:
             asked.append(name)
-            return NoTransport(uri) if uri.scheme == scheme else None
+            return NoTransport(uri, context) if uri.scheme == scheme else None
 
         return Plugin(corefw_transport=corefw_transport)
 
@@ -104,7 +104,7 @@ def test_corefw_transport() -> None:
 def test_corefw_transport_that_fails_is_passed_over() -> None:
     broken = Plugin(corefw_transport=lambda uri: fail("oh"))
     wrong = Plugin(corefw_transport=lambda uri: 5)
-    good = Plugin(corefw_transport=lambda uri: NoTransport(uri))
+    good = Plugin(corefw_transport=lambda uri, context: NoTransport(uri, context))
     assert isinstance(plugins(good=good, broken=broken, wrong=wrong).transport("x:y"), NoTransport)
     with pytest.raises(PluginError, match=r"plugin 'broken' \(corefw_transport\) failed: ZeroDivisionError: oh"):
         plugins(broken=broken).transport("x:y")

@@ -30,7 +30,7 @@ CORE: Final[dict[str, set[str]]] = {
     "dispatch": {"errors"},
     "states": {"errors", "dispatch"},
     "settings": {"errors", "quantities"},
-    "channel": {"closing", "errors", "uri"},
+    "channel": {"closing", "errors", "uri", "settings"},
     "wire": {"errors", "channel"},
     "net": {"closing", "errors", "uri", "quantities", "channel", "wire"},
     "inspection": {"closing", "errors", "channel", "net", "wire"},

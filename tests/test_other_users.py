@@ -93,9 +93,9 @@ def test_only_this_user_and_root_reach_an_abstract_socket(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", ["unix:", "zmq:ipc://"])
 def test_everybody_may_where_that_was_asked_for(scheme: str) -> None:
     uri = f"{scheme}@migfw-test-{os.getpid()}-any"
-    transport = PLUGINS.transport(uri)
-    transport.any_user = True
-    with transport.listen() as listener:
+    settings = PLUGINS.settings()
+    settings.set_property("allow-any-user", True)
+    with PLUGINS.transport(uri, settings).listen() as listener:
         server = Server(listener)
         try:
             assert dial(uri, NOBODY) == ""

@@ -24,8 +24,8 @@ TRANSPORT = """
     class Made(Transport):
         features = TransportFeatures(return_path=False, multi_channel=False)
 
-        def __init__(self, uri):
-            super().__init__(uri)
+        def __init__(self, uri, context):
+            super().__init__(uri, context)
             if uri.rest == "wrong":
                 raise UriError(f"'{uri}': wrong")
 
@@ -101,6 +101,30 @@ def test_a_scheme_is_found_as_soon_as_it_is_installed(install: Install) -> None:
         plugins.transport("x-late:wrong")
 
 
+def test_a_layer_is_an_entry_point_with_a_plus(install: Install) -> None:
+    layer = install("layer", TRANSPORT, transport={"x-layer+": "{module}:Made"})
+    exact = install("exact", TRANSPORT, transport={"x-layer+tcp": "{module}:Made"})
+    plugins = Plugins.load()
+    made = plugins.transport("x-layer+unix:/run/sock")
+    assert type(made).__module__ == layer
+    assert str(made.uri) == "x-layer+unix:/run/sock"
+    assert type(plugins.transport("x-layer+tcp:there")).__module__ == exact, "the scheme itself comes first"
+    for uri in ("x-layer:there", "tcp+unix:/run/sock"):
+        with pytest.raises(UriError, match="no installed plugin has the scheme"):
+            plugins.transport(uri)
+
+
+def test_a_transport_sees_the_settings_and_makes_inner_transports() -> None:
+    plugins = Plugins.load()
+    settings = plugins.settings()
+    context = plugins.transport("tcp:localhost:1", settings).context
+    assert context.settings is settings
+    assert not context.any_user
+    inner = context.transport("unix:/run/sock")
+    assert (str(inner.uri), inner.context) == ("unix:/run/sock", context)
+    assert plugins.transport("tcp:localhost:1").context.settings.parameters() == plugins.settings().parameters()
+
+
 def test_only_the_scheme_that_is_asked_for_is_imported(install: Install) -> None:
     asked = install("asked", TRANSPORT, transport={"x-asked": "{module}:Made"})
     other = install("other", TRANSPORT, transport={"x-other": "{module}:Made"})
@@ -127,11 +151,11 @@ FACTORIES = {
     "needs what is not there": ("import not_there", PluginError, "ModuleNotFoundError: No module named 'not_there'"),
     "is not there": ("", PluginError, "failed to load: AttributeError: module"),
     "cannot be called": ("Made = 5", PluginError, "gives int, expected a class or function"),
-    "makes something else": ("Made = str", PluginError, "gave str, expected a "),
-    "raises when called": ("def Made(x): return 1 // 0", PluginError, "failed: ZeroDivisionError"),
+    "makes something else": ("Made = lambda *x: str()", PluginError, "gave str, expected a "),
+    "raises when called": ("def Made(*x): return 1 // 0", PluginError, "failed: ZeroDivisionError"),
     "takes no argument": ("def Made(): pass", PluginError, "failed: TypeError"),
     "says what is wrong": (
-        "from corefw.errors import MachineError\ndef Made(x): raise MachineError('no RAM')",
+        "from corefw.errors import MachineError\ndef Made(*x): raise MachineError('no RAM')",
         MachineError,
         "no RAM",
     ),
@@ -162,8 +186,8 @@ def test_a_factory_that_is_false_is_called_all_the_same(install: Install) -> Non
         def __len__(self):
             return 0
 
-        def __call__(self, uri):
-            return Empty(uri)
+        def __call__(self, uri, context):
+            return Empty(uri, context)
 
     class Empty(Made):
         def __bool__(self):

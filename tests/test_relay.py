@@ -144,7 +144,7 @@ def to_a_program() -> Iterator[tuple[Relay, Channel, socket.socket]]:
 def test_a_destination_that_says_shut_and_closes_over_unread_bytes() -> None:
     """It has the guest: neither the source nor the relay's caller is told anything else."""
     with to_a_program() as (relay, source, program):
-        flood = Flood(source, "sending", pattern(256 << 10), 64 * MIB)
+        flood = Flood(source, "sending", 256 << 10, 64 * MIB)
         assert flood.blocked() < 64 * MIB
         program.sendall(PONG + SHUT)
         program.close()
@@ -162,7 +162,7 @@ def test_a_destination_that_says_shut_and_closes_over_unread_bytes() -> None:
 )
 def test_last_words_of_a_destination_that_fails(said: bytes, why: str) -> None:
     with to_a_program() as (relay, source, program):
-        flood = Flood(source, "sending", pattern(256 << 10), 64 * MIB)
+        flood = Flood(source, "sending", 256 << 10, 64 * MIB)
         flood.blocked()
         program.sendall(said)
         program.close()
@@ -220,7 +220,7 @@ def test_a_source_that_waits_for_no_answer_is_passed_on_whole() -> None:
             with PLUGINS.transport(relay.uri).connect(NEVER) as source:
                 source.send(data)
             with listener.accept(NEVER) as destination:
-                answers = Flood(destination, "answering", pattern(256 << 10), 64 * MIB)
+                answers = Flood(destination, "answering", 256 << 10, 64 * MIB)
                 answers.task.result()  # they go nowhere, but hold nothing up
                 same(Task("the stream", receive_all, destination).result(), data)
             assert relay.wait(10)
@@ -241,7 +241,7 @@ def test_abort_breaks_both_sides_off(joined: Joined) -> None:
 
 def test_a_slow_receiver_holds_the_sender_back(joined: Joined) -> None:
     before = private_memory()
-    flood = Flood(joined.source, "sending", pattern(256 << 10), 64 * MIB)
+    flood = Flood(joined.source, "sending", 256 << 10, 64 * MIB)
     assert flood.blocked() < 32 * MIB
     assert private_memory() - before < 16 * MIB
     received = Task("received", receive_all, joined.target).result()
@@ -361,6 +361,7 @@ def test_command_fails_with_one_line(tmp_path: Path) -> None:
     [
         (("tcp:127.0.0.1", "file:/dev/null"), "has no port"),
         (("tcp:127.0.0.1:0", "nosuch:x"), "no installed plugin has the scheme 'nosuch'"),
+        (("tcp:127.0.0.1:0", "file:/dev/null", "--param", "nosuch=1"), "unknown parameter 'nosuch'"),
         (("tcp:127.0.0.1:0",), "Missing argument 'TO'"),
         (("tcp:127.0.0.1:0", "tcp:127.0.0.1:0"), "'tcp:127.0.0.1:0': port 0 is only for listening"),
     ],

@@ -17,6 +17,7 @@ from corefw.uri import MigrationUri, check_dialled_port, join_host_port, split_h
         ("zmq:tcp://host:1", "zmq", "tcp://host:1"),
         ("exec:gzip -c > x\ny", "exec", "gzip -c > x\ny"),
         ("x-9.y+z:q", "x-9.y+z", "q"),
+        ("zstd+tcp:10.0.0.7:4444", "zstd+tcp", "10.0.0.7:4444"),
     ],
 )
 def test_a_uri_is_a_scheme_and_the_rest(text: str, scheme: str, rest: str) -> None:
@@ -43,6 +44,27 @@ def test_what_is_no_uri_is_refused_with_an_example(text: str, message: str) -> N
         MigrationUri.parse(text)
     assert str(caught.value).startswith(message)
     assert isinstance(caught.value, UsageError)
+
+
+def test_a_layer_stands_on_another_uri() -> None:
+    uri = MigrationUri.parse("a+b+tcp:10.0.0.7:4444")
+    assert uri.drivers() == ("a+b+tcp", "a+")
+    assert str(uri.below_layer()) == "b+tcp:10.0.0.7:4444"
+    assert uri.below_layer().with_layer("a") == uri
+    assert MigrationUri.parse("tcp:10.0.0.7:4444").drivers() == ("tcp",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("zstd:host:1", r"'zstd:host:1': expected zstd\+URI, as in zstd\+tcp:HOST:PORT"),
+        ("zstd+:host:1", r"'zstd\+:host:1': expected zstd\+URI"),
+        ("zstd+9p:x", "'9p:x' is not a migration URI"),
+    ],
+)
+def test_a_layer_with_nothing_below(text: str, message: str) -> None:
+    with pytest.raises(UriError, match=message):
+        MigrationUri.parse(text).below_layer()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
-from corefw.cli.options import parse_switches, read_switch, split_pairs
+from corefw.cli.options import PARAMETER, parse_switches, read_switch, split_pairs
 from corefw.errors import MigfwError, SettingsError, UsageError
 from corefw.quantities import parse_size, parse_switch
 from corefw.settings import Capability, Parameter, Settings, Value
@@ -91,10 +91,7 @@ def read_changes(caps: Iterable[str], params: Iterable[str], *, plugins: bool = 
             _real_name(name, plugins=plugins): state
             for name, state in parse_switches(caps, "--cap NAME, --cap NAME=on or --cap NAME=off").items()
         },
-        dict(
-            _parameter(name, text, plugins=plugins)
-            for name, text in split_pairs(params, "--param NAME=VALUE, as in --param downtime-limit=100ms").items()
-        ),
+        dict(_parameter(name, text, plugins=plugins) for name, text in split_pairs(params, PARAMETER).items()),
     )
 
 

@@ -98,7 +98,8 @@ def _uris(incomplete: str) -> Iterable[tuple[str, str]]:
     scheme, colon, path = incomplete.partition(":")
     if colon and scheme in ("file", "unix"):
         return [(f"{scheme}:{found}", "") for found in _paths(path)]
-    return [("ssh://" if name == "ssh" else f"{name}:", "") for name in entry_point_names("corefw.transport")]
+    names = entry_point_names("corefw.transport")
+    return [("ssh://" if name == "ssh" else name if name.endswith("+") else f"{name}:", "") for name in names]
 
 
 def _incoming(incomplete: str) -> Iterable[tuple[str, str]]:

@@ -7,7 +7,7 @@ is refused before anything is started.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 
@@ -39,9 +39,13 @@ def engine_options(command: _Command) -> _Command:
     )(command)
 
 
-def settings_options(command: _Command) -> _Command:
-    """--cap and --param, as the arguments `caps` and `params`: changes made before the command starts anything."""
-    command = click.option(
+PARAMETER: Final = "--param NAME=VALUE, as in --param downtime-limit=100ms"
+"""The form of --param, for error messages."""
+
+
+def param_option(command: _Command) -> _Command:
+    """--param, as the argument `params`."""
+    return click.option(
         "--param",
         "params",
         metavar="NAME=VALUE",
@@ -49,6 +53,11 @@ def settings_options(command: _Command) -> _Command:
         shell_complete=completion.parameters,
         help="Set a migration parameter: max-bandwidth=500M (bytes per second), downtime-limit=100ms. Repeatable.",
     )(command)
+
+
+def settings_options(command: _Command) -> _Command:
+    """--cap and --param, as the arguments `caps` and `params`: changes made before the command starts anything."""
+    command = param_option(command)
     return click.option(
         "--cap",
         "caps",

@@ -15,7 +15,7 @@ import click
 
 from corefw.cli import completion
 from corefw.cli.interrupts import Interrupts
-from corefw.cli.options import json_option
+from corefw.cli.options import PARAMETER, json_option, param_option, split_pairs
 from corefw.cli.outcome import ExitStatus, Finished, note
 from corefw.cli.output import print_json
 from corefw.cli.stdout import unread_is_fine
@@ -44,8 +44,9 @@ _SMOOTHING: Final = 0.3
     is_flag=True,
     help="Let every user of this host dial FROM if it is unix:@NAME, not only you and root.",
 )
+@param_option
 @json_option
-def relay(source: str, target: str, allow_any_user: bool, as_json: bool) -> None:
+def relay(source: str, target: str, allow_any_user: bool, params: tuple[str, ...], as_json: bool) -> None:
     """Listen at FROM, dial TO when a source connects, and forward everything in both directions.
 
     Use this to connect two hosts over a transport that one of them does not support: QEMU dials FROM, and the relay
@@ -63,9 +64,14 @@ def relay(source: str, target: str, allow_any_user: bool, as_json: bool) -> None
     from corefw.plugins import Plugins
 
     plugins = Plugins.load()
-    listening = plugins.transport(source)
-    listening.any_user = allow_any_user
-    with Relay(listening, plugins.transport(target)) as joined, Interrupts() as interrupts:
+    settings = plugins.settings()
+    settings.set_property("allow-any-user", allow_any_user)
+    texts = split_pairs(params, PARAMETER)
+    settings.set_parameters({name: settings.declared_parameter(name).parse(text) for name, text in texts.items()})
+    with (
+        Relay(plugins.transport(source, settings), plugins.transport(target, settings)) as joined,
+        Interrupts() as interrupts,
+    ):
         address = joined.listen()
         if address:
             (note if as_json else click.echo)(one_line(f"listening at {address}"))

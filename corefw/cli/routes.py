@@ -7,12 +7,15 @@ descriptors (fd:), folder (file:, unix:) and plugins; for a relay they are this 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from functools import cache
+from typing import TYPE_CHECKING, Final
 
 from corefw.channel import Transport
 from corefw.cli.engines import EngineClient
-from corefw.errors import UriError
 from corefw.uri import MigrationUri, check_dialled_port, split_host_port
+
+if TYPE_CHECKING:
+    from corefw.plugins import Plugins
 
 QEMU_TWO_WAY: Final = {"tcp": True, "unix": True, "vsock": True, "rdma": True, "exec": False, "fd": None}
 """Schemes of every QEMU -> whether bytes flow back; None: that depends on the descriptor, so the setting stays."""
@@ -31,14 +34,15 @@ class Route:
 
 
 def find_transport(uri: str) -> Transport:
-    """The transport of a URI, loading as little as possible. Raises UriError, PluginError."""
+    """The transport of a URI, in this process. Raises UriError, PluginError."""
+    return _plugins().transport(uri)
+
+
+@cache
+def _plugins() -> Plugins:
     from corefw.plugins import Plugins
 
-    try:
-        return Plugins().transport(uri)
-    except UriError:
-        # A scheme that is a hook and no entry point, or no scheme at all: then this raises the same again.
-        return Plugins.load().transport(uri)
+    return Plugins.load()
 
 
 def find_route(engine: EngineClient, uri: str) -> Route:

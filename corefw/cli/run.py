@@ -19,7 +19,7 @@ from corefw.cli.installed import WithInstalled
 from corefw.cli.interrupts import ending_signals
 from corefw.cli.leaving import LeavingAtOnce
 from corefw.cli.naming import claim
-from corefw.cli.options import parse_switches, settings_options, split_pairs
+from corefw.cli.options import PARAMETER, parse_switches, settings_options, split_pairs
 from corefw.errors import UsageError
 from corefw.qmp.address import runtime_directory
 
@@ -149,7 +149,7 @@ def run(
     _apply(settings, caps, params, properties, only_migratable=only_migratable, allow_any_user=allow_any_user)
     deferred = incoming == DEFER
     if incoming not in (None, DEFER, PRIVATE):
-        plugins.transport(incoming).check_incoming()
+        plugins.transport(incoming, settings).check_incoming()
     with contextlib.ExitStack() as stack:
         claimed = stack.enter_context(claim(name, qmp, program or kind))
         if incoming == PRIVATE:
@@ -200,6 +200,6 @@ def _apply(
         settings.set_property("only-migratable", True)
     if allow_any_user:
         settings.set_property("allow-any-user", True)
-    texts = split_pairs(params, "--param NAME=VALUE, as in --param downtime-limit=100ms")
+    texts = split_pairs(params, PARAMETER)
     settings.set_parameters({name: settings.declared_parameter(name).parse(text) for name, text in texts.items()})
     settings.set_capabilities(parse_switches(caps, "--cap NAME, --cap NAME=on or --cap NAME=off"))

@@ -190,7 +190,7 @@ class Engine:
             if self._checking is not None:
                 raise StateError("a check is under way already")
             self._check_is_ours()
-            transport = self.plugins.transport(uri) if uri is not None else None
+            transport = self.plugins.transport(uri, self.settings) if uri is not None else None
             if transport is not None:
                 transport.check_outgoing()
             registry = self._registry()
@@ -222,7 +222,7 @@ class Engine:
     def _outgoing_transport(self, uri: str) -> Transport:
         if uri == "defer":
             raise UriError("'defer' is for a destination: expected the URI of one, as in tcp:HOST:PORT")
-        transport = self.plugins.transport(uri)
+        transport = self.plugins.transport(uri, self.settings)
         transport.check_outgoing()
         if self.settings.capability("return-path") and not transport.features.return_path:
             raise SettingsError(
@@ -300,7 +300,7 @@ class Engine:
 
     def recover(self, uri: str) -> None:
         """migrate-recover, on a destination whose postcopy broke."""
-        self.plugins.transport(uri)
+        self.plugins.transport(uri, self.settings)
         raise StateError("Migrate recover can only be run when postcopy is paused.")
 
     # -- in --------------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ class Engine:
         A destination that waits already, or is loading, is cancelled first: this is the address from now on.
         `exit_on_error` says whether the process that hosts this engine ends when the guest cannot be loaded.
         """
-        self.plugins.transport(uri).check_incoming()  # a wrong URI cancels nothing
+        self.plugins.transport(uri, self.settings).check_incoming()  # a wrong URI cancels nothing
         self._replace_arrival()
         with self._events.hold(), self._lock:
             if self._closed:
@@ -320,9 +320,8 @@ class Engine:
                 raise StateError("'-incoming' was not specified on the command line")
             if self.incoming.status not in (_S.NONE, _S.CANCELLED, _S.FAILED):
                 raise StateError("The incoming migration has already been started")
-            transport = self.plugins.transport(uri)
+            transport = self.plugins.transport(uri, self.settings)
             transport.check_incoming()
-            transport.any_user = self.settings.property("allow-any-user")
             registry = self._registry()
             if missing := uncovered(self.machine, registry):
                 raise BlockedError(missing)

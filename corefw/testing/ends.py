@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Final, TypeVar
 
-from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport, TransportFeatures
-from corefw.errors import MigfwError
+from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport, TransportContext, TransportFeatures
+from corefw.errors import MigfwError, one_line
 from corefw.testing.tasks import Task, settled, wait_until
 from corefw.uri import MigrationUri
 
@@ -24,15 +24,18 @@ _C = TypeVar("_C", Channel, Listener)
 _E = TypeVar("_E", bound=MigfwError)
 _T = TypeVar("_T")
 
+TransportFactory = Callable[[MigrationUri, TransportContext], Transport]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportCase:
     """A transport, and how to make two ends meet.
 
-    transport          URI -> Transport: the class itself
+    transport          (URI, context) -> Transport: the class itself
     listen             a fresh URI to listen at, each time it is called
     dial               from the listener's `uri` to the URI to dial; as it is unless you say otherwise
-    listen_transport   URI -> Transport of the listening end, where that is another transport (behind a tunnel)
+    listen_transport   the same for the listening end, if it is another transport (behind a tunnel)
+    context            what both get: settings, and a layer's inner transports; `Plugins.load().transport_context()`
     wrong              URIs that the transport has to refuse with UriError
     refused            a URI at which nobody listens
     stuck              makes a context with a URI at which a dial does not come to an end
@@ -42,10 +45,11 @@ class TransportCase:
     stream_bytes       how much the long checks send
     """
 
-    transport: Callable[[MigrationUri], Transport]
+    transport: TransportFactory
     listen: Callable[[], str]
     dial: Callable[[MigrationUri], str] = str
-    listen_transport: Callable[[MigrationUri], Transport] | None = None
+    listen_transport: TransportFactory | None = None
+    context: TransportContext = field(default_factory=TransportContext)
     wrong: Sequence[str] = ()
     refused: str | None = None
     stuck: Callable[[], AbstractContextManager[str]] | None = None
@@ -63,11 +67,11 @@ class Workbench:
     _mine: ExitStack = field(default_factory=ExitStack)
 
     def outgoing(self, uri: str) -> Transport:
-        return self.case.transport(MigrationUri.parse(uri))
+        return self.case.transport(MigrationUri.parse(uri), self.case.context)
 
     def incoming(self, uri: str) -> Transport:
         factory = self.case.listen_transport or self.case.transport
-        return factory(MigrationUri.parse(uri))
+        return factory(MigrationUri.parse(uri), self.case.context)
 
     def keep(self, what: _C) -> _C:
         self._mine.callback(what.close)
@@ -167,23 +171,29 @@ def transferred(sending: Task[None], receiving: Task[_T], seconds: float | None 
     return got
 
 
+def flood_chunk(offset: int, size: int) -> bytes:
+    """What a Flood sends at this offset."""
+    return hashlib.shake_128(b"flood %d" % offset).digest(size)
+
+
 class Flood:
-    """A thread that sends the same chunk again and again, up to `limit` bytes, and then ends the stream.
+    """A thread that sends chunks of `size` bytes, up to `limit` bytes, and then ends the stream. No two chunks are
+    alike, so that a layer cannot compress them.
 
     sent   bytes that the channel has taken
     """
 
-    def __init__(self, channel: Channel, what: str, chunk: bytes, limit: int) -> None:
+    def __init__(self, channel: Channel, what: str, size: int, limit: int) -> None:
         self.sent = 0
         self._channel = channel
-        self._chunk = chunk
+        self._size = size
         self._limit = limit
         self.task = Task(what, self._send)
 
     def _send(self) -> None:
         while self.sent < self._limit:
-            self._channel.send(self._chunk)
-            self.sent += len(self._chunk)
+            self._channel.send(flood_chunk(self.sent, self._size))
+            self.sent += self._size
         self._channel.send_eof()
 
     def blocked(self, quiet: float = 0.25) -> int:
@@ -210,6 +220,12 @@ def raises(kind: type[_E], what: str, function: Callable[..., object], *argument
     text = str(error)
     assert text and "\n" not in text, f"{what}: expected a message of one line, got {text!r}"
     return error
+
+
+def shows(error: MigfwError, uri: str) -> bool:
+    """Whether the message has the URI in it, or, of a layer's URI, the one below."""
+    below = uri.partition("+")[2] if "+" in uri.partition(":")[0] else ""
+    return one_line(uri) in str(error) or bool(below and one_line(below) in str(error))
 
 
 def told(error: BaseException | None) -> str:

@@ -7,7 +7,7 @@ from typing import TypeVar
 from corefw.channel import Channel, receive_exactly
 from corefw.errors import ChannelError, Interrupted
 from corefw.testing.checks import UNREAD_LIMIT, Need, check
-from corefw.testing.ends import MIB, Flood, Workbench, pattern, raises, receive_all, same, told
+from corefw.testing.ends import MIB, Flood, Workbench, raises, receive_all, same, shows, told
 from corefw.testing.tasks import Task, wait_until
 
 _T = TypeVar("_T")
@@ -38,7 +38,7 @@ def _abort_wakes_a_receiver(bench: Workbench) -> None:
 def _abort_wakes_a_sender(bench: Workbench) -> None:
     """abort() makes a blocked send and every later one raise Interrupted."""
     for way, sender, _ in bench.ways():
-        flood = Flood(sender, f"send {way} after abort()", pattern(256 << 10), 2 * UNREAD_LIMIT)
+        flood = Flood(sender, f"send {way} after abort()", 256 << 10, 2 * UNREAD_LIMIT)
         flood.blocked(0.2)
         sender.abort()
         _was_interrupted(flood.task)
@@ -110,7 +110,7 @@ def _sending_to_nobody_fails(bench: Workbench) -> None:
         receiver.abort()
         receiver.close()
 
-        flood = Flood(sender, f"sending {way} to a peer that has gone", pattern(MIB), 4 * UNREAD_LIMIT)
+        flood = Flood(sender, f"sending {way} to a peer that has gone", MIB, 4 * UNREAD_LIMIT)
         error = flood.task.error()
         assert isinstance(error, ChannelError), f"{flood.task.what}: expected ChannelError, got {told(error)}"
         assert not isinstance(error, Interrupted), f"nobody aborted this end, yet it raised {told(error)}"
@@ -122,7 +122,7 @@ def _receives_last_words_after_a_failed_send(bench: Workbench) -> None:
     for way, sender, receiver in bench.ways():
         receiver.send(b"last words")
         receiver.close()
-        flood = Flood(sender, f"sending {way} to a peer that has closed", pattern(MIB), 4 * UNREAD_LIMIT)
+        flood = Flood(sender, f"sending {way} to a peer that has closed", MIB, 4 * UNREAD_LIMIT)
         error = flood.task.error()
         assert isinstance(error, ChannelError), f"{flood.task.what}: expected ChannelError, got {told(error)}"
         room = memoryview(bytearray(10))
@@ -135,7 +135,7 @@ def _names_a_destination_that_is_not_there(bench: Workbench) -> None:
     """Dialling where nobody listens raises ChannelError that names the URI."""
     assert bench.case.refused
     error = raises(ChannelError, "connect", bench.outgoing(bench.case.refused).connect, bench.interrupt())
-    assert bench.case.refused in str(error), f"the error does not show '{bench.case.refused}': {error}"
+    assert shows(error, bench.case.refused), f"the error does not show '{bench.case.refused}': {error}"
 
 
 def _receive_to_end(channel: Channel) -> None:
@@ -163,7 +163,7 @@ def _refuses_an_address_in_use(bench: Workbench) -> None:
     """A second listener at the same address raises ChannelError and does not disturb the first."""
     listener = bench.listener()
     error = raises(ChannelError, "listening twice at one address", bench.listener, str(listener.uri))
-    assert str(listener.uri) in str(error), f"the error does not show '{listener.uri}': {error}"
+    assert shows(error, str(listener.uri)), f"the error does not show '{listener.uri}': {error}"
     bench.pair(listener)
 
 

@@ -8,9 +8,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corefw.channel import Channel, ReceivesMemory, SendsMemory, receive_exactly
-from corefw.errors import UriError, one_line
+from corefw.errors import UriError
 from corefw.testing.checks import CHECK_DEADLINE, MEMORY_LIMIT, UNREAD_LIMIT, Need, check
-from corefw.testing.ends import MIB, Flood, Workbench, pattern, raises, receive_all, same, send_chunks, transferred
+from corefw.testing.ends import (
+    MIB,
+    Flood,
+    Workbench,
+    flood_chunk,
+    pattern,
+    raises,
+    receive_all,
+    same,
+    send_chunks,
+    shows,
+    transferred,
+)
 from corefw.testing.tasks import Task, private_memory
 from corefw.uri import MigrationUri
 
@@ -22,7 +34,7 @@ def _refuses_wrong_uris(bench: Workbench) -> None:
     """A wrong URI raises UriError when the transport is made, before anything is started."""
     for text in bench.case.wrong:
         error = raises(UriError, f"making a transport for '{text}'", bench.outgoing, text)
-        assert one_line(text) in str(error), f"the error for '{text}' does not show the URI: {error}"
+        assert shows(error, text), f"the error for '{text}' does not show the URI: {error}"
 
 
 @check(Need.LIVE)
@@ -150,10 +162,9 @@ def _goes_both_ways_at_once(bench: Workbench) -> None:
 @check(Need.LIVE)
 def _holds_back_a_fast_sender(bench: Workbench) -> None:
     """A receiver that does not read blocks the sender; memory stays bounded, and nothing is lost."""
-    chunk = pattern(256 << 10)
     for way, sender, receiver in bench.ways():
         before = private_memory()
-        flood = Flood(sender, f"sending {way}", chunk, 2 * UNREAD_LIMIT)
+        flood = Flood(sender, f"sending {way}", 256 << 10, 2 * UNREAD_LIMIT)
         unread = flood.blocked()
         assert unread <= UNREAD_LIMIT, (
             f"{way}: the sender was let to send {unread / MIB:.0f} MiB that nobody had read, "
@@ -161,7 +172,7 @@ def _holds_back_a_fast_sender(bench: Workbench) -> None:
         )
         grown = private_memory() - before
         assert grown <= MEMORY_LIMIT, f"{way}: {grown / MIB:.0f} MiB of memory hold what nobody has read"
-        total = Task(f"receiving {way}", _count_repeats, receiver, chunk).result(CHECK_DEADLINE)
+        total = Task(f"receiving {way}", _count_flood, receiver, 256 << 10).result(CHECK_DEADLINE)
         flood.task.result()
         assert total == flood.sent, f"{way}: sent {flood.sent} bytes and received {total} after a pause"
 
@@ -193,17 +204,17 @@ def _send_and_end(channel: Channel, data: bytes) -> None:
     channel.send_eof()
 
 
-def _count_repeats(channel: Channel, chunk: bytes) -> int:
-    """Receive `chunk` again and again until the end; how many bytes that were."""
-    room = memoryview(bytearray(len(chunk)))
-    for number in itertools.count():
+def _count_flood(channel: Channel, size: int) -> int:
+    """Receive what Flood sends until the end; how many bytes that were."""
+    room = memoryview(bytearray(size))
+    for offset in itertools.count(0, size):
         filled = 0
-        while filled < len(chunk):
+        while filled < size:
             count = channel.receive_into(room[filled:])
             if count == 0:
-                return number * len(chunk) + filled
+                return offset + filled
             filled += count
-        same(room, chunk)
+        same(room, flood_chunk(offset, size))
     raise AssertionError("count() ended")
 
 

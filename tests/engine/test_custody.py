@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport, TransportContext, TransportFeatures
 from corefw.engine import Engine
 from corefw.engine.returnpath import ReturnPathReader
 from corefw.errors import ChannelError, MigfwError, StateError
@@ -236,8 +236,8 @@ class LateBreakTransport(Transport):
 
 class LateBreakPlugin:
     @hookimpl
-    def corefw_transport(self, uri: MigrationUri) -> Transport | None:
-        return LateBreakTransport(uri) if uri.scheme == "late" else None
+    def corefw_transport(self, uri: MigrationUri, context: TransportContext) -> Transport | None:
+        return LateBreakTransport(uri, context) if uri.scheme == "late" else None
 
 
 @pytest.mark.parametrize(("status", "end"), [(0, "completed"), (1, "failed")])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw.channel import Channel, Interrupt, Listener, Transport, TransportContext, TransportFeatures
 from corefw.engine import Engine
 from corefw.hookspecs import hookimpl
 from corefw.machine import RunState
@@ -58,8 +58,8 @@ class StuckTransport(Transport):
 
 class StuckPlugin:
     @hookimpl
-    def corefw_transport(self, uri: MigrationUri) -> Transport | None:
-        return StuckTransport(uri) if uri.scheme == "stuck" else None
+    def corefw_transport(self, uri: MigrationUri, context: TransportContext) -> Transport | None:
+        return StuckTransport(uri, context) if uri.scheme == "stuck" else None
 
 
 # -- cancel ------------------------------------------------------------------------------------------------------------

@@ -166,14 +166,20 @@ def engines(clean: Path) -> Iterator[Engines]:
     shutil.rmtree(runtime)
 
 
-@pytest.mark.parametrize("incoming", ["tcp:127.0.0.1:0", "deflate:127.0.0.1:0"])
-def test_a_guest_moves_through_any_scheme_that_is_installed(engines: Engines, incoming: str) -> None:
+@pytest.mark.parametrize(
+    ("incoming", "parameters"),
+    [("tcp:127.0.0.1:0", ()), ("zstd+tcp:127.0.0.1:0", ("--param", "x-zstd-level=3"))],
+    ids=["tcp", "zstd"],
+)
+def test_a_guest_moves_through_any_scheme_that_is_installed(
+    engines: Engines, incoming: str, parameters: tuple[str, ...]
+) -> None:
     options = ("stress", "--opt", "ram=16M", "--opt", "working-set=4M", "--cap", "x-journal")
     ready = engines.run("there", *options, "--incoming", incoming)
     scheme = incoming.partition(":")[0]
     (uri,) = re.findall(rf"\b{re.escape(scheme)}:\S*[^\s'\".,)]", ready)
     engines.run("here", *options)
-    engines.ask("migrate", uri, "--name", "here")
+    engines.ask("migrate", uri, "--name", "here", *parameters)
     assert json.loads(engines.ask("status", "--name", "there", "--json"))
     engines.ask("verify", "--name", "there")
     journal = engines.ask("qmp", "x-query-journal", "--name", "there")

@@ -20,14 +20,13 @@ from corefw.channel import (
     Listener,
     ReceivesMemory,
     SendsMemory,
-    Transport,
     TransportFeatures,
 )
 from corefw.errors import ChannelError
 from corefw.net import iovec
 from corefw.testing import tasks
+from corefw.testing.ends import TransportFactory
 from corefw.testing.transport import CHECKS, TransportCase, applicable, check_transport
-from corefw.uri import MigrationUri
 
 
 class Proxy(Channel):
@@ -74,7 +73,7 @@ def faulty(
     channel: Callable[[Channel], Channel] = Proxy,
     listener: Callable[[Listener, Callable[[Channel], Channel]], Listener] = Wrapped,
     features: TransportFeatures = TcpTransport.features,
-) -> Callable[[MigrationUri], Transport]:
+) -> TransportFactory:
     """A tcp: transport with something wrong."""
 
     class Faulty(TcpTransport):
@@ -279,7 +278,7 @@ ONE_WAY = TransportFeatures(return_path=False, multi_channel=True)
 
 @dataclass(frozen=True)
 class Fault:
-    transport: Callable[[MigrationUri], Transport]
+    transport: TransportFactory
     caught_by: str
     says: str
 
@@ -353,7 +352,7 @@ def test_what_applies_is_known_before_anything_is_made() -> None:
     assert "names-a-destination-that-is-not-there" in applicable(one_way)
     assert not {"half-closes-in-either-order", "shows-a-break-as-an-error"} & set(applicable(one_way))
     with pytest.raises(AssertionError, match="give the case its `features`"):
-        applicable(TransportCase(transport=lambda uri: TcpTransport(uri), listen=never))
+        applicable(TransportCase(transport=lambda uri, context: TcpTransport(uri, context), listen=never))
 
 
 def test_features_that_the_case_has_wrong_are_no_pass() -> None:

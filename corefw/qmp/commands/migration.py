@@ -78,7 +78,7 @@ def query_migrate(context: Context) -> MigrationInfo:
 
 def x_migfw_transport(context: Context, uri: str) -> object:
     """What the engine's transport for `uri` can do, without dialling: a wrong URI is refused as `migrate` would."""
-    transport = context.engine.plugins.transport(uri)
+    transport = context.engine.plugins.transport(uri, context.engine.settings)
     transport.check_outgoing()
     return {
         "scheme": transport.uri.scheme,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from corefw_transport_exec import FdTransport
 
-from corefw.channel import Interrupt
+from corefw.channel import Interrupt, TransportContext
 from corefw.errors import ChannelError, UriError
 from corefw.net import descriptors
 from corefw.uri import MigrationUri
@@ -25,7 +25,7 @@ def fd_(what: int | str) -> FdTransport:
     """A number as if the process had been started with it."""
     if isinstance(what, int):
         os.set_inheritable(what, True)
-    return FdTransport(MigrationUri("fd", str(what)))
+    return FdTransport(MigrationUri("fd", str(what)), TransportContext())
 
 
 @pytest.fixture
@@ -118,9 +118,9 @@ def test_kinds_that_are_no_streams(make: Callable[[], socket.socket | Interrupt]
 def test_an_inherited_descriptor_works_in_another_process(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     script = (
-        "import sys; from corefw_transport_exec import FdTransport; from corefw.channel import Interrupt\n"
+        "import sys; from corefw_transport_exec import FdTransport; from corefw.channel import Interrupt, TransportContext\n"
         "from corefw.uri import MigrationUri\n"
-        "with FdTransport(MigrationUri('fd', sys.argv[1])).connect(Interrupt()) as channel:\n"
+        "with FdTransport(MigrationUri('fd', sys.argv[1]), TransportContext()).connect(Interrupt()) as channel:\n"
         "    channel.send(b'inherited'); channel.send_eof()\n"
     )
     subprocess.run([sys.executable, "-c", script, str(writer)], pass_fds=[writer], check=True)
@@ -130,9 +130,9 @@ def test_an_inherited_descriptor_works_in_another_process(pipe: tuple[int, int])
 def test_standard_output_keeps_its_number() -> None:
     """Nothing that is opened later becomes the standard output by accident."""
     script = (
-        "import os; from corefw_transport_exec import FdTransport; from corefw.channel import Interrupt\n"
+        "import os; from corefw_transport_exec import FdTransport; from corefw.channel import Interrupt, TransportContext\n"
         "from corefw.uri import MigrationUri\n"
-        "with FdTransport(MigrationUri('fd', '1')).connect(Interrupt()) as channel:\n"
+        "with FdTransport(MigrationUri('fd', '1'), TransportContext()).connect(Interrupt()) as channel:\n"
         "    channel.send(b'stream'); channel.send_eof()\n"
         "assert os.open('/dev/zero', os.O_RDONLY) > 2\n"
         "print('not in the stream')\n"

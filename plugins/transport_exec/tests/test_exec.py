@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from corefw_transport_exec import ExecTransport
 
-from corefw.channel import Channel, Interrupt, Transport
+from corefw.channel import Channel, Interrupt, Transport, TransportContext
 from corefw.errors import ChannelError, Interrupted
 from corefw.testing.tasks import Possessions, Task, wait_until
 from corefw.uri import MigrationUri
@@ -20,7 +20,7 @@ NEVER = Interrupt()
 
 
 def exec_(command: str) -> Transport:
-    return ExecTransport(MigrationUri("exec", command))
+    return ExecTransport(MigrationUri("exec", command), TransportContext())
 
 
 def outgoing(command: str) -> Channel:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from corefw_transport_exec import FileTransport
 
-from corefw.channel import Channel, FileBacked, Interrupt
+from corefw.channel import Channel, FileBacked, Interrupt, TransportContext
 from corefw.errors import ChannelError, Interrupted, UriError
 from corefw.testing.tasks import Task
 from corefw.uri import MigrationUri
@@ -26,7 +26,7 @@ NOBODY = 65534
 
 
 def outgoing(path: Path | str) -> Channel:
-    return FileTransport(MigrationUri("file", str(path))).connect(NEVER)
+    return FileTransport(MigrationUri("file", str(path)), TransportContext()).connect(NEVER)
 
 
 def names(folder: Path) -> list[str]:
@@ -35,7 +35,10 @@ def names(folder: Path) -> list[str]:
 
 def receive_all(path: Path) -> bytes:
     room, got = memoryview(bytearray(65536)), b""
-    with FileTransport(MigrationUri("file", str(path))).listen() as listener, listener.accept(NEVER) as channel:
+    with (
+        FileTransport(MigrationUri("file", str(path)), TransportContext()).listen() as listener,
+        listener.accept(NEVER) as channel,
+    ):
         while count := channel.receive_into(room):
             got += room[:count]
     return got
@@ -74,7 +77,7 @@ def test_only_what_appears_whole_is_atomic(tmp_path: Path) -> None:
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     for path, atomic in ((tmp_path / "new", True), (Path("/dev/null"), False), (fifo, False)):
-        transport = FileTransport(MigrationUri.parse(f"file:{path}"))
+        transport = FileTransport(MigrationUri.parse(f"file:{path}"), TransportContext())
         transport.connect(NEVER).close()
         assert transport.features.atomic is atomic, path
     os.close(reader)
@@ -143,7 +146,7 @@ def test_what_cannot_be_read_is_told_before_anything_waits(tmp_path: Path, name:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(ChannelError, match=f"file:{tmp_path}/{name}: {expected}"):
-        FileTransport(MigrationUri("file", f"{tmp_path}/{name}")).listen()
+        FileTransport(MigrationUri("file", f"{tmp_path}/{name}"), TransportContext()).listen()
 
 
 @pytest.mark.parametrize(
@@ -161,11 +164,11 @@ def test_no_permission(tmp_path: Path) -> None:
     script = textwrap.dedent("""
         import os, sys
         from corefw_transport_exec import FileTransport
-        from corefw.channel import Interrupt
+        from corefw.channel import Interrupt, TransportContext
         from corefw.errors import ChannelError
         from corefw.uri import MigrationUri
 
-        transport = FileTransport(MigrationUri("file", "x"))
+        transport = FileTransport(MigrationUri("file", "x"), TransportContext())
         if os.geteuid() == 0:
             os.setgroups([])
             os.setresgid(*[int(sys.argv[1])] * 3)
@@ -193,13 +196,13 @@ def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path) -> None:
         import os, sys
         from pathlib import Path
         from corefw_transport_exec import FileTransport
-        from corefw.channel import Interrupt
+        from corefw.channel import Interrupt, TransportContext
         from corefw.errors import ChannelError
         from corefw.uri import MigrationUri
 
         path = Path(sys.argv[1], "guest")
         path.write_bytes(b"the old one")
-        with FileTransport(MigrationUri("file", str(path))).connect(Interrupt()) as channel:
+        with FileTransport(MigrationUri("file", str(path)), TransportContext()).connect(Interrupt()) as channel:
             try:
                 channel.send(bytes(4 << 20))
                 channel.send_eof()
@@ -221,9 +224,9 @@ def test_devices_and_standard_output() -> None:
         channel.send(b"x")
         channel.send_eof()
     script = (
-        "from corefw_transport_exec import FileTransport; from corefw.channel import Interrupt\n"
+        "from corefw_transport_exec import FileTransport; from corefw.channel import Interrupt, TransportContext\n"
         "from corefw.uri import MigrationUri\n"
-        "with FileTransport(MigrationUri('file', '/dev/stdout')).connect(Interrupt()) as channel:\n"
+        "with FileTransport(MigrationUri('file', '/dev/stdout'), TransportContext()).connect(Interrupt()) as channel:\n"
         "    channel.send(b'the stream'); channel.send_eof()\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
@@ -233,9 +236,9 @@ def test_devices_and_standard_output() -> None:
 def test_standard_output_that_is_a_file_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "out"
     script = (
-        "from corefw_transport_exec import FileTransport; from corefw.channel import Interrupt\n"
+        "from corefw_transport_exec import FileTransport; from corefw.channel import Interrupt, TransportContext\n"
         "from corefw.uri import MigrationUri\n"
-        "with FileTransport(MigrationUri('file', '/dev/fd/1')).connect(Interrupt()) as channel:\n"
+        "with FileTransport(MigrationUri('file', '/dev/fd/1'), TransportContext()).connect(Interrupt()) as channel:\n"
         "    channel.send(b'the stream'); channel.send_eof()\n"
     )
     with path.open("wb") as file:
@@ -262,7 +265,7 @@ def test_a_fifo_joins_two(tmp_path: Path) -> None:
 def test_waiting_for_a_fifo_can_be_interrupted(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    transport = FileTransport(MigrationUri("file", str(fifo)))
+    transport = FileTransport(MigrationUri("file", str(fifo)), TransportContext())
     with transport.listen() as listener:
         interrupted(listener.accept)
     interrupted(transport.connect)
@@ -314,9 +317,9 @@ def test_an_offset_and_a_link(tmp_path: Path) -> None:
 
 def test_an_offset_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UriError, match="'x' is not an offset: expected bytes"):
-        FileTransport(MigrationUri("file", f"{tmp_path}/guest,offset=x"))
+        FileTransport(MigrationUri("file", f"{tmp_path}/guest,offset=x"), TransportContext())
     os.mkfifo(tmp_path / "fifo")
-    transport = FileTransport(MigrationUri("file", f"{tmp_path}/fifo,offset=3"))
+    transport = FileTransport(MigrationUri("file", f"{tmp_path}/fifo,offset=3"), TransportContext())
     for use in (lambda: transport.connect(NEVER), transport.listen):
         with pytest.raises(ChannelError, match="an offset needs a regular file"):
             use()
@@ -326,14 +329,14 @@ def test_a_save_image_that_cannot_be_read_is_refused_at_once(tmp_path: Path) -> 
     path = tmp_path / "image"
     path.write_bytes(b"LibvirtQemudPart" + bytes(100))
     with pytest.raises(ChannelError, match=f"file:{path} is an incomplete libvirt save image"):
-        FileTransport(MigrationUri("file", str(path))).listen()
+        FileTransport(MigrationUri("file", str(path)), TransportContext()).listen()
 
 
 def test_passing_over_a_part_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "guest"
     path.write_bytes(b"0123456789" * 20)
     with (
-        FileTransport(MigrationUri("file", f"{path},offset=10")).listen() as listener,
+        FileTransport(MigrationUri("file", f"{path},offset=10"), TransportContext()).listen() as listener,
         listener.accept(NEVER) as channel,
     ):
         assert isinstance(channel, FileBacked)

@@ -6,6 +6,7 @@ import pytest
 from corefw_transport_ssh import SshTransport
 from corefw_transport_ssh.address import SshAddress, TcpTarget, UnixTarget, parse_address
 
+from corefw.channel import TransportContext
 from corefw.errors import ChannelError, UriError
 from corefw.uri import MigrationUri
 
@@ -43,13 +44,13 @@ def test_parts(text: str) -> None:
 @pytest.mark.parametrize("text", WRONG)
 def test_wrong_uris_say_what_would_be_right(text: str) -> None:
     with pytest.raises(UriError) as caught:
-        SshTransport(MigrationUri.parse(text))
+        SshTransport(MigrationUri.parse(text), TransportContext())
     assert WRONG[text] in str(caught.value)
     assert "secret" not in str(caught.value)
 
 
 def test_a_far_unix_socket_cannot_be_waited_at() -> None:
-    transport = SshTransport(MigrationUri.parse("ssh://host/unix:/run/a.sock"))
+    transport = SshTransport(MigrationUri.parse("ssh://host/unix:/run/a.sock"), TransportContext())
     assert not transport.features.incoming
     with pytest.raises(ChannelError, match=r"use tcp:HOST:PORT"):
         transport.listen()

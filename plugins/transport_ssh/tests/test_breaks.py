@@ -14,7 +14,7 @@ from corefw_transport_ssh.channel import SshChannel
 from corefw_transport_ssh.connection import Connection
 from paramiko.packet import Packetizer
 
-from corefw.channel import Channel, Interrupt, Listener, receive_exactly
+from corefw.channel import Channel, Interrupt, Listener, TransportContext, receive_exactly
 from corefw.errors import ChannelError, Interrupted
 from corefw.net.dialing import listen_tcp
 from corefw.testing.ends import pattern, receive_all
@@ -41,7 +41,7 @@ def listener() -> Iterator[Listener]:
 
 
 def ssh(sshd: Sshd, target: object) -> SshTransport:
-    return SshTransport(MigrationUri.parse(f"ssh://{sshd.address}/{target}"))
+    return SshTransport(MigrationUri.parse(f"ssh://{sshd.address}/{target}"), TransportContext())
 
 
 def pair(sshd: Sshd, listener: Listener, interrupt: Interrupt) -> tuple[Channel, Channel]:
@@ -219,7 +219,7 @@ def test_a_flood_of_peers_is_turned_away(sshd: Sshd, home: Path, interrupt: Inte
 def _tcp(target: str, interrupt: Interrupt) -> Channel:
     from corefw_transport_tcp import TcpTransport
 
-    return TcpTransport(MigrationUri.parse(target)).connect(interrupt)
+    return TcpTransport(MigrationUri.parse(target), TransportContext()).connect(interrupt)
 
 
 # -- keys that change in the midst of it -------------------------------------------------------------------------------

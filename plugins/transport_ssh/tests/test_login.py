@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from corefw_transport_ssh import SshTransport
 
-from corefw.channel import Interrupt, receive_exactly
+from corefw.channel import Interrupt, TransportContext, receive_exactly
 from corefw.errors import ChannelError
 from corefw.net.dialing import listen_tcp
 from corefw.net.sockets import SocketListener
@@ -37,7 +37,7 @@ def listener() -> Iterator[SocketListener]:
 
 def reaches(host: str, listener: SocketListener, interrupt: Interrupt) -> None:
     """A word goes through the tunnel and another back. Raises what connect does."""
-    transport = SshTransport(MigrationUri.parse(f"ssh://{host}/{listener.uri}"))
+    transport = SshTransport(MigrationUri.parse(f"ssh://{host}/{listener.uri}"), TransportContext())
     with transport.connect(interrupt) as out, listener.accept(interrupt) as into:
         for sender, receiver in ((out, into), (into, out)):
             sender.send(b"word")

@@ -9,7 +9,7 @@ import zmq.auth
 from corefw_transport_zmq import ZmqTransport
 from corefw_transport_zmq.address import IpcPlace, Place, TcpPlace, parse_address
 
-from corefw.channel import Interrupt
+from corefw.channel import Interrupt, TransportContext
 from corefw.errors import ChannelError, UriError
 from corefw.uri import MigrationUri
 
@@ -47,7 +47,7 @@ def test_places(text: str) -> None:
 @pytest.mark.parametrize("text", WRONG)
 def test_wrong_uris_say_what_would_be_right(text: str) -> None:
     with pytest.raises(UriError) as caught:
-        ZmqTransport(MigrationUri.parse(text))
+        ZmqTransport(MigrationUri.parse(text), TransportContext())
     assert WRONG[text] in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -80,15 +80,18 @@ WRONG_KEYS = {
 @pytest.mark.parametrize("query", WRONG_KEYS)
 def test_wrong_keys(keys: Path, query: str) -> None:
     with pytest.raises(UriError) as caught:
-        ZmqTransport(MigrationUri.parse(f"zmq:tcp://a:1?{query.format(keys)}"))
+        ZmqTransport(MigrationUri.parse(f"zmq:tcp://a:1?{query.format(keys)}"), TransportContext())
     assert WRONG_KEYS[query] in str(caught.value)
 
 
 def test_which_end_the_keys_are_for(keys: Path) -> None:
     dials = ZmqTransport(
-        MigrationUri.parse(f"zmq:tcp://127.0.0.1:1?key={keys}/one.key_secret&server-key={keys}/one.key")
+        MigrationUri.parse(f"zmq:tcp://127.0.0.1:1?key={keys}/one.key_secret&server-key={keys}/one.key"),
+        TransportContext(),
     )
-    waits = ZmqTransport(MigrationUri.parse(f"zmq:tcp://127.0.0.1:1?key={keys}/one.key_secret&authorized={keys}/in"))
+    waits = ZmqTransport(
+        MigrationUri.parse(f"zmq:tcp://127.0.0.1:1?key={keys}/one.key_secret&authorized={keys}/in"), TransportContext()
+    )
     assert (dials.features.outgoing, dials.features.incoming) == (True, False)
     assert (waits.features.outgoing, waits.features.incoming) == (False, True)
     interrupt = Interrupt()

@@ -18,7 +18,7 @@ from corefw_transport_zmq import ZmqTransport, transport
 from corefw_transport_zmq.protocol import CHUNK, WINDOW, Kind, Message, greeting, write_header
 from corefw_transport_zmq.serving import BACKLOG
 
-from corefw.channel import Channel, Interrupt, Listener, receive_exactly
+from corefw.channel import Channel, Interrupt, Listener, TransportContext, receive_exactly
 from corefw.errors import ChannelError, Interrupted
 from corefw.testing.ends import pattern
 from corefw.testing.tasks import Task, wait_until
@@ -41,7 +41,7 @@ def listener() -> Iterator[Listener]:
 
 
 def zmq_transport(uri: object) -> ZmqTransport:
-    return ZmqTransport(MigrationUri.parse(str(uri)))
+    return ZmqTransport(MigrationUri.parse(str(uri)), TransportContext())
 
 
 def pair(listener: Listener, interrupt: Interrupt) -> tuple[Channel, Channel]:
@@ -75,10 +75,10 @@ def raw(kind: int) -> Iterator[zmq.Socket[bytes]]:
 
 PEER = """
 import sys
-from corefw.channel import Interrupt
+from corefw.channel import Interrupt, TransportContext
 from corefw.uri import MigrationUri
 from corefw_transport_zmq import ZmqTransport
-transport = ZmqTransport(MigrationUri.parse(sys.argv[2]))
+transport = ZmqTransport(MigrationUri.parse(sys.argv[2]), TransportContext())
 if sys.argv[1] == "dial":
     channel = transport.connect(Interrupt())
 else:

@@ -15,7 +15,7 @@ import subprocess
 import threading
 from typing import Final
 
-from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw.channel import Channel, Interrupt, Listener, Transport, TransportContext, TransportFeatures
 from corefw.errors import ChannelError, UriError
 from corefw.uri import MigrationUri
 from corefw_transport_exec.pipe import OneShotListener, PipeChannel
@@ -34,8 +34,8 @@ class ExecTransport(Transport):
 
     features = TransportFeatures(return_path=False, multi_channel=False)
 
-    def __init__(self, uri: MigrationUri) -> None:
-        super().__init__(uri)
+    def __init__(self, uri: MigrationUri, context: TransportContext) -> None:
+        super().__init__(uri, context)
         if not uri.rest.strip():
             raise UriError(f"'{uri}' has no command: expected exec:COMMAND, as in exec:gzip > guest.gz")
         if "\0" in uri.rest:

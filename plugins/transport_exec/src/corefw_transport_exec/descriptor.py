@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
-from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw.channel import Channel, Interrupt, Listener, Transport, TransportContext, TransportFeatures
 from corefw.errors import ChannelError, UriError
 from corefw.net import descriptors
 from corefw.net.sockets import SocketChannel, reason
@@ -30,8 +30,8 @@ _STANDARD: Final = (0, 1, 2)
 class FdTransport(Transport):
     """fd:N, fd:NAME"""
 
-    def __init__(self, uri: MigrationUri) -> None:
-        super().__init__(uri)
+    def __init__(self, uri: MigrationUri, context: TransportContext) -> None:
+        super().__init__(uri, context)
         self._name = uri.rest
         self._is_number = self._name.isascii() and self._name.isdecimal()
         self._used = False

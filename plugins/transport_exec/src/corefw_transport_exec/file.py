@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from corefw.channel import Channel, FileBacked, Interrupt, Listener, Transport, TransportFeatures
+from corefw.channel import Channel, FileBacked, Interrupt, Listener, Transport, TransportContext, TransportFeatures
 from corefw.errors import ChannelError, StreamError, UriError, UsageError
 from corefw.net.sockets import reason
 from corefw.net.streamfile import StreamFile, split_offset
@@ -40,8 +40,8 @@ class FileTransport(Transport):
 
     features = _FEATURES
 
-    def __init__(self, uri: MigrationUri) -> None:
-        super().__init__(uri)
+    def __init__(self, uri: MigrationUri, context: TransportContext) -> None:
+        super().__init__(uri, context)
         if "\0" in uri.rest:
             raise UriError(f"'{uri}': a path has no zero byte")
         try:

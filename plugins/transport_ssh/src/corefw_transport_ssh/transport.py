@@ -15,7 +15,7 @@ from typing import Final
 
 import paramiko
 
-from corefw.channel import Channel, Interrupt, Listener, RemoteHost, Transport, TransportFeatures
+from corefw.channel import Channel, Interrupt, Listener, RemoteHost, Transport, TransportContext, TransportFeatures
 from corefw.errors import ChannelError
 from corefw.uri import MigrationUri, check_dialled_port, join_host_port
 from corefw_transport_ssh.address import SshAddress, Target, TcpTarget, UnixTarget, parse_address
@@ -48,8 +48,8 @@ _REFUSALS: Final[dict[tuple[type[Target], int], str]] = {
 class SshTransport(Transport):
     """ssh://[USER@]HOST[:PORT]/tcp:HOST:PORT, ssh://…/unix:PATH"""
 
-    def __init__(self, uri: MigrationUri) -> None:
-        super().__init__(uri)
+    def __init__(self, uri: MigrationUri, context: TransportContext) -> None:
+        super().__init__(uri, context)
         self._address = parse_address(uri)
         can_wait = isinstance(self._address.target, TcpTarget)
         self.features = TransportFeatures(return_path=True, multi_channel=True, incoming=can_wait)

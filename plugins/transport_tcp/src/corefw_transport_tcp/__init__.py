@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw.channel import Channel, Interrupt, Listener, Transport, TransportContext, TransportFeatures
 from corefw.net.dialing import check_unix_path, connect_tcp, connect_unix, listen_tcp, listen_unix
 from corefw.uri import MigrationUri, check_dialled_port, split_host_port
 
@@ -22,8 +22,8 @@ class TcpTransport(Transport):
 
     features = _BOTH_WAYS
 
-    def __init__(self, uri: MigrationUri) -> None:
-        super().__init__(uri)
+    def __init__(self, uri: MigrationUri, context: TransportContext) -> None:
+        super().__init__(uri, context)
         self._host, self._port = split_host_port(uri.rest, str(uri))
 
     def check_outgoing(self) -> None:
@@ -42,12 +42,12 @@ class UnixTransport(Transport):
 
     features = _BOTH_WAYS
 
-    def __init__(self, uri: MigrationUri) -> None:
-        super().__init__(uri)
+    def __init__(self, uri: MigrationUri, context: TransportContext) -> None:
+        super().__init__(uri, context)
         check_unix_path(uri.rest, uri)
 
     def connect(self, interrupt: Interrupt) -> Channel:
         return connect_unix(self.uri.rest, self.uri, interrupt)
 
     def listen(self) -> Listener:
-        return listen_unix(self.uri.rest, self.uri, any_user=self.any_user)
+        return listen_unix(self.uri.rest, self.uri, any_user=self.context.any_user)

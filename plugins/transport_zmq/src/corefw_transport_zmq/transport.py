@@ -11,7 +11,7 @@ from typing import Final
 
 import zmq
 
-from corefw.channel import Channel, Interrupt, Listener, Transport, TransportFeatures
+from corefw.channel import Channel, Interrupt, Listener, Transport, TransportContext, TransportFeatures
 from corefw.errors import ChannelError
 from corefw.net.dialing import listen_tcp, listen_unix, resolve
 from corefw.net.sockets import SocketListener
@@ -30,8 +30,8 @@ ANSWER_SECONDS: Final = 10.0
 class ZmqTransport(Transport):
     """zmq:tcp://HOST:PORT, zmq:ipc://PATH"""
 
-    def __init__(self, uri: MigrationUri) -> None:
-        super().__init__(uri)
+    def __init__(self, uri: MigrationUri, context: TransportContext) -> None:
+        super().__init__(uri, context)
         self._address = parse_address(uri)
         self._keys = load_keys(self._address.options, uri)
         self.features = TransportFeatures(
@@ -89,8 +89,8 @@ class ZmqTransport(Transport):
         try:
             gatekeeper = secure_listener(socket, self._keys, self.uri) if self._keys else None
             if isinstance(place, IpcPlace):
-                listener = listen_unix(place.path, self.uri, any_user=self.any_user)
-                if place.path.startswith("@") and not self.any_user:
+                listener = listen_unix(place.path, self.uri, any_user=self.context.any_user)
+                if place.path.startswith("@") and not self.context.any_user:
                     for uid in {0, os.geteuid()}:  # ZeroMQ accepts by itself, and so it has to check by itself
                         socket.setsockopt(zmq.IPC_FILTER_UID, uid)
             else:
