@@ -118,7 +118,8 @@ def test_kinds_that_are_no_streams(make: Callable[[], socket.socket | Interrupt]
 def test_an_inherited_descriptor_works_in_another_process(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     script = (
-        "import sys; from corefw_transport_exec import FdTransport; from corefw.channel import Interrupt, TransportContext\n"
+        "import sys\n"
+        "from corefw_transport_exec import FdTransport; from corefw.channel import Interrupt, TransportContext\n"
         "from corefw.uri import MigrationUri\n"
         "with FdTransport(MigrationUri('fd', sys.argv[1]), TransportContext()).connect(Interrupt()) as channel:\n"
         "    channel.send(b'inherited'); channel.send_eof()\n"
@@ -130,7 +131,8 @@ def test_an_inherited_descriptor_works_in_another_process(pipe: tuple[int, int])
 def test_standard_output_keeps_its_number() -> None:
     """Nothing that is opened later becomes the standard output by accident."""
     script = (
-        "import os; from corefw_transport_exec import FdTransport; from corefw.channel import Interrupt, TransportContext\n"
+        "import os\n"
+        "from corefw_transport_exec import FdTransport; from corefw.channel import Interrupt, TransportContext\n"
         "from corefw.uri import MigrationUri\n"
         "with FdTransport(MigrationUri('fd', '1'), TransportContext()).connect(Interrupt()) as channel:\n"
         "    channel.send(b'stream'); channel.send_eof()\n"
