@@ -17,6 +17,7 @@ from corefw.channel import Channel
 from corefw.errors import ANYTHING, ChannelClosed, ChannelError, MigfwError, PeerError, StreamError
 from corefw.wire.constants import ReturnMessage
 from corefw.wire.returnpath import (
+    ReturnMessageRecord,
     encode_return_message,
     number_body,
     parse_number,
@@ -30,8 +31,9 @@ log = logging.getLogger(__name__)
 
 _ACCEPTED: Final = (ReturnMessage.SHUT, 0)
 
-Handler = Callable[[bytes], None]
-"""Called in the return path's thread with a message's body. What it raises ends the return path and the migration."""
+Handler = Callable[[ReturnMessageRecord, StreamReader], None]
+"""Called in the return path's thread with a message, and with the reader to take from it what follows the message. What
+it raises ends the return path."""
 
 
 class ReturnPathReader:
@@ -49,6 +51,7 @@ class ReturnPathReader:
         self._handlers: Final[dict[ReturnMessage, Handler]] = {
             ReturnMessage.PONG: self._pong,
             ReturnMessage.SWITCHOVER_ACK: self._switchover_ack,
+            ReturnMessage.RESUME_ACK: self._resume_ack,
             ReturnMessage.MIGFW_REASON: self._note_reason,
             ReturnMessage.SHUT: self._shut,
         }
@@ -78,6 +81,10 @@ class ReturnPathReader:
         """Whether the destination confirmed that it has the guest."""
         return _ACCEPTED in self._received
 
+    def handle(self, message: ReturnMessage, handler: Handler) -> None:
+        """From now on the destination may send this message too."""
+        self._handlers[message] = handler
+
     def expect(self, message: ReturnMessage, value: int) -> None:
         """From now on the destination may send this; wait() then finds it. SHUT 0 before that is an error."""
         with self._changed:
@@ -91,6 +98,17 @@ class ReturnPathReader:
         if not received:
             self.check()
         return received
+
+    def has(self, message: ReturnMessage, value: int) -> bool:
+        """Whether an expected message has come."""
+        return (message, value) in self._received
+
+    def note(self, message: ReturnMessage, value: int) -> None:
+        """For handlers: this has come. wait() finds it if it was expected."""
+        with self._changed:
+            if (message, value) in self._expected:
+                self._received.add((message, value))
+                self._changed.notify_all()
 
     def wait_end(self, seconds: float) -> bool:
         """Block until the path has ended, for `seconds` at most; whether it has."""
@@ -132,33 +150,30 @@ class ReturnPathReader:
         message = read_return_message(reader)
         handler = self._handlers.get(message.type)
         if handler is None:
-            raise StreamError(f"return path: unexpected {message.type.name} (postcopy is not in use)")
-        handler(message.body)
-
-    def _note(self, message: ReturnMessage, value: int) -> None:
-        with self._changed:
-            if (message, value) in self._expected:
-                self._received.add((message, value))
-                self._changed.notify_all()
+            raise StreamError(f"return path: unexpected {message.type.name}")
+        handler(message, reader)
 
     # -- the handlers ----------------------------------------------------------------------------------------------
 
-    def _pong(self, body: bytes) -> None:
-        self._note(ReturnMessage.PONG, parse_number(body))
+    def _pong(self, message: ReturnMessageRecord, _: StreamReader) -> None:
+        self.note(ReturnMessage.PONG, parse_number(message.body))
 
-    def _switchover_ack(self, _body: bytes) -> None:
-        self._note(ReturnMessage.SWITCHOVER_ACK, 0)
+    def _switchover_ack(self, _message: ReturnMessageRecord, _: StreamReader) -> None:
+        self.note(ReturnMessage.SWITCHOVER_ACK, 0)
 
-    def _note_reason(self, body: bytes) -> None:
-        self._reason = parse_reason(body)
+    def _resume_ack(self, message: ReturnMessageRecord, _: StreamReader) -> None:
+        self.note(ReturnMessage.RESUME_ACK, parse_number(message.body))
 
-    def _shut(self, body: bytes) -> None:
-        if status := parse_number(body):
+    def _note_reason(self, message: ReturnMessageRecord, _: StreamReader) -> None:
+        self._reason = parse_reason(message.body)
+
+    def _shut(self, message: ReturnMessageRecord, _: StreamReader) -> None:
+        if status := parse_number(message.body):
             why = f": {self._reason}" if self._reason else f" (status {status}; its log says why)"
             raise PeerError(f"the destination failed to load the guest{why}")
         if _ACCEPTED not in self._expected:
             raise StreamError("return path: the destination confirmed the guest before everything was sent")
-        self._note(ReturnMessage.SHUT, 0)
+        self.note(ReturnMessage.SHUT, 0)
 
 
 class ReturnPathWriter:
