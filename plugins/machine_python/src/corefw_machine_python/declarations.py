@@ -1,7 +1,7 @@
 """What a program declares: arrays (its RAM), fields (its device state) and options (what --opt takes).
 
-A declaration is a descriptor on the class and says everything about one name; a wrong one raises TypeError or
-ValueError when the class is made, a wrong value when it is assigned, both naming the program's own line as the place.
+A declaration is a descriptor on the class. A wrong declaration raises TypeError or ValueError when the class is
+created, a wrong value when it is assigned; the traceback ends in the program's own line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INTEGERS: Final = {f"{sign}{bits}": (sign, bits) for sign in "ui" for bits in (8
 ALIASES: Final = {"double": "f64"}
 _SIZED: Final = re.compile(r"(bytes|str)\[([1-9][0-9]*)\]\Z")
 MAX_SIZED: Final = 1 << 20
-"""Bytes that one field may have; what is larger is an array."""
+"""Maximum bytes of a field; use an array for more."""
 
 
 class Options(Mapping[str, Any]):
@@ -64,7 +64,7 @@ class Option:
         self.default = self.parse(default) if isinstance(default, str) else default
 
     def parse(self, text: str) -> object:
-        """The value of what stands behind `--opt NAME=`. Raises UsageError."""
+        """Parse the text after `--opt NAME=`. Raises UsageError."""
         try:
             return self._parse(text)
         except UsageError as error:
@@ -76,13 +76,13 @@ class Option:
 
 
 class HasOptions(Protocol):
-    """What a descriptor needs of the program that it is on."""
+    """What a descriptor needs from its program."""
 
     options: Options
 
 
 FORKED: Final = object()
-"""In the place of an array, in a process that the guest has forked."""
+"""Replaces an array in a process that the guest has forked."""
 
 
 class Array:
@@ -102,7 +102,7 @@ class Array:
         self.attribute = attribute
 
     def shape(self, options: Options) -> tuple[int, ...]:
-        """The shape with these options. Raises UsageError."""
+        """The shape for these options. Raises UsageError."""
         try:
             shape = self._shape(options) if callable(self._shape) else self._shape
             sizes = (shape,) if isinstance(shape, int) else tuple(operator.index(size) for size in shape)
@@ -133,13 +133,13 @@ class Array:
         return found
 
     def __set__(self, program: HasOptions, value: object) -> None:
-        # `self.grid += 1` assigns the array to itself.
+        # `self.grid += 1` also assigns the array to itself.
         if value is not program.__dict__.get(self.attribute):
             name = self.attribute
             raise AttributeError(f"an array's memory cannot be replaced: write into it, as in self.{name}[...] = value")
 
     def bind(self, program: HasOptions, memory: NDArray[np.uint8]) -> None:
-        """Let the attribute be the first bytes of this memory."""
+        """Make the attribute a view of the first bytes of this memory."""
         shape = self.shape(program.options)
         length = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
         program.__dict__[self.attribute] = memory[:length].view(self.dtype).reshape(shape)
@@ -147,7 +147,7 @@ class Array:
 
 @dataclass(frozen=True, slots=True)
 class FieldType:
-    """What a field holds. `size` is in bytes, for "bytes" and "str"."""
+    """The type of a field. `size` is in bytes, for "bytes" and "str"."""
 
     kind: str
     size: int = 0
@@ -173,7 +173,8 @@ class FieldType:
         return zeros.get(self.kind, 0)
 
     def check(self, value: object) -> Value:
-        """The value as it is kept. Raises TypeError, ValueError: a phrase that goes behind the field's name."""
+        """Convert a value to the form that is stored. Raises TypeError, ValueError with a phrase that follows the
+        field's name."""
         if self.kind in INTEGERS:
             return self._check_integer(value)
         if self.kind == "f64":
@@ -212,10 +213,10 @@ class FieldType:
 
 
 class Stored(ABC):
-    """What a program declares of its device state.
+    """A declaration of device state.
 
-    name    of the attribute, in the stream too
-    since   the first version of the program that has it
+    name    name of the attribute, also in the stream
+    since   first version of the program that has it
     """
 
     def __init__(self, since: int) -> None:
@@ -228,15 +229,15 @@ class Stored(ABC):
     @property
     @abstractmethod
     def type_name(self) -> str:
-        """The type as the other side knows it; it says everything about the form in the stream."""
+        """The type as text, which fully determines the form in the stream."""
 
     @abstractmethod
     def stored(self, program: object) -> object:
-        """The value as the engine gets it. Raises TypeError or ValueError for one that cannot move."""
+        """The value in the form that the engine receives. Raises TypeError or ValueError if it cannot move."""
 
     @abstractmethod
     def restore(self, program: object, stored: Any) -> None:
-        """Set the value to what stored() gave. Raises ValueError."""
+        """Set the value from the form that stored() returned. Raises ValueError."""
 
 
 class Field(Stored):
@@ -280,7 +281,7 @@ class Field(Stored):
 
 @dataclass(frozen=True, slots=True)
 class Declarations:
-    """All that a program class declares, its bases' first, in the order of the source."""
+    """All declarations of a program class in source order, base classes first."""
 
     arrays: tuple[Array, ...]
     fields: tuple[Stored, ...]
@@ -291,12 +292,12 @@ class Declarations:
 
     @property
     def attributes(self) -> set[str]:
-        """What the arrays and fields are called in the program."""
+        """Attribute names of the arrays and fields."""
         return {one.attribute for one in self.arrays} | {one.name for one in self.fields}
 
     @classmethod
     def of(cls, program: type) -> Declarations:
-        """Raises ValueError when the class declares a name twice."""
+        """Collect the declarations of a class. Raises ValueError if it declares a name twice."""
         found: dict[str, object] = {}
         for base in reversed(program.__mro__):
             found.update(vars(base))
@@ -310,7 +311,7 @@ class Declarations:
         return cls(arrays, tuple(one for one in found.values() if isinstance(one, Stored)), options)
 
     def parse_options(self, given: Mapping[str, str]) -> Options:
-        """What `--opt` said, with the defaults. Raises UsageError."""
+        """Parse the values of `--opt`, adding defaults. Raises UsageError."""
         known = {option.name: option for option in self.options}
         if wrong := next((name for name in given if name not in known), None):
             listed = ", ".join(known) or "none"

@@ -1,8 +1,8 @@
-"""What becomes of a guest's arrays in a process that it forks.
+"""Handles forks of a guest: a forked child does not get the arrays.
 
-The arrays are not inherited (MADV_DONTFORK), for the dirty log would not see what a child writes. In a child, using an
-array's attribute raises RuntimeError that says what to do instead. Views that the child holds get a private copy of the
-memory, so that nothing crashes, and nothing that it writes reaches the guest. subprocess and os.system() run no hooks.
+The arrays are not inherited (MADV_DONTFORK), because the dirty log would not see the writes of a child. In a child,
+using an array's attribute raises RuntimeError with what to do instead. Views that the child holds get a private copy of
+the memory, so nothing crashes and no write reaches the guest. subprocess and os.system() run no fork hooks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """Memory of one array: a memfd that stays open, and where it is mapped."""
+    """Memory of one array: an open memfd and the address of its mapping."""
 
     fd: int
     address: int
@@ -36,12 +36,12 @@ class Mapped:
 def watch_forks(
     program: Program, arrays: Sequence[Array], mapped: Sequence[Mapped], in_child: Callable[[], None]
 ) -> None:
-    """From now on: say once that a fork is seen, and in each child call `in_child` and take the arrays away."""
-    said: list[int] = []
+    """Install fork hooks: warn at the first fork; in each child call `in_child` and remove the arrays."""
+    warned: list[int] = []
 
     def in_parent() -> None:
-        if not said:
-            said.append(1)
+        if not warned:
+            warned.append(1)
             os.write(2, _warning(program).encode())
 
     def after_fork() -> None:

@@ -1,4 +1,4 @@
-"""What the author of a movable program writes against.
+"""The interface for authors of movable programs.
 
     from corefw_machine_python import guest
 
@@ -10,8 +10,8 @@
             ...
             self.step += 1
 
-Between two calls of tick(), what is declared here is the whole state of the program; nothing else moves. The program
-runs in a process of its own, in its main thread; no method is called while another one runs.
+Between two calls of tick(), the declared state is the whole state of the program; nothing else moves. The program runs
+in the main thread of a process of its own, and its methods are called one at a time.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ __all__ = ["Options", "Program", "array", "field", "option", "rng", "size", "val
 
 
 def array(name: str, shape: Shape | Callable[[Any], Shape], dtype: DTypeLike = "float64") -> Array:
-    """RAM: a NumPy array that moves while the program writes to it. Starts as zeros.
+    """A NumPy array in RAM that moves while the program writes to it. Initially zero.
 
     name    of the RAM block in the stream
     shape   a number, a tuple, or a function of the program's options that returns one
-    dtype   anything without Python objects in it
+    dtype   any dtype without Python objects
     """
     return Array(name, shape, dtype)
 
 
 def field(kind: str, default: Value | None = None, *, since: int = 0) -> Field:
-    """A value that moves while the program is stopped.
+    """A value of fixed size that moves while the program is stopped.
 
     kind      "u8" to "u64", "i8" to "i64", "f64" (or "double"), "bool", "bytes[N]" (exactly N, shorter ones are padded
               with zeros), "str[N]" (at most N bytes of UTF-8)
-    default   before setup() sets it; zero or empty
-    since     the `version` of the program that was the first to have it; it keeps its default when an older one comes
+    default   the value until setup() sets it; by default zero or empty
+    since     the first `version` of the program that has the field; it keeps its default if an older version arrives
 
     Assigning a value that does not fit raises TypeError or ValueError.
     """
@@ -51,24 +51,24 @@ def field(kind: str, default: Value | None = None, *, since: int = 0) -> Field:
 
 
 def value(default: Any = None, *, limit: int = values.DEFAULT_LIMIT, since: int = 0) -> values.Value:
-    """Any value as JSON has it: dict, list, str, int, float, bool, None; also bytes and tuple, nested as you like.
+    """A JSON-like value: dict, list, str, int, float, bool, None; also bytes and tuple, nested to any depth.
 
     Change it in place or assign it, as in `self.items.append(1)`. The keys of a dict are str. It is sent while the
     program is stopped, so keep it small and put numbers into arrays.
 
-    limit   bytes that it may have as text, at most 64 MiB. A program with a larger one cannot move, and runs on
+    limit   maximum bytes as text, at most 64 MiB. A program with a larger value cannot move, and keeps running
     since   see field()
 
-    Assigning what does not fit raises TypeError or ValueError; what is changed in place is checked when it is to move.
-    An object that is in a value twice arrives as two.
+    Assigning a value that does not fit raises TypeError or ValueError. Changes in place are checked before a migration.
+    An object that a value contains twice arrives as two objects.
     """
     return values.Value(default, limit, since)
 
 
 def rng(seed: int | None = None, *, kind: values.Kind = "numpy", since: int = 0) -> values.Rng:
-    """A random generator that goes on with the same sequence where it arrives.
+    """A random generator that continues its sequence at the destination.
 
-    seed   for the first numbers; None: different ones in every run
+    seed   initial seed; None for a different sequence in every run
     kind   "numpy" for a numpy.random.Generator (that of default_rng()), "random" for a random.Random
     since  see field()
     """
@@ -82,9 +82,9 @@ def option(
     kind: Callable[[str], object] | None = None,
     help: str = "",  # noqa: A002 - as in every other option API
 ) -> Option:
-    """What `--opt NAME=VALUE` sets, read as `self.options.name`. Give both sides of a migration the same.
+    """An option set with `--opt NAME=VALUE` and read as `self.options.name`. It has to be the same on both sides.
 
-    kind   turns the text into the value; that of the default's type unless given. `guest.size` reads "512M"
+    kind   converts the text to the value; by default the type of the default. `guest.size` accepts "512M"
     """
     return Option(name, default, kind, help)
 
@@ -92,10 +92,11 @@ def option(
 class Program:
     """A guest. Subclass it, declare its state, define tick().
 
-    version           of the program's fields, sent with them
-    minimum_version   the oldest that this program takes over; `version` unless given
-    stop_timeout      seconds that a tick may take before a stop is given up
-    requires          versions that the program needs, as in {"numpy": ">=1.26,<3", "python": ">=3.11"}; "same" demands
+    version           version of the program's fields, sent with them
+    minimum_version   the oldest version that this program accepts; `version` by default
+    stop_timeout      seconds that a tick may take before a stop fails
+    requires          versions that the program needs, such as {"numpy": ">=1.26,<3", "python": ">=3.11"}; "same"
+    demands
                       the same version on both sides of a migration
     options           see option()
     """
@@ -109,23 +110,23 @@ class Program:
         self.options = options
 
     def tick(self) -> None:
-        """One step; called again and again. Keep it well under the downtime that a migration may have: the program is
-        stopped between two ticks only."""
+        """Do one step; called repeatedly. Keep it much shorter than the downtime limit: the program can only be stopped
+        between two ticks."""
         raise NotImplementedError(f"{type(self).__name__} has to define tick()")
 
     def setup(self) -> None:
-        """Once in the life of the program, before the first tick; not again where it arrives."""
+        """Prepare the initial state; called once, before the first tick, and not at the destination."""
 
     def after_start(self) -> None:
-        """After every start, here or where it arrived: open what the process needs and no state holds."""
+        """Open files and sockets, start threads; called after every start, on either host."""
 
     def before_stop(self) -> None:
-        """Before every stop: the counterpart. To refuse the stop, raise; the program then runs on."""
+        """Undo after_start(); called before every stop. Raise to refuse the stop: the program then keeps running."""
 
     def verify(self) -> Mapping[str, object]:
-        """Check the state, between two ticks; JSON values that tell what was checked. Raise to say what is wrong."""
+        """Check the state between two ticks. Return what was checked, as JSON values; raise if something is wrong."""
         raise NotImplementedError(f"{type(self).__name__} has no verify()")
 
     def finish(self) -> None:
-        """End the program after this tick: its work is done."""
+        """End the program after this tick."""
         self.__dict__["finished"] = True

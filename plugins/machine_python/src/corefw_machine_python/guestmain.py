@@ -1,8 +1,8 @@
 """The guest's process: `python -m corefw_machine_python.guestmain LINK LIFELINE`, two descriptor numbers.
 
-Between two ticks it looks whether the engine wants something; the program's code runs nowhere else. It dies with the
-engine: the lifeline is a pipe whose other end only the engine holds, and the kernel kills this process when that end is
-closed, whatever the process does at that moment (PR_SET_PDEATHSIG would depend on the thread that spawned it).
+It serves the engine's requests between two ticks; the program's code runs in no other process. The guest dies with the
+engine: LIFELINE is a pipe of which only the engine holds the other end, and the kernel kills this process when that end
+is closed, whatever it is doing (PR_SET_PDEATHSIG would depend on the thread that spawned it).
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ Answer = tuple[Message, list[int]]
 F_SETSIG: Final = 10
 
 MAX_SCANNED: Final = 1 << 30
-"""Bytes of arrays up to which it is counted what before_stop() writes: a scan takes up to 5 ms per GiB."""
+"""Largest arrays, in bytes, for which the writes of before_stop() are counted: a scan takes up to 5 ms per GiB."""
 
 
 class _Stranger(MigfwError):
-    """The engine asked for what is not in the protocol, or at the wrong time."""
+    """A request that is not in the protocol, or that came at the wrong time."""
 
 
 class _Unmovable(MigfwError):
@@ -53,7 +53,7 @@ class _Unmovable(MigfwError):
 
 
 class Guest:
-    """The program and where it stands."""
+    """The program and its run state."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -63,7 +63,7 @@ class Guest:
         self._memory: list[NDArray[np.uint8]] = []  # of each mapping
         self._pagemap: int | None = None
         self._userfaultfd: int | None = None
-        self._forked = False  # this is a process that the program has made
+        self._forked = False  # True in a process that the program has forked
         self._running = False
         self._set_up = False
         self._started = False  # after_start() was called and before_stop() was not
@@ -98,7 +98,8 @@ class Guest:
         return self._watch_made
 
     def serve(self) -> int:
-        """Until the engine says "quit" or is gone, or the program ends. The process's exit status."""
+        """Serve until the engine sends "quit" or goes away, or the program ends. Returns the exit status of the
+        process."""
         while True:
             if self._running and not self._link.ready(self._nap):
                 try:
@@ -113,8 +114,8 @@ class Guest:
                 return 0
             answer = self._answer(*received)
             if self._running and not self._set_up:
-                # The guest runs when setup() is through: a migration that begins before has nothing to send, and would
-                # wait for it with the guest neither here nor there.
+                # The guest only runs once setup() has returned: a migration that began earlier would have nothing to
+                # send, and would wait for setup() with the guest on neither side.
                 try:
                     self._begin()
                     answer[0]["undeclared"] = self._undeclared()
@@ -135,7 +136,7 @@ class Guest:
         self._nap = took * self._percent / (100 - self._percent) if self._percent else 0.0
 
     def _begin(self) -> None:
-        """What has to come before the first tick after a start."""
+        """Do what has to precede the first tick after a start."""
         if not self._set_up:
             self._program.setup()
             self._set_up = True
@@ -148,7 +149,7 @@ class Guest:
             self._program.after_start()
 
     def _undeclared(self) -> list[str]:
-        """The state that would not move. Raises where the guest may have none."""
+        """Return the names of undeclared state. Raises _Unmovable if the guest may have none."""
         names = self._watch.found()
         if names and self._only_migratable:
             raise _Unmovable(f"only-migratable was asked for, but {undeclared_message(self._program_name, names)}")
@@ -159,12 +160,12 @@ class Guest:
         return type(self._program).__name__
 
     def _leave_the_engine(self) -> None:
-        """In a process that the program has forked: what the guest says to the engine is not for it to say."""
+        """Close the link to the engine in a process that the program has forked; only the guest may use it."""
         self._forked = True
         self._link.close()
 
     def _end_of_fork(self, error: BaseException | None) -> NoReturn:
-        """The program's code has returned to where only the guest goes on."""
+        """End a forked process in which the program's code returned to the guest's main loop."""
         if error is not None and not isinstance(error, SystemExit):
             sys.stderr.write(_traceback(error))
         sys.stdout.flush()
@@ -195,7 +196,7 @@ class Guest:
             answer, sent = command(request, fds)
         except MigfwError as error:
             return identity | {"error": str(error), "usage": isinstance(error, UsageError), "traceback": ""}, []
-        except Exception as error:  # noqa: BLE001 - a user's code may raise anything; the engine gets to know
+        except Exception as error:  # noqa: BLE001 - a user's code may raise anything; it is reported to the engine
             return identity | {"error": _reason(error), "usage": False, "traceback": _traceback(error)}, []
         return identity | {"ok": True} | answer, sent
 
@@ -236,7 +237,7 @@ class Guest:
         mapped: list[Mapped] = []
         for array, fd in zip(self._declared.arrays, fds, strict=True):
             mapping = mmap.mmap(fd, os.fstat(fd).st_size)
-            # The dirty log watches this process alone.
+            # The dirty log only sees the writes of this process.
             mapping.madvise(mmap.MADV_DONTFORK)
             self._mappings.append(mapping)
             self._memory.append(np.frombuffer(mapping, dtype=np.uint8))
@@ -288,7 +289,7 @@ class Guest:
         return {"values": values, "set_up": self._set_up, "undeclared": undeclared, "before_stop": farewell}, []
 
     def _before_stop(self) -> Message | None:
-        """What a program's own before_stop() cost: it adds to the downtime of a migration."""
+        """Call before_stop() and measure its cost, which adds to the downtime of a migration."""
         if type(self._program).before_stop is Program.before_stop:
             self._started = False
             return None
@@ -299,7 +300,7 @@ class Guest:
         return {"seconds": seconds, "written": None if written is None or now is None else max(0, now - written)}
 
     def _written(self) -> int | None:
-        """Bytes of the arrays that the dirty log has as written; None where that is not known in a short time."""
+        """Bytes of the arrays that the dirty log shows as written; None if that cannot be found out quickly."""
         length = sum(len(memory) for memory in self._memory)
         if self._pagemap is None or length > MAX_SCANNED:
             return None
@@ -324,7 +325,7 @@ class Guest:
         else:
             self._set_values(request)
         if not self._set_up:
-            return {"facts": {"set-up": False}}, []  # there is nothing yet that could be wrong
+            return {"facts": {"set-up": False}}, []  # nothing to verify before setup()
         return {"facts": dict(self._program.verify() or {})}, []
 
     def _throttle(self, request: Message, _fds: list[int]) -> Answer:
@@ -335,7 +336,7 @@ class Guest:
     # -- fields ----------------------------------------------------------------------------------------------------
 
     def _values(self) -> list[Any]:
-        """Raises _Unmovable where one has a value that cannot move."""
+        """Raises _Unmovable if a field has a value that cannot move."""
         try:
             self._kept = [one.stored(self._program) for one in self._declared.fields]
         except (TypeError, ValueError) as error:
@@ -343,7 +344,7 @@ class Guest:
         return list(self._kept)
 
     def _set_values(self, request: Message) -> None:
-        """What did not change meanwhile stays the same object: the program may hold it elsewhere as well."""
+        """Keep the object of a value that did not change: the program may hold a reference to it."""
         kept = self._kept or [None] * len(self._declared.fields)
         for one, value, before in zip(self._declared.fields, request["values"], kept, strict=True):
             if value != before or isinstance(value, float):  # 0.0 == -0.0
@@ -352,7 +353,7 @@ class Guest:
 
 
 def _check_requirements(kind: type[Program]) -> None:
-    """Raises UsageError for a program that requires another version of something."""
+    """Raises UsageError if the program requires a version that is not installed."""
     try:
         unmet = requirements.unmet(kind.requires)
     except ValueError as error:
@@ -372,7 +373,7 @@ def _length(dtype: np.dtype[Any], shape: Sequence[int]) -> int:
 
 
 def _of_the_program(error: BaseException) -> TracebackType | None:
-    """The error's traceback from where it left this module."""
+    """The traceback without the frames of this module."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
@@ -380,7 +381,7 @@ def _of_the_program(error: BaseException) -> TracebackType | None:
 
 
 def _reason(error: BaseException) -> str:
-    """One line: "ZeroDivisionError: division by zero (heat.py, line 12, in tick)"."""
+    """Describe an error in one line: "ZeroDivisionError: division by zero (heat.py, line 12, in tick)"."""
     if isinstance(error, _Unmovable):
         return str(error)
     text = one_line(traceback.format_exception_only(error)[-1])
@@ -392,12 +393,12 @@ def _reason(error: BaseException) -> str:
 
 
 def _is_ours(file: str) -> bool:
-    """Whether it is a module of this package: a field that refuses a value is not where the mistake is."""
+    """Whether this is a module of this package: if a field refuses a value, the mistake is in the caller."""
     return Path(file).parent == Path(__file__).parent
 
 
 def _traceback(error: BaseException) -> str:
-    """From the user's first line to the user's last, where the error was raised here."""
+    """The traceback from the user's first line to the user's last line."""
     if isinstance(error, _Unmovable):
         return ""
     lines = traceback.TracebackException(type(error), error, _of_the_program(error))
@@ -410,19 +411,19 @@ def _traceback(error: BaseException) -> str:
 
 
 def die_with_the_engine(lifeline: int) -> None:
-    """Have the kernel send SIGKILL when the last writer of this pipe is gone."""
+    """Have the kernel send SIGKILL when the last writer of this pipe closes it."""
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
     poll = select.poll()
     poll.register(lifeline, 0)
-    if poll.poll(0):  # it went before we asked
+    if poll.poll(0):  # the engine went away before the signal was set up
         os._exit(1)
 
 
 def main(link: int, lifeline: int) -> int:
     die_with_the_engine(lifeline)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which ends this process
     for fd in (link, lifeline):
         os.set_inheritable(fd, False)
     for stream in (sys.stdout, sys.stderr):
@@ -430,7 +431,7 @@ def main(link: int, lifeline: int) -> int:
     try:
         return Guest(Link(socket.socket(fileno=link))).serve()
     except OSError:
-        return 1  # the engine has gone, and so do we
+        return 1  # the engine is gone
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What this distribution adds to every migration of a python guest."""
+"""The hooks that concern every migration of a python guest."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from corefw_machine_python.machine import PythonMachine
 
 @hookimpl
 def corefw_blockers(machine: Machine, settings: Settings) -> Iterable[str]:
-    """State that nobody declared would stay behind."""
+    """Block a migration that would leave undeclared state behind."""
     del settings
     return machine.blockers() if isinstance(machine, PythonMachine) else ()
 
 
 @hookimpl
 def corefw_section_handlers(machine: Machine, settings: Settings) -> Iterable[SectionHandler]:
-    """What the program consists of goes ahead of everything else."""
+    """Send the program's layout before everything else."""
     del settings
     return (LayoutHandler(machine.layout, lambda: machine.farewell),) if isinstance(machine, PythonMachine) else ()

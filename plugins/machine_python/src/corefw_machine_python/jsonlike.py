@@ -6,8 +6,8 @@
     inf, -inf, nan       {"$float": "inf"}
     a key "$x"           "$$x"
 
-Only these exact types and None, bool, int, float, str, list, dict: what arrives is what was sent, and decoding runs no
-code of anybody's.
+Only these exact types and None, bool, int, float, str, list and dict are allowed, so a value arrives as it was sent,
+and decoding runs no foreign code.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from corefw.quantities import format_size
 
 MAX_DEPTH: Final = 100
 COUNTED: Final = 8
-"""How many times the limit a value may have before nobody counts any further."""
+"""Multiple of the limit at which encode() stops counting the size of a value that is too large."""
 
 _BIG: Final = 1 << 63
 _SPECIAL: Final = {"inf": float("inf"), "-inf": float("-inf"), "nan": float("nan")}
 
 
 def encode(value: object, limit: int) -> str:
-    """Raises TypeError for what has no place in a value, ValueError for what is too large or too deep; the message goes
-    behind the value's name, as in "['x'][3] is of type set: ..."."""
+    """Encode a value. Raises TypeError for unsupported types, ValueError if it is too large or too deep; the message
+    follows the value's name, as in "['x'][3] is of type set: ..."."""
     text = json.dumps(_Encoder(limit).convert(value, "", 0), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     if len(text) > limit:
         raise too_large(format_size(len(text)), limit)
@@ -45,7 +45,7 @@ def too_large(size: str, limit: int) -> ValueError:
 class _Encoder:
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._least = 0  # bytes that the text will have
+        self._least = 0  # size of the text in bytes
 
     def convert(self, value: Any, where: str, depth: int) -> Any:
         kind = type(value)
@@ -91,7 +91,7 @@ class _Encoder:
 
 
 def _instead(value: object) -> str:
-    """What to use in the place of a value that cannot be encoded."""
+    """Suggest a type to use instead of one that cannot be encoded."""
     for kind, advice in _ADVICE.items():
         if isinstance(value, kind):
             return f": {advice}"
@@ -110,7 +110,7 @@ _ADVICE: Final[Mapping[type, str]] = {
 
 
 def decode(text: bytes | str) -> Any:
-    """What encode() was given. Raises ValueError for any other text."""
+    """Decode the text that encode() made. Raises ValueError for any other text."""
     try:
         if isinstance(text, bytes):
             text = text.decode("ascii")
@@ -186,11 +186,11 @@ _TAGS: Final[Mapping[str, Callable[[str], Any]]] = {
 
 GENERATORS: Final = ("numpy", "random")
 GENERATOR_LIMIT: Final = 1 << 16
-"""Bytes that a generator's state may have as text."""
+"""Maximum size of a generator's state as text, in bytes."""
 
 
 def check_generator(kind: str, state: Any) -> None:
-    """Raises ValueError for what is no state of numpy's PCG64, or of Python's random.Random."""
+    """Raises ValueError for anything but a state of numpy's PCG64, or of Python's random.Random."""
     if not (_is_pcg64(state) if kind == "numpy" else _is_mersenne(state)):
         raise ValueError(f"no state of a generator of kind '{kind}'")
 

@@ -1,7 +1,7 @@
-"""What a program consists of, as a document; and how two of them differ.
+"""The layout of a program as a document, and the comparison of two layouts.
 
-The source sends its layout, the destination compares it with its own: two fields of one size in another order would
-load as each other. The same document tells `migfw check` whether a migration could succeed.
+The source sends its layout and the destination compares it with its own: two fields of the same size in another order
+would be loaded into each other. `migfw check` uses the same document.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _VARIABLE: Final = re.compile(r"(value)\[([1-9][0-9]{0,9})\]\Z|rng\[([a-z]+)\]\Z
 
 
 def variable_limit(type_name: str) -> int | None:
-    """The most bytes that a guest.value or guest.rng has in the stream; None for a field of fixed length. Raises
-    ValueError for what is neither."""
+    """Maximum bytes of a guest.value or guest.rng in the stream; None for a field of fixed length. Raises ValueError
+    for an unknown type."""
     found = _VARIABLE.match(type_name)
     if found is None:
         FieldType.parse(type_name)
@@ -38,9 +38,9 @@ def variable_limit(type_name: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a program consists of, and with what it runs.
+    """The parts of a program, and the versions that it runs with.
 
-    fields     name, type, since; in the order of the stream
+    fields     name, type and since, in the order of the stream
     arrays     name -> shape and dtype, as text
     versions   of "python", "numpy", "migfw", and of what `requires` names
     """
@@ -55,7 +55,7 @@ class Layout:
 
     @classmethod
     def of(cls, loaded: Mapping[str, Any]) -> Layout:
-        """From the answer of a guest's process to "load"."""
+        """Make a layout from the guest's answer to "load"."""
         return cls(
             program=loaded["name"],
             version=loaded["version"],
@@ -67,7 +67,7 @@ class Layout:
         )
 
     def pack(self) -> bytes:
-        """The document. Raises ValueError for a program that declares too much."""
+        """Encode the document. Raises ValueError if the program declares too much."""
         document = {name: getattr(self, name) for name in self.__slots__}
         text = json.dumps(document, separators=(",", ":")).encode()
         if len(text) > MAX_LAYOUT:
@@ -76,7 +76,7 @@ class Layout:
 
     @classmethod
     def unpack(cls, data: bytes) -> Layout:
-        """Raises ValueError for what pack() does not make; what a later migfw adds is passed over."""
+        """Decode a document. Raises ValueError if it is malformed; unknown members, from a later migfw, are ignored."""
         document = parse(data)
         for name, kind in _KINDS.items():
             if not kind(document.get(name)):
@@ -115,7 +115,7 @@ _KINDS: Final = {
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for anything else."""
+    """Parse a JSON object. Raises ValueError for anything else."""
     try:
         document = json.loads(data.decode())
     except (RecursionError, UnicodeDecodeError, json.JSONDecodeError):
@@ -127,14 +127,15 @@ def parse(data: bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`refusals` are sentences about what keeps the program from running on here; `notes` about what may matter."""
+    """The result of a comparison: `refusals` prevent the program from running here, `notes` may matter. Both are
+    phrases."""
 
     refusals: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 def compare(here: Layout, there: Layout) -> Comparison:
-    """Whether the program that comes from there can go on here."""
+    """Compare the incoming program with the one here."""
     refusals = []
     if here.program != there.program:
         refusals.append(f"the destination has program '{here.program}', the source '{there.program}'")
@@ -154,7 +155,7 @@ def compare(here: Layout, there: Layout) -> Comparison:
 def compare_fields(
     here: Sequence[tuple[str, str, int]], there: Sequence[tuple[str, str, int]], version: int
 ) -> list[str]:
-    """What is different, as phrases, between the fields of a source of this version and those that it should have."""
+    """Describe, as phrases, how the fields of a source of this version differ from the expected ones."""
     mine = {name: kind for name, kind, since in here if since <= version}
     theirs = {name: kind for name, kind, since in there if since <= version}
     found = _missing(mine, theirs)
@@ -185,7 +186,7 @@ def _missing(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
 
 
 def _compare_requirements(here: Layout, there: Layout) -> list[str]:
-    """A version there is known to the source; what its program requires has to hold here too."""
+    """Compare the versions that the incoming program requires with those that are installed here."""
     try:
         found = [
             f"the source's program requires {one} at the destination" for one in requirements.unmet(there.requires)

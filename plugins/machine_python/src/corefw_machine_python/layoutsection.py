@@ -1,6 +1,7 @@
-"""The section 'program-layout': the source sends what its program consists of before any RAM, the destination compares.
+"""The section 'program-layout': the source sends the layout of its program before any RAM, and the destination compares
+it.
 
-A destination that cannot take the program over refuses it here, and nothing was sent in vain.
+A destination that cannot run the program refuses it here, before gigabytes have been sent.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from corefw_machine_python.machine import Farewell
 log = logging.getLogger(__name__)
 
 MUCH: Final = 1 << 20
-"""Bytes that before_stop() may write without being named as what took long."""
+"""Bytes that before_stop() may write before it is reported as the reason for a long downtime."""
 
 
 class LayoutHandler(LiveHandler):
@@ -32,7 +33,7 @@ class LayoutHandler(LiveHandler):
     priority = Priority.EARLY
 
     def __init__(self, layout: Layout, farewell: Callable[[], Farewell | None] = lambda: None) -> None:
-        """`farewell` gives what the program's before_stop() cost at the last stop."""
+        """`farewell` returns the cost of the program's before_stop() at the last stop."""
         self.layout = layout
         self._farewell = farewell
         self._limit = 0.0
@@ -40,7 +41,7 @@ class LayoutHandler(LiveHandler):
         self._compared = False
 
     def required(self) -> bool:
-        """The section of the device has the layout as well."""
+        """Optional: the section of the device contains the layout too."""
         return False
 
     # -- source ----------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ class LayoutHandler(LiveHandler):
         self._stopped = time.monotonic()
 
     def cleanup(self) -> None:
-        """Say it if the guest was stopped for too long because of its before_stop()."""
+        """Log a warning if before_stop() made the downtime too long."""
         farewell = self._farewell()
         if self._stopped is None or farewell is None:
             return
@@ -84,7 +85,7 @@ class LayoutHandler(LiveHandler):
         self._compared = False
 
     def load(self, reader: StreamReader, version_id: int) -> None:
-        """Raises StreamError with a sentence for a program that cannot go on here."""
+        """Raises StreamError, with the reason, for a program that cannot run here."""
         if version_id != self.version_id:
             raise reader.error(f"version {self.version_id} of the section", f"version {version_id}")
         if self._compared:

@@ -1,7 +1,7 @@
-"""From the words on the command line to a program class: "heat.py:Heat", "package.module:Heat", or a bundled name.
+"""Loads a program class by its name: "heat.py:Heat", "package.module:Heat", or a bundled name.
 
-The law: whatever is wrong with the name or the module is a UsageError that says what would be right. Runs in the
-guest's process only: the engine never imports a user's code.
+A wrong name or a broken module raises UsageError with what was expected. Runs in the guest's process only: the engine
+never imports a user's code.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def load_program(name: str) -> type[Program]:
 
 
 def _which_class(place: str) -> str:
-    """What to say to a name without a class."""
+    """The error message for a name without a class."""
     if place.endswith(".py") and Path(place).is_file():
         programs = _programs(_load(place, place))
         if programs:
@@ -66,11 +66,11 @@ def _load(place: str, name: str) -> ModuleType:
     except UsageError:
         raise
     except Exception as error:  # the user's own module: it may raise anything
-        raise UsageError(f"cannot load '{place}': {_told(error)}") from error
+        raise UsageError(f"cannot load '{place}': {_describe(error)}") from error
 
 
-def _told(error: Exception) -> str:
-    """What went wrong, and where in the user's files: not in ours, nor in the import system."""
+def _describe(error: Exception) -> str:
+    """Describe an error with its place in the user's files, leaving out ours and the import system."""
     if isinstance(error, SyntaxError):
         where = f" ({error.filename}, line {error.lineno})" if error.lineno is not None else ""  # none for zero bytes
         return f"{type(error).__name__}: {error.msg}{where}"
@@ -87,7 +87,7 @@ def _told(error: Exception) -> str:
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UsageError(f"no file '{path}'")
-    # As Python does it for a script: modules beside the file can be imported.
+    # As for a script: modules beside the file can be imported.
     sys.path.insert(0, str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
@@ -104,5 +104,5 @@ def _load_module(place: str, name: str) -> ModuleType:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not (place + ".").startswith(error.name + "."):
-            raise  # a module that the user's module wanted
+            raise  # a module that the user's module imports is missing
         raise UsageError(f"no module '{place}' can be imported here ({EXPECTED})") from None

@@ -1,8 +1,8 @@
-"""PythonMachine: a program in a process of its own, its arrays in memfds that both map.
+"""PythonMachine: a program in a process of its own, with its arrays in memfds that the engine maps too.
 
 Invariant: while the guest runs, its process holds the current fields; while it is stopped, the state object behind
-devices() does. start() hands them to the process, stop() takes them back. If an order to the guest fails or takes too
-long, the guest stays in the state that it was in.
+devices() does. start() passes them to the process, stop() takes them back. If a request to the guest fails or times
+out, the guest stays in its previous state.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ PAGE_SIZE: Final = 4096
 VERIFY_TIMEOUT: Final = 600.0
 ORDER_TIMEOUT: Final = 60.0
 LOOK_TIMEOUT: Final = 1.0
-"""Seconds that a question about a guest may take that runs: a tick may be under way."""
+"""Seconds to wait for the answer of a running guest, which may be in the middle of a tick."""
 
 Observer = Callable[[RunState, RunState], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Farewell:
-    """What the program's before_stop() cost at the last stop: seconds, and bytes of arrays written (None: unknown)."""
+    """Cost of the program's before_stop() at the last stop: seconds, and bytes of arrays written (None: unknown)."""
 
     seconds: float
     written: int | None
@@ -52,10 +52,10 @@ class Farewell:
 
 
 class PythonMachine(PostcopyMachine):
-    """See the module, and corefw.machine.Machine for what each method promises.
+    """A machine that runs a Python program; see corefw.machine.Machine for the contract of each method.
 
-    `config.program` is a program's name (see loading); `config.options` are those that its class declares. Raises
-    UsageError for a wrong name or option, MachineError where the process or the memory cannot be had.
+    `config.program` is the name of a program (see loading), `config.options` are the options that its class declares.
+    Raises UsageError for a wrong name or option, MachineError if the process or the memory cannot be created.
     """
 
     kind = "python"
@@ -78,7 +78,7 @@ class PythonMachine(PostcopyMachine):
         self._warned: set[str] = set()
         self._unmovable = ""
         self.farewell: Farewell | None = None
-        self._said: Sequence[Any] = ()
+        self._last_values: Sequence[Any] = ()
         self._guest = GuestProcess(self._guest_ended, self._note_undeclared)
         try:
             self._load(config)
@@ -113,7 +113,7 @@ class PythonMachine(PostcopyMachine):
 
     @property
     def layout(self) -> Layout:
-        """What the program consists of."""
+        """The layout of the program."""
         return Layout.of(self._loaded)
 
     def layout_document(self) -> bytes:
@@ -134,7 +134,7 @@ class PythonMachine(PostcopyMachine):
 
     @property
     def pid(self) -> int:
-        """The guest's process."""
+        """Process id of the guest."""
         return self._guest.pid
 
     def ram_blocks(self) -> Sequence[RamBlock]:
@@ -155,27 +155,27 @@ class PythonMachine(PostcopyMachine):
         }
 
     def _shown_fields(self) -> dict[str, object]:
-        """Of a guest that runs as it says, between two ticks; as it said last where a tick takes long."""
+        """Field values for display: current ones, or the last known ones if a tick takes long."""
         self._look()
-        fields, said = self._loaded["fields"], self._said
-        sizes = value_sizes(fields, said)
-        return {"fields": show_values(fields, said), **({"value-sizes": sizes} if sizes else {})}
+        fields, values = self._loaded["fields"], self._last_values
+        sizes = value_sizes(fields, values)
+        return {"fields": show_values(fields, values), **({"value-sizes": sizes} if sizes else {})}
 
     def _look(self) -> None:
-        """Ask the guest how it is."""
+        """Ask the guest for its values and its undeclared state."""
         if self._run_state is not RunState.RUNNING:
-            self._said = get_values(self._device, self._loaded["fields"])
+            self._last_values = get_values(self._device, self._loaded["fields"])
         if self._run_state in DEAD or self._closed:
             return
         try:
             answer, _ = self._guest.ask("look", LOOK_TIMEOUT)
-        except MachineError as error:  # what was known before has to do; a stop looks again
+        except MachineError as error:  # keep the last known values; a stop asks again
             log.debug("the guest did not report its status: %s", error)
             return
         self._unmovable = answer["unmovable"]
         self._note_undeclared(answer["undeclared"])
         if answer["values"] is not None and self._run_state is RunState.RUNNING:
-            self._said = answer["values"]
+            self._last_values = answer["values"]
 
     # -- run states ------------------------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class PythonMachine(PostcopyMachine):
         self._change(state)
 
     def _change(self, new: RunState) -> None:
-        """Dead is dead: no state follows it."""
+        """Change the run state, unless the guest is dead: no state follows that."""
         with self._lock:
             old = self._run_state
             if old is new or old in DEAD:
@@ -202,7 +202,7 @@ class PythonMachine(PostcopyMachine):
             observer(old, new)
 
     def _guest_ended(self, ending: Ending) -> None:
-        # A guest may die as soon as it runs: that it ran has to be told first. The order itself never waits for this.
+        # A guest may die as soon as it runs, and observers have to hear first that it ran.
         self._no_order.wait(ORDER_TIMEOUT)
         if ending.values is not None:
             set_values(self._device, self._loaded["fields"], ending.values)
@@ -213,7 +213,7 @@ class PythonMachine(PostcopyMachine):
             return
         if ending.traceback:
             log.error("the guest's program failed:\n%s", ending.traceback.rstrip())
-        log.info("the guest has ended: %s", ending.reason)  # whoever asks for information() says so
+        log.info("the guest has ended: %s", ending.reason)  # information() reports it
         self._change(RunState.INTERNAL_ERROR)
 
     # -- start and stop --------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class PythonMachine(PostcopyMachine):
             return
         with self._order():
             try:
-                # setup() may take as long as it likes: the guest is not running before.
+                # No time limit: the guest is not running until setup() has returned.
                 fresh = not getattr(self._device.state, SET_UP)
                 answer, _ = self._guest.ask("start", None if fresh else self._patience, **self._fields())
             except GuestTimeout:
@@ -255,7 +255,7 @@ class PythonMachine(PostcopyMachine):
         try:
             answer, _ = self._guest.ask("stop", self._patience, whole=whole)
         except GuestTimeout:
-            # It will find both requests behind the tick, and so run on.
+            # After the tick the guest finds both requests, so it keeps running.
             self._guest.tell("resume")
             raise MachineError(
                 f"the guest did not stop within {self._patience:g} s, because its tick() takes longer; it keeps running"
@@ -295,7 +295,7 @@ class PythonMachine(PostcopyMachine):
     # -- what would not move ---------------------------------------------------------------------------------------
 
     def blockers(self) -> list[str]:
-        """Why the guest cannot migrate now."""
+        """The reasons why the guest cannot migrate now."""
         self._look()
         reasons = [f"program '{self._loaded['name']}': {self._unmovable}"] if self._unmovable else []
         if self._undeclared and not self._allow_undeclared:
@@ -315,7 +315,7 @@ class PythonMachine(PostcopyMachine):
     # -- SupportsVerify, SupportsThrottle --------------------------------------------------------------------------
 
     def verify(self) -> Mapping[str, object]:
-        """See SupportsVerify. Between two ticks of a guest that runs; its run state does not change."""
+        """Verify the guest between two ticks; its run state does not change."""
         running = self._run_state is RunState.RUNNING
         fields: dict[str, Any] = {"values": None, "set_up": None} if running else self._fields()
         answer, _ = self._guest.ask("verify", VERIFY_TIMEOUT, **fields)
@@ -323,7 +323,7 @@ class PythonMachine(PostcopyMachine):
         return facts
 
     def throttle(self, percent: int) -> None:
-        """See SupportsThrottle: the guest sleeps between ticks."""
+        """Slow the guest down: it sleeps between ticks."""
         self._guest.ask("throttle", self._patience, percent=percent)
 
     def close(self) -> None:
@@ -338,7 +338,7 @@ class PythonMachine(PostcopyMachine):
             self._tracker = None
 
     def _say_goodbye(self) -> None:
-        """Let a guest that runs call before_stop(), before its process ends."""
+        """Let a running guest call before_stop() before its process ends."""
         try:
             self._guest.ask("stop", self._patience, whole=False)
         except GuestTimeout:

@@ -1,9 +1,9 @@
-"""The engine's end of the guest's process: spawn it, ask it, hear of its death.
+"""The engine's handle on the guest's process: spawn it, send requests, notice its death.
 
-Every request gets an answer, an error, or the news that the guest is dead; nobody waits for ever. One thread reads
-everything that the guest says and reaps it. It calls `on_undeclared`, and `on_end` once, unless close() came first.
+Every request ends with an answer, an error, or the death of the guest; none waits for ever. One thread reads all
+messages of the guest and reaps it. It calls `on_undeclared`, and `on_end` once, unless close() was called first.
 
-The guest is an interpreter of its own in a session of its own: the terminal's Ctrl-C reaches the engine alone.
+The guest is an interpreter in a session of its own, so the terminal's Ctrl-C only reaches the engine.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from corefw_machine_python.protocol import Link, Message
 log = logging.getLogger(__name__)
 
 START_TIMEOUT = 60.0
-"""Seconds that a fresh interpreter may take to import the program's module."""
+"""Seconds that a new interpreter may take to import the program's module."""
 
 QUIT_TIMEOUT = 1.0
 
 
 class GuestTimeout(MachineError):
-    """The guest did not answer in time; it goes on."""
+    """The guest did not answer in time; it keeps running."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How the guest ended. `reason` is None where the program finished; `values` its last fields, None when unknown."""
+    """How the guest ended. `reason` is None if the program finished; `values` are its last fields, None if unknown."""
 
     reason: str | None
     traceback: str = ""
@@ -46,10 +46,10 @@ class Ending:
 
 
 class GuestProcess:
-    """One guest. Thread-safe."""
+    """The process of one guest. Thread-safe."""
 
     def __init__(self, on_end: Callable[[Ending], None], on_undeclared: Callable[[Sequence[str]], None]) -> None:
-        """Raises MachineError when the process cannot be made."""
+        """Raises MachineError if the process cannot be created."""
         self._on_end = on_end
         self._on_undeclared = on_undeclared
         self._ids = itertools.count(1)
@@ -62,7 +62,7 @@ class GuestProcess:
         ours, theirs = socket.socketpair()
         lifeline, self._lifeline = os.pipe()
         try:
-            # The interpreter that runs the engine, so with the same packages.
+            # The engine's own interpreter, so the guest has the same packages.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "corefw_machine_python.guestmain", str(theirs.fileno()), str(lifeline)],
                 stdin=subprocess.DEVNULL,
@@ -90,7 +90,7 @@ class GuestProcess:
     def ask(
         self, command: str, seconds: float | None, *, fds: Sequence[int] = (), **fields: object
     ) -> tuple[Message, list[int]]:
-        """The answer, and descriptors that are the caller's now. `seconds` None waits as long as the guest lives.
+        """Send a request and wait for the answer and its descriptors, which the caller owns. `seconds` None: no limit.
 
         Raises UsageError or MachineError as the guest answered, MachineError when it is dead, GuestTimeout.
         """
@@ -118,7 +118,7 @@ class GuestProcess:
         return answer, received
 
     def tell(self, command: str, **fields: object) -> None:
-        """Ask without waiting; the answer is thrown away. Never raises."""
+        """Send a request and ignore the answer. Does not raise."""
         try:
             self._send({"command": command, "id": 0, **fields}, ())
         except MachineError:
@@ -168,7 +168,7 @@ class GuestProcess:
             os.close(fd)
 
     def _reap(self) -> None:
-        """The link is closed or the process has ended: see to both, and tell everybody."""
+        """Close the link, wait for the process, and fail all pending requests."""
         try:
             status = self._process.wait(QUIT_TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -188,7 +188,7 @@ class GuestProcess:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End the guest: kindly, and then not. Idempotent; does not raise."""
+        """End the guest, first by request and then by SIGKILL. Idempotent; does not raise."""
         with self._lock:
             if self._closing:
                 return

@@ -1,8 +1,8 @@
-"""The messages between the engine and the guest's process, over a socketpair.
+"""Messages between the engine and the guest's process, over a socketpair.
 
-The engine asks and the guest answers each request once, in order; an answer has the request's id. Without being asked
-the guest sends two events: "undeclared" after its first tick, and "ended", once, as its last message. A message is a
-u32 of length (this host's byte order) and JSON; file descriptors travel with its first byte.
+The engine sends requests and the guest answers each one once, in order; an answer has the id of its request. The guest
+sends two events by itself: "undeclared" after its first tick, and "ended", once, as its last message. A message is a
+u32 length (host byte order) and JSON; file descriptors travel with the first byte.
 
     request     fields                        answer
     load        program, options,             name, version, minimum_version, stop_timeout, arrays, fields
@@ -23,9 +23,9 @@ u32 of length (this host's byte order) and JSON; file descriptors travel with it
     undeclared  names
     ended       reason, traceback             reason null: the program finished; its values come along
 
-An answer has "ok", or "error" with "usage" (whether the request was wrong) and "traceback" ("" where it says nothing).
-Values are a list in the order of the fields: numbers, truth values, hexadecimal digits for bytes and text, and for
-guest.value and guest.rng their text (see jsonlike).
+An answer has "ok", or "error" with "usage" (true if the request was wrong) and "traceback" (may be ""). Values are a
+list in the order of the fields: numbers, booleans, hexadecimal digits for bytes and text, and the text of guest.value
+and guest.rng (see jsonlike).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MAX_FDS: Final = 253
 
 
 class Link:
-    """One end. Each direction is used by one thread at a time. Raises OSError when the other end has gone."""
+    """One end of the link. One thread at a time per direction. Raises OSError if the other end has gone."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -54,7 +54,7 @@ class Link:
         return self._socket.fileno()
 
     def receive(self) -> tuple[Message, list[int]] | None:
-        """The next message and its descriptors, which the caller owns; None when the other end has closed."""
+        """Receive a message and its descriptors, which the caller then owns; None if the other end has closed."""
         head, fds, _, _ = socket.recv_fds(self._socket, _LENGTH.size, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
         try:
             if not head:
@@ -85,7 +85,7 @@ class Link:
         return bytes(data)
 
     def ready(self, seconds: float | None) -> bool:
-        """Whether receive() would return at once; waits up to `seconds` (None: for ever)."""
+        """Wait up to `seconds` (None: no limit) until receive() would not block; whether it would not."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(None if seconds is None else seconds * 1000))

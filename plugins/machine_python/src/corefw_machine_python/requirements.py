@@ -1,4 +1,4 @@
-"""What a program requires of the versions of Python and of distributions: `requires = {"numpy": ">=1.26"}`.
+"""Version requirements of a program on Python and distributions: `requires = {"numpy": ">=1.26"}`.
 
 A requirement is a list of comparisons (==, !=, >=, <=, >, <) separated by commas, or the word `same`: the version must
 be the same on both sides of a migration.
@@ -29,7 +29,7 @@ _OPERATORS: Final[Mapping[str, Callable[[Release, Release], bool]]] = {
 
 
 def installed(name: str) -> str | None:
-    """The version of "python" or of a distribution; None where it is not installed."""
+    """The installed version of "python" or a distribution; None if it is not installed."""
     if name == "python":
         return platform.python_version()
     try:
@@ -39,7 +39,7 @@ def installed(name: str) -> str | None:
 
 
 def satisfied(version: str, requirement: str) -> bool:
-    """Raises ValueError for what is no requirement."""
+    """Whether a version satisfies a requirement. Raises ValueError if the requirement is malformed."""
     if requirement.strip() == SAME:
         return True
     return all(_holds(version, comparison) for comparison in requirement.split(","))
@@ -55,13 +55,13 @@ def _holds(version: str, comparison: str) -> bool:
 
 
 def release(version: str) -> Release:
-    """The numbers in front: "1.26.4rc1" is (1, 26, 4)."""
+    """The leading numbers of a version: "1.26.4rc1" is (1, 26, 4)."""
     found = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
     return tuple(int(part[:9]) for part in found[0].split(".")[:9]) if found else ()
 
 
 def unmet(requires: Mapping[str, str]) -> list[str]:
-    """What does not hold here, as phrases. Raises ValueError for what is no requirement."""
+    """The requirements that are not met here, as phrases. Raises ValueError if one is malformed."""
     found = []
     for name, requirement in requires.items():
         version = installed(name)

@@ -1,8 +1,8 @@
-"""A program's fields as a VMState: the table is made from what the guest's process said of its class.
+"""A program's fields as a VMState, made from the guest's description of its class.
 
-The state object has the fields as they go onto the wire: numbers, truth values, and bytes for everything else. Text of
-variable length (guest.value, guest.rng) is a 32-bit size and as many bytes, as QEMU's VMSTATE_VBUFFER_UINT32. The
-engine never sees the class itself.
+The state object holds the fields in wire form: numbers, booleans, and bytes for everything else. Text of variable
+length (guest.value, guest.rng) is a 32-bit size and that many bytes, like QEMU's VMSTATE_VBUFFER_UINT32. The engine
+never sees the class itself.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from corefw_machine_python.declarations import FieldType
 from corefw_machine_python.layout import RAISE_VERSION, Layout, compare_fields, variable_limit
 
 SET_UP: Final = "set-up"
-"""Whether setup() was called. The dash keeps it apart from every field of a program."""
+"""Whether setup() was called. The dash keeps the name distinct from every field of a program."""
 
 LAYOUT: Final = "array-layout"
-"""A digest of names, dtypes and shapes of the arrays: equal sizes alone do not make them the same."""
+"""A digest of the names, dtypes and shapes of the arrays: equal sizes are not enough."""
 
 FIELDS: Final = "program-layout"
-"""What the program consists of (see layout), compared before any field is loaded. The section of this name comes before
-RAM and says the same; here it keeps a stream without that section from being loaded into other fields."""
+"""The program's layout, compared before any field is loaded. The section of this name, which precedes RAM, has the same
+contents; this field protects against streams without that section."""
 
 _DIGEST: Final = 16
 _SHOWN: Final = 200
-"""Characters of a value that are shown; of longer ones only the size."""
+"""Longest value that is shown, in characters; of longer ones only the size."""
 
 
 class ProgramState:
-    """The fields by their names, and the three above; of what has a variable length the size as well."""
+    """The fields by name, the three above, and the sizes of values of variable length."""
 
 
 @dataclass(frozen=True, slots=True)
 class _CheckedBuffer(Buffer):
-    """A buffer that is looked at before anything behind it is loaded."""
+    """A buffer that is checked before anything after it is loaded."""
 
     check: Callable[[bytes], None] = field(kw_only=True)
 
@@ -57,7 +57,7 @@ class _CheckedBuffer(Buffer):
 
 
 def make_device(loaded: Mapping[str, Any]) -> Device:
-    """The device of a program, from the answer to "load"."""
+    """Make the device of a program from the guest's answer to "load"."""
     name = f"program/{loaded['name']}"
     arrays = hashlib.sha256(json.dumps(loaded["arrays"]).encode()).digest()[:_DIGEST]
     layout = Layout.of(loaded)
@@ -103,7 +103,7 @@ def make_device(loaded: Mapping[str, Any]) -> Device:
 
 
 def _size(name: str) -> str:
-    """What the size of a buffer is called. The dot keeps it apart from every field of a program."""
+    """Name of a buffer's size. The dot keeps it distinct from every field of a program."""
     return f"{name}.size"
 
 
@@ -136,7 +136,7 @@ def _check_fields(here: Layout, data: bytes) -> None:
 
 
 def _check_loaded(one: Mapping[str, Any], value: Any) -> None:
-    """Raises Refused for what the guest's process could not take."""
+    """Raises Refused for a value that the guest's process would not accept."""
     name, type_name = one["name"], one["type"]
     try:
         if type_name.startswith("str["):
@@ -152,7 +152,7 @@ def _check_loaded(one: Mapping[str, Any], value: Any) -> None:
 
 
 def set_values(device: Device, fields: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> None:
-    """What the guest said, into the state."""
+    """Store the guest's values in the state."""
     for one, value in zip(fields, values, strict=True):
         if variable_limit(one["type"]) is not None:
             _set_sized(device.state, one["name"], value.encode())
@@ -161,18 +161,18 @@ def set_values(device: Device, fields: Sequence[Mapping[str, Any]], values: Sequ
 
 
 def get_values(device: Device, fields: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The state, as it is said to the guest."""
-    return [_said(one, getattr(device.state, one["name"])) for one in fields]
+    """Read the values from the state, in the form for the guest."""
+    return [_for_guest(one, getattr(device.state, one["name"])) for one in fields]
 
 
-def _said(one: Mapping[str, Any], value: Any) -> Any:
+def _for_guest(one: Mapping[str, Any], value: Any) -> Any:
     if variable_limit(one["type"]) is not None:
         return bytes(value).decode("ascii")
     return bytes(value).hex() if isinstance(value, bytes | bytearray) else value
 
 
 def show_values(fields: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> dict[str, Any]:
-    """What the guest said, for people, by name: text as text, bytes as hexadecimal digits, of a long value the size."""
+    """The guest's values by name, for display: text as text, bytes as hexadecimal digits, long values as their size."""
     return {one["name"]: _shown(one["type"], value) for one, value in zip(fields, values, strict=True)}
 
 
@@ -187,6 +187,6 @@ def _shown(type_name: str, value: Any) -> Any:
 
 
 def value_sizes(fields: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> dict[str, int]:
-    """Bytes in the stream of what has a variable length, by name."""
+    """Sizes in the stream of values of variable length, in bytes, by name."""
     pairs = zip(fields, values, strict=True)
     return {one["name"]: len(value) for one, value in pairs if variable_limit(one["type"]) is not None}

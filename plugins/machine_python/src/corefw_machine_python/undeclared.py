@@ -1,12 +1,12 @@
-"""Finds the state of a program that nobody declared, and that would stay behind in a migration.
+"""Finds undeclared state of a program, which a migration would leave behind.
 
-What exists after __init__() exists at the destination as well, with the same contents: attributes of the object, of its
-classes, and the globals of the modules that define those. Anything that appears or changes afterwards is state, unless
-it is declared, or after_start() assigns it, or before_stop() deletes it.
+What exists after __init__() also exists at the destination, with the same contents: attributes of the object and of its
+classes, and globals of the modules that define them. Anything that appears or changes afterwards is state, unless it is
+declared, after_start() assigns it, or before_stop() deletes it.
 
-Contents are compared by digests, as deep as `NODES` objects: containers, arrays, random generators, and the program's
-own objects, classes and functions. Of other objects (loggers, locks, connections, caches of functools) only the
-identity counts. Runs in the guest's process, between two ticks.
+Contents are compared by digests, up to `NODES` objects deep: containers, arrays, random generators, and the program's
+own objects, classes and functions. Other objects (loggers, locks, connections, functools caches) are compared by
+identity. Runs in the guest's process, between two ticks.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ import numpy as np
 from corefw_machine_python.guest import Program
 
 NODES: Final = 2_000
-"""Objects that one digest looks at; of a container that has more, the length and the first ones count."""
+"""Maximum objects in one digest; of a larger container, the length and the first objects count."""
 
 DEPTH: Final = 20
 SAMPLE: Final = 1 << 16
-"""Bytes of a string or an array that count; of longer ones the length, and a sample of this size."""
+"""Maximum bytes of a string or array in a digest; of longer ones, the length and a sample of this size count."""
 
 _ALWAYS: Final = frozenset({"options", "finished"})
 _NAMESPACES: Final = (type, types.ModuleType)
 
 
 def message(program: str, names: Iterable[str]) -> str:
-    """What is wrong, and what to do."""
+    """The error message: what is undeclared, and what to do."""
     return (
         f"program '{program}' has state that would not move: {', '.join(names)} (declare it with guest.field,"
         " guest.array, guest.value or guest.rng, or set it in after_start(); --allow-undeclared leaves it"
@@ -55,7 +55,7 @@ def message(program: str, names: Iterable[str]) -> str:
 
 
 class Place:
-    """Something with names in it: the program, one of its classes, or one of its modules."""
+    """A namespace: the program, one of its classes, or one of its modules."""
 
     def __init__(self, owner: object, prefix: str, ignored: frozenset[str]) -> None:
         self.prefix = prefix
@@ -63,7 +63,7 @@ class Place:
         self._ignored = ignored
 
     def names(self) -> dict[str, object]:
-        """What is there now and may be state."""
+        """The names that exist now and may be state."""
         found = dict(vars(self._owner))
         if not isinstance(self._owner, _NAMESPACES):
             found |= _slots(self._owner)
@@ -71,7 +71,7 @@ class Place:
 
 
 class Watch:
-    """The state of one program that is not declared. Made when __init__() has returned and the arrays are there."""
+    """Watches one program for undeclared state. Created after __init__() has returned and the arrays are mapped."""
 
     def __init__(self, program: Program, declared: Iterable[str]) -> None:
         self._program = program
@@ -88,7 +88,7 @@ class Watch:
         self._first = {key: self._digest(value) for key, value in self._everything()}
 
     def found(self) -> list[str]:
-        """The names, as in "self.items", "Heat.total", "heat.counter"."""
+        """Names of undeclared state, such as "self.items", "Heat.total", "heat.counter"."""
         return [
             f"{self._places[place].prefix}.{name}"
             for (place, name), value in self._everything()
@@ -97,8 +97,8 @@ class Watch:
 
     @contextmanager
     def after_start(self) -> Iterator[None]:
-        """Around after_start(): what it assigns is made again wherever the program arrives, and so are the changes that
-        it makes to what was there from the beginning."""
+        """Context for after_start(): what it assigns, or changes in existing objects, is made again at the destination,
+        so it is not state."""
         before = dict(self._everything())
         digests = {key: self._digest(value) for key, value in before.items() if key in self._first}
         assigned: set[str] = set()
@@ -126,14 +126,14 @@ def _dunder(name: str) -> bool:
 
 
 def _lazy(classes: Iterable[type]) -> frozenset[str]:
-    """What is computed again wherever it is asked for."""
+    """Names of cached properties, which are computed again on demand."""
     return frozenset(
         name for one in classes for name, value in vars(one).items() if isinstance(value, functools.cached_property)
     )
 
 
 def _slots(owner: object) -> dict[str, object]:
-    """The values in __slots__ that are set."""
+    """Values in __slots__ that are set."""
     names = [
         name
         for one in type(owner).__mro__
@@ -144,22 +144,22 @@ def _slots(owner: object) -> dict[str, object]:
 
 
 def _deleted_by_before_stop(classes: Iterable[type]) -> set[str]:
-    """What `del self.NAME` in before_stop() releases: it is never there when the program moves."""
+    """Attributes that before_stop() deletes with `del self.NAME`: they never exist when the program moves."""
     codes = [code for one in classes if (code := getattr(vars(one).get("before_stop"), "__code__", None))]
     return {str(step.argval) for code in codes for step in dis.get_instructions(code) if step.opname == "DELETE_ATTR"}
 
 
 @contextmanager
 def _noting_assignments(program: Program, names: set[str]) -> Iterator[None]:
-    """Collect the names that are assigned on the program, also where it is to what was there before."""
+    """Collect the names that are assigned on the program, even if to the same object."""
 
     def note(self: Program, name: str, value: object) -> None:
         if self is program:
             names.add(name)
         object.__setattr__(self, name, value)
 
-    # For this moment only: an assignment in a tick costs nothing.
-    setattr(Program, "__setattr__", note)  # noqa: B010 - mypy knows better than to let a method be assigned
+    # Only during after_start(): assignments in a tick cost nothing extra.
+    setattr(Program, "__setattr__", note)  # noqa: B010 - mypy refuses to assign a method
     try:
         yield
     finally:
@@ -167,7 +167,7 @@ def _noting_assignments(program: Program, names: set[str]) -> Iterator[None]:
 
 
 class _Digest:
-    """One value, and what hangs from it."""
+    """Digest of a value and everything it contains."""
 
     def __init__(self, own: frozenset[str]) -> None:
         self._own = own
@@ -178,7 +178,7 @@ class _Digest:
     def of(self, value: object) -> bytes:
         try:
             self._add(value, 0)
-        except Exception:  # noqa: BLE001 - a user's class may raise anything when it is looked at, or change meanwhile
+        except Exception:  # noqa: BLE001 - a user's object may raise anything when inspected, or change meanwhile
             self._token("?")
         return self._hash.digest()
 
@@ -207,7 +207,7 @@ class _Digest:
             self._token(id(value))
 
     def _add_inside(self, value: object, depth: int) -> bool:
-        """A value that holds others; False for one that is nobody's business."""
+        """Add a value that contains others; False if it is not inspected."""
         self._seen.add(id(value))
         if isinstance(value, dict | types.MappingProxyType):
             self._token(len(value))
@@ -242,17 +242,17 @@ class _Digest:
         return value.__module__ in self._own
 
     def _add_function(self, value: types.FunctionType, depth: int) -> bool:
-        """What a function keeps between two calls: its defaults, its variables outside, its attributes."""
+        """Add what a function keeps between calls: defaults, closure variables, attributes."""
         self._token(id(value.__code__))
         self._add((value.__defaults__, value.__kwdefaults__, vars(value)), depth)
         for cell in value.__closure__ or ():
-            with suppress(ValueError):  # an empty one
+            with suppress(ValueError):  # an empty cell
                 self._add(cell.cell_contents, depth)
         return True
 
     def _add_class(self, value: type, depth: int) -> bool:
-        """Its attributes; not those of an Enum, which notes in itself what was looked up, or of a Program, which has a
-        place of its own."""
+        """Add the attributes of a class, except an Enum, which caches lookups in itself, and a Program, which is a
+        Place of its own."""
         if issubclass(value, enum.Enum | Program):
             return False
         self._token(id(value))
@@ -274,7 +274,7 @@ class _Digest:
 
 
 def _held(value: object) -> object | None:
-    """What an object of a library holds; None for one that is not looked into."""
+    """The contents of a library's object; None if it is not inspected."""
     match value:
         case types.MethodType():
             return value.__self__, value.__func__

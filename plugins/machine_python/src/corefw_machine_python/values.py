@@ -19,7 +19,7 @@ Kind = Literal["numpy", "random"]
 
 
 class MadeOnDemand(Stored):
-    """A field whose first value is made when it is first asked for."""
+    """A field whose initial value is created on first access."""
 
     @overload
     def __get__(self, program: None, owner: type) -> Self: ...
@@ -34,7 +34,7 @@ class MadeOnDemand(Stored):
 
     @abstractmethod
     def _first(self) -> object:
-        """A new object, for one program."""
+        """Create the initial object for one program."""
 
 
 class Value(MadeOnDemand):
@@ -111,7 +111,7 @@ class Rng(MadeOnDemand):
         return jsonlike.encode(_state(self.__get__(program, type(program))), jsonlike.GENERATOR_LIMIT)
 
     def restore(self, program: object, stored: Any) -> None:
-        """Into the generator that is there: others may hold it."""
+        """Restore the state of the existing generator: the program may hold references to it."""
         generator, state = self.__get__(program, type(program)), jsonlike.decode(stored)
         self._check(state)
         if isinstance(generator, random.Random):
@@ -127,7 +127,7 @@ def _state(generator: Any) -> object:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's."""
+    """Convert NumPy numbers to Python's."""
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
     return value.item() if isinstance(value, np.generic) else value

@@ -1,7 +1,6 @@
-"""`life`: Conway's game of life in the terminal, on a world without edges. It can move to another host while one
-watches.
+"""`life`: Conway's game of life in the terminal, on a world without edges. It can move to another host while you watch.
 
-On a terminal it draws a frame for each generation; elsewhere it prints a line now and then.
+On a terminal it draws every generation; elsewhere it prints a line from time to time.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from numpy.typing import NDArray
 from corefw_machine_python import guest
 
 NAP: Final = 0.02
-"""The longest that a tick sleeps: a stop need not wait for the next frame."""
+"""Longest sleep in a tick, so that a stop does not wait for the next frame."""
 
 BLOCKS: Final = np.array(list(" ▄▀█"))
 PLAIN: Final = np.array(list(" .'#"))
-"""Two cells above each other are one character."""
+"""One character shows two cells, one above the other."""
 
 HOME, CLEAR, REST_OF_LINE, REST_OF_SCREEN = "\x1b[H", "\x1b[2J\x1b[H", "\x1b[K", "\x1b[J"
 GREEN, DIM, NORMAL = "\x1b[32m", "\x1b[2m", "\x1b[0m"
@@ -90,7 +89,7 @@ class Life(guest.Program):
         if wait > 0:
             time.sleep(min(wait, NAP))
             return
-        # What was missed (a stopped guest, a slow terminal) is not made up for.
+        # Do not catch up on frames missed while the guest was stopped or the terminal slow.
         self._due = max(self._due + 1 / self.options.fps, time.monotonic() - 1 / self.options.fps)
         self._next_generation()
         if self._terminal:
@@ -114,14 +113,14 @@ class Life(guest.Program):
         self.alive = int(after.sum())
 
     def _sprinkle(self, cells: NDArray[np.uint8]) -> None:
-        """The world only blinks: drop something into it."""
+        """Add cells to a world that only blinks."""
         random = self._random()
         height, width = min(12, cells.shape[0]), min(12, cells.shape[1])
         top, left = random.integers(0, cells.shape[0] - height + 1), random.integers(0, cells.shape[1] - width + 1)
         cells[top : top + height, left : left + width] = random.random((height, width)) < 0.4
 
     def _random(self) -> np.random.Generator:
-        """Depends on the state alone, so the world's course does not depend on where it runs."""
+        """A random number that depends only on the state, so the world evolves the same way on every host."""
         return np.random.default_rng([self.seed, self.generation])
 
     def _caption(self) -> str:

@@ -1,7 +1,7 @@
-"""`stress`: RAM that does not compress, writes at a given rate, and a count by which one lost write shows.
+"""`stress`: incompressible RAM, writes at a given rate, and counters that reveal a single lost write.
 
-The law: the first word of each page of the working set counts the writes to that page, the field `writes` counts all
-of them, and every other word is what the seed's sequence has there. So the sum of the counters equals the field,
+Invariant: the first word of each page of the working set counts the writes to that page, the field `writes` counts all
+writes, and every other word has its value from the seed's sequence. So the sum of the counters equals the field,
 wherever and however often the program moved.
 """
 
@@ -20,13 +20,13 @@ from corefw_machine_python import guest
 PAGE: Final = 4096
 WORDS: Final = PAGE // 8
 CHUNK: Final = 256
-"""Pages that one seed is good for: a megabyte, so that filling and checking stay in the processor's cache."""
+"""Pages per seed: a megabyte, so that filling and checking stay in the processor's cache."""
 
 PERIOD: Final = 0.005
 """Seconds between two bursts of writes."""
 
 WORKING_SET: Final = 64 << 20
-"""Bytes that are written to unless an option says otherwise; all of the RAM where that is less."""
+"""Default size of the working set in bytes; all of the RAM if that is smaller."""
 
 
 def _working_set(options: Any) -> int:
@@ -43,7 +43,7 @@ def _pages(options: Any) -> tuple[int, int]:
 
 
 class Stress(guest.Program):
-    """Fills its RAM, then writes to a working set for ever."""
+    """Fills its RAM, then keeps writing to a working set."""
 
     ram_option = guest.option("ram", "512M", kind=guest.size, help="bytes of RAM")
     rate_option = guest.option("dirty-rate", "100M", kind=guest.size, help="bytes of pages dirtied in a second")
@@ -70,7 +70,7 @@ class Stress(guest.Program):
     def tick(self) -> None:
         now = time.monotonic()
         rate = self.options.dirty_rate / PAGE
-        # A pause is not made up for by a burst that would be a tick of its own.
+        # Do not catch up after a pause: the burst would make a long tick.
         self._owed = min(self._owed + rate * (now - self._began), rate, self.working_pages)
         self._began = now
         self._write(int(self._owed))
@@ -88,7 +88,7 @@ class Stress(guest.Program):
         self.writes += count
 
     def verify(self) -> Mapping[str, object]:
-        """Raises AssertionError that says how many writes were lost, or which page has something else."""
+        """Raises AssertionError with the number of lost writes, or the first page with wrong contents."""
         found = int(self.ram[: self.working_pages, 0].sum())
         if found != self.writes:
             raise AssertionError(f"{self.writes} writes were counted, but the pages in RAM have seen {found}")
@@ -104,7 +104,7 @@ class Stress(guest.Program):
         return {"writes": self.writes, "found": found, "pages": len(self.ram)}
 
     def _sequence(self) -> Iterator[tuple[int, NDArray[np.uint64]]]:
-        """What the seed puts into the RAM: (first page, words of the pages from there)."""
+        """Yield the initial contents of the RAM: (first page, words of the pages from there)."""
         for first in range(0, len(self.ram), CHUNK):
             pages = min(CHUNK, len(self.ram) - first)
             source = np.random.SFC64(np.random.SeedSequence([self.seed & (1 << 64) - 1, first]))
