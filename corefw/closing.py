@@ -1,6 +1,4 @@
-"""`with` for everything that has close().
-
-The law: the end of the block closes, however the block ended; what close() raises, if anything, is its own contract.
+"""The base class of everything that is closed at the end of a `with` block.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from typing import Self
 
 
 class Closing:
-    """A subclass defines close()."""
+    """Calls the subclass's close() at the end of a `with` block, however the block ended."""
 
     __slots__ = ()
 

@@ -1,22 +1,22 @@
-"""Every error that migfw raises on purpose.
+"""All errors that migfw raises on purpose.
 
-    MigfwError                       one line that says what was wrong, where, and what to do
-     ├── UsageError                  the caller asked for something that cannot be (exit status 2, nothing was started)
+    MigfwError                       one line: what was wrong, where, and what to do
+     ├── UsageError                  the request was wrong (exit status 2, nothing was started)
      │    ├── UriError               a URI, address or quantity that does not parse
      │    ├── SettingsError          a capability, parameter or property refused
-     │    ├── StateError             the command does not fit the present state of the guest or the migration
-     │    └── BlockedError           the guest cannot migrate now; `reasons` has every one
+     │    ├── StateError             the command does not fit the current state of the guest or the migration
+     │    └── BlockedError           the guest cannot migrate now; `reasons` has all reasons
      ├── PluginError                 a plugin is missing, failed to load, or broke its contract
      ├── ChannelError                the transport failed: refused, reset, host key unknown, ...
-     │    ├── ChannelClosed          the peer ended the stream where more bytes had to come
-     │    └── Interrupted            `abort()` or an `Interrupt` ended the wait; the user cancelled
-     ├── StreamError                 the bytes that arrived are not a stream that we can load
+     │    ├── ChannelClosed          the peer ended the stream where more bytes were expected
+     │    └── Interrupted            `abort()` or an `Interrupt` ended the wait: the user cancelled
+     ├── StreamError                 the received bytes are not a stream that can be loaded
      │    └── RemoteStreamError      the same, with `offset`, `where`, `expected` and `got`
      ├── MachineError                the guest, or the process that runs it, failed
      └── PeerError                   the destination reported failure on the return path
 
-Foreign exceptions (OSError, paramiko's, ZeroMQ's) are translated once, where the library is called. Whatever reaches
-the command line and is not a MigfwError is a bug and keeps its traceback.
+Foreign exceptions (OSError, paramiko's, ZeroMQ's) are translated once, where the library is called. Any other exception
+that reaches the command line is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 FOREIGN: Final = (Exception, SystemExit)
-"""What code that is not ours may raise: sys.exit() in a plugin must not end a thread that others wait for."""
+"""What foreign code may raise: sys.exit() in a plugin must not end a thread that others wait for."""
 
 ANYTHING: Final = BaseException
-"""The same in a thread of a migration, where no Ctrl-C arrives: a plugin's asyncio.CancelledError is no Exception."""
+"""The same in migration threads, which receive no Ctrl-C: a plugin's asyncio.CancelledError is not an Exception."""
 
 
 def printable(text: str) -> str:
-    """The text with every character escaped that would not show."""
+    """Escape all characters that are not printable."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def one_line(text: str) -> str:
-    """A text of whatever origin, fit for one line of a terminal or a table."""
+    """Make any text fit for one line of a terminal or a table."""
     return printable(" ".join(line.strip() for line in text.splitlines() if line.strip()))
 
 
 class MigfwError(Exception):
-    """Base of all errors here; `str()` is one line fit for a user, whatever was quoted in it."""
+    """Base class of all errors; `str()` is one printable line for a user, whatever it quotes."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -61,7 +61,7 @@ class SettingsError(UsageError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean tcp?)" with the known name that is closest to a wrong one; "" where none is close."""
+    """ " (did you mean tcp?)" with the closest known name; "" if none is close."""
     from difflib import get_close_matches  # noqa: PLC0415 - only an error needs it
 
     near = get_close_matches(name, list(known), 1)
@@ -69,11 +69,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class StateError(UsageError):
-    """The command does not fit the present state."""
+    """The command does not fit the current state."""
 
 
 class BlockedError(UsageError):
-    """The guest cannot migrate. `reasons` has one line for each thing in the way, all of them at once."""
+    """The guest cannot migrate. `reasons` has one line for each reason."""
 
     def __init__(self, reasons: Sequence[str]) -> None:
         self.reasons = tuple(reasons)
@@ -89,23 +89,23 @@ class ChannelError(MigfwError):
 
 
 class ChannelClosed(ChannelError):
-    """The peer ended the stream where more bytes had to come."""
+    """The peer ended the stream where more bytes were expected."""
 
 
 class Interrupted(ChannelError):
-    """Somebody ended the wait on purpose: `Interrupt.set()` or `Channel.abort()`."""
+    """The wait was ended on purpose: `Interrupt.set()` or `Channel.abort()`."""
 
 
 class StreamError(MigfwError):
-    """The bytes that arrived cannot be loaded."""
+    """The received bytes cannot be loaded."""
 
 
 class RemoteStreamError(StreamError):
-    """What arrived from the peer is not what had to come.
+    """The peer sent something other than what was expected.
 
     `offset` counts bytes from the start of the stream (of the package, inside PACKAGED), `where` names the section or
-    record, `expected` and `got` are phrases. What the peer sent may be in them as it came; in the message it is made
-    printable, for that goes to terminals and has one line.
+    record, `expected` and `got` are phrases. They may quote raw bytes of the peer; the message, which goes to
+    terminals, is one printable line.
     """
 
     def __init__(self, offset: int, where: str, expected: str, got: str) -> None:

@@ -1,7 +1,7 @@
-"""Sizes, rates, times and switches as people write them: "1G", "32MiB", "300ms", "on".
+"""Parses and formats sizes, rates, times and switches: "1G", "32MiB", "300ms", "on".
 
-Invariant: units of bytes are powers of 1024, as QEMU's are; a number alone is bytes, or milliseconds. Anything else is
-a UsageError that shows what would have been right.
+Units of bytes are powers of 1024, as in QEMU. A number without a unit means bytes or milliseconds. Anything else raises
+UsageError with an example of what is expected.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def format_size(count: float) -> str:
         return f"{count:.0f} B"
     for unit in ("KiB", "MiB", "GiB"):
         count /= 1024
-        if abs(count) < 1023.95:  # what rounds to 1024.0 is one of the next unit
+        if abs(count) < 1023.95:  # a value that rounds to 1024.0 is shown as 1.0 of the next unit
             return f"{count:.1f} {unit}"
     return f"{count / 1024:.1f} TiB"
 
@@ -67,7 +67,7 @@ def format_milliseconds(milliseconds: float) -> str:
 
 
 def format_duration(milliseconds: float) -> str:
-    """How long something lasts, for people who wait: "350 ms", "4.2 s", "37 s", "3 min 20 s", "2 h 5 min"."""
+    """Format a duration in seconds for people: "350 ms", "4.2 s", "37 s", "3 min 20 s", "2 h 5 min"."""
     if milliseconds < 999.5:
         return f"{milliseconds:.0f} ms"
     if milliseconds < 9_950:
