@@ -1,5 +1,4 @@
-"""The base class of everything that is closed at the end of a `with` block.
-"""
+"""The base class of everything that is closed at the end of a `with` block."""
 
 from __future__ import annotations
 
