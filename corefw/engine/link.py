@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Final
 
 from corefw.channel import Channel, Interrupt, Transport
+from corefw.engine.meter import Meter, metered
 from corefw.engine.returnpath import ReturnPathReader
 from corefw.errors import ChannelError
 from corefw.net.channelset import ChannelSet
@@ -37,10 +38,11 @@ class Link:
     channel: Channel
     writer: StreamWriter
 
-    def __init__(self, transport: Transport, interrupt: Interrupt) -> None:
+    def __init__(self, transport: Transport, interrupt: Interrupt, meter: Meter) -> None:
         self.transport: Final = transport
         self.return_path: ReturnPathReader | None = None
         self._interrupt = interrupt
+        self._meter = meter
         self._channels = ChannelSet()
 
     def connect(self) -> None:
@@ -49,13 +51,14 @@ class Link:
         self.writer = StreamWriter(self.channel)
 
     def open_channel(self) -> Channel:
-        """One more channel to the destination. Raises ChannelError if the transport has only one."""
+        """One more channel to the destination, metered as the stream's own is. Raises ChannelError if the transport has
+        only one."""
         if not self.transport.features.multi_channel:
             raise ChannelError(f"{self.transport.uri}: '{self.transport.uri.scheme}' has only one channel")
         return self._connect()
 
     def _connect(self) -> Channel:
-        return self._channels.add(self.transport.connect(self._interrupt))
+        return self._channels.add(metered(self.transport.connect(self._interrupt), self._meter))
 
     # -- the return path -------------------------------------------------------------------------------------------
 

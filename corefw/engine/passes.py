@@ -10,18 +10,16 @@ Source: QEMU's migration_thread and migration_iteration_run. Threads: the migrat
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Final
 
-from corefw.channel import Interrupt
 from corefw.engine.convergence import FINISH, Convergence
 from corefw.engine.forecast import Forecast
 from corefw.engine.framing import SectionWriter
 from corefw.engine.limits import Limits
-from corefw.engine.pacing import Pacer
+from corefw.engine.meter import Meter
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.machine import Machine, RunState
 from corefw.quantities import format_size
@@ -38,9 +36,6 @@ ALL: Final = 2**63 - 1
 CHEAP: Final = 0.02
 """Seconds that a harvest may take to be made only to measure the dirty rate: by hashes it may take much longer."""
 
-LOOK: Final = 0.1
-"""Seconds after which a stream that is held back by max-bandwidth looks for a new limit, and for a reason to end."""
-
 
 class Passes:
     """The passes of one migration. `check` raises when the migration was cancelled or has failed; `on_pass` is called
@@ -52,30 +47,29 @@ class Passes:
         live: Sequence[LiveHandler],
         settings: Settings,
         statistics: OutgoingStatistics,
-        interrupt: Interrupt,
+        meter: Meter,
         limits: Limits,
         check: Callable[[], None],
         on_pass: Callable[[int], None],
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._machine = machine
         self._live = live
         self._settings = settings
         self._statistics = statistics
-        self._interrupt = interrupt
+        self._meter = meter
         self._limits = limits
         self._check = check
         self._on_pass = on_pass
-        self._clock = clock
-        self._forecast = Forecast(clock())
+        self._clock = meter.clock
+        self._forecast = Forecast(self._clock())
         self._harvest_time = 0.0  # seconds that the last harvest took
         self._samples = 0  # harvests that began no pass
         self._dirtied = 0  # what the RAM's harvests had found when last looked at
 
     def run(self, writer: StreamWriter, sections: SectionWriter) -> None:
         """Returns when the guest is to be stopped. Raises what `check` and the handlers raise, ChannelError."""
-        pacer = Pacer(self._clock)
-        convergence = Convergence(self._clock(), self._settings.integer("downtime-limit"), writer.position)
+        self._meter.start_window()
+        convergence = Convergence(self._meter, self._settings.integer("downtime-limit"))
         self._begin_forecast()
         finishing = False
         most: float = math.inf  # what a pass may have to be finished too
@@ -100,10 +94,9 @@ class Passes:
                         return
                 if finishing := self._is_worth_finishing(convergence, left, most):
                     most = left / 2
-            before = writer.position
-            through = self._send_parts(writer, sections, pacer.budget(self._limit))
-            self._pace(pacer, writer.position - before)
-            self._count(writer, convergence)
+            with self._meter.step() as budget:
+                through = self._send_parts(writer, sections, budget)
+            self._count(convergence)
             finishing = finishing and not through and self._is_still_soon_sent(convergence)
         self._warn_of_limit()
 
@@ -166,35 +159,22 @@ class Passes:
 
     def _is_still_soon_sent(self, convergence: Convergence) -> bool:
         """What is left of a pass; max-bandwidth may have been lowered since it was found worth finishing."""
-        return self._pending(KNOWN, convergence) < convergence.bandwidth * FINISH
+        return self._pending(KNOWN, convergence) < self._meter.bandwidth * FINISH
 
     def _send_parts(self, writer: StreamWriter, sections: SectionWriter, budget: int) -> bool:
         """One PART of each handler, `budget` bytes for all of them; a later one has its turn only when those before
         have nothing left. True when nobody has anything left that is known."""
-        end = writer.position + budget
-        through = all(
-            sections.part(handler, partial(handler.iterate, writer, max(1, end - writer.position)))
-            for handler in self._live
-        )
-        writer.flush()
-        return through
+        end = self._meter.total + budget
+        for handler in self._live:
+            rest = max(1, end - self._meter.total)
+            through = sections.part(handler, partial(handler.iterate, writer, rest))
+            writer.flush()
+            if not through:
+                return False
+        return True
 
-    @property
-    def _limit(self) -> int:
-        return self._settings.integer("max-bandwidth")
-
-    def _pace(self, pacer: Pacer, count: int) -> None:
-        pacer.sent(count, self._limit)
-        while (rest := pacer.rest(self._limit)) > 0:
-            self._interrupt.wait(min(rest, LOOK))
-            self._check()
-
-    def _count(self, writer: StreamWriter, convergence: Convergence) -> None:
+    def _count(self, convergence: Convergence) -> None:
         ram = self._statistics.ram
-        convergence.update(
-            self._clock(),
-            writer.position,
-            self._settings.integer("downtime-limit"),
-            ram.dirty_pages_rate * ram.page_size,
-        )
-        self._statistics.update(convergence, self._forecast.outlook(convergence.threshold), self._limit)
+        convergence.update(self._settings.integer("downtime-limit"), ram.dirty_pages_rate * ram.page_size)
+        outlook = self._forecast.outlook(convergence.threshold)
+        self._statistics.update(convergence.expected_downtime, outlook, self._meter.limit)

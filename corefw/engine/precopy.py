@@ -143,6 +143,7 @@ def _stop_guest(source: Source) -> None:
     source.stopped_at = time.monotonic()
     limit = source.settings.integer("downtime-limit")
     source.custody.stop(source.check, partial(_store_run_state, source))
+    source.meter.release()
     source.statistics.stopped(limit, milliseconds_since(source.stopped_at))
 
 
@@ -204,7 +205,6 @@ def _send_end(source: Source, description: bytes) -> None:
         writer.u8(SectionType.EOF)
         writer.write(description)
     writer.flush()
-    source.statistics.transferred = writer.position
 
 
 def _description(source: Source) -> bytes:

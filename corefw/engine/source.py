@@ -14,6 +14,7 @@ from corefw.engine.framing import SectionWriter
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.limits import Limits
 from corefw.engine.link import Link
+from corefw.engine.meter import Meter
 from corefw.engine.passes import Passes
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.errors import MachineError
@@ -47,13 +48,14 @@ class Source:
         self.settings = settings
         self.savers = savers
         self.interrupt = Interrupt()
-        self.link = Link(transport, self.interrupt)
-        self.statistics = OutgoingStatistics(expected_downtime=settings.integer("downtime-limit"))
+        self.meter = Meter(settings, self.check)
+        self.link = Link(transport, self.interrupt, self.meter)
+        self.statistics = OutgoingStatistics(self.meter, expected_downtime=settings.integer("downtime-limit"))
         self.custody = Custody(machine, guest_lock)
         self.live: list[LiveHandler] = []
         self.limits = Limits(settings)
         self.passes = Passes(
-            machine, self.live, settings, self.statistics, self.interrupt, self.limits, self.check, on_pass
+            machine, self.live, settings, self.statistics, self.meter, self.limits, self.check, on_pass
         )
         self.proceed = threading.Event()
         self.confirmed = False
@@ -87,11 +89,13 @@ class Source:
         self.interrupt.set()
         self.proceed.set()
         self.link.abort()
+        self.meter.wake()
 
     def return_path_failed(self) -> None:
         """Wake the migration thread wherever it waits; it finds the reason in the return path."""
         self.link.abort()
         self.proceed.set()
+        self.meter.wake()
 
     # -- for the savers --------------------------------------------------------------------------------------------
 

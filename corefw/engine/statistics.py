@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from corefw.engine.convergence import Convergence
 from corefw.engine.forecast import Outlook
+from corefw.engine.meter import Meter
 from corefw.quantities import format_milliseconds, format_size
 from corefw.section import RamStatistics, SectionKey
 from corefw.states import MigrationStatus
@@ -60,23 +60,20 @@ class SectionFigures:
 
 @dataclass(slots=True)
 class OutgoingStatistics:
-    """The figures of one migration on the source.
+    """The figures of one migration on the source. `meter` counts the bytes.
 
     stop_time       milliseconds that it took to stop the guest
     downtime_limit  as it was when the guest was stopped; None before
     warnings        what whoever started the migration should know, as sentences
     """
 
+    meter: Meter
     started: float = field(default_factory=time.monotonic)
     setup_time: int = 0
     total_time: int = 0
     downtime: int = 0
     expected_downtime: int = 0
-    mbps: float = 0.0
     guest: str = ""
-    pages_per_second: int = 0
-    transferred: int = 0
-    precopy_bytes: int = 0
     ram: RamStatistics = field(default_factory=RamStatistics)
     error: str | None = None
     sections: dict[SectionKey, SectionFigures] = field(default_factory=dict)
@@ -86,6 +83,7 @@ class OutgoingStatistics:
     stop_time: int = 0
     downtime_limit: int | None = None
     _before_stop: int = 0  # bytes that had been sent when the guest was stopped
+    _finished: bool = False
 
     def elapsed(self) -> int:
         return milliseconds_since(self.started)
@@ -103,6 +101,21 @@ class OutgoingStatistics:
         """Over all live sections."""
         return sum(section.remaining for section in list(self.sections.values()))
 
+    @property
+    def transferred(self) -> int:
+        """Bytes sent over all channels."""
+        return self.meter.total
+
+    @property
+    def precopy_bytes(self) -> int:
+        """Those of them that were sent before the guest was stopped."""
+        return self.transferred if self.downtime_limit is None else self._before_stop
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second: in the last window, or over the whole of a migration that has ended."""
+        return self.transferred * 1000 / max(1, self.total_time) if self._finished else self.meter.bandwidth
+
     def progress(self) -> str:
         """How far it is, as a phrase."""
         if not self.total:
@@ -110,20 +123,17 @@ class OutgoingStatistics:
         phrase = f"{format_size(self.remaining)} of {format_size(self.total)} left in pass {self.ram.dirty_sync_count}"
         return f"{phrase}; {self.advice}" if self.advice else phrase
 
-    def update(self, convergence: Convergence, outlook: Outlook, max_bandwidth: int) -> None:
+    def update(self, expected_downtime: int, outlook: Outlook, max_bandwidth: int) -> None:
         """After each PART."""
+        self.expected_downtime = expected_downtime
         self.outlook = outlook
         self.advice = outlook.advice(max_bandwidth)
-        self.transferred = self.precopy_bytes = convergence.position
-        self.mbps = convergence.bandwidth * 8 / 1e6
-        self.pages_per_second = int(convergence.bandwidth / self.ram.page_size)
-        self.expected_downtime = convergence.expected_downtime
 
     def stopped(self, downtime_limit: int, stop_time: int) -> None:
         """The guest was stopped for the switchover, which took `stop_time`."""
         self.advice = None
-        self.downtime_limit, self.stop_time = downtime_limit, stop_time
         self._before_stop = self.transferred
+        self.downtime_limit, self.stop_time = downtime_limit, stop_time
 
     def finish(self, downtime: int, guest: str) -> None:
         """The guest has left (migration_calculate_complete). `guest` says where it is: "moved" if the destination has
@@ -135,7 +145,7 @@ class OutgoingStatistics:
             section.remaining = 0
         if warning := self._over_limit():
             self.warnings.append(warning)
-        self.mbps = self.transferred * 8 / max(1, self.total_time) / 1000
+        self._finished = True
         self.ram.remaining_bytes = 0
 
     def _left_now(self) -> int:
@@ -233,12 +243,12 @@ class OutgoingStatistics:
             "normal": ram.normal,
             "normal-bytes": ram.normal * ram.page_size,
             "dirty-pages-rate": 0 if done else ram.dirty_pages_rate,
-            "mbps": self.mbps,
+            "mbps": self.bandwidth * 8 / 1e6,
             "dirty-sync-count": ram.dirty_sync_count,
             "postcopy-requests": ram.postcopy_requests,
             "page-size": ram.page_size,
             "multifd-bytes": 0,
-            "pages-per-second": self.pages_per_second,
+            "pages-per-second": int(self.meter.bandwidth / ram.page_size),
             "precopy-bytes": self.precopy_bytes,
             "downtime-bytes": self.transferred - self.precopy_bytes,
             "postcopy-bytes": 0,

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from corefw.engine.forecast import Outlook
+from corefw.engine.meter import Meter
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.errors import MigfwError
+from corefw.settings import Settings
 from corefw.states import MigrationStatus
 from tests.engine.test_passes import GIB, MIB, NeverEnds, World
 
@@ -130,7 +132,7 @@ def test_what_to_do() -> None:
 
 
 def test_a_stop_that_will_take_too_long_is_said_while_it_lasts() -> None:
-    statistics = OutgoingStatistics(outlook=Outlook(send_rate=100.0 * MIB))
+    statistics = OutgoingStatistics(Meter(Settings()), outlook=Outlook(send_rate=100.0 * MIB))
     statistics.ram.remaining_bytes = 20 * MIB
     assert statistics.document(MigrationStatus.ACTIVE)["x-migfw"]["warnings"] == []
     statistics.stopped(downtime_limit=300, stop_time=150)

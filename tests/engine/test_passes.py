@@ -8,14 +8,15 @@ from typing import Any, Final
 
 import pytest
 
-from corefw.channel import Interrupt
 from corefw.engine.convergence import FINISH, SHORT
 from corefw.engine.forecast import Outlook
 from corefw.engine.limits import Limits
+from corefw.engine.meter import Meter
 from corefw.engine.passes import Passes
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.machine import RunState
 from corefw.section import Pending, SectionKey
+from corefw.settings import Settings
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
@@ -41,11 +42,14 @@ class World:
         self.limit: Callable[[], int] = lambda: 300
         self.ends_at = PATIENCE
         self.harvests: list[tuple[float, int]] = []
-        self.position = 0
         self.dirty_sync_count, self.dirty_pages_rate, self.page_size, self.dirtied = 1, 0, 1, 0
         self.key = SectionKey("world", 0)
-        self.statistics = OutgoingStatistics()
         self.settings: dict[str, Any] = {"x-migfw-on-timeout": "cancel"}
+        configuration: Any = SimpleNamespace(integer=self._setting, parameter=self.settings.get)
+        self.meter = Meter(configuration, clock=lambda: self.now)
+        self.limits = Limits(configuration, self.meter.clock)
+        self.configuration: Settings = configuration
+        self.statistics = OutgoingStatistics(self.meter)
         self.looks: list[tuple[float, Outlook, str | None]] = []  # the forecast and the advice, as time went on
         self._harvested = 0.0
 
@@ -72,14 +76,19 @@ class World:
     def iterate(self, _writer: object, budget: int) -> bool:
         count = min(self.left, budget)
         self.left -= count
-        self.position += count + 8
         self.now += (count + 8) / self.bandwidth
+        self.meter.sent(count + 8)
         return not self.left
 
     # -- the writer ------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
         pass
+
+    def _setting(self, name: str) -> int:
+        setting = self.limit() if name == "downtime-limit" else self.settings.get(name, 0)
+        assert isinstance(setting, int)
+        return setting
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -91,17 +100,11 @@ class World:
             if self.now > PATIENCE:
                 raise NeverEnds
 
-        def setting(name: str) -> int:
-            return self.limit() if name == "downtime-limit" else self.settings.get(name, 0)
-
         world: Any = self
         self.statistics.ram = world
         sections: Any = SimpleNamespace(part=lambda _, body: body())
-        settings: Any = SimpleNamespace(integer=setting, parameter=self.settings.get)
-        clock = lambda: self.now  # noqa: E731
-        limits = Limits(settings, clock)
         passes = Passes(
-            world, [world], settings, self.statistics, Interrupt(), limits, check, lambda _: None, clock=clock
+            world, [world], self.configuration, self.statistics, self.meter, self.limits, check, lambda _: None
         )
         passes.run(world, sections)
         self.harvest()

@@ -1,0 +1,266 @@
+"""The bytes of a migration: counts them over all of its channels, measures the bandwidth, and keeps the limits.
+
+Every channel of the source, those that savers open as well as the stream's own, is a MeteredChannel, so the count is
+complete and max-bandwidth holds for all of them together: over any second, no more than 105 % of the limit goes out.
+Sending is therefore paced in steps of a hundredth of a second; QEMU's windows of a tenth let eleven windows' worth into
+one second. Time in which there was nothing to send is not made up for. A limit that is raised holds at once, for what
+was sent already too. One that is lowered does not: what was sent under the old limit would keep the stream silent for
+longer than that.
+
+Source: QEMU 10.0, migration_rate_limit, migration_update_counters.
+Threads: any may send, ask, and cut waits short; `step`, `measure` and the choice of the limit are the migration
+thread's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from corefw.channel import Buffer, Channel, SendsMemory
+from corefw.settings import Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+STEP: Final = 0.01
+"""Seconds of the limit that one step sends."""
+LEAST_BUDGET: Final = 4096
+MOST_BUDGET: Final = 32 << 20
+FREE_STEP: Final = 0.02
+"""Seconds that a step takes where there is no limit: short beside the window of the bandwidth."""
+FREE_START: Final = 4 << 20
+FREE_LEAST: Final = 64 << 10
+MOST_CREDIT: Final = 0.02
+"""Seconds of lateness that may be caught up on; the rest of a stall is forgotten."""
+
+WINDOW: Final = 0.1
+"""Seconds over which the bandwidth is measured (QEMU's BUFFER_DELAY)."""
+FIRST_WINDOW: Final = 0.01
+"""The first measurement comes this early: a small guest would be through before a whole window has passed, and QEMU
+would then stop it without knowing whether the rest fits into the downtime."""
+
+LOOK: Final = 0.1
+"""Seconds after which a paced wait calls the check again."""
+
+
+class Meter:
+    """Counts, measures and paces the bytes of one migration. Sizes are bytes, times seconds of `clock`.
+
+    total       bytes that the channels have sent
+    bandwidth   bytes per second in the last window; 0.0 before the first
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        check: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`check` is called while a send waits for its turn, and ends the wait by raising."""
+        self.clock: Final = clock
+        self.total = 0
+        self.bandwidth = 0.0
+        self._settings = settings
+        self._check = check
+        self._parameter: str | None = "max-bandwidth"
+        self._changed = threading.Condition()  # guards what follows, and `total`
+        self._urgent = 0
+        self._at = clock()
+        self._limit_before = 0
+        self._ahead = 0.0  # bytes sent that were not due at `_at` yet
+        self._in_flight: dict[int, float] = {}  # thread -> when its send began
+        self._free = FREE_START  # what FREE_STEP has room for
+        self._window_began = self._at
+        self._window_total = 0
+
+    # -- limits ----------------------------------------------------------------------------------------------------
+
+    @property
+    def limit(self) -> int:
+        """The limit in force, in bytes per second; 0 for none."""
+        return self._settings.integer(self._parameter) if self._parameter else 0
+
+    def hold_at(self, parameter: str) -> None:
+        """Keep what is sent from now on at this parameter's value, which may change while the migration runs."""
+        self._parameter = parameter
+        self.wake()
+
+    def release(self) -> None:
+        """Hold nothing back from now on: the guest is stopped and waits for the rest."""
+        self._parameter = None
+        self.wake()
+
+    # -- sending ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self) -> Iterator[int]:
+        """One step of a pass. Gives the bytes to send in it, so that it takes a hundredth of a second at the limit, and
+        about a fiftieth where there is none."""
+        limit, began, before = self.limit, self.clock(), self.total
+        yield max(LEAST_BUDGET, min(MOST_BUDGET, int(limit * STEP))) if limit else self._free
+        count = self.total - before
+        if not limit and count >= self._free:  # else it ended for want of pages, and says nothing about the path
+            # No more than twice as much as before: buffers on the way take the first parts at once.
+            spent = max(self.clock() - began, FREE_STEP / 2)
+            self._free = max(FREE_LEAST, min(MOST_BUDGET, int(self._free * FREE_STEP / spent)))
+
+    @contextmanager
+    def sending(self, count: int) -> Iterator[None]:
+        """Around one call that sends `count` bytes: counts them, then waits until they were due."""
+        thread = threading.get_ident()
+        self._in_flight[thread] = self.clock()
+        try:
+            yield
+        finally:
+            del self._in_flight[thread]
+        self.sent(count)
+        self.pace()
+
+    def sent(self, count: int) -> None:
+        """So many more bytes went out."""
+        with self._changed:
+            self._settle()
+            self.total += count
+            self._ahead += count
+
+    def rest(self) -> float:
+        """Seconds until what went out is due."""
+        with self._changed:
+            return self._rest()
+
+    def pace(self) -> None:
+        """Wait until what went out is due, or until urgent work comes. Raises what the check raises."""
+        while self.rest() > 0:
+            self._check()
+            with self._changed:
+                if (rest := self._rest()) > 0:
+                    self._changed.wait(min(rest, LOOK))
+
+    def longest_send(self) -> float:
+        """Seconds that the longest of the sends under way has taken so far; 0.0 if there is none."""
+        return max((self.clock() - began for began in list(self._in_flight.values())), default=0.0)
+
+    def _rest(self) -> float:
+        limit = self._settle()
+        return max(0.0, self._ahead / limit) if limit and not self._urgent else 0.0
+
+    def _settle(self) -> int:
+        """Let the time until now pay for what was sent; the limit now."""
+        limit, now = self.limit, self.clock()
+        if limit < self._limit_before and self._ahead > 0:
+            self._ahead *= limit / self._limit_before
+        self._limit_before = limit
+        paid = (now - self._at) * limit
+        self._at = now
+        self._ahead = max(-MOST_CREDIT * limit, self._ahead - paid) if limit else 0.0
+        return limit
+
+    # -- urgent work -----------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Let every wait look again: a limit has changed, or the migration is to end."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def urgent_begins(self) -> None:
+        """Nothing waits until urgent_ends() was called as often: a page request has come in (QEMU 10.0,
+        migration_make_urgent_request)."""
+        with self._changed:
+            self._urgent += 1
+            self._changed.notify_all()
+
+    def urgent_ends(self) -> None:
+        """The page was sent."""
+        with self._changed:
+            self._urgent -= 1
+
+    # -- measuring -------------------------------------------------------------------------------------------------
+
+    def start_window(self) -> None:
+        """Measure from here on; what was measured before is forgotten."""
+        self.bandwidth = 0.0
+        self._window_began, self._window_total = self.clock(), self.total
+
+    def measure(self) -> int:
+        """Close the window if its time is over, and set `bandwidth`. Returns the bytes of a window that was closed."""
+        now, count = self.clock(), self.total - self._window_total
+        spent = now - self._window_began
+        if not count or spent < (WINDOW if self.bandwidth else FIRST_WINDOW):
+            return 0
+        self.bandwidth = count / spent
+        self._window_began, self._window_total = now, self.total
+        return count
+
+
+class MeteredChannel(Channel):
+    """A channel that counts and paces what it sends. All else is the inner channel's."""
+
+    def __init__(self, channel: Channel, meter: Meter) -> None:
+        self.peer = channel.peer
+        self.has_return_path = channel.has_return_path
+        self._channel = channel
+        self._meter = meter
+
+    def send(self, *parts: Buffer) -> None:
+        for portion in portions(parts, self._meter.limit):
+            with self._meter.sending(sum(map(len, portion))):
+                self._channel.send(*portion)
+
+    def receive_into(self, view: memoryview) -> int:
+        return self._channel.receive_into(view)
+
+    def wait_readable(self, seconds: float) -> bool:
+        return self._channel.wait_readable(seconds)
+
+    def send_eof(self) -> None:
+        self._channel.send_eof()
+
+    def abort(self) -> None:
+        self._channel.abort()
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class MeteredMemoryChannel(MeteredChannel):
+    """The same for a channel that sends pieces of memory."""
+
+    def __init__(self, channel: Channel, memory: SendsMemory, meter: Meter) -> None:
+        super().__init__(channel, meter)
+        self._memory = memory
+
+    def send_memory(self, pieces: NDArray[np.uint64]) -> None:
+        with self._meter.sending(int(pieces[:, 1].sum())):
+            self._memory.send_memory(pieces)
+
+
+def metered(channel: Channel, meter: Meter) -> MeteredChannel:
+    """The channel, counted and paced; it sends memory if the inner one does."""
+    if isinstance(channel, SendsMemory):
+        return MeteredMemoryChannel(channel, channel, meter)
+    return MeteredChannel(channel, meter)
+
+
+def portions(parts: Sequence[Buffer], limit: int) -> Iterator[Sequence[Buffer]]:
+    """Split what one call sends into steps that the limit allows, so that a large part does not go out at once."""
+    most = max(LEAST_BUDGET, int(limit * STEP))
+    if not limit or sum(map(len, parts)) <= 2 * most:
+        yield parts
+        return
+    portion: list[Buffer] = []
+    room = most
+    for part in parts:
+        view = memoryview(part).cast("B")
+        while len(view) > room:
+            yield [*portion, view[:room]]
+            view, portion, room = view[room:], [], most
+        if len(view):
+            portion.append(view)
+            room -= len(view)
+    if portion:
+        yield portion
