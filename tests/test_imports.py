@@ -66,7 +66,7 @@ LIBRARIES: Final[dict[str, set[str]]] = {
     "stevedore": {"plugins"},
     "click": {"cli"},
     "rich": {"cli"},
-    "numpy": {"channel", "net", "wire", "section", "machine", "memory", "testing"},
+    "numpy": {"channel", "net", "wire", "section", "machine", "memory", "testing", "engine"},
 }
 """Library -> the parts of the core that may import it."""
 
