@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from corefw.channel import Transport, TransportContext
     from corefw.engine import Engine
     from corefw.machine import Machine
-    from corefw.section import SectionHandler
+    from corefw.section import SectionLoader, SectionSaver
     from corefw.settings import Declarations, Settings
     from corefw.states import MigrationStatus, Side
     from corefw.uri import MigrationUri
@@ -47,9 +47,16 @@ def corefw_transport(uri: MigrationUri, context: TransportContext) -> Transport 
 
 
 @hookspec
-def corefw_section_handlers(machine: Machine, settings: Settings) -> Iterable[SectionHandler]:
-    """New handlers for one migration of this machine, either way. Called at the start of each migration, and when
-    somebody asks whether the guest can migrate: so making one changes nothing, and setup() and load_setup() begin."""
+def corefw_section_savers(machine: Machine, settings: Settings) -> Iterable[SectionSaver]:
+    """New savers for one migration of this machine away from here. Called at the start of each migration, and whenever
+    someone asks whether the guest can migrate: making a saver must not change anything."""
+    return ()
+
+
+@hookspec
+def corefw_section_loaders(machine: Machine, settings: Settings) -> Iterable[SectionLoader]:
+    """New loaders for one migration into this machine. Called when it begins to wait for a source: making a loader must
+    not change anything."""
     return ()
 
 

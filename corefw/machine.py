@@ -291,7 +291,7 @@ class AdoptsStreams(Protocol):
     """A destination that keeps what nobody here can decode (a parked QEMU)."""
 
     def adopt_sections(self, name: str, stream_format: StreamFormat, reader: StreamReader, live: WaitReadable) -> None:
-        """Called with the reader just before the type byte of the first section that no handler knows; the live
+        """Called with the reader just before the type byte of the first section that no loader knows; the live
         sections are behind it, with an END each or, in a background snapshot, without. Take everything from there to
         the end of the stream, EOF byte and description included.
 

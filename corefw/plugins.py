@@ -25,7 +25,7 @@ from corefw import hookspecs
 from corefw.channel import Transport, TransportContext
 from corefw.errors import FOREIGN, MigfwError, PluginError, SettingsError, UriError, UsageError, did_you_mean, one_line
 from corefw.machine import Machine, MachineConfig
-from corefw.section import SectionHandler, SectionRegistry
+from corefw.section import LoaderRegistry, SaverRegistry, SectionLoader, SectionSaver
 from corefw.settings import Declarations, Settings
 from corefw.states import MigrationStatus, Side
 from corefw.uri import MigrationUri
@@ -40,7 +40,8 @@ GROUPS: Final = (TRANSPORTS, MACHINES, PLUGINS)
 
 _ADDITIONS: Final = {
     "corefw_transport": "transports",
-    "corefw_section_handlers": "section handlers",
+    "corefw_section_savers": "section savers",
+    "corefw_section_loaders": "section loaders",
     "corefw_blockers": "blockers",
     "corefw_state_changed": "an observer of statuses",
     "corefw_commands": "QMP commands",
@@ -204,14 +205,24 @@ class Plugins:
         """The table of all settings that the core and the plugins declare, at their defaults."""
         return Settings(self._declarations.values())
 
-    def section_handlers(self, machine: Machine, settings: Settings) -> SectionRegistry:
-        """New handlers for one migration. Raises PluginError: without one of them the guest would not be whole."""
-        registry = SectionRegistry()
-        for name, ask in self._implementers("corefw_section_handlers"):
-            for handler in _listed(name, "corefw_section_handlers", ask(machine=machine, settings=settings)):
-                if not isinstance(handler, SectionHandler):
-                    raise PluginError(f"plugin '{name}': {handler!r} is not a SectionHandler")
-                registry.add(handler)
+    def section_savers(self, machine: Machine, settings: Settings) -> SaverRegistry:
+        """New savers for one migration. Raises PluginError: without one of them the guest would not be whole."""
+        registry = SaverRegistry()
+        for name, ask in self._implementers("corefw_section_savers"):
+            for saver in _listed(name, "corefw_section_savers", ask(machine=machine, settings=settings)):
+                if not isinstance(saver, SectionSaver):
+                    raise PluginError(f"plugin '{name}': {saver!r} is not a SectionSaver")
+                registry.add(saver)
+        return registry
+
+    def section_loaders(self, machine: Machine, settings: Settings) -> LoaderRegistry:
+        """New loaders for one migration. Raises PluginError: without one of them the guest would not be whole."""
+        registry = LoaderRegistry()
+        for name, ask in self._implementers("corefw_section_loaders"):
+            for loader in _listed(name, "corefw_section_loaders", ask(machine=machine, settings=settings)):
+                if not isinstance(loader, SectionLoader):
+                    raise PluginError(f"plugin '{name}': {loader!r} is not a SectionLoader")
+                registry.add(loader)
         return registry
 
     def blockers(self, machine: Machine, settings: Settings) -> list[str]:

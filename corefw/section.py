@@ -1,27 +1,33 @@
-"""Section handlers: who writes and reads the body of a section, and the registry that finds them.
+"""Section savers and loaders: who writes and who reads the body of a section, and the registries that find them.
 
-The engine frames sections (type, id, name, version, footer); a handler writes and reads bodies and knows nothing of the
-frame. The callbacks are those of QEMU's SaveVMHandlers (include/migration/register.h). All but `covers` are abstract:
-what is optional is a Protocol of its own, asked for with isinstance.
+The engine frames sections (type, id, name, version, footer). A saver writes bodies on the source, a loader reads them
+on the destination, and neither knows anything of the frame. The callbacks are those of QEMU's SaveVMHandlers
+(include/migration/register.h, QEMU 10.0), split by direction.
 
-    LiveHandler    START/PART/END: sent while the guest runs (RAM, dirty bitmaps, storage)
-    StateHandler   FULL: sent once, when the guest has stopped (devices)
+    LiveSaver    LiveLoader     START/PART/END: sent in passes while the guest runs (RAM, dirty bitmaps, storage)
+    StateSaver   StateLoader    FULL: sent once, when the guest has stopped (devices)
 
-Threads: the source's callbacks run in the migration thread, the destination's in the incoming thread. What a callback
-raises fails the migration; `cleanup` and `load_cleanup` are then called and must succeed.
+What is optional is a class to inherit from: RamSaver, RunStateSaver, RunStateLoader, MultiChannelLoader.
+
+Threads: a saver's callbacks run in the migration thread, a loader's in the incoming thread; statistics() may be called
+from any. An exception from a callback fails the migration. Then, as after a success, cleanup() is called, and last of
+all exactly one of committed() and abandoned().
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from corefw.channel import Channel, Interrupt
 from corefw.errors import PluginError
 from corefw.settings import Settings
 from corefw.wire.stream import StreamReader, StreamWriter
+
+if TYPE_CHECKING:
+    from corefw.machine import RunState
 
 
 class SectionKey(NamedTuple):
@@ -74,7 +80,7 @@ class Priority:
 
 
 class OutgoingContext(Protocol):
-    """What the engine offers to a LiveHandler on the source, from setup() to cleanup()."""
+    """What the engine offers to a LiveSaver on the source, from setup() to cleanup()."""
 
     settings: Settings
     interrupt: Interrupt
@@ -87,7 +93,7 @@ class OutgoingContext(Protocol):
 
 
 class IncomingContext(Protocol):
-    """What the engine offers to handlers on the destination, from load_setup() to load_cleanup().
+    """What the engine offers to loaders on the destination, from setup() to cleanup().
 
     stream_capabilities   those that the stream's configuration section names, which change what sections consist of;
                           known once load() is called
@@ -104,80 +110,96 @@ class IncomingContext(Protocol):
         """Write one return-path message whole; from any thread. Raises ChannelError."""
 
 
-class SectionHandler(ABC):
-    """One section of the stream.
+class Section(ABC):
+    """What the two directions of a section have in common.
 
-    version_id        written into the header
-    minimum_version   the oldest that load() understands; the engine refuses the others
-    priority          see Priority; equal ones go in the order in which they were registered
+    idstr         the section's name in the stream, 1 to 255 bytes of UTF-8
+    instance_id   tells sections of one name apart
+    version_id    savers write it into the header; for loaders, the newest version that load() understands
     """
 
     idstr: str
     instance_id: int = 0
     version_id: int
-    minimum_version: int
-    priority: int
 
     @property
     def key(self) -> SectionKey:
         return SectionKey(self.idstr, self.instance_id)
 
     def covers(self) -> Coverage:
-        """Which of the machine's RAM blocks and devices this section carries, on either side; may be asked at any time.
+        """The machine's RAM blocks and devices that this section carries; may be asked at any time.
 
-        The engine refuses a migration of which some RAM block or device is carried by nobody. State that belongs to the
-        plugin and not to the machine is none of that: the default.
+        The engine refuses a migration that would leave a RAM block or device behind. The default, nothing, is right for
+        state that belongs to the plugin and not to the machine.
         """
         return Coverage()
 
-    @abstractmethod
-    def required(self) -> bool:
-        """On the destination: whether a stream without this section is refused."""
+    def statistics(self) -> Mapping[str, object]:
+        """Figures of this section for query-migrate (x-migfw.sections): names with "-", JSON values. Any thread."""
+        return {}
 
-    @abstractmethod
-    def load_setup(self, context: IncomingContext) -> None:
-        """Before anything of the stream is loaded."""
+    def committed(self) -> None:  # noqa: B027 - optional
+        """The migration took place: the guest belongs to the destination, or to the file it was sent to.
 
-    @abstractmethod
-    def load(self, reader: StreamReader, version_id: int) -> None:
-        """Read one body to its end, and not one byte more. `version_id` came in this section's START or FULL header."""
+        Called last of all, after cleanup(). Exceptions are logged.
+        """
 
-    @abstractmethod
-    def load_cleanup(self) -> None:
-        """After the stream, whether it was loaded or failed. Does not raise."""
+    def abandoned(self) -> None:  # noqa: B027 - optional
+        """The migration failed or was cancelled, or nobody can say how it ended: the source keeps what it has, the
+        destination discards what it loaded.
+
+        Called last of all, after cleanup(). Exceptions are logged.
+        """
 
 
-class LiveHandler(SectionHandler):
-    """A section that is sent in passes while the guest runs."""
+class SectionSaver(Section):
+    """The source's half of one section, for one migration. Inherit from LiveSaver or StateSaver.
+
+    priority   see Priority; equal ones go in the order in which they were registered
+    """
+
+    priority: int
+
+
+class LiveSaver(SectionSaver):
+    """A section that is sent in passes while the guest runs. committed() or abandoned() follows if setup() was called,
+    even if it raised."""
 
     @abstractmethod
     def active(self) -> bool:
-        """On the source: whether there is anything to send; asked once, before setup (SaveVMHandlers.is_active)."""
+        """Whether there is anything to send; asked once, before setup (SaveVMHandlers.is_active)."""
 
     @abstractmethod
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
         """Write the START body; begin to log what changes from here on."""
 
     @abstractmethod
-    def pending(self, threshold: int) -> Pending:
-        """What is left. Where what is known to be left is at most `threshold` bytes, the dirty log is harvested first,
-        so the answer is exact. A negative threshold never harvests: what is known will do."""
+    def pending_estimate(self) -> Pending:
+        """What is known to be left. Cheap: asked several times a pass, and harvests nothing
+        (SaveVMHandlers.state_pending_estimate)."""
+
+    @abstractmethod
+    def pending_exact(self) -> Pending:
+        """Harvest the dirty log, then say what is left; a new pass begins. Called when the estimates of all sections
+        together fit into the downtime limit (SaveVMHandlers.state_pending_exact)."""
 
     @abstractmethod
     def iterate(self, writer: StreamWriter, budget: int) -> bool:
         """Write one PART body of about `budget` bytes, at least some; True when nothing known to be dirty is left."""
 
     @abstractmethod
-    def complete_precopy(self, writer: StreamWriter) -> None:
-        """The guest is stopped: write the END body with everything that is left."""
+    def complete(self, writer: StreamWriter) -> None:
+        """The guest is stopped: harvest once more and write the END body with everything that is left
+        (SaveVMHandlers.save_live_complete_precopy)."""
 
     @abstractmethod
     def cleanup(self) -> None:
-        """After the migration, however it ended; stop logging. Does not raise."""
+        """Stop logging and release resources, however the migration ended. Must not raise."""
 
 
-class StateHandler(SectionHandler):
-    """A section that is sent whole when the guest has stopped."""
+class StateSaver(SectionSaver):
+    """A section that is sent whole when the guest has stopped. committed() or abandoned() follows in any migration that
+    was started, whether the section was needed() or not."""
 
     @abstractmethod
     def blocked(self) -> str | None:
@@ -197,47 +219,20 @@ class StateHandler(SectionHandler):
         subsections; name and instance_id are added by the engine."""
 
 
-@runtime_checkable
-class TakesChannels(Protocol):
-    """A handler for which the source opens more channels: the destination goes on listening until the stream has ended.
+class RamSaver(LiveSaver):
+    """The saver whose counters query-migrate reports as "ram". At most one in a migration."""
 
-    Who dials in meanwhile is not known to be the source: what comes over such a channel is as hostile as the stream.
-    The engine aborts and closes them all.
-    """
-
-    def takes_channels(self) -> bool:
-        """On the destination: whether accept_channel() will be called; asked once, before load_setup()."""
+    @abstractmethod
+    def ram_statistics(self) -> RamStatistics:
+        """The counters, always the same object. Asked once, after setup()."""
 
 
-@runtime_checkable
-class SupportsPostcopy(Protocol):
-    """A LiveHandler whose rest may follow after the guest runs on the destination."""
+class RunStateSaver(StateSaver):
+    """The saver of the guest's run state."""
 
-    def follows_later(self) -> bool:
-        """On the source: whether that is so in this migration, by its settings; asked once, when the guest has
-        stopped (SaveVMHandlers.has_postcopy). Where not, complete_precopy() is called, as without postcopy."""
-
-    def begin_postcopy(self, writer: StreamWriter) -> None:
-        """The guest is stopped, before the package: tell the destination what to discard."""
-
-    def complete_postcopy(self, writer: StreamWriter) -> None:
-        """Write the END body once everything was sent."""
-
-
-@runtime_checkable
-class SupportsResume(Protocol):
-    """A LiveHandler that can go on over a new channel after the old one broke."""
-
-    def prepare_resume(self, writer: StreamWriter) -> None:
-        """Find out what the destination has, and send the rest. In postcopy a ChannelError out of any callback on
-        either side only pauses the migration; then this is called on the same handler, over a new channel."""
-
-
-@runtime_checkable
-class HasRamStatistics(Protocol):
-    """A handler that counts pages, for query-migrate."""
-
-    def ram_statistics(self) -> RamStatistics: ...
+    @abstractmethod
+    def store(self, run_state: RunState) -> None:
+        """Keep the state to be sent; called before the guest is stopped for the migration (global_state_store)."""
 
 
 @dataclass(slots=True)
@@ -258,27 +253,98 @@ class RamStatistics:
     postcopy_requests: int = 0
 
 
-class SectionRegistry:
-    """The handlers of one migration, in the order of the stream, found by (idstr, instance_id)."""
+class SectionLoader(Section):
+    """The destination's half of one section, for one migration. Inherit from LiveLoader or StateLoader.
 
-    def __init__(self, handlers: Iterable[SectionHandler] = ()) -> None:
-        self._by_key: dict[SectionKey, SectionHandler] = {}
-        for handler in handlers:
-            self.add(handler)
+    minimum_version   the oldest that load() understands; the engine refuses anything older or newer than version_id
 
-    def add(self, handler: SectionHandler) -> None:
-        if handler.key in self._by_key:
-            raise PluginError(f"two handlers claim section {handler.key}: give one of them another instance_id")
-        self._by_key[handler.key] = handler
+    committed() or abandoned() follows if setup() was called, even if it raised.
+    """
 
-    def find(self, key: SectionKey) -> SectionHandler | None:
+    minimum_version: int
+
+    @abstractmethod
+    def required(self) -> bool:
+        """Whether a stream without this section is refused."""
+
+    @abstractmethod
+    def setup(self, context: IncomingContext) -> None:
+        """Prepare to load; called when a source has connected, before anything of its stream is loaded."""
+
+    @abstractmethod
+    def load(self, reader: StreamReader, version_id: int) -> None:
+        """Read one body to its end, and not one byte more. `version_id` came in this section's START or FULL header."""
+
+    @abstractmethod
+    def cleanup(self) -> None:
+        """Release resources after the stream, whether it was loaded or failed. Must not raise."""
+
+
+class LiveLoader(SectionLoader):
+    """Reads what a LiveSaver writes: load() is called for its START, each PART, and its END."""
+
+
+class StateLoader(SectionLoader):
+    """Reads what a StateSaver writes: load() is called for its FULL."""
+
+
+class RunStateLoader(StateLoader):
+    """The loader of the run state that the source's guest was in."""
+
+    @abstractmethod
+    def run_state(self) -> RunState | None:
+        """What was received, or None; asked after the stream."""
+
+
+class MultiChannelLoader(LiveLoader):
+    """A loader for which the source opens more channels: the destination goes on listening until the stream has ended.
+
+    Whoever dials in meanwhile may be anyone: what comes over such a channel is as hostile as the stream. The engine
+    aborts and closes the channels.
+    """
+
+    @abstractmethod
+    def takes_channels(self) -> bool:
+        """Whether accept_channel() will be called; asked when the first section comes."""
+
+
+_AnySection = TypeVar("_AnySection", bound=Section)
+
+
+class _Registry(Generic[_AnySection]):
+    def __init__(self, sections: Iterable[_AnySection] = ()) -> None:
+        self._by_key: dict[SectionKey, _AnySection] = {}
+        for section in sections:
+            self.add(section)
+
+    def add(self, section: _AnySection) -> None:
+        """Raises PluginError if another one has its key."""
+        if section.key in self._by_key:
+            raise PluginError(f"two plugins claim section {section.key}: give one of them another instance_id")
+        self._by_key[section.key] = section
+
+    def find(self, key: SectionKey) -> _AnySection | None:
         return self._by_key.get(key)
 
-    def __iter__(self) -> Iterator[SectionHandler]:
-        return iter(sorted(self._by_key.values(), key=lambda handler: -handler.priority))
 
-    def live(self) -> list[LiveHandler]:
-        return [handler for handler in self if isinstance(handler, LiveHandler)]
+class SaverRegistry(_Registry[SectionSaver]):
+    """The savers of one migration, in the order of the stream."""
 
-    def state(self) -> list[StateHandler]:
-        return [handler for handler in self if isinstance(handler, StateHandler)]
+    def __iter__(self) -> Iterator[SectionSaver]:
+        return iter(sorted(self._by_key.values(), key=lambda saver: -saver.priority))
+
+    def live(self) -> list[LiveSaver]:
+        return [saver for saver in self if isinstance(saver, LiveSaver)]
+
+    def state(self) -> list[StateSaver]:
+        return [saver for saver in self if isinstance(saver, StateSaver)]
+
+
+class LoaderRegistry(_Registry[SectionLoader]):
+    """The loaders of one migration, in the order in which they were registered."""
+
+    def __iter__(self) -> Iterator[SectionLoader]:
+        return iter(self._by_key.values())
+
+    def live(self) -> list[LiveLoader]:
+        return [loader for loader in self if isinstance(loader, LiveLoader)]

@@ -16,11 +16,11 @@ from corefw.channel import Channel, Interrupt, Listener, Transport, TransportCon
 from corefw.errors import ChannelError, PluginError, SettingsError, UriError
 from corefw.hookspecs import hookimpl
 from corefw.plugins import HOOKS, Plugins
-from corefw.section import IncomingContext, SectionHandler, SectionKey
+from corefw.section import IncomingContext, LiveLoader, SectionKey, StateSaver
 from corefw.settings import Capability, Declarations, Settings
 from corefw.states import MigrationStatus, Side
 from corefw.uri import MigrationUri
-from corefw.wire.stream import StreamReader
+from corefw.wire.stream import StreamReader, StreamWriter
 
 if TYPE_CHECKING:
     from corefw.engine import Engine
@@ -43,23 +43,42 @@ class NoTransport(Transport):
         raise ChannelError("no way")
 
 
-class Handler(SectionHandler):
-    version_id = minimum_version = 1
+class Saver(StateSaver):
+    version_id = 1
 
     def __init__(self, idstr: str, priority: int = 0) -> None:
         self.idstr = idstr
         self.priority = priority
 
+    def blocked(self) -> str | None:
+        return None
+
+    def needed(self) -> bool:
+        return False
+
+    def save(self, writer: StreamWriter) -> None:
+        pass
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+class Loader(LiveLoader):
+    version_id = minimum_version = 1
+
+    def __init__(self, idstr: str) -> None:
+        self.idstr = idstr
+
     def required(self) -> bool:
         return False
 
-    def load_setup(self, context: IncomingContext) -> None:
+    def setup(self, context: IncomingContext) -> None:
         pass
 
     def load(self, reader: StreamReader, version_id: int) -> None:
         pass
 
-    def load_cleanup(self) -> None:
+    def cleanup(self) -> None:
         pass
 
 
@@ -120,39 +139,50 @@ def test_corefw_transport_says_what_is_wrong_with_a_uri() -> None:
         plugins(picky=Plugin(corefw_transport=corefw_transport)).transport("x:y")
 
 
-def test_corefw_section_handlers() -> None:
+def test_corefw_section_savers() -> None:
     found = plugins(
-        b=Plugin(corefw_section_handlers=lambda machine, settings: [Handler("b1"), Handler("b2", 10)]),
-        a=Plugin(corefw_section_handlers=lambda settings: (Handler(name) for name in ("a1",))),
-        none=Plugin(corefw_section_handlers=lambda: None),
+        b=Plugin(corefw_section_savers=lambda machine, settings: [Saver("b1"), Saver("b2", 10)]),
+        a=Plugin(corefw_section_savers=lambda settings: (Saver(name) for name in ("a1",))),
+        none=Plugin(corefw_section_savers=lambda: None),
     )
-    registry = found.section_handlers(MACHINE, Settings())
-    assert [handler.idstr for handler in registry] == ["b2", "b1", "a1"], (
-        "by priority, then in the order of registration"
-    )
-    assert registry.find(SectionKey("a1", 0)) is not registry.find(SectionKey("b1", 0))
-    again = found.section_handlers(MACHINE, Settings())
-    assert not set(map(id, again)) & set(map(id, registry)), "new ones each time"
+    savers = found.section_savers(MACHINE, Settings())
+    assert [saver.idstr for saver in savers] == ["b2", "b1", "a1"], "by priority, then in the order of registration"
+    assert savers.find(SectionKey("a1", 0)) is not savers.find(SectionKey("b1", 0))
+    again = found.section_savers(MACHINE, Settings())
+    assert not set(map(id, again)) & set(map(id, savers)), "new ones each time"
 
 
-def generator_that_fails() -> Iterable[Handler]:
-    yield Handler("x")
+def test_corefw_section_loaders() -> None:
+    found = plugins(
+        b=Plugin(corefw_section_loaders=lambda machine: [Loader("b1"), Loader("b2")]),
+        a=Plugin(corefw_section_loaders=lambda: (Loader("a1"),)),
+    )
+    loaders = found.section_loaders(MACHINE, Settings())
+    assert [loader.idstr for loader in loaders] == ["b1", "b2", "a1"]
+    assert loaders.find(SectionKey("nobody", 0)) is None
+
+
+def generator_that_fails() -> Iterable[object]:
+    yield from ()
     fail("midway")
 
 
+@pytest.mark.parametrize(("hook", "kind"), [("corefw_section_savers", Saver), ("corefw_section_loaders", Loader)])
 @pytest.mark.parametrize(
-    ("hook", "message"),
+    ("ask", "message"),
     [
-        (lambda: fail("oh"), r"plugin 'it' \(corefw_section_handlers\) failed: ZeroDivisionError: oh"),
-        (generator_that_fails, r"plugin 'it' \(corefw_section_handlers\) failed: ZeroDivisionError: midway"),
-        (lambda: 5, r"plugin 'it' \(corefw_section_handlers\) gave int, expected a list"),
-        (lambda: ["x"], "plugin 'it': 'x' is not a SectionHandler"),
-        (lambda: [Handler("x"), Handler("x")], r"two handlers claim section 'x' \(instance 0\)"),
+        (lambda kind: fail("oh"), r"plugin 'it' \({hook}\) failed: ZeroDivisionError: oh"),
+        (lambda kind: generator_that_fails(), r"plugin 'it' \({hook}\) failed: ZeroDivisionError: midway"),
+        (lambda kind: 5, r"plugin 'it' \({hook}\) gave int, expected a list"),
+        (lambda kind: ["x"], "plugin 'it': 'x' is not a Section(Saver|Loader)"),
+        (lambda kind: [kind("x"), kind("x")], r"two plugins claim section 'x' \(instance 0\)"),
     ],
 )
-def test_corefw_section_handlers_that_fail(hook: Callable[..., object], message: str) -> None:
-    with pytest.raises(PluginError, match=message):
-        plugins(it=Plugin(corefw_section_handlers=hook)).section_handlers(MACHINE, Settings())
+def test_section_hooks_that_fail(hook: str, kind: type, ask: Callable[[type], object], message: str) -> None:
+    found = plugins(it=Plugin(**{hook: lambda machine: ask(kind)}))
+    with pytest.raises(PluginError, match=message.replace("{hook}", hook)):
+        found.section_savers(MACHINE, Settings())
+        found.section_loaders(MACHINE, Settings())
 
 
 def test_corefw_blockers() -> None:

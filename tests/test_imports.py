@@ -1,4 +1,4 @@
-"""The one way: URI -> Transport -> Channel -> wire -> stream -> SectionHandler -> Machine.
+"""The one way: URI -> Transport -> Channel -> wire -> stream -> section saver or loader -> Machine.
 
 Invariant: a part of the core imports only what stands above it in the table, and of that only what its row allows; so
 there are no circles, and nothing to the left knows what is to its right. Plugins import the public part of the core,
@@ -54,7 +54,7 @@ CORE: Final[dict[str, set[str]]] = {
 """Part of the core -> what it may import. `cli` is missing: it is the only place where everything meets."""
 
 TYPES: Final[dict[str, set[str]]] = {
-    "wire": {"machine"},
+    "section": {"machine"},
     "machine": {"section", "wire"},
     "hookspecs": {"uri", "states", "settings", "channel", "section", "machine", "engine"},
     "plugins": {"engine"},

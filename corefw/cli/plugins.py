@@ -33,7 +33,7 @@ def plugins(show_settings: bool, as_json: bool) -> None:
     Kinds:
       transport   a URI scheme
       machine     a kind of guest, for 'migfw run --machine'
-      plugins     section handlers, blockers, settings, QMP commands
+      plugins     sections, blockers, settings, QMP commands
 
     \b
     Examples:

@@ -33,7 +33,7 @@ _MEGABIT: Final = 125_000
 class Progress:
     """One answer of query-migrate, in bytes, bytes per second and milliseconds; zero or None where it says nothing.
 
-    total, remaining    over all live section handlers; of a real QEMU, its RAM
+    total, remaining    over all live sections; of a real QEMU, its RAM
     passes              times that the dirty log was harvested, the pass now running included
     time_left           until the guest runs on the destination
     pass_time_left      until the present pass has been sent

@@ -1,5 +1,5 @@
 """What keeps a guest from migrating: reasons added by hand, broken plugins, plugins' hooks, devices, and parts of the
-machine that no handler carries.
+machine that no section carries.
 
 A migration is refused for all reasons at once; a reason is refused while a migration runs, and always under
 only-migratable. Source: QEMU's migrate_add_blocker and migration_is_blocked. Thread-safe.
@@ -14,7 +14,7 @@ from corefw.engine.coverage import uncovered
 from corefw.errors import FOREIGN, MigfwError, StateError, UsageError
 from corefw.machine import Machine
 from corefw.plugins import Plugins
-from corefw.section import SectionRegistry
+from corefw.section import SaverRegistry
 from corefw.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -45,18 +45,18 @@ class Blockers:
             if reason in self._reasons:
                 self._reasons.remove(reason)
 
-    def reasons(self, registry: SectionRegistry) -> list[str]:
+    def reasons(self, savers: SaverRegistry) -> list[str]:
         """Every reason there is now."""
         with self._lock:
             found = list(self._reasons)
         found += self._plugins.blockers(self._machine, self._settings)
-        found += self._uncovered(registry)
-        found += [reason for handler in registry.state() if (reason := handler.blocked())]
+        found += self._uncovered(savers)
+        found += [reason for saver in savers.state() if (reason := saver.blocked())]
         return found
 
-    def _uncovered(self, registry: SectionRegistry) -> list[str]:
+    def _uncovered(self, savers: SaverRegistry) -> list[str]:
         try:
-            return uncovered(self._machine, registry)
+            return uncovered(self._machine, savers)
         except MigfwError as error:
             return [str(error)]
         except FOREIGN:  # a migration asks again before it sends anything, and fails with this

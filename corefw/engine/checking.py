@@ -20,7 +20,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version as installed
 from typing import Any, Final, TypeGuard
@@ -32,7 +32,7 @@ from corefw.errors import ChannelError, Interrupted, StreamError, one_line
 from corefw.machine import AdoptsStreams, Machine, RunState
 from corefw.memory.host import spare_memory
 from corefw.quantities import format_size
-from corefw.section import SectionRegistry
+from corefw.section import LoaderRegistry, SaverRegistry, Section
 from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED, Settings
 from corefw.wire.constants import BE32
 from corefw.wire.stream import StreamReader
@@ -65,14 +65,14 @@ class Checking:
         self,
         machine: Machine,
         settings: Settings,
-        registry: SectionRegistry,
+        savers: SaverRegistry,
         transport: Transport | None,
         blockers: Sequence[str],
     ) -> None:
         self.done: Final = threading.Event()
         self._machine = machine
         self._settings = settings
-        self._registry = registry
+        self._savers = savers
         self._transport = transport
         self._interrupt = Interrupt()
         self._channel: Channel | None = None
@@ -144,7 +144,7 @@ class Checking:
         return None
 
     def _talk(self, channel: Channel) -> None:
-        channel.send(MAGIC, pack(facts_of(self._machine, self._settings, self._registry)))
+        channel.send(MAGIC, pack(facts_of(self._machine, self._settings, self._savers)))
         reader = StreamReader(channel, where="the answer to the check")
         if reader.at_end():
             raise ChannelError(
@@ -227,7 +227,7 @@ def _dirty_bytes(runs: Any, page_size: int) -> int:
 # -- both sides ----------------------------------------------------------------------------------------------------
 
 
-def facts_of(machine: Machine, settings: Settings, registry: SectionRegistry) -> dict[str, Any]:
+def facts_of(machine: Machine, settings: Settings, sections: Iterable[Section]) -> dict[str, Any]:
     """What one side says of itself."""
     return {
         "host": platform.node(),
@@ -238,7 +238,7 @@ def facts_of(machine: Machine, settings: Settings, registry: SectionRegistry) ->
         "name": machine.name,
         "ram": {block.idstr: block.length for block in machine.ram_blocks()},
         "layout": machine.layout_document().decode(),
-        "sections": [str(handler.key) for handler in registry],
+        "sections": [str(section.key) for section in sections],
         "properties": {name: settings.property(name) for name in _COMPARED},
         "memory": spare_memory(),
     }
@@ -263,12 +263,12 @@ def read_message(reader: StreamReader) -> dict[str, Any]:
 
 
 def answer_check(
-    reader: StreamReader, channel: Channel, machine: Machine, settings: Settings, registry: SectionRegistry
+    reader: StreamReader, channel: Channel, machine: Machine, settings: Settings, loaders: LoaderRegistry
 ) -> None:
     """The destination's side, behind the magic number. Raises StreamError, ChannelError: whatever happens, the
     destination waits on."""
     there = read_message(reader)
-    here = facts_of(machine, settings, registry)
+    here = facts_of(machine, settings, loaders)
     problems, notes = _compare(here, there, machine)
     shown = {name: here[name] for name in ("host", "migfw", "python", "numpy", "memory")}
     channel.send(pack({"facts": shown, "problems": _shortened(problems), "notes": _shortened(notes)}))

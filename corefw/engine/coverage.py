@@ -1,7 +1,7 @@
-"""Which parts of a machine no section handler carries: a migration that would leave one behind is refused.
+"""Which parts of a machine no section carries: a migration that would leave one behind is refused.
 
-A handler names the RAM blocks and devices that it carries (`SectionHandler.covers`). The source asks before anything is
-sent, the destination before it listens and again at the end of the stream, then for the sections that came.
+A saver or loader names the RAM blocks and devices that it carries (`Section.covers`). The source asks before anything
+is sent, the destination before it listens and again at the end of the stream, then for the sections that came.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterable
 
 from corefw.errors import PluginError
 from corefw.machine import AdoptsStreams, Machine, MakesRamBlocks, RunState
-from corefw.section import Coverage, LiveHandler, SectionHandler, SectionKey
+from corefw.section import Coverage, LiveLoader, Section, SectionKey, SectionLoader
 
 _SHOWN = 3
 _WHO = {"RAM": "migfw-ram", "device": "migfw-devices"}
 
 
-def uncovered(machine: Machine, handlers: Iterable[SectionHandler]) -> list[str]:
-    """One phrase for RAM and one for devices that none of these handlers carries; empty when all of it is carried.
+def uncovered(machine: Machine, sections: Iterable[Section]) -> list[str]:
+    """One phrase for RAM and one for devices that none of these sections carries; empty when all of it is carried.
 
-    Raises PluginError for a handler whose answer is no Coverage.
+    Raises PluginError for a section whose answer is no Coverage.
     """
-    total = _total(handlers)
+    total = _total(sections)
     found = []
     blocks = [f"'{block.idstr}'" for block in machine.ram_blocks() if block.idstr not in total.ram_blocks]
     if blocks:
@@ -34,18 +34,18 @@ def uncovered(machine: Machine, handlers: Iterable[SectionHandler]) -> list[str]
 
 
 def not_loaded(
-    machine: Machine, handlers: Iterable[SectionHandler], was_loaded: Callable[[SectionHandler], bool]
+    machine: Machine, loaders: Iterable[SectionLoader], was_loaded: Callable[[SectionLoader], bool]
 ) -> str | None:
     """At the end of a stream: a RAM block or device that it did not bring, as the field of an error; else None.
 
-    A device's section may be left out where its handler does not require it; RAM may not.
+    A device's section may be left out where its loader does not require it; RAM may not.
     """
-    handlers = list(handlers)
-    loaded = _total(handler for handler in handlers if was_loaded(handler))
+    loaders = list(loaders)
+    loaded = _total(loader for loader in loaders if was_loaded(loader))
     excused = _total(
-        handler
-        for handler in handlers
-        if not isinstance(handler, LiveHandler) and not handler.required() and not was_loaded(handler)
+        loader
+        for loader in loaders
+        if not isinstance(loader, LiveLoader) and not loader.required() and not was_loaded(loader)
     )
     for block in machine.ram_blocks():
         if block.idstr not in loaded.ram_blocks:
@@ -57,18 +57,18 @@ def not_loaded(
 
 
 def _device_keys(machine: Machine) -> list[SectionKey]:
-    """The devices that handlers have to carry: a machine that adopts streams keeps their sections itself."""
+    """The devices that sections have to carry: a machine that adopts streams keeps their sections itself."""
     if isinstance(machine, AdoptsStreams):
         return []
     return [SectionKey(device.name, device.instance_id) for device in machine.devices()]
 
 
-def _total(handlers: Iterable[SectionHandler]) -> Coverage:
+def _total(sections: Iterable[Section]) -> Coverage:
     each = []
-    for handler in handlers:
-        coverage = handler.covers()
+    for section in sections:
+        coverage = section.covers()
         if not isinstance(coverage, Coverage):
-            raise PluginError(f"section {handler.key}: covers() gave {type(coverage).__name__}, expected a Coverage")
+            raise PluginError(f"section {section.key}: covers() gave {type(coverage).__name__}, expected a Coverage")
         each.append(coverage)
     return Coverage(
         ram_blocks=frozenset().union(*(one.ram_blocks for one in each)),

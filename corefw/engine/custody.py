@@ -12,12 +12,13 @@ Threads: the migration thread; `held` may be read by any thread that holds the g
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from corefw.engine.guestlock import GuestLock
 from corefw.errors import ANYTHING
 from corefw.machine import AdoptsStreams, Machine, RunState, SupportsThrottle
+from corefw.section import Section
 
 log = logging.getLogger(__name__)
 
@@ -94,3 +95,12 @@ class Custody:
             self._machine.set_run_state(state)
         except ANYTHING:
             log.exception("the guest did not become '%s'", state)
+
+
+def tell_outcome(sections: Iterable[Section], *, committed: bool) -> None:
+    """Tell each section how the migration ended. Exceptions are logged: it has ended, whatever they say."""
+    for section in sections:
+        try:
+            section.committed() if committed else section.abandoned()
+        except ANYTHING:
+            log.exception("section %s: %s failed", section.key, "committed()" if committed else "abandoned()")

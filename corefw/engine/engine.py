@@ -35,7 +35,7 @@ from corefw.errors import (
 )
 from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, SupportsVerify
 from corefw.plugins import Plugins
-from corefw.section import SectionRegistry
+from corefw.section import LoaderRegistry, SaverRegistry
 from corefw.settings import Settings
 from corefw.states import IDLE, MigrationStatus, Side, StateMachine, StatusChanged
 
@@ -80,7 +80,7 @@ class Engine:
         self._migration: OutgoingMigration | None = None
         self._arrival: IncomingMigration | None = None
         self._checking: Checking | None = None
-        if settings.property("only-migratable") and (reasons := self._blockers.reasons(self._registry())):
+        if settings.property("only-migratable") and (reasons := self._blockers.reasons(self._savers())):
             raise UsageError("the guest cannot migrate, and only-migratable was asked for: " + "; ".join(reasons))
         self.observe(self._tell_plugins)
         machine.watch(lambda old, new: self._events.publish(RunStateChanged(old, new)))
@@ -173,10 +173,10 @@ class Engine:
             if blk or inc:
                 raise SettingsError("capability 'block' is not supported by any installed plugin")
             transport = self._outgoing_transport(uri)
-            registry = self._registry()
-            if reasons := self._blockers.reasons(registry):
+            savers = self._savers()
+            if reasons := self._blockers.reasons(savers):
                 raise BlockedError(reasons)
-            self._begin_outgoing(transport, registry)
+            self._begin_outgoing(transport, savers)
 
     def check(self, uri: str | None = None) -> dict[str, Any]:
         """Whether a migration to `uri` would succeed, and what it would be like; it changes nothing and takes some
@@ -193,9 +193,9 @@ class Engine:
             transport = self.plugins.transport(uri, self.settings) if uri is not None else None
             if transport is not None:
                 transport.check_outgoing()
-            registry = self._registry()
-            reasons = self._blockers.reasons(registry)
-            self._checking = checking = Checking(self.machine, self.settings, registry, transport, reasons)
+            savers = self._savers()
+            reasons = self._blockers.reasons(savers)
+            self._checking = checking = Checking(self.machine, self.settings, savers, transport, reasons)
         try:
             return checking.run()
         except Interrupted:
@@ -230,11 +230,11 @@ class Engine:
             )
         return transport
 
-    def _begin_outgoing(self, transport: Transport, registry: SectionRegistry) -> None:
+    def _begin_outgoing(self, transport: Transport, savers: SaverRegistry) -> None:
         migration = OutgoingMigration(
             self.machine,
             self.settings,
-            registry,
+            savers,
             transport,
             self.outgoing,
             self._guest_lock,
@@ -250,10 +250,15 @@ class Engine:
             self.outgoing.advance(_S.FAILING, _S.FAILED)
             raise MigfwError(f"cannot start a migration: {error}") from None
 
-    def _registry(self) -> SectionRegistry:
-        """New handlers for one migration. Of a machine that keeps its sections as they came, only the live ones."""
-        registry = self.plugins.section_handlers(self.machine, self.settings)
-        return SectionRegistry(registry.live()) if isinstance(self.machine, AdoptsStreams) else registry
+    def _savers(self) -> SaverRegistry:
+        """New savers for one migration. Of a machine that keeps its sections as they came, only the live ones."""
+        savers = self.plugins.section_savers(self.machine, self.settings)
+        return SaverRegistry(savers.live()) if isinstance(self.machine, AdoptsStreams) else savers
+
+    def _loaders(self) -> LoaderRegistry:
+        """New loaders for one migration. Of a machine that keeps sections as they come, only the live ones."""
+        loaders = self.plugins.section_loaders(self.machine, self.settings)
+        return LoaderRegistry(loaders.live()) if isinstance(self.machine, AdoptsStreams) else loaders
 
     def wait_outgoing(self, seconds: float | None = None) -> MigrationStatus:
         """Block until the present migration has ended; its status."""
@@ -322,14 +327,14 @@ class Engine:
                 raise StateError("The incoming migration has already been started")
             transport = self.plugins.transport(uri, self.settings)
             transport.check_incoming()
-            registry = self._registry()
-            if missing := uncovered(self.machine, registry):
+            loaders = self._loaders()
+            if missing := uncovered(self.machine, loaders):
                 raise BlockedError(missing)
             listener = transport.listen()
             arrival = IncomingMigration(
                 self.machine,
                 self.settings,
-                registry,
+                loaders,
                 listener,
                 self.incoming,
                 self._guest_lock,
@@ -395,14 +400,14 @@ class Engine:
         else:
             arrival = self._arrival
             error = arrival.error if arrival is not None else None
-            info = idle_document(self.incoming.status, error)
+            info = idle_document(self.incoming.status, error, arrival.figures() if arrival is not None else {})
         return with_blockers(info, self._blocked_now())
 
     def _blocked_now(self) -> list[str]:
         if self.outgoing.status not in IDLE:
             return []
         try:
-            return self._blockers.reasons(self._registry())
+            return self._blockers.reasons(self._savers())
         except PluginError as error:  # `migrate` would raise it: that is in the way too
             return [str(error)]
 

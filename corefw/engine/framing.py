@@ -1,6 +1,6 @@
 """Frames sections on the source: type byte, header, body, footer; and collects the description.
 
-Handlers write bodies; this module writes everything around them. A section keeps its id from START to END.
+Savers write bodies; this module writes everything around them. A section keeps its id from START to END.
 
 Source: QEMU 7.2's save_section_header, save_section_footer, qemu_savevm_state_* (migration/savevm.c).
 """
@@ -12,7 +12,7 @@ from itertools import count
 from typing import Any, Final
 
 from corefw.engine.statistics import OutgoingStatistics
-from corefw.section import LiveHandler, SectionHandler, SectionKey, StateHandler
+from corefw.section import LiveSaver, SectionKey, SectionSaver, StateSaver
 from corefw.wire.constants import TARGET_PAGE_SIZE, SectionType
 from corefw.wire.records import SectionHeader, write_footer, write_part_header, write_section_header
 from corefw.wire.stream import StreamWriter
@@ -32,49 +32,49 @@ class SectionWriter:
         self._free = (number for number in count() if number not in taken)
         self._devices: list[dict[str, Any]] = []
 
-    def start(self, handler: LiveHandler, body: Callable[[], None]) -> None:
-        self._whole(SectionType.START, handler, body)
+    def start(self, saver: LiveSaver, body: Callable[[], None]) -> None:
+        self._whole(SectionType.START, saver, body)
 
-    def part(self, handler: LiveHandler, body: Callable[[], bool]) -> bool:
+    def part(self, saver: LiveSaver, body: Callable[[], bool]) -> bool:
         """One PART; what the body returned."""
         began = self._writer.position
-        write_part_header(self._writer, SectionType.PART, self._id(handler))
+        write_part_header(self._writer, SectionType.PART, self._id(saver))
         finished = body()
-        self._footer(handler)
-        self._count(handler, began)
+        self._footer(saver)
+        self._count(saver, began)
         return finished
 
-    def end(self, handler: LiveHandler) -> None:
+    def end(self, saver: LiveSaver) -> None:
         began = self._writer.position
-        write_part_header(self._writer, SectionType.END, self._id(handler))
-        handler.complete_precopy(self._writer)
-        self._footer(handler)
-        self._count(handler, began)
+        write_part_header(self._writer, SectionType.END, self._id(saver))
+        saver.complete(self._writer)
+        self._footer(saver)
+        self._count(saver, began)
 
-    def full(self, handler: StateHandler) -> None:
-        self._whole(SectionType.FULL, handler, lambda: handler.save(self._writer))
-        self._devices.append({"name": handler.idstr, "instance_id": handler.instance_id} | handler.describe())
+    def full(self, saver: StateSaver) -> None:
+        self._whole(SectionType.FULL, saver, lambda: saver.save(self._writer))
+        self._devices.append({"name": saver.idstr, "instance_id": saver.instance_id} | saver.describe())
 
     def description(self) -> dict[str, Any]:
         """What the FULL sections written so far contain."""
         return {"page_size": TARGET_PAGE_SIZE, "devices": self._devices}
 
-    def _whole(self, kind: SectionType, handler: SectionHandler, body: Callable[[], None]) -> None:
+    def _whole(self, kind: SectionType, saver: SectionSaver, body: Callable[[], None]) -> None:
         began = self._writer.position
-        header = SectionHeader(kind, self._id(handler), handler.idstr, handler.instance_id, handler.version_id)
+        header = SectionHeader(kind, self._id(saver), saver.idstr, saver.instance_id, saver.version_id)
         write_section_header(self._writer, header)
         body()
-        self._footer(handler)
-        self._count(handler, began)
+        self._footer(saver)
+        self._count(saver, began)
 
-    def _count(self, handler: SectionHandler, began: int) -> None:
-        self._statistics.section(handler.key).sent += self._writer.position - began
+    def _count(self, saver: SectionSaver, began: int) -> None:
+        self._statistics.section(saver.key).sent += self._writer.position - began
 
-    def _footer(self, handler: SectionHandler) -> None:
+    def _footer(self, saver: SectionSaver) -> None:
         if self._footers:
-            write_footer(self._writer, self._id(handler))
+            write_footer(self._writer, self._id(saver))
 
-    def _id(self, handler: SectionHandler) -> int:
-        if handler.key not in self._ids:
-            self._ids[handler.key] = next(self._free)
-        return self._ids[handler.key]
+    def _id(self, saver: SectionSaver) -> int:
+        if saver.key not in self._ids:
+            self._ids[saver.key] = next(self._free)
+        return self._ids[saver.key]

@@ -19,19 +19,20 @@ from typing import Final
 from corefw.channel import Channel, Interrupt, Listener
 from corefw.engine.awaiting import Incoming, await_source
 from corefw.engine.checking import answer_check
+from corefw.engine.custody import tell_outcome
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.engine.scheduling import yielding_to_guests
+from corefw.engine.statistics import section_figures
 from corefw.engine.strays import StrayChannels
 from corefw.engine.unframing import StreamLoader
 from corefw.errors import ANYTHING, ChannelError, MachineError, MigfwError
 from corefw.machine import AdoptsStreams, Machine, MakesRamBlocks, RunState
 from corefw.net.channelset import ChannelSet
-from corefw.section import SectionHandler, SectionRegistry, TakesChannels
+from corefw.section import LoaderRegistry, MultiChannelLoader, RunStateLoader, SectionLoader
 from corefw.settings import Settings
 from corefw.states import MigrationStatus, StateMachine
 from corefw.wire.constants import ReturnMessage
-from corefw.wire.globalstate import CarriesRunState
 from corefw.wire.stream import StreamReader
 
 log = logging.getLogger(__name__)
@@ -44,13 +45,13 @@ CANCEL_SECONDS: Final = 5.0
 
 
 class IncomingMigration:
-    """One attempt to take a guest in. It is an IncomingContext for the handlers."""
+    """One attempt to take a guest in. It is an IncomingContext for the loaders."""
 
     def __init__(
         self,
         machine: Machine,
         settings: Settings,
-        registry: SectionRegistry,
+        loaders: LoaderRegistry,
         listener: Listener,
         state: StateMachine,
         guest_lock: GuestLock,
@@ -63,7 +64,8 @@ class IncomingMigration:
         self.stream_capabilities: frozenset[str] = frozenset()
         self.error: str | None = None
         self._machine = machine
-        self._registry = registry
+        self._loaders = loaders
+        self._set_up: list[SectionLoader] = []
         self._listener = listener
         self._state = state
         self._guest_lock = guest_lock
@@ -91,6 +93,10 @@ class IncomingMigration:
         if self._thread is not threading.current_thread():
             self._thread.join()
 
+    def figures(self) -> dict[str, dict[str, object]]:
+        """What the loaders report of themselves, by section."""
+        return section_figures(self._set_up)
+
     def abort(self) -> None:
         """End it, wherever it is."""
         self.interrupt.set()
@@ -107,7 +113,7 @@ class IncomingMigration:
         if first:
             self._cut_off.start()
 
-    # -- for the handlers and the loader ---------------------------------------------------------------------------
+    # -- for the loaders ---------------------------------------------------------------------------
 
     def accept_channel(self) -> Channel:
         return self._channels.add(self._listener.accept(self.interrupt))
@@ -132,7 +138,7 @@ class IncomingMigration:
         """The first section comes: it is a migration, so nobody else is waited for."""
         if self._state.status is not _S.SETUP:
             return
-        if not any(isinstance(handler, TakesChannels) and handler.takes_channels() for handler in self._registry):
+        if not any(isinstance(loader, MultiChannelLoader) and loader.takes_channels() for loader in self._loaders):
             assert self._channel is not None
             self._strays = StrayChannels(self._listener, self._channel.abort)
         self._advance(_S.SETUP, _S.ACTIVE)
@@ -161,6 +167,7 @@ class IncomingMigration:
             self._strays.stop()
         self._listener.close()
         if reason is None:
+            tell_outcome(self._set_up, committed=True)
             self._state.advance(_S.ACTIVE, _S.COMPLETED)
             self._say_goodbye(None)
         else:
@@ -186,24 +193,23 @@ class IncomingMigration:
             self._start_guest()
 
     def _answer_check(self, reader: StreamReader, channel: Channel) -> None:
-        answer_check(reader, channel, self._machine, self.settings, self._registry)
+        answer_check(reader, channel, self._machine, self.settings, self._loaders)
 
     def _hold(self, channel: Channel | None) -> None:
         self._channel = channel
 
     def _load(self, source: Incoming, reader: StreamReader) -> None:
-        begun = []
         try:
-            for handler in self._registry:
-                begun.append(handler)
-                handler.load_setup(self)
+            for loader in self._loaders:
+                self._set_up.append(loader)
+                loader.setup(self)
             with yielding_to_guests():
-                StreamLoader(reader, source, self._machine, self._registry, self.settings, self).load()
+                StreamLoader(reader, source, self._machine, self._loaders, self.settings, self).load()
         except ChannelError as error:
             raise ChannelError(f"{error} (at offset {reader.offset} of the stream)") from error
         finally:
-            for handler in begun:
-                self._clean_up(handler)
+            for loader in self._set_up:
+                self._clean_up(loader)
 
     def _cause(self, error: MigfwError) -> MigfwError:
         """What failed first: a channel of multifd aborts the stream."""
@@ -214,16 +220,16 @@ class IncomingMigration:
                 return first
         return error
 
-    def _clean_up(self, handler: SectionHandler) -> None:
+    def _clean_up(self, loader: SectionLoader) -> None:
         """What it raises hides no cause, and keeps no other from cleaning up."""
         try:
-            handler.load_cleanup()
+            loader.cleanup()
         except ANYTHING:
-            log.exception("section %s: cleanup failed", handler.key)
+            log.exception("section %s: cleanup failed", loader.key)
 
     def _start_guest(self) -> None:
         """Bring the guest into the run state that the source had (process_incoming_migration_bh)."""
-        carried = [handler.run_state() for handler in self._registry if isinstance(handler, CarriesRunState)]
+        carried = [loader.run_state() for loader in self._loaders if isinstance(loader, RunStateLoader)]
         source = next((state for state in carried if state is not None), RunState.RUNNING)
         if isinstance(self._machine, AdoptsStreams):
             self._machine.set_run_state(RunState.PAUSED)
@@ -248,6 +254,7 @@ class IncomingMigration:
         if isinstance(self._machine, MakesRamBlocks):
             self._machine.discard_loaded()
         self._say_goodbye(reason)
+        tell_outcome(self._set_up, committed=False)
         while (status := self._state.status) is not end:
             self._state.advance(status, end)
 

@@ -17,13 +17,14 @@ from typing import Final
 
 from corefw.channel import Transport
 from corefw.engine import precopy
+from corefw.engine.custody import tell_outcome
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.phases import run_phases
 from corefw.engine.source import Source
 from corefw.engine.statistics import OutgoingStatistics, milliseconds_since
 from corefw.errors import ANYTHING, ChannelError, Interrupted, MachineError, MigfwError
 from corefw.machine import Machine
-from corefw.section import SectionRegistry
+from corefw.section import SaverRegistry
 from corefw.settings import Settings
 from corefw.states import IDLE, SETUP_OR_ACTIVE, MigrationStatus, StateMachine
 
@@ -53,7 +54,7 @@ class OutgoingMigration:
         self,
         machine: Machine,
         settings: Settings,
-        registry: SectionRegistry,
+        savers: SaverRegistry,
         transport: Transport,
         state: StateMachine,
         guest_lock: GuestLock,
@@ -61,7 +62,7 @@ class OutgoingMigration:
     ) -> None:
         self._transport = transport
         self._state = state
-        self._source = Source(machine, settings, registry, transport, guest_lock, on_pass)
+        self._source = Source(machine, settings, savers, transport, guest_lock, on_pass)
         self._thread = threading.Thread(target=self._run, name="migration", daemon=True)
 
     # -- from other threads ----------------------------------------------------------------------------------------
@@ -140,6 +141,7 @@ class OutgoingMigration:
             refused = path is not None and path.refused
             source.statistics.fail(str(error) + source.custody.take_back(refused=refused))
         self._clean_up()
+        tell_outcome([*source.live, *source.savers.state()], committed=error is None)
         self._end(_S.COMPLETED if error is None else _S.FAILED)
 
     def _whereabouts(self) -> str:

@@ -2,7 +2,7 @@
 
 QEMU stops the guest as soon as the rest fits into the limit, and is down for as long as the limit lets it. Here a guest
 that runs goes on until the pass is through, if that is soon, and so for as long as each pass halves what is left
-(docs/decisions/finish-the-pass.md). What is left is the sum over all live handlers.
+(docs/decisions/finish-the-pass.md). What is left is the sum over all live savers.
 
 Source: QEMU's migration_thread and migration_iteration_run. Threads: the migration thread.
 """
@@ -23,15 +23,9 @@ from corefw.engine.meter import Meter
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.machine import Machine, RunState
 from corefw.quantities import format_size
-from corefw.section import LiveHandler
+from corefw.section import LiveSaver, Pending
 from corefw.settings import Settings
 from corefw.wire.stream import StreamWriter
-
-KNOWN: Final = -1
-"""The threshold for what is known to be left, without a harvest: nobody has less."""
-
-ALL: Final = 2**63 - 1
-"""The threshold for a harvest whatever is left."""
 
 CHEAP: Final = 0.02
 """Seconds that a harvest may take to be made only to measure the dirty rate: by hashes it may take much longer."""
@@ -44,7 +38,7 @@ class Passes:
     def __init__(
         self,
         machine: Machine,
-        live: Sequence[LiveHandler],
+        live: Sequence[LiveSaver],
         settings: Settings,
         statistics: OutgoingStatistics,
         meter: Meter,
@@ -67,7 +61,7 @@ class Passes:
         self._dirtied = 0  # what the RAM's harvests had found when last looked at
 
     def run(self, writer: StreamWriter, sections: SectionWriter) -> None:
-        """Returns when the guest is to be stopped. Raises what `check` and the handlers raise, ChannelError."""
+        """Returns when the guest is to be stopped. Raises what `check` and the savers raise, ChannelError."""
         self._meter.start_window()
         convergence = Convergence(self._meter, self._settings.integer("downtime-limit"))
         self._begin_forecast()
@@ -80,10 +74,11 @@ class Passes:
             if self._forecast.wants_sample and self._harvest_time < CHEAP:
                 self._sample(convergence)
             if not finishing:
-                left = self._pending(KNOWN, convergence)
+                left = self._estimate(convergence)
                 if not self._is_worth_finishing(convergence, left, most):
                     passes = self._statistics.ram.dirty_sync_count - self._samples
-                    left = self._pending(convergence.threshold, convergence)
+                    if convergence.fits(left):
+                        left = self._harvest(convergence)
                     if not convergence.fits(left):
                         if self._statistics.ram.dirty_sync_count > passes and self._limits.reached(
                             passes - self._samples
@@ -109,30 +104,38 @@ class Passes:
             self._on_pass(self._statistics.ram.dirty_sync_count)
 
     def _begin_forecast(self) -> None:
-        for handler in self._live:
-            self._statistics.section(handler.key).begin(handler.pending(KNOWN).total)
+        for saver in self._live:
+            self._statistics.section(saver.key).begin(saver.pending_estimate().total)
         self._dirtied = self._statistics.ram.dirtied
         self._forecast.begin(self._clock(), self._statistics.remaining)
 
     def _sample(self, convergence: Convergence) -> None:
         """Harvest in the middle of a pass, to measure the dirty rate."""
         self._samples += 1
-        self._pending(ALL, convergence, begins_pass=False)
+        self._harvest(convergence, begins_pass=False)
         self._forecast.sampled()
 
-    def _pending(self, threshold: int, convergence: Convergence, *, begins_pass: bool = True) -> int:
-        """Bytes left; the dirty logs are harvested where that is at most `threshold`."""
+    def _estimate(self, convergence: Convergence) -> int:
+        """Bytes known to be left."""
+        return self._note(convergence, [saver.pending_estimate() for saver in self._live], harvested=False)
+
+    def _harvest(self, convergence: Convergence, *, begins_pass: bool = True) -> int:
+        """Bytes left after a harvest of all dirty logs."""
         began = self._clock()
-        passes = self._statistics.ram.dirty_sync_count
-        settled = grown = 0
         with self.told():
-            for handler in self._live:
-                change = self._statistics.section(handler.key).update(handler.pending(threshold).total)
-                settled += max(0, -change)
-                grown += max(0, change)
+            left = [saver.pending_exact() for saver in self._live]
+        self._harvest_time = self._clock() - began
+        return self._note(convergence, left, harvested=begins_pass)
+
+    def _note(self, convergence: Convergence, left_of_each: list[Pending], *, harvested: bool) -> int:
+        """Take note of what is left of each section; the sum. `harvested`: it begins a pass."""
+        changes = [
+            self._statistics.section(saver.key).update(left.total)
+            for saver, left in zip(self._live, left_of_each, strict=True)
+        ]
+        settled = sum(-change for change in changes if change < 0)
+        grown = sum(change for change in changes if change > 0)
         ram = self._statistics.ram
-        if harvested := threshold != KNOWN and (grown > 0 or ram.dirty_sync_count > passes):
-            self._harvest_time = self._clock() - began
         found = (ram.dirtied - self._dirtied) * ram.page_size
         self._dirtied = ram.dirtied
         self._forecast.runs = self._machine.run_state is RunState.RUNNING
@@ -142,7 +145,7 @@ class Passes:
             left,
             settled=settled,
             dirtied=max(grown, found),  # pages that were dirty already are found again, and are nothing more to send
-            harvested=harvested and begins_pass,
+            harvested=harvested,
             threshold=convergence.threshold,
         )
         return left
@@ -159,15 +162,15 @@ class Passes:
 
     def _is_still_soon_sent(self, convergence: Convergence) -> bool:
         """What is left of a pass; max-bandwidth may have been lowered since it was found worth finishing."""
-        return self._pending(KNOWN, convergence) < self._meter.bandwidth * FINISH
+        return self._estimate(convergence) < self._meter.bandwidth * FINISH
 
     def _send_parts(self, writer: StreamWriter, sections: SectionWriter, budget: int) -> bool:
-        """One PART of each handler, `budget` bytes for all of them; a later one has its turn only when those before
+        """One PART of each saver, `budget` bytes for all of them; a later one has its turn only when those before
         have nothing left. True when nobody has anything left that is known."""
         end = self._meter.total + budget
-        for handler in self._live:
+        for saver in self._live:
             rest = max(1, end - self._meter.total)
-            through = sections.part(handler, partial(handler.iterate, writer, rest))
+            through = sections.part(saver, partial(saver.iterate, writer, rest))
             writer.flush()
             if not through:
                 return False

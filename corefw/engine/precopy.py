@@ -21,10 +21,9 @@ from corefw.engine.source import Source
 from corefw.engine.statistics import milliseconds_since
 from corefw.errors import BlockedError, ChannelError, MachineError, PluginError
 from corefw.machine import AdoptsStreams, RunState
-from corefw.section import HasRamStatistics, LiveHandler
+from corefw.section import LiveSaver, RamSaver, RunStateSaver
 from corefw.states import MigrationStatus
 from corefw.wire.constants import MIGFW_PING, READY_PING, Command, ReturnMessage, SectionType
-from corefw.wire.globalstate import CarriesRunState
 from corefw.wire.records import Configuration, write_command, write_configuration, write_description, write_header
 from corefw.wire.stream import MemorySink, StreamWriter
 
@@ -49,7 +48,7 @@ def set_up(source: Source) -> MigrationStatus:
         source.live.append(saver)  # from here on it is cleaned up
         with source.passes.told():
             source.sections.start(saver, partial(saver.setup, source.link.writer, source))
-            if isinstance(saver, HasRamStatistics):
+            if isinstance(saver, RamSaver):
                 _take_ram_statistics(source, saver)
     if source.link.return_path is not None:
         source.link.ping(READY_PING)
@@ -61,7 +60,7 @@ def set_up(source: Source) -> MigrationStatus:
     return MigrationStatus.ACTIVE
 
 
-def _active_savers(source: Source) -> list[LiveHandler]:
+def _active_savers(source: Source) -> list[LiveSaver]:
     savers = [saver for saver in source.savers.live() if saver.active()]
     if missing := uncovered(source.machine, [*savers, *source.savers.state()]):
         raise BlockedError(missing)
@@ -82,9 +81,9 @@ def _write_head(source: Source) -> None:
     source.sections = SectionWriter(writer, source.statistics, footers=form.footers, ids=form.section_ids)
 
 
-def _take_ram_statistics(source: Source, saver: HasRamStatistics) -> None:
-    if any(isinstance(other, HasRamStatistics) and other is not saver for other in source.live):
-        raise PluginError("two section handlers count the RAM's pages: query-migrate has room for one of them")
+def _take_ram_statistics(source: Source, saver: RamSaver) -> None:
+    if any(isinstance(other, RamSaver) and other is not saver for other in source.live):
+        raise PluginError("two section savers count the RAM's pages: query-migrate has room for one of them")
     source.statistics.ram = saver.ram_statistics()
 
 
@@ -149,7 +148,7 @@ def _stop_guest(source: Source) -> None:
 
 def _store_run_state(source: Source, state: RunState) -> None:
     for saver in source.savers:
-        if isinstance(saver, CarriesRunState):
+        if isinstance(saver, RunStateSaver):
             saver.store(state)
 
 

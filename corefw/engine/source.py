@@ -19,7 +19,7 @@ from corefw.engine.passes import Passes
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.errors import MachineError
 from corefw.machine import DEAD, AdoptsStreams, Machine, StreamFormat, SupportsThrottle
-from corefw.section import LiveHandler, SectionRegistry
+from corefw.section import LiveSaver, SaverRegistry
 from corefw.settings import Settings
 
 
@@ -39,7 +39,7 @@ class Source:
         self,
         machine: Machine,
         settings: Settings,
-        savers: SectionRegistry,
+        savers: SaverRegistry,
         transport: Transport,
         guest_lock: GuestLock,
         on_pass: Callable[[int], None],
@@ -50,9 +50,11 @@ class Source:
         self.interrupt = Interrupt()
         self.meter = Meter(settings, self.check)
         self.link = Link(transport, self.interrupt, self.meter)
-        self.statistics = OutgoingStatistics(self.meter, expected_downtime=settings.integer("downtime-limit"))
+        self.statistics = OutgoingStatistics(
+            self.meter, expected_downtime=settings.integer("downtime-limit"), savers=tuple(savers)
+        )
         self.custody = Custody(machine, guest_lock)
-        self.live: list[LiveHandler] = []
+        self.live: list[LiveSaver] = []
         self.limits = Limits(settings)
         self.passes = Passes(
             machine, self.live, settings, self.statistics, self.meter, self.limits, self.check, on_pass

@@ -7,16 +7,21 @@ what QEMU's fields have no place for.
 
 from __future__ import annotations
 
+import json
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from corefw.engine.forecast import Outlook
 from corefw.engine.meter import Meter
+from corefw.errors import ANYTHING
 from corefw.quantities import format_milliseconds, format_size
-from corefw.section import RamStatistics, SectionKey
+from corefw.section import RamStatistics, Section, SectionKey
 from corefw.states import MigrationStatus
+
+log = logging.getLogger(__name__)
 
 _RUNNING: Final = frozenset(
     {
@@ -65,6 +70,7 @@ class OutgoingStatistics:
     stop_time       milliseconds that it took to stop the guest
     downtime_limit  as it was when the guest was stopped; None before
     warnings        what whoever started the migration should know, as sentences
+    savers          add figures of their own
     """
 
     meter: Meter
@@ -77,6 +83,7 @@ class OutgoingStatistics:
     ram: RamStatistics = field(default_factory=RamStatistics)
     error: str | None = None
     sections: dict[SectionKey, SectionFigures] = field(default_factory=dict)
+    savers: Sequence[Section] = ()
     outlook: Outlook = field(default_factory=Outlook)
     advice: str | None = None
     warnings: list[str] = field(default_factory=list)
@@ -149,7 +156,7 @@ class OutgoingStatistics:
         self.ram.remaining_bytes = 0
 
     def _left_now(self) -> int:
-        """Once the guest is stopped, its RAM's handler alone knows what the last harvest found."""
+        """Once the guest is stopped, its RAM's saver alone knows what the last harvest found."""
         return self.remaining if self.downtime_limit is None else max(self.remaining, self.ram.remaining_bytes)
 
     def _will_exceed(self) -> str | None:
@@ -228,7 +235,15 @@ class OutgoingStatistics:
             **({"guest": self.guest} if status is MigrationStatus.COMPLETED else {}),
             **({"reason": self.error} if self.error is not None and status is MigrationStatus.CANCELLED else {}),
             "warnings": warnings,
-            "sections": {_name(key): section.document() for key, section in list(self.sections.items())},
+            "sections": self._sections(),
+        }
+
+    def _sections(self) -> dict[str, dict[str, object]]:
+        own = section_figures(self.savers)
+        return {
+            name: own.get(name, {}) | figures.document()
+            for key, figures in list(self.sections.items())
+            for name in (_name(key),)
         }
 
     def _ram(self, status: MigrationStatus) -> dict[str, Any]:
@@ -256,14 +271,33 @@ class OutgoingStatistics:
         }
 
 
-def idle_document(status: MigrationStatus, error: str | None) -> dict[str, Any]:
+def idle_document(
+    status: MigrationStatus, error: str | None, sections: Mapping[str, dict[str, object]]
+) -> dict[str, Any]:
     """query-migrate on a destination, or where no migration has happened."""
     if status is MigrationStatus.NONE:
         return {}
     info: dict[str, Any] = {"status": str(status)}
     if error is not None and status is MigrationStatus.FAILED:
         info["error-desc"] = error
+    if sections:
+        info["x-migfw"] = {"sections": dict(sections)}
     return info
+
+
+def section_figures(sections: Iterable[Section]) -> dict[str, dict[str, object]]:
+    """What sections report of themselves, by name. A section that fails to report is logged and left out."""
+    found = {}
+    for section in sections:
+        try:
+            figures = {str(name): value for name, value in section.statistics().items()}
+            json.dumps(figures, allow_nan=False)
+        except ANYTHING:
+            log.exception("section %s: statistics failed", section.key)
+            continue
+        if figures:
+            found[_name(section.key)] = figures
+    return found
 
 
 def with_blockers(info: dict[str, Any], reasons: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Loads a stream on the destination: gives each section to its handler and runs the commands.
+"""Loads a stream on the destination: gives each section to its loader and runs the commands.
 
-Every section must be known, in its place, of a version that its handler reads, and must end where its footer says.
+Every section must be known, in its place, of a version that its loader reads, and must end where its footer says.
 Anything else aborts the load with RemoteStreamError.
 
 Source: QEMU 7.2's qemu_loadvm_state_main and what it calls.
@@ -18,7 +18,7 @@ from corefw.engine.returnpath import ReturnPathWriter
 from corefw.engine.switchover import SwitchoverAck
 from corefw.errors import MigfwError, RemoteStreamError
 from corefw.machine import AdoptsStreams, Machine, StreamFormat
-from corefw.section import LiveHandler, SectionHandler, SectionKey, SectionRegistry
+from corefw.section import LiveLoader, LoaderRegistry, SectionKey, SectionLoader
 from corefw.settings import Settings
 from corefw.wire.constants import MIGFW_PING, TARGET_PAGE_SIZE, Command, SectionType
 from corefw.wire.records import (
@@ -88,21 +88,21 @@ class StreamLoader:
         reader: StreamReader,
         channel: Readable,
         machine: Machine,
-        registry: SectionRegistry,
+        loaders: LoaderRegistry,
         settings: Settings,
         owner: Owner,
     ) -> None:
         self._reader = reader
         self._channel = channel
         self._machine = machine
-        self._registry = registry
+        self._loaders = loaders
         self._settings = settings
         self._owner = owner
         self._configuration: Configuration | None = None
         self._footers: bool | None = (
             None if isinstance(machine, AdoptsStreams) else settings.property("send-section-footer")
         )
-        self._opened: dict[int, tuple[SectionHeader, LiveHandler]] = {}
+        self._opened: dict[int, tuple[SectionHeader, LiveLoader]] = {}
         self._loaded: set[SectionKey] = set()
         self._ids: dict[SectionKey, int] = {}
         self._return_path: ReturnPathWriter | None = None
@@ -205,47 +205,47 @@ class StreamLoader:
         header = read_section_header(self._reader, SectionType.START)
         if header.section_id in self._opened:
             raise self._reader.error("a section id that is not in use", f"{header.section_id} again")
-        handler = self._handler(header)
-        if not isinstance(handler, LiveHandler):
-            raise self._reader.error(f"section {handler.key} as FULL", "START")
-        self._opened[header.section_id] = header, handler
-        self._ids[handler.key] = header.section_id
-        self._load_body(header, handler)
+        loader = self._loader(header)
+        if not isinstance(loader, LiveLoader):
+            raise self._reader.error(f"section {loader.key} as FULL", "START")
+        self._opened[header.section_id] = header, loader
+        self._ids[loader.key] = header.section_id
+        self._load_body(header, loader)
 
     def _load_part(self, *, ends: bool) -> None:
         section_id = read_part_header(self._reader)
         if section_id not in self._opened:
             raise self._reader.error("the id of a section that was started", str(section_id))
-        header, handler = self._opened[section_id]
+        header, loader = self._opened[section_id]
         self._passes_began = True
-        self._load_body(header, handler)
+        self._load_body(header, loader)
         if not ends:
             self._switchover_ack.part_loaded()
         else:
             del self._opened[section_id]
-            self._loaded.add(handler.key)
+            self._loaded.add(loader.key)
 
     def _load_full(self) -> None:
         header = read_section_header(self._reader, SectionType.FULL)
-        handler = self._handler(header)
-        self._load_body(header, handler)
-        self._loaded.add(handler.key)
+        loader = self._loader(header)
+        self._load_body(header, loader)
+        self._loaded.add(loader.key)
 
-    def _handler(self, header: SectionHeader) -> SectionHandler:
-        """The handler of a START or FULL; checks that it may come now, and its version."""
+    def _loader(self, header: SectionHeader) -> SectionLoader:
+        """The loader of a START or FULL; checks that it may come now, and its version."""
         key = SectionKey(header.idstr, header.instance_id)
-        handler = self._registry.find(key)
-        known = ", ".join(str(one.key) for one in self._registry)
-        if handler is None:
+        loader = self._loaders.find(key)
+        known = ", ".join(str(one.key) for one in self._loaders)
+        if loader is None:
             raise self._reader.error(f"one of the sections {known}", f"section {key}{self._explain_unknown(header)}")
-        if key in self._loaded or any(one is handler for _, one in self._opened.values()):
+        if key in self._loaded or any(one is loader for _, one in self._opened.values()):
             raise self._reader.error(f"section {key} once", "it again")
-        if not handler.minimum_version <= header.version_id <= handler.version_id:
+        if not loader.minimum_version <= header.version_id <= loader.version_id:
             raise self._reader.error(
-                f"section {key} of a version from {handler.minimum_version} to {handler.version_id}",
+                f"section {key} of a version from {loader.minimum_version} to {loader.version_id}",
                 f"version {header.version_id}",
             )
-        return handler
+        return loader
 
     def _explain_unknown(self, header: SectionHeader) -> str:
         if header.idstr in _SECTION_CAPABILITIES:
@@ -257,15 +257,15 @@ class StreamLoader:
             )
         return ""
 
-    def _load_body(self, header: SectionHeader, handler: SectionHandler) -> None:
+    def _load_body(self, header: SectionHeader, loader: SectionLoader) -> None:
         reader = self._reader
-        reader.where = f"section {handler.key}"
-        handler.load(reader, header.version_id)
+        reader.where = f"section {loader.key}"
+        loader.load(reader, header.version_id)
         self._allow_pause()  # a source may hold the footer back with what comes next
         if self._footers is None:
             self._footers = reader.peek(1) == bytes((SectionType.FOOTER,))
         if self._footers:
-            read_footer(reader, header.section_id, f"section {handler.key}")
+            read_footer(reader, header.section_id, f"section {loader.key}")
 
     def _allow_pause(self) -> None:
         """Once a live section has begun, a source may be silent between two sections: it waits for its bandwidth, for
@@ -277,10 +277,10 @@ class StreamLoader:
         if self._opened:
             header, _ = next(iter(self._opened.values()))
             raise self._reader.error(f"the END of {header}", came)
-        for handler in self._registry:
-            if handler.required() and handler.key not in self._loaded:
-                raise self._reader.error(f"section {handler.key}", came)
-        missing = not_loaded(self._machine, self._registry, lambda handler: handler.key in self._loaded)
+        for loader in self._loaders:
+            if loader.required() and loader.key not in self._loaded:
+                raise self._reader.error(f"section {loader.key}", came)
+        missing = not_loaded(self._machine, self._loaders, lambda loader: loader.key in self._loaded)
         if missing is not None:
             raise self._reader.error(missing, f"{came}; no section that came carries it")
 
@@ -306,7 +306,7 @@ class StreamLoader:
         if not isinstance(self._machine, AdoptsStreams) or not (self._opened or self._loaded):
             return False
         name = self._peek_name()
-        if name is None or self._registry.find(name) is not None:
+        if name is None or self._loaders.find(name) is not None:
             return False
         if not self._passes_began and not self._loaded:
             return False  # a device that goes before the RAM; it is refused
@@ -327,7 +327,7 @@ class StreamLoader:
     def _end_open_sections(self) -> None:
         """The first device comes: live sections have ended, with an END or, in a background snapshot, without (QEMU 6.0
         and later, bg_migration_thread)."""
-        self._loaded |= {handler.key for _, handler in self._opened.values()}
+        self._loaded |= {loader.key for _, loader in self._opened.values()}
         self._opened.clear()
 
     def _live(self, seconds: float) -> bool:

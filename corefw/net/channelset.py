@@ -1,4 +1,4 @@
-"""Channels that end together: those of a relay, and those that a migration's handlers have beside the stream's.
+"""Channels that end together: those of a relay, and those that a migration's sections have beside the stream's.
 
 The law: who aborts them reaches those that come later, too; a thread that is blocked in one is woken by nothing else.
 Whoever got one may close it before that.

@@ -1,7 +1,7 @@
-"""One migration of one section, without an engine: what the contract kit for section handlers is written with.
+"""One migration of one section, without an engine: the tools of the contract kit for sections.
 
-Invariant: a recording holds the bodies exactly as the source wrote them; a replay gives them to a destination framed as
-in a stream, through one reader, and lets the destination clean up whatever happens.
+A recording holds the bodies exactly as a saver wrote them. A replay gives them to a loader through one reader, each
+with a footer as in a stream, and cleans up whatever happens.
 """
 
 from __future__ import annotations
@@ -9,43 +9,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from corefw.channel import Channel, Interrupt
 from corefw.errors import ChannelError, MachineError
-from corefw.section import LiveHandler, Pending, SectionHandler, StateHandler
+from corefw.section import LiveSaver, Pending, Section, SectionLoader, SectionSaver, StateSaver
 from corefw.settings import Settings
 from corefw.wire.constants import BE32, SectionType
 from corefw.wire.stream import MemorySink, StreamReader, StreamWriter
 
 FOOTER: Final = bytes([SectionType.FOOTER]) + BE32.pack(7)
-"""What follows every body, as in a stream: a handler that reads too much takes some of it."""
-
-EXACT: Final = 1 << 62
-"""A threshold below which every estimate lies, so that pending() has to be exact."""
+"""What follows every body, as in a stream: a loader that reads too much takes some of it."""
 
 PASSES: Final = 10_000
 READS_AFTER_END: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HandlerCase:
-    """A section handler, and how to make both sides of it.
+class SectionCase:
+    """A section, and how to make its saver and its loader.
 
-    source        makes a source's handler that has something to send; a new one, with the same state, each time
-    destination   makes the handler of a destination that waits; a new one each time
-    state         what has to be the same on both sides at the end: a value with ==. A StateHandler may leave it out;
-                  then the destination has to save the bytes that it loaded
-    change        a LiveHandler's guest writes: called on the source's handler between passes
-    close         lets go of what source() or destination() made around the handler
-    budget        bytes that iterate() is given
-    samples       at most so many places in the stream are cut and damaged
-    memory        bytes of memory that a damaged stream may make a destination take, beside what the stream itself takes
+    saver     makes a saver that has something to send; a new one, with the same state, each time
+    loader    makes the loader of a waiting destination; a new one each time
+    state     what has to be the same on both sides at the end, of the saver and of the loader: a value with ==
+    change    the guest writes: called on a LiveSaver between passes
+    close     releases what saver() or loader() made around the section
+    budget    bytes that iterate() is given
+    samples   at most this many places in the stream are cut and damaged
+    memory    bytes of memory that a damaged stream may make a loader take, beside what the stream itself takes
     """
 
-    source: Callable[[], SectionHandler]
-    destination: Callable[[], SectionHandler]
-    state: Callable[[Any], object] | None = None
+    saver: Callable[[], SectionSaver]
+    loader: Callable[[], SectionLoader]
+    state: Callable[[Any], object]
     change: Callable[[Any], object] | None = None
     close: Callable[[Any], object] | None = None
     settings: Callable[[], Settings] = Settings
@@ -55,7 +51,7 @@ class HandlerCase:
 
 
 class KitContext:
-    """What the kit offers to a handler on either side: one channel, a guest that cannot be throttled."""
+    """What the kit offers on either side: one channel, a guest that cannot be throttled."""
 
     def __init__(self, settings: Settings, interrupt: Interrupt) -> None:
         self.settings = settings
@@ -107,7 +103,7 @@ class Body:
 
 @dataclass(slots=True)
 class Recording:
-    """A source's whole section. `description` is a StateHandler's."""
+    """A whole section as its saver wrote it. `description` is a StateSaver's."""
 
     version_id: int
     bodies: list[Body] = field(default_factory=list)
@@ -120,27 +116,38 @@ class Recording:
 
 
 @contextmanager
-def opened(case: HandlerCase, make: Callable[[], SectionHandler]) -> Iterator[tuple[Any, KitContext]]:
-    """A new handler and its context, cleared away at the end."""
+def opened(case: SectionCase, make: Callable[[], Section]) -> Iterator[tuple[Any, KitContext]]:
+    """A new saver or loader and its context, cleared away at the end."""
     with ExitStack() as mine:
         interrupt = Interrupt()
         mine.callback(interrupt.close)
-        handler = make()
+        section = make()
         if case.close is not None:
-            mine.callback(case.close, handler)
-        yield handler, KitContext(case.settings(), interrupt)
+            mine.callback(case.close, section)
+        yield section, KitContext(case.settings(), interrupt)
 
 
-def record(case: HandlerCase) -> Recording:
-    """Let a source send its section. Raises AssertionError where it does not come to an end."""
-    with opened(case, case.source) as (source, context):
-        recording = Recording(source.version_id)
-        if isinstance(source, StateHandler):
-            _record_state(source, recording)
+Outcome = Literal["committed", "abandoned"]
+
+
+def record(case: SectionCase, *, outcome: Outcome = "committed") -> Recording:
+    """Let a saver send its section and tell it the outcome. Raises AssertionError if it does not come to an end."""
+    with opened(case, case.saver) as (saver, context):
+        recording = Recording(saver.version_id)
+        if isinstance(saver, StateSaver):
+            _record_state(saver, recording)
         else:
-            _record_live(case, source, context, recording)
-        recording.state = _state(case, source)
+            _record_live(case, saver, context, recording)
+        recording.state = case.state(saver)
+        _tell(saver, outcome)
         return recording
+
+
+def _tell(section: Section, outcome: Outcome) -> None:
+    try:
+        section.committed() if outcome == "committed" else section.abandoned()
+    except Exception as error:
+        raise AssertionError(f"{outcome}() raised {type(error).__name__}: {error}") from error
 
 
 def written(recording: Recording, kind: str, write: Callable[[StreamWriter], object]) -> None:
@@ -152,63 +159,60 @@ def written(recording: Recording, kind: str, write: Callable[[StreamWriter], obj
     recording.bodies.append(Body(kind, bytes(sink.data)))
 
 
-def _record_state(source: StateHandler, recording: Recording) -> None:
-    reason = source.blocked()
-    assert reason is None, f"the source has to be one that can migrate, but blocked() says: {reason}"
-    assert source.needed() is True, "the source has to be one with something to send, but needed() does not say True"
-    written(recording, "FULL", source.save)
-    recording.description = source.describe()
+def _record_state(saver: StateSaver, recording: Recording) -> None:
+    reason = saver.blocked()
+    assert reason is None, f"the saver has to be one that can migrate, but blocked() says: {reason}"
+    assert saver.needed() is True, "the saver has to be one with something to send, but needed() does not say True"
+    written(recording, "FULL", saver.save)
+    recording.description = saver.describe()
 
 
-def _record_live(case: HandlerCase, source: LiveHandler, context: KitContext, recording: Recording) -> None:
+def _record_live(case: SectionCase, saver: LiveSaver, context: KitContext, recording: Recording) -> None:
     def guest_writes() -> None:
         if case.change is not None:
-            case.change(source)
+            case.change(saver)
 
-    assert source.active() is True, "the source has to be one with something to send, but active() does not say True"
+    assert saver.active() is True, "the saver has to be one with something to send, but active() does not say True"
     try:
-        written(recording, "START", lambda writer: source.setup(writer, context))
+        written(recording, "START", lambda writer: saver.setup(writer, context))
         guest_writes()
         for number in range(PASSES):
-            left = pending(source)
+            left = pending(saver)
             if left.total == 0:
                 break
-            written(recording, "PART", lambda writer: source.iterate(writer, case.budget))
+            written(recording, "PART", lambda writer: saver.iterate(writer, case.budget))
             if number == 0:
                 guest_writes()
         else:
-            raise AssertionError(f"pending() still says {left} after {PASSES} calls of iterate(), with the guest idle")
+            raise AssertionError(
+                f"pending_exact() still says {left} after {PASSES} calls of iterate(), with the guest idle"
+            )
         guest_writes()
-        written(recording, "END", source.complete_precopy)
-        left = pending(source)
-        assert left.total == 0, f"pending() says {left} after complete_precopy(), which has to send everything"
+        written(recording, "END", saver.complete)
+        left = pending(saver)
+        assert left.total == 0, f"pending_exact() says {left} after complete(), which has to send everything"
     finally:
-        source.cleanup()
+        saver.cleanup()
 
 
-def pending(source: LiveHandler) -> Pending:
-    left = source.pending(EXACT)
-    assert left.must_precopy >= 0 and left.can_postcopy >= 0, f"pending() gives {left}: bytes are never negative"
+def pending(saver: LiveSaver) -> Pending:
+    """What is left after a harvest; the estimates before and after it are checked too."""
+    saver.pending_estimate()
+    left = saver.pending_exact()
+    known = saver.pending_estimate()
+    assert left.must_precopy >= 0 and left.can_postcopy >= 0, f"pending_exact() gives {left}: bytes are never negative"
+    assert known == left, f"pending_exact() gives {left}, but pending_estimate() right after it {known}"
     return left
-
-
-def _state(case: HandlerCase, handler: SectionHandler) -> object:
-    if case.state is not None:
-        return case.state(handler)
-    assert isinstance(handler, StateHandler), "give the case of a LiveHandler a `state`, to compare the two sides"
-    saved = Recording(handler.version_id)
-    written(saved, "FULL", handler.save)
-    return saved.bodies[0].data
 
 
 @dataclass(slots=True)
 class Replay:
-    """What became of a stream on a destination.
+    """What became of a stream.
 
     error   what load() raised, or None
     body    the number of the last body that load() was called for
     taken   the bytes of it that were consumed
-    state   the destination's in the end, where everything was loaded as it was recorded
+    state   the loader's in the end, if everything was loaded as it was recorded
     """
 
     error: Exception | None = None
@@ -217,33 +221,41 @@ class Replay:
     state: object = None
 
 
-def replay(case: HandlerCase, recording: Recording, bodies: list[bytes], *, piece: int = 1 << 20) -> Replay:
-    """Give a new destination these bodies, each followed by a footer but for one that was cut: nothing follows it."""
+def replay(
+    case: SectionCase,
+    recording: Recording,
+    bodies: list[bytes],
+    *,
+    piece: int = 1 << 20,
+    outcome: Outcome | None = None,
+) -> Replay:
+    """Give these bodies to a new loader, each followed by a footer but for one that was cut: nothing follows it."""
     sent = [body.data for body in recording.bodies]
     stream = b"".join(data + (FOOTER if len(data) == len(sent[i]) else b"") for i, data in enumerate(bodies))
     found = Replay()
-    with opened(case, case.destination) as (destination, context):
+    with opened(case, case.loader) as (loader, context):
         try:
-            destination.load_setup(context)
-            reader = StreamReader(Pieces(stream, piece), where=f"section {destination.key}")
+            loader.setup(context)
+            reader = StreamReader(Pieces(stream, piece), where=f"section {loader.key}")
             for found.body, data in enumerate(bodies):
                 start = reader.offset
-                found.error = loading_error(destination, reader, recording.version_id)
+                found.error = loading_error(loader, reader, recording.version_id)
                 found.taken = reader.offset - start
                 if found.error is not None or found.taken != len(data) or reader.peek(len(FOOTER)) != FOOTER:
                     break
                 reader.read(len(FOOTER), "the footer")
             else:
-                found.state = _state(case, destination) if bodies == sent else None
+                found.state = case.state(loader) if bodies == sent else None
         finally:
-            destination.load_cleanup()
-            destination.load_cleanup()
+            loader.cleanup()
+            loader.cleanup()
+        _tell(loader, outcome or ("committed" if found.error is None and bodies == sent else "abandoned"))
     return found
 
 
-def loading_error(destination: SectionHandler, reader: StreamReader, version_id: int) -> Exception | None:
+def loading_error(loader: SectionLoader, reader: StreamReader, version_id: int) -> Exception | None:
     try:
-        destination.load(reader, version_id)
-    except Exception as error:  # noqa: BLE001 - whatever a handler may raise is what is to be found out
+        loader.load(reader, version_id)
+    except Exception as error:  # noqa: BLE001 - whatever a loader may raise is what is to be found out
         return error
     return None

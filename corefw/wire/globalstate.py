@@ -1,19 +1,15 @@
 """The section 'globalstate': in which run state the source's guest was, so that a paused one stays paused.
 
-The law: the run state is stored before the guest is stopped for the migration, and sent as bytes of a fixed length with
-a NUL behind the name; a name that is not known here is refused, never guessed. Source: QEMU 7.2's
-migration/global_state.c.
+The run state is stored before the guest is stopped for the migration, and sent as a buffer of fixed length with a NUL
+behind the name. An unknown name is refused. Source: QEMU 7.2, migration/global_state.c.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import Final
 
 from corefw.wire.vmstate import Buffer, Kind, Refused, Scalar, VMState
-
-if TYPE_CHECKING:
-    from corefw.machine import RunState
 
 SECTION: Final = "globalstate"
 RUNSTATE_SIZE: Final = 100
@@ -72,14 +68,3 @@ GLOBAL_STATE: Final = VMState(
     pre_save=GlobalState.encode,
     post_load=GlobalState.decode,
 )
-
-
-@runtime_checkable
-class CarriesRunState(Protocol):
-    """The handler of this section, as the engine knows it."""
-
-    def store(self, run_state: RunState) -> None:
-        """On the source, before the guest is stopped for the migration (QEMU's global_state_store)."""
-
-    def run_state(self) -> RunState | None:
-        """On the destination, after the stream: what was received, or None."""

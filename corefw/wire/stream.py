@@ -76,7 +76,7 @@ class StreamReader:
 
     offset   bytes consumed since the start of the stream
     ended    the source had nothing more when it was asked last
-    where    what is being read, for messages; handlers set it ("section 'ram'")
+    where    what is being read, for messages; loaders set it ("section 'ram'")
     """
 
     def __init__(self, source: Source, size: int = BUFFER_SIZE, where: str = "stream", base: int = 0) -> None:
@@ -123,7 +123,7 @@ class StreamReader:
                 raise self.error(f"{what} at {position:#x} of the file", "the end of the stream")
             self._start += min(self._end - self._start, position - self.file_position)
 
-    # -- for handlers that parse many records at once --------------------------------------------------------------
+    # -- for loaders that parse many records at once ---------------------------------------------------------------
 
     @property
     def buffer(self) -> bytearray:

@@ -93,7 +93,7 @@ def with_extra(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
 def test_what_a_plugin_adds(tmp_path: Path) -> None:
     table = with_extra(tmp_path, "plugins").stdout
     assert "'warp' adds QMP commands, capability x-warp, parameter x-warp-factor, support of xbzrle\n" in table
-    assert "'ram' adds section handlers" in table
+    assert "'ram' adds section savers, section loaders" in table
 
 
 def test_the_settings(tmp_path: Path) -> None:

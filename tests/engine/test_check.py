@@ -35,7 +35,7 @@ def facts_like(pair: Pair) -> dict[str, object]:
     settings = pair.plugins.settings()
     machine = CountingMachine()
     try:
-        return checking.facts_of(machine, settings, pair.plugins.section_handlers(machine, settings))
+        return checking.facts_of(machine, settings, pair.plugins.section_savers(machine, settings))
     finally:
         machine.close()
 

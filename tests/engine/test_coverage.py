@@ -1,4 +1,4 @@
-"""Complete or refused: a RAM block or device that no handler carries is never left behind in silence."""
+"""Complete or refused: a RAM block or device that no section carries is never left behind in silence."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import pytest
 from corefw.engine import Engine
 from corefw.errors import BlockedError, UsageError
 from corefw.hookspecs import hookimpl
-from corefw.machine import Machine, MachineConfig
+from corefw.machine import MachineConfig
 from corefw.plugins import Plugins
-from corefw.section import Coverage, SectionHandler, SectionKey
-from corefw.settings import Settings
+from corefw.section import Coverage, Section, SectionKey, SectionLoader, SectionSaver
 from corefw.wire.constants import SectionType
 from corefw.wire.records import Configuration, write_configuration, write_header
 from corefw.wire.stream import MemorySink, StreamWriter
-from tests.engine.test_plugin_sections import Section
+from tests.engine.test_plugin_sections import Loader, Saver
 from tests.helpers.engines import Pair, arrived, ended, runs_on
 from tests.helpers.installs import install
 from tests.helpers.machines import CountingMachine
@@ -85,44 +84,46 @@ def test_a_plugin_that_fails_to_load_is_a_blocker_that_names_it(
 
 
 class Whole(Section):
-    """Says that it carries all of the guest. The destination puts up with a stream without it."""
+    """Says that it carries all of the guest."""
 
     idstr = "whole"
-    sends = True
 
     def covers(self) -> Coverage:
         return Coverage(frozenset({"counters"}), frozenset({SectionKey("counter", 0)}))
 
+
+class IdleSaver(Whole, Saver):
     def active(self) -> bool:
-        return self.sends
+        return False
+
+
+class OptionalLoader(Whole, Loader):
+    """Puts up with a stream without it."""
 
     def required(self) -> bool:
         return False
 
 
-class Idle(Whole):
-    sends = False
-
-
 class Only:
-    """A plugin with one handler."""
-
-    def __init__(self, kind: type[SectionHandler]) -> None:
-        self._kind = kind
+    """A plugin with one section."""
 
     @hookimpl
-    def corefw_section_handlers(self, machine: Machine, settings: Settings) -> list[SectionHandler]:
-        return [self._kind()]
+    def corefw_section_savers(self) -> list[SectionSaver]:
+        return [IdleSaver()]
+
+    @hookimpl
+    def corefw_section_loaders(self) -> list[SectionLoader]:
+        return [OptionalLoader()]
 
 
-def plugins_with(kind: type[SectionHandler]) -> Plugins:
+def plugins_with_one_section() -> Plugins:
     plugins = Plugins()
-    plugins.register(Only(kind), "only")
+    plugins.register(Only(), "only")
     return plugins
 
 
-def test_a_handler_that_has_nothing_to_send_carries_nothing(tmp_path: Path) -> None:
-    with Pair(plugins_with(Idle)) as pair:
+def test_a_saver_that_has_nothing_to_send_carries_nothing(tmp_path: Path) -> None:
+    with Pair(plugins_with_one_section()) as pair:
         source = pair.source()
         source.set_capabilities({"return-path": False})
         source.migrate(f"file:{tmp_path}/guest")
@@ -140,7 +141,7 @@ def test_a_stream_that_did_not_bring_the_ram_is_not_started(tmp_path: Path) -> N
     writer.u8(SectionType.EOF)
     writer.flush()
     (tmp_path / "guest").write_bytes(bytes(sink.data))
-    with Pair(plugins_with(Whole)) as pair:
+    with Pair(plugins_with_one_section()) as pair:
         destination = pair.destination()
         destination.migrate_incoming(f"file:{tmp_path}/guest")
         assert arrived(destination) == "failed"

@@ -22,7 +22,7 @@ from corefw.engine.unframing import StreamLoader
 from corefw.errors import ChannelError, MigfwError, RemoteStreamError
 from corefw.machine import AdoptsStreams, Machine, MachineConfig
 from corefw.plugins import Plugins
-from corefw.section import SectionRegistry
+from corefw.section import LoaderRegistry
 from corefw.settings import Settings
 from corefw.wire.stream import StreamReader
 from tests.helpers.engines import Pair, ended
@@ -66,7 +66,7 @@ class Bytes(Channel):
 
 
 class Context:
-    """What handlers and the loader need of an incoming migration."""
+    """What loaders need of an incoming migration."""
 
     def __init__(self, settings: Settings, channel: Channel) -> None:
         self.settings = settings
@@ -96,18 +96,18 @@ class Context:
 def load(plugins: Plugins, machine: Machine, data: bytes) -> None:
     """As IncomingMigration does it, but for the thread."""
     settings = plugins.settings()
-    registry = plugins.section_handlers(machine, settings)
+    loaders = plugins.section_loaders(machine, settings)
     if isinstance(machine, AdoptsStreams):
-        registry = SectionRegistry(registry.live())
+        loaders = LoaderRegistry(loaders.live())
     channel = Bytes(data)
     context = Context(settings, channel)
     try:
-        for handler in registry:
-            handler.load_setup(context)
-        StreamLoader(StreamReader(channel), channel, machine, registry, settings, context).load()
+        for loader in loaders:
+            loader.setup(context)
+        StreamLoader(StreamReader(channel), channel, machine, loaders, settings, context).load()
     finally:
-        for handler in registry:
-            handler.load_cleanup()
+        for loader in loaders:
+            loader.cleanup()
         context.interrupt.close()
 
 

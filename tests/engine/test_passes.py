@@ -29,7 +29,7 @@ class NeverEnds(Exception):
 
 
 class World:
-    """A path, a guest and its one live handler; `now` in seconds.
+    """A path, a guest and its one live saver; `now` in seconds.
 
     rate, working_set   bytes that the guest dirties in a second, and of how many different ones
     ends_at             when the guest stops by itself
@@ -66,11 +66,13 @@ class World:
         self._harvested = self.now
         self.harvests.append((self.now, self.left))
 
-    # -- the handler -----------------------------------------------------------------------------------------------
+    # -- the saver -----------------------------------------------------------------------------------------------
 
-    def pending(self, threshold: int) -> Pending:
-        if self.left <= threshold:
-            self.harvest()
+    def pending_estimate(self) -> Pending:
+        return Pending(self.left, 0)
+
+    def pending_exact(self) -> Pending:
+        self.harvest()
         return Pending(self.left, 0)
 
     def iterate(self, _writer: object, budget: int) -> bool:

@@ -1,10 +1,10 @@
-"""What the engine does for section handlers of a plugin: channels beside the stream, budgets, cleaning up."""
+"""What the engine does for sections of a plugin: channels beside the stream, budgets, cleaning up, the outcome."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -15,13 +15,18 @@ from corefw.machine import Machine
 from corefw.plugins import Plugins
 from corefw.section import (
     IncomingContext,
-    LiveHandler,
+    LiveLoader,
+    LiveSaver,
+    MultiChannelLoader,
     OutgoingContext,
     Pending,
     Priority,
+    RamSaver,
     RamStatistics,
-    SectionHandler,
-    StateHandler,
+    SectionLoader,
+    SectionSaver,
+    StateLoader,
+    StateSaver,
 )
 from corefw.settings import Settings
 from corefw.wire.stream import StreamReader, StreamWriter
@@ -30,103 +35,120 @@ from tests.helpers.engines import Pair, arrived, counting, ended, runs_on
 DATA = bytes(range(256)) * 64
 
 
-class Section(LiveHandler):
-    """A live section of the source's or the destination's that says nothing; tests say more."""
+class Saver(LiveSaver):
+    """A live section that says nothing; tests say more."""
 
     idstr = "side"
-    version_id = minimum_version = 1
+    version_id = 1
     priority = Priority.EARLY
 
     def active(self) -> bool:
         return True
 
-    def required(self) -> bool:
-        return True
-
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
         pass
 
-    def pending(self, threshold: int) -> Pending:
+    def pending_estimate(self) -> Pending:
         return Pending(0, 0)
+
+    def pending_exact(self) -> Pending:
+        return self.pending_estimate()
 
     def iterate(self, writer: StreamWriter, budget: int) -> bool:
         return True
 
-    def complete_precopy(self, writer: StreamWriter) -> None:
+    def complete(self, writer: StreamWriter) -> None:
         pass
 
     def cleanup(self) -> None:
         pass
 
-    def load_setup(self, context: IncomingContext) -> None:
+
+class Loader(LiveLoader):
+    """Reads what Saver writes."""
+
+    idstr = "side"
+    version_id = minimum_version = 1
+
+    def required(self) -> bool:
+        return True
+
+    def setup(self, context: IncomingContext) -> None:
         pass
 
     def load(self, reader: StreamReader, version_id: int) -> None:
         pass
 
-    def load_cleanup(self) -> None:
+    def cleanup(self) -> None:
         pass
 
 
 class Plugin:
-    """Contributes these handlers: one list for each migration, made anew."""
+    """Contributes these sections: new ones for each migration."""
 
-    def __init__(self, *kinds: type[SectionHandler]) -> None:
+    def __init__(self, *kinds: type[SectionSaver | SectionLoader]) -> None:
         self._kinds = kinds
-        self.made: list[SectionHandler] = []
+        self.savers: list[SectionSaver] = []
+        self.loaders: list[SectionLoader] = []
 
     @hookimpl
-    def corefw_section_handlers(self, machine: Machine, settings: Settings) -> Sequence[SectionHandler]:
-        handlers = [kind() for kind in self._kinds]
-        self.made += handlers
-        return handlers
+    def corefw_section_savers(self) -> Sequence[SectionSaver]:
+        savers = [kind() for kind in self._kinds if issubclass(kind, SectionSaver)]
+        self.savers += savers
+        return savers
+
+    @hookimpl
+    def corefw_section_loaders(self) -> Sequence[SectionLoader]:
+        loaders = [kind() for kind in self._kinds if issubclass(kind, SectionLoader)]
+        self.loaders += loaders
+        return loaders
 
 
-def pair_with(*kinds: type[SectionHandler]) -> tuple[Pair, Plugin]:
+def pair_with(*kinds: type[SectionSaver | SectionLoader]) -> tuple[Pair, Plugin]:
     plugins = Plugins.load()
     plugin = Plugin(*kinds)
     plugins.register(plugin, "sections")
     return Pair(plugins), plugin
 
 
-class Channelled(Section):
+class SendsOverAChannel(Saver):
     """Its data goes over a channel of its own."""
-
-    received = b""
-
-    def takes_channels(self) -> bool:
-        return True
 
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
         channel = context.open_channel()
         channel.send(DATA)
 
-    def load_setup(self, context: IncomingContext) -> None:
+
+class TakesAChannel(Loader, MultiChannelLoader):
+    received = b""
+
+    def takes_channels(self) -> bool:
+        return True
+
+    def setup(self, context: IncomingContext) -> None:
         self._context = context
 
     def load(self, reader: StreamReader, version_id: int) -> None:
         if not self.received:
             view = memoryview(bytearray(len(DATA)))
             receive_exactly(self._context.accept_channel(), view)
-            Channelled.received = bytes(view)
+            self.received = bytes(view)
 
 
-def test_a_handler_may_have_channels_of_its_own() -> None:
-    Channelled.received = b""
-    pair, _ = pair_with(Channelled)
+def test_a_section_may_have_channels_of_its_own() -> None:
+    pair, plugin = pair_with(SendsOverAChannel, TakesAChannel)
     with pair:
         source, destination = pair.source(), pair.destination()
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
         assert (ended(source), arrived(destination)) == ("completed", "completed")
-        assert Channelled.received == DATA
+        (loader,) = plugin.loaders
+        assert isinstance(loader, TakesAChannel)
+        assert loader.received == DATA
         runs_on(destination)
 
 
-class Stuck(Section):
+class Stuck(Saver):
     """Waits for ever, in a thread of its own, for bytes that never come; the engine's own thread waits for that."""
-
-    def takes_channels(self) -> bool:
-        return True
 
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
         self._waiting = threading.Thread(target=self._wait, args=(context.open_channel(),))
@@ -138,12 +160,12 @@ class Stuck(Section):
             channel.receive_into(memoryview(bytearray(1)))
 
 
-def test_a_cancel_wakes_a_handlers_thread_too() -> None:
-    pair, plugin = pair_with(Stuck)
+def test_a_cancel_wakes_a_savers_thread_too() -> None:
+    pair, plugin = pair_with(Stuck, TakesAChannel)
     with pair:
         source, destination = pair.source(), pair.destination()
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
-        while not any(hasattr(handler, "_waiting") for handler in plugin.made):
+        while not any(hasattr(saver, "_waiting") for saver in plugin.savers):
             threading.Event().wait(0.01)
         source.cancel()
         assert ended(source) == "cancelled"
@@ -151,28 +173,31 @@ def test_a_cancel_wakes_a_handlers_thread_too() -> None:
         assert arrived(destination) == "failed"
 
 
-class Untidy(Section):
-    def load_cleanup(self) -> None:
+class Untidy(Loader):
+    def cleanup(self) -> None:
         raise RuntimeError("oops")
 
 
-class Refusing(Section):
-    """Behind the RAM, so that it is cleaned up after the untidy one."""
+class SendsToRefusing(Saver):
+    idstr = "refusing"
+
+
+class Refusing(Loader):
+    """Cleaned up after the untidy one."""
 
     idstr = "refusing"
-    priority = Priority.LATE
     cleaned = 0
 
     def load(self, reader: StreamReader, version_id: int) -> None:
         raise reader.error("a better section", "this one")
 
-    def load_cleanup(self) -> None:
+    def cleanup(self) -> None:
         Refusing.cleaned += 1
 
 
 def test_a_cleanup_that_raises_hides_no_cause() -> None:
     Refusing.cleaned = 0
-    pair, _ = pair_with(Untidy, Refusing)
+    pair, _ = pair_with(Saver, SendsToRefusing, Untidy, Refusing)
     with pair:
         source, destination = pair.source(), pair.destination()
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
@@ -184,7 +209,7 @@ def test_a_cleanup_that_raises_hides_no_cause() -> None:
         runs_on(source)
 
 
-class Counting(Section):
+class Counting(Saver, RamSaver):
     """Counts pages, as section 'ram' does."""
 
     def ram_statistics(self) -> RamStatistics:
@@ -192,21 +217,21 @@ class Counting(Section):
 
 
 def test_two_that_count_the_pages_are_one_too_many() -> None:
-    pair, _ = pair_with(Counting)
+    pair, _ = pair_with(Counting, Loader)
     with pair:
         source, destination = pair.source(), pair.destination()
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
         assert ended(source) == "failed"
-        assert "two section handlers count the RAM's pages" in source.query_migrate()["error-desc"]
+        assert "two section savers count the RAM's pages" in source.query_migrate()["error-desc"]
         runs_on(source)
 
 
-class Early(Section):
+class Early(Saver):
     """Has something to send all the time, and sends as much as it may; then the RAM may send what is left of that."""
 
     budgets: list[int] = []  # noqa: RUF012 - emptied by the test
 
-    def pending(self, threshold: int) -> Pending:
+    def pending_estimate(self) -> Pending:
         return Pending(0 if self.budgets else 1 << 30, 0)
 
     def iterate(self, writer: StreamWriter, budget: int) -> bool:
@@ -214,16 +239,13 @@ class Early(Section):
         writer.write(bytes(budget // 2))
         return True
 
-    def load(self, reader: StreamReader, version_id: int) -> None:
-        pass
-
 
 class Later(Early):
     idstr = "later"
 
     budgets: list[int] = []  # noqa: RUF012
 
-    def pending(self, threshold: int) -> Pending:
+    def pending_estimate(self) -> Pending:
         return Pending(0, 0)
 
     def iterate(self, writer: StreamWriter, budget: int) -> bool:
@@ -250,7 +272,7 @@ class Failing:
         self.broken = False
 
     @hookimpl
-    def corefw_section_handlers(self, machine: Machine, settings: Settings) -> Iterator[SectionHandler]:
+    def corefw_section_savers(self, machine: Machine, settings: Settings) -> Iterator[SectionSaver]:
         if self.broken:
             raise RuntimeError("oops")
         return iter(())
@@ -269,15 +291,12 @@ def test_a_plugin_that_breaks_is_in_the_way_and_does_not_break_queries() -> None
         assert "oops" in reason
 
 
-class Indescribable(StateHandler):
+class Indescribable(StateSaver):
     """What it says of itself is no JSON."""
 
     idstr = "odd"
-    version_id = minimum_version = 1
+    version_id = 1
     priority = Priority.DEVICES
-
-    def required(self) -> bool:
-        return False
 
     def blocked(self) -> str | None:
         return None
@@ -291,18 +310,26 @@ class Indescribable(StateHandler):
     def describe(self) -> dict[str, Any]:
         return {"vmsd_name": "odd", "version": 1, "fields": [{"name": object()}]}
 
-    def load_setup(self, context: IncomingContext) -> None:
+
+class IndescribableLoader(StateLoader):
+    idstr = "odd"
+    version_id = minimum_version = 1
+
+    def required(self) -> bool:
+        return False
+
+    def setup(self, context: IncomingContext) -> None:
         pass
 
     def load(self, reader: StreamReader, version_id: int) -> None:
         reader.u8("it")
 
-    def load_cleanup(self) -> None:
+    def cleanup(self) -> None:
         pass
 
 
 def test_what_cannot_be_described_fails_before_the_guest_is_handed_over() -> None:
-    pair, _ = pair_with(Indescribable)
+    pair, _ = pair_with(Indescribable, IndescribableLoader)
     with pair:
         source, destination = pair.source(), pair.destination()
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
@@ -311,7 +338,7 @@ def test_what_cannot_be_described_fails_before_the_guest_is_handed_over() -> Non
         runs_on(source)
 
 
-class Bulky(Section):
+class Bulky(Saver):
     """A job with much data that is no RAM: it sends 4 MiB, as fast as it may."""
 
     idstr = "bulky"
@@ -320,8 +347,11 @@ class Bulky(Section):
     def __init__(self) -> None:
         self.left = self.size
 
-    def pending(self, threshold: int) -> Pending:
+    def pending_estimate(self) -> Pending:
         return Pending(self.left, 0)
+
+    def statistics(self) -> Mapping[str, object]:
+        return {"half-way": self.left <= self.size // 2, "sent": "a name that the engine has"}
 
     def iterate(self, writer: StreamWriter, budget: int) -> bool:
         count = min(self.left, budget)
@@ -330,20 +360,29 @@ class Bulky(Section):
         self.left -= count
         return not self.left
 
-    def complete_precopy(self, writer: StreamWriter) -> None:
+    def complete(self, writer: StreamWriter) -> None:
         writer.be32(self.left)
         writer.write(bytes(self.left))
 
+
+class BulkyLoader(Loader):
+    idstr = "bulky"
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._begun = False
+
+    def statistics(self) -> Mapping[str, object]:
+        return {"received": self.received}
+
     def load(self, reader: StreamReader, version_id: int) -> None:
-        if count := reader.be32("the size of a piece") if self.begun else 0:
-            reader.read(count, "a piece")
-        self.begun = True
-
-    begun = False
+        if count := reader.be32("the size of a piece") if self._begun else 0:
+            self.received += len(reader.read(count, "a piece"))
+        self._begun = True
 
 
-def test_progress_is_that_of_every_handler() -> None:
-    pair, _ = pair_with(Bulky)
+def test_progress_is_that_of_every_section() -> None:
+    pair, _ = pair_with(Bulky, BulkyLoader)
     with pair:
         source, destination = pair.source(), pair.destination()
         source.set_parameters({"max-bandwidth": 4 << 20})
@@ -365,28 +404,136 @@ def test_progress_is_that_of_every_handler() -> None:
         own = source.query_migrate()["x-migfw"]
         assert own["remaining"] == 0
         assert own["sections"]["bulky"]["sent"] >= Bulky.size
+        assert own["sections"]["bulky"]["half-way"] is True
+        assert destination.query_migrate()["x-migfw"]["sections"] == {"bulky": {"received": Bulky.size}}
         assert own["sections"]["counter"]["sent"] > 0, "devices are counted as well"
         runs_on(destination)
 
 
-class Cancelled(Section):
+class Cancelled(Saver):
     """Raises what is no Exception, at the switchover or where it is loaded."""
 
-    def complete_precopy(self, writer: StreamWriter) -> None:
+    def complete(self, writer: StreamWriter) -> None:
         raise asyncio.CancelledError("broken off")
 
 
-class CancelledThere(Section):
+class CancelledThere(Loader):
     def load(self, reader: StreamReader, version_id: int) -> None:
         raise asyncio.CancelledError("broken off")
 
 
-@pytest.mark.parametrize("kind", [Cancelled, CancelledThere])
-def test_what_is_no_exception_ends_a_migration_and_the_guest_runs_on(kind: type[SectionHandler]) -> None:
-    pair, _ = pair_with(kind)
+@pytest.mark.parametrize("kinds", [(Cancelled, Loader), (Saver, CancelledThere)], ids=["saver", "loader"])
+def test_what_is_no_exception_ends_a_migration_and_the_guest_runs_on(
+    kinds: tuple[type[SectionSaver | SectionLoader], ...],
+) -> None:
+    pair, _ = pair_with(*kinds)
     with pair:
         source, destination = pair.source(), pair.destination()
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
         assert (ended(source), arrived(destination)) == ("failed", "failed")
         assert "CancelledError: broken off" in source.query_migrate()["error-desc"]
         runs_on(source)
+
+
+# -- the outcome ---------------------------------------------------------------------------------------------------
+
+
+class Witness:
+    """Notes what it is called for, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def cleanup(self) -> None:
+        self.calls.append("cleanup")
+
+    def committed(self) -> None:
+        self.calls.append("committed")
+        raise RuntimeError("which changes nothing")
+
+    def abandoned(self) -> None:
+        self.calls.append("abandoned")
+        raise RuntimeError("which changes nothing")
+
+
+class LiveWitness(Witness, Saver):
+    pass
+
+
+class IdleWitness(Witness, Saver):
+    idstr = "idle"
+
+    def active(self) -> bool:
+        return False
+
+
+class StateWitness(Witness, Indescribable):
+    def needed(self) -> bool:
+        return False
+
+
+class LoadingWitness(Witness, Loader):
+    pass
+
+
+class AbsentWitness(Witness, IndescribableLoader):
+    """Its section does not come."""
+
+
+WITNESSES = (LiveWitness, IdleWitness, StateWitness, LoadingWitness, AbsentWitness)
+
+
+def calls(plugin: Plugin) -> dict[str, list[str]]:
+    """What the witnesses of the migration were called for, of those that were called at all."""
+    witnesses = [one for one in (*plugin.savers, *plugin.loaders) if isinstance(one, Witness) and one.calls]
+    return {type(one).__name__: one.calls for one in witnesses}
+
+
+def test_sections_learn_that_a_migration_took_place() -> None:
+    pair, plugin = pair_with(*WITNESSES)
+    with pair:
+        source, destination = pair.source(), pair.destination()
+        source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+        assert (ended(source), arrived(destination)) == ("completed", "completed")
+        runs_on(destination)
+    assert calls(plugin) == {
+        "LiveWitness": ["cleanup", "committed"],
+        "StateWitness": ["committed"],
+        "LoadingWitness": ["cleanup", "committed"],
+        "AbsentWitness": ["cleanup", "committed"],
+    }
+
+
+@pytest.mark.parametrize("where", ["source", "destination"])
+def test_sections_learn_that_a_migration_was_abandoned(where: str) -> None:
+    pair, plugin = pair_with(*WITNESSES)
+    with pair:
+        source, destination = pair.source(), pair.destination()
+        source.set_parameters({"max-bandwidth": 1 << 16})
+        source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+        while source.query_migrate()["status"] != "active":
+            threading.Event().wait(0.01)
+        (source if where == "source" else destination).cancel()
+        assert ended(source) in ("cancelled", "failed")
+        assert destination.wait_incoming(30) in ("cancelled", "failed")
+        runs_on(source)
+    assert calls(plugin) == {
+        "LiveWitness": ["cleanup", "abandoned"],
+        "StateWitness": ["abandoned"],
+        "LoadingWitness": ["cleanup", "abandoned"],
+        "AbsentWitness": ["cleanup", "abandoned"],
+    }
+
+
+class BadFigures(Saver):
+    def statistics(self) -> Mapping[str, object]:
+        return {"figure": object()}
+
+
+def test_a_section_without_figures_does_not_break_queries() -> None:
+    pair, _ = pair_with(BadFigures, Loader)
+    with pair:
+        source, destination = pair.source(), pair.destination()
+        source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+        assert (ended(source), arrived(destination)) == ("completed", "completed")
+        assert set(source.query_migrate()["x-migfw"]["sections"]["side"]) == {"total", "remaining", "sent"}

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from typing import Final, NamedTuple, Self
 
 import numpy as np
-from corefw_ram.handler import RamHandler
+from corefw_ram.section import RamSectionLoader, RamSectionSaver
 from numpy.typing import NDArray
 
 from corefw.channel import Buffer, Interrupt
@@ -20,6 +20,7 @@ from corefw.machine import Device, DirtyLog, Machine, RamBlock, RunState
 from corefw.memory.blocks import MemfdBlock
 from corefw.memory.hashes import HashLog
 from corefw.memory.runs import runs_of_pages
+from corefw.section import Pending
 from corefw.settings import Settings
 from corefw.testing.recording import KitContext
 from corefw.wire.constants import BE64, RAM_VERSION, RamFlag
@@ -152,36 +153,39 @@ class Sender:
     """
 
     def __init__(self, machine: Machine, on_send: Callable[[], object] | None = None, *, gathers: bool = False) -> None:
-        self.handler = RamHandler(machine)
-        self.statistics = self.handler.ram_statistics()
+        self.saver = RamSectionSaver(machine)
+        self.statistics = self.saver.ram_statistics()
         self._on_send = on_send
         self._sink = _GatheringSink if gathers else _Sink
         self._interrupt = Interrupt()
         self._context = KitContext(Settings(), self._interrupt)
 
     def setup(self) -> bytes:
-        return self._written(lambda writer: self.handler.setup(writer, self._context))
+        return self._written(lambda writer: self.saver.setup(writer, self._context))
 
     def part(self, budget: int = 1 << 40) -> bytes:
-        return self._written(lambda writer: self.handler.iterate(writer, budget))
+        return self._written(lambda writer: self.saver.iterate(writer, budget))
 
     def part_is_last(self, budget: int) -> bool:
         """What iterate() says; its body is thrown away."""
-        return self.handler.iterate(StreamWriter(self._sink(None)), budget)
+        return self.saver.iterate(StreamWriter(self._sink(None)), budget)
 
     def end(self) -> bytes:
-        return self._written(self.handler.complete_precopy)
+        return self._written(self.saver.complete)
 
-    def pending(self, threshold: int = 1 << 60) -> int:
-        left = self.handler.pending(threshold)
-        assert left.can_postcopy == 0
-        return left.must_precopy
+    def estimate(self) -> int:
+        """What is known to be left, without a harvest."""
+        return _all_precopy(self.saver.pending_estimate())
+
+    def harvest(self) -> int:
+        """What is left after a harvest."""
+        return _all_precopy(self.saver.pending_exact())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.handler.cleanup()
+        self.saver.cleanup()
         self._interrupt.close()
 
     def _written(self, write: Callable[[StreamWriter], object]) -> bytes:
@@ -191,6 +195,11 @@ class Sender:
         writer.flush()
         assert writer.position == len(sink.data), "what is paced by the position would be wrong"
         return bytes(sink.data)
+
+
+def _all_precopy(left: Pending) -> int:
+    assert left.can_postcopy == 0
+    return left.must_precopy
 
 
 class _Sink(MemorySink):
@@ -249,27 +258,27 @@ class Receiver:
     """A destination's ram section, over one reader for all bodies."""
 
     def __init__(self, machine: Machine, source: Source, *, buffer: int = 1 << 20) -> None:
-        self.handler = RamHandler(machine)
+        self.loader = RamSectionLoader(machine)
         self.reader = StreamReader(source, size=buffer, where="section 'ram'")
 
     def load(self, bodies: int = 1) -> None:
         for _ in range(bodies):
-            self.handler.load(self.reader, RAM_VERSION)
+            self.loader.load(self.reader, RAM_VERSION)
 
 
 @contextmanager
 def receiving(machine: Machine, source: Source, *, buffer: int = 1 << 20) -> Iterator[Receiver]:
     receiver = Receiver(machine, source, buffer=buffer)
     with closing(Interrupt()) as interrupt:
-        receiver.handler.load_setup(KitContext(Settings(), interrupt))
+        receiver.loader.setup(KitContext(Settings(), interrupt))
         try:
             yield receiver
         finally:
-            receiver.handler.load_cleanup()
+            receiver.loader.cleanup()
 
 
 def load(machine: Machine, *bodies: bytes, sizes: Sequence[int] = (1 << 20,), buffer: int = 1 << 20) -> None:
-    """Load the bodies, received in these portions. Raises what the handler raises."""
+    """Load the bodies, received in these portions. Raises what the loader raises."""
     with receiving(machine, Portions(b"".join(bodies), sizes), buffer=buffer) as receiver:
         receiver.load(len(bodies))
 

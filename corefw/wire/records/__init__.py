@@ -1,4 +1,4 @@
-"""The records of the stream's frame: what stands between the bodies that handlers write and read.
+"""The records of the stream's frame: what stands between the bodies of sections.
 
 Invariant: `read_x` stands above `write_x`, and whatever one reads the other writes back byte for byte. Reading is
 total: a record, or RemoteStreamError with offset, expected and got; what the peer announces is checked against a limit

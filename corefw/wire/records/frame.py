@@ -113,7 +113,7 @@ def write_part_header(writer: StreamWriter, section_type: SectionType, section_i
 
 
 def read_footer(reader: StreamReader, section_id: int, where: str) -> None:
-    """Type byte and id; they prove that the body before ended where its handler thinks. `where` names the section."""
+    """Type byte and id; they prove that the body before ended where its loader thinks. `where` names the section."""
     reader.where = where
     mark = reader.peek(1)
     if mark and mark[0] != SectionType.FOOTER:

@@ -1,4 +1,4 @@
-"""The devices plugin: one handler for each device and one for the run state, and both keep the contract."""
+"""The devices plugin: one section for each device and one for the run state, and both keep the contract."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Any
 
 import corefw_devices
 import pytest
-from corefw_devices.globalstate import GlobalStateHandler
-from corefw_devices.handler import DeviceHandler
+from corefw_devices.device import DeviceLoader, DeviceSaver
+from corefw_devices.globalstate import GlobalStateLoader, GlobalStateSaver
 
 from corefw.errors import MachineError, RemoteStreamError
 from corefw.machine import Device, Machine, RamBlock, RunState, StreamFormat, WaitReadable
 from corefw.plugins import Plugins
-from corefw.section import Priority, SectionHandler, SectionKey
+from corefw.section import LoaderRegistry, Priority, RunStateLoader, RunStateSaver, SaverRegistry, SectionKey
 from corefw.settings import Settings
-from corefw.testing.handler import CHECKS, HandlerCase, check_handler
-from corefw.wire.globalstate import CarriesRunState
+from corefw.testing.section import CHECKS, SectionCase, check_section
 from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
 from corefw.wire.vmstate import Array, Buffer, Kind, Scalar, VMState
 
@@ -89,17 +88,38 @@ class ParkedPanel(Panel):
         return ()
 
 
-def handlers(machine: Machine, settings: Settings | None = None) -> dict[SectionKey, SectionHandler]:
+def only_devices() -> Plugins:
     plugins = Plugins()
     plugins.register(corefw_devices, "devices")
-    return {one.key: one for one in plugins.section_handlers(machine, settings or Settings())}
+    return plugins
 
 
-def device_handler(table: VMState, state: object) -> DeviceHandler:
-    key = SectionKey("clock", 0)
-    found = handlers(Panel(Device("clock", 0, table, state)))[key]
-    assert isinstance(found, DeviceHandler)
+def savers(machine: Machine, settings: Settings | None = None) -> SaverRegistry:
+    return only_devices().section_savers(machine, settings or Settings())
+
+
+def loaders(machine: Machine) -> LoaderRegistry:
+    return only_devices().section_loaders(machine, Settings())
+
+
+def device_saver(table: VMState, state: object) -> DeviceSaver:
+    found = savers(Panel(Device("clock", 0, table, state))).find(SectionKey("clock", 0))
+    assert isinstance(found, DeviceSaver)
     return found
+
+
+def device_loader(table: VMState, state: object) -> DeviceLoader:
+    found = loaders(Panel(Device("clock", 0, table, state))).find(SectionKey("clock", 0))
+    assert isinstance(found, DeviceLoader)
+    return found
+
+
+def saved(saver: DeviceSaver) -> bytes:
+    sink = MemorySink()
+    writer = StreamWriter(sink)
+    saver.save(writer)
+    writer.flush()
+    return bytes(sink.data)
 
 
 # -- the hook ------------------------------------------------------------------------------------------------------
@@ -107,18 +127,20 @@ def device_handler(table: VMState, state: object) -> DeviceHandler:
 
 def test_a_section_for_each_device_and_the_run_state() -> None:
     machine = Panel(Device("clock", 0, CLOCK, clock()), Device("clock", 1, CLOCK, clock()))
-    assert list(handlers(machine)) == [("globalstate", 0), ("clock", 0), ("clock", 1)]
+    expected = [("globalstate", 0), ("clock", 0), ("clock", 1)]
+    assert [saver.key for saver in savers(machine)] == [loader.key for loader in loaders(machine)] == expected
 
 
 def test_machine_that_stores_streams_has_its_run_state_in_them() -> None:
     machine = ParkedPanel(Device("clock", 0, CLOCK, clock()))
-    assert list(handlers(machine)) == [("clock", 0)]
+    expected = [("clock", 0)]
+    assert [saver.key for saver in savers(machine)] == [loader.key for loader in loaders(machine)] == expected
 
 
 def test_installed_as_a_plugin() -> None:
     plugins = Plugins.load()
     assert "devices" not in plugins.failures
-    assert SectionKey("globalstate", 0) in {one.key for one in plugins.section_handlers(Panel(), plugins.settings())}
+    assert SectionKey("globalstate", 0) in {one.key for one in plugins.section_savers(Panel(), plugins.settings())}
 
 
 # -- devices -------------------------------------------------------------------------------------------------------
@@ -128,105 +150,109 @@ FULL = {"time": 2**63, "alarms": [1, -1, 2**31 - 1, 0], "length": 5, "text": b"h
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_device_keeps_the_contract(check: str) -> None:
-    check_handler(
-        HandlerCase(
-            source=lambda: device_handler(CLOCK, clock(**FULL)),
-            destination=lambda: device_handler(CLOCK, clock()),
-        ),
-        only=[check],
-    )
+    clocks: dict[object, SimpleNamespace] = {}
+
+    def saver() -> DeviceSaver:
+        state = clock(**FULL)
+        clocks[made := device_saver(CLOCK, state)] = state
+        return made
+
+    def loader() -> DeviceLoader:
+        state = clock()
+        clocks[made := device_loader(CLOCK, state)] = state
+        return made
+
+    check_section(SectionCase(saver=saver, loader=loader, state=clocks.__getitem__), only=[check])
 
 
 def test_versions_and_priority_come_from_the_table() -> None:
-    handler = device_handler(CLOCK, clock())
-    assert (handler.version_id, handler.minimum_version, handler.priority) == (3, 2, Priority.DEVICES)
-    late = device_handler(VMState("clock", priority=Priority.LATE), clock())
-    assert (late.version_id, late.minimum_version, late.priority) == (1, 1, Priority.LATE)
+    saver, loader = device_saver(CLOCK, clock()), device_loader(CLOCK, clock())
+    assert (saver.version_id, saver.priority, loader.version_id, loader.minimum_version) == (3, Priority.DEVICES, 3, 2)
+    late = VMState("clock", priority=Priority.LATE)
+    saver, loader = device_saver(late, clock()), device_loader(late, clock())
+    assert (saver.version_id, saver.priority, loader.version_id, loader.minimum_version) == (1, Priority.LATE, 1, 1)
 
 
 def test_table_says_whether_the_section_is_needed_and_required() -> None:
-    always = device_handler(CLOCK, clock())
-    assert (always.needed(), always.required()) == (True, True)
+    assert device_saver(CLOCK, clock()).needed()
+    assert device_loader(CLOCK, clock()).required()
     sometimes = VMState("clock", needed=lambda state: state.time > 0)
-    assert [device_handler(sometimes, clock(time=time)).needed() for time in (0, 1)] == [False, True]
-    assert not device_handler(sometimes, clock()).required()
+    assert [device_saver(sometimes, clock(time=time)).needed() for time in (0, 1)] == [False, True]
+    assert not device_loader(sometimes, clock()).required()
 
 
 def test_device_that_cannot_migrate_says_why() -> None:
-    assert device_handler(CLOCK, clock()).blocked() is None
-    held = device_handler(VMState("clock", unmigratable="it shows this host's time (unplug it first)"), clock())
+    assert device_saver(CLOCK, clock()).blocked() is None
+    held = device_saver(VMState("clock", unmigratable="it shows this host's time (unplug it first)"), clock())
     assert held.blocked() == "'clock': it shows this host's time (unplug it first)"
 
 
 def test_state_is_asked_for_when_it_is_sent() -> None:
     """A machine may make its devices' states when it stops."""
     machine = Panel(Device("clock", 0, CLOCK, clock(time=1)))
-    handler = handlers(machine)[SectionKey("clock", 0)]
-    assert isinstance(handler, DeviceHandler)
+    saver = savers(machine).find(SectionKey("clock", 0))
+    assert isinstance(saver, DeviceSaver)
     machine.present[:] = [Device("clock", 0, CLOCK, clock(time=2))]
-    sink = MemorySink()
-    writer = StreamWriter(sink)
-    handler.save(writer)
-    writer.flush()
-    assert sink.data[:8] == (2).to_bytes(8, "big")
+    assert saved(saver)[:8] == (2).to_bytes(8, "big")
     machine.present.clear()
     with pytest.raises(MachineError, match="device 'clock' \\(instance 0\\) was there when the migration began"):
-        handler.save(writer)
+        saved(saver)
 
 
 def test_errors_name_the_section() -> None:
-    handler = device_handler(CLOCK, clock())
+    loader = device_loader(CLOCK, clock())
     with pytest.raises(RemoteStreamError, match=r"^section 'clock' \(instance 0\): expected version 2 to 3"):
-        handler.load(StreamReader(MemorySource(b"")), 4)
+        loader.load(StreamReader(MemorySource(b"")), 4)
 
 
 # -- the run state -------------------------------------------------------------------------------------------------
 
 
-def global_state(run_state: RunState | None = None, *, stored_always: bool = True) -> GlobalStateHandler:
+def global_state_saver(run_state: RunState, *, stored_always: bool = True) -> GlobalStateSaver:
     settings = Settings()
     settings.set_property("store-global-state", stored_always)
-    handler = handlers(Panel(), settings)[SectionKey("globalstate", 0)]
-    assert isinstance(handler, GlobalStateHandler)
-    assert isinstance(handler, CarriesRunState)
-    if run_state is not None:
-        handler.store(run_state)
-    return handler
+    saver = savers(Panel(), settings).find(SectionKey("globalstate", 0))
+    assert isinstance(saver, GlobalStateSaver)
+    assert isinstance(saver, RunStateSaver)
+    saver.store(run_state)
+    return saver
 
 
-def body_of(handler: GlobalStateHandler) -> bytes:
-    sink = MemorySink()
-    writer = StreamWriter(sink)
-    handler.save(writer)
-    writer.flush()
-    return bytes(sink.data)
+def global_state_loader() -> GlobalStateLoader:
+    loader = loaders(Panel()).find(SectionKey("globalstate", 0))
+    assert isinstance(loader, GlobalStateLoader)
+    assert isinstance(loader, RunStateLoader)
+    return loader
 
 
-def load(body: bytes) -> GlobalStateHandler:
-    handler = global_state()
-    handler.load(StreamReader(MemorySource(body + FOOTER)), 1)
-    return handler
+def load(body: bytes) -> GlobalStateLoader:
+    loader = global_state_loader()
+    loader.load(StreamReader(MemorySource(body + FOOTER)), 1)
+    return loader
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_run_state_keeps_the_contract(check: str) -> None:
-    check_handler(HandlerCase(source=lambda: global_state(RunState.PAUSED), destination=global_state), only=[check])
+    case = SectionCase(
+        saver=lambda: global_state_saver(RunState.PAUSED),
+        loader=global_state_loader,
+        state=lambda section: section.run_state() if isinstance(section, GlobalStateLoader) else RunState.PAUSED,
+    )
+    check_section(case, only=[check])
 
 
 @pytest.mark.parametrize("run_state", sorted(set(RunState) - {RunState.INMIGRATE}))
 def test_run_state_arrives(run_state: RunState) -> None:
-    body = body_of(global_state(run_state))
+    body = saved(global_state_saver(run_state))
     assert body == (len(run_state) + 1).to_bytes(4, "big") + run_state.encode().ljust(100, b"\0")
-    handler = global_state()
-    assert handler.run_state() is None
-    handler.load(StreamReader(MemorySource(body + FOOTER)), 1)
-    assert handler.run_state() is run_state
+    assert global_state_loader().run_state() is None
+    assert load(body).run_state() is run_state
 
 
 def test_description_is_qemus() -> None:
-    handler = global_state(RunState.RUNNING)
-    body_of(handler)
-    assert handler.describe() == {
+    saver = global_state_saver(RunState.RUNNING)
+    saved(saver)
+    assert saver.describe() == {
         "vmsd_name": "globalstate",
         "version": 1,
         "fields": [{"name": "size", "type": "uint32", "size": 4}, {"name": "runstate", "type": "buffer", "size": 100}],
@@ -236,9 +262,8 @@ def test_description_is_qemus() -> None:
 @pytest.mark.parametrize("run_state", RunState)
 def test_without_store_global_state_only_unusual_states_are_sent(run_state: RunState) -> None:
     usual = run_state in (RunState.RUNNING, RunState.PAUSED)
-    handler = global_state(run_state, stored_always=False)
-    assert handler.needed() is not usual
-    assert not handler.required()
+    assert global_state_saver(run_state, stored_always=False).needed() is not usual
+    assert not global_state_loader().required()
 
 
 def test_what_stands_behind_the_nul_is_free() -> None:

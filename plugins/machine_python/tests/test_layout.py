@@ -8,14 +8,13 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from corefw_machine_python import PythonMachine, requirements
 from corefw_machine_python.layout import Layout, compare
-from corefw_machine_python.layoutsection import LayoutHandler
+from corefw_machine_python.layoutsection import LayoutLoader, LayoutSaver
 
 from corefw.channel import Interrupt
 from corefw.engine import Engine
@@ -26,8 +25,8 @@ from corefw.memory import pagemap
 from corefw.plugins import Plugins
 from corefw.settings import Settings
 from corefw.states import MigrationStatus
-from corefw.testing.handler import HandlerCase, check_handler
 from corefw.testing.recording import KitContext
+from corefw.testing.section import SectionCase, check_section
 from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
 
 Make = Callable[..., PythonMachine]
@@ -171,14 +170,13 @@ def body(text: bytes) -> bytes:
 
 
 def load(data: bytes) -> None:
-    LayoutHandler(layout()).load(StreamReader(MemorySource(data), where="section"), 1)
+    LayoutLoader(layout()).load(StreamReader(MemorySource(data), where="section"), 1)
 
 
 def test_the_section_as_bytes() -> None:
     sink = MemorySink()
     writer = StreamWriter(sink)
-    handler = LayoutHandler(layout())
-    handler.setup(writer, KitContext(Settings(), Interrupt()))
+    LayoutSaver(layout()).setup(writer, KitContext(Settings(), Interrupt()))
     writer.flush()
     data = bytes(sink.data)
     assert data == body(layout().pack())
@@ -244,8 +242,13 @@ def test_a_stop_that_before_stop_makes_too_long_is_said(
 
 
 def test_the_contract_kit() -> None:
-    make = partial(LayoutHandler, layout())
-    check_handler(HandlerCase(source=make, destination=make, state=lambda handler: handler.layout))
+    check_section(
+        SectionCase(
+            saver=lambda: LayoutSaver(layout()),
+            loader=lambda: LayoutLoader(layout()),
+            state=lambda section: section.layout,
+        )
+    )
 
 
 def test_a_stored_guest_can_be_inspected(make: Make, tmp_path: Path) -> None:

@@ -333,7 +333,7 @@ def test_other_versions_are_refused(version: int) -> None:
         receiving(machine, Portions(EOS, (8,))) as receiver,
         pytest.raises(RemoteStreamError, match=f"version {RAM_VERSION} of section 'ram', got version {version}"),
     ):
-        receiver.handler.load(receiver.reader, version)
+        receiver.loader.load(receiver.reader, version)
 
 
 def test_many_pages_out_of_a_small_buffer() -> None:

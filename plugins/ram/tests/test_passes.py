@@ -72,10 +72,10 @@ def test_any_writes_between_the_parts_arrive(
             for turn, wishes in enumerate(passes):
                 for wish in wishes:
                     write(machine, wish)
-                sender.pending(1 << 60 if harvest else 0)
+                sender.harvest() if harvest else sender.estimate()
                 bodies.append(sender.part(budgets[turn % len(budgets)]))
             bodies.append(sender.end())
-            assert sender.pending() == 0
+            assert sender.harvest() == 0
         assert received(bodies, LENGTHS) == machine.contents()
 
 
@@ -133,7 +133,7 @@ def test_pages_that_are_written_while_they_are_on_their_way_are_sent_again(guest
 
     with Sender(guest.machine, on_send=guest_writes, gathers=True) as sender:
         bodies = [sender.setup(), sender.part()]
-        assert sender.pending() == 600 * PAGE
+        assert sender.harvest() == 600 * PAGE
         bodies.append(sender.part(100 * PAGE))
         stopped.set()
         bodies.append(sender.end())
@@ -159,7 +159,7 @@ def test_pages_that_are_emptied_and_filled(guest: Guest) -> None:
         bodies = [sender.setup(), sender.part()]
         guest.pages[150:300] = 0
         guest.pages[400:500] = noise(100)
-        sender.pending()
+        sender.harvest()
         bodies.append(sender.part())
         guest.pages[400:500] = 0
         guest.pages[599] = 1
@@ -174,7 +174,7 @@ def test_a_second_migration_begins_anew(guest: Guest) -> None:
         sender.setup()
         sender.part(100 * PAGE)
         guest.pages[290:310] = 3
-        sender.pending()
+        sender.harvest()
     guest.pages[0] = 0
     with Sender(guest.machine, gathers=True) as sender:
         bodies = [sender.setup(), sender.part()]

@@ -56,7 +56,7 @@ def test_start_lists_the_blocks(sending: Sending) -> None:
 def test_a_machine_without_ram(sending: Sending) -> None:
     with StillMachine() as machine, sending(machine) as sender:
         assert sender.setup() == b"\0\0\0\0\0\0\0\4" + EOS
-        assert sender.pending() == 0
+        assert sender.harvest() == 0
         assert sender.end() == b"\0\0\0\0\0\0\0\x10"
 
 
@@ -206,7 +206,7 @@ def test_a_part_keeps_its_budget_but_for_one_page_and_gets_on(sending: Sending, 
         machine.blocks[0].pages[:] = noise(2048)
         sender.setup()
         parts: list[bytes] = []
-        while left := sender.pending(0):
+        while left := sender.estimate():
             parts.append(sender.part(budget))
             assert len(parts[-1]) <= budget + len(b"\3ram") + 8 + PAGE + len(EOS)
             assert sender.statistics.remaining_bytes < left
@@ -222,7 +222,7 @@ def test_a_part_of_holes_keeps_its_budget_too(sending: Sending) -> None:
         assert MIB < len(body) <= 2 * MIB + BATCH
         records, rest = divmod(len(body) - len(b"\3ram") - len(EOS), 9)
         assert rest == 0
-        assert sender.pending(0) == (pages - records) * PAGE
+        assert sender.estimate() == (pages - records) * PAGE
 
 
 def test_a_part_says_whether_anything_is_left(sending: Sending) -> None:
@@ -237,25 +237,25 @@ def test_a_part_says_whether_anything_is_left(sending: Sending) -> None:
 # -- when the dirty log is asked -----------------------------------------------------------------------------------
 
 
-def test_pending_harvests_only_when_what_is_known_fits_under_the_threshold(sending: Sending) -> None:
+def test_only_an_exact_answer_harvests(sending: Sending) -> None:
     ram = block("ram", 1000)
     ram.dirty_log = log = ToldLog()
     with StillMachine(ram) as machine, sending(machine) as sender:
         ram.pages[:] = noise(1000)
         sender.setup()
         assert log.calls == ["start"]
-        assert sender.pending(1000 * PAGE - 1) == 1000 * PAGE
+        assert sender.estimate() == 1000 * PAGE
         assert log.calls == ["start"]
         sender.part(300 * PAGE)
-        left = sender.pending(0)
+        left = sender.estimate()
         assert 0 < left < 1000 * PAGE
         log.tell(0, 7)
-        assert sender.pending(left - 1) == left
+        assert sender.estimate() == left
         assert log.calls == ["start"]
-        assert sender.pending(left) == left + 7 * PAGE
+        assert sender.harvest() == left + 7 * PAGE
         assert log.calls == ["start", "harvest"]
         sender.part()
-        assert sender.pending(0) == 0
+        assert sender.harvest() == 0
         assert log.calls == ["start", "harvest", "harvest"]
         log.tell(999, 1000)
         assert [record.page for record in page_records(sender.end())] == [999]
@@ -270,10 +270,10 @@ def test_pages_that_are_dirty_twice_count_once(sending: Sending) -> None:
         sender.setup()
         sender.part()
         log.tell(10, 20)
-        assert sender.pending() == 10 * PAGE
+        assert sender.harvest() == 10 * PAGE
         log.tell(5, 8)
         log.tell(15, 30)
-        assert sender.pending() == 23 * PAGE
+        assert sender.harvest() == 23 * PAGE
         records = page_records(sender.part())
         assert sorted(record.page for record in records) == [5, 6, 7, *range(10, 30)]
 
@@ -295,7 +295,7 @@ def test_the_counters(sending: Sending) -> None:
         assert (counted.normal, counted.duplicate, counted.remaining_bytes) == (30, 90, 0)
         ram.pages[0] = 0
         ram.pages[50:52] = noise(2)
-        assert sender.pending() == counted.remaining_bytes == 3 * PAGE
+        assert sender.harvest() == counted.remaining_bytes == 3 * PAGE
         assert counted.dirty_sync_count == 2
         sender.part()
         assert (counted.normal, counted.duplicate, counted.remaining_bytes) == (32, 91, 0)
@@ -332,11 +332,11 @@ def test_the_dirty_rate_is_pages_a_second_between_harvests(sending: Sending) -> 
         log.tell(0, 1000)
         log.tell(2000, 4000)
         least = time.monotonic() - after
-        sender.pending()
+        sender.harvest()
         most = time.monotonic() - before
         assert int(3000 / most) <= sender.statistics.dirty_pages_rate <= 3000 / least
         time.sleep(0.15)
-        sender.pending()
+        sender.harvest()
         assert sender.statistics.dirty_pages_rate == 0
 
 

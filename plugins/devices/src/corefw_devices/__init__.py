@@ -1,7 +1,4 @@
-"""Device state: one section for each of the machine's devices, and the section 'globalstate'.
-
-handler.py joins a device's table (corefw.wire.vmstate) to the engine; globalstate.py is the same for the run state.
-"""
+"""Device state: one section for each of the machine's devices, and the section 'globalstate'."""
 
 from __future__ import annotations
 
@@ -9,16 +6,24 @@ from collections.abc import Iterable
 
 from corefw.hookspecs import hookimpl
 from corefw.machine import AdoptsStreams, Machine
-from corefw.section import SectionHandler
+from corefw.section import SectionLoader, SectionSaver
 from corefw.settings import Settings
-from corefw_devices.globalstate import GlobalStateHandler
-from corefw_devices.handler import DeviceHandler
+from corefw_devices.device import DeviceLoader, DeviceSaver, device_section
+from corefw_devices.globalstate import GlobalStateLoader, GlobalStateSaver
 
 
 @hookimpl
-def corefw_section_handlers(machine: Machine, settings: Settings) -> Iterable[SectionHandler]:
+def corefw_section_savers(machine: Machine, settings: Settings) -> Iterable[SectionSaver]:
     """A machine that adopts streams has the run state among the sections that it stores, and sends it on with them."""
     if not isinstance(machine, AdoptsStreams):
-        yield GlobalStateHandler(settings)
+        yield GlobalStateSaver(settings)
     for device in machine.devices():
-        yield DeviceHandler.of(machine, device)
+        yield DeviceSaver(*device_section(machine, device))
+
+
+@hookimpl
+def corefw_section_loaders(machine: Machine) -> Iterable[SectionLoader]:
+    if not isinstance(machine, AdoptsStreams):
+        yield GlobalStateLoader()
+    for device in machine.devices():
+        yield DeviceLoader(*device_section(machine, device))

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from corefw.hookspecs import hookimpl
 from corefw.machine import Machine
-from corefw.section import SectionHandler
+from corefw.section import SectionLoader, SectionSaver
 from corefw.settings import Settings
-from corefw_machine_python.layoutsection import LayoutHandler
+from corefw_machine_python.layoutsection import LayoutLoader, LayoutSaver
 from corefw_machine_python.machine import PythonMachine
 
 
@@ -20,7 +20,11 @@ def corefw_blockers(machine: Machine, settings: Settings) -> Iterable[str]:
 
 
 @hookimpl
-def corefw_section_handlers(machine: Machine, settings: Settings) -> Iterable[SectionHandler]:
+def corefw_section_savers(machine: Machine) -> Iterable[SectionSaver]:
     """Send the program's layout before everything else."""
-    del settings
-    return (LayoutHandler(machine.layout, lambda: machine.farewell),) if isinstance(machine, PythonMachine) else ()
+    return (LayoutSaver(machine.layout, lambda: machine.farewell),) if isinstance(machine, PythonMachine) else ()
+
+
+@hookimpl
+def corefw_section_loaders(machine: Machine) -> Iterable[SectionLoader]:
+    return (LayoutLoader(machine.layout),) if isinstance(machine, PythonMachine) else ()

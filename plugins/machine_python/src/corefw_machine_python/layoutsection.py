@@ -13,7 +13,7 @@ from typing import Final
 
 from corefw.errors import StreamError, one_line
 from corefw.quantities import format_milliseconds
-from corefw.section import IncomingContext, LiveHandler, OutgoingContext, Pending, Priority
+from corefw.section import IncomingContext, LiveLoader, LiveSaver, OutgoingContext, Pending, Priority
 from corefw.wire.records import LAYOUT_IDSTR, read_layout, write_layout
 from corefw.wire.stream import StreamReader, StreamWriter
 from corefw_machine_python.layout import Layout, compare
@@ -25,11 +25,11 @@ MUCH: Final = 1 << 20
 """Bytes that before_stop() may write before it is reported as the reason for a long downtime."""
 
 
-class LayoutHandler(LiveHandler):
-    """One migration, either way. START has the layout, PART and END are empty."""
+class LayoutSaver(LiveSaver):
+    """Its START has the layout; PART and END are empty."""
 
     idstr = LAYOUT_IDSTR
-    version_id = minimum_version = 1
+    version_id = 1
     priority = Priority.EARLY
 
     def __init__(self, layout: Layout, farewell: Callable[[], Farewell | None] = lambda: None) -> None:
@@ -38,13 +38,6 @@ class LayoutHandler(LiveHandler):
         self._farewell = farewell
         self._limit = 0.0
         self._stopped: float | None = None
-        self._compared = False
-
-    def required(self) -> bool:
-        """Optional: the section of the device contains the layout too."""
-        return False
-
-    # -- source ----------------------------------------------------------------------------------------------------
 
     def active(self) -> bool:
         return True
@@ -53,13 +46,16 @@ class LayoutHandler(LiveHandler):
         write_layout(writer, self.layout.pack())
         self._limit = context.settings.integer("downtime-limit") / 1000
 
-    def pending(self, threshold: int) -> Pending:
+    def pending_estimate(self) -> Pending:
+        return Pending(0, 0)
+
+    def pending_exact(self) -> Pending:
         return Pending(0, 0)
 
     def iterate(self, writer: StreamWriter, budget: int) -> bool:
         return True
 
-    def complete_precopy(self, writer: StreamWriter) -> None:
+    def complete(self, writer: StreamWriter) -> None:
         self._stopped = time.monotonic()
 
     def cleanup(self) -> None:
@@ -79,9 +75,22 @@ class LayoutHandler(LiveHandler):
                 farewell,
             )
 
-    # -- destination -----------------------------------------------------------------------------------------------
 
-    def load_setup(self, context: IncomingContext) -> None:
+class LayoutLoader(LiveLoader):
+    """Refuses a program that cannot go on here."""
+
+    idstr = LAYOUT_IDSTR
+    version_id = minimum_version = 1
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._compared = False
+
+    def required(self) -> bool:
+        """Optional: the section of the device contains the layout too."""
+        return False
+
+    def setup(self, context: IncomingContext) -> None:
         self._compared = False
 
     def load(self, reader: StreamReader, version_id: int) -> None:
@@ -102,5 +111,5 @@ class LayoutHandler(LiveHandler):
         for note in comparison.notes:
             log.warning("%s", one_line(note)[:300])
 
-    def load_cleanup(self) -> None:
+    def cleanup(self) -> None:
         pass

@@ -1,7 +1,7 @@
 """The section 'ram': every RAM block of the machine, in passes while the guest runs.
 
-Source: QEMU's migration/ram.c (version 4 of the section). save.py is the source's half, load.py the destination's;
-handler.py joins them under the section's name.
+save.py is the source's half, load.py the destination's; section.py has the classes that the engine calls.
+Source: QEMU 10.0, migration/ram.c (version 4 of the section).
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ from collections.abc import Iterable
 
 from corefw.hookspecs import hookimpl
 from corefw.machine import Machine
-from corefw.section import SectionHandler
+from corefw.section import SectionLoader, SectionSaver
 from corefw.settings import Settings
-from corefw_ram.handler import RamHandler
+from corefw_ram.section import RamSectionLoader, RamSectionSaver
 
 
 @hookimpl
-def corefw_section_handlers(machine: Machine, settings: Settings) -> Iterable[SectionHandler]:
-    return (RamHandler(machine),)
+def corefw_section_savers(machine: Machine, settings: Settings) -> Iterable[SectionSaver]:
+    return (RamSectionSaver(machine),)
+
+
+@hookimpl
+def corefw_section_loaders(machine: Machine, settings: Settings) -> Iterable[SectionLoader]:
+    return (RamSectionLoader(machine),)

@@ -64,7 +64,7 @@ class LoadedBlock:
             self.guess.zeroed()
 
 
-class RamLoader:
+class PageLoader:
     """Loads the bodies of one migration's 'ram' sections.
 
     listed   the list of RAM blocks has come, and fits the machine's

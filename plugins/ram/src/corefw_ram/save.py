@@ -59,7 +59,7 @@ class BlockState:
         return written
 
 
-class RamSaver:
+class PageSaver:
     """Sends all blocks of a machine, again and again, until little enough is left."""
 
     def __init__(self, blocks: Sequence[RamBlock], statistics: RamStatistics) -> None:
@@ -83,12 +83,6 @@ class RamSaver:
         self._count_remaining()
         writer.write(EOS)
 
-    def pending(self, threshold: int) -> int:
-        """Bytes left; the dirty log is harvested when the known rest is at most `threshold`."""
-        if self._statistics.remaining_bytes <= threshold:
-            self._harvest()
-        return self._statistics.remaining_bytes
-
     def iterate(self, writer: StreamWriter, budget: int) -> bool:
         limit = writer.position + budget
         while self._statistics.remaining_bytes and writer.position < limit:
@@ -98,7 +92,7 @@ class RamSaver:
 
     def complete(self, writer: StreamWriter) -> None:
         """The guest is stopped: one last harvest, and everything goes."""
-        self._harvest()
+        self.harvest()
         while self._statistics.remaining_bytes:
             self._send_window(writer, None)
         writer.write(EOS)
@@ -107,7 +101,8 @@ class RamSaver:
         for state in self._states:
             state.block.dirty_log.stop()
 
-    def _harvest(self) -> None:
+    def harvest(self) -> None:
+        """Read the dirty log: a new pass begins."""
         written = sum(state.harvest() for state in self._states)
         self._rate_pages += written
         self._statistics.dirtied += written

@@ -1,6 +1,6 @@
-"""A journal of the hosts that a guest has lived on: the smallest complete section-handler plugin.
+"""A journal of the hosts that a guest has lived on: the smallest complete section plugin.
 
-This module is what the entry point names. migfw registers it and calls its hooks; journal.py is the state, handler.py
+This module is what the entry point names. migfw registers it and calls its hooks; journal.py is the state, section.py
 how it travels.
 """
 
@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from corefw.hookspecs import hookimpl
-from corefw.section import SectionHandler
+from corefw.section import SectionLoader, SectionSaver
 from corefw.settings import Capability, Declarations, Settings
-from migfw_journal.handler import CAPABILITY, JournalHandler
 from migfw_journal.journal import journal_of
+from migfw_journal.section import CAPABILITY, JournalLoader, JournalSaver
 
 if TYPE_CHECKING:
     from corefw.machine import Machine
@@ -33,9 +33,14 @@ def corefw_settings() -> Declarations:
 
 
 @hookimpl
-def corefw_section_handlers(machine: Machine, settings: Settings) -> Iterable[SectionHandler]:
-    """A new handler for each migration; the journal itself stays with the machine."""
-    return (JournalHandler(journal_of(machine), settings),)
+def corefw_section_savers(machine: Machine, settings: Settings) -> Iterable[SectionSaver]:
+    """A new saver for each migration; the journal itself stays with the machine."""
+    return (JournalSaver(journal_of(machine), settings),)
+
+
+@hookimpl
+def corefw_section_loaders(machine: Machine) -> Iterable[SectionLoader]:
+    return (JournalLoader(journal_of(machine)),)
 
 
 @hookimpl

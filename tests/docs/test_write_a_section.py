@@ -1,4 +1,4 @@
-"""docs/write-a-section-handler.md: its code runs, its handlers move with a guest, it speaks of every method."""
+"""docs/write-a-section.md: its code runs, its sections move with a guest, it speaks of every method."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import inspect
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
 from corefw.hookspecs import hookimpl
 from corefw.plugins import Plugins
-from corefw.section import LiveHandler, StateHandler
+from corefw.section import LiveLoader, LiveSaver, MultiChannelLoader, Section, StateLoader, StateSaver
 from corefw.wire import vmstate
 from tests.helpers.engines import Pair, arrived, counting, ended
 
-PAGE = Path(__file__).parents[2] / "docs" / "write-a-section-handler.md"
+PAGE = Path(__file__).parents[2] / "docs" / "write-a-section.md"
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +28,18 @@ def code() -> ModuleType:
 
 
 def test_code_runs(code: ModuleType) -> None:
-    assert {"WEATHER", "WeatherHandler", "CacheHandler", "check_handler"} <= vars(code).keys()
+    assert {"WEATHER", "WeatherSaver", "CacheLoader", "check_section"} <= vars(code).keys()
 
 
-def test_handlers_move_with_a_guest(code: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through two engines: what the source's handlers have is what the destination's get."""
+def test_sections_move_with_a_guest(code: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through two engines: what the source's savers have is what the destination's loaders get."""
     weather, cache = code.Weather(remark=b"fog", alarm=1), {number: number for number in range(300)}
     arrived_weather, arrived_cache = code.Weather(), dict[int, int]()
-
-    def handlers(machine: Any) -> tuple[Any, ...]:
-        if machine is source.machine:
-            return code.WeatherHandler(weather), code.CacheHandler(cache)
-        return code.WeatherHandler(arrived_weather), code.CacheHandler(arrived_cache)
-
-    monkeypatch.setattr(code, "corefw_section_handlers", hookimpl(lambda machine: handlers(machine)))
+    savers, loaders = "corefw_section_savers", "corefw_section_loaders"
+    monkeypatch.setattr(code, savers, hookimpl(lambda: (code.WeatherSaver(weather), code.CacheSaver(cache))))
+    monkeypatch.setattr(
+        code, loaders, hookimpl(lambda: (code.WeatherLoader(arrived_weather), code.CacheLoader(arrived_cache)))
+    )
     plugins = Plugins.load()
     plugins.register(code, "weather")
     with Pair(plugins) as pair:
@@ -54,10 +51,12 @@ def test_handlers_move_with_a_guest(code: ModuleType, monkeypatch: pytest.Monkey
     assert (arrived_weather, arrived_cache) == (weather, cache)
 
 
-def test_page_names_every_method_of_a_handler(code: ModuleType) -> None:
+def test_page_names_every_method_of_a_section() -> None:
     text = PAGE.read_text()
-    for kind in (LiveHandler, StateHandler):
-        missing = [name for name in kind.__abstractmethods__ if f"{name}(" not in text]
+    for kind in (LiveSaver, StateSaver, LiveLoader, StateLoader, MultiChannelLoader):
+        assert kind.__name__ in text
+        names = kind.__abstractmethods__ | {name for name in vars(Section) if not name.startswith("_")} - {"key"}
+        missing = [name for name in names if f"{name}(" not in text]
         assert not missing, f"the page does not speak of {kind.__name__}'s {missing}"
 
 

@@ -1,7 +1,7 @@
 """The journal of one guest, and the table that says how it travels.
 
-The law: the table alone drives load, save and the description. A text travels as bytes, with their number in a field
-before it; every number that comes from the stream has a limit.
+The table alone drives load, save and the description. A text travels as bytes, with their number in a field before it;
+every number that comes from the stream has a limit.
 """
 
 from __future__ import annotations

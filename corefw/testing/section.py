@@ -1,32 +1,34 @@
-"""The contract kit for section handlers: run it on yours, and what corefw.section promises holds.
+"""The contract kit for section savers and loaders: if it passes on yours, they do what corefw.section asks of them.
 
-    from corefw.testing.handler import CHECKS, HandlerCase, check_handler
+    from corefw.testing.section import CHECKS, SectionCase, check_section
 
-    CASE = HandlerCase(source=lambda: handler_of(some_state()), destination=lambda: handler_of(empty_state()))
+    CASE = SectionCase(
+        saver=lambda: MySaver(some_state()), loader=lambda: MyLoader(empty_state()), state=lambda section: section.state
+    )
 
     @pytest.mark.parametrize("check", CHECKS)
     def test_contract(check):
-        check_handler(CASE, only=[check])
+        check_section(CASE, only=[check])
 
-Invariant: every check states one promise of the interface, finds out by sending the section for real, and fails with an
-AssertionError that says in one line what was promised and what happened. Afterwards nothing may be left behind: no
-descriptor, process or thread. It needs no test framework and no machine.
+Each check states one promise of the interface, sends the section for real, and fails with an AssertionError that says
+in one line what was promised and what happened. No descriptor, process or thread may be left behind. The kit needs no
+test framework and no machine.
 """
 
 from __future__ import annotations
 
 import json
 import tracemalloc
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from corefw.errors import RemoteStreamError, StreamError
-from corefw.section import Coverage, LiveHandler, SectionKey, StateHandler
+from corefw.section import Coverage, LiveLoader, LiveSaver, SectionKey, StateLoader, StateSaver
 from corefw.testing.recording import (
     FOOTER,
-    HandlerCase,
     Pieces,
     Recording,
+    SectionCase,
     loading_error,
     opened,
     record,
@@ -36,7 +38,7 @@ from corefw.testing.recording import (
 from corefw.testing.tasks import Possessions, Task
 from corefw.wire.stream import StreamReader
 
-__all__ = ["CHECKS", "HandlerCase", "check_handler"]
+__all__ = ["CHECKS", "SectionCase", "check_section"]
 
 CHECK_DEADLINE: Final = 90.0
 """Seconds for one whole check."""
@@ -44,7 +46,7 @@ CHECK_DEADLINE: Final = 90.0
 LETTING_GO: Final = 2.0
 """Seconds for threads and descriptors to go away after it."""
 
-Check = Callable[[HandlerCase], None]
+Check = Callable[[SectionCase], None]
 CHECKS: Final[dict[str, Check]] = {}
 """Every check by name, in the order in which they run."""
 
@@ -54,8 +56,8 @@ def _check(function: Check) -> Check:
     return function
 
 
-def check_handler(case: HandlerCase, *, only: Collection[str] | None = None) -> list[str]:
-    """Run every check (or `only` these) on a LiveHandler or StateHandler; the names of those that were run.
+def check_section(case: SectionCase, *, only: Collection[str] | None = None) -> list[str]:
+    """Run every check (or `only` these); the names of those that were run.
 
     Raises AssertionError on the first promise that is broken.
     """
@@ -78,26 +80,31 @@ def check_handler(case: HandlerCase, *, only: Collection[str] | None = None) -> 
 
 
 @_check
-def _identity(case: HandlerCase) -> None:
+def _identity(case: SectionCase) -> None:
     """Both sides have the same key, which fits into a header, and versions that make sense."""
-    with opened(case, case.source) as (source, _), opened(case, case.destination) as (destination, _):
-        for handler in (source, destination):
-            assert isinstance(handler, LiveHandler | StateHandler), f"{handler!r} is not a LiveHandler or StateHandler"
-            length = len(handler.idstr.encode())
+    with opened(case, case.saver) as (saver, _), opened(case, case.loader) as (loader, _):
+        live, state = isinstance(saver, LiveSaver), isinstance(saver, StateSaver)
+        assert live or state, f"{saver!r} is not a LiveSaver or StateSaver"
+        wanted = LiveLoader if live else StateLoader
+        assert isinstance(loader, wanted), f"{loader!r} is not a {wanted.__name__}, as what it loads asks for"
+        for section in (saver, loader):
+            length = len(section.idstr.encode())
             assert 1 <= length <= 255, f"idstr has 1 to 255 bytes, this one has {length}"
-            assert 0 <= handler.instance_id < 1 << 32, f"instance_id {handler.instance_id} does not fit into 32 bits"
-            low, high = handler.minimum_version, handler.version_id
-            assert 0 <= low <= high < 1 << 32, f"it reads versions from {low} but is of version {high}"
-            assert isinstance(handler.required(), bool), "required() has to be True or False"
-        assert source.key == destination.key, f"the source sends {source.key}, the destination loads {destination.key}"
-        assert source.minimum_version <= destination.version_id, "the destination's version is older than any it reads"
+            assert 0 <= section.instance_id < 1 << 32, f"instance_id {section.instance_id} does not fit into 32 bits"
+        assert isinstance(saver.priority, int), f"priority is {saver.priority!r}, expected a number"
+        low, high = loader.minimum_version, loader.version_id
+        assert 0 <= low <= high < 1 << 32, f"it reads versions from {low} but is of version {high}"
+        assert isinstance(loader.required(), bool), "required() has to be True or False"
+        assert saver.key == loader.key, f"the source sends {saver.key}, the destination loads {loader.key}"
+        sent = saver.version_id
+        assert low <= sent <= high, f"the source sends version {sent}, the destination loads {low} to {high}"
 
 
 @_check
-def _coverage(case: HandlerCase) -> None:
+def _coverage(case: SectionCase) -> None:
     """covers() names RAM blocks by idstr and devices by SectionKey, the same devices on both sides."""
-    with opened(case, case.source) as (source, _), opened(case, case.destination) as (destination, _):
-        sent, loaded = source.covers(), destination.covers()
+    with opened(case, case.saver) as (saver, _), opened(case, case.loader) as (loader, _):
+        sent, loaded = saver.covers(), loader.covers()
         for coverage in (sent, loaded):
             assert isinstance(coverage, Coverage), f"covers() gave {coverage!r}, expected a Coverage"
             for idstr in coverage.ram_blocks:
@@ -112,8 +119,8 @@ def _coverage(case: HandlerCase) -> None:
 
 
 @_check
-def _description(case: HandlerCase) -> None:
-    """A StateHandler's describe() says of every byte that save() wrote to which field it belongs; it is JSON."""
+def _description(case: SectionCase) -> None:
+    """A StateSaver's describe() says of every byte that save() wrote to which field it belongs; it is JSON."""
     recording = record(case)
     if recording.description is None:
         return
@@ -146,14 +153,14 @@ def _measure_field(entry: dict[str, Any], where: str) -> int:
 
 
 @_check
-def _round_trip(case: HandlerCase) -> None:
-    """The destination has the source's state in the end, each load() has read its body and not one byte more, pending()
-    has come to zero, and complete_precopy() has left nothing."""
+def _round_trip(case: SectionCase) -> None:
+    """The destination has the source's state in the end, each load() has read its body and not one byte more,
+    pending_exact() has come to zero and agrees with pending_estimate(), and complete() has left nothing."""
     _compare(case, record(case), piece=1 << 20)
 
 
 @_check
-def _pieces(case: HandlerCase) -> None:
+def _pieces(case: SectionCase) -> None:
     """It is the same when the bytes arrive in other portions than they were sent in."""
     recording = record(case)
     for piece in (1, 3, 4095):
@@ -161,7 +168,7 @@ def _pieces(case: HandlerCase) -> None:
             _compare(case, recording, piece=piece)
 
 
-def _compare(case: HandlerCase, recording: Recording, piece: int) -> None:
+def _compare(case: SectionCase, recording: Recording, piece: int) -> None:
     found = replay(case, recording, [body.data for body in recording.bodies], piece=piece)
     body = recording.bodies[found.body]
     assert found.error is None, f"load() of {body} failed: {_told(found.error)}"
@@ -175,7 +182,7 @@ def _compare(case: HandlerCase, recording: Recording, piece: int) -> None:
 
 
 @_check
-def _truncated(case: HandlerCase) -> None:
+def _truncated(case: SectionCase) -> None:
     """A stream that ends at any byte of a body is a RemoteStreamError: no short read is ever taken for zeros, no other
     exception gets out, nothing hangs."""
     recording = record(case)
@@ -188,7 +195,7 @@ def _truncated(case: HandlerCase) -> None:
 
 
 @_check
-def _damaged(case: HandlerCase) -> None:
+def _damaged(case: SectionCase) -> None:
     """A stream with any byte changed loads, where nobody can know better, or is a StreamError; the memory that it takes
     is bounded either way."""
     recording = record(case)
@@ -215,16 +222,16 @@ def _damaged(case: HandlerCase) -> None:
 
 
 @_check
-def _newer_version(case: HandlerCase) -> None:
-    """A version that is newer than the handler's is a StreamError. The engine refuses it before; load() has to as well,
+def _newer_version(case: SectionCase) -> None:
+    """A version that is newer than the loader's is a StreamError. The engine refuses it before; load() has to as well,
     for nobody can guess a format that comes later."""
     recording = record(case)
-    with opened(case, case.destination) as (destination, context):
-        reader = StreamReader(Pieces(recording.bodies[0].data + FOOTER), where=f"section {destination.key}")
-        destination.load_setup(context)
-        version = destination.version_id + 1
-        error = loading_error(destination, reader, version)
-        destination.load_cleanup()
+    with opened(case, case.loader) as (loader, context):
+        reader = StreamReader(Pieces(recording.bodies[0].data + FOOTER), where=f"section {loader.key}")
+        loader.setup(context)
+        version = loader.version_id + 1
+        error = loading_error(loader, reader, version)
+        loader.cleanup()
         assert isinstance(error, StreamError), f"load() of version {version}: expected StreamError, got {_told(error)}"
 
 
@@ -232,28 +239,52 @@ def _newer_version(case: HandlerCase) -> None:
 
 
 @_check
-def _abandoned(case: HandlerCase) -> None:
-    """cleanup() and load_cleanup() succeed before anything was begun, in the middle, and twice."""
-    with opened(case, case.destination) as (destination, context):
-        destination.load_cleanup()
-        destination.load_setup(context)
-        destination.load_cleanup()
-        destination.load_cleanup()
-    with opened(case, case.source) as (source, context):
-        if not isinstance(source, LiveHandler):
+def _cleanup(case: SectionCase) -> None:
+    """cleanup() succeeds before anything was begun, in the middle, and twice."""
+    with opened(case, case.loader) as (loader, context):
+        loader.cleanup()
+        loader.setup(context)
+        loader.cleanup()
+        loader.cleanup()
+    with opened(case, case.saver) as (saver, context):
+        if not isinstance(saver, LiveSaver):
             return
-        source.cleanup()
-        thrown_away = Recording(source.version_id)
-        written(thrown_away, "START", lambda writer: source.setup(writer, context))
-        written(thrown_away, "PART", lambda writer: source.iterate(writer, case.budget))
-        source.cleanup()
-        source.cleanup()
+        saver.cleanup()
+        thrown_away = Recording(saver.version_id)
+        written(thrown_away, "START", lambda writer: saver.setup(writer, context))
+        written(thrown_away, "PART", lambda writer: saver.iterate(writer, case.budget))
+        saver.cleanup()
+        saver.cleanup()
+
+
+@_check
+def _outcome(case: SectionCase) -> None:
+    """committed() and abandoned() succeed after cleanup(); abandoned() also in the middle of a load, or before one."""
+    recording = record(case, outcome="committed")
+    record(case, outcome="abandoned")
+    bodies = [body.data for body in recording.bodies]
+    replay(case, recording, bodies, outcome="committed")
+    for cut in (bodies, [], [bodies[0][:-1]]):
+        replay(case, recording, cut, outcome="abandoned")
+
+
+@_check
+def _statistics(case: SectionCase) -> None:
+    """statistics() gives JSON values by name, from the beginning on."""
+    with opened(case, case.saver) as (saver, _), opened(case, case.loader) as (loader, _):
+        for section in (saver, loader):
+            figures = section.statistics()
+            assert isinstance(figures, Mapping), f"statistics() gave {figures!r}, expected a mapping"
+            try:
+                json.dumps(dict(figures), allow_nan=False)
+            except (TypeError, ValueError):
+                raise AssertionError(f"statistics() gave {figures!r}, which is not JSON") from None
 
 
 # -- helpers -------------------------------------------------------------------------------------------------------
 
 
-def _places(case: HandlerCase, recording: Recording) -> list[tuple[int, int]]:
+def _places(case: SectionCase, recording: Recording) -> list[tuple[int, int]]:
     """(number of the body, offset in it): all of a small stream; of a large one the beginnings and ends of bodies, and
     places in between, the same each time."""
     sizes = [len(body.data) for body in recording.bodies]

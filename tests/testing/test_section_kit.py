@@ -1,12 +1,13 @@
-"""The contract kit for section handlers catches every way to break the contract, and lets good handlers pass.
+"""The contract kit for sections catches every way to break the contract, and lets good sections pass.
 
-Each broken handler is a good one with one thing changed; the kit has to name that thing, in the check made for it.
+Each broken saver or loader is a good one with one thing changed; the kit has to name that thing, in the check made for
+it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -15,33 +16,32 @@ from corefw.errors import StreamError
 from corefw.section import (
     Coverage,
     IncomingContext,
-    LiveHandler,
+    LiveLoader,
+    LiveSaver,
     OutgoingContext,
     Pending,
     Priority,
+    Section,
     SectionKey,
-    StateHandler,
+    StateLoader,
+    StateSaver,
 )
-from corefw.testing.handler import CHECKS, HandlerCase, check_handler
+from corefw.testing.section import CHECKS, SectionCase, check_section
 from corefw.wire.stream import StreamReader, StreamWriter
 
 LINES = ["first line", "second", "third one"]
 
 
-class Notes(StateHandler):
-    """A list of texts, and nothing of VMState: u32 count, strings."""
+class NotesSaver(StateSaver):
+    """A list of texts, without a VMState: u32 count, strings."""
 
     idstr = "notes"
     version_id = 2
-    minimum_version = 1
     priority = Priority.DEVICES
 
-    def __init__(self, lines: Iterable[str] = ()) -> None:
+    def __init__(self, lines: Iterable[str] = LINES) -> None:
         self.lines = list(lines)
         self.size = 0
-
-    def required(self) -> bool:
-        return True
 
     def blocked(self) -> str | None:
         return None
@@ -60,7 +60,19 @@ class Notes(StateHandler):
         data = {"name": "data", "type": "buffer", "size": self.size}
         return {"vmsd_name": "notes", "version": self.version_id, "fields": [data]}
 
-    def load_setup(self, context: IncomingContext) -> None:
+
+class NotesLoader(StateLoader):
+    idstr = "notes"
+    version_id = 2
+    minimum_version = 1
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def required(self) -> bool:
+        return True
+
+    def setup(self, context: IncomingContext) -> None:
         self.lines = []
 
     def load(self, reader: StreamReader, version_id: int) -> None:
@@ -71,44 +83,46 @@ class Notes(StateHandler):
             raise reader.error("at most 1000 lines", str(count))
         self.lines = [reader.string("a line") for _ in range(count)]
 
-    def load_cleanup(self) -> None:
+    def cleanup(self) -> None:
         pass
 
 
-class Cells(LiveHandler):
+class CellsSaver(LiveSaver):
     """Bytes that the guest changes one by one. A body is (u16 index, u8 value) pairs up to an index of 0xffff."""
 
     idstr = "cells"
     version_id = 1
-    minimum_version = 1
     priority = Priority.RAM
     END = 0xFFFF
 
-    def __init__(self, cells: bytes = bytes(300)) -> None:
-        self.cells = bytearray(cells)
-        self.dirty: set[int] | None = None
-
-    def required(self) -> bool:
-        return True
+    def __init__(self) -> None:
+        self.cells = bytearray(i % 251 for i in range(300))
+        self.written: set[int] = set()  # the dirty log
+        self.dirty: set[int] = set()
 
     def active(self) -> bool:
         return True
 
     def write(self, index: int) -> None:
         self.cells[index] = (self.cells[index] + 1) % 256
-        if self.dirty is not None:
-            self.dirty.add(index)
+        self.written.add(index)
 
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
         self.dirty = set(range(len(self.cells)))
         writer.be16(self.END)
 
-    def pending(self, threshold: int) -> Pending:
-        assert self.dirty is not None
+    def pending_estimate(self) -> Pending:
         return Pending(3 * len(self.dirty), 0)
 
+    def pending_exact(self) -> Pending:
+        self.harvest()
+        return self.pending_estimate()
+
+    def harvest(self) -> None:
+        self.dirty |= self.written
+        self.written.clear()
+
     def iterate(self, writer: StreamWriter, budget: int) -> bool:
-        assert self.dirty is not None
         for _ in range(min(len(self.dirty), budget // 3)):
             self.send(writer, self.dirty.pop())
         writer.be16(self.END)
@@ -118,13 +132,27 @@ class Cells(LiveHandler):
         writer.be16(index)
         writer.u8(self.cells[index])
 
-    def complete_precopy(self, writer: StreamWriter) -> None:
+    def complete(self, writer: StreamWriter) -> None:
+        self.harvest()
         self.iterate(writer, 1 << 30)
 
     def cleanup(self) -> None:
-        self.dirty = None
+        self.dirty = set()
 
-    def load_setup(self, context: IncomingContext) -> None:
+
+class CellsLoader(LiveLoader):
+    idstr = "cells"
+    version_id = 1
+    minimum_version = 1
+    END = CellsSaver.END
+
+    def __init__(self) -> None:
+        self.cells = bytearray(300)
+
+    def required(self) -> bool:
+        return True
+
+    def setup(self, context: IncomingContext) -> None:
         pass
 
     def load(self, reader: StreamReader, version_id: int) -> None:
@@ -135,68 +163,67 @@ class Cells(LiveHandler):
                 raise reader.error(f"an index below {len(self.cells)}", str(index))
             self.cells[index] = reader.u8("a cell")
 
-    def load_cleanup(self) -> None:
+    def cleanup(self) -> None:
         pass
 
 
-def state_case(kind: type[Notes], **more: Any) -> HandlerCase:
-    return HandlerCase(source=lambda: kind(LINES), destination=kind, **more)
+def state_case(kind: type[Section] = Section) -> SectionCase:
+    """Notes, with one side replaced by `kind`."""
+    saver = kind if issubclass(kind, StateSaver) else NotesSaver
+    loader = kind if issubclass(kind, NotesLoader | LiveLoader) else NotesLoader
+    return SectionCase(saver=saver, loader=loader, state=lambda section: section.lines)
 
 
-def live_case(kind: type[Cells], **more: Any) -> HandlerCase:
-    def guest_writes(handler: Cells) -> None:
+def live_case(kind: type[Section] = Section) -> SectionCase:
+    """Cells, with one side replaced by `kind`."""
+
+    def guest_writes(saver: CellsSaver) -> None:
         for index in (0, 7, 299):
-            handler.write(index)
+            saver.write(index)
 
-    return HandlerCase(
-        source=lambda: kind(bytes(i % 251 for i in range(300))),
-        destination=kind,
-        state=lambda handler: bytes(handler.cells),
+    return SectionCase(
+        saver=kind if issubclass(kind, CellsSaver) else CellsSaver,
+        loader=kind if issubclass(kind, CellsLoader) else CellsLoader,
+        state=lambda section: bytes(section.cells),
         change=guest_writes,
         budget=256,
         samples=60,
-        **more,
     )
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("case", [state_case(Notes), live_case(Cells)], ids=["notes", "cells"])
-def test_good_handler_passes(case: HandlerCase, check: str) -> None:
-    assert check_handler(case, only=[check]) == [check]
+@pytest.mark.parametrize("case", [state_case(), live_case()], ids=["notes", "cells"])
+def test_good_section_passes(case: SectionCase, check: str) -> None:
+    assert check_section(case, only=[check]) == [check]
 
 
 def test_unknown_check_is_an_error() -> None:
     with pytest.raises(AssertionError, match="no check is called roundtrip"):
-        check_handler(state_case(Notes), only=["roundtrip"])
+        check_section(state_case(), only=["roundtrip"])
 
 
-def test_live_handler_needs_a_state_to_compare() -> None:
-    with pytest.raises(AssertionError, match="give the case of a LiveHandler a `state`"):
-        check_handler(HandlerCase(source=Cells, destination=Cells), only=["round-trip"])
+# -- broken state sections ----------------------------------------------------------------------------------------
 
 
-# -- broken StateHandlers ------------------------------------------------------------------------------------------
-
-
-class ReadsTooMuch(Notes):
+class ReadsTooMuch(NotesLoader):
     def load(self, reader: StreamReader, version_id: int) -> None:
         super().load(reader, version_id)
         reader.u8("a byte of the footer")
 
 
-class ReadsTooLittle(Notes):
+class ReadsTooLittle(NotesLoader):
     def load(self, reader: StreamReader, version_id: int) -> None:
         count = reader.be32("the number of lines")
         self.lines = [reader.string("a line") for _ in range(count - 1)]
 
 
-class ForgetsALine(Notes):
+class ForgetsALine(NotesLoader):
     def load(self, reader: StreamReader, version_id: int) -> None:
         super().load(reader, version_id)
         self.lines.pop()
 
 
-class TakesShortReadsForZeros(Notes):
+class TakesShortReadsForZeros(NotesLoader):
     def load(self, reader: StreamReader, version_id: int) -> None:
         if len(reader.peek(40)) < 31:
             self.lines = []
@@ -204,13 +231,13 @@ class TakesShortReadsForZeros(Notes):
         super().load(reader, version_id)
 
 
-class TrustsText(Notes):
+class TrustsText(NotesLoader):
     def load(self, reader: StreamReader, version_id: int) -> None:
         count = min(reader.be32("the number of lines"), 1000)
         self.lines = [reader.read(reader.u8("a length"), "a line").decode() for _ in range(count)]
 
 
-class TrustsLengths(Notes):
+class TrustsLengths(NotesLoader):
     def load(self, reader: StreamReader, version_id: int) -> None:
         count = reader.be32("the number of lines")
         buffer = bytearray(min(count << 8, 100 << 20))
@@ -218,74 +245,104 @@ class TrustsLengths(Notes):
         del buffer
 
 
-class WaitsForBytesThatNeverCome(Notes):
+class WaitsForBytesThatNeverCome(NotesLoader):
     def load(self, reader: StreamReader, version_id: int) -> None:
         while len(reader.peek(31)) < 31:
             pass
         super().load(reader, version_id)
 
 
-class TakesAnyVersion(Notes):
+class TakesAnyVersion(NotesLoader):
     def load(self, reader: StreamReader, version_id: int) -> None:
         super().load(reader, min(version_id, self.version_id))
 
 
-class DescribesTooFewBytes(Notes):
+class DescribesTooFewBytes(NotesSaver):
     def describe(self) -> dict[str, Any]:
         return {"vmsd_name": "notes", "version": 2, "fields": [{"name": "data", "type": "buffer", "size": 4}]}
 
 
-class DescribesWithoutTypes(Notes):
+class DescribesWithoutTypes(NotesSaver):
     def describe(self) -> dict[str, Any]:
         return {"vmsd_name": "notes", "version": 2, "fields": [{"name": "data", "size": self.size}]}
 
 
-class DescribesWrongStructs(Notes):
+class DescribesWrongStructs(NotesSaver):
     def describe(self) -> dict[str, Any]:
         inner = super().describe()
         entry = {"name": "data", "type": "struct", "struct": inner, "size": self.size - 1}
         return {"vmsd_name": "notes", "version": 2, "fields": [entry]}
 
 
-class CannotCleanUpTwice(Notes):
-    def load_setup(self, context: IncomingContext) -> None:
+class CannotCleanUpTwice(NotesLoader):
+    def setup(self, context: IncomingContext) -> None:
         self.scratch: bytearray | None = bytearray(10)
 
-    def load_cleanup(self) -> None:
+    def cleanup(self) -> None:
         del self.scratch
 
 
-class LeavesDescriptorsBehind(Notes):
-    def load_setup(self, context: IncomingContext) -> None:
+class LeavesDescriptorsBehind(NotesLoader):
+    def setup(self, context: IncomingContext) -> None:
         LEAKED.append(os.open("/dev/null", os.O_RDONLY))
 
 
-class IsBlocked(Notes):
+class TakesLiveBodies(CellsLoader):
+    """It would be given START, PART and END."""
+
+
+class FailsToCommit(NotesSaver):
+    def committed(self) -> None:
+        self.size //= 0
+
+
+class FailsToAbandon(NotesLoader):
+    """Discards what only a load that went well has made."""
+
+    def load(self, reader: StreamReader, version_id: int) -> None:
+        super().load(reader, version_id)
+        self.loaded = self.lines
+
+    def abandoned(self) -> None:
+        self.loaded.clear()
+
+
+class HasOddFigures(NotesSaver):
+    def statistics(self) -> Mapping[str, object]:
+        return {"lines": object()}
+
+
+class HasNoFigures(NotesLoader):
+    def statistics(self) -> Mapping[str, object]:
+        return None  # type: ignore[return-value]
+
+
+class IsBlocked(NotesSaver):
     def blocked(self) -> str | None:
         return "'notes' is attached to a printer"
 
 
-class HasNoName(Notes):
+class HasNoName(NotesSaver):
     idstr = ""
 
 
-class ReadsOnlyTheFuture(Notes):
+class ReadsOnlyTheFuture(NotesLoader):
     minimum_version = 3
 
 
-class CoversByName(Notes):
+class CoversByName(NotesSaver):
     """A list of names where sets of keys have to be."""
 
     def covers(self) -> Coverage:
         return Coverage(devices=frozenset({"notes"}))  # type: ignore[arg-type]
 
 
-class CoversOnlyWhereItSends(Notes):
+class CoversOnlyWhereItSends(NotesSaver):
     def covers(self) -> Coverage:
         return Coverage(devices=frozenset({SectionKey("notes", 0)}) if self.lines else frozenset())
 
 
-class RaisesStreamError(Notes):
+class RaisesStreamError(NotesLoader):
     """StreamError is right for content; for a stream that ends it lacks the offset."""
 
     def load(self, reader: StreamReader, version_id: int) -> None:
@@ -318,67 +375,76 @@ LEAKED: list[int] = []
         (TrustsText, "damaged", "expected a StreamError or a load, got UnicodeDecodeError"),
         (TrustsLengths, "damaged", r"byte 0 xor 0xff: load\(\) took \d+ bytes of memory"),
         (TakesAnyVersion, "newer-version", r"load\(\) of version 3: expected StreamError, got no error"),
-        (CannotCleanUpTwice, "abandoned", "AttributeError"),
+        (CannotCleanUpTwice, "cleanup", "AttributeError"),
+        (TakesLiveBodies, "identity", "is not a StateLoader"),
+        (FailsToCommit, "outcome", r"committed\(\) raised ZeroDivisionError"),
+        (FailsToAbandon, "outcome", r"abandoned\(\) raised AttributeError"),
+        (HasOddFigures, "statistics", r"statistics\(\) gave .*object"),
+        (HasNoFigures, "statistics", r"statistics\(\) gave None, expected a mapping"),
     ],
 )
-def test_broken_state_handler_is_caught(kind: type[Notes], check: str, says: str) -> None:
+def test_broken_state_section_is_caught(kind: type[Section], check: str, says: str) -> None:
     with pytest.raises(AssertionError, match=f"{check}: .*{says}"):
-        check_handler(state_case(kind), only=[check])
+        check_section(state_case(kind), only=[check])
 
 
 def test_descriptor_left_behind_is_caught() -> None:
     try:
         with pytest.raises(AssertionError, match=r"left behind: descriptor .*/dev/null"):
-            check_handler(state_case(LeavesDescriptorsBehind), only=["round-trip"])
+            check_section(state_case(LeavesDescriptorsBehind), only=["round-trip"])
     finally:
         while LEAKED:
             os.close(LEAKED.pop())
 
 
-# -- broken LiveHandlers -------------------------------------------------------------------------------------------
+# -- broken live sections -----------------------------------------------------------------------------------------
 
 
-class NeverReady(Cells):
-    def pending(self, threshold: int) -> Pending:
+class NeverReady(CellsSaver):
+    def pending_estimate(self) -> Pending:
         return Pending(1, 0)
 
 
-class CompletesNothing(Cells):
-    def complete_precopy(self, writer: StreamWriter) -> None:
+class CompletesNothing(CellsSaver):
+    def complete(self, writer: StreamWriter) -> None:
         writer.be16(self.END)
 
 
-class LosesAWrite(Cells):
+class LosesAWrite(CellsSaver):
     def write(self, index: int) -> None:
         super().write(index)
-        if self.dirty is not None:
-            self.dirty.discard(299)
+        self.written.discard(299)
 
 
-class SendsPastBudgetOfOwn(Cells):
+class SendsPastBudgetOfOwn(CellsSaver):
     """Sends cells without the mark at the end of the body."""
 
-    def complete_precopy(self, writer: StreamWriter) -> None:
-        assert self.dirty is not None
+    def complete(self, writer: StreamWriter) -> None:
+        self.harvest()
         while self.dirty:
             self.send(writer, self.dirty.pop())
 
 
-class NeedsSetup(Cells):
+class NeedsSetup(CellsSaver):
     def cleanup(self) -> None:
-        assert self.dirty is not None, "cleanup() without setup()"
-        self.dirty = None
+        assert self.dirty, "cleanup() without setup()"
+        super().cleanup()
 
 
-class TrustsIndexes(Cells):
+class ForgetsToHarvest(CellsSaver):
+    def pending_exact(self) -> Pending:
+        return Pending(3 * len(self.dirty | self.written), 0)
+
+
+class TrustsIndexes(CellsLoader):
     def load(self, reader: StreamReader, version_id: int) -> None:
         while (index := reader.be16("a cell's index")) != self.END:
             self.cells[index] = reader.u8("a cell")
 
 
-class OwesBytes(Cells):
-    def pending(self, threshold: int) -> Pending:
-        return Pending(super().pending(threshold).must_precopy, -1)
+class OwesBytes(CellsSaver):
+    def pending_estimate(self) -> Pending:
+        return Pending(super().pending_estimate().must_precopy, -1)
 
 
 @pytest.mark.parametrize(
@@ -386,14 +452,15 @@ class OwesBytes(Cells):
     [
         (NeverReady, "round-trip", "after 10000 calls of iterate"),
         (OwesBytes, "round-trip", "bytes are never negative"),
-        (CompletesNothing, "round-trip", r"after complete_precopy\(\), which has to send everything"),
+        (CompletesNothing, "round-trip", r"after complete\(\), which has to send everything"),
         (LosesAWrite, "round-trip", "another state than the source"),
         (SendsPastBudgetOfOwn, "round-trip", r"of the END body of \d+ bytes"),
         (TrustsIndexes, "damaged", "expected a StreamError or a load, got IndexError"),
         (TrustsIndexes, "newer-version", "got no error"),
-        (NeedsSetup, "abandoned", r"cleanup\(\) without setup\(\)"),
+        (ForgetsToHarvest, "round-trip", r"pending_exact\(\) gives .*, but pending_estimate\(\) right after it"),
+        (NeedsSetup, "cleanup", r"cleanup\(\) without setup\(\)"),
     ],
 )
-def test_broken_live_handler_is_caught(kind: type[Cells], check: str, says: str) -> None:
+def test_broken_live_section_is_caught(kind: type[Section], check: str, says: str) -> None:
     with pytest.raises(AssertionError, match=f"{check}: .*{says}"):
-        check_handler(live_case(kind), only=[check])
+        check_section(live_case(kind), only=[check])

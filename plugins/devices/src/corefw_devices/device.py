@@ -1,6 +1,6 @@
-"""The handler of a device's section: its VMState table, in the form in which the engine asks.
+"""The saver and the loader of a device's section, both driven by its VMState table.
 
-It knows nothing of the device but its table and its state. The state is asked for when it is sent or loaded, because a
+They know nothing of the device but its table and its state. The state is looked up when it is sent or loaded, because a
 machine may hand out another object once it has stopped.
 """
 
@@ -11,34 +11,30 @@ from typing import Any
 
 from corefw.errors import MachineError
 from corefw.machine import Device, Machine
-from corefw.section import Coverage, IncomingContext, Priority, SectionKey, StateHandler
+from corefw.section import Coverage, IncomingContext, Priority, Section, SectionKey, StateLoader, StateSaver
 from corefw.wire.stream import StreamReader, StreamWriter
 from corefw.wire.vmstate import VMState
 
+State = Callable[[], object]
+"""Gives the object with the attributes that a table names."""
 
-class DeviceHandler(StateHandler):
-    """One section, one migration. `state()` gives the object with the attributes."""
 
-    def __init__(self, key: SectionKey, table: VMState, state: Callable[[], object]) -> None:
+class _DeviceSection(Section):
+    def __init__(self, key: SectionKey, table: VMState, state: State) -> None:
         self.idstr, self.instance_id = key
         self.version_id = table.version_id
-        self.minimum_version = table.oldest
-        self.priority = Priority.DEVICES if table.priority is None else table.priority
         self._table = table
         self._state = state
-        self._described: dict[str, Any] | None = None
-
-    @classmethod
-    def of(cls, machine: Machine, device: Device) -> DeviceHandler:
-        key = SectionKey(device.name, device.instance_id)
-        return cls(key, device.vmstate, lambda: _state_of(machine, key))
 
     def covers(self) -> Coverage:
         return Coverage(devices=frozenset({self.key}))
 
-    def required(self) -> bool:
-        """A table that says when it is needed may be left out by the source; any other may not."""
-        return self._table.needed is None
+
+class DeviceSaver(_DeviceSection, StateSaver):
+    def __init__(self, key: SectionKey, table: VMState, state: State) -> None:
+        super().__init__(key, table, state)
+        self.priority = Priority.DEVICES if table.priority is None else table.priority
+        self._described: dict[str, Any] | None = None
 
     def blocked(self) -> str | None:
         reason = self._table.unmigratable
@@ -55,15 +51,31 @@ class DeviceHandler(StateHandler):
         assert self._described is not None, "describe() before save()"
         return self._described
 
-    def load_setup(self, context: IncomingContext) -> None:
+
+class DeviceLoader(_DeviceSection, StateLoader):
+    def __init__(self, key: SectionKey, table: VMState, state: State) -> None:
+        super().__init__(key, table, state)
+        self.minimum_version = table.oldest
+
+    def required(self) -> bool:
+        """A table that says when it is needed may be left out by the source; any other may not."""
+        return self._table.needed is None
+
+    def setup(self, context: IncomingContext) -> None:
         pass
 
     def load(self, reader: StreamReader, version_id: int) -> None:
         reader.where = f"section {self.key}"
         self._table.load(reader, self._state(), version_id)
 
-    def load_cleanup(self) -> None:
+    def cleanup(self) -> None:
         pass
+
+
+def device_section(machine: Machine, device: Device) -> tuple[SectionKey, VMState, State]:
+    """What a DeviceSaver or DeviceLoader of this device is made of."""
+    key = SectionKey(device.name, device.instance_id)
+    return key, device.vmstate, lambda: _state_of(machine, key)
 
 
 def _state_of(machine: Machine, key: SectionKey) -> object:
