@@ -283,7 +283,7 @@ DIFFERENT: list[tuple[str, Callable[[], CountingMachine], Callable[[], CountingM
         "unknown-section",
         lambda: CountingMachine(instances=2),
         lambda: CountingMachine(incoming=True),
-        ("one of the sections 'ram'", "section 'counter' (instance 1)"),
+        ("expected one of the sections ", "got section 'counter' (instance 1)"),
     ),
     ("version", newer, lambda: CountingMachine(incoming=True), ("'counter'", "version from 2 to 2", "version 3")),
 ]
