@@ -11,9 +11,9 @@ import pytest
 
 from corefw.channel import Channel, receive_exactly
 from corefw.plugins import Plugins
-from corefw.section import IncomingContext, OutgoingContext, Pending
+from corefw.section import IncomingContext, MultiChannelLoader, OutgoingContext, Pending
 from corefw.wire.stream import StreamReader, StreamWriter
-from tests.engine.test_plugin_sections import Plugin, Section
+from tests.engine.test_plugin_sections import Loader, Plugin, Saver
 from tests.helpers.engines import Pair, arrived, ended
 
 CHANNELS = 2
@@ -23,24 +23,18 @@ CHUNKS = 16
 BYTES = CHANNELS * CHUNKS * CHUNK
 
 
-class Striped(Section):
+class StripedSaver(Saver):
     """Sends its data over two channels at once, each in a thread of its own; a PART only says that some went out."""
 
-    received: ClassVar[list[bytes]] = []
-
     def __init__(self) -> None:
-        self._channels: list[Channel] = []
         self._left = CHUNKS
-
-    def takes_channels(self) -> bool:
-        return True
 
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
         self._channels = [context.open_channel() for _ in range(CHANNELS)]
         for number, channel in enumerate(self._channels):
             channel.send(bytes([number]))
 
-    def pending(self, threshold: int) -> Pending:
+    def pending_estimate(self) -> Pending:
         return Pending(self._left * CHUNK * CHANNELS, 0)
 
     def iterate(self, writer: StreamWriter, budget: int) -> bool:
@@ -54,7 +48,17 @@ class Striped(Section):
             self._left -= 1
         return not self._left
 
-    def load_setup(self, context: IncomingContext) -> None:
+
+class StripedLoader(Loader, MultiChannelLoader):
+    received: ClassVar[list[bytes]] = []
+
+    def __init__(self) -> None:
+        self._channels: list[Channel] = []
+
+    def takes_channels(self) -> bool:
+        return True
+
+    def setup(self, context: IncomingContext) -> None:
         self._context = context
 
     def load(self, reader: StreamReader, version_id: int) -> None:
@@ -67,9 +71,9 @@ class Striped(Section):
     def _receive(self, channel: Channel) -> None:
         view = memoryview(bytearray(1 + CHUNKS * CHUNK))
         receive_exactly(channel, view)
-        Striped.received.append(bytes(view))
+        StripedLoader.received.append(bytes(view))
 
-    def load_cleanup(self) -> None:
+    def cleanup(self) -> None:
         for thread in self._receiving:
             thread.join()
 
@@ -77,7 +81,7 @@ class Striped(Section):
 @pytest.fixture
 def pair() -> Iterator[Pair]:
     plugins = Plugins.load()
-    plugins.register(Plugin(Striped), "striped")
+    plugins.register(Plugin(StripedSaver, StripedLoader), "striped")
     with Pair(plugins) as pair:
         yield pair
 
@@ -85,14 +89,14 @@ def pair() -> Iterator[Pair]:
 @pytest.mark.parametrize("scheme", ["tcp", "unix"])
 def test_channels_beside_the_stream_are_counted_and_paced_with_it(pair: Pair, folder: Path, scheme: str) -> None:
     limit = 4 << 20
-    Striped.received = []
+    StripedLoader.received = []
     source, destination = pair.source(running=False), pair.destination()
     source.set_parameters({"max-bandwidth": limit, "downtime-limit": 0})
     uri = destination.migrate_incoming("tcp:127.0.0.1:0" if scheme == "tcp" else f"unix:{folder}/socket")
     source.migrate(uri)
     assert (ended(source), arrived(destination)) == ("completed", "completed"), destination.query_migrate()
     data = b"".join(bytes([number]) * CHUNK for number in range(CHUNKS, 0, -1))
-    assert sorted(Striped.received) == [bytes([number]) + data for number in range(CHANNELS)]
+    assert sorted(StripedLoader.received) == [bytes([number]) + data for number in range(CHANNELS)]
     info = source.query_migrate()
     ram = info["ram"]
     assert ram["transferred"] > BYTES and ram["precopy-bytes"] > BYTES
