@@ -12,6 +12,7 @@ Threads: the migration thread; `held` may be read by any thread that holds the g
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -32,11 +33,13 @@ class Custody:
 
     held          the guest was stopped for the switchover, and has not been let go or taken back yet
     handed_over   the destination may be running it
+    deciding      held while the guest is handed over, and while a cancel finds out whether it was
     """
 
     def __init__(self, machine: Machine, lock: GuestLock) -> None:
         self.held = False
         self.handed_over = False
+        self.deciding: Final = threading.Lock()
         self._machine = machine
         self._lock = lock
         self._before = machine.run_state
@@ -55,14 +58,20 @@ class Custody:
         with self._lock.unless(check):
             machine.throttle(percent)
 
-    def hand_over_at_eof(self, *, visible: bool) -> None:
+    def hand_over_at_eof(self, check: Callable[[], None], *, visible: bool) -> None:
         """Precopy: the end mark is about to go out, and the destination starts the guest once it has that. `visible`
-        is False if nobody sees anything of the stream before it was ended cleanly (a file)."""
-        self.handed_over = visible
+        is False if nothing of the stream can be seen before it was ended cleanly (a file). Raises what `check` raises;
+        the guest is then still ours."""
+        with self.deciding:
+            check()
+            self.handed_over = visible
 
-    def hand_over_at_run(self) -> None:
-        """Postcopy: the command RUN is about to go out, and the destination starts the guest with it."""
-        self.handed_over = True
+    def hand_over_at_run(self, check: Callable[[], None]) -> None:
+        """Postcopy: the command RUN is about to go out, and the destination starts the guest with it. Raises what
+        `check` raises; the guest is then still ours."""
+        with self.deciding:
+            check()
+            self.handed_over = True
 
     def let_go(self) -> None:
         """Leave the guest to the destination, or to the file. `held` stays set until the migration's status has

@@ -2,7 +2,8 @@
 
 Parameters of the source: x-migfw-timeout, x-migfw-max-passes, x-migfw-on-timeout. They hold until the guest is stopped
 for the switchover, and may be changed while the migration runs. With "cancel" the migration fails and the guest runs on
-here; with "switchover" the guest is stopped and the rest is sent, whatever the downtime limit says.
+here; with "switchover" the guest is stopped and the rest is sent, whatever the downtime limit says. If the destination
+takes nothing any more, there is nothing to switch over to, and the migration fails then too.
 
 Threads: `watch` runs in one of its own, since a migration that hangs in a connect or a send cannot look at a clock.
 """
@@ -21,11 +22,14 @@ from corefw.settings import Settings
 LOOK: Final = 0.1
 """Seconds between two looks at the clock."""
 
+STALL: Final = 10.0
+"""Seconds after which a single send counts as one that will not return."""
+
 
 class Limits:
-    """The limits of one migration.
+    """The limits of a single migration.
 
-    reason      which limit was reached, as a phrase; "" as long as none was
+    reason      the limit that was reached, as a phrase; "" as long as none was
     cancelled   the migration ends because of it
     """
 
@@ -43,21 +47,28 @@ class Limits:
         with self._lock:
             self._over.set()
 
-    def watch(self, abort: Callable[[], None], can_switch_over: Callable[[], bool]) -> None:
-        """Call `abort` when the time is up, unless the guest is to be stopped then and `can_switch_over()`."""
+    def watch(
+        self, abort: Callable[[], None], can_switch_over: Callable[[], bool], longest_send: Callable[[], float]
+    ) -> None:
+        """Call `abort` when the time is up; but not if the guest is to be stopped then, as long as `can_switch_over()`
+        and no send hangs. `longest_send` gives the seconds that the longest of the sends under way has taken."""
         while not self._over.wait(LOOK):
             if not (reason := self._time_is_up()):
                 continue
             with self._lock:
-                if self._over.is_set() or (self._switches_over() and can_switch_over()):
+                if self._over.is_set():
                     return
+                if self._switches_over() and can_switch_over():
+                    if (seconds := longest_send()) < STALL:
+                        continue  # the migration thread is about to find out by itself
+                    reason += f", and the destination has taken nothing for {seconds:.0f} s"
                 self.reason, self.cancelled = reason, True
                 abort()
                 return
 
     def reached(self, passes: int = 0) -> bool:
-        """Whether the guest is to be stopped now. `passes`: so many were sent, and what is left does not fit. Raises
-        MigfwError where the migration is to end instead."""
+        """Whether the guest is to be stopped now. `passes` were sent, and what is left does not fit. Raises MigfwError
+        if the migration is to end instead."""
         reason = self._time_is_up() or self._enough(passes)
         if not reason:
             return False

@@ -23,7 +23,8 @@ from corefw.wire.records import ping_payload, write_command
 from corefw.wire.stream import StreamWriter
 
 LAST_WORDS: Final = 1.0
-"""Seconds that the destination has to say why the connection broke: its last message may still be on its way."""
+"""Seconds that the destination has for its last message, which may still be on its way, when the connection broke or
+the migration was cancelled."""
 
 LOOK: Final = 0.1
 """Seconds between two calls of the check that may end a wait for an answer."""

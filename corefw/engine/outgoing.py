@@ -70,7 +70,12 @@ class OutgoingMigration:
     def start(self) -> None:
         """Raises RuntimeError if the host gives no thread; then nothing was started."""
         limits = self._source.limits
-        watch = partial(limits.watch, self._source.abort, lambda: self._state.status is not _S.SETUP)
+        watch = partial(
+            limits.watch,
+            abort=self._source.abort,
+            can_switch_over=lambda: self._state.status is not _S.SETUP,
+            longest_send=self._source.meter.longest_send,
+        )
         threading.Thread(target=watch, name="limits", daemon=True).start()
         try:
             self._thread.start()
@@ -109,7 +114,7 @@ class OutgoingMigration:
         migration begins meanwhile."""
         while (status := self._state.status) in SETUP_OR_ACTIVE:
             if self._state.advance(status, _S.CANCELLING):
-                self._source.abort()
+                self._source.cancel()
                 return
 
     def proceed(self) -> None:

@@ -169,8 +169,7 @@ def switch_over(source: Source) -> MigrationStatus:
     """Send the rest of the guest, then the end mark: from its first byte on the destination may run the guest."""
     _send_rest(source)
     description = _description(source)
-    source.check()
-    source.custody.hand_over_at_eof(visible=not source.link.transport.features.atomic)
+    source.custody.hand_over_at_eof(source.check, visible=not source.link.transport.features.atomic)
     if source.link.return_path is not None:
         source.link.return_path.expect(ReturnMessage.SHUT, 0)
     _send_end(source, description)

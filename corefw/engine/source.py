@@ -13,7 +13,7 @@ from corefw.engine.custody import Custody
 from corefw.engine.framing import SectionWriter
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.limits import Limits
-from corefw.engine.link import Link
+from corefw.engine.link import LAST_WORDS, Link
 from corefw.engine.meter import Meter
 from corefw.engine.passes import Passes
 from corefw.engine.statistics import OutgoingStatistics
@@ -85,6 +85,18 @@ class Source:
         )
 
     # -- how it is interrupted, from any thread --------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """End the migration. If the destination may be running the guest already, it has a moment to confirm that."""
+        with self.custody.deciding:
+            self.interrupt.set()
+            handed_over = self.custody.handed_over
+        if not handed_over:
+            self.abort()
+            return
+        last_words = threading.Timer(LAST_WORDS, self.abort)
+        last_words.daemon = True
+        last_words.start()
 
     def abort(self) -> None:
         """Wake the migration thread wherever it waits, to end the migration."""

@@ -77,6 +77,28 @@ def test_a_guest_that_may_run_elsewhere_is_not_sent_again(pair: Pair, peer: Peer
     runs_on(source)
 
 
+def test_a_cancel_that_comes_too_late_waits_for_the_confirmation(
+    pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest runs at the destination: a source that said `cancelled` would only look as if it did not."""
+    monkeypatch.setattr("corefw.engine.source.LAST_WORDS", PATIENCE)
+    source = sent_all(pair, peer)
+    source.cancel()
+    assert source.outgoing.status == "cancelling"
+    peer.say(ReturnMessage.SHUT, 0)
+    assert ended(source) == "completed"
+    assert source.machine.run_state is RunState.POSTMIGRATE and counting(source).starts == 1
+
+
+def test_and_for_the_word_that_it_failed(pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("corefw.engine.source.LAST_WORDS", PATIENCE)
+    source = sent_all(pair, peer)
+    source.cancel()
+    peer.say(ReturnMessage.SHUT, 1)
+    assert ended(source) == "cancelled"
+    runs_on(source)
+
+
 # -- cont while the migration holds the guest --------------------------------------------------------------------------
 
 

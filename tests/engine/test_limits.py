@@ -98,6 +98,24 @@ def test_a_destination_that_takes_nothing_more(pair: Pair) -> None:
         runs_on(source)
 
 
+def test_a_destination_that_takes_nothing_more_is_not_switched_over_to(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("corefw.engine.limits.STALL", 0.5)
+    machine = CountingMachine(pages=32768)
+    machine.block.pages[:, 8:] = 1
+    with Peer() as peer:
+        source = pair.source(machine)
+        source.set_capabilities({"return-path": False})
+        source.set_parameters({"x-migfw-timeout": 300, "x-migfw-on-timeout": "switchover"})
+        source.migrate(peer.uri)
+        peer.accept()
+        assert ended(source) == "failed"
+        reason = source.query_migrate()["error-desc"]
+        assert "it took longer than 300 ms (x-migfw-timeout), and the destination has taken nothing for" in reason
+        runs_on(source)
+
+
 def test_a_guest_that_was_stopped_for_the_switchover_is_not_called_back(pair: Pair) -> None:
     source, destination = pair.source(), pair.destination()
     source.set_capabilities({"pause-before-switchover": True})
