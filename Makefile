@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 ARGS   ?=
+# One more worker than processors, for tests wait much of their time; eight at most, for each needs memory.
+JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 7 ? n + 1 : 8)))
 
 VENV     := .venv
 BIN      := $(VENV)/bin
@@ -25,6 +27,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  ARGS=...      is passed on: make test ARGS='tests/wire -k truncated', make demo ARGS=--help"
+	@echo "  JOBS=N        runs N test files at a time; with JOBS=0, which --pdb needs, in this process"
 	@echo "  PYTHON=...    is the interpreter that $(VENV) is made with (3.11 or newer; default python3)"
 
 dev: $(DEV) ## Install migfw, every plugin (editable) and the tools for tests and checks
@@ -46,7 +49,7 @@ demo: $(DEV) ## Watch a running program move from one process to another, with p
 	@$(BIN)/migfw demo $(ARGS)
 
 test: $(DEV) ## Run all tests; those that need a missing program (QEMU, sshd) are skipped and name it
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 peers: ## Unpack QEMUs of several versions for the interop tests into ~/.cache/migfw/peers (MIGFW_PEERS=...; 1 GB)
 	@tests/peers.sh

@@ -1,37 +1,40 @@
-"""The command line; the only place where everything meets.
+"""The command line.
 
-Invariant: one room for each concern, and nothing is imported before a command needs it. `migfw --help` loads click and
-the table of commands, neither NumPy nor a plugin.
+The only package that imports all the others. Modules are imported when a command needs them: `migfw --help` loads click
+and the table of commands, but neither NumPy nor a plugin.
 
-    group.py      the table of commands, their lazy loading, --help, --version, --verbose
-    outcome.py    how a command ended -> one line on stderr and the exit status; nobody else decides either
-    options.py    options that several commands share, and how their values are written
-    output.py     what goes to stdout: JSON documents, tables, lines
-    stdout.py     where that goes, and what happens when it cannot be written
-    completion.py what Tab completes, and the shells' scripts
-    leaving.py    what Ctrl-C does as long as there is nothing to undo
-    engines.py    the engine that a command talks to over QMP: migfw's own, or a QEMU
-    the rest      one module for each command, or for a family of small ones
+    group.py        `migfw` itself and the table of its commands
+    console.py      stdout, stderr, and how an exception becomes a message and an exit status
+    signals.py      what Ctrl-C does
+    options.py      options that several commands share; how --cap and --param are read and applied
+    completion.py   Tab completion
+    engines.py      find an engine and talk to it over QMP; claim the name of a new one
+    progress.py     follow a migration, show its progress, sum it up
+    control.py      the commands that send a single QMP command each, and `ps`
+    run.py          `run`: hosting.py is the life of the engine's process, background.py runs it detached
+    migrate.py      `migrate` and `check`: destination.py starts the other side over ssh
+    relay.py        `relay`, and how a real QEMU migrates over a transport that it does not support
+
+Each of the others is a command of that name.
 """
 
 from __future__ import annotations
 
 import os
 
-from corefw.cli.leaving import leave_at_once
+from corefw.cli.signals import leave_at_once
 
 leave_at_once()
 
 
 def main() -> int:
-    """The entry point of `migfw`; returns the exit status."""
+    """Run `migfw` and return the exit status. This is the entry point of the script."""
+    from corefw.cli.console import open_streams, run_command
     from corefw.cli.group import migfw
-    from corefw.cli.outcome import outcome
-    from corefw.cli.stdout import open_streams
 
-    if "_MIGFW_COMPLETE" in os.environ:  # a shell asks what may follow
+    if "_MIGFW_COMPLETE" in os.environ:  # a shell asks for completions
         from corefw.cli.completion import register_shells
 
         register_shells()
     open_streams()
-    return outcome(lambda: migfw.main(prog_name="migfw", standalone_mode=False))
+    return run_command(lambda: migfw.main(prog_name="migfw", standalone_mode=False))

@@ -1,4 +1,4 @@
-"""`python -m corefw.cli` is `migfw`, for whoever has the interpreter and not the script."""
+"""`python -m corefw.cli` is `migfw`, for environments without the script."""
 
 from __future__ import annotations
 

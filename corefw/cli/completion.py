@@ -1,7 +1,7 @@
-"""Shell completion: what may follow on a command line, and `migfw completion`, which prints the script for a shell.
+"""Tab completion, `migfw completion`, and the list of what is installed in the help of `run` and `migrate`.
 
-Programs are parsed and never imported. The plugins are loaded only where capabilities or parameters are completed; the
-names of URI schemes and machines are read from the installed distributions' metadata.
+Programs are parsed and never imported. Plugins are loaded only to complete capabilities and parameters; the names of
+URI schemes and machines are read from the metadata of the installed distributions.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _engines(_: str) -> Iterable[tuple[str, str]]:
 
 
 def _capabilities(_: str) -> Iterable[tuple[str, str]]:
-    from corefw.cli.changes import all_settings
+    from corefw.cli.options import all_settings
 
     settings = all_settings()
     return [
@@ -62,7 +62,7 @@ def _capabilities(_: str) -> Iterable[tuple[str, str]]:
 
 def _parameters(_: str) -> Iterable[tuple[str, str]]:
     """NAME=, and after that the values of those that have a few."""
-    from corefw.cli.changes import all_settings
+    from corefw.cli.options import all_settings
 
     settings = all_settings()
     for name in settings.parameters():
@@ -233,3 +233,21 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None
     click.echo(kind(migfw, {}, "migfw", COMPLETE_VARIABLE).source(), nl=False)
+
+
+# -- in the help of a command ------------------------------------------------------------------------------------------
+
+
+class WithInstalled(click.Command):
+    """A command whose help ends with the installed URI schemes and kinds of machines."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_epilog(ctx, formatter)
+        with formatter.section("Installed"):
+            formatter.write_dl(
+                [
+                    ("URI schemes", ", ".join(entry_point_names("corefw.transport")) or "none"),
+                    ("machines", ", ".join(entry_point_names("corefw.machine")) or "none"),
+                    ("settings", "'migfw plugins --settings' lists capabilities, parameters and properties"),
+                ]
+            )

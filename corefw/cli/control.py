@@ -1,21 +1,22 @@
-"""The small commands: one QMP command each, to the engine that --name or --qmp says.
+"""The commands that send one QMP command to an engine each, `migfw qmp` and `migfw ps`.
 
-Invariant: a command that changed something says in one line what holds now; with --json it says so in a document.
+A command that changes something prints one line about the new state, or a JSON document with --json.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Final
 
 import click
 
 from corefw.cli import completion
-from corefw.cli.changes import read_mixed
+from corefw.cli.console import print_facts, print_json, print_table
 from corefw.cli.engines import EngineClient, connect
-from corefw.cli.options import engine_options, json_option
-from corefw.cli.output import print_facts, print_json
-from corefw.cli.summary import cancelled
+from corefw.cli.options import engine_options, json_option, read_mixed, split_pairs
+from corefw.cli.progress import cancelled
 from corefw.errors import MigfwError, one_line
+from corefw.qmp.address import EngineInfo, find_engines
 from corefw.uri import MigrationUri
 
 QUIT_SECONDS: Final = 30.0
@@ -214,3 +215,78 @@ def set_values(pairs: tuple[str, ...], name: str | None, qmp: str | None, as_jso
         return
     shown = {True: "on", False: "off"}
     print_facts([(key, shown[value] if isinstance(value, bool) else str(value)) for key, value in made.items()])
+
+
+# -- migfw ps ----------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@json_option
+def ps(as_json: bool) -> None:
+    """List your engines on this host: name, process, machine, state of the guest, migration, address and log.
+
+    Engines started with 'migfw run --qmp ADDRESS' are not listed.
+
+    \b
+    Examples:
+      migfw ps
+      migfw ps --json | jq -r '.[].name'
+    """
+    found = [facts for engine in find_engines() if (facts := _ask(engine))]
+    if as_json:
+        print_json(found)
+        return
+    columns = ("name", "pid", "machine", "guest", "migration", "qmp", "log")
+    print_table(
+        [column.upper() for column in columns], [[str(facts[column] or "-") for column in columns] for facts in found]
+    )
+
+
+def _ask(engine: EngineInfo) -> dict[str, object] | None:
+    """None for one that ended in between, and for one whose end is not an engine of ours."""
+    try:
+        with connect(None, str(engine.address)) as client:
+            status = client.call("x-migfw-status")
+            return {
+                "name": engine.name,
+                "pid": status["pid"],
+                "machine": status["machine"]["kind"],
+                "guest": client.run_state(),
+                "migration": client.migration_status(),
+                "qmp": str(engine.address),
+                "log": (status.get("launch") or {}).get("log"),
+            }
+    except MigfwError:
+        return None
+
+
+# -- migfw qmp ---------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("command")
+@click.argument("arguments", metavar="[NAME=VALUE]...", nargs=-1)
+@engine_options
+def qmp(command: str, arguments: tuple[str, ...], name: str | None, qmp: str | None) -> None:
+    """Send one QMP command and print what it returns, as JSON.
+
+    A VALUE that is valid JSON is sent as such (numbers, true, false, null, "strings", lists, objects); any other is
+    sent as a string.
+
+    \b
+    Examples:
+      migfw qmp query-migrate
+      migfw qmp migrate-set-parameters max-bandwidth=1000000
+      migfw qmp migrate uri=tcp:other:4444
+      migfw qmp query-commands --qmp unix:/run/qemu.sock | jq -r '.[].name'
+    """
+    values = {key: _value(text) for key, text in split_pairs(arguments, "NAME=VALUE").items()}
+    with connect(name, qmp) as engine:
+        print_json(engine.call(command, **values))
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from corefw.cli.console import ExitStatus, Finished, note, print_facts, print_json
 from corefw.cli.options import json_option
-from corefw.cli.outcome import ExitStatus, Finished, note
-from corefw.cli.output import print_facts, print_json
 from corefw.errors import MigfwError, RemoteStreamError, UsageError
 
 if TYPE_CHECKING:
@@ -200,7 +199,7 @@ class _Watched:
         self._next, self._shown = time.monotonic() + INTERVAL, True
 
 
-# -- what is said ------------------------------------------------------------------------------------------------------
+# -- what it prints ----------------------------------------------------------------------------------------------------
 
 
 def _document(done: Conversion) -> dict[str, object]:

@@ -21,13 +21,10 @@ from typing import Any, Final
 
 import click
 
-from corefw.cli.changes import Changes
+from corefw.cli.console import ExitStatus, print_facts
 from corefw.cli.engines import POLL, EngineClient, connect
-from corefw.cli.follow import Follower
-from corefw.cli.outcome import ExitStatus
-from corefw.cli.output import print_facts
-from corefw.cli.progress import open_display
-from corefw.cli.summary import summary
+from corefw.cli.options import Changes
+from corefw.cli.progress import Follower, open_display, summary
 from corefw.errors import MigfwError, UsageError
 from corefw.quantities import format_size, parse_size
 from corefw.settings import UNLIMITED

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from corefw.channel import Interrupt, RemoteHost
+from corefw.cli.console import note
 from corefw.cli.engines import EngineClient
-from corefw.cli.outcome import note
-from corefw.cli.routes import find_transport
+from corefw.cli.relay import find_transport
 from corefw.closing import Closing
 from corefw.errors import ChannelError, MigfwError, UsageError
 
@@ -126,7 +126,7 @@ def _log_in(address: str) -> RemoteHost:
         interrupt.close()
 
 
-# -- the migfw over there --------------------------------------------------------------------------------------------
+# -- migfw on the other host -------------------------------------------------------------------------------------------
 
 
 def _find_migfw(host: RemoteHost, given: str | None, version: str) -> Sequence[str]:

@@ -1,7 +1,7 @@
-"""The table of commands, and `migfw` itself.
+"""`migfw` itself and the table of its commands.
 
-Invariant: a command is named here with where it lives and one line of help; its module is imported when it runs or when
-its own help is asked for, not before. What every command has (--verbose, an end by outcome.py's rules) is added here.
+The table names where each command lives and has its line of help. A command's module is imported when the command runs
+or its own help is asked for. What all commands share (--verbose, a clean end after Ctrl-C) is added here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 import click
 
 from corefw import __version__
-from corefw.cli.leaving import leave_at_once, raise_interrupts
-from corefw.cli.outcome import ExitStatus, Finished, guarded
+from corefw.cli.console import ExitStatus, Finished, guarded
+from corefw.cli.signals import leave_at_once, raise_interrupts
 
 
 class Entry(NamedTuple):
@@ -35,7 +35,7 @@ COMMANDS: Final[Mapping[str, Mapping[str, Entry]]] = {
     },
     "Migration": {
         "migrate": Entry("corefw.cli.migrate:migrate", "Move the running guest to another host."),
-        "check": Entry("corefw.cli.check:check", "Check whether the guest could move, and how long it would take."),
+        "check": Entry("corefw.cli.migrate:check", "Check whether the guest could move, and how long it would take."),
         "status": Entry("corefw.cli.status:status", "Show the guest and its migration."),
         "cancel": Entry("corefw.cli.control:cancel", "Cancel the migration; the guest keeps running here."),
         "set": Entry("corefw.cli.control:set_values", "Change capabilities and parameters, even during a migration."),
@@ -45,21 +45,25 @@ COMMANDS: Final[Mapping[str, Mapping[str, Entry]]] = {
         "recover": Entry("corefw.cli.control:recover", "On the destination, wait for a broken postcopy to resume."),
     },
     "Tools": {
-        "ps": Entry("corefw.cli.ps:ps", "List your engines on this host."),
+        "ps": Entry("corefw.cli.control:ps", "List your engines on this host."),
         "plugins": Entry("corefw.cli.plugins:plugins", "List the installed plugins, and what failed to load."),
         "inspect": Entry("corefw.cli.inspect:inspect", "Show what is in a recorded migration stream."),
         "convert": Entry("corefw.cli.convert:convert", "Rewrite a stored stream for another machine type or QEMU."),
         "relay": Entry("corefw.cli.relay:relay", "Forward a migration from one transport to another."),
-        "qmp": Entry("corefw.cli.qmp:qmp", "Send one QMP command and print the answer."),
+        "qmp": Entry("corefw.cli.control:qmp", "Send one QMP command and print the answer."),
         "completion": Entry("corefw.cli.completion:completion", "Print the Tab completion script for a shell."),
     },
 }
+
+HIDDEN: Final = frozenset({"postcopy", "pause", "recover", "migrate --postcopy", "migrate --resume"})
+"""Commands and options ("COMMAND --OPTION") that no engine can carry out yet. They exist, for QEMU's QMP has them, but
+neither help nor Tab completion shows them. Whatever is removed here belongs on docs/command-line.md."""
 
 _ENTRIES: Final[dict[str, Entry]] = {name: entry for part in COMMANDS.values() for name, entry in part.items()}
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are lines of COMMANDS until one of them is needed."""
+    """A group that imports a command when it is needed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_ENTRIES)
@@ -72,6 +76,10 @@ class LazyGroup(click.Group):
         command = getattr(import_module(module), attribute)
         assert isinstance(command, click.Command)
         command.short_help = entry.help
+        command.hidden = cmd_name in HIDDEN
+        for option in command.params:
+            if isinstance(option, click.Option):
+                option.hidden |= f"{cmd_name} {option.opts[0]}" in HIDDEN
         if not any(parameter.name == "verbose" for parameter in command.params):
             command.params.append(_verbose_option())
         return command
@@ -79,14 +87,14 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, entries in COMMANDS.items():
             with formatter.section(heading):
-                formatter.write_dl([(name, entry.help) for name, entry in entries.items()])
+                formatter.write_dl([(name, entry.help) for name, entry in entries.items() if name not in HIDDEN])
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return guarded(lambda: super(LazyGroup, self).invoke(ctx))
         except click.UsageError as error:
             if error.ctx is None and ctx.invoked_subcommand in _ENTRIES:
-                # Click's parser does not say whose option it was.
+                # click's parser does not say which command the option belongs to.
                 command = self.get_command(ctx, ctx.invoked_subcommand)
                 assert command is not None
                 error.ctx = click.Context(command, info_name=ctx.invoked_subcommand, parent=ctx)
@@ -97,10 +105,20 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Import the command's module. From here on Ctrl-C has to find its way through what the command undoes."""
+        """Import the command's module. From here on Ctrl-C raises, because the command may have something to undo."""
+        if args[0] not in _ENTRIES and not args[0].startswith("-"):
+            ctx.fail(f"No such command '{args[0]}'{_suggestion(args[0])}")
         found = super().resolve_command(ctx, args)
         raise_interrupts()
         return found
+
+
+def _suggestion(word: str) -> str:
+    """ ": did you mean ...?" if a command has a similar name."""
+    from difflib import get_close_matches
+
+    similar = get_close_matches(word, [name for name in _ENTRIES if name not in HIDDEN])
+    return f": did you mean {' or '.join(repr(name) for name in similar)}?" if similar else ""
 
 
 def _verbose_option() -> click.Option:
@@ -114,14 +132,15 @@ def _verbose_option() -> click.Option:
 
 
 def _set_verbosity(ctx: click.Context, _parameter: click.Parameter, count: int) -> None:
-    """`migfw -v run stress` and `migfw run stress -v` are the same: counts add up over the command line."""
+    """Set the log level. `migfw -v run stress` and `migfw run stress -v` are the same: the counts are added up."""
     import logging
 
     total = ctx.meta["migfw.verbosity"] = ctx.meta.get("migfw.verbosity", 0) + count
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(total, 2)]
     plain, detailed = "migfw: %(message)s", "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=level, format=detailed if total else plain, force=True)
-    logging.getLogger("stevedore").setLevel(logging.DEBUG if total > 1 else logging.CRITICAL)  # we say it better
+    # migfw reports plugins that fail to load itself.
+    logging.getLogger("stevedore").setLevel(logging.DEBUG if total > 1 else logging.CRITICAL)
 
 
 @click.group(

@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from corefw.cli.interrupts import ending_signals
-from corefw.cli.outcome import ExitStatus, Finished, note
-from corefw.cli.stdout import StdoutError, abandon
+from corefw.cli.console import ExitStatus, Finished, StdoutError, discard_output, note
+from corefw.cli.signals import ending_signals
 from corefw.control import RunStateChanged
 from corefw.dispatch import Event
 from corefw.engine import Engine
@@ -37,7 +36,7 @@ from corefw.qmp.server import QmpServer
 from corefw.states import MigrationStatus, Side, StatusChanged
 
 if TYPE_CHECKING:
-    from corefw.cli.detaching import Background
+    from corefw.cli.background import Background
 
 LINGER: Final = 10.0
 """Seconds that a source stays, at most, for clients that are still connected when its guest has moved."""
@@ -85,7 +84,7 @@ def say(text: str) -> None:
     try:
         click.echo(f"migfw: {one_line(text)}")
     except BrokenPipeError:
-        abandon(sys.stdout.fileno())
+        discard_output(sys.stdout.fileno())
     except StdoutError as error:
         note(str(error))
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from corefw.cli.console import ExitStatus, Finished, note, print_facts, print_json, print_table
 from corefw.cli.options import json_option
-from corefw.cli.outcome import ExitStatus, Finished, note
-from corefw.cli.output import print_facts, print_json, print_table
 
 if TYPE_CHECKING:
     from corefw.inspection import CommandInfo, Inspection, SectionInfo, ValueBudget

@@ -1,39 +1,43 @@
-"""`migfw migrate`: move the guest, and stay to watch.
+"""`migfw migrate` moves the guest and watches until it is there; `migfw check` tries what would happen.
 
-What can be refused is refused before the engine is asked, and an engine that refuses keeps the settings that it had.
-From then on this process only watches, and the engine goes on whatever becomes of it; the engine keeps limits as well.
+Whatever can be refused is refused before the engine is asked, and an engine that refuses keeps its settings. Once the
+migration runs, this process only watches: the engine continues whatever happens here, and it enforces the limits.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from corefw.cli import completion
-from corefw.cli.changes import Changes, read_changes
+from corefw.cli.completion import WithInstalled
+from corefw.cli.console import ExitStatus, Finished, note, print_facts, print_json, unread_is_fine
 from corefw.cli.engines import EngineClient, connect
-from corefw.cli.follow import Follower
-from corefw.cli.installed import WithInstalled
-from corefw.cli.interrupts import Interrupts
-from corefw.cli.limits import add_limits
-from corefw.cli.options import engine_options, json_option, parse_switches, settings_options
-from corefw.cli.outcome import ExitStatus, Finished, note
-from corefw.cli.output import print_facts, print_json
-from corefw.cli.progress import open_display
-from corefw.cli.routes import Route, find_route
-from corefw.cli.stdout import unread_is_fine
-from corefw.cli.summary import cancelled, summary
+from corefw.cli.options import (
+    Changes,
+    add_limits,
+    engine_options,
+    json_option,
+    parse_switches,
+    read_changes,
+    settings_options,
+)
+from corefw.cli.progress import Follower, cancelled, open_display, summary
+from corefw.cli.relay import Route, find_route
+from corefw.cli.signals import Interrupts
 from corefw.errors import MigfwError, UsageError, one_line
 from corefw.machine import RunState
+from corefw.quantities import format_milliseconds, format_size
 from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED
 from corefw.states import MigrationStatus
 
 if TYPE_CHECKING:
     from corefw.cli.destination import Destination
-    from corefw.cli.relayed import QemuRelay
+    from corefw.cli.relay import QemuRelay
 
 
 @click.command(cls=WithInstalled)
@@ -211,7 +215,7 @@ def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str
 
 
 def _relay(uri: str, engine: EngineClient) -> QemuRelay:
-    from corefw.cli.relayed import QemuRelay
+    from corefw.cli.relay import QemuRelay
 
     return QemuRelay(uri, engine.client)
 
@@ -229,3 +233,94 @@ def _say_detached(engine: EngineClient, uri: str, *, as_json: bool) -> None:
         print_json({"uri": uri, **engine.query_migrate()})
     else:
         click.echo(f"migrating to {one_line(uri)}; 'migfw status' shows how far it is")
+
+
+# -- migfw check -------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("uri", required=False, shell_complete=completion.uris)
+@click.option(
+    "--to", metavar="[USER@]HOST[:PORT]", help="Start a destination on HOST over ssh for the check, then end it."
+)
+@click.option("--remote-migfw", metavar="PATH", help="Path of migfw on HOST.  [default: migfw, then its path here]")
+@engine_options
+@json_option
+def check(
+    uri: str | None, to: str | None, remote_migfw: str | None, name: str | None, qmp: str | None, as_json: bool
+) -> None:
+    """Check whether the running guest could move to URI or HOST. Nothing moves, and the guest keeps running.
+
+    The destination compares the programs, their fields and arrays, the versions of Python and NumPy, and checks its
+    free memory. The bandwidth and the guest's dirty rate are measured for one second each. The result shows whether a
+    migration would converge, how long it would take, and the expected downtime. The destination keeps waiting
+    afterwards. Without URI or --to, only this side is checked.
+
+    \b
+    Examples:
+      migfw check tcp:other.example.org:4444
+      migfw check --to me@other.example.org
+      migfw check --json
+
+    \b
+    Exit status:
+      0    a migration should succeed
+      1    it would fail; the "problem" lines say why
+      2    wrong usage
+    """
+    if uri is not None and to is not None:
+        raise UsageError(f"'{uri}' and --to {to} both name a destination: use one of them")
+    if to is None and remote_migfw is not None:
+        raise UsageError("--remote-migfw needs --to HOST")
+    with connect(name, qmp) as engine:
+        if not engine.is_migfw:
+            raise UsageError(f"at {engine.address} is a QEMU, and only migfw can check its guest")
+        with _dialled(engine, uri, to, remote_migfw) as where:
+            answer = engine.call("x-migfw-check", **({"uri": where} if where is not None else {}))
+    if as_json:
+        print_json({"uri": where, **answer})
+    else:
+        print_facts(list(_facts(answer, tried=where is None or bool(answer["destination"]))))
+    if not answer["ok"]:
+        raise Finished(ExitStatus.FAILED)
+
+
+@contextlib.contextmanager
+def _dialled(engine: EngineClient, uri: str | None, to: str | None, remote_migfw: str | None) -> Iterator[str | None]:
+    """The URI to dial; for --to that of a destination that is ended afterwards."""
+    if to is None:
+        yield uri
+        return
+    from corefw.cli.destination import start_destination
+
+    for number in (signal.SIGTERM, signal.SIGHUP):  # they, too, have to find their way through ending it
+        signal.signal(number, signal.default_int_handler)
+    with start_destination(engine, to, remote_migfw, ()) as destination:
+        yield destination.uri
+
+
+def _facts(answer: Mapping[str, Any], *, tried: bool) -> Iterator[tuple[str, str]]:
+    """`tried` is False where a destination was named and could not be asked (file:, exec:)."""
+    for problem in answer["problems"]:
+        yield "problem", problem
+    for remark in answer["notes"]:
+        yield "note", remark
+    yield "RAM", f"{format_size(answer['ram'])}, {format_size(answer['ram-used'])} of it in use"
+    if answer["dirty-rate"] is not None:
+        yield "dirty rate", f"{format_size(answer['dirty-rate'])}/s"
+    if there := answer["destination"]:
+        versions = ", ".join(f"{called} {there.get(key, '?')}" for key, called in _VERSIONS)
+        yield "destination", f"{there.get('host', '?')}: {versions}"
+        if isinstance(there.get("memory"), int):
+            yield "memory there", f"{format_size(there['memory'])} to spare"
+    if answer["bandwidth"]:
+        yield "bandwidth", f"{format_size(answer['bandwidth'])}/s, round trip {answer['round-trip']:.1f} ms"
+    if answer["converges"]:
+        passes = f"{answer['passes']} pass{'es' if answer['passes'] != 1 else ''}"
+        yield "would take", f"{format_milliseconds(answer['expected-time'])}, {passes}"
+        yield "downtime", f"about {format_milliseconds(answer['expected-downtime'])}, plus the time to stop the guest"
+    good = "a migration should succeed" if tried else "nothing here is in the way; the destination was not tried"
+    yield "result", good if answer["ok"] else "a migration would fail"
+
+
+_VERSIONS = (("migfw", "migfw"), ("python", "Python"), ("numpy", "NumPy"))

@@ -1,30 +1,41 @@
-"""Options that several commands share, and how their values are written.
+"""Options that several commands share, and how settings are read from the command line and applied to an engine.
 
-Invariant: an option means the same and reads the same wherever it is; its help text is here once. A value that is wrong
-is refused before anything is started.
+An option means the same in every command, and its help text exists once. The tables of corefw.settings decide how a
+value is parsed ("500M" is a rate, "300ms" a time); the engine decides whether it may be set. Wrong values are refused
+before anything starts, and several settings are changed together or not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Final, TypeVar
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 from corefw.cli import completion
-from corefw.errors import UsageError
-from corefw.quantities import parse_switch
+from corefw.errors import MigfwError, SettingsError, UsageError
+from corefw.quantities import parse_milliseconds, parse_size, parse_switch
+from corefw.settings import Capability, Parameter, Settings, Value
+
+if TYPE_CHECKING:
+    from corefw.cli.engines import EngineClient
+    from corefw.settings import Value
+
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def json_option(command: _Command) -> _Command:
-    """--json as the argument `as_json`."""
+    """Add --json, as the argument `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")(command)
 
 
 def engine_options(command: _Command) -> _Command:
-    """--name and --qmp, as the arguments `name` and `qmp`: which engine to talk to."""
+    """Add --name and --qmp, as the arguments `name` and `qmp`: which engine to talk to."""
     command = click.option(
         "--qmp",
         metavar="ADDRESS",
@@ -44,7 +55,7 @@ PARAMETER: Final = "--param NAME=VALUE, as in --param downtime-limit=100ms"
 
 
 def param_option(command: _Command) -> _Command:
-    """--param, as the argument `params`."""
+    """Add --param, as the argument `params`."""
     return click.option(
         "--param",
         "params",
@@ -56,7 +67,7 @@ def param_option(command: _Command) -> _Command:
 
 
 def settings_options(command: _Command) -> _Command:
-    """--cap and --param, as the arguments `caps` and `params`: changes made before the command starts anything."""
+    """Add --cap and --param, as the arguments `caps` and `params`: settings to change before the command starts."""
     command = param_option(command)
     return click.option(
         "--cap",
@@ -69,7 +80,7 @@ def settings_options(command: _Command) -> _Command:
 
 
 def split_pairs(texts: Iterable[str], what: str) -> dict[str, str]:
-    """("a=1", "b=2") -> {"a": "1", "b": "2"}. Raises UsageError for one without "=", or a name given twice."""
+    """Split ("a=1", "b=2") into {"a": "1", "b": "2"}. Raises UsageError if "=" is missing or a name is given twice."""
     pairs: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -82,14 +93,195 @@ def split_pairs(texts: Iterable[str], what: str) -> dict[str, str]:
 
 
 def parse_switches(texts: Iterable[str], what: str) -> dict[str, bool]:
-    """("a", "b=off") -> {"a": True, "b": False}. Raises UsageError for another word than on or off."""
+    """Parse ("a", "b=off") into {"a": True, "b": False}. Raises UsageError for any other word than on or off."""
     pairs = split_pairs((text if "=" in text else f"{text}=on" for text in texts), what)
     return {name: read_switch(name, word) for name, word in pairs.items()}
 
 
 def read_switch(name: str, word: str) -> bool:
-    """The state that NAME=WORD sets. Raises UsageError."""
+    """Parse the WORD of NAME=WORD. Raises UsageError."""
     try:
         return parse_switch(word)
     except UsageError:
         raise UsageError(f"'{name}={word}': expected {name}=on or {name}=off") from None
+
+
+def set_parameters(settings: Settings, params: Iterable[str]) -> None:
+    """Set what --param says on the settings of this process. Raises UsageError, SettingsError."""
+    texts = split_pairs(params, PARAMETER)
+    settings.set_parameters({name: settings.declared_parameter(name).parse(text) for name, text in texts.items()})
+
+
+# -- changes to an engine's settings -----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Changes:
+    """Capabilities and parameters to set on an engine."""
+
+    capabilities: dict[str, bool] = field(default_factory=dict)
+    parameters: dict[str, Value] = field(default_factory=dict)
+
+    def apply(self, engine: EngineClient) -> None:
+        """Set everything. If the engine refuses something, restores the previous values and raises UsageError."""
+        with self.applied(engine):
+            pass
+
+    @contextlib.contextmanager
+    def applied(self, engine: EngineClient) -> Iterator[None]:
+        """Set everything for a migration that the block starts.
+
+        The previous values are restored if the engine refuses something, here or in the block, or if the block is left
+        by an exception while no migration runs.
+        """
+        before = self._before(engine)
+        try:
+            self._set(engine)
+            yield
+        except UsageError:
+            before._restore(engine)
+            raise
+        except BaseException:
+            with contextlib.suppress(MigfwError):  # if the engine is gone, so are its settings
+                if not engine.is_migrating():
+                    before._restore(engine)
+            raise
+
+    def _before(self, engine: EngineClient) -> Changes:
+        """The engine's present values of everything that is to be set. Raises UsageError for an unknown parameter."""
+        known = engine.call("query-migrate-parameters") if self.parameters else {}
+        for name in self.parameters:
+            if engine.is_migfw and name not in known:
+                raise UsageError(f"unknown parameter '{name}': expected one of {', '.join(known)}")
+        states = engine.call("query-migrate-capabilities") if self.capabilities else []
+        return Changes(
+            {one["capability"]: one["state"] for one in states if one["capability"] in self.capabilities},
+            {name: known[name] for name in self.parameters if name in known},
+        )
+
+    def _set(self, engine: EngineClient) -> None:
+        self._set_parameters(engine)
+        self._set_capabilities(engine)
+
+    def _restore(self, engine: EngineClient) -> None:
+        """Undo `_set`, in reverse order so that the engine sees the same combinations. Ignores what it refuses: that
+        was never changed."""
+        for part in (self._set_capabilities, self._set_parameters):
+            with contextlib.suppress(MigfwError):
+                part(engine)
+
+    def _set_parameters(self, engine: EngineClient) -> None:
+        if self.parameters:
+            engine.call("migrate-set-parameters", **self.parameters)
+
+    def _set_capabilities(self, engine: EngineClient) -> None:
+        if self.capabilities:
+            wanted = [{"capability": name, "state": state} for name, state in self.capabilities.items()]
+            engine.call("migrate-set-capabilities", capabilities=wanted)
+
+
+def read_changes(caps: Iterable[str], params: Iterable[str], *, plugins: bool = True) -> Changes:
+    """Parse --cap and --param. Raises UsageError for a value that cannot be parsed.
+
+    `plugins` looks up names that the core does not declare in the installed plugins. For a QEMU it is False, and names
+    that are not declared are passed on.
+    """
+    return Changes(
+        {
+            _real_name(name, plugins=plugins): state
+            for name, state in parse_switches(caps, "--cap NAME, --cap NAME=on or --cap NAME=off").items()
+        },
+        dict(_parameter(name, text, plugins=plugins) for name, text in split_pairs(params, PARAMETER).items()),
+    )
+
+
+def read_mixed(pairs: Iterable[str], capabilities: frozenset[str], *, plugins: bool = True) -> Changes:
+    """Parse the NAME=VALUE of `migfw set`, which may name either kind. `capabilities` are the engine's own."""
+    changes = Changes()
+    for name, text in split_pairs(pairs, "NAME=VALUE, as in downtime-limit=100ms or return-path=on").items():
+        real = _real_name(name, plugins=plugins)
+        if real in capabilities or isinstance(_declared(name, plugins=plugins), Capability):
+            changes.capabilities[real] = read_switch(name, text)
+        else:
+            changes.parameters.update([_parameter(name, text, plugins=plugins)])
+    return changes
+
+
+def _parameter(name: str, text: str, *, plugins: bool) -> tuple[str, Value]:
+    declared = _declared(name, plugins=plugins)
+    if isinstance(declared, Parameter):
+        return declared.name, declared.parse(text)
+    return name, _parse_undeclared(text)
+
+
+def _parse_undeclared(text: str) -> Value:
+    """Parse the value of a parameter that is not in the tables: on or off, a number or size, or else a string."""
+    with contextlib.suppress(UsageError):
+        return parse_switch(text)
+    return parse_size(text) if re.fullmatch(r"\d+(\.\d+)?[KMGTkmgt]?(iB|B)?", text) else text
+
+
+def _real_name(name: str, *, plugins: bool) -> str:
+    declared = _declared(name, plugins=plugins)
+    return declared.name if declared else name
+
+
+def _declared(name: str, *, plugins: bool) -> Capability | Parameter | None:
+    """A name's declaration. The plugins are loaded only if the core does not declare it."""
+    return _lookup(Settings(), name) or (_lookup(all_settings(), name) if plugins else None)
+
+
+def _lookup(settings: Settings, name: str) -> Capability | Parameter | None:
+    for find in (settings.declared_capability, settings.declared_parameter):
+        try:
+            return find(name)
+        except SettingsError:
+            continue
+    return None
+
+
+@cache
+def all_settings() -> Settings:
+    """The settings that the core and the installed plugins declare."""
+    from corefw.plugins import Plugins
+
+    return Plugins.load().settings()
+
+
+# -- limits of a migration ---------------------------------------------------------------------------------------------
+
+
+def add_limits(
+    changes: Changes, engine: EngineClient, timeout: str | None, max_passes: int | None, on_timeout: str | None
+) -> None:
+    """Add --timeout, --max-passes and --on-timeout of `migfw migrate`, as parameters of the engine. Raises UsageError.
+
+    Limits hold for a single migration: those that neither these options nor --param give are reset.
+    """
+    if on_timeout is not None and timeout is None and max_passes is None:
+        raise UsageError("--on-timeout says what happens at a limit: give --timeout or --max-passes as well")
+    given = timeout is not None or max_passes is not None
+    if not engine.is_migfw:
+        if given:
+            raise UsageError(
+                "--timeout and --max-passes are kept by the engine, and a QEMU has no such limits"
+                " (watch it with 'migfw status --watch', and end it with 'migfw cancel')"
+            )
+        return
+    limits: dict[str, Value] = {
+        "x-migfw-timeout": _parse_duration(timeout) if timeout is not None else 0,
+        "x-migfw-max-passes": max_passes or 0,
+        "x-migfw-on-timeout": on_timeout or "cancel",
+    }
+    for name, value in limits.items():
+        changes.parameters.setdefault(name, value)
+
+
+def _parse_duration(text: str) -> int:
+    """Parse a duration into milliseconds. A number without a unit is refused, because it could mean seconds."""
+    milliseconds = parse_milliseconds(text)
+    if text.strip()[-1:].isdigit():
+        raise UsageError(f"'--timeout {text}': give a unit, as in {text}s or {text}m")
+    if not milliseconds:
+        raise UsageError(f"'--timeout {text}': expected a time longer than zero (leave it out for no limit)")
+    return milliseconds

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from corefw.cli.console import print_json, print_table
 from corefw.cli.options import json_option
-from corefw.cli.output import print_json, print_table
 from corefw.quantities import format_size
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
-"""How far a migration is, shown while it runs.
+"""Follow a migration: show its progress while it runs, sum it up when it is over.
 
-A display gets query-migrate's answers and knows nothing of where they come from. On a terminal it is live; where stdout
-is a file or a pipe it is plain lines, one a second at most and only when something changed; beside --json, stdout stays
-clean, and a terminal on stderr has the live one. What the figures mean is in docs/decisions/progress.md.
+A display gets query-migrate's answers and does not know where they come from. On a terminal it is live. If stdout is a
+file or a pipe, it is plain lines, at most one a second and only when something changed. With --json, stdout stays
+clean, and the live display is on stderr if that is a terminal. docs/decisions/progress.md explains the figures.
 """
 
 from __future__ import annotations
@@ -16,11 +16,17 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import click
 
+from corefw.cli.engines import POLL, EngineClient
+from corefw.cli.signals import Interrupts
 from corefw.closing import Closing
-from corefw.quantities import format_duration, format_size
+from corefw.errors import ChannelError, MigfwError
+from corefw.machine import RunState
+from corefw.quantities import format_duration, format_milliseconds, format_size
+from corefw.states import MigrationStatus
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
 
 LINE_INTERVAL: Final = 1.0
 """Seconds between two plain lines, at least."""
@@ -197,3 +203,129 @@ def open_display(title: str, *, as_json: bool) -> Display:
     if stream.isatty():
         return Live(title, stream)
     return Display() if as_json else Lines()
+
+
+# -- when it is over ---------------------------------------------------------------------------------------------------
+
+
+_WHEREABOUTS: Final[Mapping[str, str]] = {
+    "stored": "stored in the file; it no longer runs here",
+    "unconfirmed": "stopped here: nobody confirmed that it arrived (if it did, 'migfw quit'; if not, 'migfw cont')",
+}
+"""Where the guest is, unless it simply moved."""
+
+
+def throughput(answer: Mapping[str, Any]) -> float:
+    """Bytes per second over the time that data flowed; 0 when that is not known."""
+    milliseconds = answer.get("total-time", 0) - answer.get("setup-time", 0)
+    transferred: int = answer.get("ram", {}).get("transferred", 0)
+    return transferred * 1000 / milliseconds if milliseconds > 0 else 0.0
+
+
+def cancelled(answer: Mapping[str, Any], run_state: str) -> str:
+    """The status after a cancel; where the guest did not come back, why not."""
+    status, reason = str(answer.get("status", "none")), str(answer.get("x-migfw", {}).get("reason", ""))
+    return f"{status} ({reason})" if reason and run_state == RunState.POSTMIGRATE else status
+
+
+def _live_sections(answer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    sections = answer.get("x-migfw", {}).get("sections", {})
+    return {name: one for name, one in sections.items() if one["total"]}
+
+
+def summary(answer: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """query-migrate's last answer as (name, value) lines. What the engine did not say is left out."""
+    ram = answer.get("ram", {})
+    facts = [("status", str(answer.get("status", "none")))]
+    if "error-desc" in answer:
+        facts.append(("error", str(answer["error-desc"])))
+    for name, key in (("total time", "total-time"), ("setup time", "setup-time"), ("downtime", "downtime")):
+        if key in answer:
+            facts.append((name, format_milliseconds(answer[key])))
+    if rate := throughput(answer):
+        facts.append(("throughput", f"{format_size(rate)}/s"))
+    if "dirty-sync-count" in ram:
+        facts.append(("passes", str(ram["dirty-sync-count"])))
+    if "transferred" in ram:
+        facts.append(("sent", f"{format_size(ram['transferred'])} for {format_size(ram.get('total', 0))} of RAM"))
+    if len(live := _live_sections(answer)) > 1:
+        facts.append(("sections", ", ".join(f"{name} {format_size(one['sent'])}" for name, one in live.items())))
+    if "normal" in ram:
+        facts.append(("pages", f"{ram['normal']:,} sent whole, {ram.get('duplicate', 0):,} zero"))
+    if guest := _WHEREABOUTS.get(answer.get("x-migfw", {}).get("guest", "")):
+        facts.append(("guest", guest))
+    facts += [("warning", str(warning)) for warning in answer.get("x-migfw", {}).get("warnings", ())]
+    return facts
+
+
+# -- while it runs -----------------------------------------------------------------------------------------------------
+
+
+OVER: Final = frozenset(
+    {
+        MigrationStatus.NONE,
+        MigrationStatus.COMPLETED,
+        MigrationStatus.FAILED,
+        MigrationStatus.CANCELLED,
+        MigrationStatus.POSTCOPY_PAUSED,
+        MigrationStatus.COLO,
+    }
+)
+"""Nothing more happens by itself."""
+
+_FIRST_PASS: Final = 2
+"""When the second pass begins (dirty-sync-count), everything was sent once: the time to switch to postcopy."""
+
+
+class Follower:
+    """One migration of one engine, shown on one display.
+
+    hopeless   asked at every look; the migration is cancelled once it says True (a relay that failed)
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        display: Display,
+        interrupts: Interrupts | None = None,
+        *,
+        postcopy: bool = False,
+        hopeless: Callable[[], bool] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._display = display
+        self._interrupts = interrupts or Interrupts()
+        self._postcopy = postcopy
+        self._hopeless = hopeless
+        self._cancelling = False
+        self._explained = False
+
+    def wait(self) -> dict[str, Any]:
+        """Until it is over; the last answer of query-migrate. Raises MigfwError when the engine went away."""
+        while True:
+            try:
+                answer = self._engine.query_migrate()
+            except ChannelError as error:
+                raise MigfwError(
+                    f"the engine ended while its guest migrated ({error}): check the destination"
+                ) from None
+            progress = Progress.of(answer)
+            if progress.phase in OVER:
+                return answer
+            self._display.update(progress)
+            self._act(progress)
+            time.sleep(POLL)
+
+    def _act(self, progress: Progress) -> None:
+        hopeless = self._hopeless is not None and self._hopeless()
+        if not self._cancelling and (self._interrupts.requested or hopeless):
+            self._cancelling = True
+            if self._interrupts.requested:
+                self._display.say("cancelling; press Ctrl-C again to exit at once")
+            self._engine.call("migrate_cancel")
+        elif self._postcopy and progress.passes >= _FIRST_PASS:
+            self._postcopy = False
+            self._engine.call("migrate-start-postcopy")
+        if progress.phase == MigrationStatus.PRE_SWITCHOVER and not self._explained:
+            self._explained = True
+            self._display.say("the guest is stopped before the switchover: 'migfw continue' or 'migfw cancel'")

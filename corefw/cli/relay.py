@@ -1,30 +1,108 @@
-"""`migfw relay`: join two transports, and show what goes through.
+"""`migfw relay` joins two transports; `migfw migrate` uses the same relay for a real QEMU.
 
-It prints its address before it waits, and the bytes of each direction when both have ended. A relay that breaks before
-the destination has the guest ends with status 1, however much went through.
+A QEMU migrates over a transport that it does not support by sending into a socket of this process, which relays. It is
+given one end of a socket pair with `getfd`, so it needs no path in common with this process: it may run in a container,
+a chroot, or a service with a private /tmp. Only if its QMP is reached over TCP, which carries no descriptors, does it
+dial a UNIX socket, in a folder that only this user can enter.
 """
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import socket
 import sys
+import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import click
 
+from corefw.channel import Transport
 from corefw.cli import completion
-from corefw.cli.interrupts import Interrupts
-from corefw.cli.options import PARAMETER, json_option, param_option, split_pairs
-from corefw.cli.outcome import ExitStatus, Finished, note
-from corefw.cli.output import print_json
-from corefw.cli.stdout import unread_is_fine
-from corefw.errors import Interrupted, one_line
+from corefw.cli.console import ExitStatus, Finished, note, print_json, unread_is_fine
+from corefw.cli.engines import EngineClient
+from corefw.cli.options import json_option, param_option, set_parameters
+from corefw.cli.signals import Interrupts
+from corefw.errors import ChannelError, Interrupted, one_line
+from corefw.net import descriptors
 from corefw.net.relay import Phase, Relay, RelayProgress
+from corefw.qmp.address import UnixAddress
+from corefw.qmp.client import QmpClient, QmpError
 from corefw.quantities import format_milliseconds, format_size
+from corefw.states import MigrationStatus
+from corefw.uri import MigrationUri, check_dialled_port, split_host_port
 
 if TYPE_CHECKING:
     from rich.live import Live
+
+    from corefw.plugins import Plugins
+
+
+# -- routes ------------------------------------------------------------------------------------------------------------
+
+
+QEMU_TWO_WAY: Final = {"tcp": True, "unix": True, "vsock": True, "rdma": True, "exec": False, "fd": None}
+"""Schemes of every QEMU -> whether bytes flow back; None: that depends on the descriptor, so the setting stays."""
+
+_QEMU_FILE_SINCE: Final = (8, 2)
+"""The QEMU that first knew file:."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """relayed       this process carries the bytes between the QEMU and the transport
+    return_path   whether there is one; None: unknown"""
+
+    relayed: bool
+    return_path: bool | None
+
+
+def find_transport(uri: str) -> Transport:
+    """The transport of a URI, in this process. Raises UriError, PluginError."""
+    return _plugins().transport(uri)
+
+
+@cache
+def _plugins() -> Plugins:
+    from corefw.plugins import Plugins
+
+    return Plugins.load()
+
+
+def find_route(engine: EngineClient, uri: str) -> Route:
+    """Raises UriError (no such scheme, a wrong address, one that only receives), UsageError with what the engine said
+    of it."""
+    parsed = MigrationUri.parse(uri)
+    if engine.is_migfw:
+        return Route(relayed=False, return_path=engine.call("x-migfw-transport", uri=uri)["return-path"])
+    if _qemu_knows(engine, parsed):
+        return Route(relayed=False, return_path=QEMU_TWO_WAY.get(parsed.scheme, False))
+    transport = find_transport(uri)
+    transport.check_outgoing()
+    return Route(relayed=True, return_path=transport.features.return_path)
+
+
+def _qemu_knows(engine: EngineClient, uri: MigrationUri) -> bool:
+    """Whether a QEMU itself dials this URI as it is written. Raises UriError for an address that is wrong."""
+    if uri.scheme == "tcp":
+        _, port = split_host_port(uri.rest, str(uri))
+        check_dialled_port(port, str(uri))
+    if uri.scheme == "unix":
+        return not uri.rest.startswith("@")  # an abstract name; QEMU's URIs have only paths
+    if uri.scheme == "file":
+        version = engine.call("query-version")["qemu"]
+        return (version["major"], version["minor"]) >= _QEMU_FILE_SINCE
+    return uri.scheme in QEMU_TWO_WAY
+
+
+# -- migfw relay -------------------------------------------------------------------------------------------------------
+
 
 LOOK: Final = 0.2
 """Seconds between two looks at the relay."""
@@ -66,8 +144,7 @@ def relay(source: str, target: str, allow_any_user: bool, params: tuple[str, ...
     plugins = Plugins.load()
     settings = plugins.settings()
     settings.set_property("allow-any-user", allow_any_user)
-    texts = split_pairs(params, PARAMETER)
-    settings.set_parameters({name: settings.declared_parameter(name).parse(text) for name, text in texts.items()})
+    set_parameters(settings, params)
     with (
         Relay(plugins.transport(source, settings), plugins.transport(target, settings)) as joined,
         Interrupts() as interrupts,
@@ -169,3 +246,115 @@ class Display:
     ) -> None:
         if self._live:
             self._live.stop()
+
+
+# -- for a real QEMU ---------------------------------------------------------------------------------------------------
+
+
+_SETTLE: Final = 2.0
+"""Seconds for the relay to find out why it broke, when QEMU was quicker to see that it did."""
+
+_FAREWELL: Final = 10.0
+"""Seconds for the relay to end by itself when the guest has moved: as long as QEMU needs to close its socket."""
+
+_LOOK: Final = 0.1
+
+_NAME: Final = "migfw-relay"
+"""Of the descriptor, on both sides."""
+
+
+class QemuRelay:
+    """`with QemuRelay(uri, client) as relay:`, and tell the QEMU to migrate to `relay.uri`, over that client: QEMU
+    keeps descriptors by connection. Raises UriError, ChannelError, QmpError."""
+
+    def __init__(self, uri: str, client: QmpClient) -> None:
+        target = find_transport(uri)
+        self._far = uri
+        self._given_up = False
+        with contextlib.ExitStack() as undo:
+            passes_fds = isinstance(client.address, UnixAddress)
+            self.uri: Final = _hand_over(client, undo) if passes_fds else _private_socket(undo)
+            self._relay = Relay(find_transport(self.uri), target)
+            self._tidy_up = undo.pop_all()
+
+    def has_failed(self) -> bool:
+        """Whether there is nothing to wait for any more; the migration is to be cancelled then."""
+        self._given_up = self._relay.failure is not None
+        return self._given_up
+
+    def finish(self, answer: Mapping[str, Any], capabilities: Mapping[str, bool], interrupts: Interrupts) -> str | None:
+        """After QEMU's migration has ended with this `answer` of query-migrate: what went wrong, or None.
+
+        A stream that the destination did not confirm on the return path is whole there only when the last byte has left
+        here: this waits for that.
+        """
+        status = answer["status"]
+        if status == MigrationStatus.COMPLETED:
+            if not capabilities.get("return-path"):
+                return self._drain(interrupts)
+            self._relay.wait(_FAREWELL)
+            return None
+        if status == MigrationStatus.FAILED:
+            self._relay.wait(_SETTLE)
+            if self._relay.failure is None:
+                return f"QEMU says: {answer.get('error-desc', 'nothing of the reason')}"
+            return self._failure()
+        return self._failure() if self._given_up else None
+
+    def _drain(self, interrupts: Interrupts) -> str | None:
+        while not self._relay.wait(_LOOK):
+            if interrupts.requested:
+                return "interrupted before everything from QEMU was forwarded"
+        return f"QEMU had sent everything, but {self._failure()}" if self._relay.failure else None
+
+    def _failure(self) -> str:
+        """Why the relay broke, with its two sides called by what they are here."""
+        sides = {
+            "the FROM side of the relay": "QEMU's side",
+            "the TO side of the relay": f"the side of {self._far}",
+        }
+        text = str(self._relay.failure)
+        for side, name in sides.items():
+            text = text.replace(side, name)
+        return text
+
+    def __enter__(self) -> Self:
+        try:
+            self._relay.start()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._relay.close()
+        self._tidy_up.close()
+
+
+def _private_socket(undo: contextlib.ExitStack) -> str:
+    """The URI of a socket, still to be made, in a folder of this user's."""
+    folder = Path(tempfile.mkdtemp(prefix="migfw-relay-"))
+    undo.callback(shutil.rmtree, folder, ignore_errors=True)
+    return f"unix:{folder}/qemu"
+
+
+def _hand_over(client: QmpClient, undo: contextlib.ExitStack) -> str:
+    """Give the QEMU one end of a socket pair; the URI that means it there, and our end here."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        descriptors.put(_NAME, ours.detach())
+        undo.callback(descriptors.discard, _NAME)
+        client.execute("getfd", {"fdname": _NAME}, [theirs.fileno()])
+    undo.callback(_take_back, client)
+    return f"fd:{_NAME}"
+
+
+def _take_back(client: QmpClient) -> None:
+    """Close what the QEMU still keeps, where it never came to migrate. One that used it, or has gone, keeps nothing."""
+    with contextlib.suppress(QmpError, ChannelError):
+        client.execute("closefd", {"fdname": _NAME})

@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from corefw.cli import completion
-from corefw.cli.installed import WithInstalled
-from corefw.cli.interrupts import ending_signals
-from corefw.cli.leaving import LeavingAtOnce
-from corefw.cli.naming import claim
-from corefw.cli.options import PARAMETER, parse_switches, settings_options, split_pairs
+from corefw.cli.completion import WithInstalled
+from corefw.cli.engines import claim
+from corefw.cli.options import parse_switches, set_parameters, settings_options, split_pairs
+from corefw.cli.signals import LeavingAtOnce, ending_signals
 from corefw.errors import UsageError
 from corefw.qmp.address import runtime_directory
 
 if TYPE_CHECKING:
-    from corefw.cli.detaching import Background
+    from corefw.cli.background import Background
     from corefw.settings import Settings
 
 DEFER: Final = "defer"
@@ -180,7 +179,7 @@ def run(
 def _go_to_background(*, as_json: bool, tied: bool) -> Background:
     """Before anything is imported that might start threads (NumPy's libraries do)."""
     with LeavingAtOnce():
-        from corefw.cli.detaching import go_to_background
+        from corefw.cli.background import go_to_background
     return go_to_background(as_json=as_json, tied=tied)
 
 
@@ -200,6 +199,5 @@ def _apply(
         settings.set_property("only-migratable", True)
     if allow_any_user:
         settings.set_property("allow-any-user", True)
-    texts = split_pairs(params, PARAMETER)
-    settings.set_parameters({name: settings.declared_parameter(name).parse(text) for name, text in texts.items()})
+    set_parameters(settings, params)
     settings.set_capabilities(parse_switches(caps, "--cap NAME, --cap NAME=on or --cap NAME=off"))

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from corefw.cli.changes import Changes
 from corefw.cli.engines import EngineClient
 from corefw.cli.migrate import migrate
+from corefw.cli.options import Changes
 from corefw.qmp.client import QmpClient
 from tests.cli.conftest import SMALL, Engine, Engines
 from tests.helpers.cli import MIGFW, TIMEOUT, check_refused, environment, start

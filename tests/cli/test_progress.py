@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from corefw.cli.progress import Display, Lines, Progress, open_display
-from corefw.cli.summary import summary, throughput
+from corefw.cli.progress import Display, Lines, Progress, open_display, summary, throughput
 
 ACTIVE: dict[str, Any] = {
     "status": "active",

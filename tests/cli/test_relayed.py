@@ -1,4 +1,4 @@
-"""corefw.cli.relayed: how a relay for a QEMU ends, with the test itself as the QEMU."""
+"""corefw.cli.relay: how a relay for a QEMU ends, with the test itself as the QEMU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import cast
 import pytest
 
 from corefw.channel import Channel, Interrupt, Listener, receive_exactly
-from corefw.cli.interrupts import Interrupts
-from corefw.cli.relayed import QemuRelay
+from corefw.cli.relay import QemuRelay
+from corefw.cli.signals import Interrupts
 from corefw.plugins import Plugins
 from corefw.qmp.address import TcpAddress
 from corefw.qmp.client import QmpClient

@@ -16,7 +16,7 @@ import pytest
 from corefw import __version__
 from tests.cli.conftest import SMALL, Engine, Engines
 from tests.helpers.cli import TIMEOUT, migfw, start
-from tests.helpers.sshd import Sshd, missing_programs, running_sshd
+from tests.helpers.sshd import Sshd, running_sshd
 
 BUSY = """
 from corefw_machine_python import guest
@@ -55,8 +55,6 @@ class Far:
 
 @pytest.fixture(scope="module")
 def sshd_and_runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Far]:
-    if missing := missing_programs():
-        pytest.skip(f"needs OpenSSH: {', '.join(missing)}")
     runtime = Path(tempfile.mkdtemp(prefix="migfw-far-", dir="/tmp"))
     with running_sshd(tmp_path_factory.mktemp("sshd"), f"SetEnv XDG_RUNTIME_DIR={runtime}") as sshd:
         yield Far(sshd, runtime)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from corefw.cli.changes import read_changes, read_mixed
-from corefw.cli.naming import suggest
-from corefw.cli.options import parse_switches, split_pairs
+from corefw.cli.engines import suggest
+from corefw.cli.options import parse_switches, read_changes, read_mixed, split_pairs
 from corefw.errors import UsageError
 
 

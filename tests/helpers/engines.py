@@ -101,11 +101,16 @@ def arrived(engine: Engine) -> MigrationStatus:
 
 
 def runs_on(engine: Engine) -> None:
-    """The guest runs here, writes, and has lost nothing."""
+    """The guest runs here, writes, and has lost nothing.
+
+    It is started again after the status of its migration has become final, so this waits for that.
+    """
     machine = counting(engine)
-    assert machine.run_state is RunState.RUNNING
-    before = machine.state.writes
     deadline = time.monotonic() + PATIENCE
+    while machine.run_state is not RunState.RUNNING:
+        assert time.monotonic() < deadline, f"the guest is {machine.run_state}"
+        time.sleep(0.001)
+    before = machine.state.writes
     while machine.state.writes == before:
         assert time.monotonic() < deadline, "the guest writes nothing"
         time.sleep(0.001)

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import pytest
+
 PRIVILEGE_SEPARATION: Final = Path("/run/sshd")
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 5.0
@@ -120,7 +122,12 @@ class Sshd:
 
 @contextlib.contextmanager
 def running_sshd(folder: Path, *settings: str) -> Iterator[Sshd]:
-    """Start one in `folder` (made if need be); `settings` are more lines of sshd_config, and win over those here."""
+    """Start one in `folder` (made if need be); `settings` are more lines of sshd_config, which win over those here.
+
+    Skips the test if a program of OpenSSH is missing.
+    """
+    if missing := missing_programs():
+        pytest.skip(f"needs OpenSSH: {', '.join(missing)}")
     folder.mkdir(parents=True, exist_ok=True)
     user = pwd.getpwuid(os.getuid()).pw_name
     client_key, host_key = make_key(folder / "client_key"), make_key(folder / "host_key")

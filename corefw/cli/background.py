@@ -1,8 +1,8 @@
-"""`run --detach`: the engine goes on in the background, and the command returns once it is ready.
+"""`run --detach`: the engine runs in the background, and the command returns once it is ready.
 
-The command forks before anything is made. The child is the engine; it reports over a pipe, one JSON document a line:
-where its log is, then what it announces when it is ready. Before that its end is the command's end, with the same
-status, and what it wrote to the log is shown.
+The command forks before anything is created. The child becomes the engine. It reports over a pipe, one JSON document a
+line: first where its log is, then what it announces when it is ready. If the engine ends before that, the command ends
+with the same status and shows what was written to the log.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from typing import Any, Final
 
 import click
 
-from corefw.cli.outcome import ExitStatus, Finished, note
-from corefw.cli.output import print_json
+from corefw.cli.console import ExitStatus, Finished, note, print_json
 from corefw.errors import MigfwError, UsageError, one_line
 from corefw.net.sockets import reason
 from corefw.qmp.address import log_directory
