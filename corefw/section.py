@@ -17,7 +17,7 @@ all exactly one of committed() and abandoned().
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
@@ -107,7 +107,8 @@ class IncomingContext(Protocol):
         """Wait for one more channel from the source."""
 
     def send_return_message(self, message: int, body: bytes) -> None:
-        """Write one return-path message whole; from any thread. Raises ChannelError."""
+        """Write one return-path message whole; from any thread. `message` is one of PLUGIN_MESSAGES that the section's
+        saver has a handler for, `body` at most 512 bytes. Raises ChannelError."""
 
 
 class Section(ABC):
@@ -159,6 +160,15 @@ class SectionSaver(Section):
     """
 
     priority: int
+
+    def return_messages(self) -> Mapping[int, Callable[[bytes], None]]:
+        """Handlers of the section's own return-path messages, by number; asked for each connection, before setup().
+
+        The section's loader sends such a message with IncomingContext.send_return_message(). Its number is one of
+        corefw.wire.constants.PLUGIN_MESSAGES. A handler is called with the body, of at most 512 bytes, in the return
+        path's thread; an exception from it fails the migration. The default is to have no messages.
+        """
+        return {}
 
 
 class LiveSaver(SectionSaver):

@@ -32,7 +32,6 @@ from corefw.net.channelset import ChannelSet
 from corefw.section import LoaderRegistry, MultiChannelLoader, RunStateLoader, SectionLoader
 from corefw.settings import Settings
 from corefw.states import MigrationStatus, StateMachine
-from corefw.wire.constants import ReturnMessage
 from corefw.wire.stream import StreamReader
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ class IncomingMigration:
     def send_return_message(self, message: int, body: bytes) -> None:
         if self._return_path is None:
             raise ChannelError("the source has not opened the return path")
-        self._return_path.send(ReturnMessage(message), body)
+        self._return_path.send(message, body)
 
     def open_return_path(self) -> ReturnPathWriter:
         """The source asked for it. Raises ChannelError where bytes flow one way only."""

@@ -9,13 +9,13 @@ Threads: the migration thread; `abort` and `open_channel` may be called from any
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Final
 
 from corefw.channel import Channel, Interrupt, Transport
 from corefw.engine.meter import Meter, metered
-from corefw.engine.returnpath import ReturnPathReader
+from corefw.engine.returnpath import Handler, ReturnPathReader
 from corefw.errors import ChannelError
 from corefw.net.channelset import ChannelSet
 from corefw.wire.constants import Command, ReturnMessage
@@ -33,7 +33,7 @@ LOOK: Final = 0.1
 class Link:
     """One connection. `channel` and `writer` exist once connect() has returned; `abort` works at any time.
 
-    return_path   None before open_return_path(), and in a migration without that capability
+    return_path   None before read_return_path(), and in a migration without that capability
     """
 
     channel: Channel
@@ -63,18 +63,19 @@ class Link:
 
     # -- the return path -------------------------------------------------------------------------------------------
 
-    def open_return_path(self, on_failure: Callable[[], None]) -> None:
-        """Ask the destination for a return path, and begin to read it. `on_failure` is called from the return path's
-        thread when the path ends in anything but success."""
+    def read_return_path(self, handlers: Mapping[int, Handler], on_failure: Callable[[], None]) -> None:
+        """Begin to read the return path, with these handlers beside its own. `on_failure` is called from its thread if
+        it ends in anything but success."""
         self.return_path = ReturnPathReader(self.channel, on_failure)
+        for message, handler in handlers.items():
+            self.return_path.handle(message, handler)
         self.return_path.start()
-        write_command(self.writer, Command.OPEN_RETURN_PATH)
 
-    def ping(self, number: int) -> None:
-        """Write a PING whose PONG can be awaited."""
+    def ping(self, number: int, writer: StreamWriter | None = None) -> None:
+        """Write a PING whose PONG can be awaited, to the stream or to a package that will be part of it."""
         if self.return_path is not None:
             self.return_path.expect(ReturnMessage.PONG, number)
-        write_command(self.writer, Command.PING, ping_payload(number))
+        write_command(writer or self.writer, Command.PING, ping_payload(number))
 
     def check(self) -> None:
         """Raise what ended the return path, if it failed."""

@@ -100,8 +100,7 @@ class OutgoingMigration:
     @property
     def is_safe_elsewhere(self) -> bool:
         """Whether it is known that the guest is elsewhere, whole: the destination said so, or a file has it."""
-        stored = self._transport.features.atomic and self._state.status is _S.COMPLETED
-        return self.confirmed or stored
+        return self.confirmed or (self._state.status is _S.COMPLETED and self._arrived())
 
     @property
     def holds_guest(self) -> bool:
@@ -146,14 +145,18 @@ class OutgoingMigration:
             refused = path is not None and path.refused
             source.statistics.fail(str(error) + source.custody.take_back(refused=refused))
         self._clean_up()
-        tell_outcome([*source.live, *source.savers.state()], committed=error is None)
+        tell_outcome([*source.live, *source.savers.state()], committed=error is None and self._arrived())
         self._end(_S.COMPLETED if error is None else _S.FAILED)
+
+    def _arrived(self) -> bool:
+        """Whether it is known, after the migration has completed, that the guest is elsewhere."""
+        return self.confirmed or self._transport.features.atomic
 
     def _whereabouts(self) -> str:
         """Where the guest is after the migration has completed, for query-migrate's x-migfw.guest."""
-        if self.confirmed:
-            return "moved"
-        return "stored" if self._transport.features.atomic else "unconfirmed"
+        if not self._arrived():
+            return "unconfirmed"
+        return "moved" if self.confirmed else "stored"
 
     # -- how it ends -----------------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ def _write_head(source: Source) -> None:
     if form.configuration:
         write_configuration(writer, Configuration(source.machine.name, form.configuration_tail))
     if source.settings.capability("return-path"):
-        source.link.open_return_path(source.return_path_failed)
+        source.open_return_path()
         source.link.ping(1)
         source.link.ping(MIGFW_PING)
     writer.flush()  # setup may take long, and the destination should know that this is a migration

@@ -48,7 +48,7 @@ class ReturnPathReader:
     def __init__(self, channel: Channel, on_failure: Callable[[], None]) -> None:
         self._channel = channel
         self._on_failure = on_failure
-        self._handlers: Final[dict[ReturnMessage, Handler]] = {
+        self._handlers: Final[dict[int, Handler]] = {
             ReturnMessage.PONG: self._pong,
             ReturnMessage.SWITCHOVER_ACK: self._switchover_ack,
             ReturnMessage.RESUME_ACK: self._resume_ack,
@@ -81,8 +81,8 @@ class ReturnPathReader:
         """Whether the destination confirmed that it has the guest."""
         return _ACCEPTED in self._received
 
-    def handle(self, message: ReturnMessage, handler: Handler) -> None:
-        """From now on the destination may send this message too."""
+    def handle(self, message: int, handler: Handler) -> None:
+        """From now on the destination may send this message too: a ReturnMessage, or one of PLUGIN_MESSAGES."""
         self._handlers[message] = handler
 
     def expect(self, message: ReturnMessage, value: int) -> None:
@@ -147,10 +147,10 @@ class ReturnPathReader:
                 f"{self._channel.peer} closed the return path without reporting a result"
                 " (if it is a QEMU, its stderr or log says why)"
             )
-        message = read_return_message(reader)
+        message = read_return_message(reader, self._handlers)
         handler = self._handlers.get(message.type)
         if handler is None:
-            raise StreamError(f"return path: unexpected {message.type.name}")
+            raise StreamError(f"return path: unexpected {ReturnMessage(message.type).name}")
         handler(message, reader)
 
     # -- the handlers ----------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class ReturnPathWriter:
         self._channel = channel
         self._lock = threading.Lock()
 
-    def send(self, message: ReturnMessage, body: bytes = b"") -> None:
+    def send(self, message: ReturnMessage | int, body: bytes = b"") -> None:
         """Raises ChannelError."""
         with self._lock:
             self._channel.send(encode_return_message(message, body))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from corefw.channel import Channel, Interrupt, Transport
 from corefw.engine.custody import Custody
@@ -16,11 +17,20 @@ from corefw.engine.limits import Limits
 from corefw.engine.link import LAST_WORDS, Link
 from corefw.engine.meter import Meter
 from corefw.engine.passes import Passes
+from corefw.engine.returnpath import Handler
 from corefw.engine.statistics import OutgoingStatistics
-from corefw.errors import MachineError
+from corefw.errors import MachineError, PluginError
 from corefw.machine import DEAD, AdoptsStreams, Machine, StreamFormat, SupportsThrottle
 from corefw.section import LiveSaver, SaverRegistry
 from corefw.settings import Settings
+from corefw.wire.constants import PLUGIN_MESSAGES, Command
+from corefw.wire.records import write_command
+from corefw.wire.returnpath import ReturnMessageRecord
+from corefw.wire.stream import StreamReader
+
+
+def _pass_body(handler: Callable[[bytes], None], message: ReturnMessageRecord, _: StreamReader) -> None:
+    handler(message.body)
 
 
 class Source:
@@ -73,6 +83,26 @@ class Source:
         """Raise MachineError if the guest has ended. Any thread."""
         if self.machine.run_state in DEAD:
             raise MachineError(f"the guest ended during the migration ({self.machine.run_state})")
+
+    def open_return_path(self) -> None:
+        """Ask the destination for a return path, and begin to read it. Raises PluginError; see
+        read_return_path()."""
+        self.read_return_path()
+        write_command(self.link.writer, Command.OPEN_RETURN_PATH)
+
+    def read_return_path(self) -> None:
+        """Begin to read the return path of the present link. Raises PluginError if a saver claims a message that
+        another one has, or that is not for plugins."""
+        self.link.read_return_path(self._plugin_messages(), self.return_path_failed)
+
+    def _plugin_messages(self) -> dict[int, Handler]:
+        found: dict[int, Handler] = {}
+        for saver in self.savers:
+            for number, handler in saver.return_messages().items():
+                if number not in PLUGIN_MESSAGES or number in found:
+                    raise PluginError(f"section {saver.key}: return-path message {number:#x} is not free for it")
+                found[number] = partial(_pass_body, handler)
+        return found
 
     def stream_format(self) -> StreamFormat:
         """How this stream is framed: as a parked machine's stream was, or as the settings say."""

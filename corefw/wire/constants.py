@@ -84,6 +84,10 @@ class ReturnMessage(IntEnum):
     MIGFW_REASON = 0x6D01
 
 
+PLUGIN_MESSAGES: Final = range(0x7000, 0x8000)
+"""Numbers of return-path messages that plugins may define. QEMU has none there, and a source without the plugin refuses
+them."""
+
 RETURN_MESSAGE_LENGTHS: Final[dict[ReturnMessage, int | None]] = {
     ReturnMessage.SHUT: 4,
     ReturnMessage.PONG: 4,

@@ -1,7 +1,7 @@
-"""The return path: what a destination tells its source.
+"""The messages of the return path, from a destination to its source.
 
-Invariant: a message goes out whole, in one send, for several threads may answer; one that comes in is checked against
-its length before its body is read, for the source trusts the destination no more than the other way round.
+Invariant: a message goes out whole, in one send, since several threads may answer. The length of one that comes in is
+checked before its body is read: the source trusts the destination as little as the destination trusts the source.
 
     u16 type, u16 length, body
 
@@ -11,12 +11,20 @@ of the message.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
 from corefw.errors import StreamError, one_line
-from corefw.wire.constants import BE32, REASON_LIMIT, RETURN_MESSAGE_LENGTHS, RETURN_MESSAGE_LIMIT, ReturnMessage
+from corefw.wire.constants import (
+    BE32,
+    PLUGIN_MESSAGES,
+    REASON_LIMIT,
+    RETURN_MESSAGE_LENGTHS,
+    RETURN_MESSAGE_LIMIT,
+    ReturnMessage,
+)
 from corefw.wire.stream import StreamReader
 
 _HEAD: Final = Struct(">HH")
@@ -25,14 +33,19 @@ _REQUEST: Final = Struct(">QI")
 
 @dataclass(frozen=True, slots=True)
 class ReturnMessageRecord:
-    type: ReturnMessage
+    """One message. `type` is a number of PLUGIN_MESSAGES if a plugin defined it."""
+
+    type: ReturnMessage | int
     body: bytes
 
 
-def read_return_message(reader: StreamReader) -> ReturnMessageRecord:
-    """One message. Raises RemoteStreamError for an unknown type or a length that is not its own."""
+def read_return_message(reader: StreamReader, of_plugins: Container[int] = ()) -> ReturnMessageRecord:
+    """One message. `of_plugins` are the numbers of PLUGIN_MESSAGES that may come. Raises RemoteStreamError for any
+    other type, and for a length that the message cannot have."""
     number = reader.be16("the type of a return-path message")
     length = reader.be16("the length of a return-path message")
+    if number in PLUGIN_MESSAGES and number in of_plugins:
+        return ReturnMessageRecord(number, reader.read(length, f"the body of message {number}", RETURN_MESSAGE_LIMIT))
     try:
         message = ReturnMessage(number)
     except ValueError:
@@ -47,6 +60,9 @@ def read_return_message(reader: StreamReader) -> ReturnMessageRecord:
 
 def encode_return_message(message_type: ReturnMessage | int, body: bytes = b"") -> bytes:
     """The message's bytes, to be sent in one go."""
+    if message_type in PLUGIN_MESSAGES:
+        assert len(body) <= RETURN_MESSAGE_LIMIT, f"message {message_type} with {len(body)} bytes"
+        return _HEAD.pack(message_type, len(body)) + body
     message = ReturnMessage(message_type)
     expected = RETURN_MESSAGE_LENGTHS[message]
     assert expected is None or len(body) == expected, f"{message.name} with {len(body)} bytes"

@@ -504,6 +504,22 @@ def test_sections_learn_that_a_migration_took_place() -> None:
     }
 
 
+def test_a_source_that_cannot_know_keeps_what_it_has() -> None:
+    """Without a return path the migration completes, and the guest may be lost: what the source has stays."""
+    pair, plugin = pair_with(*WITNESSES)
+    with pair:
+        source, destination = pair.source(), pair.destination()
+        source.set_capabilities({"return-path": False})
+        source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+        assert (ended(source), arrived(destination)) == ("completed", "completed")
+    assert calls(plugin) == {
+        "LiveWitness": ["cleanup", "abandoned"],
+        "StateWitness": ["abandoned"],
+        "LoadingWitness": ["cleanup", "committed"],
+        "AbsentWitness": ["cleanup", "committed"],
+    }
+
+
 @pytest.mark.parametrize("where", ["source", "destination"])
 def test_sections_learn_that_a_migration_was_abandoned(where: str) -> None:
     pair, plugin = pair_with(*WITNESSES)
