@@ -48,6 +48,12 @@ class MigfwError(Exception):
         return one_line(super().__str__())
 
 
+def described(error: BaseException) -> str:
+    """An error in one line: ours as they are, foreign ones with their type."""
+    text = one_line(str(error))
+    return text if isinstance(error, MigfwError) else f"{type(error).__name__}: {text}"
+
+
 class UsageError(MigfwError):
     """The request itself was wrong; nothing was started or changed."""
 

@@ -37,10 +37,15 @@ CORE: Final[dict[str, set[str]]] = {
     "conversion": {"errors", "channel", "wire"},
     "section": {"errors", "channel", "settings", "wire"},
     "machine": {"errors"},
-    "control": {"dispatch", "machine"},
+    "control": {"dispatch", "machine", "settings", "states"},
     "memory": {"errors", "quantities", "net", "machine"},
     "hookspecs": set(),
-    "plugins": {"errors", "uri", "states", "settings", "channel", "section", "machine", "hookspecs"},
+    "entrypoints": {"errors"},
+    "hookcalls": {"errors", "settings", "channel", "section", "hookspecs"},
+    "plugins": {
+        *("errors", "uri", "states", "settings", "channel", "section", "machine", "hookspecs"),
+        *("entrypoints", "hookcalls"),
+    },
     "testing": {"errors", "uri", "quantities", "settings", "channel", "wire", "section", "machine", "memory"},
     "engine": {
         *("errors", "uri", "quantities", "dispatch", "states", "settings", "channel", "net", "wire", "section"),
@@ -56,14 +61,14 @@ CORE: Final[dict[str, set[str]]] = {
 TYPES: Final[dict[str, set[str]]] = {
     "section": {"machine"},
     "machine": {"section", "wire"},
-    "hookspecs": {"uri", "states", "settings", "channel", "section", "machine", "engine"},
-    "plugins": {"engine"},
+    "hookspecs": {"uri", "states", "settings", "channel", "section", "machine", "control"},
+    "plugins": {"control"},
 }
 """What a part may name in annotations beside that."""
 
 LIBRARIES: Final[dict[str, set[str]]] = {
-    "pluggy": {"hookspecs", "plugins"},
-    "stevedore": {"plugins"},
+    "pluggy": {"hookspecs", "hookcalls", "plugins"},
+    "stevedore": {"entrypoints"},
     "click": {"cli"},
     "rich": {"cli"},
     "numpy": {"channel", "net", "wire", "section", "machine", "memory", "testing", "engine"},
@@ -72,7 +77,7 @@ LIBRARIES: Final[dict[str, set[str]]] = {
 
 PUBLIC: Final = {
     *("errors", "uri", "quantities", "states", "settings", "channel", "net", "wire"),
-    *("section", "machine", "memory", "hookspecs", "testing"),
+    *("section", "machine", "control", "dispatch", "memory", "hookspecs", "testing"),
 }
 """What plugins may import; docs/plugins.md says the same."""
 

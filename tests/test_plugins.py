@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from corefw.entrypoints import GROUPS
 from corefw.errors import MachineError, MigfwError, PluginError, UriError, UsageError
 from corefw.machine import MachineConfig
-from corefw.plugins import GROUPS, Plugins
+from corefw.plugins import Plugins
 from corefw.settings import Settings
 
 TRANSPORT = """

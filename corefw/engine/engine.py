@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from corefw.channel import Transport
-from corefw.control import PassBegan, RunStateChanged
+from corefw.control import MigrationControl, PassBegan, RunStateChanged
 from corefw.dispatch import Event, EventDispatcher, Observer
 from corefw.engine.blockers import Blockers
 from corefw.engine.checking import Checking
@@ -48,7 +48,7 @@ ARRIVING: Final = frozenset({_S.SETUP, _S.ACTIVE})
 ENDED: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED})
 
 
-class Engine:
+class Engine(MigrationControl):
     """One guest and what can be done to it. Under only-migratable, UsageError for one that cannot migrate."""
 
     def __init__(
@@ -61,10 +61,10 @@ class Engine:
         autostart: bool = True,
         launch: Launch | None = None,
     ) -> None:
-        self.machine: Final = machine
+        self.name = name
+        self.machine = machine
+        self.settings = settings
         self.plugins: Final = plugins
-        self.settings: Final = settings
-        self.name: Final = name
         self.launch: Final = launch
         self._events = EventDispatcher()
         self.outgoing: Final = StateMachine(Side.SOURCE, self._events)
@@ -95,6 +95,9 @@ class Engine:
     def _tell_plugins(self, event: Event) -> None:
         if isinstance(event, StatusChanged):
             self.plugins.state_changed(event.side, event.old, event.new)
+
+    def status(self, side: Side) -> MigrationStatus:
+        return (self.outgoing if side is Side.SOURCE else self.incoming).status
 
     # -- the guest -------------------------------------------------------------------------------------------------
 
@@ -153,15 +156,11 @@ class Engine:
 
     # -- out -------------------------------------------------------------------------------------------------------
 
-    def migrate(
-        self, uri: str, *, blk: bool = False, inc: bool = False, detach: bool = False, resume: bool = False
-    ) -> None:
+    def migrate(self, uri: str, *, resume: bool = False) -> None:
         """Start to send the guest away; returns once it has started (`wait_outgoing` for the end).
 
-        Raises UsageError (and nothing was started): StateError, BlockedError, UriError, SettingsError. `detach` has no
-        meaning in QMP, as in QEMU.
+        Raises UsageError (and nothing was started): StateError, BlockedError, UriError, SettingsError.
         """
-        del detach
         with self._events.hold(), self._lock:
             if resume:
                 raise StateError("Cannot resume if there is no paused migration")
@@ -170,8 +169,6 @@ class Engine:
             self._end_check()
             self._check_is_ours()
             self._check_left_nothing_open()
-            if blk or inc:
-                raise SettingsError("capability 'block' is not supported by any installed plugin")
             transport = self._outgoing_transport(uri)
             savers = self._savers()
             if reasons := self._blockers.reasons(savers):

@@ -65,7 +65,7 @@ def corefw_settings():
     )
 
 @hookimpl
-def corefw_commands(engine):
+def corefw_commands(control):
     return {}
 """
 

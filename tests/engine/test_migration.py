@@ -133,8 +133,6 @@ def test_what_is_refused_starts_nothing(pair: Pair) -> None:
             source.migrate(uri)
     with pytest.raises(StateError, match="no paused migration"):
         source.migrate("tcp:127.0.0.1:1", resume=True)
-    with pytest.raises(SettingsError, match="'block'"):
-        source.migrate("tcp:127.0.0.1:1", blk=True)
     with pytest.raises(StateError, match="waiting for an incoming"):
         destination.migrate("tcp:127.0.0.1:1")
     with pytest.raises(StateError, match="'-incoming' was not specified"):

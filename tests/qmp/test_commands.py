@@ -165,6 +165,8 @@ def test_the_seeds_older_setters(client: QmpClient) -> None:
 def test_what_the_state_refuses(client: QmpClient) -> None:
     assert refused(client, "migrate-continue", state="pre-switchover") == "Migration not in expected state: none"
     assert refused(client, "migrate", uri="tcp:h:1", resume=True) == "Cannot resume if there is no paused migration"
+    for storage in ("blk", "inc"):
+        assert "'block'" in refused(client, "migrate", uri="tcp:h:1", **{storage: True})
     assert "no installed plugin has the scheme 'nope'" in refused(client, "migrate", uri="nope:x")
     assert "is not a migration URI" in refused(client, "migrate", uri="nope")
     assert client.execute("migrate_cancel") == {}

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corefw import hookspecs
+from corefw.control import MigrationControl
 from corefw.engine import Engine
 from corefw.errors import ChannelError, MigfwError
 from corefw.machine import RunState
@@ -41,13 +42,13 @@ class Plugin:
         self.entered = threading.Event()
 
     @hookspecs.hookimpl
-    def corefw_commands(self, engine: Engine) -> Mapping[str, Callable[..., object]]:
+    def corefw_commands(self, control: MigrationControl) -> Mapping[str, Callable[..., object]]:
         def wait() -> None:
             self.entered.set()
             assert self.gate.wait(20)
 
         def add(first_number: int, second: float = 0.5, names: list[str] | None = None) -> object:
-            return {"sum": first_number + second, "names": names, "engine": engine.name}
+            return {"sum": first_number + second, "names": names, "engine": control.name}
 
         def crash() -> None:
             raise RuntimeError("not a MigfwError")
@@ -193,7 +194,7 @@ def test_a_plugins_command_that_cannot_be_one_is_left_out(
 ) -> None:
     class Greedy:
         @hookspecs.hookimpl
-        def corefw_commands(self, engine: Engine) -> Mapping[str, Callable[..., object]]:
+        def corefw_commands(self, control: MigrationControl) -> Mapping[str, Callable[..., object]]:
             return {name: function, "x-fine": lambda: "fine"}
 
     plugins.register(Greedy(), "greedy")

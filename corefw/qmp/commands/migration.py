@@ -30,7 +30,10 @@ def migrate(
     resume: bool = False,
 ) -> None:
     """Start to migrate the guest; returns at once, with or without `detach`, as in QEMU."""
-    context.engine.migrate(uri_of(uri, channels), blk=blk, inc=inc, detach=detach, resume=resume)
+    del detach
+    if blk or inc:
+        raise SettingsError("capability 'block' is not supported by any installed plugin")
+    context.engine.migrate(uri_of(uri, channels), resume=resume)
 
 
 def x_migfw_check(context: Context, uri: str = "") -> object:

@@ -7,7 +7,7 @@ how it travels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from corefw.hookspecs import hookimpl
 from corefw.section import SectionLoader, SectionSaver
@@ -16,13 +16,8 @@ from migfw_journal.journal import journal_of
 from migfw_journal.section import CAPABILITY, JournalLoader, JournalSaver
 
 if TYPE_CHECKING:
+    from corefw.control import MigrationControl
     from corefw.machine import Machine
-
-
-class HasMachine(Protocol):
-    """As much of the engine as this plugin needs."""
-
-    machine: Machine
 
 
 @hookimpl
@@ -44,10 +39,10 @@ def corefw_section_loaders(machine: Machine) -> Iterable[SectionLoader]:
 
 
 @hookimpl
-def corefw_commands(engine: HasMachine) -> Mapping[str, Callable[..., object]]:
+def corefw_commands(control: MigrationControl) -> Mapping[str, Callable[..., object]]:
     """QMP: {"execute": "x-query-journal"}."""
 
     def x_query_journal() -> list[dict[str, object]]:
-        return [{"host": hop.host, "since": hop.since} for hop in journal_of(engine.machine).hops]
+        return [{"host": hop.host, "since": hop.since} for hop in journal_of(control.machine).hops]
 
     return {"x-query-journal": x_query_journal}
