@@ -1,13 +1,14 @@
-"""What a plugin may see and do of a running engine: its events, and MigrationControl."""
+"""What a plugin may see and do of a running engine: its events, its reports, and MigrationControl."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from corefw.dispatch import Event, Observer
 from corefw.machine import Machine, RunState
+from corefw.section import RamStatistics
 from corefw.settings import Settings
 from corefw.states import MigrationStatus, Side
 
@@ -27,6 +28,109 @@ class RunStateChanged(Event):
     new: RunState
 
 
+@dataclass(frozen=True, slots=True)
+class TransferReport:
+    """The figures of a migration away from here, at one moment.
+
+    Sizes are bytes, rates bytes per second, times milliseconds. "State" is what the live sections have to send: a page
+    of zeros counts as a whole page. None stands for "not known".
+
+    total_time          since the migration began; of one that has ended, until its end
+    setup_time          until the destination had accepted the sections
+    downtime            for how long the guest was stopped; 0 until the migration has completed
+    expected_downtime   how long the guest would be stopped if the switchover came now (QEMU's estimate)
+    transferred         bytes in the stream
+    precopy_bytes       those that were sent before the guest was stopped
+    mbps                megabits per second in the stream
+    pages_per_second    pages of RAM
+    ram                 a copy of the counters of RAM's section
+    total               the most state that was ever left, over all sections
+    remaining           state left as of the last look of the migration thread
+    remaining_now       the same, with what RAM's section has found since the guest was stopped
+    send_rate           state that is sent in a second
+    dirty_rate          state that the guest writes in a second
+    time_left           until the guest runs on the destination; None as well if the migration does not converge
+    pass_time_left      until the present pass has been sent
+    pass_downtime       how long it would take to send what the last pass began with
+    converges           False: passes do not get smaller, and what is left does not fit into the downtime limit
+    guest               once completed: "moved" (confirmed), "stored" (whole in a file) or "unconfirmed"; "" before
+    warnings            sentences: what whoever started the migration should know
+    """
+
+    total_time: int
+    setup_time: int
+    downtime: int
+    expected_downtime: int
+    transferred: int
+    precopy_bytes: int
+    mbps: float
+    pages_per_second: int
+    ram: RamStatistics
+    total: int
+    remaining: int
+    remaining_now: int
+    send_rate: float
+    dirty_rate: float | None
+    time_left: float | None
+    pass_time_left: float | None
+    pass_downtime: float | None
+    converges: bool | None
+    guest: str
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationReport:
+    """How a migration goes, or went.
+
+    side              SOURCE if a migration away from here was ever started, else DESTINATION
+    status            that side's
+    error             why it failed or was cancelled, or is about to fail
+    blocked_reasons   why a migration away from here would be refused; empty while one runs
+    sections          what each section reports of itself (Section.statistics), by name
+    transfer          figures of the source; None on a destination
+    """
+
+    side: Side
+    status: MigrationStatus
+    error: str | None = None
+    blocked_reasons: tuple[str, ...] = ()
+    sections: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    transfer: TransferReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """Whether a migration would succeed, and what it would be like. None stands for "not known".
+
+    problems            why it would not succeed, as sentences; empty: it would
+    notes               what may matter, as sentences
+    ram                 bytes of RAM
+    ram_used            bytes of it that are allocated
+    dirty_rate          bytes that the guest writes in a second
+    destination         what the destination says of itself: host, versions, free memory
+    bandwidth           bytes per second, measured
+    round_trip          milliseconds
+    converges           whether passes get smaller until the rest fits into the downtime limit
+    expected_time       milliseconds until the guest runs there
+    expected_downtime   milliseconds
+    passes              over the guest's memory
+    """
+
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    ram: int
+    ram_used: int
+    dirty_rate: int | None
+    destination: Mapping[str, object] | None
+    bandwidth: int | None
+    round_trip: float | None
+    converges: bool | None
+    expected_time: int | None
+    expected_downtime: int | None
+    passes: int | None
+
+
 class MigrationControl(ABC):
     """The engine, as the QMP commands of plugins see it. May be called from any thread, observers included.
 
@@ -42,6 +146,10 @@ class MigrationControl(ABC):
     @abstractmethod
     def status(self, side: Side) -> MigrationStatus:
         """The status of the migration away from here (Side.SOURCE) or to here (Side.DESTINATION)."""
+
+    @abstractmethod
+    def report(self) -> MigrationReport:
+        """How the migration goes, or went: the one away from here if any was started, else the one to here."""
 
     @abstractmethod
     def observe(self, observer: Observer) -> Callable[[], None]:

@@ -59,6 +59,9 @@ SETUP_OR_ACTIVE: Final = frozenset(
 )
 """A migration runs, and can be cancelled (migration_is_setup_or_active)."""
 
+SENDING: Final = frozenset({*SETUP_OR_ACTIVE - {_S.SETUP}, _S.CANCELLING})
+"""The guest's state is being sent: query-migrate has the figures of the moment (fill_source_migration_info)."""
+
 SOURCE_TRANSITIONS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] = {
     _S.NONE: frozenset({_S.SETUP}),
     _S.SETUP: frozenset({_S.ACTIVE, _S.CANCELLING, _S.FAILING}),

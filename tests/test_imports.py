@@ -37,7 +37,7 @@ CORE: Final[dict[str, set[str]]] = {
     "conversion": {"errors", "channel", "wire"},
     "section": {"errors", "channel", "settings", "wire"},
     "machine": {"errors"},
-    "control": {"dispatch", "machine", "settings", "states"},
+    "control": {"dispatch", "machine", "section", "settings", "states"},
     "memory": {"errors", "quantities", "net", "machine"},
     "hookspecs": set(),
     "entrypoints": {"errors"},

@@ -188,7 +188,7 @@ def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: Arrivals) -> 
         if side is Side.DESTINATION and new is MigrationStatus.CANCELLED:
             note("the incoming migration was cancelled; waiting for migrate-incoming")
         if side is Side.DESTINATION and new is MigrationStatus.COMPLETED:
-            arrivals.say(f"the guest has arrived, and is {engine.query_status()['status']}")
+            arrivals.say(f"the guest has arrived, and is {engine.machine.run_state}")
 
     def happened(event: Event) -> None:
         match event:
@@ -239,7 +239,7 @@ def _last_words(engine: Engine, server: QmpServer, ending: Ending) -> None:
 
 
 def _why_not_arrived(engine: Engine) -> str:
-    reason = str(engine.query_migrate().get("error-desc", "no reason given"))
+    reason = engine.report().error or "no reason given"
     return f"the guest could not be loaded: {reason.removeprefix('load of migration failed: ')}"
 
 

@@ -27,6 +27,7 @@ from typing import Any, Final, TypeGuard
 
 from corefw import __version__
 from corefw.channel import Channel, Interrupt, Transport
+from corefw.control import CheckReport
 from corefw.engine.estimate import Estimate, Rates, estimate
 from corefw.errors import ChannelError, Interrupted, StreamError, one_line
 from corefw.machine import AdoptsStreams, Machine, RunState
@@ -89,8 +90,8 @@ class Checking:
             self._channel.abort()
         self.done.wait()
 
-    def run(self) -> dict[str, Any]:
-        """The answer of x-migfw-check. Raises Interrupted when a migration began."""
+    def run(self) -> CheckReport:
+        """Look at both sides. Raises Interrupted when a migration began."""
         if self._transport is not None:
             self._ask(self._transport)
         self._interrupt.check()
@@ -98,21 +99,20 @@ class Checking:
         self._interrupt.check()
         used = sum(min(block.length, os.fstat(block.fd).st_blocks * 512) for block in self._machine.ram_blocks())
         guess = self._estimate(used, rates)
-        return {
-            "ok": not self._problems,
-            "problems": self._problems,
-            "notes": self._notes,
-            "ram": sum(block.length for block in self._machine.ram_blocks()),
-            "ram-used": used,
-            "dirty-rate": int(rates.second) if rates is not None else None,
-            "destination": self._there,
-            "bandwidth": int(self._bandwidth) if self._bandwidth else None,
-            "round-trip": round(self._round_trip * 1000, 3) if self._round_trip is not None else None,
-            "converges": guess.converges if guess else None,
-            "expected-time": guess.milliseconds if guess else None,
-            "expected-downtime": guess.downtime if guess else None,
-            "passes": guess.passes if guess else None,
-        }
+        return CheckReport(
+            problems=tuple(self._problems),
+            notes=tuple(self._notes),
+            ram=sum(block.length for block in self._machine.ram_blocks()),
+            ram_used=used,
+            dirty_rate=int(rates.second) if rates is not None else None,
+            destination=self._there,
+            bandwidth=int(self._bandwidth) if self._bandwidth else None,
+            round_trip=round(self._round_trip * 1000, 3) if self._round_trip is not None else None,
+            converges=guess.converges if guess else None,
+            expected_time=guess.milliseconds if guess else None,
+            expected_downtime=guess.downtime if guess else None,
+            passes=guess.passes if guess else None,
+        )
 
     # -- the destination -------------------------------------------------------------------------------------------
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Final
 
 from corefw.channel import Transport
-from corefw.control import MigrationControl, PassBegan, RunStateChanged
+from corefw.control import CheckReport, MigrationControl, MigrationReport, PassBegan, RunStateChanged
 from corefw.dispatch import Event, EventDispatcher, Observer
 from corefw.engine.blockers import Blockers
 from corefw.engine.checking import Checking
@@ -22,7 +22,6 @@ from corefw.engine.guestlock import GuestLock
 from corefw.engine.incoming import IncomingMigration
 from corefw.engine.launch import Launch
 from corefw.engine.outgoing import OutgoingMigration
-from corefw.engine.statistics import idle_document, with_blockers
 from corefw.errors import (
     BlockedError,
     Interrupted,
@@ -101,11 +100,6 @@ class Engine(MigrationControl):
 
     # -- the guest -------------------------------------------------------------------------------------------------
 
-    def query_status(self) -> dict[str, Any]:
-        """query-status."""
-        state = self.machine.run_state
-        return {"running": state is RunState.RUNNING, "singlestep": False, "status": str(state)}
-
     def stop(self) -> None:
         """Pause the guest. Nothing happens when it does not run."""
         with self._guest_lock.held():
@@ -175,7 +169,7 @@ class Engine(MigrationControl):
                 raise BlockedError(reasons)
             self._begin_outgoing(transport, savers)
 
-    def check(self, uri: str | None = None) -> dict[str, Any]:
+    def check(self, uri: str | None = None) -> CheckReport:
         """Whether a migration to `uri` would succeed, and what it would be like; it changes nothing and takes some
         seconds. Without `uri` only this side is looked at. A migration that begins meanwhile ends it.
 
@@ -388,17 +382,18 @@ class Engine(MigrationControl):
 
     # -- what is known ---------------------------------------------------------------------------------------------
 
-    def query_migrate(self) -> dict[str, Any]:
-        """query-migrate: the outgoing migration where there was one, else the incoming one."""
+    def report(self) -> MigrationReport:
         with self._swap:
             migration, status = self._migration, self.outgoing.status
+        blocked = tuple(self._blocked_now())
         if migration is not None and status is not _S.NONE:
-            info = migration.statistics.document(status)
-        else:
-            arrival = self._arrival
-            error = arrival.error if arrival is not None else None
-            info = idle_document(self.incoming.status, error, arrival.figures() if arrival is not None else {})
-        return with_blockers(info, self._blocked_now())
+            found = migration.statistics
+            sections = found.section_reports()
+            return MigrationReport(Side.SOURCE, status, found.error, blocked, sections, found.report(status))
+        arrival = self._arrival
+        if arrival is None:
+            return MigrationReport(Side.DESTINATION, self.incoming.status, None, blocked)
+        return MigrationReport(Side.DESTINATION, self.incoming.status, arrival.error, blocked, arrival.figures())
 
     def _blocked_now(self) -> list[str]:
         if self.outgoing.status not in IDLE:

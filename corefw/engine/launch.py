@@ -26,15 +26,3 @@ class Launch:
     directory: str = ""
     allow_undeclared: bool = False
     log: str | None = None
-
-    def document(self) -> dict[str, object]:
-        """As x-migfw-status has it."""
-        return {
-            "machine": self.machine,
-            "program": self.program,
-            "options": dict(self.options),
-            "properties": dict(self.properties),
-            "directory": self.directory,
-            "allow-undeclared": self.allow_undeclared,
-            "log": self.log,
-        }

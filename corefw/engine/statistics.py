@@ -1,8 +1,6 @@
-"""The figures of a migration and the document that query-migrate answers with.
+"""The figures of a migration on the source.
 
-The migration thread writes, any thread reads; times are milliseconds. Field names and which of them appear in which
-status are QEMU 7.2's MigrationInfo (fill_source_migration_info, fill_destination_migration_info); "x-migfw" holds
-what QEMU's fields have no place for.
+The migration thread writes, any thread reads; times are milliseconds.
 """
 
 from __future__ import annotations
@@ -10,30 +8,19 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from corefw.control import TransferReport
 from corefw.engine.forecast import Outlook
 from corefw.engine.meter import Meter
 from corefw.errors import ANYTHING
 from corefw.quantities import format_milliseconds, format_size
 from corefw.section import RamStatistics, Section, SectionKey
-from corefw.states import MigrationStatus
+from corefw.states import SENDING, MigrationStatus
 
 log = logging.getLogger(__name__)
-
-_RUNNING: Final = frozenset(
-    {
-        MigrationStatus.ACTIVE,
-        MigrationStatus.CANCELLING,
-        MigrationStatus.POSTCOPY_ACTIVE,
-        MigrationStatus.POSTCOPY_PAUSED,
-        MigrationStatus.POSTCOPY_RECOVER,
-        MigrationStatus.PRE_SWITCHOVER,
-        MigrationStatus.DEVICE,
-    }
-)
 
 
 @dataclass(slots=True)
@@ -186,103 +173,43 @@ class OutgoingStatistics:
         self.total_time = self.elapsed()
         self.error = reason
 
-    def document(self, status: MigrationStatus) -> dict[str, Any]:
-        """query-migrate's answer."""
-        info: dict[str, Any] = {"status": str(status)}
-        if status in _RUNNING:
-            info |= {
-                "total-time": self.elapsed(),
-                "expected-downtime": self.expected_downtime,
-                "setup-time": self.setup_time,
-                "remaining": self.remaining,
-                "ram": self._ram(status),
-            }
-        elif status is MigrationStatus.COMPLETED:
-            info |= {
-                "total-time": self.total_time,
-                "downtime": self.downtime,
-                "setup-time": self.setup_time,
-                "ram": self._ram(status),
-            }
-        if status is not MigrationStatus.NONE:
-            info["x-migfw"] = self._own(status)
-        if self.error is not None and status in (MigrationStatus.FAILING, MigrationStatus.FAILED):
-            info["error-desc"] = self.error
-        return info
+    def report(self, status: MigrationStatus) -> TransferReport:
+        """The figures of this moment. `status` is the migration's."""
+        sending = status in SENDING
+        outlook = self.outlook if sending else Outlook()
+        now = (self.advice, self._will_exceed()) if sending else ()
+        precopy_bytes = self.precopy_bytes  # before the total, which the migration thread may raise meanwhile
+        return TransferReport(
+            total_time=self.elapsed() if sending else self.total_time,
+            setup_time=self.setup_time,
+            downtime=self.downtime,
+            expected_downtime=self.expected_downtime,
+            transferred=self.transferred,
+            precopy_bytes=precopy_bytes,
+            mbps=self.bandwidth * 8 / 1e6,
+            pages_per_second=int(self.meter.bandwidth / self.ram.page_size),
+            ram=replace(self.ram),
+            total=self.total,
+            remaining=self.remaining,
+            remaining_now=self._left_now() if sending else self.remaining,
+            send_rate=outlook.send_rate,
+            dirty_rate=outlook.dirty_rate,
+            time_left=_milliseconds(outlook.time_left),
+            pass_time_left=_milliseconds(outlook.pass_time_left),
+            pass_downtime=_milliseconds(outlook.expected_downtime),
+            converges=outlook.converges,
+            guest=self.guest,
+            warnings=(*self.warnings, *(warning for warning in now if warning)),
+        )
 
-    def _own(self, status: MigrationStatus) -> dict[str, Any]:
-        """What QEMU's fields have no place for. What is not known is left out."""
-        outlook = self.outlook if status in _RUNNING else Outlook()
-        now = (self.advice, self._will_exceed()) if status in _RUNNING else ()
-        warnings = [*self.warnings, *(warning for warning in now if warning)]
-        known = {
-            "dirty-rate": outlook.dirty_rate,
-            "time-left": _milliseconds(outlook.time_left),
-            "pass-time-left": _milliseconds(outlook.pass_time_left),
-            "expected-downtime": _milliseconds(outlook.expected_downtime),
-            "converges": outlook.converges,
-        }
-        return {
-            "pass": self.ram.dirty_sync_count,
-            "total": self.total,
-            "remaining": self._left_now() if status in _RUNNING else self.remaining,
-            "send-rate": int(outlook.send_rate),
-            **{
-                name: value if isinstance(value, bool) else int(value)
-                for name, value in known.items()
-                if value is not None
-            },
-            **({"guest": self.guest} if status is MigrationStatus.COMPLETED else {}),
-            **({"reason": self.error} if self.error is not None and status is MigrationStatus.CANCELLED else {}),
-            "warnings": warnings,
-            "sections": self._sections(),
-        }
-
-    def _sections(self) -> dict[str, dict[str, object]]:
+    def section_reports(self) -> dict[str, dict[str, object]]:
+        """What each live section reports of itself, with its SectionFigures."""
         own = section_figures(self.savers)
         return {
             name: own.get(name, {}) | figures.document()
             for key, figures in list(self.sections.items())
             for name in (_name(key),)
         }
-
-    def _ram(self, status: MigrationStatus) -> dict[str, Any]:
-        ram = self.ram
-        done = status is MigrationStatus.COMPLETED
-        return {
-            "transferred": self.transferred,
-            "total": ram.total_bytes,
-            "remaining": 0 if done else ram.remaining_bytes,
-            "duplicate": ram.duplicate,
-            "skipped": 0,
-            "normal": ram.normal,
-            "normal-bytes": ram.normal * ram.page_size,
-            "dirty-pages-rate": 0 if done else ram.dirty_pages_rate,
-            "mbps": self.bandwidth * 8 / 1e6,
-            "dirty-sync-count": ram.dirty_sync_count,
-            "postcopy-requests": ram.postcopy_requests,
-            "page-size": ram.page_size,
-            "multifd-bytes": 0,
-            "pages-per-second": int(self.meter.bandwidth / ram.page_size),
-            "precopy-bytes": self.precopy_bytes,
-            "downtime-bytes": self.transferred - self.precopy_bytes,
-            "postcopy-bytes": 0,
-            "dirty-sync-missed-zero-copy": 0,
-        }
-
-
-def idle_document(
-    status: MigrationStatus, error: str | None, sections: Mapping[str, dict[str, object]]
-) -> dict[str, Any]:
-    """query-migrate on a destination, or where no migration has happened."""
-    if status is MigrationStatus.NONE:
-        return {}
-    info: dict[str, Any] = {"status": str(status)}
-    if error is not None and status is MigrationStatus.FAILED:
-        info["error-desc"] = error
-    if sections:
-        info["x-migfw"] = {"sections": dict(sections)}
-    return info
 
 
 def section_figures(sections: Iterable[Section]) -> dict[str, dict[str, object]]:

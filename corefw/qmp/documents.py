@@ -6,14 +6,15 @@ They are what query-qmp-schema describes; tests hold every answer against them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, cast
 
-from corefw.control import PassBegan, RunStateChanged
+from corefw.control import CheckReport, MigrationReport, PassBegan, RunStateChanged, TransferReport
 from corefw.dispatch import Event
+from corefw.engine import Launch
 from corefw.machine import RunState
 from corefw.qmp.forms import NOTHING, Enumeration, Form, Member, Structure
 from corefw.qmp.schema import Variants, shape
-from corefw.states import MigrationStatus, StatusChanged
+from corefw.states import SENDING, MigrationStatus, StatusChanged
 
 # Known only once the plugins are: forms of these names are filled in by introspection.py.
 CapabilityName = Annotated[str, Enumeration("MigrationCapability", ())]
@@ -224,3 +225,132 @@ def event_document(event: Event) -> tuple[str, dict[str, object]] | None:
         case RunStateChanged(old=RunState.RUNNING):
             return "STOP", {}
     return None
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def status_info(state: RunState) -> StatusInfo:
+    """query-status's answer."""
+    return {"running": state is RunState.RUNNING, "singlestep": False, "status": str(state)}
+
+
+def migration_info(report: MigrationReport) -> MigrationInfo:
+    """query-migrate's answer. Which members appear in which status is QEMU 7.2's choice (fill_source_migration_info,
+    fill_destination_migration_info); "x-migfw" has what QEMU's members have no place for."""
+    status, transfer = report.status, report.transfer
+    info: dict[str, Any] = {}
+    if status is not MigrationStatus.NONE:
+        info["status"] = str(status)
+        if transfer is not None:
+            info |= _figures(status, transfer)
+            info["x-migfw"] = _own_figures(report, transfer)
+        elif report.sections:
+            info["x-migfw"] = {"sections": dict(report.sections)}
+        if report.error is not None and status in (MigrationStatus.FAILING, MigrationStatus.FAILED):
+            info["error-desc"] = report.error
+    if report.blocked_reasons:
+        info["blocked-reasons"] = list(report.blocked_reasons)
+    return cast("MigrationInfo", info)
+
+
+def _figures(status: MigrationStatus, transfer: TransferReport) -> dict[str, Any]:
+    if status in SENDING:
+        return {
+            "total-time": transfer.total_time,
+            "expected-downtime": transfer.expected_downtime,
+            "setup-time": transfer.setup_time,
+            "remaining": transfer.remaining,
+            "ram": _ram(transfer, done=False),
+        }
+    if status is MigrationStatus.COMPLETED:
+        return {
+            "total-time": transfer.total_time,
+            "downtime": transfer.downtime,
+            "setup-time": transfer.setup_time,
+            "ram": _ram(transfer, done=True),
+        }
+    return {}
+
+
+def _ram(transfer: TransferReport, *, done: bool) -> MigrationStats:
+    ram = transfer.ram
+    return {
+        "transferred": transfer.transferred,
+        "total": ram.total_bytes,
+        "remaining": 0 if done else ram.remaining_bytes,
+        "duplicate": ram.duplicate,
+        "skipped": 0,
+        "normal": ram.normal,
+        "normal-bytes": ram.normal * ram.page_size,
+        "dirty-pages-rate": 0 if done else ram.dirty_pages_rate,
+        "mbps": transfer.mbps,
+        "dirty-sync-count": ram.dirty_sync_count,
+        "postcopy-requests": ram.postcopy_requests,
+        "page-size": ram.page_size,
+        "multifd-bytes": 0,
+        "pages-per-second": transfer.pages_per_second,
+        "precopy-bytes": transfer.precopy_bytes,
+        "downtime-bytes": transfer.transferred - transfer.precopy_bytes,
+        "postcopy-bytes": 0,
+        "dirty-sync-missed-zero-copy": 0,
+    }
+
+
+def _own_figures(report: MigrationReport, transfer: TransferReport) -> dict[str, Any]:
+    """What is not known is left out."""
+    status = report.status
+    known = {
+        "dirty-rate": transfer.dirty_rate,
+        "time-left": transfer.time_left,
+        "pass-time-left": transfer.pass_time_left,
+        "expected-downtime": transfer.pass_downtime,
+        "converges": transfer.converges,
+    }
+    return {
+        "pass": transfer.ram.dirty_sync_count,
+        "total": transfer.total,
+        "remaining": transfer.remaining_now,
+        "send-rate": int(transfer.send_rate),
+        **{name: _plain(value) for name, value in known.items() if value is not None},
+        **({"guest": transfer.guest} if status is MigrationStatus.COMPLETED else {}),
+        **({"reason": report.error} if report.error is not None and status is MigrationStatus.CANCELLED else {}),
+        "warnings": list(transfer.warnings),
+        "sections": {name: dict(figures) for name, figures in report.sections.items()},
+    }
+
+
+def _plain(value: float | bool) -> int | bool:
+    return value if isinstance(value, bool) else int(value)
+
+
+def check_document(report: CheckReport) -> dict[str, object]:
+    """x-migfw-check's answer."""
+    return {
+        "ok": not report.problems,
+        "problems": list(report.problems),
+        "notes": list(report.notes),
+        "ram": report.ram,
+        "ram-used": report.ram_used,
+        "dirty-rate": report.dirty_rate,
+        "destination": dict(report.destination) if report.destination is not None else None,
+        "bandwidth": report.bandwidth,
+        "round-trip": report.round_trip,
+        "converges": report.converges,
+        "expected-time": report.expected_time,
+        "expected-downtime": report.expected_downtime,
+        "passes": report.passes,
+    }
+
+
+def launch_document(launch: Launch) -> dict[str, object]:
+    """How the engine was started, as x-migfw-status has it."""
+    return {
+        "machine": launch.machine,
+        "program": launch.program,
+        "options": dict(launch.options),
+        "properties": dict(launch.properties),
+        "directory": launch.directory,
+        "allow-undeclared": launch.allow_undeclared,
+        "log": launch.log,
+    }

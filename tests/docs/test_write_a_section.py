@@ -13,7 +13,7 @@ from corefw.hookspecs import hookimpl
 from corefw.plugins import Plugins
 from corefw.section import LiveLoader, LiveSaver, MultiChannelLoader, StateLoader, StateSaver
 from corefw.wire import vmstate
-from tests.helpers.engines import Pair, arrived, counting, ended
+from tests.helpers.engines import Pair, arrived, counting, ended, query_migrate
 
 PAGE = Path(__file__).parents[2] / "docs" / "write-a-section.md"
 
@@ -45,8 +45,8 @@ def test_sections_move_with_a_guest(code: ModuleType, monkeypatch: pytest.Monkey
     with Pair(plugins) as pair:
         source, destination = pair.source(), pair.destination()
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
-        assert ended(source) == "completed", source.query_migrate()
-        assert arrived(destination) == "completed", destination.query_migrate()
+        assert ended(source) == "completed", query_migrate(source)
+        assert arrived(destination) == "completed", query_migrate(destination)
         assert counting(source).check() > 0
     assert (arrived_weather, arrived_cache) == (weather, cache)
 

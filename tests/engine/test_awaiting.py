@@ -18,7 +18,7 @@ from corefw.states import MigrationStatus
 from corefw.wire.constants import Command
 from corefw.wire.records import Configuration, ping_payload, write_command, write_configuration, write_header
 from corefw.wire.stream import MemorySink, StreamWriter
-from tests.helpers.engines import PATIENCE, Pair, arrived, counting, ended, runs_on
+from tests.helpers.engines import PATIENCE, Pair, arrived, counting, ended, query_migrate, runs_on
 from tests.helpers.machines import CountingMachine
 
 CANCELLED = frozenset({MigrationStatus.CANCELLED})
@@ -112,7 +112,7 @@ def test_where_there_is_only_one_connection_it_counts(pair: Pair, tmp_path: Path
     destination = pair.destination()
     destination.migrate_incoming(f"file:{tmp_path}/guest")
     assert arrived(destination) == "failed"
-    assert "beginning with 'QEVM'" in destination.query_migrate()["error-desc"]
+    assert "beginning with 'QEVM'" in query_migrate(destination)["error-desc"]
 
 
 def test_a_command_may_wait_for_its_source(pair: Pair, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_command_may_wait_for_its_source(pair: Pair, tmp_path: Path) -> None:
     assert ended(source) == "completed"
     destination.set_parameters({"x-migfw-incoming-timeout": 100})
     destination.migrate_incoming(f"exec:sleep 1; cat {tmp_path}/guest")
-    assert arrived(destination) == "completed", destination.query_migrate()
+    assert arrived(destination) == "completed", query_migrate(destination)
     runs_on(destination)
 
 
@@ -150,7 +150,7 @@ def test_a_source_that_dribbles_is_given_up(pair: Pair) -> None:
         finally:
             over.set()
             thread.join()
-    assert "(parameter x-migfw-incoming-timeout)" in destination.query_migrate()["error-desc"]
+    assert "(parameter x-migfw-incoming-timeout)" in query_migrate(destination)["error-desc"]
 
 
 def test_a_source_that_stops_in_the_middle_is_given_up_and_told(pair: Pair) -> None:
@@ -159,7 +159,7 @@ def test_a_source_that_stops_in_the_middle_is_given_up_and_told(pair: Pair) -> N
     with dialled(destination.migrate_incoming("tcp:127.0.0.1:0")) as connection:
         connection.sendall(beginning() + b"\x01\0\0")
         assert arrived(destination) == "failed"
-    reason = destination.query_migrate()["error-desc"]
+    reason = query_migrate(destination)["error-desc"]
     assert "expected at least 1024 (parameter x-migfw-incoming-timeout)" in reason and "at offset" in reason
 
 
@@ -191,7 +191,7 @@ def test_a_slow_link_is_no_dribble(pair: Pair) -> None:
 
 def cancelled(engine: Engine) -> None:
     assert engine.incoming.wait(CANCELLED, PATIENCE), engine.incoming.status
-    assert engine.query_migrate() == {"status": "cancelled"}
+    assert query_migrate(engine) == {"status": "cancelled"}
     assert engine.machine.run_state is RunState.INMIGRATE
 
 
@@ -221,7 +221,7 @@ def test_cancel_frees_a_destination_that_loads_and_tells_the_source(pair: Pair) 
     assert source.outgoing.wait(frozenset({MigrationStatus.PRE_SWITCHOVER}), PATIENCE)
     destination.cancel()
     assert ended(source) == "failed"
-    assert source.query_migrate()["error-desc"].endswith("it was cancelled on the destination")
+    assert query_migrate(source)["error-desc"].endswith("it was cancelled on the destination")
     runs_on(source)
     cancelled(destination)
 

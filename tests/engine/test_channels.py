@@ -14,7 +14,7 @@ from corefw.plugins import Plugins
 from corefw.section import IncomingContext, MultiChannelLoader, OutgoingContext, Pending
 from corefw.wire.stream import StreamReader, StreamWriter
 from tests.engine.test_plugin_sections import Loader, Plugin, Saver
-from tests.helpers.engines import Pair, arrived, ended
+from tests.helpers.engines import Pair, arrived, ended, query_migrate
 
 CHANNELS = 2
 CHUNK = 32 << 10
@@ -94,10 +94,10 @@ def test_channels_beside_the_stream_are_counted_and_paced_with_it(pair: Pair, fo
     source.set_parameters({"max-bandwidth": limit, "downtime-limit": 0})
     uri = destination.migrate_incoming("tcp:127.0.0.1:0" if scheme == "tcp" else f"unix:{folder}/socket")
     source.migrate(uri)
-    assert (ended(source), arrived(destination)) == ("completed", "completed"), destination.query_migrate()
+    assert (ended(source), arrived(destination)) == ("completed", "completed"), query_migrate(destination)
     data = b"".join(bytes([number]) * CHUNK for number in range(CHUNKS, 0, -1))
     assert sorted(StripedLoader.received) == [bytes([number]) + data for number in range(CHANNELS)]
-    info = source.query_migrate()
+    info = query_migrate(source)
     ram = info["ram"]
     assert ram["transferred"] > BYTES and ram["precopy-bytes"] > BYTES
     assert ram["mbps"] == pytest.approx(ram["transferred"] * 8 / info["total-time"] / 1000)

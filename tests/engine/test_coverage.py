@@ -16,7 +16,7 @@ from corefw.wire.constants import SectionType
 from corefw.wire.records import Configuration, write_configuration, write_header
 from corefw.wire.stream import MemorySink, StreamWriter
 from tests.engine.test_plugin_sections import Loader, Saver
-from tests.helpers.engines import Pair, arrived, ended, runs_on
+from tests.helpers.engines import Pair, arrived, ended, query_migrate, runs_on
 from tests.helpers.installs import install
 from tests.helpers.machines import CountingMachine
 
@@ -33,7 +33,7 @@ def test_without_the_plugin_nothing_is_sent_or_waited_for(
 ) -> None:
     with Pair(plugins_without(absent, monkeypatch=monkeypatch, tmp_path=tmp_path)) as pair:
         source, destination = pair.source(), pair.destination()
-        (reason,) = source.query_migrate()["blocked-reasons"]
+        (reason,) = query_migrate(source)["blocked-reasons"]
         assert part in reason and f"migfw-{absent}" in reason
         source.set_capabilities({"return-path": False})
         with pytest.raises(BlockedError, match=f"no plugin carries {part}"):
@@ -73,7 +73,7 @@ def test_a_plugin_that_fails_to_load_is_a_blocker_that_names_it(
         source.set_capabilities({"return-path": False})
         with pytest.raises(BlockedError, match=complaint):
             source.migrate(f"file:{tmp_path}/guest")
-        assert any(f"plugin '{name}' ({module})" in one for one in source.query_migrate()["blocked-reasons"])
+        assert any(f"plugin '{name}' ({module})" in one for one in query_migrate(source)["blocked-reasons"])
         settings = plugins.settings()
         settings.set_property("only-migratable", True)
         machine = CountingMachine()
@@ -128,7 +128,7 @@ def test_a_saver_that_has_nothing_to_send_carries_nothing(tmp_path: Path) -> Non
         source.set_capabilities({"return-path": False})
         source.migrate(f"file:{tmp_path}/guest")
         assert ended(source) == "failed"
-        assert "no plugin carries RAM block 'counters'" in source.query_migrate()["error-desc"]
+        assert "no plugin carries RAM block 'counters'" in query_migrate(source)["error-desc"]
         assert not (tmp_path / "guest").exists()
         runs_on(source)
 
@@ -145,8 +145,8 @@ def test_a_stream_that_did_not_bring_the_ram_is_not_started(tmp_path: Path) -> N
         destination = pair.destination()
         destination.migrate_incoming(f"file:{tmp_path}/guest")
         assert arrived(destination) == "failed"
-        assert "expected RAM block 'counters'" in destination.query_migrate()["error-desc"]
-        assert destination.query_status()["status"] == "inmigrate"
+        assert "expected RAM block 'counters'" in query_migrate(destination)["error-desc"]
+        assert destination.machine.run_state == "inmigrate"
 
 
 def test_a_ram_section_without_its_block_list_is_no_ram(pair: Pair, tmp_path: Path) -> None:
@@ -162,4 +162,4 @@ def test_a_ram_section_without_its_block_list_is_no_ram(pair: Pair, tmp_path: Pa
     (tmp_path / "cut").write_bytes(data[:at] + data[at + listed :])
     destination.migrate_incoming(f"file:{tmp_path}/cut")
     assert arrived(destination) == "failed"
-    assert "expected RAM block 'counters'" in destination.query_migrate()["error-desc"]
+    assert "expected RAM block 'counters'" in query_migrate(destination)["error-desc"]

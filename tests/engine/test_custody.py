@@ -21,7 +21,7 @@ from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
 from corefw.uri import MigrationUri
 from corefw.wire.constants import ReturnMessage
-from tests.helpers.engines import PATIENCE, Pair, Peer, arrived, counting, ended, runs_on
+from tests.helpers.engines import PATIENCE, Pair, Peer, arrived, counting, ended, query_migrate, runs_on
 from tests.helpers.machines import CountingMachine
 
 END_OF_DESCRIPTION = b"}]}"
@@ -175,7 +175,7 @@ def test_cancel_does_not_wait_for_a_guest_that_verifies_itself(pair: Pair) -> No
     try:
         assert begun.wait(PATIENCE)
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
-        until(lambda: source.query_migrate().get("ram", {}).get("dirty-sync-count", 0) > 1, "the second pass")
+        until(lambda: query_migrate(source).get("ram", {}).get("dirty-sync-count", 0) > 1, "the second pass")
         source.cancel()
         assert ended(source) == "cancelled"
     finally:
@@ -194,7 +194,7 @@ def test_shut_0_counts_only_when_everything_was_sent(pair: Pair, peer: Peer) -> 
     peer.accept()
     peer.say(ReturnMessage.SHUT, 0)
     assert ended(source) == "failed"
-    assert "before everything was sent" in source.query_migrate()["error-desc"]
+    assert "before everything was sent" in query_migrate(source)["error-desc"]
     runs_on(source)
 
 
@@ -313,7 +313,7 @@ def test_whatever_a_machine_raises_is_a_failure_and_the_guest_runs_on(pair: Pair
     source, destination = pair.source(Troubled()), pair.destination()
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "failed"
-    assert f"{type(error).__name__}: no" in source.query_migrate()["error-desc"]
+    assert f"{type(error).__name__}: no" in query_migrate(source)["error-desc"]
     runs_on(source)
 
 
@@ -327,7 +327,7 @@ def test_a_guest_that_cannot_be_started_again_does_not_keep_the_migration_from_e
     source, destination = pair.source(Stubborn()), pair.destination(CountingMachine(incoming=True, instances=2))
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "failed"
-    assert "could not be started again: no" in source.query_migrate()["error-desc"]
+    assert "could not be started again: no" in query_migrate(source)["error-desc"]
 
 
 def test_a_guest_that_runs_on_the_destination_is_the_destinations_whatever_else_goes_wrong(pair: Pair) -> None:

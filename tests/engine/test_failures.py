@@ -18,7 +18,7 @@ from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
 from corefw.uri import MigrationUri
 from corefw.wire.constants import ReturnMessage
-from tests.helpers.engines import Pair, Peer, arrived, counting, ended, runs_on
+from tests.helpers.engines import Pair, Peer, arrived, counting, ended, query_migrate, runs_on
 from tests.helpers.machines import CountingMachine
 
 END_OF_DESCRIPTION = b"}]}"
@@ -128,8 +128,8 @@ def test_cancel_while_the_destination_may_run_the_guest(pair: Pair, peer: Peer) 
     source.cancel()
     assert ended(source) == "cancelled"
     assert source.machine.run_state is RunState.POSTMIGRATE
-    assert "may be running the guest" in source.query_migrate()["x-migfw"]["reason"]
-    assert "error-desc" not in source.query_migrate()
+    assert "may be running the guest" in query_migrate(source)["x-migfw"]["reason"]
+    assert "error-desc" not in query_migrate(source)
     source.cont()  # somebody knows better
     runs_on(source)
 
@@ -179,7 +179,7 @@ def test_the_destination_says_that_it_failed(pair: Pair, peer: Peer) -> None:
     peer.read_all(lambda data: data.endswith(END_OF_DESCRIPTION))
     peer.say(ReturnMessage.SHUT, 1)
     assert ended(source) == "failed"
-    assert "the destination failed to load the guest" in source.query_migrate()["error-desc"]
+    assert "the destination failed to load the guest" in query_migrate(source)["error-desc"]
     runs_on(source)
 
 
@@ -191,7 +191,7 @@ def test_the_destination_vanishes_when_it_may_run_the_guest(pair: Pair, peer: Pe
     connection.close()
     assert ended(source) == "failed"
     assert source.machine.run_state is RunState.POSTMIGRATE
-    assert "may be running the guest" in source.query_migrate()["error-desc"]
+    assert "may be running the guest" in query_migrate(source)["error-desc"]
     assert counting(source).starts == 1
 
 
@@ -219,7 +219,7 @@ def test_nonsense_on_the_return_path(pair: Pair, peer: Peer, message: bytes, tol
     source.migrate(peer.uri)
     peer.accept().sendall(message)
     assert ended(source) == "failed"
-    assert told in source.query_migrate()["error-desc"]
+    assert told in query_migrate(source)["error-desc"]
     runs_on(source)
 
 
@@ -231,7 +231,7 @@ def test_the_guest_dies(pair: Pair, peer: Peer) -> None:
     reached(source, "active")
     counting(source).die()
     assert ended(source) == "failed"
-    assert "the guest ended" in source.query_migrate()["error-desc"]
+    assert "the guest ended" in query_migrate(source)["error-desc"]
 
 
 def test_a_full_disk(pair: Pair) -> None:
@@ -239,7 +239,7 @@ def test_a_full_disk(pair: Pair) -> None:
     source.set_capabilities({"return-path": False})
     source.migrate("file:/dev/full")
     assert ended(source) == "failed"
-    assert "No space left" in source.query_migrate()["error-desc"].replace("no space", "No space")
+    assert "No space left" in query_migrate(source)["error-desc"].replace("no space", "No space")
     runs_on(source)
 
 
@@ -301,7 +301,7 @@ def test_a_destination_that_differs(
     source, destination = pair.source(source_machine()), pair.destination(machine())
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "failed" and arrived(destination) == "failed"
-    reason = destination.query_migrate()["error-desc"]
+    reason = query_migrate(destination)["error-desc"]
     assert all(part in reason for part in (*told, "at offset")), reason
     assert counting(destination).starts == 0
     runs_on(source)
@@ -312,7 +312,7 @@ def test_a_destination_that_failed_waits_again(pair: Pair, peer: Peer) -> None:
     with socket.create_connection(address(destination)) as stranger:
         stranger.sendall(b"QEVM and no version")
         assert arrived(destination) == "failed"
-    assert "expected version 3" in destination.query_migrate()["error-desc"]
+    assert "expected version 3" in query_migrate(destination)["error-desc"]
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "completed" and destination.incoming.wait(frozenset({MigrationStatus.COMPLETED}), 20)
     runs_on(destination)
@@ -340,6 +340,6 @@ def test_a_file_that_cannot_be_put_in_place_leaves_the_guest_running(pair: Pair,
     (folder / "stream").mkdir()
     source.continue_migration(MigrationStatus.PRE_SWITCHOVER)
     assert ended(source) == "failed"
-    assert "is a directory" in source.query_migrate()["error-desc"]
+    assert "is a directory" in query_migrate(source)["error-desc"]
     runs_on(source)
     assert [file.name for file in folder.iterdir()] == ["stream"]

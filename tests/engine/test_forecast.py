@@ -134,12 +134,12 @@ def test_what_to_do() -> None:
 def test_a_stop_that_will_take_too_long_is_said_while_it_lasts() -> None:
     statistics = OutgoingStatistics(Meter(Settings()), outlook=Outlook(send_rate=100.0 * MIB))
     statistics.ram.remaining_bytes = 20 * MIB
-    assert statistics.document(MigrationStatus.ACTIVE)["x-migfw"]["warnings"] == []
+    assert statistics.report(MigrationStatus.ACTIVE).warnings == ()
     statistics.stopped(downtime_limit=300, stop_time=150)
-    (warning,) = statistics.document(MigrationStatus.ACTIVE)["x-migfw"]["warnings"]
+    (warning,) = statistics.report(MigrationStatus.ACTIVE).warnings
     assert "with 20.0 MiB left to send: it will be down for about 350 ms, over the downtime-limit of 300 ms" in warning
     statistics.ram.remaining_bytes = 10 * MIB
-    assert statistics.document(MigrationStatus.ACTIVE)["x-migfw"]["warnings"] == []
+    assert statistics.report(MigrationStatus.ACTIVE).warnings == ()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from corefw.engine import Engine
 from corefw.errors import UsageError
 from corefw.machine import RunState
 from corefw.states import IDLE, MigrationStatus
-from tests.helpers.engines import PATIENCE, Pair, counting
+from tests.helpers.engines import PATIENCE, Pair, counting, query_migrate
 from tests.helpers.machines import CountingMachine
 
 ROUNDS = 16
@@ -48,7 +48,7 @@ def commands(source: Engine, choice: random.Random) -> dict[Callable[[], object]
     return {
         source.stop: 3,
         cont: 3,
-        source.query_migrate: 3,
+        source.report: 3,
         lambda: source.continue_migration(MigrationStatus.PRE_SWITCHOVER): 4,
         lambda: source.set_parameters({"max-bandwidth": choice.choice([0, MIB, 100 * MIB])}): 2,
         lambda: source.migrate("tcp:127.0.0.1:1"): 1,
@@ -109,7 +109,7 @@ def test_one_side_has_the_guest_and_no_write_is_lost(pair: Pair, seed: int) -> N
         there.stop(RunState.PAUSED)
         assert counting(destination).check() >= here.check()
     elif here.run_state is RunState.POSTMIGRATE:
-        assert "may be running the guest" in source.query_migrate()["error-desc"]
+        assert "may be running the guest" in query_migrate(source)["error-desc"]
     else:
         assert there.starts == 0
         here.stop(RunState.PAUSED)

@@ -10,7 +10,7 @@ import pytest
 
 from corefw.machine import RunState
 from corefw.states import MigrationStatus
-from tests.helpers.engines import PATIENCE, Pair, Peer, arrived, ended, runs_on
+from tests.helpers.engines import PATIENCE, Pair, Peer, arrived, ended, query_migrate, runs_on
 from tests.helpers.machines import CountingMachine
 
 
@@ -27,7 +27,7 @@ def test_a_timeout_ends_the_migration_and_the_guest_runs_on(pair: Pair) -> None:
     source.set_parameters({"max-bandwidth": 64 << 10, "x-migfw-timeout": 300})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "failed"
-    reason = source.query_migrate()["error-desc"]
+    reason = query_migrate(source)["error-desc"]
     assert "it took longer than 300 ms (x-migfw-timeout)" in reason
     assert "left in pass 1" in reason
     runs_on(source)
@@ -40,7 +40,7 @@ def test_or_stops_the_guest_and_finishes(pair: Pair) -> None:
     source.set_parameters({"x-migfw-timeout": 300, "x-migfw-on-timeout": "switchover"})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert (ended(source), arrived(destination)) == ("completed", "completed")
-    forced, late = source.query_migrate()["x-migfw"]["warnings"]
+    forced, late = query_migrate(source)["x-migfw"]["warnings"]
     assert "it took longer than 300 ms (x-migfw-timeout), so the guest was stopped with" in forced
     assert "over the downtime-limit of 1 ms" in late
     assert "were sent while it was stopped" in late
@@ -52,7 +52,7 @@ def test_so_many_passes_and_no_more(pair: Pair) -> None:
     source.set_parameters({"downtime-limit": 0, "max-bandwidth": 1 << 20, "x-migfw-max-passes": 2})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "failed"
-    assert "2 passes were sent (x-migfw-max-passes)" in source.query_migrate()["error-desc"]
+    assert "2 passes were sent (x-migfw-max-passes)" in query_migrate(source)["error-desc"]
     runs_on(source)
 
 
@@ -79,7 +79,7 @@ def test_a_destination_that_is_never_reached(pair: Pair, action: str) -> None:
         source.set_parameters({"x-migfw-timeout": 300, "x-migfw-on-timeout": action})
         source.migrate(f"tcp:127.0.0.1:{full.getsockname()[1]}")
         assert ended(source) == "failed"
-    assert "x-migfw-timeout" in source.query_migrate()["error-desc"]
+    assert "x-migfw-timeout" in query_migrate(source)["error-desc"]
     runs_on(source)
 
 
@@ -94,7 +94,7 @@ def test_a_destination_that_takes_nothing_more(pair: Pair) -> None:
         source.migrate(peer.uri)
         peer.accept()
         assert ended(source) == "failed"
-        assert "it took longer than 1.00 s" in source.query_migrate()["error-desc"]
+        assert "it took longer than 1.00 s" in query_migrate(source)["error-desc"]
         runs_on(source)
 
 

@@ -12,7 +12,7 @@ from corefw.control import PassBegan
 from corefw.errors import BlockedError, SettingsError, StateError, UriError, UsageError
 from corefw.machine import RunState
 from corefw.states import MigrationStatus
-from tests.helpers.engines import Pair, arrived, counting, ended, runs_on
+from tests.helpers.engines import Pair, arrived, counting, ended, query_migrate, runs_on
 from tests.helpers.machines import COUNTER, CountingMachine
 
 
@@ -34,7 +34,7 @@ def test_figures(pair: Pair) -> None:
     source, destination = pair.source(), pair.destination()
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     ended(source)
-    info = source.query_migrate()
+    info = query_migrate(source)
     ram = info["ram"]
     assert info["status"] == "completed"
     assert info["total-time"] >= info["downtime"] >= 0 and info["setup-time"] >= 0
@@ -42,7 +42,7 @@ def test_figures(pair: Pair) -> None:
     assert ram["normal"] + ram["duplicate"] >= 64 and ram["normal-bytes"] == ram["normal"] * 4096
     assert ram["transferred"] > ram["normal-bytes"] and ram["dirty-sync-count"] >= 2
     arrived(destination)
-    assert destination.query_migrate() == {"status": "completed"}
+    assert query_migrate(destination) == {"status": "completed"}
 
 
 def test_a_running_guest_is_stopped_for_what_it_dirtied_last(pair: Pair) -> None:
@@ -53,7 +53,7 @@ def test_a_running_guest_is_stopped_for_what_it_dirtied_last(pair: Pair) -> None
     source.set_parameters({"downtime-limit": 2000})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "completed" and arrived(destination) == "completed"
-    ram = source.query_migrate()["ram"]
+    ram = query_migrate(source)["ram"]
     assert ram["downtime-bytes"] < ram["total"] / 4, ram
     runs_on(destination)
 
@@ -68,8 +68,8 @@ def test_every_way_of_framing(pair: Pair, states: tuple[bool, ...], return_path:
     source, destination = pair.source(properties=properties), pair.destination(properties=properties)
     source.set_capabilities({"return-path": return_path})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
-    assert ended(source) == "completed", source.query_migrate()
-    assert arrived(destination) == "completed", destination.query_migrate()
+    assert ended(source) == "completed", query_migrate(source)
+    assert arrived(destination) == "completed", query_migrate(destination)
     runs_on(destination)
 
 
@@ -163,7 +163,7 @@ def test_blockers_are_told_all_at_once(pair: Pair) -> None:
     with pytest.raises(BlockedError) as refused:
         source.migrate("tcp:127.0.0.1:1")
     assert len(refused.value.reasons) == 2
-    assert source.query_migrate() == {"blocked-reasons": list(refused.value.reasons)}
+    assert query_migrate(source) == {"blocked-reasons": list(refused.value.reasons)}
     source.remove_blocker("a debugger holds the guest")
     source.remove_blocker("'grid' is attached to a GPU (detach it)")
     destination = pair.destination()
@@ -207,7 +207,7 @@ def test_again_after_a_failure(pair: Pair) -> None:
     source, destination = pair.source(), pair.destination()
     source.migrate("tcp:127.0.0.1:1")
     assert ended(source) == "failed"
-    assert "refused" in source.query_migrate()["error-desc"]
+    assert "refused" in query_migrate(source)["error-desc"]
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "completed"
     arrived(destination)

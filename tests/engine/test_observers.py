@@ -18,7 +18,7 @@ from corefw.errors import StateError
 from corefw.machine import RunState
 from corefw.plugins import Plugins
 from corefw.states import MigrationStatus, StatusChanged
-from tests.helpers.engines import PATIENCE, Pair, arrived, counting, ended, runs_on
+from tests.helpers.engines import PATIENCE, Pair, arrived, counting, ended, query_migrate, runs_on
 
 
 def elsewhere(deed: Callable[[], object]) -> None:
@@ -118,7 +118,7 @@ def test_every_harvest_of_the_dirty_log_is_a_pass(pair: Pair) -> None:
     ended(source)
     pair.statuses("completed")
     passes = [event.number for event in pair.events if isinstance(event, PassBegan)]
-    assert passes == list(range(1, source.query_migrate()["ram"]["dirty-sync-count"] + 1))
+    assert passes == list(range(1, query_migrate(source)["ram"]["dirty-sync-count"] + 1))
 
 
 # -- nothing is left behind --------------------------------------------------------------------------------------------

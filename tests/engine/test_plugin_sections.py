@@ -30,7 +30,7 @@ from corefw.section import (
 )
 from corefw.settings import Settings
 from corefw.wire.stream import StreamReader, StreamWriter
-from tests.helpers.engines import Pair, arrived, counting, ended, runs_on
+from tests.helpers.engines import Pair, arrived, counting, ended, query_migrate, runs_on
 
 DATA = bytes(range(256)) * 64
 
@@ -202,7 +202,7 @@ def test_a_cleanup_that_raises_hides_no_cause() -> None:
         source, destination = pair.source(), pair.destination()
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
         assert (ended(source), arrived(destination)) == ("failed", "failed")
-        reason = destination.query_migrate()["error-desc"]
+        reason = query_migrate(destination)["error-desc"]
         assert "expected a better section" in reason
         assert "oops" not in reason
         assert Refusing.cleaned == 1
@@ -222,7 +222,7 @@ def test_two_that_count_the_pages_are_one_too_many() -> None:
         source, destination = pair.source(), pair.destination()
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
         assert ended(source) == "failed"
-        assert "two section savers count the RAM's pages" in source.query_migrate()["error-desc"]
+        assert "two section savers count the RAM's pages" in query_migrate(source)["error-desc"]
         runs_on(source)
 
 
@@ -284,9 +284,9 @@ def test_a_plugin_that_breaks_is_in_the_way_and_does_not_break_queries() -> None
     plugins.register(plugin, "failing")
     with Pair(plugins) as own:
         source = own.source()
-        assert "blocked-reasons" not in source.query_migrate()
+        assert "blocked-reasons" not in query_migrate(source)
         plugin.broken = True
-        (reason,) = source.query_migrate()["blocked-reasons"]
+        (reason,) = query_migrate(source)["blocked-reasons"]
         assert "'failing'" in reason
         assert "oops" in reason
 
@@ -334,7 +334,7 @@ def test_what_cannot_be_described_fails_before_the_guest_is_handed_over() -> Non
         source, destination = pair.source(), pair.destination()
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
         assert (ended(source), arrived(destination)) == ("failed", "failed")
-        assert "not JSON serializable" in source.query_migrate()["error-desc"]
+        assert "not JSON serializable" in query_migrate(source)["error-desc"]
         runs_on(source)
 
 
@@ -388,7 +388,7 @@ def test_progress_is_that_of_every_section() -> None:
         source.set_parameters({"max-bandwidth": 4 << 20})
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
         seen = []
-        while (answer := source.query_migrate())["status"] in ("setup", "active"):
+        while (answer := query_migrate(source))["status"] in ("setup", "active"):
             seen.append(answer["x-migfw"])
             threading.Event().wait(0.02)
         assert (ended(source), arrived(destination)) == ("completed", "completed")
@@ -401,11 +401,11 @@ def test_progress_is_that_of_every_section() -> None:
             assert one["remaining"] >= one["sections"]["bulky"]["remaining"]
             assert one["sections"]["bulky"]["total"] == Bulky.size
         assert any(one.get("pass-time-left", 0) > 0 for one in halfway)
-        own = source.query_migrate()["x-migfw"]
+        own = query_migrate(source)["x-migfw"]
         assert own["remaining"] == 0
         assert own["sections"]["bulky"]["sent"] >= Bulky.size
         assert own["sections"]["bulky"]["half-way"] is True
-        assert destination.query_migrate()["x-migfw"]["sections"] == {"bulky": {"received": Bulky.size}}
+        assert query_migrate(destination)["x-migfw"]["sections"] == {"bulky": {"received": Bulky.size}}
         assert own["sections"]["counter"]["sent"] > 0, "devices are counted as well"
         runs_on(destination)
 
@@ -431,7 +431,7 @@ def test_what_is_no_exception_ends_a_migration_and_the_guest_runs_on(
         source, destination = pair.source(), pair.destination()
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
         assert (ended(source), arrived(destination)) == ("failed", "failed")
-        assert "CancelledError: broken off" in source.query_migrate()["error-desc"]
+        assert "CancelledError: broken off" in query_migrate(source)["error-desc"]
         runs_on(source)
 
 
@@ -527,7 +527,7 @@ def test_sections_learn_that_a_migration_was_abandoned(where: str) -> None:
         source, destination = pair.source(), pair.destination()
         source.set_parameters({"max-bandwidth": 1 << 16})
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
-        while source.query_migrate()["status"] != "active":
+        while query_migrate(source)["status"] != "active":
             threading.Event().wait(0.01)
         (source if where == "source" else destination).cancel()
         assert ended(source) in ("cancelled", "failed")
@@ -552,4 +552,4 @@ def test_a_section_without_figures_does_not_break_queries() -> None:
         source, destination = pair.source(), pair.destination()
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
         assert (ended(source), arrived(destination)) == ("completed", "completed")
-        assert set(source.query_migrate()["x-migfw"]["sections"]["side"]) == {"total", "remaining", "sent"}
+        assert set(query_migrate(source)["x-migfw"]["sections"]["side"]) == {"total", "remaining", "sent"}

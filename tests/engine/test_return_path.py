@@ -16,7 +16,19 @@ from corefw.states import MigrationStatus
 from corefw.wire.constants import MIGFW_PING, ReturnMessage
 from corefw.wire.returnpath import encode_return_message, number_body, parse_reason, reason_body
 from corefw.wire.vmstate import Kind, Scalar, VMState
-from tests.helpers.engines import PATIENCE, PING, RAM, READY, Pair, Peer, arrived, counting, ended, runs_on
+from tests.helpers.engines import (
+    PATIENCE,
+    PING,
+    RAM,
+    READY,
+    Pair,
+    Peer,
+    arrived,
+    counting,
+    ended,
+    query_migrate,
+    runs_on,
+)
 from tests.helpers.machines import CountingMachine
 
 PAGE_MARK = b"a page of the guest"
@@ -67,7 +79,7 @@ def test_a_destination_that_refuses_a_section_gets_no_ram(pair: Pair) -> None:
     source, destination = pair.source(CountingMachine(pages=4096)), pair.destination()
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert (ended(source), arrived(destination)) == ("failed", "failed")
-    assert "RAM block 'counters' of 262144 bytes" in source.query_migrate()["error-desc"]
+    assert "RAM block 'counters' of 262144 bytes" in query_migrate(source)["error-desc"]
     assert "active" not in pair.statuses("failed")
     runs_on(source)
 
@@ -84,8 +96,8 @@ def test_a_wait_for_the_first_answer_can_be_cancelled_and_is_limited(pair: Pair,
     source.migrate(peer.uri)
     peer.accept(answer=False)
     assert ended(source) == "failed"
-    assert "did not answer" in source.query_migrate()["error-desc"]
-    assert "x-migfw-confirm-timeout" in source.query_migrate()["error-desc"]
+    assert "did not answer" in query_migrate(source)["error-desc"]
+    assert "x-migfw-confirm-timeout" in query_migrate(source)["error-desc"]
     runs_on(source)
 
 
@@ -99,7 +111,7 @@ def test_a_destination_that_never_confirms_is_given_up_and_the_guest_stays_stopp
     peer.accept()
     peer.read_all(lambda data: data.endswith(END_OF_DESCRIPTION))
     assert ended(source) == "failed"
-    reason = source.query_migrate()["error-desc"]
+    reason = query_migrate(source)["error-desc"]
     assert "did not confirm that it has the guest within 0.5 s (parameter x-migfw-confirm-timeout)" in reason
     assert "may be running the guest, so it stays stopped here ('cont' starts it" in reason
     assert source.machine.run_state is RunState.POSTMIGRATE and counting(source).starts == 1
@@ -122,13 +134,13 @@ def test_a_parked_machine_is_to_be_migrated_again(pair: Pair, peer: Peer, tmp_pa
     donor.set_capabilities({"return-path": False})
     parked = pair.engine(pair.plugins.machine("qemu", MachineConfig(incoming=True)), {})
     donor.migrate(parked.migrate_incoming("tcp:127.0.0.1:0"))
-    assert arrived(parked) == "completed", parked.query_migrate()
+    assert arrived(parked) == "completed", query_migrate(parked)
     parked.set_parameters({"x-migfw-confirm-timeout": 500})
     parked.migrate(peer.uri)
     peer.accept()
     peer.read_all(lambda data: data.endswith(END_OF_DESCRIPTION))
     assert ended(parked) == "failed"
-    reason = parked.query_migrate()["error-desc"]
+    reason = query_migrate(parked)["error-desc"]
     assert "migrate it again" in reason and "cont" not in reason, reason
 
 
@@ -139,9 +151,9 @@ def reason_at_source(pair: Pair, source: CountingMachine, destination: CountingM
     here, there = pair.source(source), pair.destination(destination)
     here.migrate(there.migrate_incoming("tcp:127.0.0.1:0"))
     assert (ended(here), arrived(there)) == ("failed", "failed")
-    reason = here.query_migrate()["error-desc"]
+    reason = query_migrate(here)["error-desc"]
     assert isinstance(reason, str)
-    assert reason.endswith(there.query_migrate()["error-desc"].removeprefix("load of migration failed: ")), reason
+    assert reason.endswith(query_migrate(there)["error-desc"].removeprefix("load of migration failed: ")), reason
     runs_on(here)
     return reason
 
@@ -191,7 +203,7 @@ def test_a_reason_is_shown_as_one_printable_line(pair: Pair, peer: Peer, case: s
     connection.sendall(encode_return_message(ReturnMessage.MIGFW_REASON, said))
     peer.say(ReturnMessage.SHUT, 1)
     assert ended(source) == "failed"
-    reason = source.query_migrate()["error-desc"]
+    reason = query_migrate(source)["error-desc"]
     assert reason.endswith(shown), reason
     assert "\n" not in reason and "\x1b" not in reason
     runs_on(source)
@@ -203,7 +215,7 @@ def test_a_reason_that_is_too_long_is_refused_and_a_long_one_of_ours_is_cut(pair
     connection = peer.accept()
     connection.sendall(ReturnMessage.MIGFW_REASON.to_bytes(2, "big") + (501).to_bytes(2, "big") + b"x" * 501)
     assert ended(source) == "failed"
-    assert "at most 500 bytes" in source.query_migrate()["error-desc"]
+    assert "at most 500 bytes" in query_migrate(source)["error-desc"]
     runs_on(source)
     ours = reason_body("expected ü" * 200)
     assert len(ours) <= 500 and ours.endswith(b"...") and parse_reason(ours).startswith("expected ü")
@@ -241,5 +253,5 @@ def test_what_they_say_passes_a_relay(pair: Pair, fits: bool) -> None:
     if fits:
         runs_on(destination)
     else:
-        assert "RAM block 'counters' of 524288 bytes" in source.query_migrate()["error-desc"]
+        assert "RAM block 'counters' of 524288 bytes" in query_migrate(source)["error-desc"]
         runs_on(source)

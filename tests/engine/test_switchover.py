@@ -9,7 +9,7 @@ import pytest
 from corefw.errors import SettingsError
 from corefw.wire.constants import ReturnMessage
 from corefw.wire.returnpath import encode_return_message
-from tests.helpers.engines import Pair, Peer, arrived, counting, ended, runs_on
+from tests.helpers.engines import Pair, Peer, arrived, counting, ended, query_migrate, runs_on
 
 
 def test_a_running_guest_moves_with_switchover_ack(pair: Pair) -> None:
@@ -29,12 +29,12 @@ def test_the_source_does_not_switch_over_before_the_ack(pair: Pair) -> None:
     with Peer() as peer:
         source.migrate(peer.uri)
         connection = peer.accept()
-        peer.read_while(lambda: source.query_migrate()["status"] == "setup")
+        peer.read_while(lambda: query_migrate(source)["status"] == "setup")
         peer.read_while(lambda: select.select([connection], [], [], 0.5)[0] != [])  # all is sent, the source waits
-        assert source.query_migrate()["status"] == "active"
+        assert query_migrate(source)["status"] == "active"
         connection.sendall(encode_return_message(ReturnMessage.SWITCHOVER_ACK))
-        peer.read_while(lambda: source.query_migrate()["status"] == "active")
-        assert source.query_migrate()["status"] == "pre-switchover"
+        peer.read_while(lambda: query_migrate(source)["status"] == "active")
+        assert query_migrate(source)["status"] == "pre-switchover"
         source.cancel()
     assert ended(source) == "cancelled"
     runs_on(source)
@@ -46,7 +46,7 @@ def test_a_destination_without_the_capability_is_named(pair: Pair, monkeypatch: 
     source.set_capabilities({"switchover-ack": True})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "failed" and arrived(destination) == "failed"
-    assert "'switchover-ack'" in source.query_migrate()["error-desc"]
+    assert "'switchover-ack'" in query_migrate(source)["error-desc"]
     runs_on(source)
 
 

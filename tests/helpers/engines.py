@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import MappingProxyType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from corefw.dispatch import Event
 from corefw.engine import Engine
 from corefw.machine import Machine, RunState
 from corefw.plugins import Plugins
+from corefw.qmp.documents import migration_info
 from corefw.states import MigrationStatus, StatusChanged
 from corefw.wire.constants import READY_PING, Command, ReturnMessage, SectionType
 from corefw.wire.returnpath import encode_return_message, number_body
@@ -80,6 +81,11 @@ class Pair:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+
+def query_migrate(engine: Engine) -> dict[str, Any]:
+    """What QMP's query-migrate answers."""
+    return dict(migration_info(engine.report()))
 
 
 def counting(engine: Engine) -> CountingMachine:

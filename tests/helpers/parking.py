@@ -9,6 +9,7 @@ from corefw.engine import Engine
 from corefw.machine import MachineConfig, RunState
 from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
+from tests.helpers.engines import query_migrate
 from tests.helpers.qemu import Guest, Qemu
 
 PATIENCE = 60.0
@@ -30,15 +31,14 @@ def parking(*capabilities: str, **options: str) -> Iterator[Engine]:
 
 def wait_parked(engine: Engine) -> None:
     status = engine.wait_incoming(PATIENCE)
-    assert status is MigrationStatus.COMPLETED, engine.query_migrate()
+    assert status is MigrationStatus.COMPLETED, query_migrate(engine)
     assert engine.machine.run_state is RunState.PAUSED
-    assert not engine.query_status()["running"]
 
 
 def send(engine: Engine, uri: str) -> None:
     engine.migrate(uri)
     status = engine.wait_outgoing(PATIENCE)
-    assert status is MigrationStatus.COMPLETED, engine.query_migrate()
+    assert status is MigrationStatus.COMPLETED, query_migrate(engine)
 
 
 def park(source: Qemu, engine: Engine, uri: str) -> None:

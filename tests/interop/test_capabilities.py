@@ -14,6 +14,7 @@ from typing import Final
 import pytest
 
 from corefw.states import MigrationStatus
+from tests.helpers.engines import query_migrate
 from tests.helpers.parking import PATIENCE, parking, prove, send, wait_parked
 from tests.helpers.peers import find_peer, needs_peers, peer_parameters
 from tests.helpers.qemu import Guest, Qemu, QmpError, needs_qemu, wait_until
@@ -123,8 +124,8 @@ def test_a_capability_of_the_source_works_or_is_named(label: str, capability: st
             assert source.status() in ("completed", "colo")
         else:
             assert status is MigrationStatus.FAILED
-            assert outcome.names, engine.query_migrate()
-            assert outcome.names in engine.query_migrate()["error-desc"]
+            assert outcome.names, query_migrate(engine)
+            assert outcome.names in query_migrate(engine)["error-desc"]
 
 
 # -- switchover-ack ----------------------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def test_a_device_that_is_sent_before_the_ram_is_refused_by_name(label: str, ear
         source.migrate(engine.migrate_incoming("tcp:127.0.0.1:0"))
         if early:
             assert engine.wait_incoming(PATIENCE) is MigrationStatus.FAILED
-            error = engine.query_migrate()["error-desc"]
+            error = query_migrate(engine)["error-desc"]
             assert "virtio-mem" in error and "x-early-migration=off" in error
         else:
             wait_parked(engine)

@@ -19,6 +19,7 @@ from corefw.engine import Engine
 from corefw.machine import RunState
 from corefw.net import descriptors
 from corefw.states import MigrationStatus
+from tests.helpers.engines import query_migrate
 from tests.helpers.parking import PATIENCE, park, parking, prove, send, wait_parked
 from tests.helpers.peers import default_peer
 from tests.helpers.qemu import Guest, Qemu, needs_qemu
@@ -224,7 +225,7 @@ def test_a_machine_that_is_too_large_is_refused_and_runs_on_at_its_source(guest:
         source.wait_printed("B")
         source.migrate(engine.migrate_incoming(f"unix:{folder}/in"))
         assert engine.wait_incoming(PATIENCE) is MigrationStatus.FAILED
-        assert "ram-limit" in engine.query_migrate()["error-desc"]
+        assert "ram-limit" in query_migrate(engine)["error-desc"]
         with pytest.raises(AssertionError, match="failed"):
             source.wait_migrated()
         seen = source.printed().count("B")

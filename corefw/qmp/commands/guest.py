@@ -6,14 +6,13 @@ import os
 
 from corefw import __version__
 from corefw.qmp.commands.context import Context
-from corefw.qmp.documents import StatusInfo
+from corefw.qmp.documents import StatusInfo, launch_document, migration_info, status_info
 from corefw.settings import as_json
 
 
 def query_status(context: Context) -> StatusInfo:
     """The guest's run state; "singlestep" is always false."""
-    status = context.engine.query_status()
-    return {"running": status["running"], "singlestep": status["singlestep"], "status": status["status"]}
+    return status_info(context.engine.machine.run_state)
 
 
 def stop(context: Context) -> None:
@@ -29,7 +28,7 @@ def cont(context: Context) -> None:
 def x_migfw_status(context: Context) -> object:
     """Everything that `migfw status` shows, in one document."""
     engine = context.engine
-    status = engine.query_status()
+    status = status_info(engine.machine.run_state)
     return {
         "name": engine.name,
         "pid": os.getpid(),
@@ -44,9 +43,9 @@ def x_migfw_status(context: Context) -> object:
         "outgoing": engine.outgoing.status,
         "incoming": engine.incoming.status,
         "incoming-uri": engine.incoming_uri,
-        "migration": engine.query_migrate(),
+        "migration": migration_info(engine.report()),
         "settings": as_json(engine.settings),
-        "launch": engine.launch.document() if engine.launch is not None else None,
+        "launch": launch_document(engine.launch) if engine.launch is not None else None,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import Final
 
 from corefw.errors import SettingsError, did_you_mean
 from corefw.qmp.channels import uri_of
@@ -14,6 +14,8 @@ from corefw.qmp.documents import (
     MigrationInfo,
     ParameterChange,
     ParameterValues,
+    check_document,
+    migration_info,
 )
 from corefw.qmp.protocol import QmpError
 from corefw.settings import MAX_DOWNTIME
@@ -39,7 +41,7 @@ def migrate(
 def x_migfw_check(context: Context, uri: str = "") -> object:
     """Whether a migration to `uri` would succeed, and what it would be like. It changes nothing and takes some seconds;
     without `uri` it looks at this side only."""
-    return context.engine.check(uri or None)
+    return check_document(context.engine.check(uri or None))
 
 
 def migrate_incoming(
@@ -76,7 +78,7 @@ def migrate_recover(context: Context, uri: str) -> None:
 
 def query_migrate(context: Context) -> MigrationInfo:
     """How the migration goes, or went."""
-    return cast("MigrationInfo", context.engine.query_migrate())
+    return migration_info(context.engine.report())
 
 
 def x_migfw_transport(context: Context, uri: str) -> object:

@@ -176,7 +176,7 @@ def _shown(value: Value) -> str:
 
 
 def _info_migrate(context: Context, _: Sequence[str]) -> str:
-    info = context.engine.query_migrate()
+    info: Mapping[str, Any] = migration.query_migrate(context)
     text = ""
     if reasons := info.get("blocked-reasons"):
         text += "Outgoing migration blocked:\n" + "".join(f"  {reason}\n" for reason in reasons)

@@ -28,6 +28,7 @@ from corefw.states import MigrationStatus
 from corefw.testing.recording import KitContext
 from corefw.testing.section import SectionCase, check_section
 from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
+from tests.helpers.engines import query_migrate
 
 Make = Callable[..., PythonMachine]
 
@@ -65,11 +66,11 @@ def moved(source: PythonMachine, destination: PythonMachine) -> tuple[int, str |
         here.migrate(there.migrate_incoming("tcp:127.0.0.1:0"))
         status = there.wait_incoming(60)
         here.wait_outgoing(60)
-        error = there.query_migrate().get("error-desc")
+        error = query_migrate(there).get("error-desc")
         assert (status is MigrationStatus.FAILED) == (error is not None)
         if error is not None:
-            assert here.query_status()["running"], "the guest runs on where it was"
-            assert error.removeprefix("load of migration failed: ") in here.query_migrate()["error-desc"]
+            assert here.machine.run_state == "running", "the guest runs on where it was"
+            assert error.removeprefix("load of migration failed: ") in query_migrate(here)["error-desc"]
         return int(np.asarray(destination.ram_blocks()[0].pages).any()), error
 
 

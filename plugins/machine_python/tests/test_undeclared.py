@@ -15,6 +15,7 @@ from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
 from corefw.testing.tasks import wait_until
 from tests.helpers.cli import migfw
+from tests.helpers.engines import query_migrate
 
 Make = Callable[..., Engine]
 
@@ -92,7 +93,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def blocked(engine: Engine) -> list[str]:
-    reasons = engine.query_migrate().get("blocked-reasons", [])
+    reasons = query_migrate(engine).get("blocked-reasons", [])
     assert isinstance(reasons, list)
     return reasons
 
@@ -216,7 +217,7 @@ def test_no_false_alarm(make: Make, what: str, caplog: pytest.LogCaptureFixture,
     ticked(engine)
     assert blocked(engine) == []
     engine.migrate(f"file:{tmp_path}/stream")
-    assert engine.wait_outgoing(30) is MigrationStatus.COMPLETED, engine.query_migrate()
+    assert engine.wait_outgoing(30) is MigrationStatus.COMPLETED, query_migrate(engine)
     assert [record.getMessage() for record in caplog.records if "would not move" in record.getMessage()] == []
 
 
@@ -227,8 +228,8 @@ def test_state_that_appears_while_the_migration_runs_stops_it_and_not_the_guest(
     assert blocked(engine) == []
     engine.migrate(f"file:{tmp_path}/stream")
     assert engine.wait_outgoing(30) is MigrationStatus.FAILED
-    assert "state that would not move: self.saved (" in engine.query_migrate()["error-desc"]
-    assert engine.query_status()["running"]
+    assert "state that would not move: self.saved (" in query_migrate(engine)["error-desc"]
+    assert engine.machine.run_state == "running"
     ticked(engine)
 
 

@@ -22,6 +22,7 @@ from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
 from corefw.testing.tasks import wait_until
 from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
+from tests.helpers.engines import query_migrate
 
 LIMIT = 1 << 20
 
@@ -298,7 +299,7 @@ def test_a_value_that_cannot_move_is_refused_and_the_guest_runs_on(
     engine = engine_of(machine)
     with contextlib.closing(engine):
         engine.cont()
-        assert wait_until(lambda: bool(engine.query_migrate().get("blocked-reasons")))
+        assert wait_until(lambda: bool(query_migrate(engine).get("blocked-reasons")))
         with pytest.raises(BlockedError, match=f"cannot migrate: program 'P': {complaint}"):
             engine.migrate(f"file:{tmp_path}/x")
         with pytest.raises(MachineError, match=complaint):

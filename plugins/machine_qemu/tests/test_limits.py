@@ -26,6 +26,7 @@ from corefw.wire.records import (
     write_section_header,
 )
 from corefw.wire.stream import MemorySink, StreamWriter
+from tests.helpers.engines import query_migrate
 
 PATIENCE = 30.0
 PAGE = 4096
@@ -65,7 +66,7 @@ def fails(engine: Engine, path: Path, data: bytes) -> str:
     path.write_bytes(data)
     engine.migrate_incoming(f"file:{path}")
     assert engine.wait_incoming(PATIENCE) is MigrationStatus.FAILED
-    return str(engine.query_migrate()["error-desc"])
+    return str(query_migrate(engine)["error-desc"])
 
 
 def memfds() -> list[str]:

@@ -39,6 +39,7 @@ from corefw.wire.records import (
 )
 from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
 from tests.golden.record import load
+from tests.helpers.engines import query_migrate
 
 PATIENCE = 30.0
 PAGE = 4096
@@ -108,7 +109,7 @@ def parking() -> Iterator[Engine]:
 
 def park(engine: Engine, uri: str) -> None:
     engine.migrate_incoming(uri)
-    assert engine.wait_incoming(PATIENCE) is MigrationStatus.COMPLETED, engine.query_migrate()
+    assert engine.wait_incoming(PATIENCE) is MigrationStatus.COMPLETED, query_migrate(engine)
 
 
 def check_ram(engine: Engine, guest: Pages) -> None:
@@ -125,7 +126,7 @@ def test_a_file_is_parked_and_sent_on_as_an_ordinary_stream(tmp_path: Path) -> N
         park(engine, f"file:{tmp_path}/mapped")
         check_ram(engine, GUEST)
         engine.migrate(f"file:{tmp_path}/stored")
-        assert engine.wait_outgoing(PATIENCE) is MigrationStatus.COMPLETED, engine.query_migrate()
+        assert engine.wait_outgoing(PATIENCE) is MigrationStatus.COMPLETED, query_migrate(engine)
     stored = (tmp_path / "stored").read_bytes()
     found = inspect(MemorySource(stored))
     assert found.complete, found.damage
@@ -207,7 +208,7 @@ def test_a_header_that_is_wrong(at: int, replacement: bytes, reason: str, tmp_pa
     with parking() as engine:
         engine.migrate_incoming(f"file:{tmp_path}/mapped")
         assert engine.wait_incoming(PATIENCE) is MigrationStatus.FAILED
-        assert reason in engine.query_migrate()["error-desc"]
+        assert reason in query_migrate(engine)["error-desc"]
         assert not engine.machine.ram_blocks()
     if at != 28 + 39:  # inspect counts pages, and does not look at which they are
         found = inspect(MemorySource(bytes(data)))
@@ -223,4 +224,4 @@ def test_a_file_that_is_cut(tmp_path: Path) -> None:
         with parking() as engine:
             engine.migrate_incoming(f"file:{tmp_path}/mapped")
             assert engine.wait_incoming(PATIENCE) is MigrationStatus.FAILED
-            assert "the end of the stream" in engine.query_migrate()["error-desc"]
+            assert "the end of the stream" in query_migrate(engine)["error-desc"]

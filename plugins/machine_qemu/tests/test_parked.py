@@ -21,6 +21,7 @@ from corefw.wire.constants import Command, SectionType
 from corefw.wire.decoder import decode
 from corefw.wire.stream import MemorySource, StreamReader
 from tests.golden.record import RECORDINGS, load
+from tests.helpers.engines import query_migrate
 
 PATIENCE = 30.0
 TAKEN = [name for name in RECORDINGS if name not in ("pc-postcopy", "pc-compress", "pc-xbzrle", "pc-return-path")]
@@ -132,9 +133,9 @@ def memory(data: bytes) -> dict[tuple[str, int], bytes]:
 def test_a_stream_comes_out_as_it_went_in(name: str, tmp_path: Path) -> None:
     data = load(name)
     with parking() as engine:
-        assert take_in(engine, data, tmp_path) is MigrationStatus.COMPLETED, engine.query_migrate()
+        assert take_in(engine, data, tmp_path) is MigrationStatus.COMPLETED, query_migrate(engine)
         engine.migrate(f"file:{tmp_path}/out")
-        assert engine.wait_outgoing(PATIENCE) is MigrationStatus.COMPLETED, engine.query_migrate()
+        assert engine.wait_outgoing(PATIENCE) is MigrationStatus.COMPLETED, query_migrate(engine)
     sent = (tmp_path / "out").read_bytes()
     assert devices(sent) == devices(data)
     assert memory(sent) == memory(data)
@@ -151,14 +152,14 @@ def test_a_stream_comes_out_as_it_went_in(name: str, tmp_path: Path) -> None:
 def test_what_nobody_here_reads_is_refused(name: str, tmp_path: Path) -> None:
     with parking() as engine:
         assert take_in(engine, load(name), tmp_path) is MigrationStatus.FAILED
-        assert "offset" in engine.query_migrate()["error-desc"]
+        assert "offset" in query_migrate(engine)["error-desc"]
 
 
 @pytest.mark.parametrize("end", [0, 7, 30, 200, 5000, 23000, 24000, 36000, 36400, 100_000, 136_040])
 def test_a_truncated_stream_fails_with_its_offset(end: int, tmp_path: Path) -> None:
     with parking() as engine:
         assert take_in(engine, load("pc")[:end], tmp_path) is MigrationStatus.FAILED
-        assert "offset" in engine.query_migrate()["error-desc"]
+        assert "offset" in query_migrate(engine)["error-desc"]
         assert engine.machine.run_state is RunState.INMIGRATE
 
 
@@ -192,7 +193,7 @@ def test_switchover_start_goes_out_only_where_it_came(announced: bool, tmp_path:
     at = end_of_ram(data)
     with parking() as engine:
         sent = data[:at] + SWITCHOVER_START + data[at:] if announced else data
-        assert take_in(engine, sent, tmp_path) is MigrationStatus.COMPLETED, engine.query_migrate()
+        assert take_in(engine, sent, tmp_path) is MigrationStatus.COMPLETED, query_migrate(engine)
         engine.migrate(f"file:{tmp_path}/out")
         assert engine.wait_outgoing(PATIENCE) is MigrationStatus.COMPLETED
     out = (tmp_path / "out").read_bytes()
@@ -207,4 +208,4 @@ def test_switchover_start_in_the_wrong_place_is_refused(times: int, behind: bool
     with parking() as engine:
         sent = data[:at] + SWITCHOVER_START * times + data[at:]
         assert take_in(engine, sent, tmp_path) is MigrationStatus.FAILED
-        assert "expected SWITCHOVER_START" in engine.query_migrate()["error-desc"]
+        assert "expected SWITCHOVER_START" in query_migrate(engine)["error-desc"]

@@ -12,6 +12,7 @@ import pytest
 from corefw.engine import Engine
 from corefw.machine import MachineConfig
 from corefw.plugins import Plugins
+from tests.helpers.engines import query_migrate
 
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden"
 
@@ -32,5 +33,5 @@ def test_another_guest_after_a_stream_that_was_cut(engine: Engine, tmp_path: Pat
     assert engine.wait_incoming(20) == "failed"
     assert not engine.machine.ram_blocks(), "a failed load keeps nothing"
     engine.migrate_incoming(f"file:{whole}")
-    assert engine.wait_incoming(20) == "completed", engine.query_migrate()
+    assert engine.wait_incoming(20) == "completed", query_migrate(engine)
     assert {block.idstr for block in engine.machine.ram_blocks()} != {"pc.ram"}
