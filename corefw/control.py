@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from corefw.dispatch import Event, Observer
 from corefw.machine import Machine, RunState
-from corefw.section import RamStatistics
 from corefw.settings import Settings
 from corefw.states import MigrationStatus, Side
+
+if TYPE_CHECKING:
+    from corefw.section import RamStatistics
 
 
 @dataclass(frozen=True, slots=True)

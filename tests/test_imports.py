@@ -37,7 +37,7 @@ CORE: Final[dict[str, set[str]]] = {
     "conversion": {"errors", "channel", "wire"},
     "section": {"errors", "channel", "settings", "wire"},
     "machine": {"errors"},
-    "control": {"dispatch", "machine", "section", "settings", "states"},
+    "control": {"dispatch", "machine", "settings", "states"},
     "memory": {"errors", "quantities", "net", "machine"},
     "hookspecs": set(),
     "entrypoints": {"errors"},
@@ -61,6 +61,7 @@ CORE: Final[dict[str, set[str]]] = {
 TYPES: Final[dict[str, set[str]]] = {
     "section": {"machine"},
     "machine": {"section", "wire"},
+    "control": {"section"},
     "hookspecs": {"uri", "states", "settings", "channel", "section", "machine", "control"},
     "plugins": {"control"},
 }

@@ -6,15 +6,17 @@ They are what query-qmp-schema describes; tests hold every answer against them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NotRequired, TypedDict, cast
 
 from corefw.control import CheckReport, MigrationReport, PassBegan, RunStateChanged, TransferReport
 from corefw.dispatch import Event
-from corefw.engine import Launch
 from corefw.machine import RunState
 from corefw.qmp.forms import NOTHING, Enumeration, Form, Member, Structure
 from corefw.qmp.schema import Variants, shape
 from corefw.states import SENDING, MigrationStatus, StatusChanged
+
+if TYPE_CHECKING:
+    from corefw.engine import Launch
 
 # Known only once the plugins are: forms of these names are filled in by introspection.py.
 CapabilityName = Annotated[str, Enumeration("MigrationCapability", ())]
