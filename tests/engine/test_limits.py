@@ -111,7 +111,7 @@ def test_a_destination_that_takes_nothing_more_is_not_switched_over_to(
         source.migrate(peer.uri)
         peer.accept()
         assert ended(source) == "failed"
-        reason = source.query_migrate()["error-desc"]
+        reason = query_migrate(source)["error-desc"]
         assert "it took longer than 300 ms (x-migfw-timeout), and the destination has taken nothing for" in reason
         runs_on(source)
 
