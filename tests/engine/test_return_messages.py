@@ -10,7 +10,7 @@ from corefw.section import IncomingContext
 from corefw.wire.constants import PLUGIN_MESSAGES, ReturnMessage
 from corefw.wire.stream import StreamReader
 from tests.engine.test_plugin_sections import Loader, Saver, pair_with
-from tests.helpers.engines import Pair, arrived, ended, runs_on
+from tests.helpers.engines import Pair, arrived, ended, query_migrate, runs_on
 
 PROGRESS = PLUGIN_MESSAGES[1]
 HEARD = b"what has been loaded"
@@ -45,7 +45,7 @@ def outcome(pair: Pair) -> str:
         runs_on(destination)
         return ""
     runs_on(source)
-    return str(source.query_migrate()["error-desc"])
+    return str(query_migrate(source)["error-desc"])
 
 
 def test_a_saver_hears_what_its_loader_sends() -> None:
