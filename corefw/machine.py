@@ -286,21 +286,30 @@ class StreamFormat:
 WaitReadable = Callable[[float], bool]
 
 
-@runtime_checkable
-class AdoptsStreams(Protocol):
-    """A destination that keeps what nobody here can decode (a parked QEMU)."""
+class ParkingMachine(Machine):
+    """A machine that cannot run here: its RAM is loaded, and its devices stay in the bytes that their emulator sent.
 
+    As a destination it takes any machine; as a source it sends on what it took (corefw.engine.tails.StoredTail).
+    """
+
+    def devices(self) -> Sequence[Device]:
+        """None: they are among stored_sections()."""
+        return ()
+
+    @abstractmethod
     def adopt_sections(self, name: str, stream_format: StreamFormat, reader: StreamReader, live: WaitReadable) -> None:
-        """Called with the reader just before the type byte of the first section that no loader knows; the live
-        sections are behind it, with an END each or, in a background snapshot, without. Take everything from there to
-        the end of the stream, EOF byte and description included.
+        """Take everything up to the end of the stream, EOF byte and description included.
 
-        `name` is the machine type ("" where the stream has no configuration section). `live(seconds)` is False when
-        nothing more came for that long: a source that waits for SHUT does not end its stream.
+        Called with the reader just before the type byte of the first section that no loader knows. The live sections
+        are behind it, with an END each or, in a background snapshot, without. `name` is the machine type ("" if the
+        stream has no configuration section). `live(seconds)` is False if nothing more came for that long: a source that
+        waits for SHUT does not end its stream. Raises RemoteStreamError, ChannelError.
         """
 
+    @abstractmethod
     def stored_format(self) -> StreamFormat | None:
-        """How to frame the stream when the guest goes on; None: as the settings say."""
+        """How to frame the stream when the machine is sent on; None: as the settings say."""
 
+    @abstractmethod
     def stored_sections(self) -> Sequence[bytes]:
-        """What adopt_sections took, byte for byte, to be sent behind the live sections."""
+        """What adopt_sections() took, byte for byte, to be sent behind the live sections."""

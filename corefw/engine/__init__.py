@@ -1,10 +1,15 @@
 """The engine: one guest, its settings, and at most one migration each way.
 
-Read engine.py for what the outside calls, outgoing.py and incoming.py for the two threads, custody.py for which side
-may run the guest. precopy.py has the source's phases; passes.py decides when the guest is stopped, and convergence.py
-and forecast.py are the arithmetic of that. link.py is the connection of the source, meter.py counts and paces its
-bytes, framing.py and unframing.py frame the sections, returnpath.py is the way back, guestlock.py says who may touch
-the guest, launch.py how the engine was started.
+Begin with engine.py, which is what the outside calls. Each side of a migration has a table of phases:
+
+    source        outgoing.py (the table, the thread), precopy.py (the phases), source.py (what they share)
+    destination   incoming.py (the table, the thread), arrival.py (the phases), destination.py (what they share)
+
+phases.py drives both tables, custody.py decides which side may run the guest, and tails.py knows what is different for
+a parked machine. passes.py decides when the guest is stopped, with the arithmetic in convergence.py and forecast.py;
+meter.py counts and paces the bytes. framing.py writes sections, loader.py loads them, and commands.py runs the commands
+between them. link.py is the source's connection, connection.py the destination's, and returnpath.py the way back.
+guestlock.py is the lock on the guest's run state, launch.py says how the engine was started.
 """
 
 from __future__ import annotations

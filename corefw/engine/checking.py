@@ -29,8 +29,9 @@ from corefw import __version__
 from corefw.channel import Channel, Interrupt, Transport
 from corefw.control import CheckReport
 from corefw.engine.estimate import Estimate, Rates, estimate
+from corefw.engine.tails import tail_of
 from corefw.errors import ChannelError, Interrupted, StreamError, one_line
-from corefw.machine import AdoptsStreams, Machine, RunState
+from corefw.machine import Machine, RunState
 from corefw.memory.host import spare_memory
 from corefw.quantities import format_size
 from corefw.section import LoaderRegistry, SaverRegistry, Section
@@ -137,8 +138,8 @@ class Checking:
             self._problems.append(f"{error}{late}")
 
     def _why_not_dialled(self, transport: Transport) -> str | None:
-        if isinstance(self._machine, AdoptsStreams):
-            return "a waiting QEMU would exit when a peer connects and disconnects; only this side was checked"
+        if (obstacle := tail_of(self._machine).obstacle_to_checking()) is not None:
+            return obstacle
         if not (transport.features.return_path and transport.features.multi_channel):
             return f"'{transport.uri.scheme}:' has one connection, or one direction; only this side was checked"
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from corefw.errors import PluginError
-from corefw.machine import AdoptsStreams, Machine, MakesRamBlocks, RunState
+from corefw.machine import Machine, MakesRamBlocks, RunState
 from corefw.section import Coverage, LiveLoader, Section, SectionKey, SectionLoader
 
 _SHOWN = 3
@@ -57,9 +57,6 @@ def not_loaded(
 
 
 def _device_keys(machine: Machine) -> list[SectionKey]:
-    """The devices that sections have to carry: a machine that adopts streams keeps their sections itself."""
-    if isinstance(machine, AdoptsStreams):
-        return []
     return [SectionKey(device.name, device.instance_id) for device in machine.devices()]
 
 

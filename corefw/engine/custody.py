@@ -18,14 +18,12 @@ from typing import Final
 
 from corefw.engine.guestlock import GuestLock
 from corefw.errors import ANYTHING
-from corefw.machine import AdoptsStreams, Machine, RunState, SupportsThrottle
+from corefw.machine import Machine, RunState, SupportsThrottle
 from corefw.section import Section
 
 log = logging.getLogger(__name__)
 
 MAY_RUN_THERE: Final = "; the destination had everything and may be running the guest, so it stays stopped here"
-CONT: Final = " ('cont' starts it, if you know that the destination does not run it)"
-SEND_AGAIN: Final = " (parked, it cannot run: migrate it again, if you know that the destination does not run it)"
 
 
 class Custody:
@@ -36,12 +34,14 @@ class Custody:
     deciding      held while the guest is handed over, and while a cancel finds out whether it was
     """
 
-    def __init__(self, machine: Machine, lock: GuestLock) -> None:
+    def __init__(self, machine: Machine, lock: GuestLock, advice: str) -> None:
+        """`advice`: what a user can do with a guest that stays stopped because it may be running there."""
         self.held = False
         self.handed_over = False
         self.deciding: Final = threading.Lock()
         self._machine = machine
         self._lock = lock
+        self._advice = advice
         self._before = machine.run_state
 
     def stop(self, check: Callable[[], None], store: Callable[[RunState], None]) -> None:
@@ -86,7 +86,7 @@ class Custody:
             return ""
         if self.handed_over and not refused:
             self.let_go()
-            return MAY_RUN_THERE + (SEND_AGAIN if isinstance(self._machine, AdoptsStreams) else CONT)
+            return f"{MAY_RUN_THERE} ({self._advice})"
         with self._lock.held():
             self.held = False
             if self._before is not RunState.RUNNING:

@@ -22,6 +22,7 @@ from corefw.engine.guestlock import GuestLock
 from corefw.engine.incoming import IncomingMigration
 from corefw.engine.launch import Launch
 from corefw.engine.outgoing import OutgoingMigration
+from corefw.engine.tails import tail_of
 from corefw.errors import (
     BlockedError,
     Interrupted,
@@ -32,7 +33,7 @@ from corefw.errors import (
     UriError,
     UsageError,
 )
-from corefw.machine import DEAD, AdoptsStreams, Machine, RunState, SupportsVerify
+from corefw.machine import DEAD, Machine, RunState, SupportsVerify
 from corefw.plugins import Plugins
 from corefw.section import LoaderRegistry, SaverRegistry
 from corefw.settings import Settings
@@ -71,6 +72,7 @@ class Engine(MigrationControl):
         self.incoming_uri: str | None = None
         self.exit_on_error = True
         self._autostart = autostart
+        self._tail = tail_of(machine)
         self._closed = False
         self._lock = threading.RLock()  # whoever begins a migration, or changes what one begins with, holds it
         self._swap = threading.Lock()  # `_migration` changes together with the status that is its own
@@ -204,7 +206,7 @@ class Engine(MigrationControl):
     def _check_left_nothing_open(self) -> None:
         """Raise when the guest may run elsewhere: a second copy of it must not come to run as well. A machine that
         cannot run here is only stored and sent on."""
-        if self.machine.run_state is RunState.POSTMIGRATE and not isinstance(self.machine, AdoptsStreams):
+        if self.machine.run_state is RunState.POSTMIGRATE and not self._tail.may_leave_twice():
             raise StateError(
                 "Can't migrate the vm that was paused due to previous migration"
                 " ('cont' starts it, if you know that it does not run elsewhere)"
@@ -242,14 +244,12 @@ class Engine(MigrationControl):
             raise MigfwError(f"cannot start a migration: {error}") from None
 
     def _savers(self) -> SaverRegistry:
-        """New savers for one migration. Of a machine that keeps its sections as they came, only the live ones."""
-        savers = self.plugins.section_savers(self.machine, self.settings)
-        return SaverRegistry(savers.live()) if isinstance(self.machine, AdoptsStreams) else savers
+        """New savers for one migration."""
+        return self._tail.savers(self.plugins.section_savers(self.machine, self.settings))
 
     def _loaders(self) -> LoaderRegistry:
-        """New loaders for one migration. Of a machine that keeps sections as they come, only the live ones."""
-        loaders = self.plugins.section_loaders(self.machine, self.settings)
-        return LoaderRegistry(loaders.live()) if isinstance(self.machine, AdoptsStreams) else loaders
+        """New loaders for one migration."""
+        return self._tail.loaders(self.plugins.section_loaders(self.machine, self.settings))
 
     def wait_outgoing(self, seconds: float | None = None) -> MigrationStatus:
         """Block until the present migration has ended; its status."""

@@ -11,6 +11,7 @@ Source: QEMU 10.0, migration_thread, migration_completion_precopy. Threads: the 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
@@ -20,12 +21,11 @@ from corefw.engine.scheduling import yielding_to_guests
 from corefw.engine.source import Source
 from corefw.engine.statistics import milliseconds_since
 from corefw.errors import BlockedError, ChannelError, MachineError, PluginError
-from corefw.machine import AdoptsStreams, RunState
+from corefw.machine import RunState
 from corefw.section import LiveSaver, RamSaver, RunStateSaver
 from corefw.states import MigrationStatus
-from corefw.wire.constants import MIGFW_PING, READY_PING, Command, ReturnMessage, SectionType
-from corefw.wire.records import Configuration, write_command, write_configuration, write_description, write_header
-from corefw.wire.stream import MemorySink, StreamWriter
+from corefw.wire.constants import MIGFW_PING, READY_PING, Command, ReturnMessage
+from corefw.wire.records import Configuration, write_command, write_configuration, write_header
 
 ACK_PATIENCE: Final = 30.0
 """Seconds to wait for SWITCHOVER_ACK when everything else is ready."""
@@ -69,7 +69,7 @@ def _active_savers(source: Source) -> list[LiveSaver]:
 
 def _write_head(source: Source) -> None:
     """Everything before the first section."""
-    form, writer = source.stream_format(), source.link.writer
+    form, writer = source.tail.stream_format(source.settings), source.link.writer
     write_header(writer)
     if form.configuration:
         write_configuration(writer, Configuration(source.machine.name, form.configuration_tail))
@@ -168,11 +168,11 @@ def await_continue(source: Source) -> MigrationStatus:
 def switch_over(source: Source) -> MigrationStatus:
     """Send the rest of the guest, then the end mark: from its first byte on the destination may run the guest."""
     _send_rest(source)
-    description = _description(source)
+    closing = source.tail.closing(source.sections, source.settings)
     source.custody.hand_over_at_eof(source.check, visible=not source.link.transport.features.atomic)
     if source.link.return_path is not None:
         source.link.return_path.expect(ReturnMessage.SHUT, 0)
-    _send_end(source, description)
+    _send_end(source, closing)
     if source.link.return_path is None:
         source.link.channel.send_eof()
         return MigrationStatus.COMPLETED
@@ -183,7 +183,7 @@ def switch_over(source: Source) -> MigrationStatus:
 
 
 def _send_rest(source: Source) -> None:
-    if source.stream_format().switchover_start:
+    if source.tail.stream_format(source.settings).switchover_start:
         write_command(source.link.writer, Command.SWITCHOVER_START)
     with source.passes.told():
         for saver in source.live:
@@ -194,23 +194,8 @@ def _send_rest(source: Source) -> None:
     source.link.writer.flush()
 
 
-def _send_end(source: Source, description: bytes) -> None:
+def _send_end(source: Source, closing: Sequence[bytes]) -> None:
     writer = source.link.writer
-    if isinstance(source.machine, AdoptsStreams):
-        for piece in source.machine.stored_sections():
-            writer.write(piece)
-    else:
-        writer.u8(SectionType.EOF)
-        writer.write(description)
+    for piece in closing:
+        writer.write(piece)
     writer.flush()
-
-
-def _description(source: Source) -> bytes:
-    """Made before anything is handed over: it has what plugins say of their sections."""
-    if isinstance(source.machine, AdoptsStreams) or not source.settings.property("send-vmdescription"):
-        return b""
-    made = MemorySink()
-    writer = StreamWriter(made)
-    write_description(writer, source.sections.description())
-    writer.flush()
-    return bytes(made.data)

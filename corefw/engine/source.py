@@ -19,8 +19,9 @@ from corefw.engine.meter import Meter
 from corefw.engine.passes import Passes
 from corefw.engine.returnpath import Handler
 from corefw.engine.statistics import OutgoingStatistics
+from corefw.engine.tails import tail_of
 from corefw.errors import MachineError, PluginError
-from corefw.machine import DEAD, AdoptsStreams, Machine, StreamFormat, SupportsThrottle
+from corefw.machine import DEAD, Machine, SupportsThrottle
 from corefw.section import LiveSaver, SaverRegistry
 from corefw.settings import Settings
 from corefw.wire.constants import PLUGIN_MESSAGES, Command
@@ -63,7 +64,8 @@ class Source:
         self.statistics = OutgoingStatistics(
             self.meter, expected_downtime=settings.integer("downtime-limit"), savers=tuple(savers)
         )
-        self.custody = Custody(machine, guest_lock)
+        self.tail = tail_of(machine)
+        self.custody = Custody(machine, guest_lock, self.tail.advice)
         self.live: list[LiveSaver] = []
         self.limits = Limits(settings)
         self.passes = Passes(
@@ -103,16 +105,6 @@ class Source:
                     raise PluginError(f"section {saver.key}: return-path message {number:#x} is not free for it")
                 found[number] = partial(_pass_body, handler)
         return found
-
-    def stream_format(self) -> StreamFormat:
-        """How this stream is framed: as a parked machine's stream was, or as the settings say."""
-        stored = self.machine.stored_format() if isinstance(self.machine, AdoptsStreams) else None
-        return stored or StreamFormat(
-            configuration=self.settings.property("send-configuration"),
-            footers=self.settings.property("send-section-footer"),
-            configuration_tail=b"",
-            section_ids={},
-        )
 
     # -- how it is interrupted, from any thread --------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from corefw.engine import awaiting, checking
+from corefw.engine import arrival, checking
 from corefw.testing.tasks import wait_until
 from corefw.wire.constants import BE32
 from corefw.wire.stream import MemorySource, StreamReader
@@ -115,7 +115,7 @@ def test_no_write_is_lost_by_checks_before_a_migration(pair: Pair) -> None:
 
 
 def test_a_check_that_dribbles_does_not_keep_a_migration_waiting(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(awaiting, "CHECK_SECONDS", 0.5)
+    monkeypatch.setattr(arrival, "PATIENCE", 0.5)
     uri = pair.destination().migrate_incoming("tcp:127.0.0.1:0")
     ended_by_the_destination = threading.Event()
 

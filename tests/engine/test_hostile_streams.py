@@ -16,15 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corefw.channel import Buffer, Channel, Interrupt
-from corefw.engine.returnpath import ReturnPathWriter
-from corefw.engine.unframing import StreamLoader
-from corefw.errors import ChannelError, MigfwError, RemoteStreamError
-from corefw.machine import AdoptsStreams, Machine, MachineConfig
+from corefw.channel import Buffer, Channel, Interrupt, Listener
+from corefw.dispatch import EventDispatcher
+from corefw.engine.arrival import load_guest, set_up
+from corefw.engine.destination import Destination
+from corefw.engine.guestlock import GuestLock
+from corefw.engine.tails import tail_of
+from corefw.errors import Interrupted, MigfwError, RemoteStreamError
+from corefw.machine import Machine, MachineConfig
 from corefw.plugins import Plugins
-from corefw.section import LoaderRegistry
-from corefw.settings import Settings
-from corefw.wire.stream import StreamReader
+from corefw.uri import MigrationUri
 from tests.helpers.engines import Pair, ended
 from tests.helpers.machines import CountingMachine
 
@@ -65,50 +66,38 @@ class Bytes(Channel):
         pass
 
 
-class Context:
-    """What loaders need of an incoming migration."""
+class OneChannel(Listener):
+    """A listener that gives one channel; nothing else ever connects."""
 
-    def __init__(self, settings: Settings, channel: Channel) -> None:
-        self.settings = settings
-        self.interrupt = Interrupt()
-        self.stream_capabilities: frozenset[str] = frozenset()
-        self._channel = channel
+    uri = MigrationUri("bytes", "")
 
-    def accept_channel(self) -> Channel:
-        raise ChannelError("there is only one")
+    def __init__(self, channel: Channel) -> None:
+        self._channels = [channel]
 
-    def send_return_message(self, message: int, body: bytes) -> None:
+    def accept(self, interrupt: Interrupt) -> Channel:
+        if self._channels:
+            return self._channels.pop()
+        interrupt.wait(None)
+        raise Interrupted("cancelled")
+
+    def close(self) -> None:
         pass
-
-    def begins(self) -> None:
-        pass
-
-    def source_is_migfw(self) -> None:
-        pass
-
-    def source_may_pause(self, allowed: bool) -> None:
-        pass
-
-    def open_return_path(self) -> ReturnPathWriter:
-        return ReturnPathWriter(self._channel)
 
 
 def load(plugins: Plugins, machine: Machine, data: bytes) -> None:
-    """As IncomingMigration does it, but for the thread."""
+    """The phases of a destination, without the thread that runs them."""
     settings = plugins.settings()
-    loaders = plugins.section_loaders(machine, settings)
-    if isinstance(machine, AdoptsStreams):
-        loaders = LoaderRegistry(loaders.live())
-    channel = Bytes(data)
-    context = Context(settings, channel)
+    loaders = tail_of(machine).loaders(plugins.section_loaders(machine, settings))
+    listener = OneChannel(Bytes(data))
+    guest_lock = GuestLock(EventDispatcher())
+    destination = Destination(machine, settings, loaders, listener, guest_lock, lambda: False, accepts_again=False)
     try:
-        for loader in loaders:
-            loader.setup(context)
-        StreamLoader(StreamReader(channel), channel, machine, loaders, settings, context).load()
+        set_up(destination)
+        load_guest(destination)
     finally:
-        for loader in loaders:
-            loader.cleanup()
-        context.interrupt.close()
+        destination.clean_loaders_up()
+        destination.stop_listening()
+        destination.interrupt.close()
 
 
 @contextmanager

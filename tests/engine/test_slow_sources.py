@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from corefw_machine_qemu import adopting
 
-from corefw.engine import Engine, incoming
-from corefw.machine import AdoptsStreams, MachineConfig
+from corefw.engine import Engine, connection
+from corefw.machine import MachineConfig, ParkingMachine
 from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
 from tests.helpers.engines import PATIENCE, Pair, arrived
@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 def test_a_source_that_trickles_does_not_keep_a_failure_from_ending(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(incoming, "DRAIN_SECONDS", 0.3)
+    monkeypatch.setattr(connection, "DRAIN_SECONDS", 0.3)
     destination = pair.destination()
     port = int(destination.migrate_incoming("tcp:127.0.0.1:0").rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as source:
@@ -61,5 +61,5 @@ def test_silence_on_a_one_way_stream_is_not_its_end(
         assert not parking.incoming.wait(frozenset({MigrationStatus.COMPLETED, MigrationStatus.FAILED}), 0.5)
         way.write(stream[cut:])
     assert arrived(parking) == "completed"
-    assert isinstance(parking.machine, AdoptsStreams)
+    assert isinstance(parking.machine, ParkingMachine)
     assert stream.endswith(b"".join(parking.machine.stored_sections()))

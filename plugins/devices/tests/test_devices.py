@@ -13,7 +13,7 @@ from corefw_devices.device import DeviceLoader, DeviceSaver
 from corefw_devices.globalstate import GlobalStateLoader, GlobalStateSaver
 
 from corefw.errors import MachineError, RemoteStreamError
-from corefw.machine import Device, Machine, RamBlock, RunState, StreamFormat, WaitReadable
+from corefw.machine import Device, Machine, ParkingMachine, RamBlock, RunState, StreamFormat, WaitReadable
 from corefw.plugins import Plugins
 from corefw.section import LoaderRegistry, Priority, RunStateLoader, RunStateSaver, SaverRegistry, SectionKey
 from corefw.settings import Settings
@@ -75,8 +75,8 @@ class Panel(Machine):
         self.present.clear()
 
 
-class ParkedPanel(Panel):
-    """One that keeps streams (AdoptsStreams)."""
+class ParkedPanel(Panel, ParkingMachine):
+    """One that keeps streams as they came."""
 
     def adopt_sections(self, name: str, stream_format: StreamFormat, reader: StreamReader, live: WaitReadable) -> None:
         raise MachineError("nothing is parked in this test")

@@ -13,7 +13,7 @@ from corefw_machine_qemu import ParkedMachine
 from corefw.engine import Engine
 from corefw.errors import MachineError, UsageError
 from corefw.inspection import inspect
-from corefw.machine import AdoptsStreams, MachineConfig, MakesRamBlocks, RunState
+from corefw.machine import MachineConfig, MakesRamBlocks, ParkingMachine, RunState
 from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
 from corefw.wire import items
@@ -54,7 +54,7 @@ def test_wrong_usage_is_refused(config: MachineConfig, expected: str) -> None:
 
 def test_it_is_what_the_engine_asks_for() -> None:
     parked = machine()
-    assert isinstance(parked, AdoptsStreams)
+    assert isinstance(parked, ParkingMachine)
     assert isinstance(parked, MakesRamBlocks)
     assert (parked.kind, parked.name, parked.run_state) == ("qemu", "", RunState.INMIGRATE)
     assert parked.stored_format() is None

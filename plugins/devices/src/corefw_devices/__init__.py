@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from corefw.hookspecs import hookimpl
-from corefw.machine import AdoptsStreams, Machine
+from corefw.machine import Machine, ParkingMachine
 from corefw.section import SectionLoader, SectionSaver
 from corefw.settings import Settings
 from corefw_devices.device import DeviceLoader, DeviceSaver, device_section
@@ -14,8 +14,8 @@ from corefw_devices.globalstate import GlobalStateLoader, GlobalStateSaver
 
 @hookimpl
 def corefw_section_savers(machine: Machine, settings: Settings) -> Iterable[SectionSaver]:
-    """A machine that adopts streams has the run state among the sections that it stores, and sends it on with them."""
-    if not isinstance(machine, AdoptsStreams):
+    """A parked machine has the run state among the sections that it stores."""
+    if not isinstance(machine, ParkingMachine):
         yield GlobalStateSaver(settings)
     for device in machine.devices():
         yield DeviceSaver(*device_section(machine, device))
@@ -23,7 +23,7 @@ def corefw_section_savers(machine: Machine, settings: Settings) -> Iterable[Sect
 
 @hookimpl
 def corefw_section_loaders(machine: Machine) -> Iterable[SectionLoader]:
-    if not isinstance(machine, AdoptsStreams):
+    if not isinstance(machine, ParkingMachine):
         yield GlobalStateLoader()
     for device in machine.devices():
         yield DeviceLoader(*device_section(machine, device))

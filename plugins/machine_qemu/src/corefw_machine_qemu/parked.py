@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from corefw.errors import MachineError, UsageError
-from corefw.machine import Device, Machine, MachineConfig, RamBlock, RunState, StreamFormat, WaitReadable
+from corefw.machine import MachineConfig, ParkingMachine, RamBlock, RunState, StreamFormat, WaitReadable
 from corefw.memory.blocks import MemfdBlock
 from corefw.wire.constants import TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader
@@ -19,7 +19,7 @@ from corefw_machine_qemu.adopting import DeviceState, take_device_state
 from corefw_machine_qemu.limits import Limits
 
 
-class ParkedMachine(Machine):
+class ParkedMachine(ParkingMachine):
     """The machine "qemu". Options: see limits.OPTIONS. It is a destination first: `migfw run --machine qemu --incoming
     URI`."""
 
@@ -109,12 +109,8 @@ class ParkedMachine(Machine):
 
     # -- devices ---------------------------------------------------------------------------------------------------
 
-    def devices(self) -> Sequence[Device]:
-        """None: they are in stored_sections()."""
-        return ()
-
     def adopt_sections(self, name: str, stream_format: StreamFormat, reader: StreamReader, live: WaitReadable) -> None:
-        """See AdoptsStreams. Raises RemoteStreamError where the device state is not whole."""
+        """See ParkingMachine. Raises RemoteStreamError where the device state is not whole."""
         self._stored = take_device_state(reader, stream_format.footers, live)
         self._format = stream_format
         self._name = name

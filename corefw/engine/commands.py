@@ -1,0 +1,82 @@
+"""The stream commands that a destination runs, one function each.
+
+A handler is given the state of the migration, the frame that the command came in (the stream's, or that of a package),
+and the record. It returns the status to go on with, which ends the present phase, or None to go on in it.
+
+Source: QEMU 10.0, loadvm_process_command (migration/savevm.c). Threads: the one that loads the frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from corefw.engine.destination import Destination
+from corefw.engine.switchover import SwitchoverAck
+from corefw.errors import MigfwError
+from corefw.states import MigrationStatus
+from corefw.wire.constants import MIGFW_PING, Command
+from corefw.wire.frames import FrameReader
+from corefw.wire.records import CommandRecord, parse_ping, parse_postcopy_advise
+
+Handler = Callable[[Destination, FrameReader, CommandRecord], MigrationStatus | None]
+
+
+def run_command(destination: Destination, frames: FrameReader, record: CommandRecord) -> MigrationStatus | None:
+    """Run one. Raises RemoteStreamError for a command that nothing here takes, and for one that fails."""
+    run = HANDLERS.get(record.command)
+    if run is None:
+        belongs = belongs_to(_capability_of(record))
+        raise frames.reader.error("a command of precopy", f"{record.command.name}, which {belongs}")
+    try:
+        return run(destination, frames, record)
+    except MigfwError as error:
+        raise frames.reader.error(f"{record.command.name} to succeed", str(error)) from error
+
+
+def _open_return_path(destination: Destination, frames: FrameReader, _: CommandRecord) -> None:
+    connection = destination.connection
+    if connection.return_path is not None:
+        raise frames.reader.error("OPEN_RETURN_PATH once", "it again")
+    path = connection.open_return_path()
+    policy = destination.tail.ack_policy(destination.progress.configuration, destination.settings)
+    destination.switchover_ack = SwitchoverAck(path, policy)
+
+
+def _ping(destination: Destination, frames: FrameReader, record: CommandRecord) -> None:
+    connection = destination.connection
+    if connection.return_path is None:
+        raise frames.reader.error("OPEN_RETURN_PATH before PING", "PING")
+    number = parse_ping(record.payload)
+    connection.explains |= number == MIGFW_PING
+    connection.return_path.pong(number)
+
+
+def _note_switchover(destination: Destination, frames: FrameReader, _: CommandRecord) -> None:
+    """QEMU announces the END sections with it, for devices that load their state in threads; nothing here does."""
+    progress = destination.progress
+    if progress.switchover_started:
+        raise frames.reader.error("SWITCHOVER_START once", "it again")
+    if not progress.opened:
+        raise frames.reader.error("SWITCHOVER_START before the END of the live sections", "it after them")
+    progress.switchover_started = True
+
+
+HANDLERS: Final[Mapping[Command, Handler]] = {
+    Command.OPEN_RETURN_PATH: _open_return_path,
+    Command.PING: _ping,
+    Command.SWITCHOVER_START: _note_switchover,
+}
+
+_CAPABILITIES: Final = {Command.ENABLE_COLO: "x-colo"}
+"""Command -> the capability of the source that makes it send the command, where that is not postcopy-ram."""
+
+
+def _capability_of(record: CommandRecord) -> str:
+    if record.command is Command.POSTCOPY_ADVISE and parse_postcopy_advise(record.payload) is None:
+        return "dirty-bitmaps"
+    return _CAPABILITIES.get(record.command, "postcopy-ram")
+
+
+def belongs_to(capability: str) -> str:
+    return f"belongs to the source's capability '{capability}' (switch it off there: no installed plugin supports it)"

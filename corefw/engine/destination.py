@@ -1,0 +1,179 @@
+"""The state of one incoming migration, shared by its phases; to loaders, the context that setup() is given.
+
+Threads: the incoming thread, unless a method says otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from corefw.channel import Channel, Interrupt, Listener
+from corefw.engine.connection import Connection
+from corefw.engine.custody import tell_outcome
+from corefw.engine.guestlock import GuestLock
+from corefw.engine.progress import LoadProgress
+from corefw.engine.statistics import section_figures
+from corefw.engine.strays import StrayChannels
+from corefw.engine.switchover import SwitchoverAck
+from corefw.engine.tails import tail_of
+from corefw.errors import ANYTHING, ChannelError, MigfwError
+from corefw.machine import Machine
+from corefw.net.channelset import ChannelSet
+from corefw.section import LoaderRegistry, SectionLoader
+from corefw.settings import Settings
+from corefw.wire.frames import FrameReader
+
+log = logging.getLogger(__name__)
+
+
+class Destination:
+    """One attempt to take a guest in.
+
+    frames                the frame of the stream
+    progress              what has been loaded
+    stream_capabilities   see IncomingContext
+    accepts_again         the listener has more than one connection to give
+    """
+
+    frames: FrameReader
+
+    def __init__(
+        self,
+        machine: Machine,
+        settings: Settings,
+        loaders: LoaderRegistry,
+        listener: Listener,
+        guest_lock: GuestLock,
+        autostart: Callable[[], bool],
+        *,
+        accepts_again: bool,
+    ) -> None:
+        self.machine = machine
+        self.settings = settings
+        self.loaders = loaders
+        self.listener = listener
+        self.guest_lock = guest_lock
+        self.autostart = autostart
+        self.accepts_again = accepts_again
+        self.interrupt = Interrupt()
+        self.stream_capabilities: frozenset[str] = frozenset()
+        self.tail = tail_of(machine)
+        self.progress = LoadProgress(loaders)
+        self.switchover_ack: SwitchoverAck | None = None
+        self._connection: Connection | None = None
+        self._channels = ChannelSet()
+        self._strays: StrayChannels | None = None
+        self._set_up: list[SectionLoader] = []
+        self._to_clean_up: list[SectionLoader] = []
+
+    # -- connections -----------------------------------------------------------------------------------------------
+
+    @property
+    def connection(self) -> Connection:
+        """The present one; only once a source has connected."""
+        assert self._connection is not None, "no source has connected"
+        return self._connection
+
+    def accept(self) -> Connection:
+        """Wait for the next one, which becomes `connection`. Raises ChannelError, Interrupted."""
+        self._connection = Connection(self.listener.accept(self.interrupt), self.settings, self.interrupt)
+        self.interrupt.check()
+        return self._connection
+
+    def hang_up(self) -> None:
+        """Close the present connection: it brought no migration."""
+        connection, self._connection = self.connection, None
+        connection.close()
+
+    def turn_others_away(self) -> None:
+        """From now on nothing else may connect: a source that opens channels for multifd fails the migration."""
+        self._strays = StrayChannels(self.listener, self.connection.abort)
+
+    def stop_listening(self) -> None:
+        if self._strays is not None:
+            self._strays.stop()
+        self.listener.close()
+
+    def cause(self, error: MigfwError) -> MigfwError:
+        """What failed first: a channel of multifd aborts the stream."""
+        if self._strays is not None:
+            try:
+                self._strays.check()
+            except MigfwError as first:
+                return first
+        return error
+
+    # -- from any thread -------------------------------------------------------------------------------------------
+
+    def abort(self) -> None:
+        """End it, wherever it is, without a word to the source."""
+        self.interrupt.set()
+        if self._connection is not None:
+            self._connection.abort()
+        self._channels.abort()
+
+    def interrupt_load(self) -> None:
+        """End it, wherever it is; the connection remains, so that the source can be told."""
+        self.interrupt.set()
+        self._channels.abort()
+
+    # -- for the loaders -------------------------------------------------------------------------------------------
+
+    def accept_channel(self) -> Channel:
+        """Wait for one more channel from the source. Raises ChannelError, Interrupted."""
+        return self._channels.add(self.listener.accept(self.interrupt))
+
+    def send_return_message(self, message: int, body: bytes) -> None:
+        """From any thread. Raises ChannelError."""
+        if self.connection.return_path is None:
+            raise ChannelError("the source has not opened the return path")
+        self.connection.return_path.send(message, body)
+
+    def figures(self) -> dict[str, dict[str, object]]:
+        """What the loaders report of themselves, by section. From any thread."""
+        return section_figures(self._set_up)
+
+    # -- the life of the loaders -----------------------------------------------------------------------------------
+
+    def set_loaders_up(self) -> None:
+        """Raises what a loader raises; those that it was called for are cleaned up and told the outcome all the
+        same."""
+        for loader in self.loaders:
+            self._set_up.append(loader)
+            self._to_clean_up.append(loader)
+            loader.setup(self)
+
+    def clean_loaders_up(self) -> None:
+        """Run every loader's cleanup, even if one fails. Idempotent."""
+        while self._to_clean_up:
+            loader = self._to_clean_up.pop(0)
+            try:
+                loader.cleanup()
+            except ANYTHING:
+                log.exception("section %s: cleanup failed", loader.key)
+
+    def commit_loaders(self) -> None:
+        """The guest is ours."""
+        tell_outcome(self._set_up, committed=True)
+
+    def abandon_loaders(self) -> None:
+        """The guest is not ours."""
+        tell_outcome(self._set_up, committed=False)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def report_success(self) -> None:
+        """Tell the source that the guest is here."""
+        self.connection.report_success()
+
+    def report_failure(self, reason: str) -> None:
+        """Tell the source, if one has connected, that the guest is not here, and why."""
+        if self._connection is not None:
+            self._connection.report_failure(reason)
+
+    def close(self) -> None:
+        """Close every channel."""
+        self._channels.close()
+        if self._connection is not None:
+            self._connection.close()

@@ -1,0 +1,265 @@
+"""How a stream goes on behind its live sections. The tail is chosen once per migration, by what the machine is.
+
+    DeviceTail   the machine's devices have savers and loaders: FULL sections, EOF, a description
+    StoredTail   a parked machine keeps the devices of another emulator as they were sent, up to the stream's last byte
+
+What the engine does differently for the two is here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from corefw.engine.framing import SectionWriter
+from corefw.engine.progress import LoadProgress
+from corefw.engine.switchover import AckPolicy
+from corefw.errors import RemoteStreamError
+from corefw.machine import Machine, ParkingMachine, RunState, StreamFormat, WaitReadable
+from corefw.section import LoaderRegistry, SaverRegistry, SectionKey
+from corefw.settings import Settings
+from corefw.wire.constants import SectionType
+from corefw.wire.frames import FrameReader
+from corefw.wire.records import (
+    MAPPED_RAM,
+    Configuration,
+    SectionHeader,
+    without_capabilities,
+    write_description,
+)
+from corefw.wire.stream import MemorySink, StreamWriter
+from corefw.wire.versions import SWITCHOVER_ACK, UNASKED_ACK, machine_version
+
+ONE_FILE_ONLY: Final = frozenset({MAPPED_RAM})
+"""Capabilities that describe how a stream lies in its file: a machine that is sent on does not name them again."""
+
+
+def tail_of(machine: Machine) -> StreamTail:
+    """The tail of every migration of this machine, either way."""
+    return StoredTail(machine) if isinstance(machine, ParkingMachine) else DeviceTail(machine)
+
+
+class StreamTail(ABC):
+    """The two ends of a migration, as far as they depend on how the stream ends.
+
+    advice   what a user can do with a guest that may be running on the destination too
+    """
+
+    advice: str
+
+    # -- either side -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def savers(self, savers: SaverRegistry) -> SaverRegistry:
+        """Those of all savers that take part in the migration."""
+
+    @abstractmethod
+    def loaders(self, loaders: LoaderRegistry) -> LoaderRegistry:
+        """Those of all loaders that take part in the migration."""
+
+    # -- the source ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def may_leave_twice(self) -> bool:
+        """Whether the guest may be sent again although it may be running elsewhere."""
+
+    @abstractmethod
+    def obstacle_to_checking(self) -> str | None:
+        """Why a destination cannot be asked whether it would take the machine; None if it can."""
+
+    @abstractmethod
+    def stream_format(self, settings: Settings) -> StreamFormat:
+        """How the stream is framed."""
+
+    @abstractmethod
+    def closing(self, sections: SectionWriter, settings: Settings) -> Sequence[bytes]:
+        """What comes behind the sections that savers wrote. From its first byte on the destination may run the guest,
+        so it is made before anything of it is sent: plugins may fail in it."""
+
+    # -- the destination -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def footers(self, settings: Settings) -> bool | None:
+        """Whether the stream has to have section footers; None: it may, and then everywhere."""
+
+    @abstractmethod
+    def check_configuration(self, configuration: Configuration | None, settings: Settings, at: int) -> None:
+        """Raise RemoteStreamError if the stream is another machine's. `at` is the offset behind the header."""
+
+    @abstractmethod
+    def ack_policy(self, configuration: Configuration | None, settings: Settings) -> AckPolicy:
+        """When to send SWITCHOVER_ACK."""
+
+    @abstractmethod
+    def explain_unknown(self, header: SectionHeader, progress: LoadProgress) -> str:
+        """What to add to the error about a section that no loader knows; "" for nothing."""
+
+    @abstractmethod
+    def load_rest(
+        self, frames: FrameReader, progress: LoadProgress, check: Callable[[str], None], live: WaitReadable
+    ) -> bool:
+        """Take the rest of the stream if the tail begins here; whether it did.
+
+        `check(came)` raises RemoteStreamError if something is missing of what has to come before. `live` is that of
+        ParkingMachine.adopt_sections().
+        """
+
+    @abstractmethod
+    def run_state(self, sent: RunState) -> RunState:
+        """The state to bring the machine into, for the one that the source's guest was in."""
+
+
+class DeviceTail(StreamTail):
+    """FULL sections that savers write and loaders read, EOF, a description."""
+
+    advice = "'cont' starts it, if you know that the destination does not run it"
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def savers(self, savers: SaverRegistry) -> SaverRegistry:
+        return savers
+
+    def loaders(self, loaders: LoaderRegistry) -> LoaderRegistry:
+        return loaders
+
+    def may_leave_twice(self) -> bool:
+        return False
+
+    def obstacle_to_checking(self) -> str | None:
+        return None
+
+    def stream_format(self, settings: Settings) -> StreamFormat:
+        return _format_by_settings(settings)
+
+    def closing(self, sections: SectionWriter, settings: Settings) -> Sequence[bytes]:
+        made = MemorySink()
+        writer = StreamWriter(made)
+        writer.u8(SectionType.EOF)
+        if settings.property("send-vmdescription"):
+            write_description(writer, sections.description())
+        writer.flush()
+        return (bytes(made.data),)
+
+    def footers(self, settings: Settings) -> bool | None:
+        return settings.property("send-section-footer")
+
+    def check_configuration(self, configuration: Configuration | None, settings: Settings, at: int) -> None:
+        if configuration is None:
+            if settings.property("send-configuration"):
+                hint = "none (set send-configuration the same on both sides)"
+                raise RemoteStreamError(at, "configuration", "a configuration section", hint)
+        elif configuration.name != self._machine.name:
+            expected = f"a machine '{self._machine.name}'"
+            raise RemoteStreamError(at, "configuration", expected, f"'{configuration.name}'")
+
+    def ack_policy(self, configuration: Configuration | None, settings: Settings) -> AckPolicy:
+        """No device here has a say in it, and the source is a migfw, which knows the message."""
+        del configuration
+        return AckPolicy.AT_ONCE if settings.capability("switchover-ack") else AckPolicy.NEVER
+
+    def explain_unknown(self, header: SectionHeader, progress: LoadProgress) -> str:
+        del header, progress
+        return ""
+
+    def load_rest(
+        self, frames: FrameReader, progress: LoadProgress, check: Callable[[str], None], live: WaitReadable
+    ) -> bool:
+        del frames, progress, check, live
+        return False
+
+    def run_state(self, sent: RunState) -> RunState:
+        return sent
+
+
+class StoredTail(StreamTail):
+    """Bytes from the first device section on, which a parked machine keeps and sends on as they are."""
+
+    advice = "parked, it cannot run: migrate it again, if you know that the destination does not run it"
+
+    def __init__(self, machine: ParkingMachine) -> None:
+        self._machine = machine
+
+    def savers(self, savers: SaverRegistry) -> SaverRegistry:
+        """The live ones: all other sections are among the bytes that are kept."""
+        return SaverRegistry(savers.live())
+
+    def loaders(self, loaders: LoaderRegistry) -> LoaderRegistry:
+        """As for savers()."""
+        return LoaderRegistry(loaders.live())
+
+    def may_leave_twice(self) -> bool:
+        """It is only stored and sent on, which runs nothing."""
+        return True
+
+    def obstacle_to_checking(self) -> str | None:
+        return "a waiting QEMU would exit when a peer connects and disconnects; only this side was checked"
+
+    def stream_format(self, settings: Settings) -> StreamFormat:
+        return self._machine.stored_format() or _format_by_settings(settings)
+
+    def closing(self, sections: SectionWriter, settings: Settings) -> Sequence[bytes]:
+        del sections, settings
+        return self._machine.stored_sections()
+
+    def footers(self, settings: Settings) -> bool | None:
+        del settings
+        return None
+
+    def check_configuration(self, configuration: Configuration | None, settings: Settings, at: int) -> None:
+        """Any machine can be parked, with or without a configuration section."""
+
+    def ack_policy(self, configuration: Configuration | None, settings: Settings) -> AckPolicy:
+        """The source is a QEMU, and its machine type says whether it understands the message."""
+        version = machine_version(configuration.name if configuration is not None else "")
+        if version is None:
+            return AckPolicy.IF_AWAITED
+        if not UNASKED_ACK.holds(version):
+            return AckPolicy.NEVER
+        understood = settings.capability("switchover-ack") or SWITCHOVER_ACK.holds(version)
+        return AckPolicy.AT_ONCE if understood else AckPolicy.IF_AWAITED
+
+    def explain_unknown(self, header: SectionHeader, progress: LoadProgress) -> str:
+        if header.type is not SectionType.FULL or progress.loaded:
+            return ""
+        return (
+            ", a device that QEMU sends before the RAM, which cannot be parked"
+            " (virtio-mem: give the device x-early-migration=off)"
+        )
+
+    def load_rest(
+        self, frames: FrameReader, progress: LoadProgress, check: Callable[[str], None], live: WaitReadable
+    ) -> bool:
+        """The tail begins with the first section that no loader knows, once passes have been loaded. A device that goes
+        before the RAM is not part of it, and is refused."""
+        if not progress.passes_began and not progress.loaded:
+            return False
+        name = frames.peek_section()
+        if name is None or progress.is_known(key := SectionKey(*name)):
+            return False
+        progress.end_live_sections()
+        check(f"section {key}")
+        configuration = progress.configuration or Configuration("", b"")
+        form = StreamFormat(
+            configuration=progress.configuration is not None,
+            footers=bool(frames.footers),
+            configuration_tail=without_capabilities(configuration, ONE_FILE_ONLY).tail,
+            section_ids=progress.live_ids,
+            switchover_start=progress.switchover_started,
+        )
+        self._machine.adopt_sections(configuration.name, form, frames.reader, live)
+        return True
+
+    def run_state(self, sent: RunState) -> RunState:
+        del sent
+        return RunState.PAUSED
+
+
+def _format_by_settings(settings: Settings) -> StreamFormat:
+    return StreamFormat(
+        configuration=settings.property("send-configuration"),
+        footers=settings.property("send-section-footer"),
+        configuration_tail=b"",
+        section_ids={},
+    )
