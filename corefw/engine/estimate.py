@@ -1,4 +1,4 @@
-"""What a precopy migration would be like, from measured rates: arithmetic without a clock or I/O."""
+"""Predicts a precopy migration from measured rates: arithmetic without a clock or I/O."""
 
 from __future__ import annotations
 
@@ -6,32 +6,37 @@ from dataclasses import dataclass
 from typing import Final
 
 FIRST: Final = 0.1
+"""Seconds of a guest's writes that are measured apart from the rest of a second."""
 PASSES: Final = 200
 """More passes than a migration that converges needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Bytes of pages that a guest dirtied per second: in the first tenth of a second, and in the rest of one. A guest
-    that writes the same pages again and again has a small second rate."""
+    """Bytes per second that a guest dirtied, counted in whole pages: in the first tenth of a second, and in the rest
+    of that second. A guest that writes the same pages again and again has a small second rate."""
 
     first: float
     second: float
 
     def dirtied(self, seconds: float) -> float:
-        """Bytes that differ from what they were `seconds` ago."""
+        """Bytes of pages that have been written in the last `seconds`."""
         short = self.first * min(seconds, FIRST)
         if seconds <= FIRST:
             return short
-        # What was dirtied in the first tenth may well be dirtied again in the rest: the larger of two bounds.
+        # Both are lower bounds: what was dirtied in the first tenth may be dirtied again in the rest.
         return max(short, self.second * seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """downtime       milliseconds until the destination has the rest, or would have it where it does not converge
-    milliseconds   from the start to the end
-    pending        bytes that are left when the guest is stopped, or that no further pass makes fewer"""
+    """How a migration would go.
+
+    converges      whether what is left comes to fit into the downtime limit
+    milliseconds   from the start to the end, or to the last pass if it does not converge
+    downtime       milliseconds; if it does not converge, what the downtime limit would have to be
+    pending        bytes left when the guest is stopped, or that further passes do not reduce
+    """
 
     converges: bool
     passes: int
@@ -41,7 +46,7 @@ class Estimate:
 
 
 def estimate(ram: int, bandwidth: float, rates: Rates, downtime_limit: int) -> Estimate:
-    """`ram` in bytes that have to be sent, `bandwidth` in bytes per second, the limit in milliseconds."""
+    """`ram` is the number of bytes to send, `bandwidth` is in bytes per second, the limit in milliseconds."""
     pending, seconds = float(ram), 0.0
     least, passes = pending, 0
     while passes < PASSES:

@@ -1,7 +1,7 @@
-"""What the passes so far say about the end of a migration: how long it takes, and whether it converges.
+"""Forecasts the end of a migration from the passes so far: how long it will take, and whether it converges.
 
-No clock and no I/O in here. Sizes are bytes of guest state, so a zero page counts as a whole page; times are seconds of
-any steady clock. The choices are explained in docs/decisions/progress.md.
+No clock and no I/O. Sizes are bytes of guest state, so a zero page counts as a whole page; times are seconds of any
+steady clock. docs/decisions/progress.md gives the reasons for the choices made here.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from corefw.settings import MAX_DOWNTIME
 RECENT: Final = 1.0
 """Seconds over which the speed of sending is measured."""
 RATE_PERIOD: Final = 0.1
-"""Shortest time between two harvests that a dirty rate is computed from; shorter ones are added up."""
+"""The shortest time between two harvests from which a dirty rate is computed; shorter ones are added up."""
 EPOCH: Final = 1.0
-"""Shortest time over which two harvests are compared to see whether less is left."""
+"""The shortest time after which two harvests are compared to see whether less is left."""
 LONG_EPOCH: Final = 5.0
-"""An epoch of this length is evidence enough by itself; of shorter ones it takes two in a row."""
+"""An epoch this long is evidence enough by itself; shorter ones count if there are two in a row."""
 STUCK: Final = 0.95
 """An epoch that leaves more than this share of what was left before made no progress."""
 PROGRESS: Final = 0.9
-"""An epoch that leaves at most this share made progress; it takes two in a row to say that it converges after all."""
+"""An epoch that leaves at most this share made progress; two in a row show that the migration converges after all."""
 SAMPLE: Final = 0.2
-"""Seconds after a harvest that a stuck migration harvests once more: a long pass finds each page once."""
+"""Seconds after which a stuck migration harvests again within a pass: a long pass finds each page only once."""
 SAMPLE_EVERY: Final = 5.0
-"""Shortest time between two samples; what they find is sent again, and that costs."""
+"""The shortest time between two samples: what they find has to be sent again."""
 SAMPLE_PASSES: Final = 3
-"""Passes from one sample to the next: the pass with a sample ends with less than others, and is not judged."""
+"""Passes from one sample to the next: a pass with a sample ends with less left than others, and is not judged."""
 ROOM: Final = 1.25
-"""The downtime limit that is proposed has this much room over what the last harvest would take."""
+"""The downtime limit that is proposed is this much more than what the last harvest would take."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """A forecast at one moment. None stands for "not known".
+    """The forecast at one moment. None means that it is not known.
 
-    send_rate           bytes of guest state that are sent in a second
-    dirty_rate          bytes that the guest dirties in a second, from one harvest to the next
-    time_left           seconds until the guest runs on the destination; None as well while it does not converge
+    send_rate           bytes of guest state that are sent per second
+    dirty_rate          bytes that the guest dirties per second, from one harvest to the next
+    time_left           seconds until the guest runs on the destination; None too while the migration does not converge
     pass_time_left      seconds until the present pass has been sent
-    growth              how much larger than the last pass the next one will be, at least 1
+    growth              how many times as large as the last pass the next one will be, at least 1
     expected_downtime   seconds that it takes to send what the last harvest found
     converges           False: passes do not get smaller, and what is left does not fit into the downtime limit
     """
@@ -58,7 +58,8 @@ class Outlook:
     growth: float = 1.0
 
     def advice(self, max_bandwidth: int) -> str | None:
-        """What to do where it does not converge; `max_bandwidth` is the limit that is set, 0 for none."""
+        """Why it does not converge, and what to do; None if there is no need. `max_bandwidth` is the limit in force, 0
+        for none."""
         if self.converges is not False or not self.send_rate:
             return None
         sent = f"{format_size(self.send_rate)}/s"
@@ -76,7 +77,7 @@ class Outlook:
         return f"will not converge: {what}; {_either(remedies)}"
 
     def _sufficient_limit(self) -> int:
-        """Milliseconds of downtime that the next pass would fit into, as a round number."""
+        """Milliseconds of downtime that the next pass would fit into, rounded up."""
         needed = self.pass_total / self.send_rate * self.growth * ROOM * 1000
         step = 100
         while True:
@@ -93,7 +94,7 @@ def _either(choices: list[str]) -> str:
 
 @dataclass(slots=True)
 class Forecast:
-    """Follows one migration. Call `note` after each look at what is left."""
+    """Follows a single migration. Call `note` whenever it has been found out what is left."""
 
     now: float
     runs: bool = True  # whether the guest runs; one that is stopped dirties nothing
@@ -127,10 +128,10 @@ class Forecast:
         self._recent = deque([(now, 0)])
 
     def note(self, now: float, left: int, *, settled: int, dirtied: int, harvested: bool, threshold: int) -> None:
-        """Since the last time `settled` bytes were sent and `dirtied` ones found; `left` are known to be left.
+        """Since the last call, `settled` bytes were sent and `dirtied` bytes were found; `left` are known to be left.
 
         harvested   the dirty logs were read, so a new pass begins
-        threshold   what fits into the downtime limit
+        threshold   bytes that fit into the downtime limit
         """
         self.now, self._left = now, left
         if self.runs:
@@ -145,7 +146,7 @@ class Forecast:
 
     @property
     def wants_sample(self) -> bool:
-        """Whether to read the dirty logs now, in the middle of a pass, to see how fast the guest really writes."""
+        """Whether to read the dirty logs now, in the middle of a pass, to find out how fast the guest writes."""
         return (
             self._converges is False
             and self.runs
@@ -155,7 +156,7 @@ class Forecast:
         )
 
     def sampled(self) -> None:
-        """The dirty logs were read in the middle of a pass; `note` was told what they had."""
+        """The dirty logs were read in the middle of a pass, and `note` was called with what they had."""
         self._sampled_rate = self._rate_bytes / (self.now - self._rate_since)
         self._sampled_at = self._harvested_at = self._rate_since = self.now
         self._sampled_pass = self._harvests
@@ -190,7 +191,7 @@ class Forecast:
         self._epoch_since, self._epoch_left = now, left
 
     def outlook(self, threshold: int) -> Outlook:
-        """The forecast now, where `threshold` bytes fit into the downtime limit."""
+        """The forecast at the last note; `threshold` bytes fit into the downtime limit."""
         rate = self._send_rate()
         converges = self._converges if self.runs else True
         return Outlook(
@@ -209,8 +210,8 @@ class Forecast:
         return (after - before) / (until - since) if until - since > 0 else 0.0
 
     def _time_left(self, rate: float, threshold: int) -> float | None:
-        """Each pass has what was dirtied during the one before; the sum of their times is what is left over the
-        difference of the two rates."""
+        """Each pass sends what was dirtied during the one before. The times form a geometric series, and their sum is
+        what is left divided by the difference of the two rates."""
         if self._dirty_rate is None or (self.runs and self._dirty_rate >= STUCK * rate):
             return None
         left = self._left + self._dirty_rate * max(0.0, self._ran_until - self._harvested_at)

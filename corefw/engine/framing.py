@@ -1,8 +1,8 @@
-"""Frames sections on the source: type byte, header, body, footer; and collects the description.
+"""Frames sections on the source: type byte, header, body, footer. Collects the stream's description on the way.
 
-Savers write bodies; this module writes everything around them. A section keeps its id from START to END.
+Savers write bodies, and this module writes everything around them. A section keeps its id from START to END.
 
-Source: QEMU 7.2's save_section_header, save_section_footer, qemu_savevm_state_* (migration/savevm.c).
+Source: QEMU 7.2, save_section_header, save_section_footer, qemu_savevm_state_* (migration/savevm.c).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from corefw.wire.stream import StreamWriter
 
 
 class SectionWriter:
-    """Writes one stream's sections. `ids` fixes the ids of some sections, the others get free ones."""
+    """Writes the sections of one stream. `ids` fixes the ids of some sections; the others get free ones."""
 
     def __init__(
         self, writer: StreamWriter, statistics: OutgoingStatistics, *, footers: bool, ids: Mapping[SectionKey, int]
@@ -36,7 +36,7 @@ class SectionWriter:
         self._whole(SectionType.START, saver, body)
 
     def part(self, saver: LiveSaver, body: Callable[[], bool]) -> bool:
-        """One PART; what the body returned."""
+        """Write one PART; returns what the body returned."""
         began = self._writer.position
         write_part_header(self._writer, SectionType.PART, self._id(saver))
         finished = body()
@@ -56,7 +56,7 @@ class SectionWriter:
         self._devices.append({"name": saver.idstr, "instance_id": saver.instance_id} | saver.describe())
 
     def description(self) -> dict[str, Any]:
-        """What the FULL sections written so far contain."""
+        """Describe the FULL sections written so far."""
         return {"page_size": TARGET_PAGE_SIZE, "devices": self._devices}
 
     def _whole(self, kind: SectionType, saver: SectionSaver, body: Callable[[], None]) -> None:

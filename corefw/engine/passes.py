@@ -1,10 +1,10 @@
-"""Passes over what is dirty, while the guest runs, until what is left fits into the downtime limit.
+"""Sends passes over what is dirty, while the guest runs, until what is left fits into the downtime limit.
 
-QEMU stops the guest as soon as the rest fits into the limit, and is down for as long as the limit lets it. Here a guest
-that runs goes on until the pass is through, if that is soon, and so for as long as each pass halves what is left
+QEMU stops the guest as soon as the rest fits into the limit, and so uses up all the downtime that the limit allows.
+Here a running guest runs on until the pass has been sent, if that is soon, as long as each pass halves what is left
 (docs/decisions/finish-the-pass.md). What is left is the sum over all live savers.
 
-Source: QEMU's migration_thread and migration_iteration_run. Threads: the migration thread.
+Source: QEMU 10.0, migration_thread, migration_iteration_run. Threads: the migration thread.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from corefw.settings import Settings
 from corefw.wire.stream import StreamWriter
 
 CHEAP: Final = 0.02
-"""Seconds that a harvest may take to be made only to measure the dirty rate: by hashes it may take much longer."""
+"""Seconds that a harvest may take if it only serves to measure the dirty rate. By hashes it may take much longer."""
 
 
 class Passes:
-    """The passes of one migration. `check` raises when the migration was cancelled or has failed; `on_pass` is called
-    for each pass that begins."""
+    """The passes of a single migration. `check` raises if the migration was cancelled or has failed; `on_pass` is
+    called with the number of each pass that begins."""
 
     def __init__(
         self,
@@ -61,12 +61,12 @@ class Passes:
         self._dirtied = 0  # what the RAM's harvests had found when last looked at
 
     def run(self, writer: StreamWriter, sections: SectionWriter) -> None:
-        """Returns when the guest is to be stopped. Raises what `check` and the savers raise, ChannelError."""
+        """Send passes until the guest is to be stopped. Raises what `check` and the savers raise, ChannelError."""
         self._meter.start_window()
         convergence = Convergence(self._meter, self._settings.integer("downtime-limit"))
         self._begin_forecast()
         finishing = False
-        most: float = math.inf  # what a pass may have to be finished too
+        most: float = math.inf  # bytes that may be left of a pass that is worth finishing
         while True:
             self._check()
             if self._limits.reached():
@@ -96,8 +96,8 @@ class Passes:
         self._warn_of_limit()
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """Tell of the pass that begins when the dirty log is harvested in here."""
+    def reporting(self) -> Iterator[None]:
+        """Call `on_pass` if the dirty log is harvested in this block, for then a pass begins."""
         passes = self._statistics.ram.dirty_sync_count
         yield
         if self._statistics.ram.dirty_sync_count != passes:
@@ -122,7 +122,7 @@ class Passes:
     def _harvest(self, convergence: Convergence, *, begins_pass: bool = True) -> int:
         """Bytes left after a harvest of all dirty logs."""
         began = self._clock()
-        with self.told():
+        with self.reporting():
             left = [saver.pending_exact() for saver in self._live]
         self._harvest_time = self._clock() - began
         return self._note(convergence, left, harvested=begins_pass)
@@ -151,7 +151,7 @@ class Passes:
         return left
 
     def _warn_of_limit(self) -> None:
-        """A limit on the migration decides that the guest is stopped, whatever is left."""
+        """A limit on the migration has decided that the guest is stopped, whatever is left."""
         left = self._statistics.remaining
         self._statistics.warnings.append(
             f"{self._limits.reason}, so the guest was stopped with {format_size(left)} left to send"
@@ -161,12 +161,12 @@ class Passes:
         return self._machine.run_state is RunState.RUNNING and left <= most and convergence.is_soon_sent(left)
 
     def _is_still_soon_sent(self, convergence: Convergence) -> bool:
-        """What is left of a pass; max-bandwidth may have been lowered since it was found worth finishing."""
+        """Whether a pass is still worth finishing: max-bandwidth may have been lowered meanwhile."""
         return self._estimate(convergence) < self._meter.bandwidth * FINISH
 
     def _send_parts(self, writer: StreamWriter, sections: SectionWriter, budget: int) -> bool:
-        """One PART of each saver, `budget` bytes for all of them; a later one has its turn only when those before
-        have nothing left. True when nobody has anything left that is known."""
+        """Write one PART of each saver, with `budget` bytes for all of them; a saver has its turn only once those
+        before it have nothing left. Returns whether nothing is known to be left."""
         end = self._meter.total + budget
         for saver in self._live:
             rest = max(1, end - self._meter.total)

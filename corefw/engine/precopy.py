@@ -46,7 +46,7 @@ def set_up(source: Source) -> MigrationStatus:
     _write_head(source)
     for saver in savers:
         source.live.append(saver)  # from here on it is cleaned up
-        with source.passes.told():
+        with source.passes.reporting():
             source.sections.start(saver, partial(saver.setup, source.link.writer, source))
             if isinstance(saver, RamSaver):
                 _take_ram_statistics(source, saver)
@@ -185,7 +185,7 @@ def switch_over(source: Source) -> MigrationStatus:
 def _send_rest(source: Source) -> None:
     if source.tail.stream_format(source.settings).switchover_start:
         write_command(source.link.writer, Command.SWITCHOVER_START)
-    with source.passes.told():
+    with source.passes.reporting():
         for saver in source.live:
             source.sections.end(saver)
     for device in source.savers.state():

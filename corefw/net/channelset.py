@@ -1,7 +1,6 @@
-"""Channels that end together: those of a relay, and those that a migration's sections have beside the stream's.
+"""Channels that end together: all those of a migration's connection, or of a relay.
 
-The law: who aborts them reaches those that come later, too; a thread that is blocked in one is woken by nothing else.
-Whoever got one may close it before that.
+Invariant: abort() reaches channels that are added later too, since nothing else wakes a thread that is blocked in one.
 
 Threads: any.
 """
@@ -14,7 +13,7 @@ from corefw.channel import Channel
 
 
 class ChannelSet:
-    """Grows only."""
+    """A set that only grows. A channel may be closed on its own before the set is."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -22,7 +21,7 @@ class ChannelSet:
         self._aborted = False
 
     def add(self, channel: Channel) -> Channel:
-        """Keep it, and hand it on; aborted where everything was aborted meanwhile."""
+        """Add a channel, and return it. It is aborted at once if the set was aborted meanwhile."""
         with self._lock:
             self._channels.append(channel)
             aborted = self._aborted
@@ -31,6 +30,7 @@ class ChannelSet:
         return channel
 
     def abort(self) -> None:
+        """Make every send and receive on a channel of the set raise Interrupted. Idempotent."""
         with self._lock:
             self._aborted = True
             channels = tuple(self._channels)
@@ -38,6 +38,7 @@ class ChannelSet:
             channel.abort()
 
     def close(self) -> None:
+        """Close every channel of the set. Idempotent."""
         with self._lock:
             channels = tuple(self._channels)
         for channel in channels:
