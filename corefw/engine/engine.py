@@ -371,6 +371,8 @@ class Engine(MigrationControl):
     def set_parameters(self, changes: Mapping[str, object]) -> None:
         """Also in flight. Raises SettingsError."""
         self.settings.set_parameters(changes)
+        if self._migration is not None:
+            self._migration.limits_changed()
 
     def add_blocker(self, reason: str) -> None:
         """Raises StateError while a migration runs, UsageError under only-migratable."""

@@ -120,6 +120,10 @@ class OutgoingMigration:
         """Go on from pre-switchover (migrate-continue)."""
         self._source.proceed.set()
 
+    def limits_changed(self) -> None:
+        """A parameter has been set: let waits for the old limit look at the new one."""
+        self._source.meter.wake()
+
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:

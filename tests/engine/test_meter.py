@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from corefw.engine.meter import (
     portions,
 )
 from corefw.errors import MigfwError
+from tests.helpers.engines import PATIENCE, Pair, arrived, ended, runs_on
 
 
 class World:
@@ -156,6 +158,27 @@ def test_a_wait_ends_with_what_the_check_raises() -> None:
     meter.sent(1 << 20)
     with pytest.raises(MigfwError, match="cancelled"):
         meter.pace()
+
+
+@pytest.mark.parametrize("how", ["a new limit", "a cancel"])
+def test_a_wait_is_cut_short_by(pair: Pair, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """At a byte a second the source would send nothing more for hours."""
+    monkeypatch.setattr("corefw.engine.meter.LOOK", 3600)
+    source, destination = pair.source(), pair.destination()
+    source.set_parameters({"max-bandwidth": 1})
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    deadline = time.monotonic() + PATIENCE
+    while (transfer := source.report().transfer) is None or not transfer.transferred:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    if how == "a cancel":
+        source.cancel()
+        assert ended(source) == "cancelled"
+        runs_on(source)
+    else:
+        source.set_parameters({"max-bandwidth": 0})
+        assert ended(source) == "completed" and arrived(destination) == "completed"
+        runs_on(destination)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
