@@ -15,6 +15,7 @@ from typing import Any, Final
 from corefw.conversion.tables import DeviceTables, compare, is_doubtful
 from corefw.conversion.versions import board
 from corefw.errors import MigfwError, RemoteStreamError
+from corefw.jsontext import JsonError, parse_json
 from corefw.wire import items
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
 from corefw.wire.decoder import decode
@@ -255,8 +256,8 @@ def _with_configuration(text: bytes, configuration: Configuration | None) -> byt
     Only that object is written anew: QEMU's descriptions have objects with a name twice, which do not survive parsing.
     """
     try:
-        document, whole = json.loads(text), text.decode()
-    except (ValueError, RecursionError):
+        document, whole = parse_json(text), text.decode()
+    except JsonError:
         return text
     described = document.get("configuration") if isinstance(document, dict) else None
     if configuration is None or not isinstance(described, dict):

@@ -10,7 +10,6 @@ Source: dump_vmstate_json_to_file (migration/savevm.c) and vmstate_load_state (m
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from itertools import accumulate, groupby
 from typing import Final, TypeVar
 
 from corefw.errors import MigfwError
+from corefw.jsontext import parse_json
 from corefw.wire.description import DeviceDescription, FieldDescription, StateDescription
 from corefw.wire.records import SectionHeader
 
@@ -70,14 +70,14 @@ class DeviceTables:
 def read_tables(text: bytes) -> DeviceTables:
     """What `qemu-system-x86_64 -M TYPE -dump-vmstate FILE` wrote. Raises MigfwError."""
     try:
-        document = json.loads(text)
+        document = _checked(parse_json(text), "the document", dict)
         machine = _get(_get(document, MACHINE, dict), "Name", str)
         states: dict[str, dict[StateTable, None]] = {}
         for name, entry in document.items():
             if name != MACHINE:
                 state = _state(_get(entry, "Description", dict), 0)
                 states.setdefault(state.name, {})[state] = None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise MigfwError(f"not the output of QEMU's -dump-vmstate: {error}") from None
     return DeviceTables(machine, {name: tuple(found) for name, found in states.items()})
 

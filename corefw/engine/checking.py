@@ -31,6 +31,7 @@ from corefw.control import CheckReport
 from corefw.engine.estimate import Estimate, Rates, estimate
 from corefw.engine.tails import tail_of
 from corefw.errors import ChannelError, Interrupted, StreamError, one_line
+from corefw.jsontext import JsonError, parse_json
 from corefw.machine import Machine, RunState
 from corefw.memory.host import spare_memory
 from corefw.quantities import format_size
@@ -255,8 +256,8 @@ def read_message(reader: StreamReader) -> dict[str, Any]:
     length = reader.be32("the length of a message")
     text = reader.read(length, "a message", MESSAGE_LIMIT)
     try:
-        document = json.loads(text.decode())
-    except (ValueError, RecursionError):
+        document = parse_json(bytes(text))
+    except JsonError:
         raise reader.error("a JSON object", "something else") from None
     if not isinstance(document, dict):
         raise reader.error("a JSON object", "something else")

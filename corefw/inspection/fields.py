@@ -10,7 +10,6 @@ Source: vmstate_info_* (migration/vmstate-types.c) and vmsd_desc_field_start (mi
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import zlib
@@ -18,6 +17,7 @@ from collections.abc import Callable, Mapping
 from struct import Struct
 from typing import Final
 
+from corefw.jsontext import JsonError, parse_json
 from corefw.wire.description import MAX_DEPTH, SUBSECTION_HEAD, DeviceDescription, FieldDescription, StateDescription
 
 SHORT: Final = 32
@@ -130,14 +130,10 @@ def _json_value(data: memoryview, budget: ValueBudget) -> object:
     if not budget.take(text.count(b",") + text.count(b"[") + text.count(b"{")):
         return _NO_JSON
     try:
-        value = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except JsonError:
         return _NO_JSON
     return value if _is_shallow(value, MAX_DEPTH) else _NO_JSON
-
-
-def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _is_shallow(value: object, depth: int) -> bool:

@@ -1,7 +1,7 @@
 """QEMU's control protocol: our server for it, and a client for our server and for a real QEMU.
 
     address.py      where an engine listens: unix:PATH, tcp:HOST:PORT, or a name
-    json_stream.py  bytes -> JSON values, in pieces of any size, hostile ones too
+    json_stream.py  bytes in pieces of any size -> JSON messages; hostile input
     protocol.py     what the values mean: requests, replies, events, the greeting
     schema.py       a function's signature -> what its arguments have to be
     commands/       the table of commands, and the functions behind it

@@ -21,7 +21,7 @@ from typing import Any, Final
 from corefw.closing import Closing
 from corefw.errors import ChannelClosed, ChannelError
 from corefw.qmp.address import QmpAddress, UnixAddress, parse_address
-from corefw.qmp.json_stream import QEMU_LIMITS, JsonStream, Malformed
+from corefw.qmp.json_stream import REPLY_LIMIT, JsonStream, Malformed
 from corefw.qmp.protocol import ErrorClass, QmpError, Request, write_request
 
 CONNECT_SECONDS: Final = 10.0
@@ -54,7 +54,7 @@ class QmpClient(Closing):
     def __init__(self, address: QmpAddress | str, *, timeout: float = CONNECT_SECONDS) -> None:
         """Connect and negotiate, within `timeout` seconds. Raises UriError, ChannelError."""
         self.address: Final = parse_address(address) if isinstance(address, str) else address
-        self._stream = JsonStream(QEMU_LIMITS)
+        self._stream = JsonStream(REPLY_LIMIT)
         self._messages: deque[dict[str, Any]] = deque()
         self._events: deque[QmpEvent] = deque(maxlen=_EVENTS)
         self._ids = itertools.count(1)

@@ -49,7 +49,7 @@ REQUESTS: Final = 8
 DESCRIPTORS: Final = 16
 """File descriptors that may come with one message; the kernel drops the others."""
 
-FIRST_BYTES: Final = b'{["'
+FIRST_BYTES: Final = b"{["
 """What a client's first byte may be, after white space. QEMU's parser would take more, but no client sends it, and an
 HTTP method (RFC 9110, a token) may begin with every other character that begins JSON."""
 

@@ -1,298 +1,177 @@
-"""A stream of JSON values, as QMP has it on the wire: they follow each other with or without white space between.
+"""Bytes from a QMP peer -> JSON messages.
 
-The law: the same bytes give the same values, however they are cut into pieces. Every value gives one item, and
-everything that is no value gives a Malformed that says why; reading then goes on behind it. A value ends where its
-brackets and braces balance, or close too often, and is judged then. Memory is bounded by the limits, and no depth of
-nesting recurses.
+A message is an object or array. It ends where its brackets and braces balance, or where one closes that was not open;
+messages may follow each other with or without white space. The scanner here looks only for brackets, quotes and bytes
+that JSON never contains, and `parse_json` does the rest. The same bytes give the same items, however they are cut into
+pieces.
 
-Source: as json_lexer.py. Where QEMU differs: after a limit was exceeded it complains about each of the brackets that
-still come, this skips the rest of the line; and it reads 1e999 as infinity, which JSON does not have.
+After an error the stream goes on behind the line that it was in. The byte 0xFF discards what came before it, as the
+QMP specification (QEMU 7.2, docs/interop/qmp-spec) says.
+
+Two things that QEMU's parser accepts are kept, because people and scripts send them: strings in single quotes, and
+messages without a line break between them. What QEMU also accepts and no known client sends is refused: values outside
+of an object or array, `\\'` in a string in double quotes, and NUL as the two bytes 0xC0 0x80.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from corefw.qmp.json_lexer import Kind, Lexer, Token
+from corefw.jsontext import JsonError, parse_json
+
+REQUEST_LIMIT: Final = 1 << 20
+"""Bytes in a message from a client. QEMU takes 64 MiB."""
+
+REPLY_LIMIT: Final = 16 << 20
+"""Bytes in a message from a server; QEMU's longest is its schema, with less than 1 MiB."""
+
+NESTING: Final = 512
+"""Levels of nesting. QEMU takes 1024. A reply echoes the request's id, and Python's encoder recurses: this is safe in
+every thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """What came is no JSON; `reason` is QEMU's text for it."""
+    """What came is not JSON. `reason` is the text for the reply."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one value may take: bytes without white space, tokens, levels.
+_SPACE: Final = re.compile(rb"[ \t\r\n]*")
+_LINE_END: Final = re.compile(rb"[\n\xfe\xff]")
+_NEVER: Final = rb"\x00-\x08\x0b\x0c\x0e-\x1f\xfe\xff"
+"""Bytes that no JSON has; strings have no tab, CR or LF either."""
 
-    QEMU's are 64 MiB, 2 Mi and 1024. Replies echo an id, and the encoder recurses: 512 levels are safe in any thread.
-    """
-
-    size: int = 1 << 20
-    tokens: int = 1 << 15
-    nesting: int = 512
-
-
-QEMU_LIMITS: Final = Limits(size=64 << 20, tokens=2 << 20, nesting=1024)
-"""What QEMU itself takes, and so what it may send."""
+_STRUCTURE: Final = re.compile(rb"[\[\]{}\"'" + _NEVER + rb"]")
+_STRING: Final[Mapping[int, re.Pattern[bytes]]] = {
+    quote: re.compile(rb"[\\%c\t\r\n%b]" % (quote, _NEVER)) for quote in b"\"'"
+}
+_BRACES: Final = {ord("{"): 1, ord("}"): -1}
+_BRACKETS: Final = {ord("["): 1, ord("]"): -1}
+_BACKSLASH: Final = ord("\\")
 
 
 class JsonStream:
-    """Feed it with what arrives."""
+    """Feed it what arrives. `limit` is the length of a message in bytes, from its first bracket to its last."""
 
-    def __init__(self, limits: Limits = Limits()) -> None:
-        self._limits = limits
-        self._lexer = Lexer(limits.size)
+    def __init__(self, limit: int = REQUEST_LIMIT) -> None:
+        self._limit = limit
+        self._skipping = False
         self._restart()
 
-    def feed(self, data: bytes) -> Iterator[object]:
-        """The values that end in `data`: None, bool, int, float, str, list, dict; or Malformed.
-
-        Lazy: exhaust it before the next call.
-        """
-        for token in self._lexer.tokens(data):
-            reason = _COMPLAINTS.get(token.kind, _no_complaint)(token) or self._count_token(token)
-            if reason is not None:
-                if token.kind is not Kind.STRAY:
-                    self._lexer.skip_line()
-                self._restart()
-                yield Malformed(reason)
-                continue
-            self._build(token)
-            if self._braces < 0 or self._brackets < 0 or self._braces == self._brackets == 0:
-                built = self._builder.value if self._reason is None else Malformed(self._reason)
-                self._restart()
-                yield built
-
     def _restart(self) -> None:
-        self._lexer.restart()
-        self._builder = _Builder()
-        self._reason: str | None = None
-        self._count = 0
+        self._text = bytearray()
+        self._quote = 0
+        self._escaped = False
         self._braces = 0
         self._brackets = 0
 
-    def _count_token(self, token: Token) -> str | None:
-        """Count it in; what is too much, if something is."""
-        self._count += 1
-        self._braces += _BRACES.get(token.text, 0)
-        self._brackets += _BRACKETS.get(token.text, 0)
-        if self._count > self._limits.tokens:
-            return "JSON token count limit exceeded"
-        if self._braces + self._brackets > self._limits.nesting:
-            return "JSON nesting depth limit exceeded"
-        return None
+    def feed(self, data: bytes) -> Iterator[object]:
+        """The messages that end in `data`, each a dict or list, or Malformed. Exhaust it before the next call."""
+        at = 0
+        while True:
+            at = self._between(data, at)
+            if at == len(data):
+                return
+            if not self._text and data[at] not in b"[]{}":
+                yield self._refuse(data[at])
+                at += 1
+                continue
+            at = self._scan(data, at)
+            item = self._item()
+            if item is not None:
+                yield item
 
-    def _build(self, token: Token) -> None:
-        if self._reason is None:
-            try:
-                self._builder.feed(token)
-            except _RejectedError as error:
-                self._reason = f"JSON parse error, {error}"
+    def _between(self, data: bytes, at: int) -> int:
+        """Where the next message or the rest of this one begins."""
+        if self._skipping:
+            found = _LINE_END.search(data, at)
+            self._skipping = found is None
+            at = found.start() if found else len(data)
+        if not self._text:
+            space = _SPACE.match(data, at)
+            assert space, "it matches nothing as well"
+            at = space.end()
+        return at
 
-
-_BRACES: Final = {b"{": 1, b"}": -1}
-_BRACKETS: Final = {b"[": 1, b"]": -1}
-
-
-def _no_complaint(_: Token) -> str | None:
-    return None
-
-
-def _stray(token: Token) -> str:
-    return f"JSON parse error, stray '{_shown(token.text)}'"
-
-
-def _too_long(_: Token) -> str:
-    return "JSON token size limit exceeded"
-
-
-_COMPLAINTS: Final[dict[Kind, Callable[[Token], str | None]]] = {Kind.STRAY: _stray, Kind.TOO_LONG: _too_long}
-
-
-def _shown(text: bytes) -> str:
-    """What a message shows of bytes that made no sense; never much of them."""
-    return text[:80].decode(errors="replace").rstrip("\0")
-
-
-# -- tokens to a value -------------------------------------------------------------------------------------------------
-
-
-class _RejectedError(Exception):
-    """Why the tokens make no value."""
-
-
-class _Builder:
-    """Tokens -> one value, without recursion. `_expect` is the method that takes the next token."""
-
-    def __init__(self) -> None:
-        self.value: object = None
-        self._open: list[list[object] | dict[str, object]] = []
-        self._keys: list[str | None] = []
-        self._expect: Callable[[Token], None] = self._value
-
-    def feed(self, token: Token) -> None:
-        self._expect(token)
-
-    def _value(self, token: Token) -> None:
-        if token.text == b"{":
-            self._open.append({})
-            self._expect = self._first_key
-        elif token.text == b"[":
-            self._open.append([])
-            self._expect = self._first_item
+    def _scan(self, data: bytes, at: int) -> int:
+        """Take everything up to the next byte that matters, and that byte; no more than the limit and one byte, so that
+        it makes no difference where `data` was cut. Returns where it stopped."""
+        if self._escaped:
+            found, end = None, at + 1
+            self._escaped = False
         else:
-            self._put(_scalar(token))
+            pattern = _STRING[self._quote] if self._quote else _STRUCTURE
+            found = pattern.search(data, at, at + self._limit + 1 - len(self._text))
+            end = found.end() if found else min(len(data), at + self._limit + 1 - len(self._text))
+        self._text += data[at:end]
+        if found:
+            self._count(data[end - 1])
+        return end
 
-    def _put(self, value: object) -> None:
-        if not self._open:
-            self.value = value
-            return
-        container = self._open[-1]
-        if isinstance(container, dict):
-            key = self._keys.pop()
-            if key is None:
-                raise _RejectedError("key is not a string in object")
-            container[key] = value
-            self._expect = self._next_pair
+    def _count(self, byte: int) -> None:
+        if byte == self._quote:
+            self._quote = 0
+        elif self._quote:
+            self._escaped = byte == _BACKSLASH
+        elif byte in _STRING:
+            self._quote = byte
         else:
-            container.append(value)
-            self._expect = self._next_item
+            self._braces += _BRACES.get(byte, 0)
+            self._brackets += _BRACKETS.get(byte, 0)
 
-    def _first_item(self, token: Token) -> None:
-        if token.text == b"]":
-            self._put(self._open.pop())
-        else:
-            self._value(token)
+    def _item(self) -> object:
+        """The message that ended with the last byte, or what is wrong with it; None: it goes on."""
+        last = self._text[-1]
+        if self._is_stray(last):
+            return self._refuse(last)
+        if len(self._text) > self._limit:
+            return self._give_up("JSON token size limit exceeded")
+        if self._braces + self._brackets > NESTING:
+            return self._give_up("JSON nesting depth limit exceeded")
+        if self._quote or not (self._braces < 0 or self._brackets < 0 or self._braces == self._brackets == 0):
+            return None
+        text = bytes(self._text)
+        self._restart()
+        return _parse(text)
 
-    def _next_item(self, token: Token) -> None:
-        if token.text == b"]":
-            self._put(self._open.pop())
-        elif token.text == b",":
-            self._expect = self._value
-        else:
-            raise _RejectedError("expected separator in list")
+    def _is_stray(self, byte: int) -> bool:
+        return byte >= 0xFE or (byte < 0x20 and (bool(self._quote) or byte not in b"\t\r\n"))
 
-    def _first_key(self, token: Token) -> None:
-        if token.text == b"}":
-            self._put(self._open.pop())
-        else:
-            self._key(token)
+    def _refuse(self, byte: int) -> Malformed:
+        """`byte` cannot be where it is."""
+        return self._give_up(
+            f"JSON parse error, stray '{bytes([byte]).decode(errors='replace')}'", skip=byte not in b"\n\xfe\xff"
+        )
 
-    def _key(self, token: Token) -> None:
-        if token.text in (b"{", b"["):
-            self._keys.append(None)  # no key, but what is inside is judged first
-            self._value(token)
-            return
-        key = _scalar(token)
-        if not isinstance(key, str):
-            raise _RejectedError("key is not a string in object")
-        if key in self._open[-1]:
-            raise _RejectedError("duplicate key")
-        self._keys.append(key)
-        self._expect = self._colon
-
-    def _colon(self, token: Token) -> None:
-        if token.text != b":":
-            raise _RejectedError("missing : in object pair")
-        self._expect = self._value
-
-    def _next_pair(self, token: Token) -> None:
-        if token.text == b"}":
-            self._put(self._open.pop())
-        elif token.text == b",":
-            self._expect = self._key
-        else:
-            raise _RejectedError("expected separator in dict")
+    def _give_up(self, reason: str, *, skip: bool = True) -> Malformed:
+        self._skipping = skip
+        self._restart()
+        return Malformed(reason)
 
 
-def _scalar(token: Token) -> object:
-    reader = _SCALARS.get(token.kind)
-    if reader is None:
-        raise _RejectedError("expecting value")
-    return reader(token.text)
+def _parse(text: bytes) -> object:
+    try:
+        return parse_json(_in_double_quotes(text) if b"'" in text else text, unique_keys=True)
+    except JsonError as error:
+        return Malformed(f"JSON parse error, {error.reason}")
 
 
-_KEYWORDS: Final = {b"null": None, b"true": True, b"false": False}
+_QUOTED: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|\'(?P<single>(?:[^\'\\]|\\.)*)\'', re.DOTALL)
+_SPECIAL: Final = re.compile(rb'\\.|"', re.DOTALL)
+_REWRITTEN: Final = {b"\\'": b"'", b'"': b'\\"'}
 
 
-def _keyword(text: bytes) -> object:
-    if text not in _KEYWORDS:
-        raise _RejectedError(f"invalid keyword '{_shown(text)}'")
-    return _KEYWORDS[text]
+def _in_double_quotes(text: bytes) -> bytes:
+    """The same with strings in single quotes rewritten."""
 
+    def string(found: re.Match[bytes]) -> bytes:
+        single = found["single"]
+        if single is None:
+            return found[0]
+        return b'"%b"' % _SPECIAL.sub(lambda special: _REWRITTEN.get(special[0], special[0]), single)
 
-_INTEGERS: Final = range(-(2**63), 2**64)
-"""Whole numbers beyond these become floating-point ones, as in QEMU."""
-
-_INTEGER_DIGITS: Final = 20
-
-
-def _number(text: bytes) -> object:
-    whole = text.lstrip(b"-").isdigit()
-    if whole and len(text) <= _INTEGER_DIGITS + 1 and int(text) in _INTEGERS:
-        return int(text)
-    value = float(text)
-    if not math.isfinite(value):
-        raise _RejectedError(f"number '{_shown(text)}' is out of range")
-    return value
-
-
-_HEX: Final = "[0-9a-fA-F]"
-_NO_CHARACTERS: Final = "\ud800-\udfff\ufdd0-\ufdef" + "".join(
-    chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF)
-)
-"""Code points that Unicode keeps out of text; QEMU refuses them. A byte that is no UTF-8 becomes a surrogate."""
-
-_NO_CHARACTER: Final = re.compile(f"[{_NO_CHARACTERS}]")
-
-_SPECIAL: Final = re.compile(
-    rf"\\u(?P<high>[dD][89abAB]{_HEX}{{2}})\\u(?P<low>[dD][c-fC-F]{_HEX}{{2}})"
-    rf"|\\u(?P<code>{_HEX}{{4}})"
-    r"|\\(?P<short>.)"
-    rf"|(?P<bad>[{_NO_CHARACTERS}])",
-    re.DOTALL,
-)
-_SHORT: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", '"': '"', "'": "'", "\\": "\\", "/": "/"}
-
-
-def _string(quoted: bytes) -> object:
-    # QEMU's "modified UTF-8" writes NUL in two bytes.
-    text = quoted.replace(b"\xc0\x80", b"\0").decode(errors="surrogateescape")
-    return text[1:-1] if text.isascii() and "\\" not in text else _SPECIAL.sub(_character, text)[1:-1]
-
-
-def _character(found: re.Match[str]) -> str:
-    if found["bad"] is not None:
-        raise _RejectedError("invalid UTF-8 sequence in string")
-    if found["short"] is not None:
-        if found["short"] in _SHORT:
-            return _SHORT[found["short"]]
-        if found["short"] != "u":
-            raise _RejectedError("invalid escape sequence in string")
-    else:
-        character = _from_hex(found)
-        if not _NO_CHARACTER.match(character):
-            return character
-    shown = found.string[found.start() :].encode(errors="surrogateescape")[:6]
-    raise _RejectedError(f"{_shown(shown)} is not a valid Unicode character")
-
-
-def _from_hex(found: re.Match[str]) -> str:
-    if found["high"] is None:
-        return chr(int(found["code"], 16))
-    high, low = int(found["high"], 16) & 0x3FF, int(found["low"], 16) & 0x3FF
-    return chr(0x10000 + (high << 10) + low)
-
-
-_SCALARS: Final[dict[Kind, Callable[[bytes], object]]] = {
-    Kind.STRING: _string,
-    Kind.NUMBER: _number,
-    Kind.KEYWORD: _keyword,
-}
+    return _QUOTED.sub(string, text)

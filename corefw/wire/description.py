@@ -12,12 +12,12 @@ Source: QEMU 7.2's vmstate_save_state_v and vmsd_desc_field_start (migration/vms
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from corefw.errors import StreamError
+from corefw.jsontext import JsonError, parse_json
 
 MAX_DEPTH: Final = 64
 """Structs within structs; QEMU's go to about ten."""
@@ -89,8 +89,8 @@ class Description:
 def parse_description(text: bytes) -> Description:
     """The description, or StreamError that says where in the JSON something is not what it has to be."""
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(text)
+    except JsonError as error:
         raise StreamError(f"the description is not JSON: {error}") from None
     top = _object(document, "description")
     page_size = _integer(top, "page_size", "description") if "page_size" in top else 0
