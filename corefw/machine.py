@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -164,10 +165,12 @@ class Device:
 class Machine(ABC):
     """A guest.
 
-    kind   the entry point's name: "python", "qemu"
+    kind      the entry point's name: "python", "qemu"
+    options   what `migfw run --opt K=V` gave, as text: for plugins that want to know. Set by Plugins.machine()
     """
 
     kind: str
+    options: Mapping[str, str] = MappingProxyType({})
 
     @property
     @abstractmethod

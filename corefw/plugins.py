@@ -179,6 +179,7 @@ class Plugins:
         made = call(f"machine '{kind}'", factory, config)
         if not isinstance(made, Machine):
             raise PluginError(f"machine '{kind}' gave {type(made).__name__}, expected a Machine")
+        made.options = MappingProxyType(dict(config.options))
         return made
 
     # -- many implementers -----------------------------------------------------------------------------------------

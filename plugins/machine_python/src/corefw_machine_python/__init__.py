@@ -1,8 +1,8 @@
 """The machine "python": an ordinary Python program as the guest.
 
-    guest          what a program's author writes against: Program, array, field, option
+    guest          what a program's author writes against: Program, array, field, value, rng, section, option
     declarations   what a program class declares, checked; nothing here runs user code
-    values         guest.value and guest.rng; jsonlike is their text form
+    values         guest.value, guest.rng and guest.section; jsonlike is the text form of the first two
     layout         what a program consists of, compared between two sides; layoutsection sends it
     requirements   the versions that a program requires
     loading        from "heat.py:Heat" to the class
@@ -11,7 +11,7 @@
     guestmain      the guest's process: maps the arrays, runs the program
     undeclared     finds state that nobody declared
     process        the engine's end of it: spawns, asks, hears of its death
-    table          a program's fields as a VMState
+    table          a program's fields and sections as VMStates
     machine        PythonMachine, put together from these
     hooks          what it adds to the engine
     programs       the bundled programs

@@ -24,7 +24,7 @@ from numpy.typing import DTypeLike
 from corefw_machine_python import values
 from corefw_machine_python.declarations import Array, Field, Option, Options, Shape, Value, size
 
-__all__ = ["Options", "Program", "array", "field", "option", "rng", "size", "value"]
+__all__ = ["Options", "Program", "array", "field", "option", "rng", "section", "size", "value"]
 
 
 def array(name: str, shape: Shape | Callable[[Any], Shape], dtype: DTypeLike = "float64") -> Array:
@@ -73,6 +73,34 @@ def rng(seed: int | None = None, *, kind: values.Kind = "numpy", since: int = 0)
     since  see field()
     """
     return values.Rng(seed, kind, since)
+
+
+def section(
+    make: Callable[[], Any],
+    *,
+    save: Callable[[Any], bytes],
+    load: Callable[[bytes, int], Any],
+    version: int = 1,
+    minimum_version: int | None = None,
+    limit: int = values.DEFAULT_LIMIT,
+    since: int = 0,
+) -> values.OwnSection:
+    """Any object, in a section of its own and in the program's own format. Change it in place or assign it.
+
+    The object is saved in the program's process when the program is stopped, after before_stop(), and loaded when it is
+    started at the destination, before after_start(). If save() raises, the stop fails and the program keeps running. If
+    load() raises, the migration fails and the program continues at the source.
+
+    make              creates the first object
+    save              object -> bytes; must not change the object
+    load              (bytes, version) -> object. The bytes come from the source: check them, and do not unpickle
+    version           of the format that save() writes; given to load()
+    minimum_version   the oldest version that load() reads; `version` by default
+    limit             maximum bytes, at most 64 MiB
+    since             see field()
+    """
+    oldest = version if minimum_version is None else minimum_version
+    return values.OwnSection(make, save, load, (oldest, version), limit, since)
 
 
 def option(

@@ -28,16 +28,22 @@ from numpy.typing import NDArray
 from corefw.errors import MigfwError, UsageError, one_line
 from corefw.memory import pagemap
 from corefw.memory.faults import open_faults
+from corefw.quantities import format_size
 from corefw_machine_python import requirements
-from corefw_machine_python.declarations import Declarations
+from corefw_machine_python.declarations import Declarations, Stored
 from corefw_machine_python.forking import Mapped, watch_forks
 from corefw_machine_python.guest import Program
 from corefw_machine_python.loading import load_program
 from corefw_machine_python.protocol import Link, Message
 from corefw_machine_python.undeclared import Watch
 from corefw_machine_python.undeclared import message as undeclared_message
+from corefw_machine_python.values import OwnSection, Unsavable
 
 Answer = tuple[Message, list[int]]
+
+MAX_VALUES: Final = 192 << 20
+"""Maximum characters of all values together; a message has at most 256 MiB."""
+
 F_SETSIG: Final = 10
 
 MAX_SCANNED: Final = 1 << 30
@@ -195,7 +201,8 @@ class Guest:
                 raise _Stranger(f"no request '{request.get('command')}'")
             answer, sent = command(request, fds)
         except MigfwError as error:
-            return identity | {"error": str(error), "usage": isinstance(error, UsageError), "traceback": ""}, []
+            usage = isinstance(error, UsageError)
+            return identity | {"error": str(error), "usage": usage, "traceback": _traceback(error)}, []
         except Exception as error:  # noqa: BLE001 - a user's code may raise anything; it is reported to the engine
             return identity | {"error": _reason(error), "usage": False, "traceback": _traceback(error)}, []
         return identity | {"ok": True} | answer, sent
@@ -227,7 +234,7 @@ class Guest:
                 }
                 for array, shape in sizes
             ],
-            "fields": [{"name": one.name, "type": one.type_name, "since": one.since} for one in self._declared.fields],
+            "fields": [_describe(one) for one in self._declared.fields],
             "values": self._values(),
             "requires": dict(kind.requires),
             "versions": {name: requirements.installed(name) for name in {"python": "", "numpy": "", **kind.requires}},
@@ -312,7 +319,7 @@ class Guest:
     def _look(self, _request: Message, _fds: list[int]) -> Answer:
         answer: Message = {"undeclared": self._watch.found() if self._set_up else [], "values": None, "unmovable": ""}
         try:
-            answer["values"] = self._values()
+            answer["values"] = self._values_to_show()
         except _Unmovable as error:
             answer["unmovable"] = str(error)
         return answer, []
@@ -336,20 +343,52 @@ class Guest:
     # -- fields ----------------------------------------------------------------------------------------------------
 
     def _values(self) -> list[Any]:
-        """Raises _Unmovable if a field has a value that cannot move."""
+        """Everything to hand over. Raises _Unmovable if something cannot move."""
+        self._kept = [
+            self._saved(one) if isinstance(one, OwnSection) else self._stored(one) for one in self._declared.fields
+        ]
+        if sum(len(value) for value in self._kept if isinstance(value, str)) > MAX_VALUES:
+            raise _Unmovable(f"its values and sections take more than {format_size(MAX_VALUES)} together")
+        return list(self._kept)
+
+    def _values_to_show(self) -> list[Any]:
+        """The same without the sections (null), which may take long to save. Raises _Unmovable."""
+        return [None if isinstance(one, OwnSection) else self._stored(one) for one in self._declared.fields]
+
+    def _stored(self, one: Stored) -> object:
         try:
-            self._kept = [one.stored(self._program) for one in self._declared.fields]
+            return one.stored(self._program)
         except (TypeError, ValueError) as error:
             raise _Unmovable(str(error)) from None
-        return list(self._kept)
+
+    def _saved(self, one: OwnSection) -> str:
+        try:
+            return one.stored(self._program)
+        except Unsavable as error:
+            raise _Unmovable(str(error)) from None
+        except Exception as error:
+            raise _Unmovable(f"section '{one.name}' cannot be saved: {_reason(error)}") from error
+
+    def _restore(self, one: Stored, value: Any) -> None:
+        try:
+            one.restore(self._program, value)
+        except Exception as error:
+            if not isinstance(one, OwnSection):
+                raise
+            raise _Unmovable(f"section '{one.name}' cannot be loaded: {_reason(error)}") from error
 
     def _set_values(self, request: Message) -> None:
         """Keep the object of a value that did not change: the program may hold a reference to it."""
         kept = self._kept or [None] * len(self._declared.fields)
         for one, value, before in zip(self._declared.fields, request["values"], kept, strict=True):
             if value != before or isinstance(value, float):  # 0.0 == -0.0
-                one.restore(self._program, value)
+                self._restore(one, value)
         self._set_up = request["set_up"]
+
+
+def _describe(one: Stored) -> Message:
+    described: Message = {"name": one.name, "type": one.type_name, "since": one.since}
+    return described | ({"versions": one.versions} if isinstance(one, OwnSection) else {})
 
 
 def _check_requirements(kind: type[Program]) -> None:
@@ -398,9 +437,9 @@ def _is_ours(file: str) -> bool:
 
 
 def _traceback(error: BaseException) -> str:
-    """The traceback from the user's first line to the user's last line."""
-    if isinstance(error, _Unmovable):
-        return ""
+    """The traceback from the user's first line to the user's last line; "" if the user's code raised nothing."""
+    if isinstance(error, MigfwError):
+        return _traceback(error.__cause__) if error.__cause__ is not None else ""
     lines = traceback.TracebackException(type(error), error, _of_the_program(error))
     while len(lines.stack) > 1 and _is_ours(lines.stack[-1].filename):
         lines.stack.pop()

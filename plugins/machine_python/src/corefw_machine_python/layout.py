@@ -19,12 +19,12 @@ from corefw_machine_python.jsonlike import GENERATOR_LIMIT, GENERATORS
 
 RAISE_VERSION: Final = "raise `version` when the fields change, and give new ones `since`"
 
-_VARIABLE: Final = re.compile(r"(value)\[([1-9][0-9]{0,9})\]\Z|rng\[([a-z]+)\]\Z")
+_VARIABLE: Final = re.compile(r"(value|section)\[([1-9][0-9]{0,9})\]\Z|rng\[([a-z]+)\]\Z")
 
 
 def variable_limit(type_name: str) -> int | None:
-    """Maximum bytes of a guest.value or guest.rng in the stream; None for a field of fixed length. Raises ValueError
-    for an unknown type."""
+    """Maximum bytes of a guest.value, guest.section or guest.rng in the stream; None for a field of fixed length.
+    Raises ValueError for an unknown type."""
     found = _VARIABLE.match(type_name)
     if found is None:
         FieldType.parse(type_name)

@@ -26,7 +26,7 @@ from corefw_machine_python.layout import Layout, compare
 from corefw_machine_python.loading import BUNDLED, EXPECTED
 from corefw_machine_python.process import START_TIMEOUT, Ending, GuestProcess, GuestTimeout
 from corefw_machine_python.protocol import Message
-from corefw_machine_python.table import SET_UP, get_values, make_device, set_values, show_values, value_sizes
+from corefw_machine_python.table import SET_UP, get_values, make_devices, set_values, show_values, value_sizes
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class PythonMachine(PostcopyMachine):
             only_migratable=config.only_migratable and not config.allow_undeclared,
         )
         try:
-            self._device = make_device(self._loaded)
+            self._devices = tuple(make_devices(self._loaded))
         except ValueError as error:
             raise UsageError(str(error)) from None
         for array in self._loaded["arrays"]:
@@ -110,6 +110,11 @@ class PythonMachine(PostcopyMachine):
         self._addresses = answer["addresses"]
         for block, address in zip(self._blocks, self._addresses, strict=True):
             block.dirty_log = best_dirty_log(block, self._tracker, address, answer["reason"])
+
+    @property
+    def _device(self) -> Device:
+        """The device with the fields; it shares its state with those of the sections."""
+        return self._devices[0]
 
     @property
     def layout(self) -> Layout:
@@ -141,7 +146,7 @@ class PythonMachine(PostcopyMachine):
         return tuple(self._blocks)
 
     def devices(self) -> Sequence[Device]:
-        return (self._device,)
+        return self._devices
 
     def information(self) -> Mapping[str, object]:
         return {

@@ -25,7 +25,7 @@ u32 length (host byte order) and JSON; file descriptors travel with the first by
 
 An answer has "ok", or "error" with "usage" (true if the request was wrong) and "traceback" (may be ""). Values are a
 list in the order of the fields: numbers, booleans, hexadecimal digits for bytes and text, and the text of guest.value
-and guest.rng (see jsonlike).
+and guest.rng (see jsonlike), "VERSION:BASE64" for guest.section (null in the answer to "look").
 """
 
 from __future__ import annotations

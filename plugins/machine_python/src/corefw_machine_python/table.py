@@ -1,14 +1,16 @@
-"""A program's fields as a VMState, made from the guest's description of its class.
+"""A program's fields and sections as VMStates, made from the guest's description of its class.
 
 The state object holds the fields in wire form: numbers, booleans, and bytes for everything else. Text of variable
-length (guest.value, guest.rng) is a 32-bit size and that many bytes, like QEMU's VMSTATE_VBUFFER_UINT32. The engine
-never sees the class itself.
+length (guest.value, guest.rng) is a 32-bit size and that many bytes, like QEMU's VMSTATE_VBUFFER_UINT32. Each
+guest.section has a VMState of its own on the same state object: the version of the program's format, a size, and that
+many bytes. The engine never sees the class itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -34,6 +36,8 @@ FIELDS: Final = "program-layout"
 contents; this field protects against streams without that section."""
 
 _DIGEST: Final = 16
+MAX_NAME: Final = 255
+"""Maximum bytes of a section's name."""
 _SHOWN: Final = 200
 """Longest value that is shown, in characters; of longer ones only the size."""
 
@@ -56,8 +60,42 @@ class _CheckedBuffer(Buffer):
             raise reader.error(error.expected, error.got) from None
 
 
-def make_device(loaded: Mapping[str, Any]) -> Device:
-    """Make the device of a program from the guest's answer to "load"."""
+def make_devices(loaded: Mapping[str, Any]) -> list[Device]:
+    """Make the devices of a program from the guest's answer to "load": one with the fields, and one per guest.section.
+    They share one state. Raises ValueError."""
+    device = _make_device(loaded)
+    sections = [_make_section(loaded, one, device.state) for one in loaded["fields"] if is_section(one["type"])]
+    set_values(device, loaded["fields"], loaded["values"])
+    return [device, *sections]
+
+
+def _make_section(loaded: Mapping[str, Any], one: Mapping[str, Any], state: object) -> Device:
+    name = one["name"]
+    oldest, newest = one["versions"]
+    key = f"program/{loaded['name']}/{name}"
+    if len(key.encode()) > MAX_NAME:
+        raise ValueError(f"program '{loaded['name']}': the name of section '{name}' is too long")
+
+    def post_load(state: object, _version_id: int) -> None:
+        version = getattr(state, _version(name))
+        if not oldest <= version <= newest:
+            raise Refused(f"version {oldest} to {newest} of the format of section '{name}'", str(version))
+
+    table = VMState(
+        key,
+        fields=(
+            Scalar(_version(name), Kind.U32),
+            Scalar(_size(name), Kind.U32),
+            Buffer(name, _size(name), limit=variable_limit(one["type"])),
+        ),
+        # An older version of the program does not send it: then it keeps its first value.
+        needed=None if one["since"] <= loaded["minimum_version"] else lambda _state: True,
+        post_load=post_load,
+    )
+    return Device(key, 0, table, state)
+
+
+def _make_device(loaded: Mapping[str, Any]) -> Device:
     name = f"program/{loaded['name']}"
     arrays = hashlib.sha256(json.dumps(loaded["arrays"]).encode()).digest()[:_DIGEST]
     layout = Layout.of(loaded)
@@ -75,7 +113,8 @@ def make_device(loaded: Mapping[str, Any]) -> Device:
             here = ", ".join(f"{one['name']} {one['shape']}" for one in loaded["arrays"])
             raise Refused(f"arrays as they are here ({here})", "other names, shapes or dtypes")
         for one in loaded["fields"]:
-            _check_loaded(one, getattr(state, one["name"]))
+            if not is_section(one["type"]):
+                _check_loaded(one, getattr(state, one["name"]))
 
     state = ProgramState()
     setattr(state, SET_UP, False)
@@ -90,21 +129,28 @@ def make_device(loaded: Mapping[str, Any]) -> Device:
                 Buffer(LAYOUT, _DIGEST),
                 Scalar(_size(FIELDS), Kind.U32),
                 _CheckedBuffer(FIELDS, _size(FIELDS), limit=MAX_LAYOUT, check=lambda data: _check_fields(layout, data)),
-                *(row for one in loaded["fields"] for row in _rows(one)),
+                *(row for one in loaded["fields"] if not is_section(one["type"]) for row in _rows(one)),
             ),
             post_load=post_load,
             pre_save=own_layout,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"program '{loaded['name']}': {error}") from None
-    device = Device(name, 0, table, state)
-    set_values(device, loaded["fields"], loaded["values"])
-    return device
+    return Device(name, 0, table, state)
+
+
+def is_section(type_name: str) -> bool:
+    return type_name.startswith("section[")
 
 
 def _size(name: str) -> str:
     """Name of a buffer's size. The dot keeps it distinct from every field of a program."""
     return f"{name}.size"
+
+
+def _version(name: str) -> str:
+    """Name of the version of a section's format."""
+    return f"{name}.version"
 
 
 def _set_sized(state: object, name: str, data: bytes) -> None:
@@ -154,7 +200,11 @@ def _check_loaded(one: Mapping[str, Any], value: Any) -> None:
 def set_values(device: Device, fields: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> None:
     """Store the guest's values in the state."""
     for one, value in zip(fields, values, strict=True):
-        if variable_limit(one["type"]) is not None:
+        if is_section(one["type"]):
+            version, _, data = value.partition(":")
+            setattr(device.state, _version(one["name"]), int(version))
+            _set_sized(device.state, one["name"], b64decode(data))
+        elif variable_limit(one["type"]) is not None:
             _set_sized(device.state, one["name"], value.encode())
         else:
             setattr(device.state, one["name"], bytes.fromhex(value) if isinstance(value, str) else value)
@@ -162,18 +212,23 @@ def set_values(device: Device, fields: Sequence[Mapping[str, Any]], values: Sequ
 
 def get_values(device: Device, fields: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Read the values from the state, in the form for the guest."""
-    return [_for_guest(one, getattr(device.state, one["name"])) for one in fields]
+    return [_for_guest(one, device.state) for one in fields]
 
 
-def _for_guest(one: Mapping[str, Any], value: Any) -> Any:
+def _for_guest(one: Mapping[str, Any], state: object) -> Any:
+    value = getattr(state, one["name"])
+    if is_section(one["type"]):
+        return f"{getattr(state, _version(one['name']))}:{b64encode(value).decode()}"
     if variable_limit(one["type"]) is not None:
         return bytes(value).decode("ascii")
     return bytes(value).hex() if isinstance(value, bytes | bytearray) else value
 
 
 def show_values(fields: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> dict[str, Any]:
-    """The guest's values by name, for display: text as text, bytes as hexadecimal digits, long values as their size."""
-    return {one["name"]: _shown(one["type"], value) for one, value in zip(fields, values, strict=True)}
+    """The guest's values by name, for display: text as text, bytes as hexadecimal digits, long values as their size;
+    sections are left out."""
+    pairs = zip(fields, values, strict=True)
+    return {one["name"]: _shown(one["type"], value) for one, value in pairs if not is_section(one["type"])}
 
 
 def _shown(type_name: str, value: Any) -> Any:
@@ -189,4 +244,8 @@ def _shown(type_name: str, value: Any) -> Any:
 def value_sizes(fields: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> dict[str, int]:
     """Sizes in the stream of values of variable length, in bytes, by name."""
     pairs = zip(fields, values, strict=True)
-    return {one["name"]: len(value) for one, value in pairs if variable_limit(one["type"]) is not None}
+    return {
+        one["name"]: len(value)
+        for one, value in pairs
+        if variable_limit(one["type"]) is not None and not is_section(one["type"])
+    }

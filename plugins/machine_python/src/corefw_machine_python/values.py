@@ -1,9 +1,14 @@
-"""guest.value and guest.rng: state of variable length, sent as text (see jsonlike)."""
+"""guest.value, guest.rng and guest.section: state of variable length.
+
+The first two are sent as text (see jsonlike), a section as the bytes that the program's own function returns.
+"""
 
 from __future__ import annotations
 
 import random
 from abc import abstractmethod
+from base64 import b64decode, b64encode
+from collections.abc import Callable
 from typing import Any, ClassVar, Final, Literal, Self, overload
 
 import numpy as np
@@ -118,6 +123,64 @@ class Rng(MadeOnDemand):
             generator.setstate(state)
         else:
             generator.bit_generator.state = state
+
+
+class Unsavable(Exception):
+    """What a section's save() returned cannot be sent."""
+
+
+class OwnSection(MadeOnDemand):
+    """See guest.section()."""
+
+    def __init__(
+        self,
+        make: Callable[[], object],
+        save: Callable[[Any], bytes],
+        load: Callable[[bytes, int], object],
+        versions: tuple[int, int],
+        limit: int,
+        since: int,
+    ) -> None:
+        """`versions` are the oldest that `load` reads and the one that `save` writes."""
+        super().__init__(since)
+        oldest, newest = versions
+        if not 0 <= oldest <= newest < 1 << 32:
+            raise ValueError(f"a section's versions are 0 <= minimum_version <= version < 2**32, got {versions}")
+        if not 0 < limit <= MAX_LIMIT:
+            raise ValueError(f"a section's limit is 1 byte to {format_size(MAX_LIMIT)}, got {limit}")
+        for name, function in (("make", make), ("save", save), ("load", load)):
+            if not callable(function):
+                raise TypeError(f"a section's {name} is a function, got {function!r}")
+        self.versions = versions
+        self.limit = limit
+        self._make, self._save, self._load = make, save, load
+
+    @property
+    def type_name(self) -> str:
+        return f"section[{self.limit}]"
+
+    def _first(self) -> object:
+        return self._make()
+
+    def __set__(self, program: object, value: object) -> None:
+        program.__dict__[self.name] = value
+
+    def stored(self, program: object) -> str:
+        """Raises Unsavable, and what the program's function raises."""
+        data = self._save(self.__get__(program, type(program)))
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise Unsavable(f"save() of section '{self.name}' returned {type(data).__name__}, expected bytes")
+        if len(data) > self.limit:
+            raise Unsavable(
+                f"section '{self.name}' has {format_size(len(data))}, its limit is {format_size(self.limit)}"
+                " (keep less in it, or give it a larger limit=)"
+            )
+        return f"{self.versions[1]}:{b64encode(data).decode()}"
+
+    def restore(self, program: object, stored: Any) -> None:
+        """Raises what the program's function raises."""
+        version, _, data = stored.partition(":")
+        program.__dict__[self.name] = self._load(b64decode(data), int(version))
 
 
 def _state(generator: Any) -> object:
