@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from corefw_machine_python import PythonMachine, guest
@@ -246,15 +247,18 @@ def test_the_bytes_and_what_a_hostile_source_may_send(make: Make) -> None:
             there.vmstate.load(StreamReader(MemorySource(data), where="section"), there.state, 1)
 
 
-def test_wrong_declarations() -> None:
-    for wrong in (
-        lambda: guest.section(list, save=bytes, load=lambda data, _version: data, limit=0),
-        lambda: guest.section(list, save=bytes, load=lambda data, _version: data, version=1, minimum_version=2),
-    ):
-        with pytest.raises(ValueError, match="a section's"):
-            wrong()
-    with pytest.raises(TypeError, match="a section's make is a function, got 3"):
-        guest.section(3, save=bytes, load=lambda data, _version: data)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"limit": 0}, "a section's limit is 1 byte to 64.0 MiB, got 0"),
+        ({"version": 1, "minimum_version": 2}, r"a section's versions are .*, got \(2, 1\)"),
+        ({"save": 3}, "a section's save is a function, got 3"),
+    ],
+)
+def test_wrong_declarations(wrong: dict[str, Any], complaint: str) -> None:
+    arguments: dict[str, Any] = {"save": bytes, "load": lambda data, _version: data}
+    with pytest.raises((TypeError, ValueError), match=complaint):
+        guest.section(list, **arguments | wrong)
 
 
 def test_a_plugin_sees_the_options_of_the_guest() -> None:
