@@ -19,6 +19,7 @@ from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
 from corefw.testing.tasks import wait_until
 from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
+from tests.helpers.engines import query_migrate
 
 PROGRAM = '''
 import json, time
@@ -161,7 +162,7 @@ def test_an_older_program_refuses_a_newer_format(make: Make) -> None:
     here.cont()
     goes_on(here, 20)
     assert migrate(here, there) == FAILED
-    assert "expected version 1 to 1 of the format of section 'tree', got 2" in here.query_migrate()["error-desc"]
+    assert "expected version 1 to 1 of the format of section 'tree', got 2" in query_migrate(here)["error-desc"]
     assert here.machine.run_state is RunState.RUNNING
 
 
@@ -207,7 +208,7 @@ def test_an_object_that_cannot_be_saved_stays_and_the_program_runs_on(
     engine.set_capabilities({"return-path": False})
     engine.migrate(f"file:{tmp_path}/stream")
     assert engine.wait_outgoing(60) is MigrationStatus.FAILED
-    assert complaint in engine.query_migrate()["error-desc"]
+    assert complaint in query_migrate(engine)["error-desc"]
     assert engine.machine.run_state is RunState.RUNNING
     goes_on(engine, 1)
 
@@ -217,7 +218,7 @@ def test_an_object_that_cannot_be_loaded_stays_at_the_source(make: Make) -> None
     here.cont()
     goes_on(here, 20)
     assert migrate(here, there) == FAILED
-    assert "section 'tree' cannot be loaded: json.decoder.JSONDecodeError" in here.query_migrate()["error-desc"]
+    assert "section 'tree' cannot be loaded: json.decoder.JSONDecodeError" in query_migrate(here)["error-desc"]
     assert here.machine.run_state is RunState.RUNNING
     goes_on(here, 1)
 
