@@ -166,7 +166,7 @@ class Machine(ABC):
     """A guest.
 
     kind      the entry point's name: "python", "qemu"
-    options   what `migfw run --opt K=V` gave, as text: for plugins that want to know. Set by Plugins.machine()
+    options   what `--opt K=V` gave, as text: for plugins that want to know. Set by Plugins.machine()
     """
 
     kind: str
