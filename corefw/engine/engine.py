@@ -15,11 +15,10 @@ from typing import Final
 from corefw.channel import Transport
 from corefw.control import CheckReport, MigrationControl, MigrationReport, PassBegan, RunStateChanged
 from corefw.dispatch import Event, EventDispatcher, Observer
+from corefw.engine.arrivals import CLOSED, Arrivals
 from corefw.engine.blockers import Blockers
 from corefw.engine.checking import Checking
-from corefw.engine.coverage import uncovered
 from corefw.engine.guestlock import GuestLock
-from corefw.engine.incoming import IncomingMigration
 from corefw.engine.launch import Launch
 from corefw.engine.outgoing import OutgoingMigration
 from corefw.engine.tails import tail_of
@@ -27,7 +26,6 @@ from corefw.errors import (
     BlockedError,
     Interrupted,
     MigfwError,
-    PluginError,
     SettingsError,
     StateError,
     UriError,
@@ -35,7 +33,7 @@ from corefw.errors import (
 )
 from corefw.machine import DEAD, Machine, RunState, SupportsVerify
 from corefw.plugins import Plugins
-from corefw.section import LoaderRegistry, SaverRegistry
+from corefw.section import SaverRegistry
 from corefw.settings import Settings
 from corefw.states import IDLE, MigrationStatus, Side, StateMachine, StatusChanged
 
@@ -43,8 +41,6 @@ _S = MigrationStatus
 MIGRATION_ACTIVE: Final = "There's a migration process in progress"
 WAITS: Final = "Guest is waiting for an incoming migration"
 MOVED: Final = "the guest has moved: the destination confirmed it"
-CLOSED: Final = "the engine is closed"
-ARRIVING: Final = frozenset({_S.SETUP, _S.ACTIVE})
 ENDED: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED})
 
 
@@ -68,20 +64,17 @@ class Engine(MigrationControl):
         self.launch: Final = launch
         self._events = EventDispatcher()
         self.outgoing: Final = StateMachine(Side.SOURCE, self._events)
-        self.incoming: Final = StateMachine(Side.DESTINATION, self._events)
-        self.incoming_uri: str | None = None
-        self.exit_on_error = True
-        self._autostart = autostart
-        self._tail = tail_of(machine)
         self._closed = False
         self._lock = threading.RLock()  # whoever begins a migration, or changes what one begins with, holds it
         self._swap = threading.Lock()  # `_migration` changes together with the status that is its own
         self._guest_lock = GuestLock(self._events)
-        self._blockers = Blockers(machine, plugins, settings)
+        self._tail = tail_of(machine)
+        self.arrivals: Final = Arrivals(machine, plugins, settings, self._events, self._guest_lock, lambda: autostart)
+        self.incoming: Final = self.arrivals.state
+        self._blockers = Blockers(machine, plugins, settings, self._savers)
         self._migration: OutgoingMigration | None = None
-        self._arrival: IncomingMigration | None = None
         self._checking: Checking | None = None
-        if settings.property("only-migratable") and (reasons := self._blockers.reasons(self._savers())):
+        if settings.property("only-migratable") and (reasons := self._blockers.found(self._savers())):
             raise UsageError("the guest cannot migrate, and only-migratable was asked for: " + "; ".join(reasons))
         self.observe(self._tell_plugins)
         machine.watch(lambda old, new: self._events.publish(RunStateChanged(old, new)))
@@ -89,8 +82,6 @@ class Engine(MigrationControl):
     # -- events ----------------------------------------------------------------------------------------------------
 
     def observe(self, observer: Observer) -> Callable[[], None]:
-        """Call `observer(event)` for every StatusChanged, PassBegan and RunStateChanged from now on; the function
-        returned ends that. See EventDispatcher.observe."""
         return self._events.observe(observer)
 
     def _tell_plugins(self, event: Event) -> None:
@@ -157,18 +148,18 @@ class Engine(MigrationControl):
 
         Raises UsageError (and nothing was started): StateError, BlockedError, UriError, SettingsError.
         """
+        if resume:
+            raise StateError("Cannot resume if there is no paused migration")
+        self._check_may_leave()
+        transport = self._outgoing_transport(uri)
+        savers = self._savers()
+        found = self._blockers.found(savers)
         with self._events.hold(), self._lock:
-            if resume:
-                raise StateError("Cannot resume if there is no paused migration")
-            if self.outgoing.status not in IDLE:
-                raise StateError(MIGRATION_ACTIVE)
-            self._end_check()
-            self._check_is_ours()
-            self._check_left_nothing_open()
-            transport = self._outgoing_transport(uri)
-            savers = self._savers()
-            if reasons := self._blockers.reasons(savers):
+            self._check_may_leave()
+            self._check_return_path(transport)
+            if reasons := self._blockers.added + found:
                 raise BlockedError(reasons)
+            self._end_check()  # a migration needs the dirty logs for itself
             self._begin_outgoing(transport, savers)
 
     def check(self, uri: str | None = None) -> CheckReport:
@@ -177,17 +168,15 @@ class Engine(MigrationControl):
 
         Raises StateError, UriError, PluginError.
         """
+        self._check_may_check()
+        transport = self.plugins.transport(uri, self.settings) if uri is not None else None
+        if transport is not None:
+            transport.check_outgoing()
+        savers = self._savers()
+        found = self._blockers.found(savers)
         with self._lock:
-            if self.outgoing.status not in IDLE:
-                raise StateError(MIGRATION_ACTIVE)
-            if self._checking is not None:
-                raise StateError("a check is under way already")
-            self._check_is_ours()
-            transport = self.plugins.transport(uri, self.settings) if uri is not None else None
-            if transport is not None:
-                transport.check_outgoing()
-            savers = self._savers()
-            reasons = self._blockers.reasons(savers)
+            self._check_may_check()
+            reasons = self._blockers.added + found
             self._checking = checking = Checking(self.machine, self.settings, savers, transport, reasons)
         try:
             return checking.run()
@@ -198,14 +187,23 @@ class Engine(MigrationControl):
             checking.done.set()
 
     def _end_check(self) -> None:
-        """Under the lock: a migration needs the dirty logs for itself."""
         checking = self._checking
         if checking is not None:
             checking.end()
 
-    def _check_left_nothing_open(self) -> None:
-        """Raise when the guest may run elsewhere: a second copy of it must not come to run as well. A machine that
-        cannot run here is only stored and sent on."""
+    def _check_may_check(self) -> None:
+        if self.outgoing.status not in IDLE:
+            raise StateError(MIGRATION_ACTIVE)
+        if self._checking is not None:
+            raise StateError("a check is under way already")
+        self._check_is_ours()
+
+    def _check_may_leave(self) -> None:
+        """Raise if no migration can begin, or the guest may run elsewhere: a second copy of it must not come to run as
+        well. A machine that cannot run here is only stored and sent on."""
+        if self.outgoing.status not in IDLE:
+            raise StateError(MIGRATION_ACTIVE)
+        self._check_is_ours()
         if self.machine.run_state is RunState.POSTMIGRATE and not self._tail.may_leave_twice():
             raise StateError(
                 "Can't migrate the vm that was paused due to previous migration"
@@ -217,11 +215,13 @@ class Engine(MigrationControl):
             raise UriError("'defer' is for a destination: expected the URI of one, as in tcp:HOST:PORT")
         transport = self.plugins.transport(uri, self.settings)
         transport.check_outgoing()
-        if self.settings.capability("return-path") and not transport.features.return_path:
-            raise SettingsError(
-                f"'{uri}': '{transport.uri.scheme}:' has no return path (switch capability 'return-path' off)"
-            )
+        self._check_return_path(transport)
         return transport
+
+    def _check_return_path(self, transport: Transport) -> None:
+        if self.settings.capability("return-path") and not transport.features.return_path:
+            uri = transport.uri
+            raise SettingsError(f"'{uri}': '{uri.scheme}:' has no return path (switch capability 'return-path' off)")
 
     def _begin_outgoing(self, transport: Transport, savers: SaverRegistry) -> None:
         migration = OutgoingMigration(
@@ -247,10 +247,6 @@ class Engine(MigrationControl):
         """New savers for one migration."""
         return self._tail.savers(self.plugins.section_savers(self.machine, self.settings))
 
-    def _loaders(self) -> LoaderRegistry:
-        """New loaders for one migration."""
-        return self._tail.loaders(self.plugins.section_loaders(self.machine, self.settings))
-
     def wait_outgoing(self, seconds: float | None = None) -> MigrationStatus:
         """Block until the present migration has ended; its status."""
         self.outgoing.wait(ENDED, seconds)
@@ -263,19 +259,12 @@ class Engine(MigrationControl):
         lets it wait again. When the guest is here already, it stays.
         """
         self._cancel_outgoing()
-        self._cancel_arrival()
+        self.arrivals.cancel()
 
     def _cancel_outgoing(self) -> None:
         with self._events.hold(), self._swap:
             if self._migration is not None:
                 self._migration.cancel()
-
-    def _cancel_arrival(self) -> IncomingMigration | None:
-        arrival = self._arrival
-        if arrival is None or self.incoming.status not in ARRIVING:
-            return None
-        arrival.cancel()
-        return arrival
 
     def continue_migration(self, state: MigrationStatus) -> None:
         """Go on from pre-switchover. Raises StateError when the status is not `state`."""
@@ -302,57 +291,12 @@ class Engine(MigrationControl):
     # -- in --------------------------------------------------------------------------------------------------------
 
     def migrate_incoming(self, uri: str, *, exit_on_error: bool = True) -> str:
-        """Begin to wait for a source; the URI that it has to dial. Raises UsageError, ChannelError.
+        """Begin to wait for a source; the URI that it has to dial. Raises UsageError, PluginError, ChannelError.
 
         A destination that waits already, or is loading, is cancelled first: this is the address from now on.
         `exit_on_error` says whether the process that hosts this engine ends when the guest cannot be loaded.
         """
-        self.plugins.transport(uri, self.settings).check_incoming()  # a wrong URI cancels nothing
-        self._replace_arrival()
-        with self._events.hold(), self._lock:
-            if self._closed:
-                raise StateError(CLOSED)
-            if self.machine.run_state is not RunState.INMIGRATE:
-                raise StateError("'-incoming' was not specified on the command line")
-            if self.incoming.status not in (_S.NONE, _S.CANCELLED, _S.FAILED):
-                raise StateError("The incoming migration has already been started")
-            transport = self.plugins.transport(uri, self.settings)
-            transport.check_incoming()
-            loaders = self._loaders()
-            if missing := uncovered(self.machine, loaders):
-                raise BlockedError(missing)
-            listener = transport.listen()
-            arrival = IncomingMigration(
-                self.machine,
-                self.settings,
-                loaders,
-                listener,
-                self.incoming,
-                self._guest_lock,
-                lambda: self._autostart,
-                accepts_again=transport.features.multi_channel,
-            )
-            self._arrival = arrival
-            self.incoming_uri = dialled = str(listener.uri)
-            self.exit_on_error = exit_on_error
-            self.incoming.advance(self.incoming.status, _S.SETUP)
-            try:
-                arrival.start()
-            except RuntimeError as error:
-                listener.close()
-                self._arrival = None
-                self.incoming.advance(_S.SETUP, _S.FAILED)
-                raise MigfwError(f"cannot listen for a migration: {error}") from None
-        return dialled
-
-    def _replace_arrival(self) -> None:
-        """Cancel what is waited for now, if anything is, and wait until that has ended. Without locks: observers of the
-        end may want them."""
-        if self._closed or self.machine.run_state is not RunState.INMIGRATE:
-            return
-        arrival = self._cancel_arrival()
-        if arrival is not None:
-            arrival.join()
+        return self.arrivals.wait_at(uri, exit_on_error=exit_on_error)
 
     def wait_incoming(self, seconds: float | None = None) -> MigrationStatus:
         """Block until the guest has come, or failed to."""
@@ -387,23 +331,12 @@ class Engine(MigrationControl):
     def report(self) -> MigrationReport:
         with self._swap:
             migration, status = self._migration, self.outgoing.status
-        blocked = tuple(self._blocked_now())
+        blocked = tuple(self._blockers.recent()) if self.outgoing.status in IDLE else ()
         if migration is not None and status is not _S.NONE:
             found = migration.statistics
             sections = found.section_reports()
             return MigrationReport(Side.SOURCE, status, found.error, blocked, sections, found.report(status))
-        arrival = self._arrival
-        if arrival is None:
-            return MigrationReport(Side.DESTINATION, self.incoming.status, None, blocked)
-        return MigrationReport(Side.DESTINATION, self.incoming.status, arrival.error, blocked, arrival.figures())
-
-    def _blocked_now(self) -> list[str]:
-        if self.outgoing.status not in IDLE:
-            return []
-        try:
-            return self._blockers.reasons(self._savers())
-        except PluginError as error:  # `migrate` would raise it: that is in the way too
-            return [str(error)]
+        return self.arrivals.report(blocked)
 
     def close(self) -> None:
         """End migrations and the guest. A source that may have handed the guest over does not start it again."""
@@ -413,9 +346,7 @@ class Engine(MigrationControl):
         self._cancel_outgoing()
         if self._migration is not None:
             self._migration.join()
-        if self._arrival is not None:
-            self._arrival.abort()
-            self._arrival.join()
+        self.arrivals.close()
         self.machine.close()
 
 

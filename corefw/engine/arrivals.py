@@ -1,0 +1,140 @@
+"""The engine's side of incoming migrations: at most one destination that waits or loads, and what replaces it.
+
+Commands are checked before anything is started; the errors' texts are QEMU's (qmp_migrate_incoming, 7.2). Names are
+resolved and addresses listened at before the lock is taken. Threads: any.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from corefw.channel import Listener
+from corefw.control import MigrationReport
+from corefw.dispatch import EventDispatcher
+from corefw.engine.coverage import uncovered
+from corefw.engine.guestlock import GuestLock
+from corefw.engine.incoming import IncomingMigration
+from corefw.engine.tails import tail_of
+from corefw.errors import BlockedError, MigfwError, StateError
+from corefw.machine import Machine, RunState
+from corefw.plugins import Plugins
+from corefw.section import LoaderRegistry
+from corefw.settings import Settings
+from corefw.states import MigrationStatus, Side, StateMachine
+
+_S = MigrationStatus
+CLOSED: Final = "the engine is closed"
+ARRIVING: Final = frozenset({_S.SETUP, _S.ACTIVE})
+
+
+class Arrivals:
+    """The incoming migrations of one engine.
+
+    state           the destination's status
+    uri             what a source dials; None before the engine waits
+    exit_on_error   whether the process that hosts the engine ends when the guest cannot be loaded
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        plugins: Plugins,
+        settings: Settings,
+        events: EventDispatcher,
+        guest_lock: GuestLock,
+        autostart: Callable[[], bool],
+    ) -> None:
+        self.state: Final = StateMachine(Side.DESTINATION, events)
+        self.uri: str | None = None
+        self.exit_on_error = True
+        self._machine = machine
+        self._plugins = plugins
+        self._settings = settings
+        self._events = events
+        self._guest_lock = guest_lock
+        self._autostart = autostart
+        self._lock = threading.Lock()  # whoever begins to wait holds it
+        self._closed = False
+        self._present: IncomingMigration | None = None
+
+    def wait_at(self, uri: str, *, exit_on_error: bool) -> str:
+        """Begin to wait for a source; the URI that it has to dial. See Engine.migrate_incoming."""
+        transport = self._plugins.transport(uri, self._settings)
+        transport.check_incoming()  # a wrong URI cancels nothing
+        self._cancel_present()
+        self._check_may_wait()
+        loaders = tail_of(self._machine).loaders(self._plugins.section_loaders(self._machine, self._settings))
+        if missing := uncovered(self._machine, loaders):
+            raise BlockedError(missing)
+        listener = transport.listen()
+        try:
+            with self._events.hold(), self._lock:
+                self._check_may_wait()
+                self.exit_on_error = exit_on_error
+                self._begin(listener, loaders, again=transport.features.multi_channel)
+        except MigfwError:
+            listener.close()
+            raise
+        return str(listener.uri)
+
+    def _check_may_wait(self) -> None:
+        if self._closed:
+            raise StateError(CLOSED)
+        if self._machine.run_state is not RunState.INMIGRATE:
+            raise StateError("'-incoming' was not specified on the command line")
+        if self.state.status not in (_S.NONE, _S.CANCELLED, _S.FAILED):
+            raise StateError("The incoming migration has already been started")
+
+    def _begin(self, listener: Listener, loaders: LoaderRegistry, *, again: bool) -> None:
+        self._present = arrival = IncomingMigration(
+            self._machine,
+            self._settings,
+            loaders,
+            listener,
+            self.state,
+            self._guest_lock,
+            self._autostart,
+            accepts_again=again,
+        )
+        self.uri = str(listener.uri)
+        self.state.advance(self.state.status, _S.SETUP)
+        try:
+            arrival.start()
+        except RuntimeError as error:  # the host gives us no thread
+            self._present = None
+            self.state.advance(_S.SETUP, _S.FAILED)
+            raise MigfwError(f"cannot listen for a migration: {error}") from None
+
+    def _cancel_present(self) -> None:
+        """Cancel what is waited for now, if anything is, and wait until that has ended. Without locks: observers of the
+        end may want them."""
+        if self._closed or self._machine.run_state is not RunState.INMIGRATE:
+            return
+        arrival = self.cancel()
+        if arrival is not None:
+            arrival.join()
+
+    def cancel(self) -> IncomingMigration | None:
+        """Begin to cancel the present migration, and return it; None if there is none, or if it has ended."""
+        arrival = self._present
+        if arrival is None or self.state.status not in ARRIVING:
+            return None
+        arrival.cancel()
+        return arrival
+
+    def report(self, blocked_reasons: tuple[str, ...]) -> MigrationReport:
+        """How the present migration goes, or the last one went."""
+        arrival, status = self._present, self.state.status
+        if arrival is None:
+            return MigrationReport(Side.DESTINATION, status, blocked_reasons=blocked_reasons)
+        return MigrationReport(Side.DESTINATION, status, arrival.error, blocked_reasons, arrival.figures())
+
+    def close(self) -> None:
+        """Abort the present migration and wait for its end; none begins afterwards."""
+        with self._lock:
+            self._closed = True
+        if self._present is not None:
+            self._present.abort()
+            self._present.join()
