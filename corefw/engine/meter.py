@@ -227,7 +227,7 @@ class MeteredChannel(Channel):
         self._channel.close()
 
 
-class MeteredMemoryChannel(MeteredChannel):
+class MeteredMemoryChannel(MeteredChannel, SendsMemory):
     """The same for a channel that sends pieces of memory."""
 
     def __init__(self, channel: Channel, memory: SendsMemory, meter: Meter) -> None:

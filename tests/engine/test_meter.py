@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import bisect
+import socket
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corefw.channel import Buffer, Channel
+from corefw.channel import Buffer, Channel, SendsMemory, receive_exactly
 from corefw.engine.meter import (
     FIRST_WINDOW,
     FREE_LEAST,
@@ -22,9 +24,11 @@ from corefw.engine.meter import (
     WINDOW,
     Meter,
     MeteredChannel,
+    metered,
     portions,
 )
 from corefw.errors import MigfwError
+from corefw.net.sockets import SocketChannel
 from tests.helpers.engines import PATIENCE, Pair, arrived, ended, runs_on
 
 
@@ -251,6 +255,21 @@ def test_several_channels_share_one_limit() -> None:
     assert world.now - 100 == pytest.approx(12.0, rel=0.01)
     assert world.meter.total == 12 * limit == sum(len(call) for channel in inner for call in channel.calls)
     assert max(len(call) for call in inner[0].calls) <= limit * STEP, "no burst"
+
+
+def test_memory_is_sent_from_where_it_is_and_counted() -> None:
+    """A wrapper that hid what the channel can do would make every migration over a socket slower."""
+    world = World()
+    memory = np.frombuffer(bytearray(b"some of the guest's memory"), dtype=np.uint8)
+    here, there = socket.socketpair()
+    with SocketChannel(here, "there") as inner, SocketChannel(there, "here") as peer:
+        channel = metered(inner, world.meter)
+        assert isinstance(channel, SendsMemory)
+        channel.send_memory(np.array([[memory.ctypes.data, 4], [memory.ctypes.data + 8, 3]], dtype=np.uint64))
+        received = bytearray(7)
+        receive_exactly(peer, memoryview(received))
+    assert received == b"somethe" and world.meter.total == 7
+    assert not isinstance(metered(Collecting(), world.meter), SendsMemory)
 
 
 def test_a_send_that_hangs_shows() -> None:
