@@ -1,7 +1,7 @@
 """exec:COMMAND: a stream through a shell command.
 
-The law: an exit status other than 0 is a failure of the channel, with what the command said on its standard error. A
-command never outlives its channel: abort kills its process group, and so does close when it does not end by itself.
+Invariant: an exit status other than 0 is a failure of the channel, reported with the command's standard error. A
+command never outlives its channel: abort() kills its process group, and so does close() if it does not end by itself.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from corefw_transport_exec.pipe import OneShotListener, PipeChannel
 SHELL: Final = "/bin/sh"
 
 ERRORS_KEPT: Final = 2048
-"""Bytes of the command's standard error that are kept, the last ones."""
+"""Maximum bytes kept of the command's standard error; the last ones."""
 
 PATIENCE: Final = 5.0
-"""Seconds that a command has to end by itself when its channel is closed before its end, before it is killed."""
+"""Seconds for a command to end by itself after its channel was closed; then it is killed."""
 
 
 class ExecTransport(Transport):
@@ -46,7 +46,7 @@ class ExecTransport(Transport):
         return CommandChannel(self.uri, outgoing=True)
 
     def listen(self) -> Listener:
-        """The command starts when its channel is accepted."""
+        """Make the listener; the command starts when its channel is accepted."""
         return OneShotListener(self.uri, lambda _: CommandChannel(self.uri, outgoing=False))
 
 
@@ -117,17 +117,17 @@ class Command:
         self._listening.start()
 
     def wait(self, interrupt: Interrupt, seconds: float | None = None) -> bool:
-        """Wait for its exit; False when it has not exited after `seconds`. Raises Interrupted."""
+        """Wait for the exit; False if it has not exited after `seconds`. Raises Interrupted."""
         return self._process.poll() is not None or interrupt.wait_for(self._exit, select.POLLIN, seconds)
 
     def kill(self) -> None:
-        """Kill the whole group. Once its leader has been waited for, the number may be another group's."""
+        """Kill the process group, unless its leader was already reaped: the number may belong to another group then."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def failure(self) -> str | None:
-        """What went wrong, after its exit; None when nothing did, or it still runs."""
+        """The reason for a failed exit; None if it succeeded or is still running."""
         status = self._process.poll()
         if not status:
             return None
@@ -137,7 +137,7 @@ class Command:
         return f"{self._uri}: the command {how}" + (f": {said}" if said else "")
 
     def close(self) -> None:
-        """Wait for its exit, kill it when that takes too long, let go of everything."""
+        """Wait for the exit, kill the command if that takes too long, and release everything."""
         poll = select.poll()
         poll.register(self._exit, select.POLLIN)
         if not poll.poll(PATIENCE * 1000):
@@ -150,7 +150,8 @@ class Command:
             self._process.stderr.close()
 
     def _listen(self) -> None:
-        """Keep the last of what it says. What it left running may hold the pipe open: _stop ends that."""
+        """Collect the standard error. Processes that the command left behind may hold the pipe open: _stop ends the
+        wait."""
         assert self._process.stderr
         fd = self._process.stderr.fileno()
         with contextlib.suppress(ChannelError):
@@ -158,7 +159,7 @@ class Command:
                 self._errors = (self._errors + said)[-ERRORS_KEPT:]
 
     def _hear_out(self) -> None:
-        """Everything that the command said before its exit is in the pipe: let the listener come to its end."""
+        """Let the reader finish: all output from before the exit is already in the pipe."""
         self._listening.join(0.2)
         self._stop.set()
         self._listening.join()

@@ -1,8 +1,8 @@
-"""fd:N and fd:NAME: a stream through a descriptor that is open already.
+"""fd:N and fd:NAME: a stream through an open descriptor.
 
-Invariant: what a descriptor can do is found out before anything is sent: a connected socket has a return path, anything
-else goes one way. The channel owns the descriptor and closes it. A number means one that the process was started with:
-what it opened itself is close-on-exec (Python sees to that), and to take such a one would take the guest's own.
+Invariant: the abilities of a descriptor are determined before anything is sent: a connected socket has a return path,
+anything else is one-way. The channel owns the descriptor and closes it. A number must be a descriptor that the process
+inherited: those that it opened itself are close-on-exec in Python, and taking one would break the guest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from corefw_transport_exec.pipe import OneShotListener, PipeChannel
 _STREAMS: Final[tuple[Callable[[int], bool], ...]] = (stat.S_ISFIFO, stat.S_ISREG, stat.S_ISCHR, stat.S_ISBLK)
 
 _STANDARD: Final = (0, 1, 2)
-"""Closing these would let the next file that is opened take their numbers; /dev/null takes them instead."""
+"""Replaced by /dev/null instead of being closed, so that the next opened file does not take their numbers."""
 
 
 class FdTransport(Transport):

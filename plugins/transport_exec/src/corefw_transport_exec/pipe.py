@@ -1,7 +1,7 @@
-"""A channel over one file descriptor: a pipe, a FIFO, a device, a file. Bytes go one way.
+"""A one-way channel over a file descriptor: a pipe, a FIFO, a device, a file.
 
-The law: the descriptor does not block, a poll beside the channel's Interrupt does; so abort() ends every wait. What
-else has to happen at an end (a command's exit status, a file's new name) is in a subclass's _finish, _ended and _leave.
+Invariant: the descriptor is nonblocking and waits use poll together with the channel's Interrupt, so abort() ends every
+wait. Subclasses add what else happens at the end (exit status, rename) in _finish, _ended and _leave.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from corefw.net.sockets import IOV_MAX, reason
 from corefw.uri import MigrationUri
 
 PIPE_SIZE: Final = 1 << 20
-"""Bytes that a pipe is asked to hold, the most that an ordinary user can have (fs.pipe-max-size). Measured: 1.6 times
-the throughput of the usual 64 KiB, for the two ends wait for each other ten times less often."""
+"""Requested pipe size in bytes, the maximum for ordinary users (fs.pipe-max-size). Measured: 1.6 times the throughput
+of the usual 64 KiB, because the two ends wait for each other ten times less often."""
 
 
 class PipeChannel(Channel):
-    """Sends through `fd` when it is `outgoing`, else receives from it. Owns it."""
+    """Sends through `fd` if `outgoing`, otherwise receives from it. Owns the descriptor."""
 
     has_return_path = False
 
@@ -36,7 +36,7 @@ class PipeChannel(Channel):
         self._wake = Interrupt()
         self._flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         fcntl.fcntl(fd, fcntl.F_SETFL, self._flags | os.O_NONBLOCK)
-        with contextlib.suppress(OSError):  # no pipe, or the user has many
+        with contextlib.suppress(OSError):  # not a pipe, or the user's limit is reached
             fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
         self._lock = threading.Lock()
         self._failure: str | None = None
@@ -103,7 +103,7 @@ class PipeChannel(Channel):
             if self._closed:
                 return
             self._closed = True
-            self._wake.set()  # whoever still waits here
+            self._wake.set()  # wakes waiting threads
         self._leave()
         self._let_go()
         self._wake.close()
@@ -111,25 +111,25 @@ class PipeChannel(Channel):
     # -- for subclasses --------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        """All was sent: make it final. Raises ChannelError, Interrupted."""
+        """Make the output final after everything was sent. Raises ChannelError, Interrupted."""
         self._let_go()
 
     def _ended(self) -> None:
-        """The descriptor has nothing more to read: raise ChannelError when that is no clean end."""
+        """Handle the end of the input: raise ChannelError if it is not a clean end."""
 
     def _leave(self) -> None:
-        """close() was called, after _finish or without it. Never raises."""
+        """Clean up in close(), whether or not _finish was called. Never raises."""
 
     def _let_go(self) -> None:
         """Close the descriptor, once."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             with contextlib.suppress(OSError):
-                fcntl.fcntl(fd, fcntl.F_SETFL, self._flags)  # others may share the open file
+                fcntl.fcntl(fd, fcntl.F_SETFL, self._flags)  # the open file may be shared with others
             os.close(fd)
 
     def _failed(self, error: OSError) -> ChannelError:
-        """The error to raise, now and ever after."""
+        """Remember the error, which every later call raises too."""
         self._failure = self._failure or f"{self.peer}: {reason(error)}"
         return ChannelError(self._failure)
 
@@ -156,10 +156,10 @@ class PipeChannel(Channel):
 
 
 class OneShotListener(Listener):
-    """A source that is there already: accept() gives its one channel, and then no more.
+    """A listener with exactly one channel, for a source that exists already.
 
     opens    makes the channel; may wait on the interrupt
-    closes   lets go of what `opens` would have used; called when no channel was made
+    closes   releases what `opens` would have used; called if no channel was made
     """
 
     def __init__(

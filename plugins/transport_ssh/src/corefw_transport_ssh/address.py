@@ -1,7 +1,7 @@
-"""ssh://[USER@]HOST[:PORT]/TARGET, checked and taken apart.
+"""Parses ssh://[USER@]HOST[:PORT]/TARGET.
 
-The law: whatever is wrong raises UriError that shows what would be right. HOST may be an alias of ~/.ssh/config. Names
-hold no character that a shell would read, for they may end up in a ProxyCommand.
+A wrong URI raises UriError with what was expected. HOST may be an alias in ~/.ssh/config. Names may not contain shell
+metacharacters, because they may become part of a ProxyCommand.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _USER: Final = re.compile(r"[^\s\x00-\x1f\x7f'\"`$\\;&<>|(){}*?/:@-][^\s\x00-\x1
 
 @dataclass(frozen=True, slots=True)
 class TcpTarget:
-    """An address as the far host sees it."""
+    """An address as seen from the remote host."""
 
     host: str
     port: int
@@ -34,7 +34,7 @@ class TcpTarget:
 
 @dataclass(frozen=True, slots=True)
 class UnixTarget:
-    """A socket file on the far host; an absolute path."""
+    """A socket file on the remote host, by its absolute path."""
 
     path: str
 
@@ -47,7 +47,7 @@ Target = TcpTarget | UnixTarget
 
 @dataclass(frozen=True, slots=True)
 class SshAddress:
-    """The URI's parts. `user` and `port` are None where it has none: then the configuration's, or the defaults."""
+    """The parts of a URI. `user` and `port` are None if not given: then the configuration or the defaults apply."""
 
     user: str | None
     host: str
@@ -56,7 +56,7 @@ class SshAddress:
 
     @property
     def authority(self) -> str:
-        """[USER@]HOST[:PORT] as it was written."""
+        """[USER@]HOST[:PORT] as written."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return (f"{self.user}@" if self.user else "") + host + (f":{self.port}" if self.port is not None else "")
 
@@ -76,7 +76,7 @@ def parse_address(uri: MigrationUri) -> SshAddress:
 
 
 def parse_authority(text: str, what: str) -> tuple[str | None, str, int | None]:
-    """[USER@]HOST[:PORT] -> (user, host, port). `what` is the whole of it, for the message."""
+    """[USER@]HOST[:PORT] -> (user, host, port). `what` is the whole text, for the error message."""
     user, at, place = text.rpartition("@")
     if ":" in user:
         raise UriError(f"'{what.replace(user, 'USER:...')}': no passwords here, use a key or ssh-agent")

@@ -1,10 +1,10 @@
 """One tunnel as a Channel.
 
-The law: an end is an end only when the remote sshd said so; a tunnel or a connection that went away in any other manner
-raises. Sending blocks on the far side's window, so that memory stays bounded: at most WINDOW bytes wait here to be
-received, twice that while they are taken over.
+Invariant: only the remote sshd can end a stream; a tunnel or connection that is lost in any other way raises. Sending
+blocks on the remote window, so memory stays bounded: at most WINDOW bytes wait here to be received, twice that while
+they are moved.
 
-Threads: as Channel has it. close() goes on in a thread of its own while the far side has not got everything.
+Threads: as for Channel. close() continues in a thread of its own until the remote side has received everything.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from corefw.errors import ChannelError, Interrupted
 from corefw_transport_ssh.connection import WINDOW, Connection
 
 TICK: Final = 0.2
-"""Seconds after which a blocked call looks whether it was aborted (most are woken at once)."""
+"""Seconds after which a blocked call checks whether it was aborted (most are woken at once)."""
 
 ABORT_SECONDS: Final = 1.0
-"""How long an aborted send on a shared connection may take to notice, before the whole connection is given up."""
+"""Seconds for an aborted send on a shared connection to notice before the whole connection is closed."""
 
 CLOSE_SECONDS: Final = 2.0
-"""How long close() itself waits for the far side; a thread goes on after that."""
+"""Seconds that close() waits for the remote side; after that a thread waits."""
 
 LINGER_SECONDS: Final = 60.0
 
 FAILURES: Final = (OSError, EOFError, paramiko.SSHException)
-"""What paramiko raises when a connection is lost."""
+"""Exceptions that paramiko raises when a connection is lost."""
 
 
 class SshChannel(Channel):
-    """A paramiko channel. Owns it, and is one user of its connection."""
+    """A Channel over a paramiko channel, which it owns. It is one user of its connection."""
 
     def __init__(self, channel: paramiko.Channel, connection: Connection, peer: str) -> None:
         self.peer = peer
@@ -57,7 +57,7 @@ class SshChannel(Channel):
 
     def send(self, *parts: Buffer) -> None:
         with self._sending:
-            for packet in _packets(parts, self._channel.out_max_packet_size - 64):  # the room that paramiko leaves
+            for packet in _packets(parts, self._channel.out_max_packet_size - 64):  # the space that paramiko reports
                 self._send_packet(packet)
             self._check()
             if not self._connection.is_active():  # as in send_eof
@@ -78,13 +78,13 @@ class SshChannel(Channel):
 
     def send_eof(self) -> None:
         self._check()
-        if self._channel.closed:  # the sshd waits with that for our end, unless it could not hand on what we sent
+        if self._channel.closed:  # the sshd closes only after our end, unless it could not forward what we sent
             raise self._broken()
         try:
             self._channel.shutdown_write()
         except FAILURES:
             raise self._broken() from None
-        if not self._connection.is_active():  # paramiko drops what is sent over a lost connection, and says nothing
+        if not self._connection.is_active():  # paramiko silently drops data sent over a lost connection
             raise self._broken()
 
     # -- receiving -------------------------------------------------------------------------------------------------
@@ -100,10 +100,10 @@ class SshChannel(Channel):
 
     def wait_readable(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
-        self._check_usable()  # no more: what came before a send failed is still there to be received
+        self._check_usable()  # no more, but data that arrived before a send failed can still be received
         while not self._held and not self._ended:
             left = max(0.0, deadline - time.monotonic())
-            # The sending thread goes by the same timeout: never let it sleep longer than a tick.
+            # The sending thread uses the same timeout: never let it sleep longer than a tick.
             self._channel.settimeout(min(left, TICK))
             try:
                 self._fill()
@@ -116,9 +116,9 @@ class SshChannel(Channel):
         return True
 
     def _fill(self) -> None:
-        """Take over all that has come. Raises TimeoutError, ChannelError."""
+        """Take all received data from paramiko. Raises TimeoutError, ChannelError."""
         try:
-            # All of it at once: paramiko moves what it keeps to the front of its buffer.
+            # All at once: paramiko moves the remainder to the front of its buffer each time.
             data = self._channel.recv(2 * WINDOW)
         except TimeoutError:
             raise
@@ -154,13 +154,13 @@ class SshChannel(Channel):
                 return
             self._closed = True
         self._held = memoryview(b"")
-        # Not a daemon: the program may end right after close(), and what was sent has to arrive.
+        # Not a daemon thread: the program may end right after close(), and sent data must still arrive.
         thread = threading.Thread(target=self._finish, name="migfw-ssh-close")
         thread.start()
         thread.join(CLOSE_SECONDS)
 
     def _finish(self) -> None:
-        """Close the tunnel, and wait until the remote sshd, having handed on what we sent, has closed it too."""
+        """Close the tunnel and wait until the remote sshd has forwarded everything and closed it too."""
         try:
             threading.Thread(target=self._say_close, name="migfw-ssh-close", daemon=True).start()
             gone = self._connection.unlinked(self._channel)
@@ -171,7 +171,7 @@ class SshChannel(Channel):
             self._connection.release()
 
     def _say_close(self) -> None:
-        """In a thread of its own: it blocks when nothing gets through any more."""
+        """Close in a thread of its own, because it blocks if nothing gets through any more."""
         with contextlib.suppress(*FAILURES):
             self._channel.close()
 
@@ -200,7 +200,7 @@ class SshChannel(Channel):
 
 
 def _packets(parts: Sequence[Buffer], size: int) -> Iterator[bytes]:
-    """Cut into pieces of `size`; parts that are smaller share one."""
+    """Split into packets of `size` bytes; smaller parts share one."""
     small = bytearray()
     for part in parts:
         view = memoryview(part).cast("B")

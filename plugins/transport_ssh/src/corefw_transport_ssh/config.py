@@ -1,7 +1,7 @@
-"""What ~/.ssh/config says about a host: where it is, who we are there, which keys, which way.
+"""Reads ~/.ssh/config: address, user, keys and proxies of a host.
 
-The law: the URI comes first, then ~/.ssh/config, then /etc/ssh/ssh_config, then OpenSSH's defaults; the first value
-found counts. Paths follow $HOME. Read anew for every connection.
+Precedence: the URI, ~/.ssh/config, /etc/ssh/ssh_config, OpenSSH's defaults; the first value counts. Paths use $HOME.
+The files are read for every connection.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ INCLUDE_DEPTH: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """An sshd and how to get in.
+    """An sshd and how to log in.
 
-    alias            the host as the URI has it
-    key_name         the name that its key is filed under, where HostKeyAlias gives one
+    alias            the host as in the URI
+    key_name         the name of its key in known_hosts, if HostKeyAlias sets one
     identity_files   private keys to try, in this order
     agent            the agent's socket, or None
-    identities_only  of the agent's keys, only those that identity_files name
-    known_hosts      files; the first is where the user's own keys belong
+    identities_only  use only those of the agent's keys that identity_files name
+    known_hosts      files; the first one is the user's own
     proxy_command    a shell command whose standard input and output are the connection
-    proxy_jump       sshds to go through first, as [USER@]HOST[:PORT]
+    proxy_jump       jump hosts, as [USER@]HOST[:PORT]
     """
 
     alias: str
@@ -58,7 +58,7 @@ class Destination:
 
 
 def find_destination(user: str | None, host: str, port: int | None) -> Destination:
-    """Look a host up. Raises ChannelError when a configuration file cannot be read or understood."""
+    """Look up a host. Raises ChannelError if a configuration file cannot be read or parsed."""
     found = _lookup(user, host, port)
     jump = found.get("proxyjump") or "none"
     agent = found.get("identityagent") or "SSH_AUTH_SOCK"
@@ -79,7 +79,7 @@ def find_destination(user: str | None, host: str, port: int | None) -> Destinati
 
 
 class _Config(paramiko.SSHConfig):
-    """paramiko would run the command of `Match exec` with our standard input."""
+    """Refuses `Match exec`, whose command paramiko would run with our standard input."""
 
     def _tokenize(self, config: paramiko.SSHConfigDict, host: str, key: str, value: str) -> str:
         if key == "match-exec":
@@ -89,7 +89,7 @@ class _Config(paramiko.SSHConfig):
 
 
 def _lookup(user: str | None, host: str, port: int | None) -> paramiko.SSHConfigDict:
-    lines = ["Host *"]  # what the URI says, first and so for good
+    lines = ["Host *"]  # values from the URI come first, so they win
     if user:
         lines.append(f"User {user}")
     if port is not None:
@@ -105,8 +105,8 @@ def _lookup(user: str | None, host: str, port: int | None) -> paramiko.SSHConfig
 
 
 def _included(file: Path, block: str, folder: Path, depth: int = 0) -> Iterator[str]:
-    """The file's lines with its Include lines replaced. `block` is the Host or Match line that an included file stands
-    under, and that holds again behind it."""
+    """The lines of a file with Include lines expanded. `block` is the Host or Match line around an Include, which
+    applies again after it."""
     if depth > INCLUDE_DEPTH:
         raise OSError(f"{file} includes itself")
     with contextlib.suppress(FileNotFoundError, IsADirectoryError), file.open() as lines:
@@ -139,7 +139,7 @@ def _number(found: paramiko.SSHConfigDict, key: str, default: int, host: str) ->
 
 
 def _identity_files(found: paramiko.SSHConfigDict) -> tuple[Path, ...]:
-    listed = found.get("identityfile")  # a list, whatever the type says: the keyword may be repeated
+    listed = found.get("identityfile")  # a list despite its type: the keyword may be repeated
     names = [str(name) for name in listed] if listed else list(DEFAULT_KEYS)
     return tuple(Path(name).expanduser() for name in names if name.lower() != "none")
 

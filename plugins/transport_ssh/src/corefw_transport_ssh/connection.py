@@ -1,10 +1,10 @@
-"""paramiko's Transport, mended where a migration needs more, and bounded everywhere.
+"""paramiko's Transport with fixes that a migration needs, and with limits on every wait.
 
-The law: a wait here ends: with its result, with an error, or because `shut()` was called from another thread.
-What is mended, each beside its reason: tunnels to UNIX sockets, messages in the midst of a key exchange, what becomes
-of a channel that we closed, the volume after which keys change, and who hears of it when the connection is lost.
+Every wait ends with a result, with an error, or because another thread called `shut()`. The fixes, each explained in
+place: tunnels to UNIX sockets, messages during a key exchange, the fate of a channel that we closed, the volume after
+which keys are renegotiated, and notification when the connection is lost.
 
-Threads: paramiko runs one of its own for each connection and calls `on_end` in it.
+Threads: paramiko runs one thread per connection, which calls `on_end`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from paramiko.packet import Packetizer
 log = logging.getLogger(__name__)
 
 WINDOW: Final = 2 << 20
-"""Bytes that may be under way to us on one channel; paramiko keeps them in memory until they are received. As much as
-OpenSSH's: more would add to the downtime, since what is under way has to arrive before the guest can go on."""
+"""Receive window of a channel in bytes; paramiko keeps them in memory until they are received. The same as OpenSSH's:
+more would add to the downtime, because data in flight has to arrive before the guest can resume."""
 
 MAX_PACKET: Final = 32 << 10
-"""What every implementation has to accept (RFC 4253, 6.1), and what OpenSSH sends and takes in a tunnel."""
+"""The size that every implementation must accept (RFC 4253, 6.1), and that OpenSSH uses in a tunnel."""
 
 CIPHERS: Final = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
-"""Preferred: encryption and integrity in one pass, half as much again as AES-CTR with HMAC."""
+"""Preferred ciphers: encryption and integrity in one pass, 1.5 times as fast as AES-CTR with HMAC."""
 
 KEEPALIVE_SECONDS: Final = 15
 NEGOTIATION_SECONDS: Final = 15.0
@@ -40,20 +40,20 @@ STREAMLOCAL: Final = "direct-streamlocal@openssh.com"
 
 
 class Carrier(Protocol):
-    """What a connection runs over and has to end with it: a proxy command, a connection to a jump host."""
+    """What a connection runs over and closes with it: a proxy command, a connection to a jump host."""
 
     def shut(self) -> None: ...
 
 
 class _Packetizer(Packetizer):
-    """Changes keys after 2**32 cipher blocks, as RFC 4344 (3.2) and OpenSSH have it: paramiko's 512 MiB would interrupt
+    """Renegotiates keys after 2**32 cipher blocks, like RFC 4344 (3.2) and OpenSSH: paramiko's 512 MiB would interrupt
     a migration every second."""
 
     REKEY_BYTES = (1 << 32) * 16
 
 
 class Connection(paramiko.Transport):
-    """One ssh connection. It ends when the last of its users has called `release()`; the maker is the first user.
+    """One ssh connection. It ends when the last of its users has called `release()`; its creator is the first user.
 
     on_end   called in paramiko's thread when the connection has ended, for whatever reason
     """
@@ -61,7 +61,7 @@ class Connection(paramiko.Transport):
     packetizer_class: type[Packetizer] = _Packetizer
 
     def __init__(self, sock: socket.socket | paramiko.Channel, carriers: tuple[Carrier, ...] = ()) -> None:
-        """Owns `sock` and `carriers`."""
+        """Takes ownership of `sock` and `carriers`."""
         super().__init__(
             sock, default_window_size=WINDOW, default_max_packet_size=MAX_PACKET, packetizer_class=self.packetizer_class
         )
@@ -70,7 +70,7 @@ class Connection(paramiko.Transport):
         self.auth_timeout = AUTHENTICATION_SECONDS
         self.channel_timeout = OPEN_SECONDS
         options = self.get_security_options()
-        options.ciphers = sorted(options.ciphers, key=lambda cipher: cipher not in CIPHERS)  # stable: ours first
+        options.ciphers = sorted(options.ciphers, key=lambda cipher: cipher not in CIPHERS)  # stable sort: ours first
         self.set_log_channel(_quiet_log())
         self._carriers = carriers
         self._users = 1
@@ -99,21 +99,21 @@ class Connection(paramiko.Transport):
             self.shut()
 
     def shut(self) -> None:
-        """End the connection now, whoever waits in it or uses it. Idempotent; from any thread; never raises."""
+        """End the connection now, even if others use it. Idempotent; from any thread; never raises."""
         if isinstance(self.sock, socket.socket):
             with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)  # wakes who reads and writes there; close() alone does not
-        with contextlib.suppress(Exception):  # whatever it meets, the rest has to go on
+                self.sock.shutdown(socket.SHUT_RDWR)  # wakes blocked readers and writers; close() alone does not
+        with contextlib.suppress(Exception):  # the remaining steps must run whatever this raises
             self.close()
         with contextlib.suppress(OSError, EOFError):
             self.sock.close()
-        # A handshake that never ended leaves a timer that would hold the whole process until it runs out.
+        # An unfinished handshake leaves a timer that would keep the process alive until it expires.
         self.packetizer.complete_handshake()
         for carrier in self._carriers:
             carrier.shut()
 
     def run(self) -> None:
-        """paramiko's thread. What it raises at its end is logged, not printed."""
+        """The body of paramiko's thread. An exception at its end is logged, not printed."""
         try:
             super().run()
         except Exception:
@@ -125,14 +125,14 @@ class Connection(paramiko.Transport):
     # -- channels --------------------------------------------------------------------------------------------------
 
     def open_tcp(self, host: str, port: int) -> paramiko.Channel:
-        """A tunnel to an address as the far host sees it. Raises paramiko.SSHException."""
+        """Open a tunnel to an address as seen from the remote host. Raises paramiko.SSHException."""
         return self.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0))
 
     def open_unix(self, path: str) -> paramiko.Channel:
-        """A tunnel to a UNIX socket on the far host. Raises paramiko.SSHException.
+        """Open a tunnel to a UNIX socket on the remote host. Raises paramiko.SSHException.
 
-        open_channel() knows no such kind: it sends the request with nothing behind the common part.
-        `_send_user_message` adds the rest.
+        open_channel() does not support this kind: it sends the request with only the common part, and
+        `_send_user_message` appends the rest.
         """
         with self._opening:
             self._unix_path = path
@@ -142,7 +142,8 @@ class Connection(paramiko.Transport):
                 self._unix_path = None
 
     def unlinked(self, channel: paramiko.Channel) -> threading.Event:
-        """Set once the far end has closed `channel` too, which is when it has handed over all that we sent."""
+        """An event that is set once the remote end has closed `channel` too, having forwarded everything that we
+        sent."""
         return self._unlinked.setdefault(channel.get_id(), threading.Event())
 
     def _unlink_channel(self, chanid: int) -> None:
@@ -150,8 +151,8 @@ class Connection(paramiko.Transport):
         self._unlinked.setdefault(chanid, threading.Event()).set()
 
     def _send_user_message(self, data: paramiko.Message) -> None:
-        """Two things more than paramiko's: the end of a request for a UNIX socket, and no waiting in paramiko's own
-        thread. There it would wait for the end of a key exchange that only this thread can bring about."""
+        """Extend paramiko's method: append to requests for a UNIX socket, and do not wait in paramiko's own thread,
+        where it would wait for the end of a key exchange that only this thread can complete."""
         if self._unix_path is not None and data.asbytes().startswith(_STREAMLOCAL_OPEN):
             data.add_string(self._unix_path)
             data.add_string("")  # reserved
@@ -179,7 +180,7 @@ _STREAMLOCAL_OPEN: Final = _streamlocal_open()
 
 
 class _Demoted(logging.Filter):
-    """paramiko logs as errors, with tracebacks, what is told to the user in one line anyway: for debugging only."""
+    """Demotes paramiko's errors and tracebacks to debug messages: the user gets them as one line anyway."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.levelno, record.levelname = logging.DEBUG, "DEBUG"
@@ -187,7 +188,7 @@ class _Demoted(logging.Filter):
 
 
 def _quiet_log() -> str:
-    """The name of the logger for our connections; the one of a program that uses paramiko itself is left alone."""
+    """Name of the logger for our connections; the logger of a program that uses paramiko itself is left alone."""
     name = f"{__name__}.paramiko"
     logger = logging.getLogger(name)
     if not any(isinstance(one, _Demoted) for one in logger.filters):

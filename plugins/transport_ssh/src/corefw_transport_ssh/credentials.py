@@ -1,7 +1,7 @@
-"""Our keys: the agent's and the files'.
+"""Our private keys, from ssh-agent and from files.
 
-The law: no password is ever asked for. A key file with a passphrase is of use only through ssh-agent, and the error
-says so; one that others can read is not used, as OpenSSH has it. Whatever was tried and failed is in the error.
+Invariant: nothing ever asks for a password. A key file with a passphrase only works through ssh-agent, and the error
+says so. As in OpenSSH, a key file that others can read is not used. The error lists everything that was tried.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from corefw_transport_ssh.known_hosts import fingerprint
 
 LIST_SECONDS: Final = 10.0
 SIGN_SECONDS: Final = 60.0
-"""An agent may ask its user first, or wait for a touch."""
+"""Seconds for a signature: an agent may ask its user, or wait for a touch."""
 
 
 class Agent(AgentSSH):
-    """The agent at a socket. paramiko's own knows only $SSH_AUTH_SOCK and waits for ever."""
+    """An agent at a socket. paramiko's own supports only $SSH_AUTH_SOCK and waits for ever."""
 
     def __init__(self, path: str) -> None:
         """Raises OSError, paramiko.SSHException."""
@@ -37,7 +37,7 @@ class Agent(AgentSSH):
         try:
             sock.settimeout(LIST_SECONDS)
             sock.connect(path)
-            self._connect(sock)  # type: ignore[attr-defined]  # what paramiko's own subclasses call; not in its stubs
+            self._connect(sock)  # type: ignore[attr-defined]  # called by paramiko's own subclasses; not in its stubs
             sock.settimeout(SIGN_SECONDS)
         except BaseException:
             sock.close()
@@ -50,8 +50,8 @@ class Agent(AgentSSH):
 class Credentials:
     """The keys to offer to one destination, most likely first.
 
-    offered    what was tried, for the error
-    unusable   what could not be tried, and why
+    offered    the keys that were tried, for the error
+    unusable   the keys that could not be tried, and why
     """
 
     def __init__(self, destination: Destination) -> None:
@@ -61,7 +61,7 @@ class Credentials:
         self.unusable: list[str] = []
 
     def __iter__(self) -> Iterator[paramiko.PKey]:
-        """Keys are loaded one by one: a file is not touched when one before it let us in."""
+        """Load keys one by one: a file is not read if an earlier key was accepted."""
         tried = set()
         for key in self._from_agent():
             tried.add(key.asbytes())
@@ -81,7 +81,7 @@ class Credentials:
             self._agent.close()
 
     def _from_agent(self) -> list[AgentKey]:
-        """Those that the configuration names first: a server ends the connection after a few wrong ones."""
+        """The agent's keys, configured ones first: a server disconnects after a few wrong ones."""
         if not self._destination.agent:
             return []
         try:
@@ -116,7 +116,7 @@ def _kind(key: paramiko.PKey) -> str:
 
 
 def _public_blob(file: Path) -> bytes | None:
-    """The public key beside a private one, which can be read without its passphrase."""
+    """The public key in the .pub file beside a private key, readable without the passphrase."""
     with contextlib.suppress(OSError, ValueError, IndexError, binascii.Error):
         return base64.b64decode(Path(f"{file}.pub").read_text().split()[1])
     return None

@@ -1,7 +1,7 @@
-"""From a destination to an authenticated connection.
+"""Connects to a destination and logs in.
 
-The law: every step has a limit in time and ends at once when the Interrupt says so; every failure is one line that
-names the URI, the host it happened at and what to do. Hosts on the way (ProxyJump) are checked as strictly as the last.
+Every step has a time limit and ends at once when the Interrupt is set. Every failure is one line with the URI, the host
+where it happened, and what to do. Jump hosts (ProxyJump) are checked as strictly as the last one.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from corefw_transport_ssh.known_hosts import HostIdentity, check_host_key, known
 
 MAX_JUMPS: Final = 8
 SILENCE_MILLISECONDS: Final = 60_000
-"""After this long without an acknowledgement from the far host the kernel breaks the connection."""
+"""Time without an acknowledgement from the remote host after which the kernel breaks the connection."""
 
 SIGNATURES: Final = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256")}
-"""Kind of host key -> the algorithms to ask for; every other kind is its own."""
+"""Kind of host key -> algorithms to request; other kinds stand for themselves."""
 
 
 def dial(uri: MigrationUri, address: SshAddress, interrupt: Interrupt) -> Connection:
@@ -45,7 +45,7 @@ def dial(uri: MigrationUri, address: SshAddress, interrupt: Interrupt) -> Connec
 def _dial(
     uri: MigrationUri, destination: Destination, interrupt: Interrupt, depth: int, via: Connection | None = None
 ) -> Connection:
-    """`via` is the connection to the host before this one, which is taken over."""
+    """Dial a host. `via` is the connection to the previous host; ownership passes to this function."""
     connection = _reach(uri, destination, interrupt, depth, via)
     try:
         with shut_by(interrupt, connection.shut):
@@ -60,7 +60,7 @@ def _dial(
 
 @contextlib.contextmanager
 def shut_by(interrupt: Interrupt, shut: Callable[[], None]) -> Iterator[None]:
-    """While inside, `interrupt` calls `shut`; what fails then raises Interrupted."""
+    """Context in which `interrupt` calls `shut`; a failure caused by that raises Interrupted."""
     done = Interrupt()
 
     def watch() -> None:
@@ -83,7 +83,7 @@ def shut_by(interrupt: Interrupt, shut: Callable[[], None]) -> Iterator[None]:
     interrupt.check()
 
 
-# -- the way there -------------------------------------------------------------------------------------------------
+# -- the route -------------------------------------------------------------------------------------------------
 
 
 def _reach(
@@ -107,7 +107,7 @@ def _reach(
 
 
 def _jump(uri: MigrationUri, destination: Destination, interrupt: Interrupt, depth: int) -> Connection:
-    """The connection to the last of the jump hosts."""
+    """Connect to the last of the jump hosts."""
     if depth >= MAX_JUMPS:
         raise ChannelError(
             f"{uri}: more than {MAX_JUMPS} jump hosts: does ProxyJump of '{destination.alias}' go in a circle?"
@@ -124,9 +124,9 @@ def _jump(uri: MigrationUri, destination: Destination, interrupt: Interrupt, dep
 
 
 class _ProxyCommand:
-    """ProxyCommand: a shell command whose standard input and output are one end of a socket pair.
+    """A ProxyCommand: a shell command whose standard input and output are one end of a socket pair.
 
-    paramiko's own never notices that the command has ended.
+    paramiko's own class never notices that the command has ended.
     """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
@@ -154,7 +154,7 @@ class _ProxyCommand:
 
 
 def _connect(uri: MigrationUri, destination: Destination, interrupt: Interrupt) -> socket.socket:
-    """A TCP connection to the first address that answers. Raises ChannelError, Interrupted."""
+    """Open a TCP connection to the first address that answers. Raises ChannelError, Interrupted."""
     failures: dict[str, None] = {}
     for address in resolve(destination.host, destination.port, uri, interrupt):
         sock = socket.socket(address.family, socket.SOCK_STREAM)
@@ -191,11 +191,11 @@ def _place(destination: Destination) -> str:
     return join_host_port(destination.host, destination.port)
 
 
-# -- who they are, and who we are ----------------------------------------------------------------------------------
+# -- authentication ----------------------------------------------------------------------------------
 
 
 def _negotiate(uri: MigrationUri, connection: Connection, destination: Destination) -> None:
-    """The encrypted connection, to a host whose key we know."""
+    """Negotiate the encrypted connection and check the host key."""
     identity = HostIdentity(destination.host, destination.port, destination.key_name)
     known = read_known_hosts(destination.known_hosts)
     options = connection.get_security_options()

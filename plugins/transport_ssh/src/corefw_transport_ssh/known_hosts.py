@@ -1,10 +1,10 @@
-"""known_hosts: whether the key that a host shows is the one that we know.
+"""Checks host keys against known_hosts.
 
-The law: a key is accepted when a line has exactly it for exactly this host, and no line revokes it. Everything else is
-refused, with the line that speaks against it and what to do. Nothing is ever written.
+Invariant: a key is accepted only if a line has exactly this key for exactly this host and no line revokes it. Otherwise
+it is refused, with the conflicting line and what to do. The files are never written.
 
-The format is sshd(8)'s: [@MARKER] HOSTS KIND BASE64. HOSTS are patterns split by commas (with *, ? and !),
-"[HOST]:PORT" for another port than 22, or "|1|SALT|HASH" of one name.
+The format is that of sshd(8): [@MARKER] HOSTS KIND BASE64. HOSTS are patterns separated by commas (with *, ? and !),
+"[HOST]:PORT" for ports other than 22, or "|1|SALT|HASH" of one name.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class KnownKey:
 
 
 def read_known_hosts(files: Iterable[Path]) -> list[KnownKey]:
-    """Every line that can be understood, of every file that is there. Raises ChannelError when one cannot be read."""
+    """All valid lines of all existing files. Raises ChannelError if a file cannot be read."""
     found = []
     for file in files:
         try:
@@ -68,7 +68,7 @@ def read_known_hosts(files: Iterable[Path]) -> list[KnownKey]:
 
 @dataclass(frozen=True, slots=True)
 class HostIdentity:
-    """A host as known_hosts names it: what HostKeyAlias gives, or host and port."""
+    """The name of a host in known_hosts: its HostKeyAlias, or host and port."""
 
     host: str
     port: int
@@ -82,8 +82,8 @@ class HostIdentity:
         return host if self.port == SSH_PORT else f"[{host}]:{self.port}"
 
     def known(self, keys: Sequence[KnownKey]) -> list[KnownKey]:
-        """The lines that speak of this host. A line without a port speaks for all its ports where no other does, as
-        OpenSSH has it."""
+        """The lines for this host. As in OpenSSH, a line without a port applies to all ports that have no line of their
+        own."""
         by_name = [key for key in keys if key.is_for(self.name)]
         if by_name or self.alias or self.port == SSH_PORT:
             return by_name
@@ -91,14 +91,14 @@ class HostIdentity:
 
 
 def known_kinds(identity: HostIdentity, keys: Sequence[KnownKey]) -> list[str]:
-    """Kinds of key to ask the host for: those that we could recognise."""
+    """Kinds of key to request from the host: those in known_hosts."""
     return list(dict.fromkeys(key.kind for key in identity.known(keys) if not key.marker))
 
 
 def check_host_key(
     identity: HostIdentity, kind: str, blob: bytes, keys: Sequence[KnownKey], files: Sequence[Path]
 ) -> None:
-    """Return when the key is the host's. Raises ChannelError: unknown, changed or revoked."""
+    """Check a host's key. Raises ChannelError if it is unknown, changed or revoked."""
     shown = f"{kind} {fingerprint(blob)}"
     lines = identity.known(keys)
     for line in lines:
@@ -136,7 +136,7 @@ def _short(file: Path) -> str:
 
 
 def fingerprint(blob: bytes) -> str:
-    """As `ssh-keygen -l` prints it: SHA256:..."""
+    """The fingerprint as `ssh-keygen -l` prints it: SHA256:..."""
     return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
 
 
@@ -163,5 +163,5 @@ def _hashed(hosts: str, name: str) -> bool:
 
 
 def _literal_brackets(pattern: str) -> str:
-    """known_hosts has no character classes: "[" stands for itself."""
+    """Escape "[" for fnmatch: known_hosts has no character classes."""
     return pattern.replace("[", "[[]")

@@ -1,4 +1,4 @@
-"""Commands on the far host, over an ssh connection of their own."""
+"""Commands on the remote host, over an ssh connection of their own."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from corefw_transport_ssh.channel import FAILURES
 from corefw_transport_ssh.connection import OPEN_SECONDS, Connection
 
 OUTPUT_LIMIT: Final = 1 << 20
-"""Bytes of a command's output that are kept, of each kind."""
+"""Maximum bytes kept of a command's standard output, and of its standard error."""
 
 _CHUNK: Final = 1 << 15
 _LOOK: Final = 0.02
 _SIGNALLED: Final = -1
-"""What paramiko says where the command was ended by a signal."""
+"""paramiko's exit status for a command that was ended by a signal."""
 
 
 class SshHost(RemoteHost):
-    """Owns the connection."""
+    """A remote host that commands can be run on. Owns the connection."""
 
     def __init__(self, name: str, connection: Connection) -> None:
         self.name = name

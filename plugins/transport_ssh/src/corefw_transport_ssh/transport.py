@@ -1,7 +1,7 @@
-"""connect() opens a tunnel; listen() asks the remote sshd to listen for us; log_in() runs commands over there.
+"""SshTransport: connect() opens a tunnel, listen() has the remote sshd listen for us, log_in() runs commands there.
 
-Invariant: each channel that we dial has a connection of its own, so that one does not slow or break another; the
-channels that a listener accepts share the listener's, which lives until the last of them is closed.
+Invariant: each dialed channel has a connection of its own, so that one cannot slow down or break another. Accepted
+channels share the listener's connection, which lives until the last of them is closed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from corefw_transport_ssh.dial import dial, shut_by
 from corefw_transport_ssh.remote import SshHost
 
 BACKLOG: Final = 16
-"""Peers that wait to be accepted; each may have sent a window already. More are turned away."""
+"""Peers waiting to be accepted; each may already have sent a window of data. More are refused."""
 
 CANCEL_SECONDS: Final = 2.0
 
@@ -42,7 +42,7 @@ _REFUSALS: Final[dict[tuple[type[Target], int], str]] = {
     (UnixTarget, _PROHIBITED): _UNIX_REFUSED,
     (UnixTarget, _CONNECT_FAILED): _UNIX_REFUSED,
 }
-"""OpenSSH does not tell the two apart for a UNIX socket."""
+"""OpenSSH does not distinguish the two for a UNIX socket."""
 
 
 class SshTransport(Transport):
@@ -99,10 +99,10 @@ class SshTransport(Transport):
 
 
 class SshListener(Listener):
-    """A port at the far host. Its sshd hands us each connection that arrives there; paramiko's thread queues them."""
+    """A port on the remote host. Its sshd forwards each connection to us; paramiko's thread queues them."""
 
     def __init__(self, uri: MigrationUri, address: SshAddress, target: TcpTarget, connection: Connection) -> None:
-        """Takes over the maker's use of `connection`, also when it fails. Raises ChannelError."""
+        """Takes over the caller's use of `connection`, even on failure. Raises ChannelError."""
         self._connection = connection
         self._lock = threading.Lock()
         self._waiting: deque[tuple[paramiko.Channel, str]] = deque()
@@ -110,7 +110,7 @@ class SshListener(Listener):
         self._closed = False
         self._target = target
         connection.on_end = self._wake
-        limit = threading.Timer(OPEN_SECONDS, connection.shut)  # paramiko would wait for the answer for ever
+        limit = threading.Timer(OPEN_SECONDS, connection.shut)  # paramiko would wait for the answer without a limit
         limit.daemon = True
         limit.start()
         try:
@@ -149,7 +149,7 @@ class SshListener(Listener):
             turned_away = [channel for channel, _ in self._waiting]
             self._waiting.clear()
             os.close(self._arrived)
-        # In a thread, for it blocks when nothing gets through any more.
+        # In a thread, because it blocks if nothing gets through any more.
         thread = threading.Thread(target=self._cancel, args=(turned_away,), name="migfw-ssh-cancel", daemon=True)
         thread.start()
         thread.join(CANCEL_SECONDS)

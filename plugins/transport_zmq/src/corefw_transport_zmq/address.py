@@ -1,6 +1,6 @@
-"""zmq:tcp://HOST:PORT[?OPTIONS] and zmq:ipc://PATH[?OPTIONS], checked and taken apart.
+"""Parses zmq:tcp://HOST:PORT[?OPTIONS] and zmq:ipc://PATH[?OPTIONS].
 
-OPTIONS are NAME=VALUE joined by "&"; %XX stands for any byte in a value. As ZeroMQ has it, "*" is every address and, as
+OPTIONS are NAME=VALUE joined by "&"; %XX stands for any byte in a value. As in ZeroMQ, "*" means every address and, as
 a port, any free one.
 """
 
@@ -21,7 +21,7 @@ _FORMS: Final = "zmq:tcp://HOST:PORT or zmq:ipc://PATH"
 
 @dataclass(frozen=True, slots=True)
 class TcpPlace:
-    """An empty host is every address to listen at, and this host to dial."""
+    """An empty host means every address when listening, and this host when dialing."""
 
     host: str
     port: int
@@ -32,7 +32,7 @@ class TcpPlace:
 
 @dataclass(frozen=True, slots=True)
 class IpcPlace:
-    """A socket file; "@name" is a name in Linux's abstract space."""
+    """A socket file; "@name" is in Linux's abstract namespace."""
 
     path: str
 
@@ -45,7 +45,7 @@ Place = TcpPlace | IpcPlace
 
 @dataclass(frozen=True, slots=True)
 class ZmqAddress:
-    """`query` is the options as they were written, with the "?"."""
+    """A parsed URI. `query` is the options as written, with the "?"."""
 
     place: Place
     options: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""A link as a Channel."""
+"""A Channel on top of a link."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from corefw_transport_zmq.link import LINGER_SECONDS, Link
 from corefw_transport_zmq.protocol import CHUNK
 
 CLOSE_SECONDS: Final = 2.0
-"""How long close() itself waits for the peer to have received everything; a thread goes on after that."""
+"""Seconds that close() waits for the peer to receive everything; after that a thread waits."""
 
 SMALL: Final = 16 << 10
-"""Parts below this many bytes are joined with their neighbours: a message costs as much as copying that."""
+"""Parts of fewer bytes are joined with their neighbors: a message costs as much as copying this many bytes."""
 
 
 class ZmqChannel(Channel):
-    """`hub` is what close() waits for: a dialled channel has one of its own; None where the listener's goes on."""
+    """close() waits for `hub`, which a dialed channel owns; None for an accepted channel, whose listener has the
+    hub."""
 
     def __init__(self, link: Link, hub: Hub | None = None) -> None:
         self.peer = link.peer
@@ -50,7 +51,7 @@ class ZmqChannel(Channel):
             return
         self._closed = True
         self._link.close()
-        # Not a daemon: the program may end right after close(), and what was sent has to arrive.
+        # Not a daemon thread: the program may end right after close(), and sent data must still arrive.
         thread = threading.Thread(target=self._finish, name="migfw-zmq-close")
         thread.start()
         thread.join(CLOSE_SECONDS)
@@ -63,7 +64,7 @@ class ZmqChannel(Channel):
 
 
 def _pieces(parts: Sequence[Buffer]) -> Iterator[memoryview]:
-    """Large parts as they are, small ones joined."""
+    """Split into messages: large parts unchanged, small ones joined."""
     small = bytearray()
     for part in parts:
         view = memoryview(part).cast("B")

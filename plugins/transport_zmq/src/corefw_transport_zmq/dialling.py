@@ -1,7 +1,7 @@
-"""The hub of one stream that we dial.
+"""The hub of one outgoing stream.
 
-The law: one connection, never another (ZeroMQ would reconnect to whoever comes next, in the middle of the stream). It
-is open when the listener has answered our greeting; until then it fails with what ZeroMQ's monitor tells, in words.
+Invariant: it never reconnects (ZeroMQ would connect to the next listener in the middle of the stream). The connection
+is open once the listener has answered our greeting; until then, failures come from ZeroMQ's monitor.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ EVENTS: Final[dict[int, str]] = {
     zmq.Event.HANDSHAKE_FAILED_AUTH: _NOT_AUTHORIZED,
     zmq.Event.DISCONNECTED: LOST,
 }
-"""What ends a connection -> why. The first one counts."""
+"""Event that ends a connection -> reason. The first one counts."""
 
 
 class DiallingHub(Hub):
-    """failure   why the listener does not answer; None when it does"""
+    """failure   why the listener does not answer; None if it does"""
 
     def __init__(self, socket: Socket, peer: str) -> None:
         super().__init__(socket, "migfw-zmq-dial")
@@ -57,8 +57,8 @@ class DiallingHub(Hub):
         self._poller.register(self._monitor, zmq.POLLIN)
 
     def dial(self, endpoint: str, interrupt: Interrupt, seconds: float) -> None:
-        """Connect, start the thread and wait until the listener answers: `failure` tells how that went. Once, and the
-        hub has ended unless it went well. Raises Interrupted, zmq.ZMQError."""
+        """Connect, start the thread and wait until the listener answers; `failure` has the result. Call it once; on
+        failure the hub has ended. Raises Interrupted, zmq.ZMQError."""
         try:
             try:
                 self.socket.connect(endpoint)
@@ -80,7 +80,7 @@ class DiallingHub(Hub):
                 self._answered.close()
 
     def _give_up(self) -> None:
-        """Nobody is there who would have to be told."""
+        """End the hub: there is no peer to notify."""
         self._gave_up = True
         self.link.abort()
         self.link.close()
@@ -110,7 +110,7 @@ class DiallingHub(Hub):
         return self._tell()
 
     def look_around(self, ready: dict[object, int]) -> bool:
-        # What the peer sent before it went has been received in this turn or will be in the next: it first.
+        # First deliver what the peer sent before it left; it was received in this turn or will be in the next.
         if self._monitor in ready and self.socket not in ready:
             event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
             self._fail(EVENTS.get(int(event["event"]), LOST))

@@ -1,8 +1,8 @@
-"""The thread that owns a ZeroMQ socket, and moves messages between it and the links.
+"""The thread that owns a ZeroMQ socket and moves messages between it and the links.
 
-The law: only this thread touches the socket (ZeroMQ's are not thread-safe); it never blocks for long, and when it ends,
-for whatever reason, every link learns of it. Queues in ZeroMQ have no limit of their own towards the peer, for links
-keep within the peer's window; what comes from the peer is limited by size and number.
+Invariant: only this thread uses the socket (ZeroMQ sockets are not thread-safe). It never blocks for long, and when it
+ends, for whatever reason, every link is notified. ZeroMQ's send queues are unlimited, because links keep within the
+peer's window; incoming messages are limited in size and number.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from corefw_transport_zmq.protocol import CHUNK, Kind, Message, ProtocolError, r
 log = logging.getLogger(__name__)
 
 TICK_SECONDS: Final = 0.25
-"""How often a hub looks for peers that have gone and links that are done, when nothing else happens."""
+"""Seconds between checks for lost peers and finished links when nothing else happens."""
 
 TURN: Final = 32
-"""Messages received in one go before it is looked whether there is something to send."""
+"""Messages received in a row before the hub checks for something to send."""
 
 RECEIVE_QUEUE: Final = 32
-"""Messages from one peer that ZeroMQ keeps for us; beyond that it stops reading from that peer."""
+"""Messages from one peer that ZeroMQ queues before it stops reading from that peer."""
 
 FLUSH_MILLISECONDS: Final = 1000
-"""How long the last messages (an acknowledgement, a goodbye) have to get out when the socket is closed."""
+"""Time for the last messages (SEEN, BYE) to be sent when the socket is closed."""
 
 HEARTBEAT_MILLISECONDS: Final = 10_000
 SILENCE_MILLISECONDS: Final = 60_000
-"""A peer that is silent for that long, heartbeats included, is gone."""
+"""A peer that sends nothing for this long, not even heartbeats, is lost."""
 
 HANDSHAKE_MILLISECONDS: Final = 10_000
 
-_ENVELOPE: Final = 256  # what CURVE puts around a message
+_ENVELOPE: Final = 256  # overhead of CURVE per message
 
 LOST: Final = "the connection to the peer was lost"
 
@@ -50,12 +50,13 @@ Context = zmq.Context[Socket]
 
 
 def pack(data: memoryview) -> Payload:
-    """Copy into memory of ZeroMQ's own: sending that copies no more, and needs no thread to collect it."""
+    """Copy into memory that ZeroMQ owns, which is then sent without another copy or a garbage collection thread."""
     return zmq.Frame(data, copy=True).buffer
 
 
 def make_socket(kind: int) -> Socket:
-    """A socket in a context of its own, so that ending it disturbs nobody and can wait for the last messages."""
+    """Make a socket in a context of its own, so that closing it affects no other socket and can wait for last
+    messages."""
     socket: Socket = zmq.Context().socket(kind)
     socket.linger = FLUSH_MILLISECONDS
     socket.sndhwm = 0
@@ -84,13 +85,13 @@ class Hub(ABC):
         self._thread.start()
 
     def wake(self) -> None:
-        """From any thread: there is something to do."""
+        """Tell the thread that there is something to do; from any thread."""
         with self._lock:
             if self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the thread's end."""
+        """Wait for the end of the thread."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
@@ -98,19 +99,19 @@ class Hub(ABC):
 
     @abstractmethod
     def links(self) -> Sequence[tuple[list[bytes], Link]]:
-        """(first parts of each message to it, link)."""
+        """Yield each link with the first parts of the messages to it."""
 
     @abstractmethod
     def arrived(self, parts: list[zmq.Frame]) -> None:
-        """A message has come."""
+        """Handle an incoming message."""
 
     @abstractmethod
     def look_around(self, ready: dict[object, int]) -> bool:
-        """After each turn: other sockets, peers, links that are done. False when there is nothing left to live for."""
+        """Check other sockets, peers and finished links after each turn. Returns False once the hub can end."""
 
     @abstractmethod
     def ended(self) -> None:
-        """The thread ends: close what else there is."""
+        """Close everything else when the thread ends."""
 
     # -- the thread ------------------------------------------------------------------------------------------------
 
@@ -118,7 +119,7 @@ class Hub(ABC):
         try:
             while self._turn():
                 pass
-        except Exception as error:  # a bug, or libzmq out of resources: the links must hear of it
+        except Exception as error:  # a bug, or libzmq out of resources: the links must be notified
             log.debug("zmq hub failed", exc_info=True)
             self._lose_all(f"ZeroMQ failed: {error}")
         finally:
@@ -130,7 +131,7 @@ class Hub(ABC):
             context.term()
 
     def discard(self) -> None:
-        """Let go of everything, instead of start()."""
+        """Release everything; called instead of start()."""
         self._close_wake_fd()
         self.socket.context.destroy(0)
 
@@ -159,9 +160,9 @@ class Hub(ABC):
         return self.look_around(ready)
 
     def send(self, route: Sequence[bytes], message: Message) -> bool:
-        """False when the peer is not there any more."""
+        """Send a message. Returns False if the peer is gone."""
         payload = message.payload
-        # A view that `pack` made leads back to its frame.
+        # A view made by `pack` refers to its frame.
         body = payload.obj if isinstance(payload, memoryview) else payload
         try:
             for part in route:
@@ -183,7 +184,7 @@ class Hub(ABC):
 
 
 def read(parts: Sequence[zmq.Frame]) -> Message | None:
-    """The message in these parts; None, logged, for one that is not ours."""
+    """Parse a message; a malformed one is logged, and None is returned."""
     try:
         return read_message([part.buffer for part in parts])
     except ProtocolError as error:
@@ -192,7 +193,7 @@ def read(parts: Sequence[zmq.Frame]) -> Message | None:
 
 
 class PingTimer:
-    """Tells when it is time to look whether the peers are still there."""
+    """Tells when to check whether the peers are still there."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

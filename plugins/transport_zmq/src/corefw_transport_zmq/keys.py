@@ -1,12 +1,11 @@
-"""CURVE: encryption, and who may come in.
+"""CURVE: encryption and authorization.
 
     key=FILE          our own certificate with its secret half; both ends need one
-    server-key=FILE   dialling: the public certificate of the listener, so that nobody else can pose as it
-    authorized=DIR    waiting: a folder with the public certificates of those who may dial, one *.key file each
+    server-key=FILE   dialing: the public certificate of the listener, so that no one can impersonate it
+    authorized=DIR    listening: a folder with the public certificates of authorized peers, one *.key file each
 
-The law: with a key nobody unknown is served and nobody unknown is believed; there is no half measure, such as
-encryption for anyone who comes. Options name files, so that no secret stands in a URI. The files are ZeroMQ
-certificates, as `zmq.auth.create_certificates` writes them.
+Invariant: with a key, both sides are authenticated; there is no encryption without authentication. Options name files,
+so a URI contains no secret. The files are ZeroMQ certificates, as `zmq.auth.create_certificates` writes them.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ log = logging.getLogger(__name__)
 OPTIONS: Final = ("key", "server-key", "authorized")
 
 ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
-"""Where libzmq asks about each peer (RFC 27)."""
+"""Endpoint at which libzmq asks about each peer (RFC 27)."""
 
 _Z85_LENGTH: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Keys as text (Z85). `server` is None where none was given, and so is `authorized`."""
+    """Keys as text (Z85). `server` and `authorized` are None if not given."""
 
     public: bytes
     secret: bytes
@@ -43,7 +42,7 @@ class Keys:
 
 
 def load_keys(options: Mapping[str, str], uri: object) -> Keys | None:
-    """What the options name, read from its files; None where there are no options. Raises UriError."""
+    """Read the files that the options name; None without options. Raises UriError."""
     if not options:
         return None
     if "key" not in options:
@@ -100,7 +99,7 @@ def secure_listener(socket: zmq.Socket[bytes], keys: Keys, uri: object) -> Gatek
 
 
 class Gatekeeper:
-    """Answers libzmq's question whether a peer may come in. Belongs to the hub's thread."""
+    """Answers libzmq's question whether a peer is authorized. Used by the hub's thread only."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], authorized: frozenset[bytes]) -> None:
         self._authorized = {zmq.utils.z85.decode(key) for key in authorized}
@@ -109,7 +108,7 @@ class Gatekeeper:
         self.socket.bind(ZAP_ENDPOINT)
 
     def answer(self) -> None:
-        """One question: version, request id, domain, address, identity, mechanism, credentials."""
+        """Answer one request: version, request id, domain, address, identity, mechanism, credentials."""
         version, request, _, address, _, mechanism, *credentials = self.socket.recv_multipart()
         known = mechanism == b"CURVE" and len(credentials) == 1 and credentials[0] in self._authorized
         if not known:

@@ -1,10 +1,10 @@
-"""One stream's state, between the threads that use it and the hub that moves its messages.
+"""State of one stream, shared by the threads that use it and the hub that moves its messages.
 
-The law: bytes are counted on both sides and have to agree; nothing is queued beyond the peer's window; whatever ends
-the link wakes everybody who waits in it.
+Invariant: both sides count bytes and have to agree; nothing is queued beyond the peer's window; any end of the link
+wakes all waiting threads.
 
-Threads: `send`, `receive`, `abort` and so on are the users', as Channel has it; `handle`, `outgoing`, `lost` and `done`
-are the hub's. It knows no ZeroMQ: `pack` copies bytes into whatever the hub sends best.
+Threads: users call `send`, `receive`, `abort` and so on, as in Channel; the hub calls `handle`, `outgoing`, `lost` and
+`done`. A link does not depend on ZeroMQ: `pack` copies bytes into whatever the hub sends best.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from corefw.errors import ChannelError, Interrupted
 from corefw_transport_zmq.protocol import CHUNK, CREDIT_STEP, WINDOW, Kind, Message, ProtocolError, greeting, text
 
 LINGER_SECONDS: Final = 60.0
-"""How long a closed link waits for the peer to have received everything."""
+"""Seconds that a closed link waits for the peer to receive everything."""
 
 Payload = bytes | memoryview
 PEER_CLOSED: Final = "the peer closed the connection"
 
 
 class Link:
-    """peer    who is at the other end, for messages
+    """State of one stream.
+
+    peer    name of the other end, for messages
     wake    called when there is something for the hub to send
     """
 
@@ -39,14 +41,14 @@ class Link:
         self._failure: str | None = None
         self._aborted = False
         self._closed_at: float | None = None
-        # our direction
+        # outgoing direction
         self._peer_window = 0
         self._sent = 0
         self._acknowledged = 0
         self._ended = False
         self._seen = False
         self._peer_left = False
-        # the peer's
+        # incoming direction
         self._inbox: deque[memoryview] = deque()
         self._received = 0
         self._consumed = 0
@@ -56,7 +58,7 @@ class Link:
     # -- users: sending --------------------------------------------------------------------------------------------
 
     def send(self, data: memoryview) -> None:
-        """Queue it all, as the window allows. Raises ChannelError."""
+        """Queue all parts, blocking while the window is full. Raises ChannelError."""
         while data:
             count = min(len(data), CHUNK)
             with self._changed:
@@ -67,14 +69,14 @@ class Link:
                 offset = self._sent
                 self._sent += count
             piece = data[:count]
-            message = Message(Kind.DATA, offset, self._pack(piece))  # copies, so not under the lock
+            message = Message(Kind.DATA, offset, self._pack(piece))  # copies, so done without the lock
             piece.release()
             with self._changed:
                 self._queue(message)
             data = data[count:]
 
     def end(self) -> None:
-        """An end that comes after the peer's own farewell says nothing new to a peer that had consumed everything."""
+        """End our direction. If the peer has already sent BYE and consumed everything, nothing more is sent."""
         with self._changed:
             if self._peer_left and self._acknowledged == self._sent and not self._aborted:
                 self._ended = True
@@ -103,7 +105,7 @@ class Link:
         count = min(len(view), len(head))
         view[:count] = head[:count]
         with self._changed:
-            if not self._inbox:  # emptied meanwhile, by abort()
+            if not self._inbox:  # emptied by abort() in the meantime
                 self._readable()
                 return 0
             if count == len(head):
@@ -121,7 +123,7 @@ class Link:
             return self._changed.wait_for(self._readable, max(0.0, seconds))
 
     def _readable(self) -> bool:
-        """Whether there are bytes or the end. Raises what a receive would."""
+        """Whether bytes or the end are available. Raises what receive() would."""
         if self._aborted:
             raise Interrupted(f"{self.peer}: cancelled")
         assert self._closed_at is None, "use of a closed channel"
@@ -151,7 +153,7 @@ class Link:
             self._break_off("the peer aborted")
 
     def close(self) -> None:
-        """From here on the hub brings to the peer what is left; `wait_done` waits for that."""
+        """Close the link. The hub still delivers what is queued; `wait_done` waits for that."""
         with self._changed:
             if self._closed_at is not None:
                 return
@@ -164,7 +166,7 @@ class Link:
             self._wake()
 
     def _break_off(self, why: str) -> None:
-        """Forget what was to be sent, tell the peer, wake everybody."""
+        """Drop queued data, send RESET, wake all waiting threads."""
         self._outbox.clear()
         self._inbox.clear()
         self._queue(Message(Kind.RESET, 0, why.encode()))
@@ -173,7 +175,7 @@ class Link:
     # -- the hub's -------------------------------------------------------------------------------------------------
 
     def open(self, window: int, answer: bool) -> None:
-        """The peer's greeting has come. `answer` queues ours, as a listener does."""
+        """Note that the peer's greeting arrived. `answer` queues ours, as a listener does."""
         with self._changed:
             self._peer_window = window
             if answer:
@@ -181,16 +183,16 @@ class Link:
             self._changed.notify_all()
 
     def outgoing(self) -> list[Message]:
-        """Everything to be sent now."""
+        """Take everything that can be sent now."""
         with self._changed:
             messages = list(self._outbox)
             self._outbox.clear()
             if messages and self._closed_at is not None:
-                self._changed.notify_all()  # wait_done
+                self._changed.notify_all()  # wakes wait_done
             return messages
 
     def handle(self, message: Message) -> None:
-        """One message from the peer. What breaks the rules breaks the link, on both sides."""
+        """Handle a message from the peer. A violation of the protocol breaks the link on both sides."""
         with self._changed:
             if self._aborted or self._failure:
                 return
@@ -202,7 +204,7 @@ class Link:
             self._changed.notify_all()
 
     def lost(self, why: str) -> None:
-        """The connection is gone. An end that has come stays an end."""
+        """Note that the connection is lost. An end that has already arrived stays an end."""
         with self._changed:
             self._failure = self._failure or (PEER_CLOSED if self._peer_left else why)
             self._outbox.clear()
@@ -210,7 +212,7 @@ class Link:
 
     @property
     def done(self) -> bool:
-        """Whether the hub can forget it: closed here, and everything has arrived or cannot arrive any more."""
+        """Whether the hub can drop the link: it is closed, and everything has arrived or can no longer arrive."""
         with self._changed:
             return self._done()
 

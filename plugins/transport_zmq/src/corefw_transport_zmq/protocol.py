@@ -1,21 +1,21 @@
-"""The messages between two ends: a byte stream each way, with credit.
+"""The messages between two ends: a byte stream in each direction, with credit-based flow control.
 
-A message is one ZeroMQ message of one or two parts: a header (u8 kind, u64 argument, big-endian), then the payload.
+A message is one ZeroMQ message of one or two parts: a header (u8 kind, u64 argument, big-endian) and the payload.
 
     kind      argument                          payload
-    HELLO     window                            MAGIC, version: the dialler's first message
+    HELLO     window                            MAGIC, version: the dialer's first message
     WELCOME   window                            MAGIC, version: the listener's answer
-    REFUSE    0                                 why, as text: the listener's other answer
+    REFUSE    0                                 reason, as text: the listener refuses
     DATA      offset of its first byte          1 to CHUNK bytes
     CREDIT    bytes consumed so far             -
     END       bytes sent in all                 -                 no more DATA follows
     SEEN      bytes received in all             -                 END has arrived, and all before it
     BYE       bytes consumed in all             -                 I take no more DATA
-    RESET     0                                 why, as text: the stream is broken off
-    PING      0                                 -                 tells the sender whether the peer is there
+    RESET     0                                 reason, as text: the stream is broken off
+    PING      0                                 -                 shows the sender whether the peer is there
 
-The law: `window` is how many bytes a receiver takes that its reader has not consumed, at least CHUNK. A sender keeps
-within it, so that neither ZeroMQ's queues nor ours grow beyond. All that a peer says is checked against this page.
+`window` is the number of unconsumed bytes that a receiver accepts, at least CHUNK. A sender keeps within it, which
+bounds ZeroMQ's queues and ours. Everything that a peer sends is checked against this table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VERSION: Final = 1
 CHUNK: Final = 512 << 10
 WINDOW: Final = 8 << 20
 CREDIT_STEP: Final = WINDOW // 8
-"""A receiver tells what it has consumed each time this much has come together."""
+"""A receiver sends CREDIT each time it has consumed this many bytes."""
 
 TEXT_LIMIT: Final = 256
 
@@ -62,15 +62,15 @@ PAYLOADS: Final[dict[Kind, tuple[int, int]]] = {
     Kind.RESET: (0, TEXT_LIMIT),
     Kind.PING: (0, 0),
 }
-"""How long a kind's payload may be."""
+"""Allowed lengths of each kind's payload."""
 
 
 class ProtocolError(Exception):
-    """What the peer sent is not what this page says."""
+    """The peer violated the protocol."""
 
 
 class Message(NamedTuple):
-    """`payload` is bytes, or a buffer that ZeroMQ owns."""
+    """A parsed message. `payload` is bytes, or a buffer that ZeroMQ owns."""
 
     kind: Kind
     argument: int = 0
@@ -98,12 +98,12 @@ def write_header(message: Message) -> bytes:
 
 
 def greeting(kind: Kind) -> Message:
-    """HELLO or WELCOME."""
+    """Make a HELLO or WELCOME."""
     return Message(kind, WINDOW, _GREETING)
 
 
 def read_greeting(message: Message, expected: Kind) -> int:
-    """The peer's window. Raises ProtocolError."""
+    """Parse a greeting and return the peer's window. Raises ProtocolError."""
     payload = bytes(message.payload)
     if message.kind is not expected or payload[:-1] != MAGIC:
         raise ProtocolError(f"{message.kind.name} instead of {expected.name}")
@@ -115,6 +115,6 @@ def read_greeting(message: Message, expected: Kind) -> int:
 
 
 def text(message: Message) -> str:
-    """The payload of REFUSE or RESET, fit to be shown."""
+    """The payload of REFUSE or RESET as printable text."""
     words = bytes(message.payload).decode(errors="replace")
     return "".join(character if character.isprintable() else "?" for character in words)

@@ -1,8 +1,8 @@
-"""The hub of a listener: one socket, a link for each peer.
+"""The hub of a listener: one socket, one link per peer.
 
-The law: each peer is a stream of its own; bytes of two never mix, for ZeroMQ marks every message with its sender.
-What peers say before HELLO is dropped and leaves no trace in any stream. The socket lives until the last link is done;
-a listener that was closed refuses newcomers by then.
+Invariant: each peer has a stream of its own; ZeroMQ tags every message with its sender, so streams never mix. Messages
+before HELLO are dropped. The socket lives until the last link is done; once the listener is closed, new peers are
+refused.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from corefw_transport_zmq.protocol import Kind, Message, ProtocolError, read_gre
 log = logging.getLogger(__name__)
 
 BACKLOG: Final = 16
-"""Peers that wait to be accepted; each may have sent a window already."""
+"""Peers waiting to be accepted; each may already have sent a window of data."""
 
 PING_SECONDS: Final = 0.5
-"""ZeroMQ tells a listener that a peer has gone only when one sends to it."""
+"""Seconds between PINGs: ZeroMQ only notices that a peer has gone when something is sent to it."""
 
 
 class ServingHub(Hub):
-    """arrived_fd   readable while somebody waits to be accepted, and once the hub has ended; poll it, no more"""
+    """The hub of a listener.
+
+    arrived_fd   readable while a peer waits to be accepted, and after the hub has ended; only to be polled"""
 
     def __init__(self, socket: Socket, peer: str, gatekeeper: Gatekeeper | None) -> None:
         super().__init__(socket, "migfw-zmq-listen")
@@ -51,7 +53,7 @@ class ServingHub(Hub):
     # -- the listener's --------------------------------------------------------------------------------------------
 
     def take(self) -> Link | None:
-        """The next peer that waits to be accepted."""
+        """Take the next peer that waits to be accepted."""
         with self._waiting_lock, contextlib.suppress(BlockingIOError):
             if not self._closed:
                 os.eventfd_read(self.arrived_fd)
@@ -59,7 +61,7 @@ class ServingHub(Hub):
         return None
 
     def close(self) -> None:
-        """No more newcomers; the thread ends with the last link."""
+        """Refuse new peers; the thread ends with the last link."""
         with self._waiting_lock:
             if self._closed:
                 return
@@ -120,7 +122,7 @@ class ServingHub(Hub):
         return bool(self._links) or not self._closed
 
     def _hear_out(self, link: Link) -> None:
-        """Its peer has gone: receive what is left of it, then tell the link."""
+        """Receive the remaining messages of a lost peer, then notify its link."""
         while self.socket.poll(0):
             self.arrived(self.socket.recv_multipart(zmq.NOBLOCK, copy=False))
         link.lost(LOST)
@@ -129,7 +131,7 @@ class ServingHub(Hub):
         if self._gatekeeper:
             self._gatekeeper.socket.close()
         with self._waiting_lock:
-            if not self._closed:  # it failed: whoever is in accept() has to wake up
+            if not self._closed:  # it failed: wake accept()
                 os.eventfd_write(self.arrived_fd, 1)
 
 

@@ -1,6 +1,6 @@
-"""connect() and listen().
+"""ZmqTransport and its listener.
 
-Threads: connect() and accept() block in the caller's; the sockets belong to the hubs' threads.
+Threads: connect() and accept() block the caller's thread; the sockets belong to the hubs' threads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from corefw_transport_zmq.keys import load_keys, secure_dialler, secure_listener
 from corefw_transport_zmq.serving import ServingHub
 
 ANSWER_SECONDS: Final = 10.0
-"""How long a listener may take to answer."""
+"""Seconds that a listener may take to answer."""
 
 
 class ZmqTransport(Transport):
@@ -91,7 +91,7 @@ class ZmqTransport(Transport):
             if isinstance(place, IpcPlace):
                 listener = listen_unix(place.path, self.uri, any_user=self.context.any_user)
                 if place.path.startswith("@") and not self.context.any_user:
-                    for uid in {0, os.geteuid()}:  # ZeroMQ accepts by itself, and so it has to check by itself
+                    for uid in {0, os.geteuid()}:  # ZeroMQ accepts by itself, so it has to check by itself as well
                         socket.setsockopt(zmq.IPC_FILTER_UID, uid)
             else:
                 listener = listen_tcp(place.host, place.port, self.uri)
@@ -110,7 +110,7 @@ class ZmqTransport(Transport):
 
 
 def _bind(socket: zmq.Socket[bytes], listener: SocketListener, place: Place) -> None:
-    """Let ZeroMQ accept from sockets that we have made: its own way takes a socket file from whoever listens there."""
+    """Let ZeroMQ accept from our own sockets: its own bind takes a socket file away from a running listener."""
     for sock in listener.sockets:
         endpoint = str(place)
         if isinstance(place, TcpPlace):
@@ -126,7 +126,7 @@ def _bind(socket: zmq.Socket[bytes], listener: SocketListener, place: Place) -> 
 
 
 class ZmqListener(Listener):
-    """A hub, and the listening sockets that it accepts from."""
+    """A hub and the listening sockets that it accepts from."""
 
     def __init__(self, uri: MigrationUri, hub: ServingHub, sockets: SocketListener) -> None:
         self.uri = uri
