@@ -88,6 +88,10 @@ class OutgoingContext(Protocol):
     def open_channel(self) -> Channel:
         """One more channel to the destination. Raises ChannelError where the transport has only one."""
 
+    def send_command(self, number: int, payload: bytes) -> None:
+        """A command in front of the next section; from the migration thread. `number` is one of PLUGIN_COMMANDS that
+        the section's loader takes, or a Command of QEMU's that belongs to the section; `payload` is below 64 KiB."""
+
     def throttle_guest(self, percent: int) -> None:
         """Slow the guest down by `percent` (0 to 99) of its time. Raises MachineError where the machine cannot."""
 
@@ -272,6 +276,16 @@ class SectionLoader(Section):
     """
 
     minimum_version: int
+
+    def commands(self) -> Mapping[int, Callable[[bytes], None]]:
+        """Handlers of the commands that belong to the section, by number; asked before setup().
+
+        The section's saver sends such a command with OutgoingContext.send_command(). Its number is one of
+        corefw.wire.constants.PLUGIN_COMMANDS, or a Command of QEMU's that the engine does not run itself. A handler is
+        called with the payload, between two sections, in the incoming thread; an exception from it fails the migration.
+        The default is to have no commands.
+        """
+        return {}
 
     @abstractmethod
     def required(self) -> bool:

@@ -17,7 +17,7 @@ from corefw.conversion.versions import board
 from corefw.errors import MigfwError, RemoteStreamError
 from corefw.jsontext import JsonError, parse_json
 from corefw.wire import items
-from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
+from corefw.wire.constants import TARGET_PAGE_SIZE, Command, RamFlag
 from corefw.wire.decoder import decode
 from corefw.wire.records import (
     MAPPED_RAM,
@@ -183,8 +183,8 @@ class _Rewriting:
 
     def _command(self, item: items.CommandItem) -> Iterator[items.Item]:
         command = item.record.command
-        if self._unknown(command):
-            self._dropped[f"command {command.name}"] += 1
+        if not isinstance(command, Command) or self._unknown(command):  # no QEMU knows a plugin's
+            self._dropped[f"command {item.record.name}"] += 1
         else:
             yield item
 

@@ -16,6 +16,7 @@ from typing import Final
 
 from corefw.engine.checking import MAGIC as CHECK_MAGIC
 from corefw.engine.checking import PATIENCE, answer_check
+from corefw.engine.commands import handlers_for
 from corefw.engine.connection import Connection
 from corefw.engine.destination import Destination
 from corefw.engine.loader import load_beginning, load_frames
@@ -44,6 +45,7 @@ def set_up(destination: Destination) -> MigrationStatus:
     destination.interrupt.check()
     frames = FrameReader(destination.connection.reader, footers=destination.tail.footers(destination.settings))
     destination.frames = frames
+    destination.commands = handlers_for(destination.loaders)
     with _naming_offset(destination), yielding_to_guests():
         destination.set_loaders_up()
         load_beginning(destination)

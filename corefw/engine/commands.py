@@ -1,4 +1,4 @@
-"""The stream commands that a destination runs, one function each.
+"""The stream commands that a destination runs, one function each. Loaders add their own (SectionLoader.commands).
 
 A handler is given the state of the migration, the frame that the command came in (the stream's, or that of a package),
 and the record. It returns the status to go on with, which ends the present phase, or None to go on in it.
@@ -8,30 +8,50 @@ Source: QEMU 10.0, loadvm_process_command (migration/savevm.c). Threads: the one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Final
 
 from corefw.engine.destination import Destination
 from corefw.engine.switchover import SwitchoverAck
-from corefw.errors import MigfwError
+from corefw.errors import MigfwError, PluginError
+from corefw.section import SectionLoader
 from corefw.states import MigrationStatus
-from corefw.wire.constants import MIGFW_PING, Command
+from corefw.wire.constants import MIGFW_PING, PLUGIN_COMMANDS, Command
 from corefw.wire.frames import FrameReader
 from corefw.wire.records import CommandRecord, parse_ping, parse_postcopy_advise
 
 Handler = Callable[[Destination, FrameReader, CommandRecord], MigrationStatus | None]
 
 
+def handlers_for(loaders: Iterable[SectionLoader]) -> dict[int, Handler]:
+    """The engine's own handlers and those of the loaders. Raises PluginError if a loader claims a command that another
+    one has, or that is not for plugins."""
+    found: dict[int, Handler] = dict(HANDLERS)
+    for loader in loaders:
+        for number, take in loader.commands().items():
+            if number in found or not (number in PLUGIN_COMMANDS or number in Command._value2member_map_):
+                raise PluginError(f"section {loader.key}: command {number:#x} is not free for it")
+            found[number] = partial(_pass_payload, take)
+    return found
+
+
+def _pass_payload(take: Callable[[bytes], None], _: Destination, __: FrameReader, record: CommandRecord) -> None:
+    take(record.payload)
+
+
 def run_command(destination: Destination, frames: FrameReader, record: CommandRecord) -> MigrationStatus | None:
     """Run one. Raises RemoteStreamError for a command that nothing here takes, and for one that fails."""
-    run = HANDLERS.get(record.command)
+    run = destination.commands.get(record.command)
     if run is None:
-        belongs = belongs_to(_capability_of(record))
-        raise frames.reader.error("a command of precopy", f"{record.command.name}, which {belongs}")
+        why = ""
+        if isinstance(record.command, Command):
+            why = f", which {belongs_to(_capability_of(record))}"
+        raise frames.reader.error("a command that is known here", f"{record.name}{why}")
     try:
         return run(destination, frames, record)
     except MigfwError as error:
-        raise frames.reader.error(f"{record.command.name} to succeed", str(error)) from error
+        raise frames.reader.error(f"{record.name} to succeed", str(error)) from error
 
 
 def _open_return_path(destination: Destination, frames: FrameReader, _: CommandRecord) -> None:
@@ -62,13 +82,13 @@ def _note_switchover(destination: Destination, frames: FrameReader, _: CommandRe
     progress.switchover_started = True
 
 
-HANDLERS: Final[Mapping[Command, Handler]] = {
+HANDLERS: Final[Mapping[int, Handler]] = {
     Command.OPEN_RETURN_PATH: _open_return_path,
     Command.PING: _ping,
     Command.SWITCHOVER_START: _note_switchover,
 }
 
-_CAPABILITIES: Final = {Command.ENABLE_COLO: "x-colo"}
+_CAPABILITIES: Final[Mapping[int, str]] = {Command.ENABLE_COLO: "x-colo"}
 """Command -> the capability of the source that makes it send the command, where that is not postcopy-ram."""
 
 

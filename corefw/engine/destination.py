@@ -6,7 +6,7 @@ Threads: the incoming thread, unless a method says otherwise.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from corefw.channel import Channel, Interrupt, Listener
 from corefw.engine.connection import Connection
@@ -22,7 +22,9 @@ from corefw.machine import Machine
 from corefw.net.channelset import ChannelSet
 from corefw.section import LoaderRegistry, SectionLoader
 from corefw.settings import Settings
+from corefw.states import MigrationStatus
 from corefw.wire.frames import FrameReader
+from corefw.wire.records import CommandRecord
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +34,13 @@ class Destination:
 
     frames                the frame of the stream
     progress              what has been loaded
+    commands              the handlers of stream commands, by number (commands.py)
     stream_capabilities   see IncomingContext
     accepts_again         the listener has more than one connection to give
     """
 
     frames: FrameReader
+    commands: Mapping[int, Callable[[Destination, FrameReader, CommandRecord], MigrationStatus | None]]
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from typing import Any, Final
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.section import LiveSaver, SectionKey, SectionSaver, StateSaver
 from corefw.wire.constants import TARGET_PAGE_SIZE, SectionType
-from corefw.wire.records import SectionHeader, write_footer, write_part_header, write_section_header
+from corefw.wire.records import SectionHeader, write_command, write_footer, write_part_header, write_section_header
 from corefw.wire.stream import StreamWriter
 
 
@@ -31,12 +31,18 @@ class SectionWriter:
         taken = set(ids.values())
         self._free = (number for number in count() if number not in taken)
         self._devices: list[dict[str, Any]] = []
+        self._commands: list[tuple[int, bytes]] = []
 
     def start(self, saver: LiveSaver, body: Callable[[], None]) -> None:
         self._whole(SectionType.START, saver, body)
 
+    def command(self, number: int, payload: bytes) -> None:
+        """A command in front of the next section, or behind the section whose body is being written."""
+        self._commands.append((number, payload))
+
     def part(self, saver: LiveSaver, body: Callable[[], bool]) -> bool:
         """Write one PART; returns what the body returned."""
+        self.write_commands()
         began = self._writer.position
         write_part_header(self._writer, SectionType.PART, self._id(saver))
         finished = body()
@@ -45,6 +51,7 @@ class SectionWriter:
         return finished
 
     def end(self, saver: LiveSaver) -> None:
+        self.write_commands()
         began = self._writer.position
         write_part_header(self._writer, SectionType.END, self._id(saver))
         saver.complete(self._writer)
@@ -59,7 +66,13 @@ class SectionWriter:
         """Describe the FULL sections written so far."""
         return {"page_size": TARGET_PAGE_SIZE, "devices": self._devices}
 
+    def write_commands(self) -> None:
+        """Write what command() was given."""
+        while self._commands:
+            write_command(self._writer, *self._commands.pop(0))
+
     def _whole(self, kind: SectionType, saver: SectionSaver, body: Callable[[], None]) -> None:
+        self.write_commands()
         began = self._writer.position
         header = SectionHeader(kind, self._id(saver), saver.idstr, saver.instance_id, saver.version_id)
         write_section_header(self._writer, header)

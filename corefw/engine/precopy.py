@@ -191,6 +191,7 @@ def _send_rest(source: Source) -> None:
     for device in source.savers.state():
         if device.needed():
             source.sections.full(device)
+    source.sections.write_commands()
     source.link.writer.flush()
 
 

@@ -139,6 +139,10 @@ class Source:
         """One more channel to the destination, from any thread. Raises ChannelError if the transport has only one."""
         return self.link.open_channel()
 
+    def send_command(self, number: int, payload: bytes) -> None:
+        """A command in front of the next section."""
+        self.sections.command(number, payload)
+
     def throttle_guest(self, percent: int) -> None:
         """Slow the guest down by `percent` (0 to 99) of its time. Raises MachineError if the machine cannot."""
         if not isinstance(self.machine, SupportsThrottle):

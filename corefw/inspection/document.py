@@ -108,8 +108,8 @@ def _damage(inspection: Inspection) -> dict[str, object] | None:
 
 
 def command_name(entry: CommandInfo) -> str:
-    """As in QEMU's documentation, in lower case: "open-return-path"."""
-    return entry.record.command.name.lower().replace("_", "-")
+    """As in QEMU's documentation, in lower case: "open-return-path". The number of a plugin's command: "0x7000"."""
+    return entry.record.name.lower().replace("_", "-")
 
 
 def command_meaning(entry: CommandInfo) -> str | None:
@@ -134,7 +134,7 @@ def _discard(payload: bytes) -> str:
     return f"{len(discard.ranges)} runs, {total} bytes of '{discard.block}'"
 
 
-_MEANINGS: Final[Mapping[Command, Callable[[bytes], str]]] = {
+_MEANINGS: Final[Mapping[int, Callable[[bytes], str]]] = {
     Command.PING: lambda payload: f"{parse_ping(payload)}",
     Command.POSTCOPY_ADVISE: _advise,
     Command.POSTCOPY_RAM_DISCARD: _discard,

@@ -58,12 +58,16 @@ class KitContext:
         self.interrupt = interrupt
         self.stream_capabilities: frozenset[str] = frozenset()
         self.messages: list[tuple[int, bytes]] = []
+        self.commands: list[tuple[int, bytes]] = []
 
     def open_channel(self) -> Channel:
         raise ChannelError("this transport has only one channel")
 
     def accept_channel(self) -> Channel:
         raise ChannelError("this transport has only one channel")
+
+    def send_command(self, number: int, payload: bytes) -> None:
+        self.commands.append((number, payload))
 
     def throttle_guest(self, percent: int) -> None:
         raise MachineError(f"this guest cannot be throttled by {percent} %")

@@ -71,6 +71,11 @@ COMMAND_LENGTHS: Final[dict[Command, frozenset[int] | None]] = {
 """The payload lengths that are allowed; None where the length varies (QEMU's mig_cmd_args)."""
 
 
+PLUGIN_COMMANDS: Final = range(0x7000, 0x8000)
+"""Numbers of commands that plugins may define. QEMU has none there, and a destination without the plugin refuses
+them."""
+
+
 class ReturnMessage(IntEnum):
     """Destination to source (MIG_RP_MSG_*): u16 type, u16 length, body."""
 

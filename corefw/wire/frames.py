@@ -267,7 +267,7 @@ class FrameReader:
         self.reader.where = "command"
         record = read_command(self.reader)
         if record.command is Command.PACKAGED and self.is_package:
-            raise self.reader.error("no package within a package", f"command {record.command.name}")
+            raise self.reader.error("no package within a package", f"command {record.name}")
         return CommandItem(at, record)
 
     # -- the end ---------------------------------------------------------------------------------------------------

@@ -9,16 +9,24 @@ from dataclasses import dataclass
 
 from corefw.channel import Buffer
 from corefw.errors import StreamError
-from corefw.wire.constants import BE32, COMMAND_LENGTHS, MAX_PACKAGE, Command, SectionType
+from corefw.wire.constants import BE32, COMMAND_LENGTHS, MAX_PACKAGE, PLUGIN_COMMANDS, Command, SectionType
 from corefw.wire.stream import StreamReader, StreamWriter
 
 
 @dataclass(frozen=True, slots=True)
 class CommandRecord:
-    """A command and its payload. The package of PACKAGED follows the record, it is not the payload."""
+    """A command and its payload. The package of PACKAGED follows the record, it is not the payload.
 
-    command: Command
+    command   a number of PLUGIN_COMMANDS if a plugin defined it
+    """
+
+    command: Command | int
     payload: bytes = b""
+
+    @property
+    def name(self) -> str:
+        """QEMU's, as "PING"; the number of a plugin's."""
+        return self.command.name if isinstance(self.command, Command) else f"{self.command:#x}"
 
 
 def _lengths_in_words(lengths: frozenset[int]) -> str:
@@ -26,9 +34,12 @@ def _lengths_in_words(lengths: frozenset[int]) -> str:
 
 
 def read_command(reader: StreamReader) -> CommandRecord:
-    """What follows the type byte COMMAND. RemoteStreamError for an unknown command or a length not its own."""
+    """What follows the type byte COMMAND. Raises RemoteStreamError for an unknown command, and for a length that the
+    command cannot have."""
     number = reader.be16("a command's number")
     length = reader.be16("a command's length")
+    if number in PLUGIN_COMMANDS:
+        return CommandRecord(number, reader.read(length, f"the payload of command {number:#x}"))
     try:
         command = Command(number)
     except ValueError:
@@ -39,10 +50,10 @@ def read_command(reader: StreamReader) -> CommandRecord:
     return CommandRecord(command, reader.read(length, f"the payload of command {command.name}"))
 
 
-def write_command(writer: StreamWriter, command: Command, payload: bytes = b"") -> None:
-    """The whole section, type byte included."""
-    allowed = COMMAND_LENGTHS[command]
-    assert allowed is None or len(payload) in allowed, f"{command.name} with {len(payload)} bytes"
+def write_command(writer: StreamWriter, command: Command | int, payload: bytes = b"") -> None:
+    """The whole section, type byte included. The payload has at most 64 KiB less one byte."""
+    allowed = None if command in PLUGIN_COMMANDS else COMMAND_LENGTHS[Command(command)]
+    assert allowed is None or len(payload) in allowed, f"{Command(command).name} with {len(payload)} bytes"
     writer.u8(SectionType.COMMAND)
     writer.be16(command)
     writer.be16(len(payload))
