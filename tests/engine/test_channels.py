@@ -1,4 +1,4 @@
-"""Channels that a section opens beside the stream's own, over real sockets: counted and paced together with it."""
+"""Channels that a section opens beside the stream, over real sockets: counted and paced together with it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.helpers.engines import Pair, arrived, ended, query_migrate
 CHANNELS = 2
 CHUNK = 32 << 10
 CHUNKS = 16
-"""Of each channel."""
+"""Chunks per channel."""
 BYTES = CHANNELS * CHUNKS * CHUNK
 
 
 class StripedSaver(Saver):
-    """Sends its data over two channels at once, each in a thread of its own; a PART only says that some went out."""
+    """Sends its data over two channels at once, each from a thread of its own. The stream carries empty PARTs."""
 
     def __init__(self) -> None:
         self._left = CHUNKS

@@ -1,4 +1,4 @@
-"""Whose the guest is: it never runs twice, whatever is asked for while it moves, nor stays stopped in vain."""
+"""Which side may run the guest: it never runs twice, and never stays stopped without need, whatever commands come."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 
 def sent_all(pair: Pair, peer: Peer) -> Engine:
-    """A source whose destination has everything, and has not answered."""
+    """A source whose destination has everything and has not answered yet."""
     source = pair.source()
     source.migrate(peer.uri)
     peer.accept()
@@ -53,7 +53,7 @@ def sent_all(pair: Pair, peer: Peer) -> Engine:
 
 
 def test_a_guest_that_moved_moves_no_second_time(pair: Pair) -> None:
-    """It would arrive elsewhere as a copy; and where that failed, it would be started here again."""
+    """A copy would arrive; or, if that failed, the guest would be started here again."""
     source, destination = pair.source(), pair.destination()
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "completed" and arrived(destination) == "completed"
@@ -71,7 +71,7 @@ def test_a_guest_that_may_run_elsewhere_is_not_sent_again(pair: Pair, peer: Peer
     assert ended(source) == "cancelled" and source.machine.run_state is RunState.POSTMIGRATE
     with pytest.raises(StateError, match="paused due to previous migration"):
         source.migrate("tcp:127.0.0.1:1")
-    source.cont()  # somebody knows that it does not run there
+    source.cont()  # the user knows that it does not run there
     source.migrate("tcp:127.0.0.1:1")
     assert ended(source) == "failed"
     runs_on(source)
@@ -80,7 +80,7 @@ def test_a_guest_that_may_run_elsewhere_is_not_sent_again(pair: Pair, peer: Peer
 def test_a_cancel_that_comes_too_late_waits_for_the_confirmation(
     pair: Pair, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The guest runs at the destination: a source that said `cancelled` would only look as if it did not."""
+    """The guest runs at the destination, so `cancelled` would be wrong."""
     monkeypatch.setattr("corefw.engine.source.LAST_WORDS", PATIENCE)
     source = sent_all(pair, peer)
     source.cancel()
@@ -103,7 +103,7 @@ def test_and_for_the_word_that_it_failed(pair: Pair, peer: Peer, monkeypatch: py
 
 
 def test_cont_waits_for_the_end_of_a_cancel(pair: Pair, peer: Peer) -> None:
-    """A cancel has begun, but the destination has everything: what it says next counts."""
+    """A cancel has begun, but the destination has everything, so its answer decides."""
     source = sent_all(pair, peer)
     source.outgoing.advance(MigrationStatus.ACTIVE, MigrationStatus.CANCELLING)
     with pytest.raises(StateError, match="stopped for the switchover"):
@@ -114,7 +114,7 @@ def test_cont_waits_for_the_end_of_a_cancel(pair: Pair, peer: Peer) -> None:
 
 
 class Hasty(CountingMachine):
-    """Somebody asks for the guest in the very moment when it has been let go."""
+    """Asks to start the guest at the very moment when the source has let go of it."""
 
     engine: Engine | None = None
 
@@ -160,7 +160,7 @@ def test_nobody_asks_a_guest_that_is_held(pair: Pair) -> None:
 
 
 def test_cancel_does_not_wait_for_a_guest_that_verifies_itself(pair: Pair) -> None:
-    """The switchover needs the guest, and somebody else has it for a long time."""
+    """The switchover needs the guest lock, which the verification holds for a long time."""
     begun, go_on = threading.Event(), threading.Event()
 
     class Slow(CountingMachine):
@@ -199,7 +199,7 @@ def test_shut_0_counts_only_when_everything_was_sent(pair: Pair, peer: Peer) -> 
 
 
 class Broken(Channel):
-    """A transport with a bug in it."""
+    """A channel of a transport that has a bug."""
 
     peer = "broken"
     has_return_path = True
@@ -282,7 +282,7 @@ def test_an_answer_that_came_counts_also_where_sending_failed(peer: Peer, status
 
 
 def test_a_return_path_that_breaks_while_the_guest_is_being_stopped(pair: Pair, peer: Peer) -> None:
-    """It must not be forgotten on the way into pre-switchover, where nobody would find out."""
+    """The failure must not be missed on the way into pre-switchover, where the source would then wait for ever."""
 
     class Stopping(CountingMachine):
         def stop(self, state: RunState) -> None:
@@ -331,7 +331,7 @@ def test_a_guest_that_cannot_be_started_again_does_not_keep_the_migration_from_e
 
 
 def test_a_guest_that_runs_on_the_destination_is_the_destinations_whatever_else_goes_wrong(pair: Pair) -> None:
-    """SHUT 1 would start it at the source as well."""
+    """SHUT 1 would make the source start it as well."""
 
     class Troubled(CountingMachine):
         def start(self) -> None:

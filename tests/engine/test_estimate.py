@@ -1,4 +1,4 @@
-"""What a migration would be like, from rates: arithmetic."""
+"""Predictions of a migration from measured rates."""
 
 from __future__ import annotations
 
@@ -47,5 +47,5 @@ def test_it_ends_and_says_what_is_so(ram: int, bandwidth: float, first: float, s
     if guess.converges:
         assert guess.downtime <= limit + 1
     else:
-        # The limit that a person is told to set is one with which it converges.
+        # With the limit that is proposed it converges.
         assert estimate(ram, bandwidth, Rates(first, second), guess.downtime + 1).converges

@@ -1,4 +1,4 @@
-"""Cancels and failures in every state: the guest runs on at the source, unless the destination may be running it."""
+"""Cancels and failures in every state: the guest runs on at the source unless the destination may be running it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.engines import Pair, Peer, arrived, counting, ended, query_mi
 from tests.helpers.machines import CountingMachine
 
 END_OF_DESCRIPTION = b"}]}"
-"""What the last bytes of a stream with a description are."""
+"""The last bytes of a stream with a description."""
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def reached(engine: Engine, status: str) -> None:
 
 
 class StuckTransport(Transport):
-    """Dials for ever, as to a host that does not answer."""
+    """Never gets through, like a transport to a host that does not answer."""
 
     features = TransportFeatures(return_path=True, multi_channel=False)
 
@@ -130,7 +130,7 @@ def test_cancel_while_the_destination_may_run_the_guest(pair: Pair, peer: Peer) 
     assert source.machine.run_state is RunState.POSTMIGRATE
     assert "may be running the guest" in query_migrate(source)["x-migfw"]["reason"]
     assert "error-desc" not in query_migrate(source)
-    source.cont()  # somebody knows better
+    source.cont()  # the user knows that it does not run there
     runs_on(source)
 
 
@@ -172,7 +172,7 @@ def test_the_peer_goes_away_in_pre_switchover(pair: Pair, peer: Peer) -> None:
 
 
 def test_the_destination_says_that_it_failed(pair: Pair, peer: Peer) -> None:
-    """Its own word is the one thing that lets the guest run on here after everything was sent."""
+    """After everything was sent, only the destination itself can let the guest run on here."""
     source = pair.source()
     source.migrate(peer.uri)
     peer.accept()
@@ -332,7 +332,7 @@ def test_closing_a_destination_that_waits(pair: Pair) -> None:
 
 
 def test_a_file_that_cannot_be_put_in_place_leaves_the_guest_running(pair: Pair, folder: Path) -> None:
-    """Everything was written by then; but nobody can have seen it."""
+    """Everything had been written by then, but nothing of it could be seen."""
     source = pair.source()
     source.set_capabilities({"return-path": False, "pause-before-switchover": True})
     source.migrate(f"file:{folder}/stream")

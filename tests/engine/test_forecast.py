@@ -1,4 +1,4 @@
-"""What is forecast of a migration, in virtual time: a link of a given bandwidth, a guest with a given dirty rate."""
+"""Forecasts of a migration, in virtual time: a link of a given bandwidth and a guest of a given dirty rate."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.engine.test_passes import GIB, MIB, NeverEnds, World
 
 
 def watched(world: World) -> World:
-    """Let it run until the guest is to be stopped, or for a minute."""
+    """Run the passes until the guest is to be stopped, or for a minute."""
     with contextlib.suppress(NeverEnds):
         world.downtime()
     return world
 
 
 def verdicts(world: World) -> list[bool | None]:
-    """Whether it was said to converge, each change once."""
+    """What was said about convergence, without repetitions."""
     said: list[bool | None] = []
     for _, outlook, _ in world.looks:
         if said[-1:] != [outlook.converges]:
@@ -44,7 +44,7 @@ def test_nothing_is_forecast_before_anything_was_measured() -> None:
 
 
 def test_the_time_that_is_left_counts_what_the_guest_dirties_meanwhile() -> None:
-    """A link of 500 MiB/s and 300 MiB/s of writes: 200 MiB/s of progress, not 500."""
+    """A link of 500 MiB/s and 300 MiB/s of writes make 200 MiB/s of progress, not 500."""
     world = watched(World(4 * GIB, rate=300 * MIB, working_set=4 * GIB, bandwidth=500 * MIB))
     for at, outlook, advice in world.looks:
         if at > 9 and world.now - at > 1:
@@ -56,7 +56,7 @@ def test_the_time_that_is_left_counts_what_the_guest_dirties_meanwhile() -> None
 
 @pytest.mark.parametrize("working_set", [4 * GIB, 256 * MIB])
 def test_a_stuck_migration_measures_how_fast_the_guest_really_writes(working_set: int) -> None:
-    """A pass finds each page once, so its harvest is never more than the working set."""
+    """A pass finds each page only once, so its harvest is never larger than the working set."""
     world = watched(World(4 * GIB, rate=800 * MIB, working_set=working_set, bandwidth=500 * MIB))
     _, outlook, advice = world.looks[-1]
     assert outlook.dirty_rate == pytest.approx(800 * MIB, rel=0.1)
@@ -107,7 +107,7 @@ def test_a_guest_that_is_stopped_converges() -> None:
 
 
 def test_the_verdict_does_not_flicker() -> None:
-    """A guest whose rate goes up and down around what the link carries, each second."""
+    """A guest whose dirty rate goes up and down every second, around what the link carries."""
 
     class Unsteady(World):
         def harvest(self) -> None:
@@ -125,9 +125,9 @@ def test_what_to_do() -> None:
         " or stop the guest ('migfw stop')"
     )
     assert "raise downtime-limit to 3 s, max-bandwidth, or stop" in (stuck.advice(500 * MIB) or "")
-    hopeless = Outlook(pass_total=1 << 45, send_rate=MIB, dirty_rate=2 * MIB, converges=False)
-    assert "raise max-bandwidth, or stop the guest" in (hopeless.advice(MIB) or "")
-    assert "downtime-limit" not in (hopeless.advice(MIB) or "")
+    far_too_slow = Outlook(pass_total=1 << 45, send_rate=MIB, dirty_rate=2 * MIB, converges=False)
+    assert "raise max-bandwidth, or stop the guest" in (far_too_slow.advice(MIB) or "")
+    assert "downtime-limit" not in (far_too_slow.advice(MIB) or "")
     assert Outlook(send_rate=1.0, converges=True).advice(0) is None
 
 

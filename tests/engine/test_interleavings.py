@@ -1,4 +1,4 @@
-"""Anything at any moment: random commands from several threads while a guest moves; at the end one side has it, whole.
+"""Random commands from several threads while a guest moves: in the end exactly one side has it, undamaged.
 
 Which commands come, how long they wait and what the guest is like follows from the seed; what the threads make of it
 does not. A thousand rounds and more were run when this was written; a few are here.
@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 
 class Watched(CountingMachine):
-    """A guest that must not run while the other one does."""
+    """A guest that notices if it is started while the other one runs."""
 
     other: CountingMachine | None = None
     wrong: str | None = None
@@ -38,10 +38,10 @@ class Watched(CountingMachine):
 
 
 def commands(source: Engine, choice: random.Random) -> dict[Callable[[], object], int]:
-    """What somebody may ask for, and how often."""
+    """The commands that may come, and how often."""
 
     def cont() -> None:
-        # Where nobody knows whether it runs elsewhere it is a human's decision, and not this one's.
+        # If it may be running elsewhere, only the user can decide.
         if source.settings.capability("return-path") and source.machine.run_state is not RunState.POSTMIGRATE:
             source.cont()
 
@@ -61,13 +61,13 @@ def ask(source: Engine, seed: int, seconds: float) -> None:
     known = commands(source, choice)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        with suppress(UsageError):  # refused, as it has to be now and then
+        with suppress(UsageError):  # some have to be refused
             choice.choices(list(known), list(known.values()))[0]()
         time.sleep(choice.choice([0, 0, 0.0005, 0.003]))
 
 
 def end(source: Engine, *, cancel: bool) -> None:
-    """Whatever it waits for, let it have that."""
+    """Let the migration end, whatever it waits for."""
     source.set_parameters({"max-bandwidth": 0, "downtime-limit": 500})
     deadline = time.monotonic() + PATIENCE
     while source.outgoing.status not in IDLE:
@@ -98,7 +98,7 @@ def test_one_side_has_the_guest_and_no_write_is_lost(pair: Pair, seed: int) -> N
         assert not thread.is_alive(), "a command hangs"
     end(source, cancel=choice.random() < 0.3)
     if destination.incoming.status is MigrationStatus.SETUP:
-        destination.close()  # nobody came
+        destination.close()  # no source has connected
     arrived = destination.wait_incoming(PATIENCE)
 
     assert (here.wrong, there.wrong) == (None, None)

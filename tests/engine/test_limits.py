@@ -15,7 +15,7 @@ from tests.helpers.machines import CountingMachine
 
 
 def big(*, incoming: bool = False) -> CountingMachine:
-    """A guest with 1 MiB that is not zero."""
+    """A guest with 1 MiB of RAM that is not zero."""
     machine = CountingMachine(pages=256, incoming=incoming)
     if not incoming:
         machine.block.pages[:, 8:] = 1
@@ -68,7 +68,7 @@ def test_a_timeout_may_be_set_while_it_runs(pair: Pair) -> None:
 
 @pytest.mark.parametrize("action", ["cancel", "switchover"])
 def test_a_destination_that_is_never_reached(pair: Pair, action: str) -> None:
-    """Its queue of connections is full. There is nothing yet that one could switch over to."""
+    """Its queue of connections is full, so there is nothing to switch over to."""
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):
@@ -84,7 +84,7 @@ def test_a_destination_that_is_never_reached(pair: Pair, action: str) -> None:
 
 
 def test_a_destination_that_takes_nothing_more(pair: Pair) -> None:
-    """The source hangs in a send, where it cannot look at a clock."""
+    """The migration thread hangs in a send, where it cannot look at a clock."""
     machine = CountingMachine(pages=32768)
     machine.block.pages[:, 8:] = 1
     with Peer() as peer:

@@ -1,4 +1,4 @@
-"""A guest moves: what holds at the end, for each way of framing the stream."""
+"""A guest moves: what holds afterwards, for each way of framing the stream."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_figures(pair: Pair) -> None:
 
 
 def test_a_running_guest_is_stopped_for_what_it_dirtied_last(pair: Pair) -> None:
-    """And not for whatever would have fitted into the downtime limit."""
+    """The downtime is not filled with whatever would fit into the limit."""
     machine = CountingMachine(pages=16384)
     machine.block.pages[:, 8:] = 1
     source, destination = pair.source(machine), pair.destination(CountingMachine(16384, incoming=True))
@@ -91,7 +91,7 @@ def test_through_a_file(pair: Pair, tmp_path: Path) -> None:
     destination.migrate_incoming(f"file:{tmp_path}/guest")
     assert arrived(destination) == "completed"
     runs_on(destination)
-    source.cont()  # nobody said that the guest runs elsewhere: whoever stored it may go on
+    source.cont()  # the guest was stored and runs nowhere else, so it may go on here
     runs_on(source)
 
 

@@ -1,4 +1,4 @@
-"""When the guest is stopped, in virtual time: a path of a given bandwidth, a guest that dirties at a given rate."""
+"""When the guest is stopped: in virtual time, with a link of a given bandwidth and a guest of a given dirty rate."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class NeverEnds(Exception):
 
 
 class World:
-    """A path, a guest and its one live saver; `now` in seconds.
+    """A link, a guest and its only live saver; `now` in seconds.
 
     rate, working_set   bytes that the guest dirties in a second, and of how many different ones
     ends_at             when the guest stops by itself
@@ -50,7 +50,7 @@ class World:
         self.limits = Limits(configuration, self.meter.clock)
         self.configuration: Settings = configuration
         self.statistics = OutgoingStatistics(self.meter)
-        self.looks: list[tuple[float, Outlook, str | None]] = []  # the forecast and the advice, as time went on
+        self.looks: list[tuple[float, Outlook, str | None]] = []  # (time, forecast, advice), at each check
         self._harvested = 0.0
 
     @property
@@ -95,7 +95,7 @@ class World:
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def downtime(self) -> float:
-        """Let it pass until the guest is to be stopped; the seconds that what is left then takes."""
+        """Send passes until the guest is to be stopped; returns the seconds that the rest takes then."""
 
         def check() -> None:
             self.looks.append((self.now, self.statistics.outlook, self.statistics.advice))
@@ -130,7 +130,7 @@ def test_the_log_is_not_harvested_while_a_pass_is_finished(ram: int) -> None:
 
 
 def test_passes_that_do_not_halve_are_not_gone_on_with() -> None:
-    """It dirties 80 % of what is sent: a second pass would only take time, and what is left fits."""
+    """It dirties 80 % of what is sent: a second pass would take time and gain little, and what is left fits."""
     world = World(GIB, rate=int(0.8 * BANDWIDTH), working_set=500 * MIB)
     assert world.downtime() <= 0.3
     finished = [at for at, _ in world.harvests if at > GIB / BANDWIDTH]
@@ -147,7 +147,7 @@ def test_what_does_not_converge_goes_on_until_the_limit_is_raised() -> None:
 
 
 def test_a_pass_that_is_not_soon_through_any_more_is_not_finished_at_any_price() -> None:
-    """The path becomes a thousandth of what it was while a pass is finished; then the limit is raised to force it."""
+    """The link drops to a thousandth while a pass is being finished; then the limit is raised to force the guest over."""
 
     class Narrowing(World):
         def iterate(self, writer: object, budget: int) -> bool:

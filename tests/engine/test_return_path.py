@@ -1,4 +1,4 @@
-"""What the two sides say to each other beside the stream: PINGs, their PONGs, the reason of a failure, SHUT."""
+"""Messages beside the stream: PINGs and their PONGs, the reason for a failure, SHUT."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_no_ram_is_sent_before_the_destination_has_answered(pair: Pair, peer: Pe
 
 
 def test_a_destination_that_refuses_a_section_gets_no_ram(pair: Pair) -> None:
-    """Its RAM has another size: it says so before a page was sent, and the source shows why."""
+    """Its RAM has another size: the destination says so before any page was sent, and the source shows why."""
     source, destination = pair.source(CountingMachine(pages=4096)), pair.destination()
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert (ended(source), arrived(destination)) == ("failed", "failed")
@@ -129,7 +129,7 @@ def test_the_limit_may_be_set_while_the_source_waits(pair: Pair, peer: Peer) -> 
 
 
 def test_a_parked_machine_is_to_be_migrated_again(pair: Pair, peer: Peer, tmp_path: object) -> None:
-    """It cannot 'cont', so no message says that it could."""
+    """It has no 'cont', so the error must not suggest it."""
     donor = pair.source()
     donor.set_capabilities({"return-path": False})
     parked = pair.engine(pair.plugins.machine("qemu", MachineConfig(incoming=True)), {})
@@ -159,7 +159,7 @@ def reason_at_source(pair: Pair, source: CountingMachine, destination: CountingM
 
 
 def test_the_source_shows_why_the_destination_failed(pair: Pair) -> None:
-    """Also where that is the machine's type, which comes before the source has said that it is a migfw."""
+    """Even if the machine types differ, which shows before the source has said that it is a migfw."""
     reason = reason_at_source(pair, CountingMachine(name="this"), CountingMachine(incoming=True, name="that"))
     assert "expected a machine 'that', got 'this'" in reason
     newer = VMState("counter", version_id=3, minimum_version_id=2, fields=(Scalar("writes", Kind.U64),))
@@ -168,7 +168,7 @@ def test_the_source_shows_why_the_destination_failed(pair: Pair) -> None:
 
 
 def test_a_source_that_is_no_migfw_gets_no_reason(pair: Pair, peer: Peer) -> None:
-    """A QEMU would take the message for nonsense, and its guest would stay stopped."""
+    """A QEMU would refuse the message, and its guest would stay stopped."""
     source, destination = pair.source(CountingMachine(block="other")), pair.destination()
     source.migrate(peer.uri)
     peer.accept(answer=False)
@@ -222,7 +222,7 @@ def test_a_reason_that_is_too_long_is_refused_and_a_long_one_of_ours_is_cut(pair
 
 
 def test_a_reason_alone_is_no_end(pair: Pair, peer: Peer) -> None:
-    """What ends the return path is SHUT; a reason and then SHUT 0 is a guest that arrived."""
+    """Only SHUT ends the return path: after a reason, SHUT 0 still means that the guest has arrived."""
     source = pair.source()
     source.migrate(peer.uri)
     connection = peer.accept()

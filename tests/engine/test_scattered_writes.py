@@ -1,4 +1,4 @@
-"""A guest that writes at random, from host to host to host: thousands of separate dirty pages in each harvest."""
+"""A guest that writes at random moves twice: each harvest has thousands of separate dirty pages."""
 
 from __future__ import annotations
 

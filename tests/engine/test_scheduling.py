@@ -1,4 +1,4 @@
-"""The threads that move bytes step back behind a guest, and nothing else does."""
+"""The threads that move bytes yield to the guest, and no others do."""
 
 from __future__ import annotations
 
