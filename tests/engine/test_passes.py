@@ -147,7 +147,7 @@ def test_what_does_not_converge_goes_on_until_the_limit_is_raised() -> None:
 
 
 def test_a_pass_that_is_not_soon_through_any_more_is_not_finished_at_any_price() -> None:
-    """The link drops to a thousandth while a pass is being finished; then the limit is raised to force the guest over."""
+    """The link drops to a thousandth while a pass is being finished; then the limit is raised to force it."""
 
     class Narrowing(World):
         def iterate(self, writer: object, budget: int) -> bool:
