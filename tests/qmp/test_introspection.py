@@ -150,10 +150,33 @@ def test_the_monitors_help(client: QmpClient) -> None:
         assert "unknown" not in typed(client, line.partition(" -- ")[0].replace("[-a]", ""))
 
 
+QUOTED = (
+    *("migrate exec:cat > /dev/null", 'migrate "exec:true" x', 'migrate "exec:true', 'migrate "a\\q"', "migrate -d"),
+    *('closefd "a b"', "closefd 'a b'", 'closefd "a"b', r'closefd "\"\\\'"', '"migrate" x', 'info "name"'),
+)
+
+
+def test_the_monitor_takes_a_command_in_quotes(client: QmpClient, engine: Engine, tmp_path: Path) -> None:
+    typed(client, f'migrate -d "exec:printf \\"%s\\" x > {tmp_path}/out; cat > /dev/null; exit 7"')
+    assert engine.wait_outgoing(20) == "failed"
+    assert "status 7" in typed(client, "info migrate")
+    assert (tmp_path / "out").read_text() == "x"
+
+
 @pytest.mark.qemu
 def test_the_monitor_refuses_as_qemus(qemu: Path, client: QmpClient) -> None:
     with QmpClient(f"unix:{qemu}") as theirs:
-        for line in ("nonsense", "info nonsense", "migrate", "migrate x y", "stop x", "info uuid", "info block", ""):
+        for line in (
+            "nonsense",
+            "info nonsense",
+            "migrate",
+            "migrate x y",
+            "stop x",
+            "info uuid",
+            "info block",
+            "",
+            *QUOTED,
+        ):
             assert typed(client, line) == typed(theirs, line), line
 
 

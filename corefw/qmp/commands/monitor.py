@@ -6,7 +6,8 @@ command of that name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -36,23 +37,24 @@ class Line:
 
 
 def human_monitor_command(context: Context, command_line: str, cpu_index: int = 0) -> str:
-    """Run a line of the human monitor; what it prints. `cpu-index` is of no account."""
+    """Run a line of the human monitor; what it prints. `cpu-index` makes no difference."""
     del cpu_index
-    return _run(context, command_line.split()).replace("\n", "\r\n")
+    return _run(context, command_line).replace("\n", "\r\n")
 
 
-def _run(context: Context, words: list[str]) -> str:
-    if not words:
-        return ""
+def _run(context: Context, text: str) -> str:
     table: Sequence[Line] = LINES
-    name, rest = words[0], words[1:]
+    name, rest = _first_word(text)
+    if not name:
+        return ""
     if name == "info" and rest:
-        table, name, rest = INFOS, rest[0], rest[1:]
+        table = INFOS
+        name, rest = _first_word(rest)
     line = _find(table, name)
     if line is None:
         return f"unknown command: '{'info ' if table is INFOS else ''}{name}'\n"
     try:
-        return line.run(context, _checked(line, rest))
+        return line.run(context, _checked(line, list(_words(rest))))
     except _Unfit as unfit:
         shown = f"info {line.names}" if table is INFOS else line.names
         return f'{shown}: {unfit}\nTry "help {"info" if table is INFOS else name}" for more information\n'
@@ -68,8 +70,31 @@ class _Unfit(Exception):
     """The words do not fit the line's arguments."""
 
 
+def _first_word(text: str) -> tuple[str, str]:
+    """The name that a line begins with, and the rest of the line."""
+    name, _, rest = text.lstrip().replace("\t", " ").partition(" ")
+    return name, rest.strip()
+
+
+_WORD: Final = re.compile(r'\s*(?:"(?P<quoted>(?:[^"\\]|\\[nr\\\'"])*)"|(?P<plain>[^\s"]\S*))')
+_ESCAPE: Final = re.compile(r"\\(.)")
+_ESCAPES: Final[Mapping[str, str]] = {"n": "\n", "r": "\r"}
+
+
+def _words(text: str) -> Iterator[str]:
+    """The arguments: words, or strings in double quotes with the escapes \\n \\r \\\\ \\' \\" (QEMU 7.2, get_str)."""
+    at = 0
+    while at < len(text):
+        found = _WORD.match(text, at)
+        if found is None:
+            raise _Unfit("string expected")
+        plain, quoted = found["plain"], found["quoted"]
+        yield plain if quoted is None else _ESCAPE.sub(lambda code: _ESCAPES.get(code[1], code[1]), quoted)
+        at = found.end()
+
+
 def _checked(line: Line, words: list[str]) -> list[str]:
-    """Flags first, as they may come."""
+    """The flags, then the values. Raises _Unfit."""
     wanted = line.arguments.split()
     flags = {one.strip("[]") for one in wanted if one.startswith("[-")}
     names = [one for one in wanted if not one.startswith("[-")]
