@@ -62,6 +62,27 @@ def _escape(found: re.Match[str]) -> str:
     return f"\\x{ord(found[0]) - 0xDC00:02x}" if "\udc80" <= found[0] <= "\udcff" else f"\\u{ord(found[0]):04x}"
 
 
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """An empty host is every address of this host to listen at, and this host to dial."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"tcp:{join_host_port(self.host, self.port)}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """A socket file; "@name" is a name in Linux's abstract space."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
 def split_host_port(text: str, what: str) -> tuple[str, int]:
     """ "example.org:4444", "10.0.0.7:0", "[::1]:4444", ":4444" (every address) -> (host, port).
 

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from corefw.net import iovec
+from corefw.net.sockets import IOV_MAX
 
 
 def pieces(*arrays: NDArray[np.uint8]) -> iovec.Iovecs:
@@ -83,7 +84,7 @@ def test_sending_is_whole_against_a_slow_reader(blocking: bool) -> None:
 
 def test_more_pieces_than_one_message_takes_go_in_one_call() -> None:
     rng = np.random.default_rng(4)
-    arrays = [rng.integers(0, 256, 7, dtype=np.uint8) for _ in range(2 * iovec.IOV_MAX + 5)]
+    arrays = [rng.integers(0, 256, 7, dtype=np.uint8) for _ in range(2 * IOV_MAX + 5)]
     left, right = socket.socketpair()
     with left, right:
         assert send_all(left, pieces(*arrays)) == 1
@@ -92,7 +93,7 @@ def test_more_pieces_than_one_message_takes_go_in_one_call() -> None:
 
 def test_without_the_kernels_call_each_message_goes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(iovec, "_SENDMMSG", None)
-    data = np.arange(2 * iovec.IOV_MAX + 5, dtype=np.uint8).reshape(-1, 1)
+    data = np.arange(2 * IOV_MAX + 5, dtype=np.uint8).reshape(-1, 1)
     left, right = socket.socketpair()
     with left, right:
         assert send_all(left, pieces(*data)) == 3

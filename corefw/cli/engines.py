@@ -20,9 +20,10 @@ from corefw.errors import ChannelError, MigfwError, UsageError
 from corefw.machine import RunState
 from corefw.net.socketfile import Occupant, make_room, occupant
 from corefw.net.sockets import reason
-from corefw.qmp.address import QmpAddress, UnixAddress, named_address, parse_address, resolve
+from corefw.qmp.address import QmpAddress, named_address, parse_address, resolve
 from corefw.qmp.client import QmpClient, QmpError
 from corefw.states import MigrationStatus
+from corefw.uri import UnixAddress
 
 POLL: Final = 0.1
 """Seconds between two looks at a migration."""

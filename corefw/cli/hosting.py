@@ -31,9 +31,10 @@ from corefw.dispatch import Event
 from corefw.engine import Engine
 from corefw.errors import MigfwError, one_line
 from corefw.machine import DEAD, RunState
-from corefw.qmp.address import QmpAddress, UnixAddress
+from corefw.qmp.address import QmpAddress
 from corefw.qmp.server import QmpServer
 from corefw.states import MigrationStatus, Side, StatusChanged
+from corefw.uri import UnixAddress
 
 if TYPE_CHECKING:
     from corefw.cli.background import Background

@@ -32,11 +32,10 @@ from corefw.cli.signals import Interrupts
 from corefw.errors import ChannelError, Interrupted, one_line
 from corefw.net import descriptors
 from corefw.net.relay import Phase, Relay, RelayProgress
-from corefw.qmp.address import UnixAddress
 from corefw.qmp.client import QmpClient, QmpError
 from corefw.quantities import format_milliseconds, format_size
 from corefw.states import MigrationStatus
-from corefw.uri import MigrationUri, check_dialled_port, split_host_port
+from corefw.uri import MigrationUri, UnixAddress, check_dialled_port, split_host_port
 
 if TYPE_CHECKING:
     from rich.live import Live

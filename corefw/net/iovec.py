@@ -19,8 +19,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-IOV_MAX: Final = 1024
-"""The most pieces that one call takes (UIO_MAXIOV in the kernel)."""
+from corefw.net.sockets import IOV_MAX
 
 IOVEC_SIZE: Final = 16
 

@@ -1,19 +1,18 @@
-"""Joins two transports: what arrives from one peer goes to the other, both ways where both have a return path.
+"""Joins two transports: forwards what arrives from one peer to the other, both ways if both have a return path.
 
-The law: a stream is passed on whole or is seen to be broken. An end is passed on as an end; when one side breaks, the
-other is aborted, never ended, so that a cut stream cannot look whole. Each direction ends by itself (half-close), in
-either order; the relay is over when all have ended. Memory is one buffer for each direction, whoever is slow.
+Invariant: a cut stream cannot look whole. The end of a stream is forwarded as an end; when one side breaks, the other
+is aborted. Each direction ends separately (half-close), in either order, and the relay is over when all have ended.
+Each direction has one buffer.
 
     waiting -> dialling -> relaying -> done
         any of them -> failed
 
-Of the bytes it understands one thing: the destination's last word. SHUT 0 decides, once it was passed on to the source:
-the guest has moved, and nothing that breaks afterwards makes a failure of it. A destination may close when it has said
-that, with bytes unread that it has no use for; its last word is brought to the source first, and the rest of the stream
-goes nowhere. A return path that ends without SHUT 0 is a failure, however orderly the ends were.
+A relay understands a single message of the stream: SHUT, by which the destination reports the outcome. Once SHUT 0 has
+been forwarded to the source the guest has moved, and nothing that breaks afterwards makes the relay fail. The
+destination may then close with bytes unread that it does not need; SHUT is forwarded first, and the rest of the stream
+is discarded. A return path that ends without SHUT 0 is a failure, even if both ends were clean.
 
-A QEMU that sends does not end its direction; it waits for SHUT on the return path, and closes. The destination closes
-when it has said that, so that the end comes back first here; that is the other order.
+A QEMU that sends does not end its direction: it waits for SHUT and closes. So the return path ends first.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ from corefw.closing import Closing
 from corefw.errors import ChannelError, Interrupted, MigfwError
 from corefw.net.channelset import ChannelSet
 from corefw.uri import MigrationUri
-from corefw.wire.verdict import Overhearing, Verdict
+from corefw.wire.outcome import Outcome, OutcomeMonitor
 
 BUFFER_SIZE: Final = 1 << 20
-"""Bytes of one direction's buffer."""
+"""Bytes of each direction's buffer."""
 
-LAST_WORDS: Final = 10.0
-"""Seconds that a destination which takes no more may still talk. One that has gone is done with that at once."""
+ANSWER_SECONDS: Final = 10.0
+"""How long to wait for the rest of the return path after sending to the destination has failed."""
 
 UNDECIDED: Final = {
-    Verdict.OPEN: "the destination ended the return path without confirming that it has the guest",
-    Verdict.REFUSED: "the destination reported that it failed to load the guest (its log says why)",
+    Outcome.OPEN: "the destination ended the return path without confirming that it has the guest",
+    Outcome.REFUSED: "the destination reported that it failed to load the guest (its log says why)",
 }
-"""What both ends of a stream in good order do not make up for."""
+"""Outcomes with which the relay fails although both streams ended cleanly."""
 
 
 class Phase(StrEnum):
@@ -56,7 +55,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RelayProgress:
-    """How far a relay is: bytes from FROM to TO and back again, seconds since FROM's peer came."""
+    """Bytes forwarded from FROM to TO and back, and seconds since FROM's peer connected."""
 
     phase: Phase
     forward: int
@@ -65,37 +64,37 @@ class RelayProgress:
 
 
 class _SideBroke(ChannelError):
-    """Names the side, and what happened there."""
+    """The message names the side and what happened there."""
 
 
 class _SourceBroke(_SideBroke):
-    """It is the side that the bytes come from."""
+    """Receiving failed."""
 
 
 class _SinkBroke(_SideBroke):
-    """It is the side that the bytes go to."""
+    """Sending failed."""
 
 
 class _Pump:
-    """One direction. `sent` counts the bytes that the receiving side has taken.
+    """One direction. `sent` counts the bytes that were sent on.
 
-    hear   is called with all that comes, before it is passed on: whoever acts on it finds it heard
+    watch   called with everything that arrives, before it is sent on
     """
 
     def __init__(
         self,
         source: tuple[str, Channel],
         sink: tuple[str, Channel],
-        hear: Callable[[memoryview], None] = lambda _: None,
+        watch: Callable[[memoryview], None] = lambda _: None,
     ) -> None:
         self._source_side, self._source = source
         self._sink_side, self._sink = sink
-        self._hear = hear
+        self._watch = watch
         self._buffer = memoryview(bytearray(BUFFER_SIZE))
         self.sent = 0
 
     def run(self) -> None:
-        """Until the source's end. Raises _SourceBroke, _SinkBroke, Interrupted."""
+        """Forward until the end of the stream. Raises _SourceBroke, _SinkBroke, Interrupted."""
         while count := self._receive():
             try:
                 self._sink.send(self._buffer[:count])
@@ -104,14 +103,14 @@ class _Pump:
             self.sent += count
 
     def end(self) -> None:
-        """Pass the end on. Raises _SinkBroke, Interrupted."""
+        """Forward the end. Raises _SinkBroke, Interrupted."""
         try:
             self._sink.send_eof()
         except MigfwError as error:
             raise _broken(_SinkBroke, self._sink_side, error) from error
 
     def drain(self) -> None:
-        """Receive until the source's end, for nobody. Raises _SourceBroke, Interrupted."""
+        """Receive until the end of the stream, and discard it. Raises _SourceBroke, Interrupted."""
         while self._receive():
             pass
 
@@ -120,7 +119,7 @@ class _Pump:
             count = self._source.receive_into(self._buffer)
         except MigfwError as error:
             raise _broken(_SourceBroke, self._source_side, error) from error
-        self._hear(self._buffer[:count])
+        self._watch(self._buffer[:count])
         return count
 
 
@@ -131,20 +130,20 @@ def _broken(kind: type[_SideBroke], side: str, error: MigfwError) -> MigfwError:
 
 
 class Relay(Closing):
-    """One relay, used once. `with` it, so that everything is closed.
+    """A single relay. Use it with `with`, so that everything is closed.
 
-    source      FROM: listened at; one peer is accepted
-    target      TO: dialled when that peer has come
-    uri         what FROM's peer has to dial (port 0 has become the real one); None before listen(), and for a source
-                that nobody dials (exec:, fd:, file:)
-    two_way     whether bytes flow back
+    source      FROM: the relay listens there and accepts one peer
+    target      TO: dialled once that peer has connected
+    uri         what FROM's peer has to dial, with the real port; None before listen(), and for a source that cannot be
+                dialled (exec:, fd:, file:)
+    two_way     whether there is a return path
     failure     why it failed, once the phase is FAILED
 
-    Threads: run() blocks in the caller's; start() runs it in one of its own; all else may be called from any.
+    Threads: run() blocks; start() runs it in a thread of its own. Everything else may be called from any thread.
     """
 
     def __init__(self, source: Transport, target: Transport) -> None:
-        """Raises UriError when one cannot wait at the source, or not dial the target."""
+        """Raises UriError if the source cannot listen or the target cannot be dialled."""
         source.check_incoming()
         target.check_outgoing()
         self.source: Final = source
@@ -162,7 +161,7 @@ class Relay(Closing):
         self._channels = ChannelSet()
         self._forward: _Pump | None = None
         self._backward: _Pump | None = None
-        self._answers = Overhearing()
+        self._monitor = OutcomeMonitor()
         self._answers_lost = False
         self._failures: list[BaseException] = []
         self._thread: threading.Thread | None = None
@@ -170,15 +169,15 @@ class Relay(Closing):
     # -- use -------------------------------------------------------------------------------------------------------
 
     def listen(self) -> MigrationUri | None:
-        """Begin to wait for FROM's peer; what it has to dial. Raises ChannelError."""
+        """Start to listen at FROM. Returns what its peer has to dial. Raises ChannelError."""
         if self._listener is None:
             self._listener = self.source.listen()
             self.uri = self._listener.uri if self.source.features.multi_channel else None
         return self.uri
 
     def run(self) -> None:
-        """Relay until both directions have ended. Raises ChannelError (the side that broke, what the destination said),
-        Interrupted."""
+        """Relay until both directions have ended. Raises Interrupted, or ChannelError that names the side that broke or
+        what the destination reported."""
         try:
             self._try(self._relay)
             self._conclude()
@@ -187,19 +186,19 @@ class Relay(Closing):
             self._close_ends()
 
     def start(self) -> None:
-        """listen(), and run() in a thread; wait() tells when it is over and `failure` how. Raises ChannelError."""
+        """Call listen(), and run() in a thread: see wait() and `failure`. Raises ChannelError."""
         self.listen()
         self._thread = threading.Thread(target=self._run_quietly, name="migfw-relay", daemon=True)
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """After start(): True when it is over, False after `seconds`."""
+        """After start(): True once the relay is over, False after `seconds`."""
         assert self._thread, "wait() before start()"
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def abort(self) -> None:
-        """Break both sides off; run() raises Interrupted. Idempotent."""
+        """Abort both sides; run() raises Interrupted. Idempotent."""
         with self._lock:
             if not self._aborted:
                 self._aborted = True
@@ -216,7 +215,7 @@ class Relay(Closing):
         )
 
     def close(self) -> None:
-        """End it, whatever it does, and let go of everything. Idempotent; never raises."""
+        """Abort the relay if it still runs, and release everything. Idempotent; never raises."""
         with self._lock:
             closed, self._aborted = self._aborted, True
             if not closed:
@@ -229,8 +228,8 @@ class Relay(Closing):
 
     # -- work ------------------------------------------------------------------------------------------------------
 
-    def _meet(self) -> tuple[Channel, Channel]:
-        """Both channels, FROM's first. The listener is closed then: there is one peer."""
+    def _connect(self) -> tuple[Channel, Channel]:
+        """Accept FROM's peer, close the listener, and dial TO. Returns both channels."""
         assert self._listener
         source = self._channels.add(self._listener.accept(self._interrupt))
         self._listener.close()
@@ -242,65 +241,65 @@ class Relay(Closing):
 
     def _relay(self) -> None:
         self.listen()
-        source, target = self._meet()
+        source, target = self._connect()
         here, there = ("FROM", source), ("TO", target)
         self._forward = forward = _Pump(here, there)
         if not self.two_way:
             forward.run()
             return forward.end()
-        self._backward = backward = _Pump(there, here, self._answers.hear)
-        answering = threading.Thread(target=self._try, args=(self._bring_back, backward), name="migfw-relay-back")
+        self._backward = backward = _Pump(there, here, self._monitor.feed)
+        answering = threading.Thread(target=self._try, args=(self._pass_back, backward), name="migfw-relay-back")
         answering.start()
         self._try(self._pass_on, forward, answering)
         return answering.join()
 
     def _pass_on(self, forward: _Pump, answering: threading.Thread) -> None:
-        """FROM's direction, in run()'s thread."""
+        """Forward FROM's stream, in run()'s thread."""
         try:
             forward.run()
             forward.end()
         except _SinkBroke:
-            # Why it takes no more it may have said, and that may be still on its way to us and to the source.
-            answering.join(LAST_WORDS)
+            # The destination may have said why it takes no more. Wait until that has reached the source.
+            answering.join(ANSWER_SECONDS)
             if not self._accepted:
                 raise
             forward.drain()
 
-    def _bring_back(self, backward: _Pump) -> None:
-        """TO's direction, in a thread of its own."""
+    def _pass_back(self, backward: _Pump) -> None:
+        """Forward the return path, in a thread of its own."""
         try:
             backward.run()
         except _SinkBroke as broke:
-            # A source that takes no answers may have sent all it has, and gone: its own direction tells. The
-            # destination is not cut off because nobody hears what it says.
+            # A source that does not read the answers may have sent everything and closed; the other direction shows
+            # whether it has. Go on for the destination's sake.
             self._answers_lost = True
             self._failures.append(broke)
             backward.drain()
         except _SourceBroke:
             if not self._accepted:
                 raise
-        with contextlib.suppress(_SinkBroke):  # a source that has gone loses nothing when it is not told of the end
+        with contextlib.suppress(_SinkBroke):  # the source has already closed
             backward.end()
 
     @property
     def _accepted(self) -> bool:
-        """Whether the destination has the guest, and the source was told."""
-        return self._answers.verdict is Verdict.ACCEPTED and not self._answers_lost
+        """Whether the destination has the guest and the source has been told so."""
+        return self._monitor.outcome is Outcome.ACCEPTED and not self._answers_lost
 
-    def _forgiven(self, failure: BaseException) -> bool:
+    def _no_longer_matters(self, failure: BaseException) -> bool:
         return self._accepted and isinstance(failure, _SideBroke)
 
     def _try(self, work: Callable[..., None], *arguments: object) -> None:
-        """What goes wrong is kept, and seen as a break by both sides, whatever it was."""
+        """Keep what goes wrong, and abort both sides unless it no longer matters."""
         try:
             work(*arguments)
         except BaseException as error:  # noqa: BLE001 - _conclude raises it
             self._failures.append(error)
-            if not self._forgiven(error):
+            if not self._no_longer_matters(error):
                 self._channels.abort()
 
     def _conclude(self) -> None:
-        """Both directions are over: raise why it failed, if it did."""
+        """Set the final phase, and raise the reason of a failure."""
         why = self._why_failed()
         if why is None:
             self._phase = Phase.DONE
@@ -310,16 +309,16 @@ class Relay(Closing):
         raise why
 
     def _why_failed(self) -> BaseException | None:
-        """The first one broke something; what was said after it follows from that. The destination knows it best."""
-        said = UNDECIDED.get(self._answers.verdict)
+        """The first failure, which caused the others; or, better, what the destination reported."""
+        said = UNDECIDED.get(self._monitor.outcome)
         for failure in self._failures:
-            if not self._forgiven(failure):
-                refused = self._answers.verdict is Verdict.REFUSED and isinstance(failure, _SideBroke)
+            if not self._no_longer_matters(failure):
+                refused = self._monitor.outcome is Outcome.REFUSED and isinstance(failure, _SideBroke)
                 return ChannelError(said) if refused else failure
         return ChannelError(said) if said else None
 
     def _run_quietly(self) -> None:
-        with contextlib.suppress(MigfwError):  # it is in `failure`
+        with contextlib.suppress(MigfwError):  # run() has set `failure`
             self.run()
 
     def _close_ends(self) -> None:

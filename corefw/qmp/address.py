@@ -18,27 +18,10 @@ from typing import Final
 
 from corefw.errors import UriError, UsageError
 from corefw.net.socketfile import Occupant, check_path, occupant
-from corefw.uri import join_host_port, split_host_port
+from corefw.uri import TcpAddress, UnixAddress, split_host_port
 
 _SUFFIX: Final = ".qmp"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
-
-
-@dataclass(frozen=True, slots=True)
-class UnixAddress:
-    path: str
-
-    def __str__(self) -> str:
-        return f"unix:{self.path}"
-
-
-@dataclass(frozen=True, slots=True)
-class TcpAddress:
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"tcp:{join_host_port(self.host, self.port)}"
 
 
 QmpAddress = UnixAddress | TcpAddress

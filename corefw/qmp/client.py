@@ -20,9 +20,10 @@ from typing import Any, Final
 
 from corefw.closing import Closing
 from corefw.errors import ChannelClosed, ChannelError
-from corefw.qmp.address import QmpAddress, UnixAddress, parse_address
+from corefw.qmp.address import QmpAddress, parse_address
 from corefw.qmp.json_stream import REPLY_LIMIT, JsonStream, Malformed
 from corefw.qmp.protocol import ErrorClass, QmpError, Request, write_request
+from corefw.uri import UnixAddress
 
 CONNECT_SECONDS: Final = 10.0
 REPLY_SECONDS: Final = 600.0

@@ -17,12 +17,12 @@ from corefw.channel import Interrupt
 from corefw.closing import Closing
 from corefw.net.dialing import listen_tcp, listen_unix
 from corefw.qmp import documents, protocol
-from corefw.qmp.address import QmpAddress, UnixAddress, parse_address
+from corefw.qmp.address import QmpAddress, parse_address
 from corefw.qmp.admission import whom_to_disconnect
 from corefw.qmp.commands import command_table
 from corefw.qmp.connection import Connection
 from corefw.qmp.session import Session
-from corefw.uri import MigrationUri
+from corefw.uri import MigrationUri, UnixAddress
 
 if TYPE_CHECKING:
     from corefw.dispatch import Event

@@ -27,7 +27,9 @@ from corefw.wire.constants import (
 )
 from corefw.wire.stream import StreamReader
 
-_HEAD: Final = Struct(">HH")
+HEADER: Final = Struct(">HH")
+"""Type and length of the body."""
+
 _REQUEST: Final = Struct(">QI")
 
 
@@ -62,12 +64,12 @@ def encode_return_message(message_type: ReturnMessage | int, body: bytes = b"") 
     """The message's bytes, to be sent in one go."""
     if message_type in PLUGIN_MESSAGES:
         assert len(body) <= RETURN_MESSAGE_LIMIT, f"message {message_type} with {len(body)} bytes"
-        return _HEAD.pack(message_type, len(body)) + body
+        return HEADER.pack(message_type, len(body)) + body
     message = ReturnMessage(message_type)
     expected = RETURN_MESSAGE_LENGTHS[message]
     assert expected is None or len(body) == expected, f"{message.name} with {len(body)} bytes"
     assert len(body) <= RETURN_MESSAGE_LIMIT, f"{message.name} with {len(body)} bytes"
-    return _HEAD.pack(message, len(body)) + body
+    return HEADER.pack(message, len(body)) + body
 
 
 # -- bodies ------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from corefw.channel import Channel, Interrupt, Listener, receive_exactly
 from corefw.cli.relay import QemuRelay
 from corefw.cli.signals import Interrupts
 from corefw.plugins import Plugins
-from corefw.qmp.address import TcpAddress
 from corefw.qmp.client import QmpClient
 from corefw.testing.ends import receive_all, same
 from corefw.testing.tasks import Possessions, Task, wait_until
+from corefw.uri import TcpAddress
 from corefw.wire.constants import ReturnMessage
 from corefw.wire.returnpath import encode_return_message, number_body
 

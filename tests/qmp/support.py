@@ -9,7 +9,7 @@ from pathlib import Path
 
 from corefw.errors import MachineError
 from corefw.machine import Device, Machine, RamBlock, RunState
-from corefw.qmp.address import UnixAddress
+from corefw.uri import UnixAddress
 
 Watcher = Callable[[RunState, RunState], None]
 

@@ -10,16 +10,9 @@ import pytest
 
 from corefw.engine import Engine
 from corefw.errors import UriError, UsageError
-from corefw.qmp.address import (
-    TcpAddress,
-    UnixAddress,
-    find_engines,
-    named_address,
-    parse_address,
-    resolve,
-    runtime_directory,
-)
+from corefw.qmp.address import find_engines, named_address, parse_address, resolve, runtime_directory
 from corefw.qmp.server import QmpServer
+from corefw.uri import TcpAddress, UnixAddress
 
 
 @pytest.mark.parametrize(

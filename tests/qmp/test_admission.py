@@ -18,9 +18,9 @@ import pytest
 from corefw.engine import Engine
 from corefw.machine import RunState
 from corefw.net import descriptors
-from corefw.qmp.address import TcpAddress
 from corefw.qmp.client import QmpClient
 from corefw.qmp.server import MAX_CLIENTS, QmpServer
+from corefw.uri import TcpAddress
 from tests.qmp.support import RawClient, path_of
 
 COMMANDS = b'{"execute": "qmp_capabilities"}\n{"execute": "cont"}\n{"execute": "quit"}\n'

@@ -24,10 +24,10 @@ from corefw.errors import ChannelError, MigfwError
 from corefw.machine import RunState
 from corefw.net import descriptors
 from corefw.plugins import Plugins
-from corefw.qmp.address import TcpAddress
 from corefw.qmp.client import QmpClient
 from corefw.qmp.connection import OUTPUT_LIMIT
 from corefw.qmp.server import QmpServer
+from corefw.uri import TcpAddress
 from tests.qmp.support import RawClient, path_of
 from tests.qmp.test_json_stream import cut, jsonish
 

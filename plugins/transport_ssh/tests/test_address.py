@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 from corefw_transport_ssh import SshTransport
-from corefw_transport_ssh.address import SshAddress, TcpTarget, UnixTarget, parse_address
+from corefw_transport_ssh.address import SshAddress, parse_address
 
 from corefw.channel import TransportContext
 from corefw.errors import ChannelError, UriError
-from corefw.uri import MigrationUri
+from corefw.uri import MigrationUri, TcpAddress, UnixAddress
 
 RIGHT = {
-    "ssh://host/tcp:a:1": SshAddress(None, "host", None, TcpTarget("a", 1)),
-    "ssh://me@host:2222/tcp:[::1]:80": SshAddress("me", "host", 2222, TcpTarget("::1", 80)),
-    "ssh://[fe80::1%eth0]:22/tcp::4444": SshAddress(None, "fe80::1%eth0", 22, TcpTarget("", 4444)),
-    "ssh://[::1]/unix:/run/a.sock": SshAddress(None, "::1", None, UnixTarget("/run/a.sock")),
-    "ssh://my-alias/unix:/a:b/c": SshAddress(None, "my-alias", None, UnixTarget("/a:b/c")),
+    "ssh://host/tcp:a:1": SshAddress(None, "host", None, TcpAddress("a", 1)),
+    "ssh://me@host:2222/tcp:[::1]:80": SshAddress("me", "host", 2222, TcpAddress("::1", 80)),
+    "ssh://[fe80::1%eth0]:22/tcp::4444": SshAddress(None, "fe80::1%eth0", 22, TcpAddress("", 4444)),
+    "ssh://[::1]/unix:/run/a.sock": SshAddress(None, "::1", None, UnixAddress("/run/a.sock")),
+    "ssh://my-alias/unix:/a:b/c": SshAddress(None, "my-alias", None, UnixAddress("/a:b/c")),
 }
 
 WRONG = {

@@ -7,21 +7,21 @@ from pathlib import Path
 import pytest
 import zmq.auth
 from corefw_transport_zmq import ZmqTransport
-from corefw_transport_zmq.address import IpcPlace, Place, TcpPlace, parse_address
+from corefw_transport_zmq.address import Place, parse_address
 
 from corefw.channel import Interrupt, TransportContext
 from corefw.errors import ChannelError, UriError
-from corefw.uri import MigrationUri
+from corefw.uri import MigrationUri, TcpAddress, UnixAddress
 
 RIGHT: dict[str, Place] = {
-    "zmq:tcp://host:4444": TcpPlace("host", 4444),
-    "zmq:tcp://[::1]:0": TcpPlace("::1", 0),
-    "zmq:tcp://*:4444": TcpPlace("", 4444),
-    "zmq:tcp://*:*": TcpPlace("", 0),
-    "zmq:tcp://:4444": TcpPlace("", 4444),
-    "zmq:ipc:///run/a.sock": IpcPlace("/run/a.sock"),
-    "zmq:ipc://relative": IpcPlace("relative"),
-    "zmq:ipc://@name": IpcPlace("@name"),
+    "zmq:tcp://host:4444": TcpAddress("host", 4444),
+    "zmq:tcp://[::1]:0": TcpAddress("::1", 0),
+    "zmq:tcp://*:4444": TcpAddress("", 4444),
+    "zmq:tcp://*:*": TcpAddress("", 0),
+    "zmq:tcp://:4444": TcpAddress("", 4444),
+    "zmq:ipc:///run/a.sock": UnixAddress("/run/a.sock"),
+    "zmq:ipc://relative": UnixAddress("relative"),
+    "zmq:ipc://@name": UnixAddress("@name"),
 }
 
 WRONG = {
@@ -54,7 +54,7 @@ def test_wrong_uris_say_what_would_be_right(text: str) -> None:
 def test_options_may_hold_any_byte() -> None:
     address = parse_address(MigrationUri.parse("zmq:tcp://a:1?key=/a%20b%26c+d"))
     assert address.options == {"key": "/a b&c+d"}
-    assert str(address.at(TcpPlace("a", 7))) == "zmq:tcp://a:7?key=/a%20b%26c+d"
+    assert str(address.at(TcpAddress("a", 7))) == "zmq:tcp://a:7?key=/a%20b%26c+d"
 
 
 @pytest.fixture

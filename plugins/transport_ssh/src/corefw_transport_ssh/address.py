@@ -12,7 +12,7 @@ from typing import Final
 
 from corefw.errors import UriError
 from corefw.net.dialing import check_unix_path
-from corefw.uri import MigrationUri, join_host_port, split_host_port
+from corefw.uri import MigrationUri, TcpAddress, UnixAddress, split_host_port
 
 SSH_PORT: Final = 22
 
@@ -21,28 +21,8 @@ _HOST: Final = re.compile(r"[A-Za-z0-9._:%][A-Za-z0-9._:%-]*\Z")
 _USER: Final = re.compile(r"[^\s\x00-\x1f\x7f'\"`$\\;&<>|(){}*?/:@-][^\s\x00-\x1f\x7f'\"`$\\;&<>|(){}*?/:@]*\Z")
 
 
-@dataclass(frozen=True, slots=True)
-class TcpTarget:
-    """An address as seen from the remote host."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"tcp:{join_host_port(self.host, self.port)}"
-
-
-@dataclass(frozen=True, slots=True)
-class UnixTarget:
-    """A socket file on the remote host, by its absolute path."""
-
-    path: str
-
-    def __str__(self) -> str:
-        return f"unix:{self.path}"
-
-
-Target = TcpTarget | UnixTarget
+Target = TcpAddress | UnixAddress
+"""An address as the remote host sees it; a socket file by its absolute path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +82,12 @@ def _parse_target(text: str, uri: MigrationUri) -> Target:
     scheme, colon, rest = text.partition(":")
     if colon and scheme == "tcp":
         host, port = split_host_port(rest, str(uri))
-        return TcpTarget(host, port)
+        return TcpAddress(host, port)
     if colon and scheme == "unix":
         check_unix_path(rest, uri)
         if not rest.startswith("/"):
             raise UriError(
                 f"'{uri}': expected the absolute path of a socket on the remote host, as in unix:/run/guest.sock"
             )
-        return UnixTarget(rest)
+        return UnixAddress(rest)
     raise UriError(f"'{uri}': '{text}' is not something that sshd can connect to: expected tcp:HOST:PORT or unix:PATH")

@@ -17,8 +17,8 @@ import paramiko
 
 from corefw.channel import Channel, Interrupt, Listener, RemoteHost, Transport, TransportContext, TransportFeatures
 from corefw.errors import ChannelError
-from corefw.uri import MigrationUri, check_dialled_port, join_host_port
-from corefw_transport_ssh.address import SshAddress, Target, TcpTarget, UnixTarget, parse_address
+from corefw.uri import MigrationUri, TcpAddress, UnixAddress, check_dialled_port, join_host_port
+from corefw_transport_ssh.address import SshAddress, Target, parse_address
 from corefw_transport_ssh.channel import FAILURES, SshChannel
 from corefw_transport_ssh.connection import OPEN_SECONDS, Connection
 from corefw_transport_ssh.dial import dial, shut_by
@@ -37,10 +37,10 @@ _UNIX_REFUSED: Final = (
 )
 
 _REFUSALS: Final[dict[tuple[type[Target], int], str]] = {
-    (TcpTarget, _PROHIBITED): "does not allow a tunnel to {target} (AllowTcpForwarding, PermitOpen)",
-    (TcpTarget, _CONNECT_FAILED): "cannot connect to {target} (is the destination listening there?)",
-    (UnixTarget, _PROHIBITED): _UNIX_REFUSED,
-    (UnixTarget, _CONNECT_FAILED): _UNIX_REFUSED,
+    (TcpAddress, _PROHIBITED): "does not allow a tunnel to {target} (AllowTcpForwarding, PermitOpen)",
+    (TcpAddress, _CONNECT_FAILED): "cannot connect to {target} (is the destination listening there?)",
+    (UnixAddress, _PROHIBITED): _UNIX_REFUSED,
+    (UnixAddress, _CONNECT_FAILED): _UNIX_REFUSED,
 }
 """OpenSSH does not distinguish the two for a UNIX socket."""
 
@@ -51,17 +51,17 @@ class SshTransport(Transport):
     def __init__(self, uri: MigrationUri, context: TransportContext) -> None:
         super().__init__(uri, context)
         self._address = parse_address(uri)
-        can_wait = isinstance(self._address.target, TcpTarget)
+        can_wait = isinstance(self._address.target, TcpAddress)
         self.features = TransportFeatures(return_path=True, multi_channel=True, incoming=can_wait)
 
     def check_outgoing(self) -> None:
         super().check_outgoing()
-        if isinstance(self._address.target, TcpTarget):
+        if isinstance(self._address.target, TcpAddress):
             check_dialled_port(self._address.target.port, str(self.uri))
 
     def connect(self, interrupt: Interrupt) -> Channel:
         target = self._address.target
-        if isinstance(target, TcpTarget) and target.port == 0:
+        if isinstance(target, TcpAddress) and target.port == 0:
             raise ChannelError(f"{self.uri}: port 0 cannot be dialled (use the port that the listener reports)")
         connection = dial(self.uri, self._address, interrupt)
         try:
@@ -77,7 +77,7 @@ class SshTransport(Transport):
 
     def _open(self, connection: Connection, target: Target) -> paramiko.Channel:
         try:
-            if isinstance(target, UnixTarget):
+            if isinstance(target, UnixAddress):
                 return connection.open_unix(target.path)
             return connection.open_tcp(target.host or "localhost", target.port)
         except paramiko.ChannelException as error:
@@ -88,7 +88,7 @@ class SshTransport(Transport):
 
     def listen(self) -> Listener:
         target = self._address.target
-        if not isinstance(target, TcpTarget):
+        if not isinstance(target, TcpAddress):
             raise ChannelError(f"{self.uri}: cannot listen at a UNIX socket on a remote host (use tcp:HOST:PORT)")
         never = Interrupt()
         try:
@@ -101,7 +101,7 @@ class SshTransport(Transport):
 class SshListener(Listener):
     """A port on the remote host. Its sshd forwards each connection to us; paramiko's thread queues them."""
 
-    def __init__(self, uri: MigrationUri, address: SshAddress, target: TcpTarget, connection: Connection) -> None:
+    def __init__(self, uri: MigrationUri, address: SshAddress, target: TcpAddress, connection: Connection) -> None:
         """Takes over the caller's use of `connection`, even on failure. Raises ChannelError."""
         self._connection = connection
         self._lock = threading.Lock()
@@ -123,7 +123,7 @@ class SshListener(Listener):
             ) from None
         finally:
             limit.cancel()
-        self._target = TcpTarget(target.host, port)
+        self._target = TcpAddress(target.host, port)
         self.uri = address.with_target(self._target)
 
     def accept(self, interrupt: Interrupt) -> Channel:

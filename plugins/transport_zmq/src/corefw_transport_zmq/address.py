@@ -13,34 +13,20 @@ from urllib.parse import unquote
 
 from corefw.errors import UriError
 from corefw.net.dialing import check_unix_path
-from corefw.uri import MigrationUri, join_host_port, split_host_port
+from corefw.uri import MigrationUri, TcpAddress, UnixAddress, join_host_port, split_host_port
 from corefw_transport_zmq.keys import OPTIONS
 
 _FORMS: Final = "zmq:tcp://HOST:PORT or zmq:ipc://PATH"
 
 
-@dataclass(frozen=True, slots=True)
-class TcpPlace:
-    """An empty host means every address when listening, and this host when dialing."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"tcp://{join_host_port(self.host, self.port) if self.host else f'*:{self.port}'}"
+Place = TcpAddress | UnixAddress
 
 
-@dataclass(frozen=True, slots=True)
-class IpcPlace:
-    """A socket file; "@name" is in Linux's abstract namespace."""
-
-    path: str
-
-    def __str__(self) -> str:
-        return f"ipc://{self.path}"
-
-
-Place = TcpPlace | IpcPlace
+def endpoint(place: Place) -> str:
+    """As ZeroMQ writes it: tcp://HOST:PORT, where every address is "*", or ipc://PATH."""
+    if isinstance(place, UnixAddress):
+        return f"ipc://{place.path}"
+    return f"tcp://{join_host_port(place.host or '*', place.port)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +38,13 @@ class ZmqAddress:
     query: str
 
     def at(self, place: Place) -> MigrationUri:
-        return MigrationUri("zmq", f"{place}{self.query}")
+        return MigrationUri("zmq", f"{endpoint(place)}{self.query}")
 
 
 def parse_address(uri: MigrationUri) -> ZmqAddress:
     """Raises UriError."""
-    endpoint, question, query = uri.rest.partition("?")
-    kind, slashes, rest = endpoint.partition("://")
+    written, question, query = uri.rest.partition("?")
+    kind, slashes, rest = written.partition("://")
     if not slashes or kind not in _PLACES or not rest:
         raise UriError(f"'{uri}': expected {_FORMS}")
     place = _PLACES[kind](rest, uri)
@@ -71,14 +57,14 @@ def _tcp(rest: str, uri: MigrationUri) -> Place:
     host, port = split_host_port(rest, str(uri))
     if any(character in host for character in "/;@ "):
         raise UriError(f"'{uri}': '{host}' is not a host name")
-    return TcpPlace("" if host == "*" else host, port)
+    return TcpAddress("" if host == "*" else host, port)
 
 
 def _ipc(rest: str, uri: MigrationUri) -> Place:
     if rest == "*":
         raise UriError(f"'{uri}': expected a path, or @NAME for a name in the abstract space")
     check_unix_path(rest, uri)
-    return IpcPlace(rest)
+    return UnixAddress(rest)
 
 
 _PLACES: Final = {"tcp": _tcp, "ipc": _ipc}

@@ -15,8 +15,8 @@ from corefw.channel import Channel, Interrupt, Listener, Transport, TransportCon
 from corefw.errors import ChannelError
 from corefw.net.dialing import listen_tcp, listen_unix, resolve
 from corefw.net.sockets import SocketListener
-from corefw.uri import MigrationUri, check_dialled_port, join_host_port
-from corefw_transport_zmq.address import IpcPlace, Place, TcpPlace, parse_address
+from corefw.uri import MigrationUri, TcpAddress, UnixAddress, check_dialled_port
+from corefw_transport_zmq.address import Place, endpoint, parse_address
 from corefw_transport_zmq.channel import ZmqChannel
 from corefw_transport_zmq.dialling import DiallingHub
 from corefw_transport_zmq.hub import make_socket
@@ -45,29 +45,29 @@ class ZmqTransport(Transport):
 
     def check_outgoing(self) -> None:
         super().check_outgoing()
-        if isinstance(self._address.place, TcpPlace):
+        if isinstance(self._address.place, TcpAddress):
             check_dialled_port(self._address.place.port, str(self.uri))
 
     def connect(self, interrupt: Interrupt) -> Channel:
         interrupt.check()
         place = self._address.place
-        if isinstance(place, TcpPlace) and place.port == 0:
+        if isinstance(place, TcpAddress) and place.port == 0:
             raise ChannelError(f"{self.uri}: port 0 cannot be dialled (use the port that the listener reports)")
         failures: dict[str, None] = {}
-        for endpoint in self._endpoints(place, interrupt):
-            hub = self._dial(endpoint, interrupt)
+        for dialled in self._endpoints(place, interrupt):
+            hub = self._dial(dialled, interrupt)
             if hub.failure is None:
                 return ZmqChannel(hub.link, hub)
             failures[hub.failure] = None
         raise ChannelError(f"{self.uri}: {'; '.join(failures)}")
 
     def _endpoints(self, place: Place, interrupt: Interrupt) -> list[str]:
-        if isinstance(place, IpcPlace):
-            return [str(place)]
+        if isinstance(place, UnixAddress):
+            return [endpoint(place)]
         addresses = resolve(place.host, place.port, self.uri, interrupt)
-        return [f"tcp://{join_host_port(str(one.sockaddr[0]), place.port)}" for one in addresses]
+        return [endpoint(TcpAddress(str(one.sockaddr[0]), place.port)) for one in addresses]
 
-    def _dial(self, endpoint: str, interrupt: Interrupt) -> DiallingHub:
+    def _dial(self, dialled: str, interrupt: Interrupt) -> DiallingHub:
         socket = make_socket(zmq.DEALER)
         try:
             secure_dialler(socket, self._keys, self.uri)
@@ -76,7 +76,7 @@ class ZmqTransport(Transport):
             raise
         hub = DiallingHub(socket, str(self.uri))
         try:
-            hub.dial(endpoint, interrupt, ANSWER_SECONDS)
+            hub.dial(dialled, interrupt, ANSWER_SECONDS)
         except zmq.ZMQError as error:
             raise ChannelError(f"{self.uri}: {error.strerror}") from None
         return hub
@@ -88,14 +88,14 @@ class ZmqTransport(Transport):
         socket = make_socket(zmq.ROUTER)
         try:
             gatekeeper = secure_listener(socket, self._keys, self.uri) if self._keys else None
-            if isinstance(place, IpcPlace):
+            if isinstance(place, UnixAddress):
                 listener = listen_unix(place.path, self.uri, any_user=self.context.any_user)
                 if place.path.startswith("@") and not self.context.any_user:
                     for uid in {0, os.geteuid()}:  # ZeroMQ accepts by itself, so it has to check by itself as well
                         socket.setsockopt(zmq.IPC_FILTER_UID, uid)
             else:
                 listener = listen_tcp(place.host, place.port, self.uri)
-                place = TcpPlace(place.host, listener.sockets[0].getsockname()[1])
+                place = TcpAddress(place.host, listener.sockets[0].getsockname()[1])
             _bind(socket, listener, place)
         except zmq.ZMQError as error:
             socket.context.destroy(0)
@@ -112,13 +112,11 @@ class ZmqTransport(Transport):
 def _bind(socket: zmq.Socket[bytes], listener: SocketListener, place: Place) -> None:
     """Let ZeroMQ accept from our own sockets: its own bind takes a socket file away from a running listener."""
     for sock in listener.sockets:
-        endpoint = str(place)
-        if isinstance(place, TcpPlace):
-            endpoint = f"tcp://{join_host_port(*sock.getsockname()[:2])}"
+        bound = TcpAddress(*sock.getsockname()[:2]) if isinstance(place, TcpAddress) else place
         fd = os.dup(sock.fileno())
         socket.setsockopt(zmq.USE_FD, fd)
         try:
-            socket.bind(endpoint)
+            socket.bind(endpoint(bound))
         except zmq.ZMQError:
             os.close(fd)
             listener.close()
