@@ -21,8 +21,12 @@ from corefw.plugins import HOOKS, Plugins
 from corefw.section import IncomingContext, LiveLoader, SectionKey, StateSaver
 from corefw.settings import Capability, Declarations, Settings
 from corefw.states import MigrationStatus, Side
+from corefw.testing.blockers import BlockersCase, check_blockers
+from corefw.testing.commands import CommandsCase, check_commands
+from corefw.testing.settings import check_settings
 from corefw.uri import MigrationUri
 from corefw.wire.stream import StreamReader, StreamWriter
+from tests.helpers.machines import CountingMachine
 
 if TYPE_CHECKING:
     from corefw.control import MigrationControl
@@ -519,10 +523,30 @@ def test_every_hook_says_what_it_is_for() -> None:
     assert all(getattr(hookspecs, name).__doc__ for name in HOOKS)
 
 
-def test_the_plugin_on_the_page_works() -> None:
+def night() -> types.ModuleType:
+    """The plugin on the page."""
     (source,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     module = types.ModuleType("night")
     exec(compile(source, "docs/plugins.md", "exec"), vars(module))
+    return module
+
+
+def test_the_plugin_on_the_page_passes_the_kits_as_the_page_runs_them() -> None:
+    (source,) = re.findall(r"```text\n(check_settings.*?)```", PAGE, re.DOTALL)
+    names = {
+        "night": night(),
+        "machine": lambda: CountingMachine(pages=16),
+        "check_settings": check_settings,
+        "BlockersCase": BlockersCase,
+        "check_blockers": check_blockers,
+        "CommandsCase": CommandsCase,
+        "check_commands": check_commands,
+    }
+    exec(compile(source, "docs/plugins.md", "exec"), names)
+
+
+def test_the_plugin_on_the_page_works() -> None:
+    module = night()
     found = Plugins()
     found.register(module)
     settings = found.settings()

@@ -182,7 +182,7 @@ def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: Arrivals) -> 
             else:
                 say(UNCONFIRMED)
         if side is Side.DESTINATION and new is MigrationStatus.FAILED:
-            if plan.stay or not engine.arrivals.exit_on_error:
+            if plan.stay or not engine.inbound.exit_on_error:
                 note(f"{_why_not_arrived(engine)}; waiting for migrate-incoming")
             else:
                 endings.put(Ending.NOT_ARRIVED)

@@ -8,7 +8,8 @@ Begin with engine.py, which is what the outside calls. Each side of a migration 
 phases.py drives both tables, custody.py decides which side may run the guest, and tails.py knows what is different for
 a parked machine. passes.py decides when the guest is stopped, with the arithmetic in convergence.py and forecast.py;
 meter.py counts and paces the bytes. framing.py writes sections, loader.py loads them, and commands.py runs the commands
-between them. link.py is the source's connection, connection.py the destination's, and returnpath.py the way back.
+between them. inbound.py starts and replaces incoming migrations, and blockers.py knows what is in the way of outgoing
+ones. link.py is the source's connection, connection.py the destination's, and returnpath.py the way back.
 guestlock.py is the lock on the guest's run state, launch.py says how the engine was started.
 """
 

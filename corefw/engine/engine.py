@@ -15,10 +15,10 @@ from typing import Final
 from corefw.channel import Transport
 from corefw.control import CheckReport, MigrationControl, MigrationReport, PassBegan, RunStateChanged
 from corefw.dispatch import Event, EventDispatcher, Observer
-from corefw.engine.arrivals import CLOSED, Arrivals
 from corefw.engine.blockers import Blockers
 from corefw.engine.checking import Checking
 from corefw.engine.guestlock import GuestLock
+from corefw.engine.inbound import CLOSED, Inbound
 from corefw.engine.launch import Launch
 from corefw.engine.outgoing import OutgoingMigration
 from corefw.engine.tails import tail_of
@@ -69,8 +69,8 @@ class Engine(MigrationControl):
         self._swap = threading.Lock()  # `_migration` changes together with the status that is its own
         self._guest_lock = GuestLock(self._events)
         self._tail = tail_of(machine)
-        self.arrivals: Final = Arrivals(machine, plugins, settings, self._events, self._guest_lock, lambda: autostart)
-        self.incoming: Final = self.arrivals.state
+        self.inbound: Final = Inbound(machine, plugins, settings, self._events, self._guest_lock, lambda: autostart)
+        self.incoming: Final = self.inbound.state
         self._blockers = Blockers(machine, plugins, settings, self._savers)
         self._migration: OutgoingMigration | None = None
         self._checking: Checking | None = None
@@ -259,7 +259,7 @@ class Engine(MigrationControl):
         lets it wait again. When the guest is here already, it stays.
         """
         self._cancel_outgoing()
-        self.arrivals.cancel()
+        self.inbound.cancel()
 
     def _cancel_outgoing(self) -> None:
         with self._events.hold(), self._swap:
@@ -296,7 +296,7 @@ class Engine(MigrationControl):
         A destination that waits already, or is loading, is cancelled first: this is the address from now on.
         `exit_on_error` says whether the process that hosts this engine ends when the guest cannot be loaded.
         """
-        return self.arrivals.wait_at(uri, exit_on_error=exit_on_error)
+        return self.inbound.wait_at(uri, exit_on_error=exit_on_error)
 
     def wait_incoming(self, seconds: float | None = None) -> MigrationStatus:
         """Block until the guest has come, or failed to."""
@@ -336,7 +336,7 @@ class Engine(MigrationControl):
             found = migration.statistics
             sections = found.section_reports()
             return MigrationReport(Side.SOURCE, status, found.error, blocked, sections, found.report(status))
-        return self.arrivals.report(blocked)
+        return self.inbound.report(blocked)
 
     def close(self) -> None:
         """End migrations and the guest. A source that may have handed the guest over does not start it again."""
@@ -346,7 +346,7 @@ class Engine(MigrationControl):
         self._cancel_outgoing()
         if self._migration is not None:
             self._migration.join()
-        self.arrivals.close()
+        self.inbound.close()
         self.machine.close()
 
 

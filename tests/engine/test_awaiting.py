@@ -253,7 +253,7 @@ def test_another_address_takes_the_place_of_the_first(pair: Pair) -> None:
     with dialled(first) as idle:
         second = destination.migrate_incoming("tcp:127.0.0.1:0")
         ended_by_destination(idle)
-    assert first != second and refuses(first) and destination.arrivals.uri == second
+    assert first != second and refuses(first) and destination.inbound.uri == second
     again = destination.migrate_incoming(second)
     assert again == second, "the same address may be waited at again"
     source.migrate(second)

@@ -42,7 +42,7 @@ def x_migfw_status(context: Context) -> object:
         },
         "outgoing": engine.outgoing.status,
         "incoming": engine.incoming.status,
-        "incoming-uri": engine.arrivals.uri,
+        "incoming-uri": engine.inbound.uri,
         "migration": migration_info(engine.report()),
         "settings": as_json(engine.settings),
         "launch": launch_document(engine.launch) if engine.launch is not None else None,

@@ -13,6 +13,8 @@ from corefw.errors import RemoteStreamError
 from corefw.plugins import Plugins
 from corefw.settings import Settings
 from corefw.testing.section import CHECKS, SectionCase, check_section
+from corefw.testing.settings import CHECKS as SETTINGS_CHECKS
+from corefw.testing.settings import check_settings
 from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
 
 FOOTER = b"\x7e\0\0\0\7\0"
@@ -55,6 +57,11 @@ def test_contract(check: str) -> None:
         saver=lambda: JournalSaver(travelled(), enabled()), loader=lambda: JournalLoader(Journal()), state=state
     )
     assert check_section(case, only=[check]) == [check]
+
+
+@pytest.mark.parametrize("check", SETTINGS_CHECKS)
+def test_settings(check: str) -> None:
+    assert check_settings(migfw_journal, only=[check]) == [check]
 
 
 def test_bytes(settings: Settings) -> None:

@@ -29,7 +29,7 @@ CLOSED: Final = "the engine is closed"
 ARRIVING: Final = frozenset({_S.SETUP, _S.ACTIVE})
 
 
-class Arrivals:
+class Inbound:
     """The incoming migrations of one engine.
 
     state           the destination's status
