@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -27,20 +28,23 @@ from corefw.net.sockets import reason
 from corefw.qmp.address import log_directory
 
 LOG_LIMIT: Final = 8 << 20
-"""Bytes of a log; one that grows beyond keeps its newer half."""
+"""Bytes of a log. When it grows beyond, its older half is dropped."""
+
+LOG_DAYS: Final = 30
+"""Days that the log of an engine that has ended is kept."""
 
 _TRIM_SECONDS: Final = 2.0
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Background:
-    """The child's end: an engine without a terminal, which somebody waits for until it is ready."""
+    """The child: an engine without a terminal. The command that started it waits until it is ready."""
 
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe
 
     def redirect(self, name: str) -> Path:
-        """Let stdout and stderr go to the engine's log from now on, those of the guest included. Raises UsageError."""
+        """Redirect stdout and stderr, the guest's included, to the engine's log. Raises UsageError."""
         path, fd = _open_log(name)
         self._tell({"log": str(path)})
         sys.stdout.flush()
@@ -50,7 +54,7 @@ class Background:
         return path
 
     def ready(self, line: str, facts: Mapping[str, object]) -> bool:
-        """Let the command return. False where nobody waits for it any more: then the engine is to end."""
+        """Let the command return. Returns False if the command has gone; the engine must end then."""
         try:
             self._tell({"ready": line, "facts": dict(facts)})
         except OSError:
@@ -63,10 +67,10 @@ class Background:
 
 
 def go_to_background(*, as_json: bool, tied: bool = False) -> Background:
-    """Fork; return in the child. The parent waits for it and raises Finished or MigfwError. Where it is `tied`, the end
-    of standard input is a Ctrl-C: whoever started the command from another host has gone.
+    """Fork and return in the child. The parent waits until the child is ready, then raises Finished or MigfwError.
 
-    To be called while the process has one thread and has made nothing yet.
+    If `tied`, the end of standard input counts as Ctrl-C: whoever started the command from another host has gone.
+    Call this while the process has one thread and has not created anything yet.
     """
     sys.stdout.flush()
     reader, writer = os.pipe()
@@ -94,18 +98,18 @@ def go_to_background(*, as_json: bool, tied: bool = False) -> Background:
 
 @contextlib.contextmanager
 def _forwarded(pid: int, mask: set[signal.Signals | int]) -> Iterator[Callable[[], bool]]:
-    """Pass each Ctrl-C on to the engine, which does not hear the terminal, as SIGTERM. Gives whether one came."""
-    heard: list[int] = []
+    """Forward signals to the engine, which has no terminal, as SIGTERM. Yields a function: has there been one?"""
+    received: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
-        heard.append(number)
+        received.append(number)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
 
     old = {number: signal.signal(number, forward) for number in _SIGNALS}
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
-        yield lambda: bool(heard)
+        yield lambda: bool(received)
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
@@ -119,7 +123,7 @@ def _end_with_stdin() -> None:
 
 
 def _wait(pid: int, reader: int, interrupted: Callable[[], bool], *, as_json: bool) -> None:
-    """The parent's end: until the engine is ready, or has ended. Raises Finished or MigfwError, always."""
+    """Wait, in the parent, until the engine is ready or has ended. Always raises Finished or MigfwError."""
     log: Path | None = None
     with open(reader) as lines:
         for line in lines:
@@ -134,8 +138,8 @@ def _wait(pid: int, reader: int, interrupted: Callable[[], bool], *, as_json: bo
         _remove(log)
         note("interrupted; nothing was started")
         raise Finished(ExitStatus.INTERRUPTED)
-    said = _remove(log)
-    click.echo(said, nl=False, err=status != 0)
+    output = _remove(log)
+    click.echo(output, nl=False, err=status != 0)
     if status < 0:
         raise MigfwError(f"the engine was ended by {signal.Signals(-status).name} before it was ready")
     raise click.exceptions.Exit(status)
@@ -149,13 +153,13 @@ def _announce(message: Mapping[str, Any], log: Path | None, *, as_json: bool) ->
 
 
 def _remove(log: Path | None) -> str:
-    """What was in the log, which goes: it has been shown."""
+    """Delete the log and return what was in it."""
     if log is None:
         return ""
     with contextlib.suppress(OSError):
-        said = log.read_text(errors="replace")
+        text = log.read_text(errors="replace")
         log.unlink()
-        return said
+        return text
     return ""
 
 
@@ -163,10 +167,11 @@ def _remove(log: Path | None) -> str:
 
 
 def _open_log(name: str) -> tuple[Path, int]:
-    """An empty log that no other engine writes to, mode 0600. Raises UsageError."""
+    """Open an empty log that no other engine writes to, with mode 0600. Raises UsageError."""
     try:
         folder = log_directory()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _remove_old_logs(folder)
         number = 1
         while True:
             path = folder / (f"{name}.log" if number == 1 else f"{name}-{number}.log")
@@ -185,8 +190,22 @@ def _open_log(name: str) -> tuple[Path, int]:
         raise UsageError(f"cannot use {where} as the engine's log: {reason(error)} (set XDG_STATE_HOME)") from None
 
 
+def _remove_old_logs(folder: Path) -> None:
+    """Delete logs that nothing was written to for LOG_DAYS, unless their engine still runs: it has them locked."""
+    oldest = time.time() - LOG_DAYS * 86400
+    for path in folder.glob("*.log"):
+        with contextlib.suppress(OSError):
+            if path.lstat().st_mtime < oldest:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                finally:
+                    os.close(fd)
+
+
 def _keep_short(fd: int) -> None:
-    """Cut the log now and then, for as long as the process lives. What is written in that moment may be lost."""
+    """Trim the log regularly while the process lives. Output written at that moment may be lost."""
     waiting = threading.Event()
     while not waiting.wait(_TRIM_SECONDS):
         with contextlib.suppress(OSError):

@@ -30,8 +30,10 @@ Completer = Callable[[click.Context, click.Parameter, str], list[Item]]
 
 
 def _completer(values: Callable[[str], Iterable[tuple[str, str]]]) -> Completer:
-    """`values(incomplete)` gives (value, help); those that begin with what was typed are kept. Completion is silent:
-    what cannot be found out is left out."""
+    """A completer of those (value, help) pairs of `values(incomplete)` that begin with the word typed so far.
+
+    Errors give no completions.
+    """
 
     def complete(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[Item]:
         try:
@@ -61,7 +63,7 @@ def _capabilities(_: str) -> Iterable[tuple[str, str]]:
 
 
 def _parameters(_: str) -> Iterable[tuple[str, str]]:
-    """NAME=, and after that the values of those that have a few."""
+    """NAME= for each parameter, and NAME=VALUE if it has a fixed set of values."""
     from corefw.cli.options import all_settings
 
     settings = all_settings()
@@ -84,7 +86,7 @@ def _properties(_: str) -> Iterable[tuple[str, str]]:
 
 
 def entry_point_names(group: str) -> list[str]:
-    """Of what is installed; nothing is imported."""
+    """The names of a group's installed entry points. Imports none of them."""
     from importlib.metadata import entry_points
 
     return sorted({point.name for point in entry_points(group=group)})
@@ -113,7 +115,7 @@ def _addresses(incomplete: str) -> Iterable[tuple[str, str]]:
 
 
 def _paths(begun: str) -> list[str]:
-    """Files and folders that begin with this; a folder has a slash behind it."""
+    """Files and folders that begin with this; folders end with a slash."""
     folder, _, name = begun.rpartition("/")
     parent = f"{folder}/" if "/" in begun else ""
     found = [entry for entry in os.scandir(parent or ".") if entry.name.startswith(name)]
@@ -125,7 +127,7 @@ def _paths(begun: str) -> list[str]:
 
 
 def _programs(incomplete: str) -> Iterable[tuple[str, str]]:
-    """Bundled ones, files, and the classes in a file once it is the only one."""
+    """Bundled programs and files, or the classes of a file if it is the only match."""
     file, colon, _ = incomplete.rpartition(":")
     if colon:
         return [(f"{file}:{name}", text) for name, text in program_classes(Path(file))]
@@ -145,7 +147,7 @@ def program_classes(file: Path) -> list[tuple[str, str]]:
         return []
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     programs = {"Program"}
-    for node in classes:  # a class may inherit from one above it
+    for node in classes:  # a class may inherit from an earlier one
         if any(ast.unparse(base).rpartition(".")[2] in programs for base in node.bases):
             programs.add(node.name)
     found = [node for node in classes if node.name in programs]
@@ -189,8 +191,9 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 
 
 class Bash(BashComplete):
-    """Bash splits words at ":" and "=" (COMP_WORDBREAKS), which URIs, programs and parameters contain. So the words are
-    taken from the line itself, and only what stands behind the last such character is given back."""
+    """Completion for bash, which splits words at ":" and "=" (COMP_WORDBREAKS), found in URIs, programs and parameters.
+    So the words are taken from the line itself, and only what follows the last such character is returned.
+    """
 
     source_template = _BASH
 
@@ -211,7 +214,7 @@ class Bash(BashComplete):
 
 
 def register_shells() -> None:
-    """Let click use this module's way with bash."""
+    """Make click use `Bash` of this module."""
     add_completion_class(Bash, "bash")
 
 
@@ -239,7 +242,7 @@ def completion(shell: str) -> None:
 
 
 class WithInstalled(click.Command):
-    """A command whose help ends with the installed URI schemes and kinds of machines."""
+    """A command whose help ends with the installed URI schemes and machines. Imports none of them."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_epilog(ctx, formatter)

@@ -20,11 +20,11 @@ from corefw.qmp.address import EngineInfo, find_engines
 from corefw.uri import MigrationUri
 
 QUIT_SECONDS: Final = 30.0
-"""How long an engine may take to end its guest."""
+"""Seconds that an engine may take to end its guest."""
 
 
 def _confirm(engine: EngineClient, text: str, *, as_json: bool) -> None:
-    """Say what was done, and what the guest and the migration do now."""
+    """Print what was done, or with --json the states of the guest and the migration."""
     if as_json:
         print_json({"guest": engine.run_state(), "migration": engine.migration_status()})
     else:
@@ -243,7 +243,7 @@ def ps(as_json: bool) -> None:
 
 
 def _ask(engine: EngineInfo) -> dict[str, object] | None:
-    """None for one that ended in between, and for one whose end is not an engine of ours."""
+    """Describe an engine. Returns None if it has ended meanwhile, or is not one of ours."""
     try:
         with connect(None, str(engine.address)) as client:
             status = client.call("x-migfw-status")

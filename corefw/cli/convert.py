@@ -1,4 +1,4 @@
-"""`migfw convert`: a stored stream for another machine type or version of QEMU."""
+"""`migfw convert`: rewrite a stored stream for another machine type or version of QEMU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from corefw.wire.stream import Source
 
 INTERVAL: Final = 0.5
-"""Seconds between two figures of progress."""
+"""Seconds between two updates of the progress line."""
 
 
 @click.command()
@@ -118,7 +118,7 @@ def _tables(path: str | None) -> DeviceTables | None:
 
 
 def _check_destination(source: str, destination: str, force: bool) -> None:
-    """Before anything is read. Raises UsageError."""
+    """Check OUT before anything is read. Raises UsageError."""
     if not os.path.lexists(destination):
         return
     if source != "-" and Path(destination).exists() and Path(source).samefile(destination):
@@ -129,7 +129,7 @@ def _check_destination(source: str, destination: str, force: bool) -> None:
 
 @contextlib.contextmanager
 def _new_file(destination: str, force: bool) -> Iterator[_FileSink]:
-    """A file beside `destination` that takes its place at the end, and is removed if that is not reached."""
+    """Write a file beside `destination` that replaces it at the end; it is removed if the block fails."""
     path = Path(destination)
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}")
     try:
@@ -144,7 +144,7 @@ def _new_file(destination: str, force: bool) -> Iterator[_FileSink]:
                 if force:
                     temporary.replace(path)
                 else:
-                    os.link(temporary, path)  # fails if somebody has made it meanwhile
+                    os.link(temporary, path)  # fails if the file has been created meanwhile
             except OSError as error:
                 raise MigfwError(f"cannot write '{destination}': {error.strerror}") from None
     finally:
@@ -152,7 +152,7 @@ def _new_file(destination: str, force: bool) -> Iterator[_FileSink]:
 
 
 class _FileSink:
-    """Writes parts whole. Raises MigfwError that names the file in the end."""
+    """Writes buffers completely. Raises MigfwError that names the destination."""
 
     def __init__(self, fd: int, name: str) -> None:
         self._fd = fd
@@ -169,7 +169,7 @@ class _FileSink:
 
 
 class _Watched:
-    """A source that shows on a terminal how far it is."""
+    """A source that shows on a terminal how much has been read."""
 
     def __init__(self, source: Source, size: int | None) -> None:
         self._source = source
@@ -187,7 +187,7 @@ class _Watched:
         return count
 
     def clear(self) -> None:
-        """Take the line away."""
+        """Remove the progress line."""
         if self._shown:
             click.echo("\r\x1b[K", err=True, nl=False)
 
@@ -218,7 +218,7 @@ def _document(done: Conversion) -> dict[str, object]:
 def _facts(done: Conversion, tables: DeviceTables | None) -> list[tuple[str, str]]:
     facts = [
         ("machine", done.machine or "not in the stream"),
-        ("for QEMU", str(done.version or "of any version")),
+        ("for QEMU", str(done.version or "any version")),
         ("size", f"{done.size} bytes"),
         *(("changed", change) for change in done.changes or ["nothing"]),
         *(("needs", text) for text in done.notes),

@@ -1,7 +1,7 @@
-"""`migfw demo`: two engines on this host, a guest that goes on writing, and the proof that its move lost no write.
+"""`migfw demo`: move a guest that keeps writing between two engines on this host, and prove that no write was lost.
 
-Invariant: it does what a user would do, with the same commands over the same QMP; whatever happens, both engines are
-gone and nothing is left behind when it ends.
+It does what a user would do, with the same commands over the same QMP. Invariant: whatever happens, both engines have
+ended and nothing is left behind when the command ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from corefw.settings import UNLIMITED
 from corefw.states import MigrationStatus
 
 PATIENCE: Final = 120.0
-"""Seconds that an engine may take for a step; far more than any needs."""
+"""Seconds that an engine may take for a step: far more than any needs."""
 
 _END_SECONDS: Final = 10.0
 
@@ -59,8 +59,8 @@ def demo(ram: str, dirty_rate: str, working_set: str) -> None:
     sizes = {"ram": ram, "dirty-rate": dirty_rate, "working-set": working_set}
     for name, text in sizes.items():
         if parse_size(text) == 0:
-            raise UsageError(f"--{name} {text}: expected more than nothing")
-    # SIGTERM, too, has to find its way through the cleaning up.
+            raise UsageError(f"--{name} {text}: expected more than zero")
+    # SIGTERM has to unwind and clean up, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with _folder() as folder:
         _play(folder, [f"--opt={name}={text}" for name, text in sizes.items()])
@@ -70,7 +70,7 @@ def demo(ram: str, dirty_rate: str, working_set: str) -> None:
 def _play(folder: Path, options: list[str]) -> None:
     with (
         _engine(folder, "destination", *options, "--incoming=tcp:127.0.0.1:0") as (destination, _),
-        _engine(folder, "source", *options) as (source, left),
+        _engine(folder, "source", *options) as (source, ended),
     ):
         uri = _wait_for("the destination to listen", lambda: destination.call("x-migfw-status")["incoming-uri"])
         click.echo(f"a guest fills {_ram(source)} of RAM with incompressible bytes")
@@ -79,9 +79,9 @@ def _play(folder: Path, options: list[str]) -> None:
         answer = _migrate(source, uri)
         print_facts(summary(answer))
         before = _writes(source)
-        source.client.close()  # it waits for us, before it leaves
-        _wait_for("the source to leave", lambda: left() is not None)
-        facts = _wait_for("the guest to write on", lambda: _verified_beyond(destination, before))
+        source.client.close()  # the source stays for as long as we are connected
+        _wait_for("the source to end", lambda: ended() is not None)
+        facts = _wait_for("the guest to continue writing", lambda: _verified_beyond(destination, before))
         click.echo(
             f"proof: {facts['writes']:,} writes counted, {facts['found']:,} found in RAM;"
             f" {facts['writes'] - before:,} of them after the move"
@@ -101,13 +101,13 @@ def _migrate(source: EngineClient, uri: str) -> Mapping[str, Any]:
 
 
 def _verified_beyond(destination: EngineClient, before: int) -> Mapping[str, Any] | None:
-    """What the guest's own check found, once it has written more than `before`."""
+    """The result of the guest's own check, or None if it has not written more than `before` yet."""
     facts: Mapping[str, Any] = destination.call("x-migfw-verify")
     return facts if facts["writes"] > before else None
 
 
 def _writes(source: EngineClient) -> int:
-    """What the guest had counted when it left."""
+    """The number of writes that the guest had counted when it left."""
     writes: int = source.call("x-migfw-status")["machine"]["information"]["fields"]["writes"]
     return writes
 
@@ -130,7 +130,7 @@ def _folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _engine(folder: Path, name: str, *arguments: str) -> Iterator[tuple[EngineClient, Callable[[], int | None]]]:
-    """`migfw run stress` in a process of its own: a connection to it, and what says whether it has ended."""
+    """Start `migfw run stress`. Yields a connection to it, and a function that returns its exit status or None."""
     address = f"unix:{folder}/{name}"
     errors = folder / f"{name}.err"
     with errors.open("wb") as stderr:
@@ -139,7 +139,7 @@ def _engine(folder: Path, name: str, *arguments: str) -> Iterator[tuple[EngineCl
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
-            start_new_session=True,  # the terminal's Ctrl-C is ours to hear, and the engines' to be told of
+            start_new_session=True,  # so that only this process gets the terminal's Ctrl-C
             preexec_fn=_end_with_parent,
         )
     try:
@@ -151,17 +151,16 @@ def _engine(folder: Path, name: str, *arguments: str) -> Iterator[tuple[EngineCl
 
 
 def _end_with_parent() -> None:
-    """In the new process: have the kernel end it when the thread that made it, the demo's only one, ends and can tell
-    it nothing any more."""
+    """Have the kernel end this new process when the demo's only thread ends."""
     _libc.prctl(ctypes.c_int(_SET_PARENT_DEATH_SIGNAL), ctypes.c_ulong(signal.SIGTERM))
     if os.getppid() == 1:
-        os.kill(os.getpid(), signal.SIGTERM)  # it ended before that
+        os.kill(os.getpid(), signal.SIGTERM)  # the demo ended before prctl
 
 
 def _started(process: subprocess.Popen[bytes], socket: Path, errors: Path) -> bool:
     if process.poll() is not None:
-        said = errors.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-        problem = said[-1].removeprefix("migfw: ")
+        lines = errors.read_text(errors="replace").strip().splitlines() or ["an engine ended without a message"]
+        problem = lines[-1].removeprefix("migfw: ")
         raise (UsageError if process.returncode == ExitStatus.USAGE else MigfwError)(problem)
     return socket.exists()
 
@@ -176,7 +175,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_for(what: str, look: Callable[[], Any]) -> Any:
-    """What `look` finds, once that is something. Raises MigfwError naming `what` when it takes too long."""
+    """Poll `look` until its result is true, and return that. Raises MigfwError naming `what` after PATIENCE."""
     end = time.monotonic() + PATIENCE
     while not (found := look()):
         if time.monotonic() > end:

@@ -1,6 +1,6 @@
-"""A destination that `migfw migrate --to HOST` starts on another host, for one migration.
+"""The destination that `migfw migrate --to HOST` starts on another host over ssh.
 
-It is an engine like the one here: the same machine, program and options, in the background and in the same folder. It
+It is an engine like the local one: the same machine, program and options, in the background and in the same folder. It
 waits at a UNIX socket that only its user can dial, which the source reaches through the same sshd.
 """
 
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from corefw.channel import Interrupt, RemoteHost
-from corefw.cli.console import note
+from corefw.cli.console import ExitStatus, note
 from corefw.cli.engines import EngineClient
 from corefw.cli.relay import find_transport
 from corefw.closing import Closing
 from corefw.errors import ChannelError, MigfwError, UsageError
 
 START_SECONDS: Final = 180.0
-"""How long a destination may take until it listens. Its program is imported by then, its RAM made."""
+"""Seconds that a destination may take until it listens. By then it has imported its program and allocated its RAM."""
 
 SHORT_SECONDS: Final = 60.0
 
@@ -35,13 +35,13 @@ _IN_FOLDER: Final = (
     f'[ -z "$2" ] || [ -f "$2" ] || exit {_NO_FILE}\n'
     'shift 2; exec "$@"'
 )
-"""For `sh -c`: the folder, the program's file ("" where it is none), then the command."""
+"""A script for `sh -c`. Its arguments are the folder, the program's file ("" if it is not a file), and the command."""
 
 _NOT_FOR_A_DESTINATION: Final = frozenset({"return-path", "pause-before-switchover", "events"})
 
 
 class Destination(Closing):
-    """A started one. `close()` ends it, unless `keep()` was called; closing is idempotent and does not raise.
+    """A destination that was started. `close()` ends it unless `keep()` was called.
 
     uri     what the source has to dial
     facts   "name", "qmp", "log", ... as `run --detach --json` printed them
@@ -57,14 +57,15 @@ class Destination(Closing):
         self._kept = False
 
     def keep(self) -> None:
-        """From now on the guest may be there."""
+        """Do not end it on `close()`: from now on it may have the guest."""
         self._kept = True
 
     def give_up(self) -> None:
-        """The guest is here for certain."""
+        """End it on `close()` after all: the guest is certainly here."""
         self._kept = False
 
     def close(self) -> None:
+        """Idempotent; does not raise."""
         if not self._kept:
             self._kept = True
             command = [*self._migfw, "quit", "--qmp", str(self.facts["qmp"])]
@@ -75,7 +76,7 @@ class Destination(Closing):
         self._host.close()
 
     def _quit(self, command: Sequence[str]) -> None:
-        """One that has ended already, as it does where a migration failed, answers nothing: that is fine."""
+        """End the engine. One that has ended by itself, as after a failed migration, does not answer: that is fine."""
         try:
             self._host.run(command, SHORT_SECONDS)
         except ChannelError:
@@ -83,10 +84,12 @@ class Destination(Closing):
                 again.run(command, SHORT_SECONDS)
 
 
-def start_destination(engine: EngineClient, address: str, remote_migfw: str | None, caps: Sequence[str]) -> Destination:
+def start_destination(
+    engine: EngineClient, address: str, remote_migfw: str | None, caps: Mapping[str, bool], params: Sequence[str]
+) -> Destination:
     """Start a destination for the guest of `engine` at [USER@]HOST[:PORT]. Raises UsageError, MigfwError.
 
-    `caps` are the capabilities that the migration will have on, beside those that are on now.
+    It gets the engine's capabilities, changed by `caps`, and `params`, the NAME=VALUE of the migration.
     """
     status = _status(engine)
     launch = status["launch"]
@@ -95,8 +98,8 @@ def start_destination(engine: EngineClient, address: str, remote_migfw: str | No
         undo.callback(host.close)
         migfw = _find_migfw(host, remote_migfw, status["version"])
         switched = {one["capability"] for one in engine.call("query-migrate-capabilities") if one["state"]}
-        wanted = sorted((switched | set(caps)) - _NOT_FOR_A_DESTINATION)
-        facts = _start(host, migfw, launch, wanted)
+        wanted = (switched | {name for name, on in caps.items() if on}) - {name for name, on in caps.items() if not on}
+        facts = _start(host, migfw, [*_arguments(launch, sorted(wanted - _NOT_FOR_A_DESTINATION), params)], launch)
         undo.pop_all()
     return Destination(address, host, migfw, facts)
 
@@ -104,7 +107,7 @@ def start_destination(engine: EngineClient, address: str, remote_migfw: str | No
 def _status(engine: EngineClient) -> dict[str, Any]:
     if not engine.is_migfw:
         raise UsageError(
-            f"--to starts a migfw like the one here, and at {engine.address} is a QEMU: give a URI instead"
+            f"--to starts a migfw like the one here, but at {engine.address} is a QEMU: give a URI instead"
         )
     status: dict[str, Any] = engine.call("x-migfw-status")
     if not status.get("launch"):
@@ -130,7 +133,7 @@ def _log_in(address: str) -> RemoteHost:
 
 
 def _find_migfw(host: RemoteHost, given: str | None, version: str) -> Sequence[str]:
-    """The command words of a migfw of this version. Raises MigfwError."""
+    """Find a migfw of this version: its command words. Raises MigfwError."""
     tried: list[str] = []
     for words in [[given]] if given else _candidates():
         found = host.run([*words, "--version"], SHORT_SECONDS)
@@ -151,15 +154,17 @@ def _find_migfw(host: RemoteHost, given: str | None, version: str) -> Sequence[s
 
 
 def _candidates() -> list[list[str]]:
-    """`migfw`, then where it is on this host."""
+    """`migfw`, then the path that it has on this host."""
     script = Path(sys.executable).with_name("migfw")
     here = [str(script)] if os.access(script, os.X_OK) else [sys.executable, "-m", "corefw.cli"]
     return [["migfw"], here]
 
 
-def _start(host: RemoteHost, migfw: Sequence[str], launch: Mapping[str, Any], caps: Sequence[str]) -> Mapping[str, Any]:
+def _start(
+    host: RemoteHost, migfw: Sequence[str], arguments: Sequence[str], launch: Mapping[str, Any]
+) -> Mapping[str, Any]:
     file = _program_file(launch)
-    command = ["sh", "-c", _IN_FOLDER, "sh", launch["directory"], file, *migfw, *_arguments(launch, caps)]
+    command = ["sh", "-c", _IN_FOLDER, "sh", launch["directory"], file, *migfw, *arguments]
     done = host.run(command, START_SECONDS)
     if done.status == _NO_FOLDER:
         raise MigfwError(
@@ -171,9 +176,10 @@ def _start(host: RemoteHost, migfw: Sequence[str], launch: Mapping[str, Any], ca
         )
     if done.status:
         said = _last_line(done.errors) or f"status {done.status}, and no reason"
-        raise MigfwError(f"the destination on {host.name} does not start: {said.removeprefix('migfw: ')}")
+        problem = f"the destination on {host.name} does not start: {said.removeprefix('migfw: ')}"
+        raise (UsageError if done.status == ExitStatus.USAGE else MigfwError)(problem)
     try:
-        facts = json.loads(done.output[done.output.index("{") :])  # a shell's greeting may come first
+        facts = json.loads(done.output[done.output.index("{") :])  # a shell's greeting may precede it
         if not all(isinstance(facts[key], str) for key in ("name", "qmp", "incoming-uri", "log")):
             raise TypeError
     except (ValueError, KeyError, TypeError):
@@ -182,16 +188,17 @@ def _start(host: RemoteHost, migfw: Sequence[str], launch: Mapping[str, Any], ca
 
 
 def _program_file(launch: Mapping[str, Any]) -> str:
-    """As it was written, maybe relative to the folder; "" for a program that is no file."""
+    """The program's file as it was given, possibly relative to the folder; "" if the program is not a file."""
     file = str(launch["program"] or "").rpartition(":")[0]
     return file if file.endswith(".py") else ""
 
 
-def _arguments(launch: Mapping[str, Any], caps: Sequence[str]) -> list[str]:
+def _arguments(launch: Mapping[str, Any], caps: Sequence[str], params: Sequence[str]) -> list[str]:
     words = ["run", *([launch["program"]] if launch["program"] else []), f"--machine={launch['machine']}"]
     words += [f"--opt={name}={value}" for name, value in launch["options"].items()]
     words += [f"--property={name}={'on' if on else 'off'}" for name, on in launch["properties"].items()]
     words += [f"--cap={name}" for name in caps]
+    words += [f"--param={pair}" for pair in params]
     words += ["--allow-undeclared"] if launch["allow-undeclared"] else []
     return [*words, "--incoming=private", "--detach", "--json", "--tied"]
 

@@ -26,12 +26,12 @@ from corefw.states import MigrationStatus
 from corefw.uri import UnixAddress
 
 POLL: Final = 0.1
-"""Seconds between two looks at a migration."""
+"""Seconds between two polls of a migration."""
 
 _SETTLE: Final = 5.0
 
 _TRIED: Final = frozenset({"stop", "cont", "x-migfw-verify"})
-"""Commands that try something: their error is a failure, not a refusal."""
+"""Commands whose error is a failure, not a refusal."""
 
 _UNDER_WAY: Final = frozenset(
     {
@@ -57,7 +57,10 @@ class EngineClient:
         self.is_migfw: Final = "x-migfw-status" in self.commands
 
     def call(self, command: str, **arguments: object) -> Any:
-        """Execute a command. Raises UsageError (refused), MigfwError (it failed), ChannelError (the engine is gone)."""
+        """Execute a command.
+
+        Raises UsageError if it was refused, MigfwError if it failed, ChannelError if the engine has gone.
+        """
         if command not in self.commands:
             raise UsageError(f"the engine at {self.address} has no command '{command}'")
         try:
@@ -70,7 +73,7 @@ class EngineClient:
         return state
 
     def settled_run_state(self) -> str:
-        """The run state, once a guest whose migration failed or was cancelled has been let go again."""
+        """The run state, once a guest whose migration failed or was cancelled has been started again."""
         end = time.monotonic() + _SETTLE
         while (state := self.run_state()) == RunState.FINISH_MIGRATE and time.monotonic() < end:
             time.sleep(POLL)
@@ -88,11 +91,11 @@ class EngineClient:
         return self.migration_status() in _UNDER_WAY
 
     def capabilities(self) -> frozenset[str]:
-        """The names of all that it knows."""
+        """The names of all its capabilities."""
         return frozenset(entry["capability"] for entry in self.call("query-migrate-capabilities"))
 
     def wait_end(self, seconds: float) -> bool:
-        """Wait until it is gone; False when it still answers after `seconds`."""
+        """Wait until the engine has ended. Returns False if it still answers after `seconds`."""
         try:
             for _ in self.client.events(seconds):
                 pass
@@ -101,7 +104,7 @@ class EngineClient:
         return False
 
     def wait_idle(self) -> str:
-        """Wait until no migration is under way; the status then."""
+        """Wait until no migration is under way, and return its status."""
         while (status := self.migration_status()) in _UNDER_WAY:
             time.sleep(POLL)
         return status
@@ -109,7 +112,7 @@ class EngineClient:
 
 @contextlib.contextmanager
 def connect(name: str | None, qmp: str | None) -> Iterator[EngineClient]:
-    """The engine with this name, at this address, or the only one that runs. Raises UsageError when there is none."""
+    """Connect to the engine with this name, at this address, or the only one running. Raises UsageError."""
     if name is not None and qmp is not None:
         raise UsageError("--name and --qmp both name an engine: use one of them")
     address = resolve(name, qmp)
@@ -125,14 +128,14 @@ def connect(name: str | None, qmp: str | None) -> Iterator[EngineClient]:
 
 
 _LONGEST: Final = 40
-"""Characters of a name that was made up; a name given by --name may be longer."""
+"""Characters of a generated name; one given by --name may be longer."""
 
 
 class Claim(Closing):
     """The name and the QMP address of an engine that is about to start.
 
-    While it is open, no other engine of this user gets the name. Close it once the QMP socket is in place: from then on
-    the socket is what shows that the name is taken.
+    While it is open, no other engine of this user gets the name. Close it once the QMP socket exists: from then on
+    the socket shows that the name is taken.
     """
 
     def __init__(self, name: str, address: QmpAddress, lock: tuple[Path, int] | None = None) -> None:
@@ -146,14 +149,14 @@ class Claim(Closing):
             path, fd = self._lock
             self._lock = None
             with contextlib.suppress(OSError):
-                path.unlink()  # before the lock goes: whoever locks this file afterwards sees that it is not the path's
+                path.unlink()  # before unlocking: whoever gets the lock next sees that the file has been unlinked
             os.close(fd)
 
 
 def claim(name: str | None, qmp: str | None, program: str) -> Claim:
     """Claim a name and an address for a new engine.
 
-    What was given must be free; a name made from `program` gets a number where it is taken. Raises UsageError.
+    What was given must be free; a name derived from `program` gets a number if it is taken. Raises UsageError.
     """
     if qmp is not None:
         address = parse_address(qmp)
@@ -177,7 +180,7 @@ def claim(name: str | None, qmp: str | None, program: str) -> Claim:
 
 
 def _claim(name: str) -> Claim | None:
-    """None where the name is taken. Raises UsageError for what cannot be a name, or cannot be claimed."""
+    """Claim this name; None if it is taken. Raises UsageError if it is not valid or cannot be claimed."""
     address = named_address(name)
     socket = Path(address.path)
     try:
@@ -185,7 +188,7 @@ def _claim(name: str) -> Claim | None:
         if fd is None:
             return None
         claimed = Claim(name, address, (socket.with_suffix(".lock"), fd))
-        # Only now: an engine that held the lock until a moment ago has its socket in place.
+        # Look only now: an engine that held the lock until a moment ago has created its socket.
         found = occupant(socket)
         if found is Occupant.NOBODY:
             return claimed
@@ -199,7 +202,7 @@ def _claim(name: str) -> Claim | None:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor of the locked file, made where it is missing; None while another process has it. Raises OSError."""
+    """Create the file if necessary and lock it: its descriptor, or None if another process has it. Raises OSError."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
@@ -218,7 +221,7 @@ def _lock(path: Path) -> int | None:
 
 
 def suggest(program: str) -> str:
-    """ "sims/heat.py:Heat" -> "heat", "package.module:Class" -> "class", "stress" -> "stress"."""
+    """Derive a name from a program: "sims/heat.py:Heat" gives "heat", "package.module:Class" gives "class"."""
     path, _, attribute = program.partition(":")
     word = Path(path).stem if path.endswith(".py") else (attribute or path)
     return re.sub(r"[^a-z0-9]+", "-", word.lower()).strip("-")[:_LONGEST] or "guest"

@@ -1,8 +1,8 @@
-"""The life of an engine's process, from its first word to its end.
+"""The life of an engine's process after `migfw run` has put it together.
 
-Invariant: exactly one reason ends the process, the first that comes; then everything that was made is undone. A guest
-that has moved takes its old process with it, but not before clients that watch the migration could read how it went. A
-guest whose arrival nobody confirmed stays: it may be the only copy.
+Invariant: the first reason to end is the only one that counts, and everything is cleaned up after it. When the guest
+has moved, the process ends, but only after the clients that watch the migration could read the result. If the
+destination never confirmed the guest, the process stays, because it may hold the only copy.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
     from corefw.cli.background import Background
 
 LINGER: Final = 10.0
-"""Seconds that a source stays, at most, for clients that are still connected when its guest has moved."""
+"""Seconds that a source waits, at most, for clients to disconnect after its guest has moved."""
 
 UNCONFIRMED: Final = (
     "the guest was sent, but nothing confirmed its arrival, so it is kept here, stopped: 'migfw quit' ends it"
 )
 
-_LOOK: Final = 0.02
+_POLL: Final = 0.02
 
 
 class Ending(Enum):
@@ -62,16 +62,19 @@ class Ending(Enum):
 
 
 Endings = queue.SimpleQueue[Ending | MigfwError]
-"""What the process ends for: one of those, or an error."""
+"""Reasons to end the process; an error is one, too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """incoming   where to wait for a guest; None: it is here
-    deferred   wait for migrate-incoming instead
-    paused     do not start the guest
-    stay       outlive a guest that moved, or that failed to arrive
-    background the process is detached, and whoever started it waits for the word that it is ready"""
+    """How the process begins, and whether it outlives its guest.
+
+    incoming     URI at which to wait for a guest; None if the guest is here
+    deferred     wait for migrate-incoming to give the URI
+    paused       do not start the guest
+    stay         stay after the guest has moved or has failed to arrive
+    background   set if the process is detached: the command that started it waits until it is ready
+    """
 
     incoming: str | None
     deferred: bool
@@ -80,8 +83,8 @@ class Plan:
     background: Background | None = None
 
 
-def say(text: str) -> None:
-    """A line on stdout. Nobody reading it is no reason to end a guest."""
+def announce(text: str) -> None:
+    """Print a line on stdout. Failing to do so must not end the guest."""
     try:
         click.echo(f"migfw: {one_line(text)}")
     except BrokenPipeError:
@@ -91,35 +94,37 @@ def say(text: str) -> None:
 
 
 class Arrivals:
-    """Lines about guests that have arrived. One may arrive before the engine has said where it listens; its line is
-    held until then."""
+    """Prints that a guest has arrived, but not before the line that says where the engine listens.
+
+    A guest may arrive earlier than that; its line is held back until `begin`.
+    """
 
     def __init__(self) -> None:
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._begun = threading.Event()
 
-    def say(self, line: str) -> None:
+    def add(self, line: str) -> None:
         self._lines.put(line)
         if self._begun.is_set():
             self.begin()
 
     def begin(self) -> None:
-        """Say the lines that are held, and every further one at once."""
+        """Print the lines that were held back. Further lines are printed at once."""
         self._begun.set()
         with suppress(queue.Empty):
             while True:
-                say(self._lines.get_nowait())
+                announce(self._lines.get_nowait())
 
 
 def host(engine: Engine, address: QmpAddress, listen: Callable[[], QmpServer], plan: Plan) -> None:
-    """Begin, wait for the end, and say why it came. Raises MigfwError or Finished when that is no good one.
+    """Run the engine until there is a reason to end, and print it. Raises MigfwError or Finished if it is a failure.
 
-    `listen` makes the QMP server at `address`. A destination that was told where to wait does that first: a script that
-    waits for the QMP socket to appear may migrate at once.
+    `listen` creates the QMP server at `address`. A destination listens for its guest first, so that a script that waits
+    for the QMP socket to appear can migrate at once.
     """
     endings: Endings = queue.SimpleQueue()
-    _hear_signals(endings, address)
-    _say_it_once()
+    _handle_signals(endings, address)
+    _silence_repeated_warning()
     arrivals = Arrivals()
     _watch(engine, endings, plan, arrivals)
     dialled = engine.migrate_incoming(plan.incoming) if plan.incoming is not None else None
@@ -130,11 +135,11 @@ def host(engine: Engine, address: QmpAddress, listen: Callable[[], QmpServer], p
     ending = endings.get()
     if isinstance(ending, MigfwError):
         raise ending
-    _last_words(engine, server, ending)
+    _report(engine, server, ending)
 
 
-def _say_it_once() -> None:
-    """What failed an incoming migration is said here, as the reason to end; the engine's warning would repeat it."""
+def _silence_repeated_warning() -> None:
+    """Do not log why an incoming migration failed: it is printed here, as the reason to end."""
     if not logging.getLogger().isEnabledFor(logging.INFO):
         logging.getLogger("corefw.engine.incoming").setLevel(logging.ERROR)
 
@@ -142,7 +147,7 @@ def _say_it_once() -> None:
 def _begin(engine: Engine, server: QmpServer, endings: Endings, plan: Plan, dialled: str | None) -> None:
     def ready(what: str) -> None:
         line = f"'{engine.name}', QMP at {server.address}; {what}"
-        say(line)
+        announce(line)
         facts = {"name": engine.name, "pid": os.getpid(), "qmp": str(server.address), "incoming-uri": dialled}
         if plan.background is not None and not plan.background.ready(line, facts):
             endings.put(Ending.TERMINATED)
@@ -154,7 +159,7 @@ def _begin(engine: Engine, server: QmpServer, endings: Endings, plan: Plan, dial
     elif plan.paused:
         ready("the guest is not started yet: start it with 'migfw cont'")
     else:
-        # A guest may take its time to start; Ctrl-C and QMP are heard meanwhile.
+        # In a thread: a guest may take long to start, and Ctrl-C and QMP have to work meanwhile.
         threading.Thread(target=_start, args=(engine, endings, ready), name="start", daemon=True).start()
 
 
@@ -163,7 +168,7 @@ def _start(engine: Engine, endings: Endings, ready: Callable[[str], None]) -> No
         engine.cont()
         ready("the guest is running")
     except MigfwError as error:
-        if engine.machine.run_state not in DEAD:  # else there was an event, with the guest's own reason
+        if engine.machine.run_state not in DEAD:  # otherwise there was an event with the guest's own reason
             endings.put(error)
 
 
@@ -173,14 +178,14 @@ def _wait_quit(server: QmpServer, endings: Endings) -> None:
 
 
 def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: Arrivals) -> None:
-    """Put every reason to end into the queue when it comes."""
+    """Put every reason to end into the queue when it occurs."""
 
     def status_changed(side: Side, new: MigrationStatus) -> None:
         if side is Side.SOURCE and new is MigrationStatus.COMPLETED and not plan.stay:
             if engine.has_left:
                 endings.put(Ending.MOVED)
             else:
-                say(UNCONFIRMED)
+                announce(UNCONFIRMED)
         if side is Side.DESTINATION and new is MigrationStatus.FAILED:
             if plan.stay or not engine.inbound.exit_on_error:
                 note(f"{_why_not_arrived(engine)}; waiting for migrate-incoming")
@@ -189,7 +194,7 @@ def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: Arrivals) -> 
         if side is Side.DESTINATION and new is MigrationStatus.CANCELLED:
             note("the incoming migration was cancelled; waiting for migrate-incoming")
         if side is Side.DESTINATION and new is MigrationStatus.COMPLETED:
-            arrivals.say(f"the guest has arrived, and is {engine.machine.run_state}")
+            arrivals.add(f"the guest has arrived, and is {engine.machine.run_state}")
 
     def happened(event: Event) -> None:
         match event:
@@ -201,36 +206,38 @@ def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: Arrivals) -> 
     engine.observe(happened)
 
 
-def _hear_signals(endings: Endings, address: QmpAddress) -> None:
-    """From now on the first Ctrl-C, SIGTERM or SIGHUP ends the process in order, and a second one that is no SIGHUP at
-    once, and the guest with it: a terminal that closes sends SIGHUP from the kernel and from the shell."""
-    heard: list[int] = []
+def _handle_signals(endings: Endings, address: QmpAddress) -> None:
+    """Make the first Ctrl-C, SIGTERM or SIGHUP end the process cleanly, and a second one at once, with the guest.
+
+    A second SIGHUP is ignored, because a closing terminal sends one from the kernel and one from the shell.
+    """
+    received: list[int] = []
 
     def handler(number: int, _frame: FrameType | None) -> None:
-        if heard and number == signal.SIGHUP:
+        if received and number == signal.SIGHUP:
             return
-        if heard:
+        if received:
             if isinstance(address, UnixAddress):
                 Path(address.path).unlink(missing_ok=True)
             os._exit(ExitStatus.INTERRUPTED)
-        heard.append(number)
+        received.append(number)
         endings.put(Ending.INTERRUPTED if number == signal.SIGINT else Ending.TERMINATED)
 
     for number in ending_signals():
         signal.signal(number, handler)
 
 
-def _last_words(engine: Engine, server: QmpServer, ending: Ending) -> None:
+def _report(engine: Engine, server: QmpServer, ending: Ending) -> None:
     match ending:
         case Ending.QUIT | Ending.TERMINATED:
             return
         case Ending.GUEST_ENDED:
-            say("the guest has ended")
+            announce("the guest has ended")
         case Ending.GUEST_FAILED:
             reason = engine.machine.information().get("error", "its process ended")
             raise MigfwError(f"the guest failed: {reason}")
         case Ending.MOVED:
-            say("the guest has moved")
+            announce("the guest has moved")
             _linger(server)
         case Ending.NOT_ARRIVED:
             raise MigfwError(_why_not_arrived(engine))
@@ -247,4 +254,4 @@ def _why_not_arrived(engine: Engine) -> str:
 def _linger(server: QmpServer) -> None:
     end = time.monotonic() + LINGER
     while server.clients and time.monotonic() < end:
-        time.sleep(_LOOK)
+        time.sleep(_POLL)

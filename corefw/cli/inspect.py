@@ -1,4 +1,4 @@
-"""`migfw inspect`: what is inside a recorded stream."""
+"""`migfw inspect`: show what is inside a recorded stream."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from corefw.inspection import CommandInfo, Inspection, SectionInfo, ValueBudget
 
 MOST_TEXT: Final = 60
-"""Characters of a list."""
+"""Characters of a list that are shown."""
 
 MOST_STRING: Final = 500
-"""Characters of a text."""
+"""Characters of a string that are shown."""
 
 
 class _StreamFile(click.ParamType[tuple[str, int]]):
-    """A path, "-", or a file: URI: (path, offset)."""
+    """Converts a path, "-", or a file: URI to (path, offset)."""
 
     name = "file"
 
@@ -69,7 +69,7 @@ def inspect(place: tuple[str, int], devices: Sequence[str], all_fields: bool, as
         found = inspect_stream(source)
         found.origin, found.image = source.origin, source.image
         if found.damage is not None and source.size is not None:
-            found.size = source.size  # it may go on behind the damage
+            found.size = source.size  # it may continue after the damage
     missing = [name for name in devices if all(section.idstr != name for section in found.sections)]
     if as_json:
         print_json(document(found))
@@ -87,7 +87,7 @@ def inspect(place: tuple[str, int], devices: Sequence[str], all_fields: bool, as
 
 
 def _print(found: Inspection, devices: frozenset[str] | None, budget: ValueBudget) -> None:
-    """`devices`: whose fields to show, None for all."""
+    """Print the report. `devices` are those to show the fields of; None shows all."""
     print_facts(_facts(found))
     if found.blocks:
         click.echo()
@@ -118,9 +118,7 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     ]
     if found.uncut is not None:
         offset, size = found.uncut
-        facts.append(
-            ("devices", f"{size} bytes from {offset:#x} on, which neither footers nor a description tell apart")
-        )
+        facts.append(("devices", f"{size} bytes from {offset:#x} on, not separable without footers or a description"))
     if found.omitted:
         facts.append(("not listed", f"{found.omitted} more sections and commands"))
     if absent := sum(block.absent for block in found.blocks.values()):
@@ -133,7 +131,7 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
 
 
 def _place(found: Inspection) -> list[tuple[str, str]]:
-    """Where in its file the stream is, if not at the start."""
+    """Where the stream is in its file, if not at the start."""
     if not found.origin:
         return []
     place = [("stream", f"from {found.origin:#x} of the file on; offsets below count from there")]
@@ -185,7 +183,7 @@ def _command(entry: CommandInfo) -> tuple[str, ...]:
 
 
 def _print_aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int) -> None:
-    """A table whose first `numbers` columns are flush right."""
+    """Print a table whose first `numbers` columns are right-aligned."""
     widths = [max(len(row[column]) for row in (headings, *rows)) for column in range(numbers)]
 
     def aligned(row: Sequence[str]) -> list[str]:
@@ -201,14 +199,14 @@ def _print_fields(entry: SectionInfo, budget: ValueBudget) -> None:
         return
     click.echo(f"\n{_text(entry.idstr)} (instance {entry.instance_id}), {len(entry.body)} bytes:")
     if entry.device is None:
-        click.echo("  no description tells what they mean")
+        click.echo("  not decoded: the stream has no description of them")
         return
     for line in _lines(device_fields(entry.device, entry.body, budget), "  "):
         click.echo(line)
 
 
 def _lines(value: object, indent: str) -> Iterator[str]:
-    """A field a line, those of structs indented below it."""
+    """One line a field; the fields of structs are indented below it."""
     assert isinstance(value, dict)
     for name, one in value.items():
         label = f"{indent}{_text(str(name))}"
@@ -248,5 +246,5 @@ def _shown(value: object) -> str:
 
 
 def _text(text: str) -> str:
-    """A name from the stream, fit for a terminal: whoever made the stream may have put anything there."""
+    """Replace unprintable characters: names come from the stream and may contain anything."""
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -18,6 +18,7 @@ from corefw.cli.completion import WithInstalled
 from corefw.cli.console import ExitStatus, Finished, note, print_facts, print_json, unread_is_fine
 from corefw.cli.engines import EngineClient, connect
 from corefw.cli.options import (
+    CAPABILITY,
     Changes,
     add_limits,
     engine_options,
@@ -112,7 +113,7 @@ def migrate(
     """
     _check_where(uri, to, remote_migfw, detach=detach, resume=resume)
     with connect(name, qmp) as engine, contextlib.ExitStack() as stack:
-        destination = stack.enter_context(_start(engine, to, remote_migfw, caps)) if to is not None else None
+        destination = stack.enter_context(_start(engine, to, remote_migfw, caps, params)) if to is not None else None
         uri = destination.uri if destination is not None else uri
         assert uri is not None
         route = find_route(engine, uri)
@@ -126,7 +127,7 @@ def migrate(
             raise UsageError(f"'{uri}': this process has to stay and relay for QEMU, so --detach is not possible")
         relay = stack.enter_context(_relay(uri, engine)) if route.relayed else None
         interrupts = stack.enter_context(Interrupts())
-        with changes.applied(engine):
+        with changes.applied(engine) as before:
             if interrupts.requested:
                 note("cancelled before it started")
                 raise Finished(ExitStatus.INTERRUPTED)
@@ -139,10 +140,11 @@ def migrate(
             if unread.error:
                 note(unread.before(f"migrating to {uri}"))
             return
+        has_failed = relay.has_failed if relay else None
         with open_display(f"migrating to {one_line(uri)}", as_json=as_json) as display:
-            hopeless = relay.has_failed if relay else None
-            answer = Follower(engine, display, interrupts, postcopy=postcopy, hopeless=hopeless).wait()
+            answer = Follower(engine, display, interrupts, postcopy=postcopy, has_failed=has_failed).wait()
         problem = relay.finish(answer, changes.capabilities, interrupts) if relay else None
+        _revert(changes, engine, before, answer)
         if destination is not None:
             _settle(destination, engine, answer)
         if as_json:
@@ -169,15 +171,16 @@ def _check_where(uri: str | None, to: str | None, remote_migfw: str | None, *, d
         )
 
 
-def _start(engine: EngineClient, to: str, remote_migfw: str | None, caps: Sequence[str]) -> Destination:
+def _start(
+    engine: EngineClient, to: str, remote_migfw: str | None, caps: Sequence[str], params: Sequence[str]
+) -> Destination:
     from corefw.cli.destination import start_destination
 
-    switched = parse_switches(caps, "--cap NAME, --cap NAME=on or --cap NAME=off")
-    return start_destination(engine, to, remote_migfw, [name for name, on in switched.items() if on])
+    return start_destination(engine, to, remote_migfw, parse_switches(caps, CAPABILITY), params)
 
 
 def _settle(destination: Destination, engine: EngineClient, answer: Mapping[str, Any]) -> None:
-    """End the destination of a migration that failed, but not where the guest may be there."""
+    """End the destination of a migration that failed, unless it may have the guest."""
     if answer["status"] == MigrationStatus.COMPLETED:
         return
     if engine.settled_run_state() in (RunState.POSTMIGRATE, RunState.FINISH_MIGRATE):
@@ -192,8 +195,14 @@ def _place(destination: Destination) -> list[tuple[str, str]]:
     return [("now on", f"{facts['host']}, engine '{facts['name']}', log {facts['log']}")]
 
 
+def _revert(changes: Changes, engine: EngineClient, before: Changes, answer: Mapping[str, Any]) -> None:
+    """Give the engine its settings back if the guest stays here: --cap and --param were meant for this migration."""
+    if answer["status"] in (MigrationStatus.FAILED, MigrationStatus.CANCELLED):
+        changes.revert(engine, before)
+
+
 def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str | None, *, interrupted: bool) -> None:
-    """Return when the guest has moved; else raise what says why not, and where the guest is."""
+    """Return if the guest has moved; otherwise raise an error that says why not, and where the guest is."""
     status = answer["status"]
     if status == MigrationStatus.COMPLETED and problem is None:
         if interrupted:
@@ -221,7 +230,7 @@ def _relay(uri: str, engine: EngineClient) -> QemuRelay:
 
 
 def _add_defaults(changes: Changes, engine: EngineClient, route: Route) -> None:
-    """The command line's own defaults, for what neither --cap, --param nor 'migfw set' said."""
+    """Add the command line's own defaults for what --cap, --param and 'migfw set' left open."""
     if route.return_path is not None:
         changes.capabilities.setdefault("return-path", route.return_path)
     if engine.call("query-migrate-parameters").get("max-bandwidth") == QMP_MAX_BANDWIDTH:
@@ -287,20 +296,20 @@ def check(
 
 @contextlib.contextmanager
 def _dialled(engine: EngineClient, uri: str | None, to: str | None, remote_migfw: str | None) -> Iterator[str | None]:
-    """The URI to dial; for --to that of a destination that is ended afterwards."""
+    """The URI to dial. With --to, that of a destination that is ended afterwards."""
     if to is None:
         yield uri
         return
     from corefw.cli.destination import start_destination
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # they, too, have to find their way through ending it
+    for number in (signal.SIGTERM, signal.SIGHUP):  # they have to unwind and end it, too
         signal.signal(number, signal.default_int_handler)
-    with start_destination(engine, to, remote_migfw, ()) as destination:
+    with start_destination(engine, to, remote_migfw, {}, ()) as destination:
         yield destination.uri
 
 
 def _facts(answer: Mapping[str, Any], *, tried: bool) -> Iterator[tuple[str, str]]:
-    """`tried` is False where a destination was named and could not be asked (file:, exec:)."""
+    """The result as lines. `tried` is False if a destination was named that cannot be asked (file:, exec:)."""
     for problem in answer["problems"]:
         yield "problem", problem
     for remark in answer["notes"]:

@@ -50,8 +50,9 @@ def engine_options(command: _Command) -> _Command:
     )(command)
 
 
+CAPABILITY: Final = "--cap NAME, --cap NAME=on or --cap NAME=off"
 PARAMETER: Final = "--param NAME=VALUE, as in --param downtime-limit=100ms"
-"""The form of --param, for error messages."""
+"""The forms of --cap and --param, for error messages."""
 
 
 def param_option(command: _Command) -> _Command:
@@ -128,16 +129,16 @@ class Changes:
             pass
 
     @contextlib.contextmanager
-    def applied(self, engine: EngineClient) -> Iterator[None]:
+    def applied(self, engine: EngineClient) -> Iterator[Changes]:
         """Set everything for a migration that the block starts.
 
-        The previous values are restored if the engine refuses something, here or in the block, or if the block is left
-        by an exception while no migration runs.
+        Yields the previous values, for `revert`. They are restored if the engine refuses something, here or in the
+        block, or if the block is left by an exception while no migration runs.
         """
         before = self._before(engine)
         try:
             self._set(engine)
-            yield
+            yield before
         except UsageError:
             before._restore(engine)
             raise
@@ -146,6 +147,19 @@ class Changes:
                 if not engine.is_migrating():
                     before._restore(engine)
             raise
+
+    def revert(self, engine: EngineClient, before: Changes) -> None:
+        """Restore `before`, except for what somebody else has changed since. Does nothing if the engine has gone."""
+        with contextlib.suppress(MigfwError):
+            now = self._before(engine)
+            Changes(
+                {
+                    name: old
+                    for name, old in before.capabilities.items()
+                    if now.capabilities[name] == self.capabilities[name]
+                },
+                {name: old for name, old in before.parameters.items() if now.parameters[name] == self.parameters[name]},
+            )._restore(engine)
 
     def _before(self, engine: EngineClient) -> Changes:
         """The engine's present values of everything that is to be set. Raises UsageError for an unknown parameter."""
@@ -187,10 +201,7 @@ def read_changes(caps: Iterable[str], params: Iterable[str], *, plugins: bool = 
     that are not declared are passed on.
     """
     return Changes(
-        {
-            _real_name(name, plugins=plugins): state
-            for name, state in parse_switches(caps, "--cap NAME, --cap NAME=on or --cap NAME=off").items()
-        },
+        {_real_name(name, plugins=plugins): state for name, state in parse_switches(caps, CAPABILITY).items()},
         dict(_parameter(name, text, plugins=plugins) for name, text in split_pairs(params, PARAMETER).items()),
     )
 

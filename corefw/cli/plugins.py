@@ -1,4 +1,4 @@
-"""`migfw plugins`: what is installed, from where, whether it loads, and what it adds."""
+"""`migfw plugins`: list what is installed, from where, whether it loads, and what it adds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plugins(show_settings: bool, as_json: bool) -> None:
     """
     from corefw.plugins import Plugins
 
-    logging.getLogger("corefw.plugins").setLevel(logging.ERROR)  # the table says what failed; once is enough
+    logging.getLogger("corefw.plugins").setLevel(logging.ERROR)  # the table shows what failed
     loaded = Plugins.load()
     if show_settings:
         _show_settings([*_settings(loaded)], as_json=as_json)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 LINE_INTERVAL: Final = 1.0
-"""Seconds between two plain lines, at least."""
+"""Minimum number of seconds between two plain lines."""
 
 _MEGABIT: Final = 125_000
 """Bytes in one of QAPI's megabits (`mbps`)."""
@@ -37,13 +37,13 @@ _MEGABIT: Final = 125_000
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One answer of query-migrate, in bytes, bytes per second and milliseconds; zero or None where it says nothing.
+    """An answer of query-migrate, in bytes, bytes per second and milliseconds. What is unknown is zero or None.
 
     total, remaining    over all live sections; of a real QEMU, its RAM
-    passes              times that the dirty log was harvested, the pass now running included
+    passes              number of harvests of the dirty log, including the one of the present pass
     time_left           until the guest runs on the destination
     pass_time_left      until the present pass has been sent
-    fraction            of the guest's state that does not have to be sent again, 0 to 1
+    fraction            part of the guest's state that is up to date at the destination, 0 to 1
     """
 
     phase: str = "none"
@@ -64,7 +64,7 @@ class Progress:
     def of(cls, answer: Mapping[str, Any]) -> Progress:
         ram, own = answer.get("ram", {}), answer.get("x-migfw", {})
         measured = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
-        # QEMU begins with the downtime limit, and has measured the downtime once it knows the dirty rate.
+        # QEMU reports the downtime limit until it has measured the dirty rate.
         downtime = answer.get("expected-downtime") if measured and not own else None
         return cls(
             phase=answer.get("status", "none"),
@@ -88,11 +88,11 @@ class Progress:
 
     @property
     def percent(self) -> str:
-        """Rounded down: there are no 100 % while anything is left."""
+        """The fraction in percent, rounded down: 100 % means that nothing is left."""
         return f"{math.floor(100 * self.fraction)} %"
 
     def details(self) -> list[str]:
-        """The figures that are known, as phrases, most wanted first."""
+        """The known figures as phrases, most important first."""
         known = [f"{format_size(self.remaining)} of {format_size(self.total)} left"] if self.total else []
         if self.converges is False:
             known.append("will not converge")
@@ -112,26 +112,26 @@ class Progress:
         return f"{self.phase}, pass {self.passes}" if self.passes else self.phase
 
     def line(self) -> str:
-        """Everything in one line."""
+        """All of it in one line."""
         percent = [self.percent] if self.total else []
         return ", ".join([self.heading(), *percent, *self.details()])
 
 
 class Display(Closing):
-    """Shows nothing. The base of those that show something; `with` it, so that a terminal is left in order."""
+    """A display that shows nothing, and the base of the others. A context manager, so that the terminal is restored."""
 
     def update(self, progress: Progress) -> None:
-        """The latest answer."""
+        """Show the latest answer."""
 
     def say(self, text: str) -> None:
-        """One line that stays, beside the progress."""
+        """Print one line that stays above the progress."""
 
     def close(self) -> None:
-        """No more updates. Idempotent."""
+        """Stop. Idempotent."""
 
 
 class Lines(Display):
-    """Plain lines."""
+    """Progress as plain lines."""
 
     def __init__(self, write: Callable[[str], None] = click.echo, clock: Callable[[], float] = time.monotonic) -> None:
         self._write = write
@@ -158,7 +158,7 @@ class Lines(Display):
 
 
 class Live(Display):
-    """A bar and two lines of figures that stay in place; gone when the migration is over, for the summary follows."""
+    """A bar and two lines of figures, updated in place. It disappears when the migration is over: a summary follows."""
 
     def __init__(self, title: str, stream: TextIO) -> None:
         from rich.console import Console
@@ -198,7 +198,7 @@ class Live(Display):
 
 
 def open_display(title: str, *, as_json: bool) -> Display:
-    """The display that fits where the output goes; `title` heads a live one."""
+    """Choose the display for where the output goes. `title` is the heading of a live one."""
     stream = sys.stderr if as_json else sys.stdout
     if stream.isatty():
         return Live(title, stream)
@@ -212,18 +212,18 @@ _WHEREABOUTS: Final[Mapping[str, str]] = {
     "stored": "stored in the file; it no longer runs here",
     "unconfirmed": "stopped here: nobody confirmed that it arrived (if it did, 'migfw quit'; if not, 'migfw cont')",
 }
-"""Where the guest is, unless it simply moved."""
+"""Where the guest is, unless it has simply moved."""
 
 
 def throughput(answer: Mapping[str, Any]) -> float:
-    """Bytes per second over the time that data flowed; 0 when that is not known."""
+    """Bytes per second, not counting the setup time; 0 if unknown."""
     milliseconds = answer.get("total-time", 0) - answer.get("setup-time", 0)
     transferred: int = answer.get("ram", {}).get("transferred", 0)
     return transferred * 1000 / milliseconds if milliseconds > 0 else 0.0
 
 
 def cancelled(answer: Mapping[str, Any], run_state: str) -> str:
-    """The status after a cancel; where the guest did not come back, why not."""
+    """The status after a cancel, and why the guest is not running here if it is not."""
     status, reason = str(answer.get("status", "none")), str(answer.get("x-migfw", {}).get("reason", ""))
     return f"{status} ({reason})" if reason and run_state == RunState.POSTMIGRATE else status
 
@@ -234,7 +234,7 @@ def _live_sections(answer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def summary(answer: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """query-migrate's last answer as (name, value) lines. What the engine did not say is left out."""
+    """Turn the last answer of query-migrate into (name, value) lines. What the answer lacks is left out."""
     ram = answer.get("ram", {})
     facts = [("status", str(answer.get("status", "none")))]
     if "error-desc" in answer:
@@ -271,16 +271,17 @@ OVER: Final = frozenset(
         MigrationStatus.COLO,
     }
 )
-"""Nothing more happens by itself."""
+"""Statuses in which nothing more happens by itself."""
 
 _FIRST_PASS: Final = 2
-"""When the second pass begins (dirty-sync-count), everything was sent once: the time to switch to postcopy."""
+"""Passes (dirty-sync-count) at which everything has been sent once: the time to switch to postcopy."""
 
 
 class Follower:
-    """One migration of one engine, shown on one display.
+    """Watches one migration of an engine until it is over, and shows it on a display.
 
-    hopeless   asked at every look; the migration is cancelled once it says True (a relay that failed)
+    It may act, once each: cancel the migration after Ctrl-C or if `has_failed` returns True (a relay that broke),
+    switch to postcopy, and explain pre-switchover.
     """
 
     def __init__(
@@ -290,18 +291,18 @@ class Follower:
         interrupts: Interrupts | None = None,
         *,
         postcopy: bool = False,
-        hopeless: Callable[[], bool] | None = None,
+        has_failed: Callable[[], bool] | None = None,
     ) -> None:
         self._engine = engine
         self._display = display
         self._interrupts = interrupts or Interrupts()
         self._postcopy = postcopy
-        self._hopeless = hopeless
+        self._has_failed = has_failed
         self._cancelling = False
         self._explained = False
 
     def wait(self) -> dict[str, Any]:
-        """Until it is over; the last answer of query-migrate. Raises MigfwError when the engine went away."""
+        """Wait until the migration is over; the last answer of query-migrate. Raises MigfwError if the engine ends."""
         while True:
             try:
                 answer = self._engine.query_migrate()
@@ -317,8 +318,8 @@ class Follower:
             time.sleep(POLL)
 
     def _act(self, progress: Progress) -> None:
-        hopeless = self._hopeless is not None and self._hopeless()
-        if not self._cancelling and (self._interrupts.requested or hopeless):
+        failed = self._has_failed is not None and self._has_failed()
+        if not self._cancelling and (self._interrupts.requested or failed):
             self._cancelling = True
             if self._interrupts.requested:
                 self._display.say("cancelling; press Ctrl-C again to exit at once")

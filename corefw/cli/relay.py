@@ -47,23 +47,26 @@ if TYPE_CHECKING:
 
 
 QEMU_TWO_WAY: Final = {"tcp": True, "unix": True, "vsock": True, "rdma": True, "exec": False, "fd": None}
-"""Schemes of every QEMU -> whether bytes flow back; None: that depends on the descriptor, so the setting stays."""
+"""The URI schemes of every QEMU -> whether they have a return path; None if that depends on the descriptor."""
 
 _QEMU_FILE_SINCE: Final = (8, 2)
-"""The QEMU that first knew file:."""
+"""The first version of QEMU with file: URIs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """relayed       this process carries the bytes between the QEMU and the transport
-    return_path   whether there is one; None: unknown"""
+    """How a migration reaches its destination.
+
+    relayed       this process forwards the bytes between a QEMU and the transport
+    return_path   whether the route has one; None if unknown
+    """
 
     relayed: bool
     return_path: bool | None
 
 
 def find_transport(uri: str) -> Transport:
-    """The transport of a URI, in this process. Raises UriError, PluginError."""
+    """Find the transport of a URI in this process. Raises UriError, PluginError."""
     return _plugins().transport(uri)
 
 
@@ -75,8 +78,12 @@ def _plugins() -> Plugins:
 
 
 def find_route(engine: EngineClient, uri: str) -> Route:
-    """Raises UriError (no such scheme, a wrong address, one that only receives), UsageError with what the engine said
-    of it."""
+    """Find out how to reach a URI, before anything is changed.
+
+    The process that will dial decides whether a URI is valid: an engine has its own descriptors (fd:), directory
+    (file:, unix:) and plugins; a relay has those of this process. Raises UriError for an unknown scheme, a wrong
+    address or one that only receives, and UsageError if the engine refuses it.
+    """
     parsed = MigrationUri.parse(uri)
     if engine.is_migfw:
         return Route(relayed=False, return_path=engine.call("x-migfw-transport", uri=uri)["return-path"])
@@ -88,12 +95,12 @@ def find_route(engine: EngineClient, uri: str) -> Route:
 
 
 def _qemu_knows(engine: EngineClient, uri: MigrationUri) -> bool:
-    """Whether a QEMU itself dials this URI as it is written. Raises UriError for an address that is wrong."""
+    """Whether a QEMU can dial this URI itself. Raises UriError for a wrong address."""
     if uri.scheme == "tcp":
         _, port = split_host_port(uri.rest, str(uri))
         check_dialled_port(port, str(uri))
     if uri.scheme == "unix":
-        return not uri.rest.startswith("@")  # an abstract name; QEMU's URIs have only paths
+        return not uri.rest.startswith("@")  # QEMU's URIs cannot name abstract sockets
     if uri.scheme == "file":
         version = engine.call("query-version")["qemu"]
         return (version["major"], version["minor"]) >= _QEMU_FILE_SINCE
@@ -104,13 +111,13 @@ def _qemu_knows(engine: EngineClient, uri: MigrationUri) -> bool:
 
 
 LOOK: Final = 0.2
-"""Seconds between two looks at the relay."""
+"""Seconds between two polls of the relay."""
 
 LINE_INTERVAL: Final = 5.0
-"""Seconds between two plain lines, at least."""
+"""Minimum number of seconds between two plain lines."""
 
 _SMOOTHING: Final = 0.3
-"""Weight of the latest look in the rate that is shown."""
+"""Weight of the latest measurement in the rate that is shown."""
 
 
 @click.command()
@@ -197,7 +204,7 @@ def _amount(progress: RelayProgress, *, two_way: bool = True) -> str:
 
 
 class Display:
-    """How far the relay is: live on a terminal, a line now and then elsewhere, nothing on stdout beside --json."""
+    """Progress of the relay: live on a terminal, otherwise plain lines, and nothing on stdout with --json."""
 
     def __init__(self, title: str, *, as_json: bool) -> None:
         stream = sys.stderr if as_json else sys.stdout
@@ -251,20 +258,24 @@ class Display:
 
 
 _SETTLE: Final = 2.0
-"""Seconds for the relay to find out why it broke, when QEMU was quicker to see that it did."""
+"""Seconds for the relay to find out why it broke, if QEMU noticed first."""
 
 _FAREWELL: Final = 10.0
-"""Seconds for the relay to end by itself when the guest has moved: as long as QEMU needs to close its socket."""
+"""Seconds for the relay to end by itself after the guest has moved, while QEMU closes its socket."""
 
 _LOOK: Final = 0.1
 
 _NAME: Final = "migfw-relay"
-"""Of the descriptor, on both sides."""
+"""Name of the descriptor on both sides."""
 
 
 class QemuRelay:
-    """`with QemuRelay(uri, client) as relay:`, and tell the QEMU to migrate to `relay.uri`, over that client: QEMU
-    keeps descriptors by connection. Raises UriError, ChannelError, QmpError."""
+    """Relays the migration of a QEMU to `uri`. Use it as a context manager, and make the QEMU migrate to `relay.uri`.
+
+    Send that command over `client`, because QEMU keeps descriptors by connection. If the relay breaks, its error is the
+    reason, not what QEMU reports. Once the guest has moved, the far side sees the stream end. Raises UriError,
+    ChannelError, QmpError.
+    """
 
     def __init__(self, uri: str, client: QmpClient) -> None:
         target = find_transport(uri)
@@ -277,15 +288,14 @@ class QemuRelay:
             self._tidy_up = undo.pop_all()
 
     def has_failed(self) -> bool:
-        """Whether there is nothing to wait for any more; the migration is to be cancelled then."""
+        """Whether the relay has broken, so that the migration should be cancelled."""
         self._given_up = self._relay.failure is not None
         return self._given_up
 
     def finish(self, answer: Mapping[str, Any], capabilities: Mapping[str, bool], interrupts: Interrupts) -> str | None:
-        """After QEMU's migration has ended with this `answer` of query-migrate: what went wrong, or None.
+        """Return what went wrong, or None, after QEMU's migration has ended with this `answer` of query-migrate.
 
-        A stream that the destination did not confirm on the return path is whole there only when the last byte has left
-        here: this waits for that.
+        Without a return path, waits until the last byte has left this process: the stream is not complete before.
         """
         status = answer["status"]
         if status == MigrationStatus.COMPLETED:
@@ -307,7 +317,7 @@ class QemuRelay:
         return f"QEMU had sent everything, but {self._failure()}" if self._relay.failure else None
 
     def _failure(self) -> str:
-        """Why the relay broke, with its two sides called by what they are here."""
+        """Why the relay broke, with its two sides named as they are known here."""
         sides = {
             "the FROM side of the relay": "QEMU's side",
             "the TO side of the relay": f"the side of {self._far}",
@@ -336,14 +346,14 @@ class QemuRelay:
 
 
 def _private_socket(undo: contextlib.ExitStack) -> str:
-    """The URI of a socket, still to be made, in a folder of this user's."""
+    """The URI of a socket that can be created in a private folder."""
     folder = Path(tempfile.mkdtemp(prefix="migfw-relay-"))
     undo.callback(shutil.rmtree, folder, ignore_errors=True)
     return f"unix:{folder}/qemu"
 
 
 def _hand_over(client: QmpClient, undo: contextlib.ExitStack) -> str:
-    """Give the QEMU one end of a socket pair; the URI that means it there, and our end here."""
+    """Give QEMU one end of a socket pair. The returned URI means that end in QEMU, and our end in this process."""
     ours, theirs = socket.socketpair()
     with theirs:
         descriptors.put(_NAME, ours.detach())
@@ -354,6 +364,6 @@ def _hand_over(client: QmpClient, undo: contextlib.ExitStack) -> str:
 
 
 def _take_back(client: QmpClient) -> None:
-    """Close what the QEMU still keeps, where it never came to migrate. One that used it, or has gone, keeps nothing."""
+    """Close the descriptor that QEMU still has if it never migrated. If it did, or has ended, there is none."""
     with contextlib.suppress(QmpError, ChannelError):
         client.execute("closefd", {"fdname": _NAME})

@@ -1,14 +1,14 @@
-"""`migfw run`: put a guest, its engine and the QMP server together, and stay until it is over.
+"""`migfw run`: create a guest, its engine and the QMP server, and run them until the end.
 
-Invariant: whatever can be wrong in the command line is refused before the guest is made, and every way out undoes what
-was made, so nothing is left behind.
+Invariant: mistakes on the command line are refused before the guest is created, and every way out cleans up, so nothing
+is left behind.
 """
 
 from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,7 +17,7 @@ import click
 from corefw.cli import completion
 from corefw.cli.completion import WithInstalled
 from corefw.cli.engines import claim
-from corefw.cli.options import parse_switches, set_parameters, settings_options, split_pairs
+from corefw.cli.options import CAPABILITY, parse_switches, set_parameters, settings_options, split_pairs
 from corefw.cli.signals import LeavingAtOnce, ending_signals
 from corefw.errors import UsageError
 from corefw.qmp.address import runtime_directory
@@ -138,14 +138,16 @@ def run(
         from corefw.plugins import Plugins
         from corefw.qmp.server import QmpServer
 
-    # Until the engine hears signals itself, the others find their way through the cleaning up as Ctrl-C does.
+    # Until the engine handles signals itself, let the others unwind and clean up as Ctrl-C does.
     for number in set(ending_signals()) - {signal.SIGINT}:
         signal.signal(number, signal.default_int_handler)
     options = split_pairs(opts, "--opt NAME=VALUE, as in --opt ram=1G")
     with LeavingAtOnce():
         plugins = Plugins.load()
     settings = plugins.settings()
-    _apply(settings, caps, params, properties, only_migratable=only_migratable, allow_any_user=allow_any_user)
+    flags = {"only-migratable": only_migratable, "allow-any-user": allow_any_user}
+    switched = parse_switches(properties, PROPERTY) | {name: True for name, on in flags.items() if on}
+    _apply(settings, caps, params, switched)
     deferred = incoming == DEFER
     if incoming not in (None, DEFER, PRIVATE):
         plugins.transport(incoming, settings).check_incoming()
@@ -163,7 +165,6 @@ def run(
         )
         machine = plugins.machine(kind, config)
         stack.callback(machine.close)
-        switched = parse_switches(properties, PROPERTY)
         launch = Launch(kind, program, options, switched, str(Path.cwd()), allow_undeclared, str(log) if log else None)
         engine = Engine(machine, plugins, settings, name=claimed.name, autostart=not paused, launch=launch)
         stack.callback(engine.close)
@@ -177,7 +178,7 @@ def run(
 
 
 def _go_to_background(*, as_json: bool, tied: bool) -> Background:
-    """Before anything is imported that might start threads (NumPy's libraries do)."""
+    """Detach before anything is imported that may start threads, as NumPy's libraries do."""
     with LeavingAtOnce():
         from corefw.cli.background import go_to_background
     return go_to_background(as_json=as_json, tied=tied)
@@ -187,17 +188,10 @@ def _apply(
     settings: Settings,
     caps: Iterable[str],
     params: Iterable[str],
-    properties: Iterable[str],
-    *,
-    only_migratable: bool,
-    allow_any_user: bool,
+    properties: Mapping[str, bool],
 ) -> None:
-    """Set everything that the command line says. Raises UsageError."""
-    for name, state in parse_switches(properties, PROPERTY).items():
+    """Apply the settings on the command line. Raises UsageError."""
+    for name, state in properties.items():
         settings.set_property(name, state)
-    if only_migratable:
-        settings.set_property("only-migratable", True)
-    if allow_any_user:
-        settings.set_property("allow-any-user", True)
     set_parameters(settings, params)
-    settings.set_capabilities(parse_switches(caps, "--cap NAME, --cap NAME=on or --cap NAME=off"))
+    settings.set_capabilities(parse_switches(caps, CAPABILITY))

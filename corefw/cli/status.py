@@ -15,12 +15,13 @@ from corefw.cli.options import engine_options, json_option
 from corefw.cli.progress import Progress, summary
 from corefw.errors import ChannelError, UsageError, one_line
 from corefw.quantities import format_duration, format_size
+from corefw.states import MigrationStatus
 
 Fact = tuple[str, str]
 
 
 def _phrase(value: object) -> str:
-    """Any JSON value in a line."""
+    """Any JSON value in one line."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_phrase(inner)}" for key, inner in value.items())
     if isinstance(value, list):
@@ -29,7 +30,7 @@ def _phrase(value: object) -> str:
 
 
 def _devices(value: Any) -> str:
-    """Names; of several with the same one, the later with their instance. Another plugin's may look otherwise."""
+    """The names of devices, with the instance if it is not the first. Another plugin's list may look different."""
     if not (isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value)):
         return _phrase(value)
     return ", ".join(f"{one['name']}/{one['instance-id']}" if one.get("instance-id") else one["name"] for one in value)
@@ -54,7 +55,7 @@ _SHOWN: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "devices": ("devices", _devices),
     "device-state": ("device state", _size),
 }
-"""What of a machine's information is called or written otherwise here: key -> (name, how to write the value)."""
+"""How parts of a machine's information are shown: key -> (name, formatter)."""
 
 
 @click.command()
@@ -76,12 +77,10 @@ def status(name: str | None, qmp: str | None, watch: bool, as_json: bool) -> Non
     """
     if watch and as_json:
         raise UsageError("--json prints one document, --watch never stops printing: use one of them")
+    if watch:
+        _watch(name, qmp)
+        return
     with connect(name, qmp) as engine:
-        if watch:
-            from corefw.cli.status import watch_engine
-
-            watch_engine(lambda: ask(engine))
-            return
         document = ask(engine)
     if as_json:
         print_json(document)
@@ -90,13 +89,13 @@ def status(name: str | None, qmp: str | None, watch: bool, as_json: bool) -> Non
 
 
 def ask(engine: EngineClient) -> dict[str, Any]:
-    """All that `migfw status` shows, of whichever engine."""
+    """Everything that `migfw status` shows about an engine."""
     document: dict[str, Any] = engine.call("x-migfw-status") if engine.is_migfw else _of_qemu(engine)
     return document
 
 
 def _of_qemu(engine: EngineClient) -> dict[str, Any]:
-    """The part of x-migfw-status's answer that a real QEMU can give."""
+    """The part of the answer to x-migfw-status that a real QEMU can give."""
     version = engine.call("query-version")["qemu"]
     state = engine.call("query-status")
     return {
@@ -109,7 +108,7 @@ def _of_qemu(engine: EngineClient) -> dict[str, Any]:
 
 
 def facts(document: Mapping[str, Any]) -> list[Fact]:
-    """As lines, what matters first."""
+    """Turn the document into (name, value) lines, most important first."""
     return [*_facts(document)]
 
 
@@ -160,7 +159,7 @@ def _migration(answer: Mapping[str, Any]) -> Iterator[Fact]:
 
 
 INTERVAL: Final = 1.0
-"""Seconds between two looks."""
+"""Seconds between two polls."""
 
 
 class _Screen(Protocol):
@@ -169,22 +168,38 @@ class _Screen(Protocol):
     def close(self) -> None: ...
 
 
-def watch_engine(ask: Callable[[], dict[str, Any]]) -> None:
-    """Show what `ask` returns until the engine has ended. KeyboardInterrupt goes through."""
-    screen: _Screen = _Live() if sys.stdout.isatty() else _Lines()
+def _watch(name: str | None, qmp: str | None) -> None:
+    """Show the engine's status until it has ended. KeyboardInterrupt passes through."""
+    screen: _Screen | None = None
     try:
         while True:
-            screen.show(ask())
+            with connect(name, qmp) as engine:
+                name, qmp = None, engine.address  # from now on this one, whichever others start
+                screen = screen or (_Live() if sys.stdout.isatty() else _Lines())
+                # An engine whose guest has moved stays for its clients: leave, and see whether it is still there.
+                while not _show(screen, engine):
+                    time.sleep(INTERVAL)
             time.sleep(INTERVAL)
     except ChannelError:
-        screen.close()
-        note("the engine has ended")
+        pass
+    except UsageError:
+        if screen is None:  # otherwise it has answered before
+            raise
     finally:
-        screen.close()
+        if screen is not None:
+            screen.close()
+    note("the engine has ended")
+
+
+def _show(screen: _Screen, engine: EngineClient) -> bool:
+    """Show the present status. Returns whether the guest has moved."""
+    document = ask(engine)
+    screen.show(document)
+    return bool(document["migration"].get("status") == MigrationStatus.COMPLETED)
 
 
 class _Lines:
-    """One line whenever something changed."""
+    """One line whenever something has changed."""
 
     def __init__(self) -> None:
         self._last = ""
@@ -200,7 +215,7 @@ class _Lines:
 
 
 def _phrases(document: Mapping[str, Any]) -> list[str]:
-    """What changes: the guest, the migration, the fields of a program."""
+    """What may change: the guest, the migration, the fields of a program."""
     answer = document["migration"]
     progress = Progress.of(answer)
     phrases = [f"guest {document['status']}"]
@@ -216,7 +231,7 @@ def _phrases(document: Mapping[str, Any]) -> list[str]:
 
 
 class _Live:
-    """The facts in place, as `migfw status` shows them; the last ones stay when it ends."""
+    """The lines of `migfw status`, updated in place. The last ones stay on the terminal."""
 
     def __init__(self) -> None:
         from rich.console import Console

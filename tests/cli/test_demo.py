@@ -77,7 +77,7 @@ def test_killed_it_leaves_no_engine(temporary: Path) -> None:
 
 @pytest.mark.parametrize(
     ("argument", "complaint"),
-    [("--ram=much", "is not a size"), ("--dirty-rate=0", "more than nothing"), ("--working-set=32M", "working-set")],
+    [("--ram=much", "is not a size"), ("--dirty-rate=0", "more than zero"), ("--working-set=32M", "working-set")],
 )
 def test_a_wrong_size_is_one_line(temporary: Path, argument: str, complaint: str) -> None:
     done = migfw("demo", *SMALL, argument)

@@ -176,6 +176,17 @@ def test_two_engines_never_share_a_log(detached: Detached) -> None:
         assert migfw("quit", "--qmp", f"unix:{detached.runtime}/{number}").returncode == 0
 
 
+def test_old_logs_are_deleted_but_for_those_of_engines_that_run(detached: Detached) -> None:
+    logs = [Path(json.loads(detached(*SMALL, "--json", f"--name={name}").stdout)["log"]) for name in ("ended", "runs")]
+    assert migfw("quit", "--name=ended", runtime=detached.runtime).returncode == 0
+    recent = logs[0].with_name("recent.log")
+    recent.touch()
+    for log in logs:
+        os.utime(log, (0, 0))
+    assert detached(*SMALL).returncode == 0
+    assert detached.left() == ["recent.log", "runs.log", "runs.qmp", "stress.log", "stress.qmp"]
+
+
 def test_a_long_log_keeps_its_end(tmp_path: Path) -> None:
     path = tmp_path / "log"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)

@@ -391,3 +391,22 @@ def test_ctrl_c_before_it_began(
 
 def test_no_engine_is_one_line(engines: Engines) -> None:
     check_refused(NOBODY, ("migrate", "tcp:localhost:1"), engines.runtime)
+
+
+def test_settings_were_meant_for_a_migration_that_failed(engines: Engines) -> None:
+    here = engines(*SMALL)
+    before = here.ask("x-migfw-status")["settings"]
+    done = here.call("migrate", "exec:exit 3", "--cap=events", "--param=downtime-limit=77ms")
+    assert done.returncode == 1
+    assert here.ask("x-migfw-status")["settings"] == before
+
+
+def test_what_somebody_else_set_meanwhile_stays(pair: tuple[Engine, Engine]) -> None:
+    here, there = pair
+    before = setting(here, "max-bandwidth")
+    process = begin(here, there.uri, SLOW, "--param=downtime-limit=77ms")
+    assert here.call("set", "downtime-limit=99ms").returncode == 0
+    assert here.call("cancel").returncode == 0
+    process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 1
+    assert (setting(here, "downtime-limit"), setting(here, "max-bandwidth")) == (99, before)

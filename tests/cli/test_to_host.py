@@ -82,6 +82,15 @@ def test_one_command_for_both_sides(far: Far, engines: Engines) -> None:
     assert not (far.runtime / "migfw" / "stress.in").exists()
 
 
+def test_settings_go_along(far: Far, engines: Engines) -> None:
+    source = engines(*SMALL, "--only-migratable", "--cap=events")
+    done = source.call("migrate", far.to, "--param=downtime-limit=77ms", "--cap=pause-before-switchover=off")
+    assert (done.returncode, done.stderr) == (0, "")
+    there = json.loads(migfw("status", "--json", runtime=far.runtime).stdout)
+    assert there["settings"]["parameters"]["downtime-limit"] == 77
+    assert there["launch"]["properties"] == {"only-migratable": True}
+
+
 def test_as_json(far: Far, engines: Engines) -> None:
     document = json.loads(engines(*SMALL).call("migrate", far.to, "--json").stdout)
     assert document["status"] == "completed"

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -55,19 +56,11 @@ def test_the_client(engine: Engine, folder: Path, transport: str) -> None:
         assert server.wait_quit(20)
 
 
-def test_the_shell(server: QmpServer, folder: Path) -> None:
-    script = [
-        "query-name",
-        "migrate-set-capabilities capabilities=[{'capability':'events','state':true}]",
-        "migrate-set-parameters max-bandwidth=12345",
-        "query-migrate-parameters",
-        "cont",
-        "migrate",
-        "",
-    ]
-    shell = subprocess.run(
-        [SHELL, path_of(server.address)],
-        input="\n".join(script) + "\n",
+def shell(server: QmpServer, folder: Path, *lines: str, options: Sequence[str] = ()) -> str:
+    """What QEMU's shell prints when these lines are typed."""
+    done = subprocess.run(
+        [SHELL, *options, path_of(server.address)],
+        input="\n".join([*lines, ""]) + "\n",
         env={**os.environ, "HOME": str(folder)},
         capture_output=True,
         text=True,
@@ -75,10 +68,25 @@ def test_the_shell(server: QmpServer, folder: Path) -> None:
         check=False,
     )
     (folder / ".qmp-shell_history").unlink(missing_ok=True)
-    assert shell.returncode == 0, shell.stderr
-    assert "Connected to QEMU 7.2.0" in shell.stdout
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def test_the_shell(server: QmpServer, folder: Path) -> None:
+    printed = shell(
+        server,
+        folder,
+        "query-name",
+        "migrate-set-capabilities capabilities=[{'capability':'events','state':true}]",
+        "migrate-set-parameters max-bandwidth=12345",
+        "query-migrate-parameters",
+        "cont",
+        "migrate",
+    )
+    assert "Connected to QEMU 7.2.0" in printed
     for expected in ('{"return": {"name": "tiny"', '"max-bandwidth": 12345', "'event': 'RESUME'", "'uri' is missing"):
-        assert expected in shell.stdout, shell.stdout
+        assert expected in printed
 
 
 def test_the_shell_of_the_human_monitor(server: QmpServer, folder: Path) -> None:
@@ -91,22 +99,11 @@ def test_the_shell_of_the_human_monitor(server: QmpServer, folder: Path) -> None
         "nonsense",
         "help migrate",
     ]
-    shell = subprocess.run(
-        [SHELL, "-H", path_of(server.address)],
-        input="\n".join([*lines, ""]) + "\n",
-        env={**os.environ, "HOME": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    (folder / ".qmp-shell_history").unlink(missing_ok=True)
-    assert shell.returncode == 0, shell.stderr
-    assert "Traceback" not in shell.stderr
+    printed = shell(server, folder, *lines, options=["-H"])
     for expected in (
         "VM status: paused (prelaunch)",
         "tiny",
         "unknown command: 'nonsense'",
         "migrate [-d] [-r] uri -- ",
     ):
-        assert expected in shell.stdout, shell.stdout
+        assert expected in printed
