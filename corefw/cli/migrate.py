@@ -19,6 +19,7 @@ from corefw.cli.console import ExitStatus, Finished, note, print_facts, print_js
 from corefw.cli.engines import EngineClient, connect
 from corefw.cli.options import (
     CAPABILITY,
+    NO_LIMITS,
     Changes,
     add_limits,
     engine_options,
@@ -198,6 +199,7 @@ def _place(destination: Destination) -> list[tuple[str, str]]:
 def _revert(changes: Changes, engine: EngineClient, before: Changes, answer: Mapping[str, Any]) -> None:
     """Give the engine its settings back if the guest stays here: --cap and --param were meant for this migration."""
     if answer["status"] in (MigrationStatus.FAILED, MigrationStatus.CANCELLED):
+        before.parameters.update((name, none) for name, none in NO_LIMITS.items() if name in before.parameters)
         changes.revert(engine, before)
 
 

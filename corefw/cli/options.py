@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -23,7 +23,6 @@ from corefw.settings import Capability, Parameter, Settings, Value
 
 if TYPE_CHECKING:
     from corefw.cli.engines import EngineClient
-    from corefw.settings import Value
 
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -262,6 +261,14 @@ def all_settings() -> Settings:
 # -- limits of a migration ---------------------------------------------------------------------------------------------
 
 
+NO_LIMITS: Final[Mapping[str, Value]] = {
+    "x-migfw-timeout": 0,
+    "x-migfw-max-passes": 0,
+    "x-migfw-on-timeout": "cancel",
+}
+"""The parameters that limit a migration, and their values without a limit."""
+
+
 def add_limits(
     changes: Changes, engine: EngineClient, timeout: str | None, max_passes: int | None, on_timeout: str | None
 ) -> None:
@@ -279,13 +286,13 @@ def add_limits(
                 " (watch it with 'migfw status --watch', and end it with 'migfw cancel')"
             )
         return
-    limits: dict[str, Value] = {
-        "x-migfw-timeout": _parse_duration(timeout) if timeout is not None else 0,
-        "x-migfw-max-passes": max_passes or 0,
-        "x-migfw-on-timeout": on_timeout or "cancel",
-    }
-    for name, value in limits.items():
-        changes.parameters.setdefault(name, value)
+    options: tuple[Value | None, ...] = (
+        _parse_duration(timeout) if timeout is not None else None,
+        max_passes,
+        on_timeout,
+    )
+    for (name, none), value in zip(NO_LIMITS.items(), options, strict=True):
+        changes.parameters.setdefault(name, none if value is None else value)
 
 
 def _parse_duration(text: str) -> int:
