@@ -281,7 +281,7 @@ class Guest:
         return {}, []
 
     def _stop(self, request: Message, _fds: list[int]) -> Answer:
-        farewell = self._before_stop() if self._started else None
+        stop_cost = self._before_stop() if self._started else None
         try:
             undeclared = self._watch.found() if self._set_up else []
             if undeclared and request["whole"]:
@@ -293,7 +293,7 @@ class Guest:
             raise
         self._running = False
         sys.stdout.flush()
-        return {"values": values, "set_up": self._set_up, "undeclared": undeclared, "before_stop": farewell}, []
+        return {"values": values, "set_up": self._set_up, "undeclared": undeclared, "before_stop": stop_cost}, []
 
     def _before_stop(self) -> Message | None:
         """Call before_stop() and measure its cost, which adds to the downtime of a migration."""

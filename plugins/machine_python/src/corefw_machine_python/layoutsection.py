@@ -17,7 +17,7 @@ from corefw.section import IncomingContext, LiveLoader, LiveSaver, OutgoingConte
 from corefw.wire.records import LAYOUT_IDSTR, read_layout, write_layout
 from corefw.wire.stream import StreamReader, StreamWriter
 from corefw_machine_python.layout import Layout, compare
-from corefw_machine_python.machine import Farewell
+from corefw_machine_python.machine import StopCost
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +32,10 @@ class LayoutSaver(LiveSaver):
     version_id = 1
     priority = Priority.EARLY
 
-    def __init__(self, layout: Layout, farewell: Callable[[], Farewell | None] = lambda: None) -> None:
-        """`farewell` returns the cost of the program's before_stop() at the last stop."""
+    def __init__(self, layout: Layout, stop_cost: Callable[[], StopCost | None] = lambda: None) -> None:
+        """`stop_cost` returns the cost of the program's before_stop() at the last stop."""
         self.layout = layout
-        self._farewell = farewell
+        self._stop_cost = stop_cost
         self._limit = 0.0
         self._stopped: float | None = None
 
@@ -60,19 +60,19 @@ class LayoutSaver(LiveSaver):
 
     def cleanup(self) -> None:
         """Log a warning if before_stop() made the downtime too long."""
-        farewell = self._farewell()
-        if self._stopped is None or farewell is None:
+        stop_cost = self._stop_cost()
+        if self._stopped is None or stop_cost is None:
             return
-        stopped = time.monotonic() - self._stopped + farewell.seconds
+        stopped = time.monotonic() - self._stopped + stop_cost.seconds
         self._stopped = None
-        if stopped > self._limit and (farewell.seconds > self._limit / 2 or (farewell.written or 0) >= MUCH):
+        if stopped > self._limit and (stop_cost.seconds > self._limit / 2 or (stop_cost.written or 0) >= MUCH):
             log.warning(
                 "the guest was stopped for %s, downtime-limit is %s: its before_stop() %s of its arrays (do less there)"
-                if farewell.written
+                if stop_cost.written
                 else "the guest was stopped for %s, downtime-limit is %s: its before_stop() %s (do less there)",
                 format_milliseconds(round(1000 * stopped)),
                 format_milliseconds(round(1000 * self._limit)),
-                farewell,
+                stop_cost,
             )
 
 

@@ -40,7 +40,7 @@ Observer = Callable[[RunState, RunState], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Farewell:
+class StopCost:
     """Cost of the program's before_stop() at the last stop: seconds, and bytes of arrays written (None: unknown)."""
 
     seconds: float
@@ -77,7 +77,7 @@ class PythonMachine(PostcopyMachine):
         self._undeclared: Sequence[str] = ()
         self._warned: set[str] = set()
         self._unmovable = ""
-        self.farewell: Farewell | None = None
+        self.stop_cost: StopCost | None = None
         self._last_values: Sequence[Any] = ()
         self._guest = GuestProcess(self._guest_ended, self._note_undeclared)
         try:
@@ -155,7 +155,7 @@ class PythonMachine(PostcopyMachine):
             "ram": {block.idstr: block.length for block in self._blocks},
             "dirty-log": {block.idstr: _log_kind(block) for block in self._blocks},
             **self._shown_fields(),
-            **({"before-stop": str(self.farewell)} if self.farewell else {}),
+            **({"before-stop": str(self.stop_cost)} if self.stop_cost else {}),
             **({"error": self._reason} if self._reason else {}),
         }
 
@@ -253,7 +253,7 @@ class PythonMachine(PostcopyMachine):
             set_values(self._device, self._loaded["fields"], answer["values"])
             setattr(self._device.state, SET_UP, answer["set_up"])
             self._note_undeclared(answer["undeclared"])
-            self.farewell = answer["before_stop"] and Farewell(**answer["before_stop"])
+            self.stop_cost = answer["before_stop"] and StopCost(**answer["before_stop"])
             self._change(state)
 
     def _ask_to_stop(self, *, whole: bool) -> Message:
@@ -333,7 +333,7 @@ class PythonMachine(PostcopyMachine):
 
     def close(self) -> None:
         if not self._closed and self._run_state is RunState.RUNNING and self._loaded["has_before_stop"]:
-            self._say_goodbye()
+            self._call_before_stop()
         self._closed = True
         self._guest.close()
         for block in self._blocks:
@@ -342,7 +342,7 @@ class PythonMachine(PostcopyMachine):
             self._tracker.close()
             self._tracker = None
 
-    def _say_goodbye(self) -> None:
+    def _call_before_stop(self) -> None:
         """Let a running guest call before_stop() before its process ends."""
         try:
             self._guest.ask("stop", self._patience, whole=False)
