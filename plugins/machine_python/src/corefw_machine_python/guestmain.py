@@ -16,20 +16,17 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw.errors import MigfwError, UsageError, one_line
+from corefw.errors import MigfwError, UsageError
 from corefw.memory import pagemap
 from corefw.memory.faults import open_faults
 from corefw.quantities import format_size
-from corefw_machine_python import requirements
+from corefw_machine_python import blame, requirements
 from corefw_machine_python.declarations import Declarations, Stored
 from corefw_machine_python.forking import Mapped, watch_forks
 from corefw_machine_python.guest import Program
@@ -173,7 +170,7 @@ class Guest:
     def _end_of_fork(self, error: BaseException | None) -> NoReturn:
         """End a forked process in which the program's code returned to the guest's main loop."""
         if error is not None and not isinstance(error, SystemExit):
-            sys.stderr.write(_traceback(error))
+            sys.stderr.write(blame.traceback_of(error))
         sys.stdout.flush()
         code = error.code if isinstance(error, SystemExit) else int(error is not None)
         os._exit(code if isinstance(code, int) else int(code is not None))
@@ -186,7 +183,7 @@ class Guest:
         with contextlib.suppress(_Unmovable):
             message["values"] = self._values()
         if error is not None and not finished:
-            message |= {"reason": _reason(error), "traceback": _traceback(error)}
+            message |= {"reason": _reason(error), "traceback": blame.traceback_of(error)}
         sys.stdout.flush()
         self._link.send(message)
         return 0 if finished else 1
@@ -202,9 +199,9 @@ class Guest:
             answer, sent = command(request, fds)
         except MigfwError as error:
             usage = isinstance(error, UsageError)
-            return identity | {"error": str(error), "usage": usage, "traceback": _traceback(error)}, []
+            return identity | {"error": str(error), "usage": usage, "traceback": blame.traceback_of(error)}, []
         except Exception as error:  # noqa: BLE001 - a user's code may raise anything; it is reported to the engine
-            return identity | {"error": _reason(error), "usage": False, "traceback": _traceback(error)}, []
+            return identity | {"error": _reason(error), "usage": False, "traceback": blame.traceback_of(error)}, []
         return identity | {"ok": True} | answer, sent
 
     def _load(self, request: Message, _fds: list[int]) -> Answer:
@@ -408,42 +405,8 @@ def _length(dtype: np.dtype[Any], shape: Sequence[int]) -> int:
     return length
 
 
-# -- what went wrong in a user's code ----------------------------------------------------------------------------------
-
-
-def _of_the_program(error: BaseException) -> TracebackType | None:
-    """The traceback without the frames of this module."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next
-    return trace
-
-
 def _reason(error: BaseException) -> str:
-    """Describe an error in one line: "ZeroDivisionError: division by zero (heat.py, line 12, in tick)"."""
-    if isinstance(error, _Unmovable):
-        return str(error)
-    text = one_line(traceback.format_exception_only(error)[-1])
-    frames = traceback.extract_tb(_of_the_program(error))
-    if not frames:
-        return text
-    last = next((frame for frame in reversed(frames) if not _is_ours(frame.filename)), frames[-1])
-    return f"{text} ({Path(last.filename).name}, line {last.lineno}, in {last.name})"
-
-
-def _is_ours(file: str) -> bool:
-    """Whether this is a module of this package: if a field refuses a value, the mistake is in the caller."""
-    return Path(file).parent == Path(__file__).parent
-
-
-def _traceback(error: BaseException) -> str:
-    """The traceback from the user's first line to the user's last line; "" if the user's code raised nothing."""
-    if isinstance(error, MigfwError):
-        return _traceback(error.__cause__) if error.__cause__ is not None else ""
-    lines = traceback.TracebackException(type(error), error, _of_the_program(error))
-    while len(lines.stack) > 1 and _is_ours(lines.stack[-1].filename):
-        lines.stack.pop()
-    return "".join(lines.format())
+    return str(error) if isinstance(error, _Unmovable) else blame.describe(error)
 
 
 # -- the process -------------------------------------------------------------------------------------------------------
