@@ -44,6 +44,7 @@ class TransferReport:
     expected_downtime   how long the guest would be stopped if the switchover came now (QEMU's estimate)
     transferred         bytes in the stream
     precopy_bytes       those that were sent before the guest was stopped
+    postcopy_bytes      those that were sent after the guest was handed over in postcopy
     mbps                megabits per second in the stream
     pages_per_second    pages of RAM
     ram                 a copy of the counters of RAM's section
@@ -66,6 +67,7 @@ class TransferReport:
     expected_downtime: int
     transferred: int
     precopy_bytes: int
+    postcopy_bytes: int
     mbps: float
     pages_per_second: int
     ram: RamStatistics

@@ -128,8 +128,14 @@ class FaultSource(ABC):
         for them. Fine for pages that are installed already, and for a guest that has ended. Raises MachineError."""
 
     @abstractmethod
+    def release(self) -> None:
+        """Let the guest see all of its RAM as it is: everything has arrived, or the guest will not run with this. Ends
+        the source as close() does. Does not raise."""
+
+    @abstractmethod
     def close(self) -> None:
-        """Everything has arrived: let the guest see all of its RAM. Idempotent; does not raise."""
+        """Serve no more faults: a guest that accesses a page that is not installed waits for as long as it lives.
+        Idempotent; does not raise."""
 
 
 @dataclass(frozen=True, slots=True)

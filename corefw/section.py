@@ -7,7 +7,8 @@ on the destination, and neither knows anything of the frame. The callbacks are t
     LiveSaver    LiveLoader     START/PART/END: sent in passes while the guest runs (RAM, dirty bitmaps, storage)
     StateSaver   StateLoader    FULL: sent once, when the guest has stopped (devices)
 
-What is optional is a class to inherit from: RamSaver, RunStateSaver, RunStateLoader, MultiChannelLoader.
+What is optional is a class to inherit from: RamSaver, RunStateSaver, PostcopySaver, and RunStateLoader,
+MultiChannelLoader, PostcopyLoader.
 
 Threads: a saver's callbacks run in the migration thread, a loader's in the incoming thread; statistics() may be called
 from any. An exception from a callback fails the migration. Then, as after a success, cleanup() is called, and last of
@@ -27,7 +28,10 @@ from corefw.settings import Settings
 from corefw.wire.stream import StreamReader, StreamWriter
 
 if TYPE_CHECKING:
-    from corefw.machine import RunState
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from corefw.machine import FaultSource, RunState
 
 
 class SectionKey(NamedTuple):
@@ -211,6 +215,36 @@ class LiveSaver(SectionSaver):
         """Stop logging and release resources, however the migration ended. Must not raise."""
 
 
+class PostcopySaver(LiveSaver):
+    """A section whose rest may follow once the guest runs on the destination.
+
+    Then begin_postcopy() is called instead of complete() when the guest has stopped, iterate() goes on until it returns
+    True, and complete() writes the END body, with nothing left to send. A ChannelError from any of them pauses the
+    migration, and prepare_resume() follows before iterate() goes on over another channel.
+    """
+
+    @abstractmethod
+    def follows_later(self) -> bool:
+        """Whether this migration may switch to postcopy, by its settings; known from setup() on
+        (SaveVMHandlers.has_postcopy). Pending.can_postcopy counts what may follow."""
+
+    @abstractmethod
+    def begin_postcopy(self, writer: StreamWriter) -> None:
+        """The guest has stopped: harvest for the last time, and write the commands that tell the destination what to
+        forget. No section is open."""
+
+    @abstractmethod
+    def request_pages(self, block: str, start: int, length: int) -> None:
+        """The destination's guest waits for these bytes of a RAM block that the section covers: let iterate() write
+        them before anything else. Called in the return path's thread. Raises StreamError for anything but whole
+        pages."""
+
+    @abstractmethod
+    def prepare_resume(self, received: Callable[[str, int], NDArray[np.bool_]]) -> None:
+        """The connection broke: find out what the destination has, to send the rest. `received(block, pages)` asks the
+        destination which of a RAM block's pages have arrived, and raises ChannelError."""
+
+
 class StateSaver(SectionSaver):
     """A section that is sent whole when the guest has stopped. committed() or abandoned() follows in any migration that
     was started, whether the section was needed() or not."""
@@ -330,6 +364,34 @@ class MultiChannelLoader(LiveLoader):
     @abstractmethod
     def takes_channels(self) -> bool:
         """Whether accept_channel() will be called; asked when the first section comes."""
+
+
+class PostcopyLoader(LiveLoader):
+    """Reads what a PostcopySaver writes, the last of it while the guest runs.
+
+    Threads: `wait_for` and `outstanding` are called while load() may be under way in the incoming thread.
+    """
+
+    @abstractmethod
+    def discard(self, block: str, start: int, length: int) -> None:
+        """Before listen(): forget these bytes of a RAM block; they come again. Raises StreamError."""
+
+    @abstractmethod
+    def listen(self, faults: FaultSource) -> None:
+        """The guest is about to run: install what load() reads from now on, and never overwrite a page that is here."""
+
+    @abstractmethod
+    def wait_for(self, block: str, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The guest waits for these pages (ascending numbers): install those that have arrived. Returns the others, as
+        runs (first, end), for them to be requested."""
+
+    @abstractmethod
+    def outstanding(self, block: str) -> NDArray[np.int64]:
+        """The pages that the guest waits for and that have not arrived, as runs (first, end)."""
+
+    @abstractmethod
+    def received(self, block: str) -> NDArray[np.bool_]:
+        """For each page of the block, whether it has arrived. Raises StreamError if the section has no such block."""
 
 
 _AnySection = TypeVar("_AnySection", bound=Section)

@@ -59,6 +59,9 @@ SETUP_OR_ACTIVE: Final = frozenset(
 )
 """A migration runs, and can be cancelled (migration_is_setup_or_active)."""
 
+POSTCOPY: Final = frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.POSTCOPY_RECOVER})
+"""The guest belongs to the destination, and not all of it is there yet (migration_in_postcopy)."""
+
 SENDING: Final = frozenset({*SETUP_OR_ACTIVE - {_S.SETUP}, _S.CANCELLING})
 """The guest's state is being sent: query-migrate has the figures of the moment (fill_source_migration_info)."""
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Final
 
+from corefw.engine import postcopy_commands
 from corefw.engine.destination import Destination
 from corefw.engine.switchover import SwitchoverAck
 from corefw.errors import MigfwError, PluginError
@@ -86,6 +87,12 @@ HANDLERS: Final[Mapping[int, Handler]] = {
     Command.OPEN_RETURN_PATH: _open_return_path,
     Command.PING: _ping,
     Command.SWITCHOVER_START: _note_switchover,
+    Command.POSTCOPY_ADVISE: postcopy_commands.advise,
+    Command.POSTCOPY_RAM_DISCARD: postcopy_commands.discard,
+    Command.POSTCOPY_LISTEN: postcopy_commands.listen,
+    Command.POSTCOPY_RUN: postcopy_commands.run,
+    Command.RECV_BITMAP: postcopy_commands.receive_bitmap,
+    Command.POSTCOPY_RESUME: postcopy_commands.resume,
 }
 
 _CAPABILITIES: Final[Mapping[int, str]] = {Command.ENABLE_COLO: "x-colo"}

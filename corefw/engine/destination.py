@@ -6,18 +6,20 @@ Threads: the incoming thread, unless a method says otherwise.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
 
 from corefw.channel import Channel, Interrupt, Listener
 from corefw.engine.connection import Connection
 from corefw.engine.custody import tell_outcome
+from corefw.engine.guestarrival import GuestArrival
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.progress import LoadProgress
 from corefw.engine.statistics import section_figures
 from corefw.engine.strays import StrayChannels
 from corefw.engine.switchover import SwitchoverAck
 from corefw.engine.tails import tail_of
-from corefw.errors import ANYTHING, ChannelError, MigfwError
+from corefw.errors import ANYTHING, ChannelError, MigfwError, StateError
 from corefw.machine import Machine
 from corefw.net.channelset import ChannelSet
 from corefw.section import LoaderRegistry, SectionLoader
@@ -37,6 +39,8 @@ class Destination:
     commands              the handlers of stream commands, by number (commands.py)
     stream_capabilities   see IncomingContext
     accepts_again         the listener has more than one connection to give
+    advised               the source may switch to postcopy
+    guest                 the guest that runs while its RAM is still arriving; None before, and in precopy
     """
 
     frames: FrameReader
@@ -65,7 +69,10 @@ class Destination:
         self.tail = tail_of(machine)
         self.progress = LoadProgress(loaders)
         self.switchover_ack: SwitchoverAck | None = None
+        self.advised = False
+        self.guest: GuestArrival | None = None
         self._connection: Connection | None = None
+        self._recovering = threading.Event()
         self._channels = ChannelSet()
         self._strays: StrayChannels | None = None
         self._set_up: list[SectionLoader] = []
@@ -95,9 +102,16 @@ class Destination:
         self._strays = StrayChannels(self.listener, self.connection.abort)
 
     def stop_listening(self) -> None:
+        """Idempotent; does not raise."""
         if self._strays is not None:
             self._strays.stop()
         self.listener.close()
+        self._recovering.clear()
+
+    def await_listener(self) -> None:
+        """In a postcopy that is paused: wait for listen_again(). Raises Interrupted."""
+        self._recovering.wait()
+        self.interrupt.check()
 
     def cause(self, error: MigfwError) -> MigfwError:
         """What failed first: a channel of multifd aborts the stream."""
@@ -113,6 +127,7 @@ class Destination:
     def abort(self) -> None:
         """End it, wherever it is, without a word to the source."""
         self.interrupt.set()
+        self._recovering.set()
         if self._connection is not None:
             self._connection.abort()
         self._channels.abort()
@@ -120,7 +135,20 @@ class Destination:
     def interrupt_load(self) -> None:
         """End it, wherever it is; the connection remains, so that the source can be told."""
         self.interrupt.set()
+        self._recovering.set()
         self._channels.abort()
+
+    def listen_again(self, listener: Listener) -> None:
+        """In a postcopy that is paused: this listener will bring the source. Raises StateError if another one waits."""
+        if self._recovering.is_set():
+            raise StateError("Migrate recovery is triggered already")
+        self.listener = listener
+        self._recovering.set()
+
+    def break_connection(self) -> None:
+        """Pause a postcopy on purpose."""
+        if self._connection is not None:
+            self._connection.abort()
 
     # -- for the loaders -------------------------------------------------------------------------------------------
 
@@ -181,3 +209,5 @@ class Destination:
         self._channels.close()
         if self._connection is not None:
             self._connection.close()
+        if self.guest is not None:
+            self.guest.close()

@@ -35,7 +35,7 @@ from corefw.machine import DEAD, Machine, RunState, SupportsVerify
 from corefw.plugins import Plugins
 from corefw.section import SaverRegistry
 from corefw.settings import Settings
-from corefw.states import IDLE, MigrationStatus, Side, StateMachine, StatusChanged
+from corefw.states import IDLE, POSTCOPY, MigrationStatus, Side, StateMachine, StatusChanged
 
 _S = MigrationStatus
 MIGRATION_ACTIVE: Final = "There's a migration process in progress"
@@ -149,7 +149,8 @@ class Engine(MigrationControl):
         Raises UsageError (and nothing was started): StateError, BlockedError, UriError, SettingsError.
         """
         if resume:
-            raise StateError("Cannot resume if there is no paused migration")
+            self._resume(uri)
+            return
         self._check_may_leave()
         transport = self._outgoing_transport(uri)
         savers = self._savers()
@@ -161,6 +162,11 @@ class Engine(MigrationControl):
                 raise BlockedError(reasons)
             self._end_check()  # a migration needs the dirty logs for itself
             self._begin_outgoing(transport, savers)
+
+    def _resume(self, uri: str) -> None:
+        if self._migration is None or self.outgoing.status is not _S.POSTCOPY_PAUSED:
+            raise StateError("Cannot resume if there is no paused migration")
+        self._migration.resume(self._outgoing_transport(uri))
 
     def check(self, uri: str | None = None) -> CheckReport:
         """Whether a migration to `uri` would succeed, and what it would be like; it changes nothing and takes some
@@ -219,6 +225,12 @@ class Engine(MigrationControl):
         return transport
 
     def _check_return_path(self, transport: Transport) -> None:
+        if self.settings.capability("postcopy-ram") and not transport.features.return_path:
+            uri = transport.uri
+            raise SettingsError(
+                f"'{uri}': '{uri.scheme}:' has no return path, which postcopy needs"
+                " (switch capability 'postcopy-ram' off)"
+            )
         if self.settings.capability("return-path") and not transport.features.return_path:
             uri = transport.uri
             raise SettingsError(f"'{uri}': '{uri.scheme}:' has no return path (switch capability 'return-path' off)")
@@ -256,8 +268,12 @@ class Engine(MigrationControl):
         """Begin to end the migration, on either side; nothing happens when there is none.
 
         A destination gives up the connection that it loads from, tells that source, and stops waiting; migrate_incoming
-        lets it wait again. When the guest is here already, it stays.
+        lets it wait again. When the guest is here already, it stays. Raises StateError in postcopy: neither side has
+        the whole guest then (QEMU 10.1, qmp_migrate_cancel).
         """
+        may_cancel = self._migration is None or self._migration.may_cancel
+        if not may_cancel or self.incoming.status in POSTCOPY:
+            raise StateError("Postcopy migration in progress, cannot cancel.")
         self._cancel_outgoing()
         self.inbound.cancel()
 
@@ -274,19 +290,24 @@ class Engine(MigrationControl):
         self._migration.proceed()
 
     def start_postcopy(self) -> None:
-        """Raises StateError or SettingsError as QEMU does; nothing implements postcopy-ram yet."""
-        if not (self.settings.capability("postcopy-ram") or self.settings.capability("dirty-bitmaps")):
+        """Switch to postcopy as soon as what the guest needs to start has been sent. Raises StateError."""
+        if not self.settings.capability("postcopy-ram"):
             raise StateError("Enable postcopy with migrate_set_capability before the start of migration")
-        raise StateError("Postcopy must be started after migration has been started")
+        if self._migration is None or self.outgoing.status in IDLE:
+            raise StateError("Postcopy must be started after migration has been started")
+        self._migration.start_postcopy()
 
     def pause_migration(self) -> None:
-        """migrate-pause: only a postcopy can be paused."""
-        raise StateError("migrate-pause is currently only supported during postcopy-active state")
+        """Break the connection of a postcopy on purpose, on either side. Raises StateError."""
+        if self._migration is not None and self.outgoing.status is _S.POSTCOPY_ACTIVE:
+            self._migration.pause()
+        elif not self.arrivals.pause():
+            raise StateError("migrate-pause is currently only supported during postcopy-active state")
 
-    def recover(self, uri: str) -> None:
-        """migrate-recover, on a destination whose postcopy broke."""
-        self.plugins.transport(uri, self.settings)
-        raise StateError("Migrate recover can only be run when postcopy is paused.")
+    def recover(self, uri: str) -> str:
+        """On a destination whose postcopy is paused: wait for the source at another address, or the same; returns the
+        URI that it has to dial. Raises UriError, StateError, PluginError, ChannelError."""
+        return self.arrivals.recover_at(uri)
 
     # -- in --------------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,13 @@ class SectionWriter:
         self._devices: list[dict[str, Any]] = []
         self._commands: list[tuple[int, bytes]] = []
 
+    def onto(self, writer: StreamWriter) -> SectionWriter:
+        """The same sections in another writer: a package's, or that of the connection that a migration resumes over."""
+        other = SectionWriter(writer, self._statistics, footers=self._footers, ids={})
+        other._ids, other._free = self._ids, self._free
+        other._devices, other._commands = self._devices, self._commands
+        return other
+
     def start(self, saver: LiveSaver, body: Callable[[], None]) -> None:
         self._whole(SectionType.START, saver, body)
 

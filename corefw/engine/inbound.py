@@ -124,6 +124,33 @@ class Inbound:
         arrival.cancel()
         return arrival
 
+    def pause(self) -> bool:
+        """Break the connection of a postcopy on purpose; False if none is under way."""
+        if self._present is None or self.state.status is not _S.POSTCOPY_ACTIVE:
+            return False
+        self._present.pause()
+        return True
+
+    def recover_at(self, uri: str) -> str:
+        """Have a postcopy that is paused wait for its source. See Engine.recover."""
+        transport = self._plugins.transport(uri, self._settings)
+        transport.check_incoming()
+        self._check_paused()
+        listener = transport.listen()
+        try:
+            with self._lock:
+                self._check_paused().recover(listener)
+                self.uri = str(listener.uri)
+        except MigfwError:
+            listener.close()
+            raise
+        return str(listener.uri)
+
+    def _check_paused(self) -> IncomingMigration:
+        if self._present is None or self.state.status is not _S.POSTCOPY_PAUSED:
+            raise StateError("Migrate recover can only be run when postcopy is paused.")
+        return self._present
+
     def report(self, blocked_reasons: tuple[str, ...]) -> MigrationReport:
         """How the present migration goes, or the last one went."""
         arrival, status = self._present, self.state.status

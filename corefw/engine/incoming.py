@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from corefw.channel import Listener
-from corefw.engine import arrival
+from corefw.engine import arrival, postcopy_arrival
 from corefw.engine.destination import Destination
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.phases import run_phases
@@ -33,6 +33,9 @@ _S = MigrationStatus
 PHASES: Final[Mapping[MigrationStatus, Callable[[Destination], MigrationStatus]]] = {
     _S.SETUP: arrival.set_up,
     _S.ACTIVE: arrival.load_guest,
+    _S.POSTCOPY_ACTIVE: postcopy_arrival.receive_rest,
+    _S.POSTCOPY_PAUSED: postcopy_arrival.await_recovery,
+    _S.POSTCOPY_RECOVER: postcopy_arrival.load_recovery,
 }
 """The phase of each status. To add one, write a function and give it a row; DESTINATION_TRANSITIONS has to allow the
 status changes that it makes.
@@ -99,6 +102,14 @@ class IncomingMigration:
         if first:
             self._cut_off.start()
 
+    def recover(self, listener: Listener) -> None:
+        """Go on from postcopy-paused with the source that connects there (migrate-recover). Raises StateError."""
+        self._destination.listen_again(listener)
+
+    def pause(self) -> None:
+        """Break the connection of a postcopy on purpose (migrate-pause)."""
+        self._destination.break_connection()
+
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -127,14 +138,15 @@ class IncomingMigration:
         self._destination.report_success()
 
     def _fail(self, reason: str) -> None:
-        if self._cancelled:
+        if self._cancelled and self._state.status is not _S.POSTCOPY_ACTIVE:
             end, reason = _S.CANCELLED, "it was cancelled on the destination"
         else:
             end, self.error = _S.FAILED, f"load of migration failed: {reason}"
             log.warning("%s", self.error)
         if isinstance(self._machine, MakesRamBlocks):
             self._machine.discard_loaded()
-        self._destination.report_failure(reason)
+        if self._destination.guest is None or not self._destination.guest.may_run:
+            self._destination.report_failure(reason)
         self._destination.abandon_loaders()
         self._enter(end)
 

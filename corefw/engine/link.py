@@ -71,6 +71,12 @@ class Link:
             self.return_path.handle(message, handler)
         self.return_path.start()
 
+    @property
+    def answers(self) -> ReturnPathReader:
+        """The return path, in a phase that cannot do without it."""
+        assert self.return_path is not None, "this needs a return path"
+        return self.return_path
+
     def ping(self, number: int, writer: StreamWriter | None = None) -> None:
         """Write a PING whose PONG can be awaited, to the stream or to a package that will be part of it."""
         if self.return_path is not None:
@@ -88,9 +94,8 @@ class Link:
         `check` is called several times a second with the seconds waited so far, and ends the wait by raising. Raises
         what ended the return path too: PeerError, StreamError, ChannelError, Interrupted.
         """
-        assert self.return_path is not None, "only a return path brings answers"
         began = time.monotonic()
-        while not self.return_path.wait(message, value, LOOK):
+        while not self.answers.wait(message, value, LOOK):
             check(time.monotonic() - began)
 
     def await_last_words(self) -> None:

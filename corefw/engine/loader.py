@@ -8,6 +8,7 @@ Source: QEMU 7.2 and 10.0, qemu_loadvm_state_main and what it calls (migration/s
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Final
 
@@ -17,9 +18,17 @@ from corefw.engine.destination import Destination
 from corefw.errors import MigfwError, RemoteStreamError
 from corefw.section import LiveLoader, SectionKey, SectionLoader
 from corefw.states import MigrationStatus
-from corefw.wire.constants import TARGET_PAGE_SIZE, SectionType
+from corefw.wire.constants import TARGET_PAGE_SIZE, Command, SectionType
 from corefw.wire.frames import CommandItem, ConfigurationItem, Eof, FrameReader, Part, Section
-from corefw.wire.records import Configuration, SectionHeader, configuration_capabilities, configuration_page_size
+from corefw.wire.records import (
+    CommandRecord,
+    Configuration,
+    SectionHeader,
+    configuration_capabilities,
+    configuration_page_size,
+    read_package,
+)
+from corefw.wire.stream import MemorySource, StreamReader
 
 DESCRIPTION_WAIT: Final = 1.0
 """Seconds to wait for a description where the source does not end its stream: it comes in the same breath as EOF, or
@@ -109,7 +118,8 @@ def load_frames(destination: Destination, frames: FrameReader) -> MigrationStatu
             case Part():
                 _load_part(destination, frames, event)
             case CommandItem():
-                status = run_command(destination, frames, event.record)
+                run = _load_package if event.record.command is Command.PACKAGED else run_command
+                status = run(destination, frames, event.record)
                 if status is not None:
                     return status
             case Eof():
@@ -118,6 +128,16 @@ def load_frames(destination: Destination, frames: FrameReader) -> MigrationStatu
                 return None
             case None:
                 return None
+
+
+def _load_package(destination: Destination, frames: FrameReader, record: CommandRecord) -> MigrationStatus | None:
+    """The device state of a postcopy. All of it is here before any is loaded."""
+    data = read_package(frames.reader, record)
+    package = frames.inside(StreamReader(MemorySource(data)))
+    status = load_frames(destination, package)
+    if status is not None and package.next_event() is not None:
+        raise package.reader.error("the end of the package", "more of it")
+    return status
 
 
 def _await_next(destination: Destination, frames: FrameReader) -> None:
@@ -205,21 +225,31 @@ def _load_tail(destination: Destination, frames: FrameReader) -> bool:
     return destination.tail.load_rest(frames, destination.progress, check, live)
 
 
-def check_complete(destination: Destination, frames: FrameReader, came: str) -> None:
-    """Raise RemoteStreamError if something is missing; `came` is what came instead."""
+def check_complete(
+    destination: Destination, frames: FrameReader, came: str, later: Collection[SectionKey] = ()
+) -> None:
+    """Raise RemoteStreamError if something is missing; `came` is what came instead. `later`: live sections that may
+    still be incomplete."""
     reader, progress = frames.reader, destination.progress
-    if progress.opened:
-        raise reader.error(f"the END of {next(iter(progress.opened.values()))}", came)
+    if unfinished := [header for key, header in progress.opened.items() if key not in later]:
+        raise reader.error(f"the END of {unfinished[0]}", came)
+
+    def is_here(loader: SectionLoader) -> bool:
+        return progress.is_loaded(loader) or loader.key in later
+
     for loader in destination.loaders:
-        if loader.required() and not progress.is_loaded(loader):
+        if loader.required() and not is_here(loader):
             raise reader.error(f"section {loader.key}", came)
-    missing = not_loaded(destination.machine, destination.loaders, progress.is_loaded)
+    missing = not_loaded(destination.machine, destination.loaders, is_here)
     if missing is not None:
         raise reader.error(missing, f"{came}; no section that came carries it")
 
 
 def _read_description(destination: Destination, frames: FrameReader) -> None:
-    """Nothing here needs it, but it belongs to the stream: a cut one means that the stream was cut."""
+    """Nothing here needs it, but it belongs to the stream: a cut one means that the stream was cut. A postcopy has
+    none."""
+    if destination.guest is not None:
+        return
     connection = destination.connection
     start, end = frames.reader.span()
     if start == end and connection.return_path is not None:

@@ -16,17 +16,17 @@ from functools import partial
 from typing import Final
 
 from corefw.channel import Transport
-from corefw.engine import precopy
+from corefw.engine import postcopy, precopy
 from corefw.engine.custody import tell_outcome
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.phases import run_phases
 from corefw.engine.source import Source
-from corefw.engine.statistics import OutgoingStatistics, milliseconds_since
+from corefw.engine.statistics import OutgoingStatistics
 from corefw.errors import ANYTHING, ChannelError, Interrupted, MachineError, MigfwError
 from corefw.machine import Machine
 from corefw.section import SaverRegistry
 from corefw.settings import Settings
-from corefw.states import IDLE, SETUP_OR_ACTIVE, MigrationStatus, StateMachine
+from corefw.states import IDLE, POSTCOPY, SETUP_OR_ACTIVE, MigrationStatus, StateMachine
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ PHASES: Final[Mapping[MigrationStatus, Callable[[Source], MigrationStatus]]] = {
     _S.ACTIVE: precopy.send_passes,
     _S.PRE_SWITCHOVER: precopy.await_continue,
     _S.DEVICE: precopy.switch_over,
+    _S.POSTCOPY_ACTIVE: postcopy.send_rest,
+    _S.POSTCOPY_PAUSED: postcopy.await_resume,
+    _S.POSTCOPY_RECOVER: postcopy.recover,
 }
 """The phase of each status. To add one, write a function and give it a row; SOURCE_TRANSITIONS has to allow the status
 changes that it makes.
@@ -124,6 +127,26 @@ class OutgoingMigration:
         """A parameter has been set: let waits for the old limit look at the new one."""
         self._source.meter.wake()
 
+    @property
+    def may_cancel(self) -> bool:
+        """Whether a cancel would not leave the guest without a part of its RAM. Of a paused postcopy that is so if the
+        destination never confirmed that it has the device state: it may have failed to load that."""
+        if self._state.status is _S.POSTCOPY_PAUSED:
+            return not self._source.started_there
+        return self._state.status not in POSTCOPY
+
+    def start_postcopy(self) -> None:
+        """Switch to postcopy as soon as the guest can (migrate-start-postcopy)."""
+        self._source.postcopy.set()
+
+    def pause(self) -> None:
+        """Break the connection of a postcopy on purpose (migrate-pause)."""
+        self._source.link.abort()
+
+    def resume(self, transport: Transport) -> None:
+        """Go on from postcopy-paused over another connection (migrate with resume)."""
+        self._source.resume(transport)
+
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -141,13 +164,11 @@ class OutgoingMigration:
         if error is not None:
             error = self._break_off(error)
         if error is None:
-            source.statistics.finish(downtime=milliseconds_since(source.stopped_at), guest=self._whereabouts())
+            source.statistics.finish(downtime=source.downtime(), guest=self._whereabouts())
             source.custody.let_go()
         else:
             self._begin_to_fail()
-            path = source.link.return_path
-            refused = path is not None and path.refused
-            source.statistics.fail(str(error) + source.custody.take_back(refused=refused))
+            source.statistics.fail(str(error) + source.custody.take_back(refused=source.refused))
         self._clean_up()
         tell_outcome([*source.live, *source.savers.state()], committed=error is None and self._arrived())
         self._end(_S.COMPLETED if error is None else _S.FAILED)

@@ -45,6 +45,7 @@ class Passes:
         limits: Limits,
         check: Callable[[], None],
         on_pass: Callable[[int], None],
+        wants_postcopy: Callable[[], bool],
     ) -> None:
         self._machine = machine
         self._live = live
@@ -54,6 +55,7 @@ class Passes:
         self._limits = limits
         self._check = check
         self._on_pass = on_pass
+        self._wants_postcopy = wants_postcopy
         self._clock = meter.clock
         self._forecast = Forecast(self._clock())
         self._harvest_time = 0.0  # seconds that the last harvest took
@@ -71,6 +73,8 @@ class Passes:
             self._check()
             if self._limits.reached():
                 break
+            if self._wants_postcopy() and convergence.fits(self._needed_first()):
+                return
             if self._forecast.wants_sample and self._harvest_time < CHEAP:
                 self._sample(convergence)
             if not finishing:
@@ -102,6 +106,10 @@ class Passes:
         yield
         if self._statistics.ram.dirty_sync_count != passes:
             self._on_pass(self._statistics.ram.dirty_sync_count)
+
+    def _needed_first(self) -> int:
+        """Bytes that have to be there before the guest starts on the destination."""
+        return sum(saver.pending_estimate().must_precopy for saver in self._live)
 
     def _begin_forecast(self) -> None:
         for saver in self._live:

@@ -10,6 +10,7 @@ Source: QEMU 10.0, migration_thread, migration_completion_precopy. Threads: the 
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -18,14 +19,21 @@ from typing import Final
 from corefw.engine.coverage import uncovered
 from corefw.engine.framing import SectionWriter
 from corefw.engine.scheduling import yielding_to_guests
-from corefw.engine.source import Source
+from corefw.engine.source import Source, needs_return_path
 from corefw.engine.statistics import milliseconds_since
 from corefw.errors import BlockedError, ChannelError, MachineError, PluginError
 from corefw.machine import RunState
 from corefw.section import LiveSaver, RamSaver, RunStateSaver
 from corefw.states import MigrationStatus
-from corefw.wire.constants import MIGFW_PING, READY_PING, Command, ReturnMessage
-from corefw.wire.records import Configuration, write_command, write_configuration, write_header
+from corefw.wire.constants import MIGFW_PING, READY_PING, TARGET_PAGE_SIZE, Command, ReturnMessage
+from corefw.wire.records import (
+    Configuration,
+    PostcopyAdvice,
+    postcopy_advise_payload,
+    write_command,
+    write_configuration,
+    write_header,
+)
 
 ACK_PATIENCE: Final = 30.0
 """Seconds to wait for SWITCHOVER_ACK when everything else is ready."""
@@ -54,7 +62,7 @@ def set_up(source: Source) -> MigrationStatus:
         source.link.ping(READY_PING)
     source.link.writer.flush()
     if source.link.return_path is not None:
-        _await_confirmation(source, ReturnMessage.PONG, READY_PING, "did not answer the start of the migration")
+        await_confirmation(source, ReturnMessage.PONG, READY_PING, "did not answer the start of the migration")
         source.check()
     source.statistics.setup_time = milliseconds_since(began)
     return MigrationStatus.ACTIVE
@@ -73,10 +81,13 @@ def _write_head(source: Source) -> None:
     write_header(writer)
     if form.configuration:
         write_configuration(writer, Configuration(source.machine.name, form.configuration_tail))
-    if source.settings.capability("return-path"):
+    if needs_return_path(source.settings):
         source.open_return_path()
         source.link.ping(1)
         source.link.ping(MIGFW_PING)
+    if source.settings.capability("postcopy-ram"):
+        advice = PostcopyAdvice(page_sizes=mmap.PAGESIZE, target_page_size=TARGET_PAGE_SIZE)
+        write_command(writer, Command.POSTCOPY_ADVISE, postcopy_advise_payload(advice))
     writer.flush()  # setup may take long, and the destination should know that this is a migration
     source.sections = SectionWriter(writer, source.statistics, footers=form.footers, ids=form.section_ids)
 
@@ -87,7 +98,7 @@ def _take_ram_statistics(source: Source, saver: RamSaver) -> None:
     source.statistics.ram = saver.ram_statistics()
 
 
-def _await_confirmation(source: Source, message: ReturnMessage, value: int, complaint: str) -> None:
+def await_confirmation(source: Source, message: ReturnMessage, value: int, complaint: str) -> None:
     """Wait for an answer, for at most x-migfw-confirm-timeout (which may be changed meanwhile)."""
 
     def check(waited: float) -> None:
@@ -111,7 +122,11 @@ def send_passes(source: Source) -> MigrationStatus:
     _stop_guest(source)
     if source.settings.capability("pause-before-switchover"):
         return MigrationStatus.PRE_SWITCHOVER
-    return MigrationStatus.DEVICE
+    return _after_stop(source)
+
+
+def _after_stop(source: Source) -> MigrationStatus:
+    return MigrationStatus.POSTCOPY_ACTIVE if source.postcopy.is_set() else MigrationStatus.DEVICE
 
 
 def _await_switchover_ack(source: Source) -> bool:
@@ -159,7 +174,7 @@ def await_continue(source: Source) -> MigrationStatus:
     """Wait for migrate-continue. QEMU counts this time as downtime, and so do we."""
     source.proceed.wait()
     source.check()
-    return MigrationStatus.DEVICE
+    return _after_stop(source)
 
 
 # -- device ------------------------------------------------------------------------------------------------------------
@@ -176,7 +191,7 @@ def switch_over(source: Source) -> MigrationStatus:
     if source.link.return_path is None:
         source.link.channel.send_eof()
         return MigrationStatus.COMPLETED
-    _await_confirmation(source, ReturnMessage.SHUT, 0, "did not confirm that it has the guest")
+    await_confirmation(source, ReturnMessage.SHUT, 0, "did not confirm that it has the guest")
     source.confirmed = True
     source.link.finish()
     return MigrationStatus.COMPLETED
@@ -188,11 +203,16 @@ def _send_rest(source: Source) -> None:
     with source.passes.reporting():
         for saver in source.live:
             source.sections.end(saver)
-    for device in source.savers.state():
-        if device.needed():
-            source.sections.full(device)
-    source.sections.write_commands()
+    send_states(source, source.sections)
     source.link.writer.flush()
+
+
+def send_states(source: Source, sections: SectionWriter) -> None:
+    """The FULL sections, and the commands that sections have sent."""
+    for saver in source.savers.state():
+        if saver.needed():
+            sections.full(saver)
+    sections.write_commands()
 
 
 def _send_end(source: Source, closing: Sequence[bytes]) -> None:

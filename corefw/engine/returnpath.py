@@ -11,21 +11,29 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from corefw.channel import Channel
 from corefw.errors import ANYTHING, ChannelClosed, ChannelError, MigfwError, PeerError, StreamError
 from corefw.wire.constants import ReturnMessage
+from corefw.wire.records import write_received_bitmap
 from corefw.wire.returnpath import (
+    PageRequest,
     ReturnMessageRecord,
     encode_return_message,
     number_body,
+    page_request_message,
     parse_number,
     parse_reason,
     read_return_message,
     reason_body,
+    recv_bitmap_body,
 )
-from corefw.wire.stream import StreamReader
+from corefw.wire.stream import MemorySink, StreamReader, StreamWriter
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +83,11 @@ class ReturnPathReader:
     def refused(self) -> bool:
         """Whether the destination itself reported that it failed: then it does not run the guest."""
         return isinstance(self._error, PeerError)
+
+    @property
+    def explained(self) -> bool:
+        """Whether the destination, a migfw, gave a reason."""
+        return bool(self._reason)
 
     @property
     def accepted(self) -> bool:
@@ -185,8 +198,23 @@ class ReturnPathWriter:
 
     def send(self, message: ReturnMessage | int, body: bytes = b"") -> None:
         """Raises ChannelError."""
+        self._send(encode_return_message(message, body))
+
+    def _send(self, *parts: bytes | bytearray) -> None:
         with self._lock:
-            self._channel.send(encode_return_message(message, body))
+            self._channel.send(*parts)
+
+    def request_pages(self, request: PageRequest) -> None:
+        """Ask for pages that the guest waits for. Raises ChannelError."""
+        self._send(page_request_message(request))
+
+    def received_pages(self, block: str, received: NDArray[np.bool_]) -> None:
+        """Say which pages of a RAM block have arrived: the answer to RECV_BITMAP. Raises ChannelError."""
+        sink = MemorySink()
+        writer = StreamWriter(sink)
+        write_received_bitmap(writer, received)
+        writer.flush()
+        self._send(encode_return_message(ReturnMessage.RECV_BITMAP, recv_bitmap_body(block)), sink.data)
 
     def pong(self, value: int) -> None:
         self.send(ReturnMessage.PONG, number_body(value))

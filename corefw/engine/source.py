@@ -6,6 +6,7 @@ Threads: the migration thread, unless a method says otherwise.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -16,6 +17,7 @@ from corefw.engine.guestlock import GuestLock
 from corefw.engine.limits import Limits
 from corefw.engine.link import LAST_WORDS, Link
 from corefw.engine.meter import Meter
+from corefw.engine.pagerequests import PageRequests
 from corefw.engine.passes import Passes
 from corefw.engine.returnpath import Handler
 from corefw.engine.statistics import OutgoingStatistics
@@ -24,7 +26,7 @@ from corefw.errors import MachineError, PluginError
 from corefw.machine import DEAD, Machine, SupportsThrottle
 from corefw.section import LiveSaver, SaverRegistry
 from corefw.settings import Settings
-from corefw.wire.constants import PLUGIN_MESSAGES, Command
+from corefw.wire.constants import PACKAGE_PING, PLUGIN_MESSAGES, Command, ReturnMessage
 from corefw.wire.records import write_command
 from corefw.wire.returnpath import ReturnMessageRecord
 from corefw.wire.stream import StreamReader
@@ -41,10 +43,15 @@ class Source:
     link         the present connection; a migration that resumes gets a new one
     proceed      set to leave pre-switchover, and to end any other wait of the migration thread for a command
     confirmed    the destination said that it has the guest
+    postcopy     set when the user has asked for postcopy (migrate-start-postcopy)
     stopped_at   time.monotonic() when the guest began to be stopped for the switchover
+    left_at      time.monotonic() when it was handed over in postcopy; None before, and in precopy
+    resumed      the present link is not the first
+    requests     the page requests over the present link, in postcopy
     """
 
     sections: SectionWriter
+    requests: PageRequests
 
     def __init__(
         self,
@@ -68,18 +75,31 @@ class Source:
         self.custody = Custody(machine, guest_lock, self.tail.advice)
         self.live: list[LiveSaver] = []
         self.limits = Limits(settings)
+        self.postcopy = threading.Event()
         self.passes = Passes(
-            machine, self.live, settings, self.statistics, self.meter, self.limits, self.check, on_pass
+            machine,
+            self.live,
+            settings,
+            self.statistics,
+            self.meter,
+            self.limits,
+            self.check,
+            on_pass,
+            self.postcopy.is_set,
         )
         self.proceed = threading.Event()
         self.confirmed = False
         self.stopped_at = 0.0
+        self.left_at: float | None = None
+        self.resumed = False
+        self._next_transport: Transport | None = None
 
     def check(self) -> None:
         """Raise if the migration was cancelled or has already failed. Any thread."""
         self.interrupt.check()
         self.link.check()
-        self.check_guest()
+        if self.left_at is None:  # later on its RAM matters, and not the process here
+            self.check_guest()
 
     def check_guest(self) -> None:
         """Raise MachineError if the guest has ended. Any thread."""
@@ -105,6 +125,44 @@ class Source:
                     raise PluginError(f"section {saver.key}: return-path message {number:#x} is not free for it")
                 found[number] = partial(_pass_body, handler)
         return found
+
+    def downtime(self) -> int:
+        """Milliseconds for which the guest was stopped."""
+        end = time.monotonic() if self.left_at is None else self.left_at
+        return int((end - self.stopped_at) * 1000)
+
+    @property
+    def refused(self) -> bool:
+        """Whether it is known that the destination does not run the guest, since it reported that it failed.
+
+        After RUN another destination's SHUT 1 says nothing about that (QEMU's may mean the link); a migfw that gives a
+        reason never started the guest.
+        """
+        path = self.link.return_path
+        return path is not None and path.refused and (path.explained or not self.started_there)
+
+    @property
+    def started_there(self) -> bool:
+        """Whether the destination has read the device state of a postcopy, with RUN at its end."""
+        path = self.link.return_path
+        return self.resumed or (path is not None and path.has(ReturnMessage.PONG, PACKAGE_PING))
+
+    # -- postcopy that pauses --------------------------------------------------------------------------------------
+
+    def await_transport(self) -> Transport:
+        """Wait for resume(). Raises Interrupted."""
+        while True:
+            self.proceed.clear()
+            self.interrupt.check()
+            transport, self._next_transport = self._next_transport, None
+            if transport is not None:
+                return transport
+            self.proceed.wait()
+
+    def resume(self, transport: Transport) -> None:
+        """Go on over this transport. From any thread."""
+        self._next_transport = transport
+        self.proceed.set()
 
     # -- how it is interrupted, from any thread --------------------------------------------------------------------
 
@@ -148,3 +206,8 @@ class Source:
         if not isinstance(self.machine, SupportsThrottle):
             raise MachineError(f"a machine of kind '{self.machine.kind}' cannot be throttled")
         self.custody.throttle(self.machine, percent, self.check)
+
+
+def needs_return_path(settings: Settings) -> bool:
+    """Whether a migration with these settings has a return path."""
+    return settings.capability("return-path") or settings.capability("postcopy-ram")

@@ -77,6 +77,7 @@ class OutgoingStatistics:
     stop_time: int = 0
     downtime_limit: int | None = None
     _before_stop: int = 0  # bytes that had been sent when the guest was stopped
+    _before_postcopy: int | None = None  # and when it was handed over in postcopy
     _finished: bool = False
 
     def elapsed(self) -> int:
@@ -109,6 +110,20 @@ class OutgoingStatistics:
     def bandwidth(self) -> float:
         """Bytes per second: in the last window, or over the whole of a migration that has ended."""
         return self.transferred * 1000 / max(1, self.total_time) if self._finished else self.meter.bandwidth
+
+    @property
+    def downtime_bytes(self) -> int:
+        """Those of them that were sent while the guest was stopped."""
+        return self.transferred - self.precopy_bytes - self.postcopy_bytes
+
+    @property
+    def postcopy_bytes(self) -> int:
+        """Those of them that were sent after the guest was handed over in postcopy."""
+        return 0 if self._before_postcopy is None else self.transferred - self._before_postcopy
+
+    def handed_over(self) -> None:
+        """The guest runs on the destination, and the rest of it follows."""
+        self._before_postcopy = self.transferred
 
     def progress(self) -> str:
         """How far it is, as a phrase."""
@@ -163,7 +178,7 @@ class OutgoingStatistics:
         """That the guest was down for longer than the limit, and with what."""
         if self.downtime_limit is None or self.downtime <= self.downtime_limit:
             return None
-        parts = [f"{format_size(self.transferred - self._before_stop)} were sent while it was stopped"]
+        parts = [f"{format_size(self.downtime_bytes)} were sent while it was stopped"]
         if self.stop_time > self.downtime_limit / 10:
             parts.insert(0, f"stopping it took {format_milliseconds(self.stop_time)}")
         limit, downtime = format_milliseconds(self.downtime_limit), format_milliseconds(self.downtime)
@@ -186,6 +201,7 @@ class OutgoingStatistics:
             expected_downtime=self.expected_downtime,
             transferred=self.transferred,
             precopy_bytes=precopy_bytes,
+            postcopy_bytes=self.postcopy_bytes,
             mbps=self.bandwidth * 8 / 1e6,
             pages_per_second=int(self.meter.bandwidth / self.ram.page_size),
             ram=replace(self.ram),

@@ -4,8 +4,8 @@ The guest's mapping is registered for MISSING and MINOR faults. The engine recei
 memfd, and one UFFDIO_CONTINUE lets the guest see a run of pages. A page that lies in the page cache but was not
 installed still faults, so the guest never sees half a page, nor an old one that has to be sent again.
 
-The process that is watched calls open_faults() and passes the descriptor on; it keeps its own copy open, so that its
-accesses go on waiting, rather than seeing what has not arrived, if the engine is killed.
+The process that is watched calls open_faults() and passes the descriptor on. It keeps its own copy open, so that
+pages that have not arrived are never seen if the engine is killed: its accesses wait until it is killed too.
 
 Needs Linux 5.14 (minor faults on shared memory), and no privilege: UFFD_USER_MODE_ONLY. With that flag a system call of
 the guest fails with EFAULT on a page that has not arrived.
@@ -78,7 +78,7 @@ class FaultQueue(FaultSource):
                 userfault.register(self._fd, address, block.length, userfault.Mode.MISSING | userfault.Mode.MINOR)
                 self._addresses[block.idstr] = address
         except OSError as error:
-            self.close()
+            os.close(self._fd)
             raise MachineError(f"cannot watch the guest's memory for page faults: {_explain(error)}") from None
         self._blocks = {block.idstr: block for block in blocks}
 
@@ -130,7 +130,7 @@ class FaultQueue(FaultSource):
                 return 0
             raise
 
-    def close(self) -> None:
+    def release(self) -> None:
         if self._fd < 0:
             return
         for idstr, address in self._addresses.items():
@@ -138,8 +138,12 @@ class FaultQueue(FaultSource):
                 userfault.unregister(self._fd, address, self._blocks[idstr].length)
             except OSError as error:  # the guest has ended, and its memory with it
                 log.debug("cannot release the memory of block '%s': %s", idstr, error)
-        os.close(self._fd)
-        self._fd = -1
+        self.close()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def _data_after(fd: int, offset: int, length: int) -> int:

@@ -237,6 +237,9 @@ def status_info(state: RunState) -> StatusInfo:
     return {"running": state is RunState.RUNNING, "singlestep": False, "status": str(state)}
 
 
+_BROKEN: Final = frozenset({MigrationStatus.POSTCOPY_PAUSED, MigrationStatus.FAILING, MigrationStatus.FAILED})
+
+
 def migration_info(report: MigrationReport) -> MigrationInfo:
     """query-migrate's answer. Which members appear in which status is QEMU 7.2's choice (fill_source_migration_info,
     fill_destination_migration_info); "x-migfw" has what QEMU's members have no place for."""
@@ -249,7 +252,7 @@ def migration_info(report: MigrationReport) -> MigrationInfo:
             info["x-migfw"] = _own_figures(report, transfer)
         elif report.sections:
             info["x-migfw"] = {"sections": dict(report.sections)}
-        if report.error is not None and status in (MigrationStatus.FAILING, MigrationStatus.FAILED):
+        if report.error is not None and status in _BROKEN:
             info["error-desc"] = report.error
     if report.blocked_reasons:
         info["blocked-reasons"] = list(report.blocked_reasons)
@@ -293,8 +296,8 @@ def _ram(transfer: TransferReport, *, done: bool) -> MigrationStats:
         "multifd-bytes": 0,
         "pages-per-second": transfer.pages_per_second,
         "precopy-bytes": transfer.precopy_bytes,
-        "downtime-bytes": transfer.transferred - transfer.precopy_bytes,
-        "postcopy-bytes": 0,
+        "downtime-bytes": transfer.transferred - transfer.precopy_bytes - transfer.postcopy_bytes,
+        "postcopy-bytes": transfer.postcopy_bytes,
         "dirty-sync-missed-zero-copy": 0,
     }
 

@@ -110,6 +110,11 @@ MIGFW_PING: Final = 0x6D696766  # "migf"
 """The number of a PING by which a source says that it is a migfw: a QEMU only echoes it. A destination that saw it may
 send MIGFW_REASON before SHUT: why it could not load the guest, at most REASON_LIMIT bytes of UTF-8. QEMU never gets
 that message."""
+PACKAGE_PING: Final = 3
+"""The number of the PING in a postcopy package, right before RUN, as QEMU has it. Until its PONG has come the
+destination cannot have started the guest."""
+RESUMED: Final = 1
+"""The value of RESUME_ACK (QEMU's MIGRATION_RESUME_ACK_VALUE)."""
 READY_PING: Final = 0x6D696702
 """The number of the PING behind the START sections. Its PONG says that the destination has loaded all of them."""
 REASON_LIMIT: Final = 500

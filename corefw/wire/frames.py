@@ -16,7 +16,7 @@ format. Threads: one at a time for each reader.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final, Self
@@ -150,6 +150,13 @@ class FrameReader:
         frames = type(self).of_sections(reader)
         frames._framing = self._framing
         frames.is_package = self.is_package
+        return frames
+
+    def resumed(self, reader: StreamReader, opened: Iterable[SectionHeader]) -> Self:
+        """The rest of this stream over another connection, from the next section on; these live sections go on in it,
+        also if their END had begun to come."""
+        frames = self.going_on_with(reader)
+        frames._framing.opened.update((header.section_id, header) for header in opened)
         return frames
 
     def inside(self, package: StreamReader) -> Self:

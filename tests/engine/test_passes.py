@@ -106,7 +106,15 @@ class World:
         self.statistics.ram = world
         sections: Any = SimpleNamespace(part=lambda _, body: body())
         passes = Passes(
-            world, [world], self.configuration, self.statistics, self.meter, self.limits, check, lambda _: None
+            world,
+            [world],
+            self.configuration,
+            self.statistics,
+            self.meter,
+            self.limits,
+            check,
+            lambda _: None,
+            lambda: False,
         )
         passes.run(world, sections)
         self.harvest()

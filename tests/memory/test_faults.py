@@ -132,14 +132,24 @@ def test_a_write_of_the_guest_is_in_the_block(make_guest: Callable[..., Guest]) 
     assert guest.block.pages[9, 0] == 77
 
 
-def test_close_shows_everything(make_guest: Callable[..., Guest]) -> None:
+def test_release_shows_everything(make_guest: Callable[..., Guest]) -> None:
     guest = make_guest(SMALL, lambda pages: int(pages.sum()))
     guest.block.pages[3] = 1
     guest.run()
     assert guest.next_faults() == [0]
-    guest.faults.close()
-    guest.faults.close()
+    guest.faults.release()
+    guest.faults.release()
     assert guest.result() == str(PAGE)
+
+
+def test_after_close_the_guest_waits_until_it_is_killed(make_guest: Callable[..., Guest]) -> None:
+    guest = make_guest(SMALL, lambda pages: int(pages[1, 0]))
+    guest.run()
+    assert guest.next_faults() == [1]
+    guest.faults.close()
+    guest.link.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        guest.result()
 
 
 def test_a_guest_that_has_ended_needs_no_page(make_guest: Callable[..., Guest]) -> None:

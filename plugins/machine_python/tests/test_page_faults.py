@@ -52,7 +52,7 @@ def test_a_guest_goes_on_page_by_page(machine: PythonMachine) -> None:
     starting.join(PATIENCE)
     assert machine.run_state is RunState.RUNNING
     source.install(large, runs_of_pages(np.array([0])))
-    source.close()
+    source.release()
     assert int(str(machine.verify()["steps"])) > STEPS
     machine.stop(RunState.PAUSED)
     assert np.frombuffer(small.view, dtype=np.int32)[0] == machine.devices()[0].state.steps + 1  # type: ignore[attr-defined]
@@ -68,7 +68,7 @@ def test_what_the_guest_had_mapped_before_is_awaited_again(machine: PythonMachin
     starting.start()
     assert next_faults(source) == {"small": [0]}
     source.install(small, runs_of_pages(np.array([0])))
-    source.close()
+    source.release()
     starting.join(PATIENCE)
 
 

@@ -288,7 +288,7 @@ class PythonMachine(PostcopyMachine):
 
     def postcopy_unsupported(self) -> str | None:
         try:
-            self.watch_faults().close()
+            self.watch_faults().release()
         except MachineError as error:
             return str(error)
         return None

@@ -1,6 +1,7 @@
 """The section 'ram': every RAM block of the machine, in passes while the guest runs.
 
-save.py is the source's half, load.py the destination's; section.py has the classes that the engine calls.
+save.py is the source's half, load.py the destination's; postcopy_save.py and postcopy_load.py add what goes on once the
+guest runs on the destination; section.py has the classes that the engine calls.
 Source: QEMU 10.0, migration/ram.c (version 4 of the section).
 """
 
@@ -11,8 +12,13 @@ from collections.abc import Iterable
 from corefw.hookspecs import hookimpl
 from corefw.machine import Machine
 from corefw.section import SectionLoader, SectionSaver
-from corefw.settings import Settings
+from corefw.settings import Declarations, Settings
 from corefw_ram.section import RamSectionLoader, RamSectionSaver
+
+
+@hookimpl
+def corefw_settings() -> Declarations:
+    return Declarations(implements=frozenset({"postcopy-ram", "max-postcopy-bandwidth"}))
 
 
 @hookimpl

@@ -65,6 +65,10 @@ class Guess:
         """Zeros were stored; in which pages does not matter."""
         self._next = None
 
+    def stop(self) -> None:
+        """Make no more guesses."""
+        self._end = 0
+
     def receive(self, reader: StreamReader) -> bool:
         """Receive records past the buffer. False where there is no guess, or it was wrong: then the reader is at the
         record that is another one."""

@@ -65,10 +65,14 @@ class PageSaver:
     def __init__(self, blocks: Sequence[RamBlock], statistics: RamStatistics) -> None:
         self._states = [BlockState(block) for block in blocks]
         self._statistics = statistics
-        self._pages = PageWriter(max((block.page_size for block in blocks), default=4096), statistics)
+        self._pages = self._page_writer()
         self._at = (0, 0)  # the block and page where the pass goes on
         self._rate_since = 0.0
         self._rate_pages = 0
+
+    def _page_writer(self) -> PageWriter:
+        """For a stream in which no block has been named yet."""
+        return PageWriter(max((state.block.page_size for state in self._states), default=4096), self._statistics)
 
     def setup(self, writer: StreamWriter) -> None:
         blocks = [state.block for state in self._states]
@@ -122,11 +126,18 @@ class PageSaver:
         state = self._states[index]
         end = min(page + WINDOW, len(state.dirty))
         todo = np.flatnonzero(state.dirty[page:end]) + page
-        sent = self._pages.send(writer, state.block, todo, state.hole[todo], limit) if len(todo) else 0
+        sent = self._send(writer, index, todo, limit)
         if sent < len(todo):
             end = int(todo[sent])
-            todo = todo[:sent]
-        state.dirty[todo] = False
+        self._at = (index, end) if end < len(state.dirty) else ((index + 1) % len(self._states), 0)
+
+    def _send(self, writer: StreamWriter, index: int, pages: NDArray[np.int64], limit: int | None) -> int:
+        """Send these dirty pages of one block, up to `limit` but at least one; how many were sent."""
+        if not len(pages):
+            return 0
+        state = self._states[index]
+        sent = self._pages.send(writer, state.block, pages, state.hole[pages], limit)
+        state.dirty[pages[:sent]] = False
         state.dirty_count -= sent
         self._statistics.remaining_bytes -= sent * state.block.page_size
-        self._at = (index, end) if end < len(state.dirty) else ((index + 1) % len(self._states), 0)
+        return sent

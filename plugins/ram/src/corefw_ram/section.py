@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from corefw.errors import MachineError
-from corefw.machine import Machine, MakesRamBlocks, RamBlock
+from corefw.machine import FaultSource, Machine, MakesRamBlocks, RamBlock
 from corefw.section import (
     Coverage,
     IncomingContext,
-    LiveLoader,
     OutgoingContext,
     Pending,
+    PostcopyLoader,
+    PostcopySaver,
     Priority,
     RamSaver,
     RamStatistics,
 )
 from corefw.wire.constants import RAM_IDSTR, RAM_VERSION, TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader, StreamWriter
-from corefw_ram.load import PageLoader
-from corefw_ram.save import PageSaver
+from corefw_ram.postcopy_load import PostcopyPageLoader
+from corefw_ram.postcopy_save import PostcopyPageSaver
 
 
-class RamSectionSaver(RamSaver):
+class RamSectionSaver(RamSaver, PostcopySaver):
     """The source's half of QEMU's savevm_ram_handlers, for any machine's RAM blocks."""
 
     idstr = RAM_IDSTR
@@ -31,7 +35,8 @@ class RamSectionSaver(RamSaver):
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._pages: PageSaver | None = None
+        self._pages: PostcopyPageSaver | None = None
+        self._follows_later = False
         self._statistics = RamStatistics()
 
     def covers(self) -> Coverage:
@@ -44,11 +49,13 @@ class RamSectionSaver(RamSaver):
         return True
 
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
-        self._pages = PageSaver(_checked(self._machine.ram_blocks()), self._statistics)
+        self._follows_later = context.settings.capability("postcopy-ram")
+        self._pages = PostcopyPageSaver(_checked(self._machine.ram_blocks()), self._statistics)
         self._pages.setup(writer)
 
     def pending_estimate(self) -> Pending:
-        return Pending(must_precopy=self._statistics.remaining_bytes, can_postcopy=0)
+        left = self._statistics.remaining_bytes
+        return Pending(0, left) if self._follows_later else Pending(left, 0)
 
     def pending_exact(self) -> Pending:
         self._saving.harvest()
@@ -65,16 +72,28 @@ class RamSectionSaver(RamSaver):
             self._pages.cleanup()
             self._pages = None
 
+    def follows_later(self) -> bool:
+        return self._follows_later
+
+    def begin_postcopy(self, writer: StreamWriter) -> None:
+        self._saving.begin_postcopy(writer)
+
+    def request_pages(self, block: str, start: int, length: int) -> None:
+        self._saving.request(block, start, length)
+
+    def prepare_resume(self, received: Callable[[str, int], NDArray[np.bool_]]) -> None:
+        self._saving.prepare_resume(received)
+
     def ram_statistics(self) -> RamStatistics:
         return self._statistics
 
     @property
-    def _saving(self) -> PageSaver:
+    def _saving(self) -> PostcopyPageSaver:
         assert self._pages is not None, "called before setup()"
         return self._pages
 
 
-class RamSectionLoader(LiveLoader):
+class RamSectionLoader(PostcopyLoader):
     """The destination's half of QEMU's savevm_ram_handlers, for any machine's RAM blocks."""
 
     idstr = RAM_IDSTR
@@ -83,7 +102,7 @@ class RamSectionLoader(LiveLoader):
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._pages: PageLoader | None = None
+        self._pages: PostcopyPageLoader | None = None
         self._loaded = False
 
     def covers(self) -> Coverage:
@@ -100,17 +119,36 @@ class RamSectionLoader(LiveLoader):
 
     def setup(self, context: IncomingContext) -> None:
         _checked(self._machine.ram_blocks())
-        self._pages = PageLoader(self._machine, context)
+        self._pages = PostcopyPageLoader(self._machine, context)
 
     def load(self, reader: StreamReader, version_id: int) -> None:
-        assert self._pages is not None, "load() before setup()"
         if version_id != RAM_VERSION:
             raise reader.error(f"version {RAM_VERSION} of section '{RAM_IDSTR}'", f"version {version_id}")
-        self._pages.load(reader)
+        self._loading.load(reader)
         self._loaded = True
+
+    def discard(self, block: str, start: int, length: int) -> None:
+        self._loading.discard(block, start, length)
+
+    def listen(self, faults: FaultSource) -> None:
+        self._loading.listen(faults)
+
+    def wait_for(self, block: str, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._loading.arriving(block).wait_for(pages)
+
+    def outstanding(self, block: str) -> NDArray[np.int64]:
+        return self._loading.arriving(block).outstanding()
+
+    def received(self, block: str) -> NDArray[np.bool_]:
+        return self._loading.arriving(block).received()
 
     def cleanup(self) -> None:
         self._pages = None
+
+    @property
+    def _loading(self) -> PostcopyPageLoader:
+        assert self._pages is not None, "called before setup()"
+        return self._pages
 
 
 def _checked(blocks: Sequence[RamBlock]) -> Sequence[RamBlock]:

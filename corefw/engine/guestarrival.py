@@ -1,0 +1,74 @@
+"""The guest of a postcopy on the destination: it runs while its RAM is still arriving.
+
+The guest is started in a thread of its own, for it may wait for pages before it runs, and the incoming thread has to
+bring them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+
+from corefw.engine.pagefaults import PageFaults
+from corefw.errors import ANYTHING, MigfwError
+from corefw.section import SectionKey
+from corefw.wire.records import SectionHeader
+
+log = logging.getLogger(__name__)
+
+
+class GuestArrival:
+    """From LISTEN on.
+
+    faults     serves the guest's page faults
+    sections   the live sections of which the rest is still to come: what their START said
+    """
+
+    def __init__(self, faults: PageFaults, sections: Mapping[SectionKey, SectionHeader]) -> None:
+        self.faults = faults
+        self.sections = sections
+        self._thread: threading.Thread | None = None
+        self._error: MigfwError | None = None
+
+    def start(self, start: Callable[[], None], on_failure: Callable[[], None]) -> None:
+        """Call `start` in a thread, which raises if the guest does not run; then `on_failure`. Only once: nothing
+        happens when a connection broke and this phase is entered again."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, args=(start, on_failure), name="guest start", daemon=True)
+            self._thread.start()
+
+    def _run(self, start: Callable[[], None], on_failure: Callable[[], None]) -> None:
+        try:
+            start()
+        except MigfwError as error:
+            self._error = error
+        except ANYTHING as bug:
+            log.exception("the guest could not be started")
+            self._error = MigfwError(f"internal error: {type(bug).__name__}: {bug}")
+        if self._error is not None:
+            on_failure()
+
+    @property
+    def may_run(self) -> bool:
+        """Whether the guest may have run here: then the source never hears that it did not."""
+        return self._thread is not None and self._error is None
+
+    def check(self) -> None:
+        """Raise why the guest could not be started, if that is so."""
+        if self._error is not None:
+            raise self._error
+
+    def complete(self) -> None:
+        """Everything has arrived. Raises why the guest could not be started."""
+        self.faults.release()
+        if self._thread is not None:
+            self._thread.join()
+        self.check()
+
+    def close(self) -> None:
+        """Serve it no more. A guest that may have run must not see what has not arrived, until it is terminated."""
+        if self.may_run:
+            self.faults.close()
+        else:
+            self.faults.release()

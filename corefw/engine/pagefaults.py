@@ -1,0 +1,93 @@
+"""Serves the page faults of a guest that runs while its RAM is still arriving.
+
+Pages that have arrived are installed at once; the others are requested from the source, again after the connection
+broke. Source: QEMU 10.0, postcopy_ram_fault_thread (migration/postcopy-ram.c).
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import threading
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corefw.channel import Interrupt
+from corefw.engine.returnpath import ReturnPathWriter
+from corefw.errors import ANYTHING, ChannelError, Interrupted, StreamError
+from corefw.machine import FaultSource, RamBlock
+from corefw.section import PostcopyLoader
+from corefw.wire.returnpath import PageRequest
+
+log = logging.getLogger(__name__)
+
+MOST: Final = 1 << 30
+"""Bytes of one request: its length has 32 bits."""
+
+
+class PageFaults:
+    """The thread that serves the faults. Every method may be called from any thread."""
+
+    def __init__(self, source: FaultSource, loaders: Iterable[PostcopyLoader], blocks: Iterable[RamBlock]) -> None:
+        self._source = source
+        self._loaders = {block: loader for loader in loaders for block in loader.covers().ram_blocks}
+        self._page_sizes = {block.idstr: block.page_size for block in blocks}
+        self._path: ReturnPathWriter | None = None
+        self._interrupt = Interrupt()
+        self._thread = threading.Thread(target=self._run, name="page faults", daemon=True)
+        self._thread.start()
+
+    def request_over(self, path: ReturnPathWriter | None) -> None:
+        """Request pages over this return path from now on, first those that the guest waits for already; None: the
+        connection broke. Never raises: a path that breaks is replaced."""
+        self._path = path
+        if path is not None:
+            for block, loader in self._loaders.items():
+                self._request(block, loader.outstanding(block))
+
+    def check_complete(self) -> None:
+        """Raise StreamError if a page has not arrived."""
+        for block, loader in self._loaders.items():
+            if missing := int(np.count_nonzero(~loader.received(block))):
+                raise StreamError(f"expected all pages of RAM block '{block}', got the end without {missing} of them")
+
+    def release(self) -> None:
+        """Let the guest see all of its RAM, and end. Idempotent; does not raise."""
+        self._stop()
+        self._source.release()
+
+    def close(self) -> None:
+        """End, and leave the guest waiting for what has not arrived. Idempotent; does not raise."""
+        self._stop()
+        self._source.close()
+
+    def _stop(self) -> None:
+        self._interrupt.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._interrupt.wait_for(self._source.fileno(), select.POLLIN)
+                for block, pages in self._source.poll().items():
+                    self._request(block, self._loaders[block].wait_for(block, pages))
+            except Interrupted:
+                return
+            except ANYTHING:
+                log.exception("a page fault of the guest could not be served")
+                if self._interrupt.wait(1):
+                    return
+
+    def _request(self, block: str, runs: NDArray[np.int64]) -> None:
+        path, size = self._path, self._page_sizes[block]
+        if path is None:
+            return
+        try:
+            for first, end in runs.tolist():
+                for at in range(first * size, end * size, MOST):
+                    path.request_pages(PageRequest(at, min(MOST, end * size - at), block))
+        except ChannelError as error:
+            log.debug("pages of block '%s' could not be requested: %s", block, error)

@@ -1,0 +1,110 @@
+"""The phases of postcopy on the destination: the guest runs here while the rest of its RAM arrives.
+
+    receive_rest      postcopy-active: start the guest, and load the stream to its end
+    await_recovery    postcopy-paused: the connection broke; wait for migrate-recover, and for the source
+    load_recovery     postcopy-recover: answer what the source asks, until RESUME
+
+Whatever goes wrong with the connection or the stream, the guest goes on here with the pages it has, and the migration
+pauses. The commands are in postcopy_commands.py, the protocol in docs/decisions/postcopy.md.
+
+Source: QEMU 10.0, postcopy_ram_listen_thread, postcopy_pause_incoming (migration/savevm.c). Threads: the incoming
+thread.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from corefw.engine.arrival import start_guest
+from corefw.engine.destination import Destination
+from corefw.engine.guestarrival import GuestArrival
+from corefw.engine.loader import check_complete, load_frames
+from corefw.errors import ChannelError, Interrupted, MigfwError, StreamError
+from corefw.states import MigrationStatus
+
+log = logging.getLogger(__name__)
+
+
+# -- postcopy-active ---------------------------------------------------------------------------------------------------
+
+
+def receive_rest(destination: Destination) -> MigrationStatus:
+    """Start the guest, unless this is a migration that goes on, and load what is still to come."""
+    guest = _guest(destination)
+    destination.stop_listening()  # so that the same address can be given to migrate-recover
+    check_complete(destination, destination.frames, "POSTCOPY_RUN", later=guest.sections)
+    guest.start(lambda: _start(destination), destination.interrupt_load)
+    try:
+        if load_frames(destination, destination.frames) is not None:
+            raise StreamError("expected the rest of the stream, got a command that begins another phase")
+        guest.faults.check_complete()
+    except MigfwError as error:
+        return _pause(destination, error)
+    guest.complete()
+    return MigrationStatus.COMPLETED
+
+
+def _guest(destination: Destination) -> GuestArrival:
+    assert destination.guest is not None, "POSTCOPY_LISTEN came before"
+    return destination.guest
+
+
+def _start(destination: Destination) -> None:
+    with destination.guest_lock.unless(destination.interrupt.check):
+        start_guest(destination)
+
+
+# -- postcopy-paused ---------------------------------------------------------------------------------------------------
+
+
+def _pause(destination: Destination, error: MigfwError) -> MigrationStatus:
+    """The connection broke, or what came over it made no sense. Raises if the migration is to end."""
+    guest = _guest(destination)
+    if destination.interrupt.is_set():
+        guest.check()
+        raise error
+    log.warning("postcopy: the connection broke, and the guest goes on with what it has: %s", error)
+    guest.faults.request_over(None)
+    destination.connection.abort()
+    destination.hang_up()
+    return MigrationStatus.POSTCOPY_PAUSED
+
+
+def await_recovery(destination: Destination) -> MigrationStatus:
+    """Wait until the source has connected to the address that migrate-recover gave."""
+    while True:
+        destination.await_listener()
+        try:
+            connection = destination.accept()
+            connection.open_return_path()
+        except Interrupted:
+            raise
+        except ChannelError as error:
+            log.warning("postcopy: no source could connect: %s", error)
+            continue
+        finally:
+            destination.stop_listening()
+        _continue_stream(destination)
+        return MigrationStatus.POSTCOPY_RECOVER
+
+
+def _continue_stream(destination: Destination) -> None:
+    """The stream goes on where it was, between two sections. A section whose END had begun to come ends again."""
+    sections, progress = _guest(destination).sections, destination.progress
+    progress.opened.update(sections)
+    progress.loaded -= sections.keys()
+    destination.frames = destination.frames.resumed(destination.connection.reader, sections.values())
+
+
+# -- postcopy-recover --------------------------------------------------------------------------------------------------
+
+
+def load_recovery(destination: Destination) -> MigrationStatus:
+    """Run the commands of a source that resumes."""
+    try:
+        following = load_frames(destination, destination.frames)
+        if following is None:
+            raise StreamError("expected POSTCOPY_RESUME, got the end of the stream")
+    except MigfwError as error:
+        return _pause(destination, error)
+    return following

@@ -1,0 +1,276 @@
+"""Postcopy of a python guest over tcp, with real guest processes: it runs there before its RAM has arrived."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from corefw.engine import Engine
+from corefw.errors import MachineError, SettingsError, StateError
+from corefw.machine import MachineConfig, RunState
+from corefw.memory import userfault
+from corefw.testing.tasks import wait_until
+from corefw.wire.constants import PACKAGE_PING, Command, ReturnMessage, SectionType
+from tests.helpers.cutting import Cut, CutProxy, listens
+from tests.helpers.engines import Pair, Peer, arrived, ended, query_migrate, runs_on
+
+LISTEN = "tcp:127.0.0.1:0"
+SLOW = 16 << 20
+"""Bytes per second: the RAM takes seconds, so the guest is faster than the background stream."""
+
+
+class Move:
+    """A guest that writes faster than its pages are sent, on its way from a source to a destination."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.source, self.destination = (self._engine(pair, incoming) for incoming in (False, True))
+        self.source.cont()
+
+    def _engine(self, pair: Pair, incoming: bool) -> Engine:
+        options = {"ram": "32M", "working-set": "8M", "dirty-rate": "400M"}
+        engine = pair.engine(pair.plugins.machine("python", MachineConfig("stress", options, incoming)), {})
+        engine.settings.set_capabilities({"postcopy-ram": True})
+        return engine
+
+    def limit(self, precopy: int = SLOW) -> None:
+        self.source.set_parameters({"max-bandwidth": precopy, "max-postcopy-bandwidth": SLOW})
+
+    def begin(self, precopy: int = SLOW) -> None:
+        """Start to migrate, with such a limit."""
+        self.limit(precopy)
+        self.source.migrate(self.destination.migrate_incoming(LISTEN))
+
+    def switch(self) -> None:
+        """Begin, and have the guest run on the destination."""
+        self.begin()
+        self.source.start_postcopy()
+        self.reaches(self.source, "postcopy-active")
+        self.reaches(self.destination, "postcopy-active")
+
+    def reaches(self, engine: Engine, status: str) -> None:
+        machine = engine.outgoing if engine is self.source else engine.incoming
+        assert wait_until(lambda: machine.status == status), f"{machine.side}: {machine.status}, not {status}"
+
+    def hurry(self) -> None:
+        self.source.set_parameters({"max-postcopy-bandwidth": 0})
+
+    def completes(self) -> None:
+        """The guest has arrived whole, runs there, and not here."""
+        assert ended(self.source) == "completed", self.source.report().error
+        assert arrived(self.destination) == "completed", self.destination.report().error
+        assert self.source.machine.run_state is RunState.POSTMIGRATE
+        assert self.destination.machine.run_state is RunState.RUNNING
+        before = int(str(self.destination.verify()["writes"]))
+        assert wait_until(lambda: int(str(self.destination.verify()["writes"])) > before), "the guest stands still"
+
+
+@pytest.fixture
+def move(pair: Pair) -> Iterator[Move]:
+    yield Move(pair)
+
+
+def test_the_guest_runs_before_its_pages_are_there(move: Move) -> None:
+    move.switch()
+    assert wait_until(lambda: query_migrate(move.source)["ram"]["postcopy-requests"] > 0), "no page was asked for"
+    assert move.source.machine.run_state is RunState.FINISH_MIGRATE
+    assert move.destination.machine.run_state is RunState.RUNNING
+    move.hurry()
+    move.completes()
+    ram = query_migrate(move.source)["ram"]
+    assert ram["postcopy-bytes"] > 0
+    assert ram["transferred"] == ram["precopy-bytes"] + ram["downtime-bytes"] + ram["postcopy-bytes"]
+
+
+# -- a connection that breaks ------------------------------------------------------------------------------------------
+
+
+def recover(move: Move, uri: str | None = None) -> None:
+    """Have the destination listen again, and the source connect there."""
+    dialled = move.destination.recover(LISTEN)
+    move.source.migrate(uri or dialled, resume=True)
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_a_connection_that_is_broken_on_purpose(move: Move, side: str) -> None:
+    move.switch()
+    (move.source if side == "source" else move.destination).pause_migration()
+    move.reaches(move.source, "postcopy-paused")
+    move.reaches(move.destination, "postcopy-paused")
+    assert move.source.machine.run_state is RunState.FINISH_MIGRATE
+    assert move.destination.machine.run_state is RunState.RUNNING
+    recover(move)
+    move.hurry()
+    move.completes()
+
+
+@pytest.mark.parametrize("direction", list(Cut))
+def test_a_connection_that_is_cut(move: Move, direction: Cut) -> None:
+    """Twice; the guest writes all the time, and loses nothing."""
+    with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
+        move.limit()
+        move.source.migrate(proxy.uri)
+        move.source.start_postcopy()
+        for _ in range(2):
+            move.reaches(move.source, "postcopy-active")
+            move.reaches(move.destination, "postcopy-active")
+            assert wait_until(proxy.has_passed(1 << 20))
+            proxy.cut(direction)
+            move.reaches(move.source, "postcopy-paused")
+            move.reaches(move.destination, "postcopy-paused")
+            proxy.lead_to(move.destination.recover(LISTEN))
+            move.source.migrate(proxy.uri, resume=True)
+        move.hurry()
+        move.completes()
+
+
+def test_a_recovery_that_fails_can_be_tried_again(move: Move) -> None:
+    move.switch()
+    move.source.pause_migration()
+    move.reaches(move.source, "postcopy-paused")
+    move.reaches(move.destination, "postcopy-paused")
+    move.source.migrate("tcp:127.0.0.1:1", resume=True)
+    assert wait_until(lambda: "127.0.0.1:1:" in (move.source.report().error or "")), move.source.report()
+    move.reaches(move.source, "postcopy-paused")
+    address = move.destination.recover(LISTEN)
+    with pytest.raises(StateError, match="already"):
+        move.destination.recover(LISTEN)
+    stranger = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])))
+    stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+    assert wait_until(lambda: move.destination.incoming.status == "postcopy-paused" and not listens(address))
+    stranger.close()
+    recover(move)
+    move.hurry()
+    move.completes()
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_commands_that_come_at_the_wrong_time(move: Move) -> None:
+    for call, words in [
+        (move.source.start_postcopy, "must be started after migration has been started"),
+        (move.source.pause_migration, "only supported during postcopy-active"),
+        (lambda: move.destination.recover(LISTEN), "only be run when postcopy is paused"),
+        (lambda: move.source.migrate("tcp:127.0.0.1:1", resume=True), "no paused migration"),
+    ]:
+        with pytest.raises(StateError, match=words):
+            call()
+    move.source.settings.set_capabilities({"postcopy-ram": False})
+    with pytest.raises(StateError, match="Enable postcopy"):
+        move.source.start_postcopy()
+
+
+def test_a_cancel_in_postcopy_is_refused(move: Move) -> None:
+    move.switch()
+    for engine in (move.source, move.destination):
+        with pytest.raises(StateError, match="cannot cancel"):
+            engine.cancel()
+    with pytest.raises(StateError, match="stopped for the switchover"):
+        move.source.cont()
+    move.hurry()
+    move.completes()
+
+
+def test_a_destination_that_cannot_serve_page_faults_refuses_before_any_ram_is_sent(
+    move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register = userfault.register
+
+    def deny(fd: int, address: int, length: int, mode: userfault.Mode) -> None:
+        if mode & userfault.Mode.MISSING:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        register(fd, address, length, mode)
+
+    monkeypatch.setattr(userfault, "register", deny)
+    move.begin()
+    assert ended(move.source) == "failed" and arrived(move.destination) == "failed"
+    error = move.source.report().error or ""
+    assert "page faults" in error and "vm.unprivileged_userfaultfd" in error
+    assert move.source.machine.run_state is RunState.RUNNING
+    assert query_migrate(move.source).get("ram", {}).get("normal", 0) == 0
+
+
+def test_a_machine_without_page_faults_refuses(pair: Pair) -> None:
+    source, destination = pair.source(), pair.destination()
+    source.settings.set_capabilities({"postcopy-ram": True})
+    source.migrate(destination.migrate_incoming(LISTEN))
+    assert ended(source) == "failed"
+    assert "while its RAM is still arriving" in (source.report().error or "")
+    runs_on(source)
+
+
+def test_a_transport_without_a_return_path_is_refused(move: Move, folder: Path) -> None:
+    move.source.settings.set_capabilities({"return-path": False})
+    with pytest.raises(SettingsError, match="which postcopy needs"):
+        move.source.migrate(f"file:{folder / 'guest'}")
+
+
+def test_precopy_completes_if_nobody_asks_for_postcopy(move: Move) -> None:
+    move.begin(precopy=0)
+    move.completes()
+    assert query_migrate(move.source)["ram"]["postcopy-bytes"] == 0
+
+
+# -- which side may run the guest --------------------------------------------------------------------------------------
+
+PACKAGED = bytes((SectionType.COMMAND, 0, Command.PACKAGED))
+
+
+def hand_over_to(peer: Peer, move: Move) -> None:
+    """Let the source send its package to a destination that is driven by hand."""
+    move.limit()
+    move.source.migrate(peer.uri)
+    move.source.start_postcopy()
+    peer.accept()
+    peer.read_all(lambda data: PACKAGED in data[-(1 << 20) :])
+
+
+def test_a_destination_that_refuses_the_package_leaves_the_guest_to_the_source(move: Move) -> None:
+    with Peer() as peer:
+        hand_over_to(peer, move)
+        peer.say(ReturnMessage.SHUT, 1)
+        assert ended(move.source) == "failed"
+    assert move.source.machine.run_state is RunState.RUNNING
+    move.source.verify()
+
+
+def test_a_destination_that_fails_once_it_may_have_started_the_guest_keeps_it(move: Move) -> None:
+    """What QEMU sends then does not say whether the guest ran."""
+    with Peer() as peer:
+        hand_over_to(peer, move)
+        peer.say(ReturnMessage.PONG, PACKAGE_PING)
+        peer.say(ReturnMessage.SHUT, 1)
+        assert ended(move.source) == "failed"
+    assert move.source.machine.run_state is RunState.POSTMIGRATE
+    assert "may be running the guest" in (move.source.report().error or "")
+    move.source.cont()
+    move.source.verify()
+
+
+def test_a_package_that_was_lost_is_given_up_by_a_cancel(move: Move) -> None:
+    with Peer() as peer:
+        hand_over_to(peer, move)
+    move.reaches(move.source, "postcopy-paused")
+    assert move.source.query_status()["status"] == "finish-migrate"
+    move.source.cancel()
+    assert ended(move.source) == "cancelled"
+    assert move.source.machine.run_state is RunState.POSTMIGRATE
+    move.source.cont()
+    move.source.verify()
+
+
+def test_a_guest_that_does_not_start_goes_on_at_the_source(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise MachineError("no room for this guest")
+
+    monkeypatch.setattr(move.destination.machine, "start", fail)
+    move.begin()
+    move.source.start_postcopy()
+    assert ended(move.source) == "failed" and arrived(move.destination) == "failed"
+    assert "no room for this guest" in (move.source.report().error or "")
+    assert move.source.machine.run_state is RunState.RUNNING
+    move.source.verify()

@@ -1,0 +1,114 @@
+"""A proxy for tcp connections that breaks them when a test says so."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from enum import StrEnum
+from types import TracebackType
+from typing import Self
+
+
+class Cut(StrEnum):
+    """How a connection breaks."""
+
+    RESET = "reset"  # both ends get RST
+    END = "end"  # both ends get FIN, as if the other had closed
+    FORWARD = "forward"  # nothing more reaches the destination, which gets FIN; the source notices at its next send
+    BACKWARD = "backward"  # the other way round
+
+
+class CutProxy:
+    """Listens on loopback at `uri`, and leads each connection to the address of a URI."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
+        self._pair: tuple[socket.socket, socket.socket] | None = None
+        self._sockets = [self._listener]
+        self._threads: list[threading.Thread] = []
+        self._passed = 0
+        self._run(self._accept)
+
+    def lead_to(self, target: str) -> None:
+        """From now on connections go there."""
+        self._target = target
+
+    def has_passed(self, count: int) -> Callable[[], bool]:
+        """Whether `count` more bytes have gone to the destination, counted from now."""
+        before = self._passed
+        return lambda: self._passed >= before + count
+
+    def cut(self, how: Cut) -> None:
+        """Break the present connection."""
+        assert self._pair is not None, "there is no connection"
+        source, destination = self._pair
+        match how:
+            case Cut.RESET:
+                for one in self._pair:
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    one.close()
+            case Cut.END:
+                for one in self._pair:
+                    _shut(one, socket.SHUT_RDWR)
+            case Cut.FORWARD:
+                _shut(destination, socket.SHUT_WR)
+            case Cut.BACKWARD:
+                _shut(source, socket.SHUT_WR)
+
+    def _run(self, target: Callable[..., None], *arguments: object) -> None:
+        self._threads.append(threading.Thread(target=target, args=arguments, daemon=True))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                source, _ = self._listener.accept()
+                host, _, port = self._target.removeprefix("tcp:").rpartition(":")
+                self._sockets.append(source)
+                destination = socket.create_connection((host, int(port)))
+                self._sockets.append(destination)
+                self._pair = source, destination
+                self._run(self._pump, source, destination, True)
+                self._run(self._pump, destination, source, False)
+
+    def _pump(self, one: socket.socket, other: socket.socket, forward: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(1 << 16):
+                other.sendall(data)
+                if forward:
+                    self._passed += len(data)
+        _shut(other, socket.SHUT_WR)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for one in self._sockets:
+            _shut(one, socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for one in self._sockets:
+            one.close()
+
+
+def _shut(one: socket.socket, how: int) -> None:
+    with contextlib.suppress(OSError):
+        one.shutdown(how)
+
+
+def listens(uri: str) -> bool:
+    """Whether somebody waits for connections there."""
+    host, _, port = uri.removeprefix("tcp:").rpartition(":")
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, int(port)))
+        except OSError:
+            return True
+    return False
