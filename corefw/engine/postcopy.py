@@ -110,6 +110,7 @@ def _send_pages(source: Source) -> None:
             writer.flush()
     for saver in _later(source):
         sections.end(saver)
+    sections.write_commands()
     source.link.answers.expect(ReturnMessage.SHUT, 0)
     writer.u8(SectionType.EOF)
     writer.flush()
