@@ -301,13 +301,13 @@ class Engine(MigrationControl):
         """Break the connection of a postcopy on purpose, on either side. Raises StateError."""
         if self._migration is not None and self.outgoing.status is _S.POSTCOPY_ACTIVE:
             self._migration.pause()
-        elif not self.arrivals.pause():
+        elif not self.inbound.pause():
             raise StateError("migrate-pause is currently only supported during postcopy-active state")
 
     def recover(self, uri: str) -> str:
         """On a destination whose postcopy is paused: wait for the source at another address, or the same; returns the
         URI that it has to dial. Raises UriError, StateError, PluginError, ChannelError."""
-        return self.arrivals.recover_at(uri)
+        return self.inbound.recover_at(uri)
 
     # -- in --------------------------------------------------------------------------------------------------------
 
