@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from corefw.channel import Buffer, Channel, SendsMemory
@@ -109,24 +110,28 @@ class Meter:
             spent = max(self.clock() - began, FREE_STEP / 2)
             self._free = max(FREE_LEAST, min(MOST_BUDGET, int(self._free * FREE_STEP / spent)))
 
-    @contextmanager
-    def sending(self, count: int) -> Iterator[None]:
-        """Around one call that sends `count` bytes: counts them, then waits until they were due."""
+    def carry_out(self, send: Callable[[], None], count: int) -> None:
+        """Call `send`, count the bytes that it has sent, and wait until they were due. Raises what `send` and the check
+        raise."""
         thread = threading.get_ident()
         self._in_flight[thread] = self.clock()
         try:
-            yield
+            send()
         finally:
             del self._in_flight[thread]
         self.sent(count)
-        self.pace()
+        if self.limit:
+            self.pace()
 
     def sent(self, count: int) -> None:
         """So many more bytes went out."""
         with self._changed:
-            self._settle()
             self.total += count
-            self._ahead += count
+            if self.limit:
+                self._settle()
+                self._ahead += count
+            else:
+                self._ahead = 0.0
 
     def rest(self) -> float:
         """Seconds until what went out is due."""
@@ -208,8 +213,7 @@ class MeteredChannel(Channel):
 
     def send(self, *parts: Buffer) -> None:
         for portion in portions(parts, self._meter.limit):
-            with self._meter.sending(sum(map(len, portion))):
-                self._channel.send(*portion)
+            self._meter.carry_out(partial(self._channel.send, *portion), sum(map(len, portion)))
 
     def receive_into(self, view: memoryview) -> int:
         return self._channel.receive_into(view)
@@ -235,8 +239,7 @@ class MeteredMemoryChannel(MeteredChannel, SendsMemory):
         self._memory = memory
 
     def send_memory(self, pieces: NDArray[np.uint64]) -> None:
-        with self._meter.sending(int(pieces[:, 1].sum())):
-            self._memory.send_memory(pieces)
+        self._meter.carry_out(partial(self._memory.send_memory, pieces), int(pieces[:, 1].sum()))
 
 
 def metered(channel: Channel, meter: Meter) -> MeteredChannel:
