@@ -3,7 +3,7 @@
 Parameters of the source: x-migfw-timeout, x-migfw-max-passes, x-migfw-on-timeout. They hold until the guest is stopped
 for the switchover, and may be changed while the migration runs. With "cancel" the migration fails and the guest runs on
 here; with "switchover" the guest is stopped and the rest is sent, whatever the downtime limit says. If the destination
-takes nothing any more, there is nothing to switch over to, and the migration fails then too.
+then takes nothing any more, the migration fails too, and the guest runs on here.
 
 Threads: `watch` runs in one of its own, since a migration that hangs in a connect or a send cannot look at a clock.
 """
@@ -22,8 +22,8 @@ from corefw.settings import Settings
 LOOK: Final = 0.1
 """Seconds between two looks at the clock."""
 
-STALL: Final = 10.0
-"""Seconds after which a single send counts as one that will not return."""
+STALL: Final = 60.0
+"""Seconds after which a single send counts as one that will not return: on a very slow link it may take long."""
 
 
 class Limits:
@@ -39,11 +39,17 @@ class Limits:
         self._started = clock()
         self._lock = threading.Lock()
         self._over = threading.Event()
+        self._stopped = False
         self.reason = ""
         self.cancelled = False
 
+    def guest_stops(self) -> None:
+        """The guest is about to be stopped for the switchover: no limit on time or passes holds from here on."""
+        with self._lock:
+            self._stopped = True
+
     def end(self) -> None:
-        """The guest is about to be stopped, or the migration has ended: no limit holds from here on."""
+        """The guest was handed over, or the migration has ended: nothing is aborted from here on."""
         with self._lock:
             self._over.set()
 
@@ -53,14 +59,15 @@ class Limits:
         """Call `abort` when the time is up; but not if the guest is to be stopped then, as long as `can_switch_over()`
         and no send hangs. `longest_send` gives the seconds that the longest of the sends under way has taken."""
         while not self._over.wait(LOOK):
-            if not (reason := self._time_is_up()):
-                continue
             with self._lock:
                 if self._over.is_set():
                     return
-                if self._switches_over() and can_switch_over():
+                reason = self.reason if self._stopped else self._time_is_up()
+                if not reason:
+                    continue
+                if self._stopped or (self._switches_over() and can_switch_over()):
                     if (seconds := longest_send()) < STALL:
-                        continue  # the migration thread is about to find out by itself
+                        continue
                     reason += f", and the destination has taken nothing for {seconds:.0f} s"
                 self.reason, self.cancelled = reason, True
                 abort()

@@ -152,8 +152,8 @@ def _await_switchover_ack(source: Source) -> bool:
 
 
 def _stop_guest(source: Source) -> None:
-    """Stop the guest for the switchover. No limit on the migration holds from here on."""
-    source.limits.end()
+    """Stop the guest for the switchover."""
+    source.limits.guest_stops()
     source.stopped_at = time.monotonic()
     limit = source.settings.integer("downtime-limit")
     source.custody.stop(source.check, partial(_store_run_state, source))
@@ -185,6 +185,7 @@ def switch_over(source: Source) -> MigrationStatus:
     _send_rest(source)
     closing = source.tail.closing(source.sections, source.settings)
     source.custody.hand_over_at_eof(source.check, visible=not source.link.transport.features.atomic)
+    source.limits.end()
     if source.link.return_path is not None:
         source.link.return_path.expect(ReturnMessage.SHUT, 0)
     _send_end(source, closing)

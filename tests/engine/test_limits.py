@@ -13,6 +13,8 @@ from corefw.states import MigrationStatus
 from tests.helpers.engines import PATIENCE, Pair, Peer, arrived, ended, query_migrate, runs_on
 from tests.helpers.machines import CountingMachine
 
+MIB = 1 << 20
+
 
 def big(*, incoming: bool = False) -> CountingMachine:
     """A guest with 1 MiB of RAM that is not zero."""
@@ -98,21 +100,27 @@ def test_a_destination_that_takes_nothing_more(pair: Pair) -> None:
         runs_on(source)
 
 
+@pytest.mark.parametrize("stopped", [False, True], ids=["in a pass", "when the guest is stopped"])
 def test_a_destination_that_takes_nothing_more_is_not_switched_over_to(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, stopped: bool
 ) -> None:
     monkeypatch.setattr("corefw.engine.limits.STALL", 0.5)
     machine = CountingMachine(pages=32768)
     machine.block.pages[:, 8:] = 1
     with Peer() as peer:
         source = pair.source(machine)
-        source.set_capabilities({"return-path": False})
-        source.set_parameters({"x-migfw-timeout": 300, "x-migfw-on-timeout": "switchover"})
+        source.set_capabilities({"return-path": False, "pause-before-switchover": stopped})
+        source.set_parameters({"x-migfw-on-timeout": "switchover", "max-bandwidth": MIB if stopped else 0})
         source.migrate(peer.uri)
         peer.accept()
+        assert source.outgoing.wait(frozenset({MigrationStatus.ACTIVE}), PATIENCE)
+        source.set_parameters({"x-migfw-timeout": 1})
+        if stopped:
+            peer.read_while(lambda: source.outgoing.status is MigrationStatus.ACTIVE)
+            source.continue_migration(MigrationStatus.PRE_SWITCHOVER)
         assert ended(source) == "failed"
         reason = query_migrate(source)["error-desc"]
-        assert "it took longer than 300 ms (x-migfw-timeout), and the destination has taken nothing for" in reason
+        assert "it took longer than 1 ms (x-migfw-timeout), and the destination has taken nothing for" in reason
         runs_on(source)
 
 
