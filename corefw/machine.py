@@ -79,6 +79,9 @@ class RamBlock(ABC):
     pages       the same as an array of shape (pages, page_size), dtype uint8
     dirty_log   what the guest has written
     huge        the memory is in huge pages: a first write through the mapping costs little
+    known_zero  runs (first, end) of pages that are zero although some of them were allocated in advance; None where
+                only the holes are known to be zero. What loads the block counts on it, so it is set before and reset
+                after (corefw.memory.preallocation)
 
     What the engine writes is in no dirty log.
     """
@@ -91,11 +94,16 @@ class RamBlock(ABC):
     pages: NDArray[np.uint8]
     dirty_log: DirtyLog
     huge: bool = False
+    known_zero: NDArray[np.int64] | None = None
 
     @abstractmethod
     def holes(self) -> NDArray[np.int64]:
         """Runs (first, end) of pages that were never touched: they read as zero, and are not to be read for that would
         allocate them."""
+
+    def zeros(self) -> NDArray[np.int64]:
+        """Runs (first, end) of pages that are known to be zero without reading them. Asked before a load."""
+        return self.holes() if self.known_zero is None else self.known_zero
 
     @abstractmethod
     def store(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
@@ -103,7 +111,7 @@ class RamBlock(ABC):
 
     @abstractmethod
     def fill(self, pages: NDArray[np.int64], value: int) -> None:
-        """Set these pages to one byte value. Zero to a page that was never touched leaves it untouched."""
+        """Set these pages to one byte value. Zero never allocates a page, and may free some."""
 
 
 class FaultSource(ABC):

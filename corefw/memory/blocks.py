@@ -1,10 +1,10 @@
 """RAM blocks behind memfds, or behind files of huge pages where the host has those.
 
-The law: the file is the RAM; the engine's mapping, the guest's mapping and the descriptor are three ways to the same
-pages, and nothing about the contents is remembered here. What was never touched is asked of the kernel (SEEK_DATA,
+Invariant: the file is the RAM. The engine's mapping, the guest's mapping and the descriptor are three ways to the same
+pages, and nothing about the contents is remembered here. The kernel knows what was never touched (SEEK_DATA and
 SEEK_HOLE), so the answer stays right whoever wrote: the guest, a channel that received into `view`, or store(). A
-memfd's size is sealed: a process that holds the descriptor cannot shrink it and so make another one's access fail.
-(A file of huge pages cannot be sealed; it is in the hands of the same user.)
+memfd's size is sealed: a process that holds the descriptor cannot shrink it and so make another's access fail. (A file
+of huge pages cannot be sealed; it is in the hands of the same user.)
 
 How bytes get in (measured on Linux 6.18, per GiB): writing small pages that this process has not mapped costs 0.25 to
 0.4 s by pwritev and 0.5 to 0.9 s through the mapping, which takes a fault a page and has the kernel zero it first; a
@@ -34,7 +34,7 @@ from corefw.net import iovec
 from corefw.quantities import format_size
 
 PAGES_A_CALL: Final = 4
-"""From this many pages a run on average, a pwritev for each run is better than the mapping."""
+"""With this many pages a run on average, a pwritev for each run is faster than the mapping."""
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -155,7 +155,19 @@ class MemfdBlock(RamBlock):
             self.pages[pages] = value
             return
         for first, end in runs.tolist():
-            self.pages[first:end] = value
+            self._fill_run(first, end, value)
+
+    def _fill_run(self, first: int, end: int, value: int) -> None:
+        """Give memory that becomes zero in whole huge pages back to the host: that takes a fortieth of the time that
+        writing zeros would, and does not keep what was allocated in advance for pages that are zero."""
+        if value == 0:
+            size = self.page_size
+            start, stop = -(-first * size // hugefile.HUGE) * hugefile.HUGE, end * size // hugefile.HUGE * hugefile.HUGE
+            if start < stop:
+                self._mapping.madvise(mmap.MADV_REMOVE, start, stop - start)
+                self.pages[first : start // size] = 0
+                first = stop // size
+        self.pages[first:end] = value
 
     def _touched(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
         """Those of the pages that are not in a hole.

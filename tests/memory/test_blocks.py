@@ -104,6 +104,17 @@ def test_zeroes_do_not_touch_what_was_not_touched(block: MemfdBlock) -> None:
     assert block.pages[10:15].all() and not block.pages[15:20].any()
 
 
+def test_whole_huge_pages_that_become_zero_are_given_back() -> None:
+    block = MemfdBlock("ram", 8 << 20)
+    try:
+        block.pages[:] = 7
+        block.fill(np.arange(3, 2000), 0)
+        assert block.holes().tolist() == [[512, 1536]]
+        assert block.pages[:3].all() and not block.pages[3:2000].any() and block.pages[2000:].all()
+    finally:
+        block.close()
+
+
 @settings(max_examples=60)
 @given(
     written=st.sets(st.integers(0, PAGES - 1)),

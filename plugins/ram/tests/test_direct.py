@@ -158,6 +158,21 @@ def test_a_long_run_goes_straight_into_memory_in_ever_larger_steps() -> None:
         assert source.calls == 4 + 3 + 1  # 32, 64, 128, 256, then 512 at a time, and what is left
 
 
+def test_memory_that_was_allocated_in_advance_is_received_into_as_well() -> None:
+    stream = run(0, PAGES, "one") + EOS
+    source = Counting(stream, [4 + 2 * RUN * RECORD, *[WHOLE] * 100])
+    with StillMachine(block("one", PAGES)) as machine:
+        one = machine.blocks[0]
+        one.huge = True
+        one.known_zero = one.holes()
+        one.pages[:] = 0
+        assert allocated(one) == PAGES
+        with receiving(machine, source) as receiver:
+            receiver.load()
+        assert machine.contents()["one"] == CONTENT.tobytes()
+        assert source.direct == (PAGES - 2 * RUN) * RECORD
+
+
 @pytest.mark.parametrize("huge", [False, True])
 def test_small_pages_are_stored_from_the_buffer(huge: bool) -> None:
     stream = run(0, PAGES, "one") + EOS

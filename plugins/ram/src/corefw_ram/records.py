@@ -1,7 +1,11 @@
 """Page numbers to records on the wire.
 
-Invariant: nothing here runs once a page in Python. Pages travel in batches, each told zero or not by its first word
-where that is enough:
+Pages travel in batches; nothing here runs once a page in Python. Which of a batch are zero is looked up in each page's
+first word, and in the whole page only where that is zero. Of a large batch a sample is looked at first, and without a
+zero in it all pages are sent whole: the first touch of a page costs a miss of the processor's cache, in all a sixth of
+the source's time, and few zero pages are cheaper sent than found.
+
+Two ways to the channel:
 
     gathered   over a channel that sends memory from where it is: headers and guest pages in one list of pieces
     staged     over any other, and where a dirty log has to know exactly what was sent: copied between the headers into
@@ -33,6 +37,10 @@ GATHERED: Final = 8192
 """Pages listed at once (32 MiB of guest RAM, 320 KiB of headers and pieces). Python's own work falls on each list, and
 is slow where a processor's cache holds nothing but pages: with 512 in a list it was a third of the source's time."""
 
+SAMPLED: Final = 16
+"""Of so many pages of a large batch one is looked at."""
+LARGE: Final = 1024
+"""Pages in a batch that is sampled first."""
 
 Index = slice | NDArray[np.int64]
 
@@ -44,6 +52,7 @@ class PageWriter:
         self._page_size = page_size
         self._statistics = statistics
         self._current: RamBlock | None = None
+        self._random = np.random.default_rng()
         self._staging = np.empty((STAGED, HEADER + page_size), dtype=np.uint8)
         self._headers = np.empty((GATHERED, HEADER), dtype=np.uint8)
         self._pieces = np.empty((2 * GATHERED, 2), dtype=np.uint64)
@@ -83,9 +92,9 @@ class PageWriter:
     ) -> None:
         zero = hole.copy()
         if not hole.any():
-            zero = _find_zeros(block.pages.view(np.uint64), _index(pages))
+            zero = self._find_some_zeros(block, pages)
         elif not hole.all():
-            zero[~hole] = _find_zeros(block.pages.view(np.uint64), _index(pages[~hole]))
+            zero[~hole] = self._find_some_zeros(block, pages[~hole])
         if zero.any():
             self._send_zeros(writer, block, pages[zero])
             pages = pages[~zero]
@@ -97,6 +106,16 @@ class PageWriter:
         first = self._introduce(writer, block, self._headers[0])
         writer.memory(self._pieces[first : 2 * count], count * (HEADER + self._page_size) - first * HEADER)
         self._statistics.normal += count
+
+    def _find_some_zeros(self, block: RamBlock, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these pages are zero; none where they are too few to be worth a look at every page."""
+        words = block.pages.view(np.uint64)
+        if len(pages) >= LARGE:
+            groups = np.arange(0, len(pages) - SAMPLED + 1, SAMPLED)
+            sample = pages[groups + self._random.integers(0, SAMPLED, len(groups))]
+            if words[sample, 0].all():
+                return np.zeros(len(pages), dtype=np.bool_)
+        return _find_zeros(words, _index(pages))
 
     def _send_staged(
         self,
