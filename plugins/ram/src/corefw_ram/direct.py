@@ -71,7 +71,7 @@ class DirectReceiver:
         self._next = None
 
     def stop(self) -> None:
-        """Make no more guesses."""
+        """Receive nothing in place from now on."""
         self._end = 0
 
     def receive(self, reader: StreamReader) -> bool:

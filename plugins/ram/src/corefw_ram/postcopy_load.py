@@ -33,7 +33,7 @@ class ArrivingBlock(LoadedBlock):
 
     def __init__(self, block: RamBlock, discarded: NDArray[np.bool_], faults: FaultSource) -> None:
         super().__init__(block)
-        self.guess.stop()
+        self.direct.stop()
         self._faults = faults
         self._lock = threading.Lock()  # guards both marks
         self._received = ~discarded
