@@ -127,6 +127,11 @@ class Channel(Closing, ABC):
         end.
         """
 
+    def try_receive_into(self, view: memoryview) -> int | None:
+        """As receive_into(), but None instead of a wait. By default this is two calls; a channel that can ask and
+        receive in one overrides it, since a destination receives the whole stream with it."""
+        return self.receive_into(view) if self.wait_readable(0) else None
+
     @abstractmethod
     def wait_readable(self, seconds: float) -> bool:
         """True when receive_into would not block (bytes or the end are there), False after `seconds`."""

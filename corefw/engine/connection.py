@@ -2,7 +2,8 @@
 
 While the destination waits in the middle of something, ENOUGH bytes have to come within x-migfw-incoming-timeout. Time
 in which the source may well have nothing to say does not count: between two sections of a guest that has begun to come
-it may be silent for as long as it likes, as in pre-switchover, or while it waits for its bandwidth.
+it may be silent for as long as it likes, as in pre-switchover, or while it waits for its bandwidth. The source has as
+long to take a message of the return path.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Connection:
     def __init__(self, channel: Channel, settings: Settings, interrupt: Interrupt) -> None:
         self.channel: Final = channel
         self.source: Final = _watched(channel, settings, interrupt)
+        self._settings = settings
         self.reader: Final = StreamReader(self.source, BULK_BUFFER_SIZE)
         self.return_path: ReturnPathWriter | None = None
         self.explains = False
@@ -53,14 +55,19 @@ class Connection:
                 f"the source wants a return path, but {self.channel.peer} is one-way"
                 " (switch its capability 'return-path' off)"
             )
-        self.return_path = ReturnPathWriter(self.channel)
+        self.return_path = self._writer()
         return self.return_path
+
+    def _writer(self) -> ReturnPathWriter:
+        return ReturnPathWriter(self.channel, lambda: self._settings.integer("x-migfw-incoming-timeout") / 1000)
 
     def abort(self) -> None:
         """From any thread: make every call on the channel raise Interrupted."""
         self.channel.abort()
 
     def close(self) -> None:
+        if self.return_path is not None:
+            self.return_path.close()
         self.channel.close()
 
     # -- the result ------------------------------------------------------------------------------------------------
@@ -75,7 +82,7 @@ class Connection:
         if self.return_path is None and self.channel.has_return_path:
             # It failed before OPEN_RETURN_PATH came. A source that will open it learns that its guest may run on; one
             # that will not never reads this.
-            self.return_path = ReturnPathWriter(self.channel)
+            self.return_path = self._writer()
         if self.return_path is not None:
             self._report(self.return_path, 1, reason if self.explains else "")
 
@@ -111,6 +118,7 @@ class WatchedChannel:
         self.channel: Final = channel
         self._settings = settings
         self._interrupt = interrupt
+        self._next_look = 0.0
         self._may_pause = False
         self._waited = 0.0
         self._received = 0
@@ -125,8 +133,11 @@ class WatchedChannel:
         self._may_pause = False
 
     def receive_into(self, view: memoryview, /) -> int:
-        self._wait()
-        return self._count(self.channel.receive_into(view))
+        """As Channel.receive_into(); one system call where bytes are there."""
+        self._look_now_and_then()
+        while (count := self.channel.try_receive_into(view)) is None:
+            self._wait_tick(TICK)
+        return self._count(count)
 
     def wait_readable(self, seconds: float) -> bool:
         """As Channel.wait_readable()."""
@@ -138,9 +149,12 @@ class WatchedChannel:
             if rest <= TICK:
                 return False
 
-    def _wait(self) -> None:
-        while not self._wait_tick(TICK):
-            pass
+    def _look_now_and_then(self) -> None:
+        """Raise Interrupted, within a TICK, also while bytes keep coming."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + TICK
+            self._interrupt.check()
 
     def _wait_tick(self, seconds: float) -> bool:
         self._interrupt.check()
@@ -173,7 +187,9 @@ class WatchedMemoryChannel(WatchedChannel):
     def receive_memory(self, pieces: Any) -> int:
         """See ReceivesMemory."""
         assert isinstance(self.channel, ReceivesMemory)
-        self._wait()
+        self._look_now_and_then()
+        while not self._wait_tick(TICK):
+            pass
         return self._count(self.channel.receive_memory(pieces))
 
 

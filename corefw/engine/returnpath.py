@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ACCEPTED: Final = (ReturnMessage.SHUT, 0)
+
+LOOK: Final = 0.2
+"""Seconds between two looks at a send that the source does not take."""
 
 Handler = Callable[[ReturnMessageRecord, StreamReader], None]
 """Called in the return path's thread with a message, and with the reader to take from it what follows the message. What
@@ -190,11 +194,18 @@ class ReturnPathReader:
 
 
 class ReturnPathWriter:
-    """The destination's end. Messages go out whole, from any thread."""
+    """The destination's end. Messages go out whole, from any thread. A source that does not take one within a limit has
+    its channel aborted, from a thread that runs until close()."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, limit: Callable[[], float]) -> None:
+        """`limit()`: the present limit in seconds, 0 for none."""
         self._channel = channel
+        self._limit = limit
         self._lock = threading.Lock()
+        self._began: float | None = None  # when the present send did
+        self._expired = ""
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="return path limit", daemon=True).start()
 
     def send(self, message: ReturnMessage | int, body: bytes = b"") -> None:
         """Raises ChannelError."""
@@ -202,7 +213,15 @@ class ReturnPathWriter:
 
     def _send(self, *parts: bytes | bytearray) -> None:
         with self._lock:
-            self._channel.send(*parts)
+            self._began = time.monotonic()
+            try:
+                self._channel.send(*parts)
+            except ChannelError:
+                if self._expired:
+                    raise ChannelError(self._expired) from None
+                raise
+            finally:
+                self._began = None
 
     def request_pages(self, request: PageRequest) -> None:
         """Ask for pages that the guest waits for. Raises ChannelError."""
@@ -229,3 +248,18 @@ class ReturnPathWriter:
             self.send(ReturnMessage.SHUT, number_body(status))
         except ChannelError as error:
             log.warning("could not report the result to the source: %s", error)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(LOOK):
+            began, limit = self._began, self._limit()
+            if began is not None and limit and time.monotonic() - began >= limit:
+                self._expired = (
+                    f"{self._channel.peer}: the source took no message of the return path in {limit:g} s"
+                    " (parameter x-migfw-incoming-timeout)"
+                )
+                self._channel.abort()
+                return
+
+    def close(self) -> None:
+        """Nothing more will be sent."""
+        self._closed.set()

@@ -151,6 +151,10 @@ class SocketChannel(Channel):
         assert len(view), "receive_into an empty view"
         return self._receive(lambda: self._socket.recv_into(view))
 
+    def try_receive_into(self, view: memoryview) -> int | None:
+        assert len(view), "try_receive_into an empty view"
+        return self._try_receive(lambda: self._socket.recv_into(view, 0, socket.MSG_DONTWAIT))
+
     def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
         """See ReceivesMemory."""
         from corefw.net import iovec  # noqa: PLC0415 - as above
@@ -159,16 +163,18 @@ class SocketChannel(Channel):
         return self._receive(lambda: iovec.receive_some(self._socket.fileno(), pieces))
 
     def _receive(self, receive: Callable[[], int]) -> int:
+        while (count := self._try_receive(receive)) is None:  # RECEIVE_TICK is over, and nothing came at all
+            self._poll(None)
+        return count
+
+    def _try_receive(self, receive: Callable[[], int]) -> int | None:
         self._check_aborted()  # no more: what came before a send failed is still there to be received
         if self._ended:
             return 0
         try:
-            while True:
-                try:
-                    count = receive()
-                    break
-                except BlockingIOError:  # RECEIVE_TICK is over, and nothing came at all
-                    self._poll(None)
+            count = receive()
+        except BlockingIOError:
+            return None
         except OSError as error:
             if error.errno == errno.EFAULT:  # this host's fault, not the connection's: it can still say so
                 raise ChannelError(f"{self.peer}: out of memory to receive into") from None

@@ -135,17 +135,22 @@ def _delivers_without_delay(bench: Workbench) -> None:
 
 @check(Need.LIVE)
 def _waits_for_bytes(bench: Workbench) -> None:
-    """wait_readable is False while there is nothing, True with the first byte, and at the end."""
+    """While there is nothing, wait_readable is False and try_receive_into gives None; not so once a byte or the end is
+    there."""
+    byte = memoryview(bytearray(1))
     for way, sender, receiver in bench.ways():
         assert not receiver.wait_readable(0), f"{way}: wait_readable(0) is True before anything was sent"
         assert not receiver.wait_readable(0.05), f"{way}: wait_readable is True before anything was sent"
+        assert receiver.try_receive_into(byte) is None, f"{way}: try_receive_into found a byte that was never sent"
         sender.send(b"x")
         assert receiver.wait_readable(10), f"{way}: wait_readable is False though a byte was sent"
-        receive_exactly(receiver, memoryview(bytearray(1)))
+        assert receiver.try_receive_into(byte) == 1, f"{way}: try_receive_into does not give the byte that is there"
+        same(byte, b"x")
         assert not receiver.wait_readable(0.05), f"{way}: wait_readable is True though all was received"
         sender.send_eof()
         assert receiver.wait_readable(10), f"{way}: wait_readable is False at the end"
-        assert receiver.receive_into(memoryview(bytearray(1))) == 0, f"{way}: bytes came out of nowhere"
+        assert receiver.try_receive_into(byte) == 0, f"{way}: try_receive_into does not give 0 at the end"
+        assert receiver.receive_into(byte) == 0, f"{way}: bytes came out of nowhere"
 
 
 @check(Need.LIVE | Need.RETURN_PATH)

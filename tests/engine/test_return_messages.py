@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping
 
 import pytest
 
 from corefw.section import IncomingContext
-from corefw.wire.constants import PLUGIN_MESSAGES, ReturnMessage
-from corefw.wire.stream import StreamReader
+from corefw.wire.constants import PLUGIN_MESSAGES, Command, ReturnMessage, SectionType
+from corefw.wire.records import (
+    Configuration,
+    SectionHeader,
+    write_command,
+    write_configuration,
+    write_header,
+    write_section_header,
+)
+from corefw.wire.stream import MemorySink, StreamReader, StreamWriter
 from tests.engine.test_plugin_sections import Loader, Saver, pair_with
 from tests.helpers.engines import Pair, arrived, ended, query_migrate, runs_on
 
@@ -90,3 +99,34 @@ def test_a_number_has_one_owner(others: tuple[type[Saver], ...]) -> None:
     pair, _ = pair_with(*others)
     with pair:
         assert "return-path message" in outcome(pair)
+
+
+class Talkative(Loader):
+    """Sends messages for as long as they are taken."""
+
+    def setup(self, context: IncomingContext) -> None:
+        self._context = context
+
+    def load(self, reader: StreamReader, version_id: int) -> None:
+        while True:
+            self._context.send_return_message(PROGRESS, bytes(512))
+
+
+def test_a_source_that_takes_no_messages_is_given_up() -> None:
+    pair, _ = pair_with(Talkative)
+    with pair:
+        destination = pair.destination()
+        destination.set_parameters({"x-migfw-incoming-timeout": 500})
+        port = int(destination.migrate_incoming("tcp:127.0.0.1:0").rpartition(":")[2])
+        sink = MemorySink()
+        writer = StreamWriter(sink)
+        write_header(writer)
+        write_configuration(writer, Configuration("counting"))
+        write_command(writer, Command.OPEN_RETURN_PATH)
+        write_section_header(writer, SectionHeader(SectionType.START, 0, Talkative.idstr, 0, Talkative.version_id))
+        writer.flush()
+        with socket.create_connection(("127.0.0.1", port)) as deaf:
+            deaf.sendall(sink.data)
+            assert arrived(destination) == "failed"
+        reason = query_migrate(destination)["error-desc"]
+    assert "took no message of the return path in 0.5 s (parameter x-migfw-incoming-timeout)" in reason
