@@ -175,7 +175,7 @@ NO_STATE = {
     "    def after_start(self): self.db = sqlite3.connect(':memory:')\n"
     "    def before_stop(self): self.db.close(); self.db = None\n",
     "what before_stop() deletes": "    def tick(self): self.step += 1; self.cache = [1]\n"
-    "    def before_stop(self):\n        if self.step: del self.cache\n",
+    "    def before_stop(self):\n        if hasattr(self, 'cache'): del self.cache\n",
     "what after_start() made and tick() changes": "    def after_start(self): self.log = []\n"
     "    def tick(self): self.step += 1; self.log.append(1)\n",
     "threads and locks": "    def after_start(self):\n"
