@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from corefw.errors import MigfwError, RemoteStreamError, UsageError
 if TYPE_CHECKING:
     from corefw.channel import Buffer
     from corefw.conversion import Conversion, DeviceTables
+    from corefw.net.wholefile import WholeFile
     from corefw.wire.stream import Source
 
 INTERVAL: Final = 0.5
@@ -129,43 +129,38 @@ def _check_destination(source: str, destination: str, force: bool) -> None:
 
 @contextlib.contextmanager
 def _new_file(destination: str, force: bool) -> Iterator[_FileSink]:
-    """Write a file beside `destination` that replaces it at the end; it is removed if the block fails."""
-    path = Path(destination)
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}")
+    """A file that appears as `destination` once it is whole, or not at all."""
+    from corefw.net.wholefile import WholeFile
+
+    with contextlib.ExitStack() as undo:
+        with _writing(destination):
+            file = undo.enter_context(WholeFile(Path(destination)))
+        yield _FileSink(file, destination)
+        with _writing(destination):
+            if force:
+                file.replace()
+            else:
+                file.create()
+
+
+@contextlib.contextmanager
+def _writing(destination: str) -> Iterator[None]:
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        yield
     except OSError as error:
         raise MigfwError(f"cannot write '{destination}': {error.strerror}") from None
-    try:
-        with os.fdopen(fd, "wb", buffering=0) as file:
-            yield _FileSink(file.fileno(), destination)
-            try:
-                os.fsync(fd)
-                if force:
-                    temporary.replace(path)
-                else:
-                    os.link(temporary, path)  # fails if the file has been created meanwhile
-            except OSError as error:
-                raise MigfwError(f"cannot write '{destination}': {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _FileSink:
-    """Writes buffers completely. Raises MigfwError that names the destination."""
+    """Writes to the file. Raises MigfwError that names the destination."""
 
-    def __init__(self, fd: int, name: str) -> None:
-        self._fd = fd
+    def __init__(self, file: WholeFile, name: str) -> None:
+        self._file = file
         self._name = name
 
     def send(self, *parts: Buffer) -> None:
-        try:
-            for part in parts:
-                rest = memoryview(part).cast("B")
-                while len(rest):
-                    rest = rest[os.write(self._fd, rest) :]
-        except OSError as error:
-            raise MigfwError(f"cannot write '{self._name}': {error.strerror}") from None
+        with _writing(self._name):
+            self._file.write(*parts)
 
 
 class _Watched:

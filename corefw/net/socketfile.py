@@ -1,8 +1,8 @@
-"""UNIX sockets that are files: put in place, looked at, removed.
+"""UNIX sockets that are files: creates, probes and removes them.
 
-The law: a socket file appears when its socket listens already, with mode 0600 from its first moment; so one that
-refuses a connection is stale, never early. A stale one is removed by whoever comes across it; one that answers, and
-what is no socket, are left alone. A listener removes its own file, unless it is another's by then.
+Invariant: a socket file appears, with mode 0600, once its socket listens. So a socket that refuses a connection is
+stale, never early, and may be removed by any process that finds it. Anything else at the path is left alone. A listener
+removes its own file unless another socket has taken the path.
 
 Light to import: every command of the command line looks for engines with it.
 """
@@ -26,12 +26,12 @@ PATH_LIMIT: Final = 107
 """Bytes of a socket's path: sun_path has 108 and ends with a zero (an abstract name begins with it)."""
 
 _ATTEMPTS: Final = 3
-_NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
-"""What a file system without hard links says to link(2)."""
+NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What link(2) fails with on a file system without hard links."""
 
 
 def check_path(path: str, uri: object) -> None:
-    """Raises UriError, naming the URI, for what no socket can be called."""
+    """Raise UriError, which names the URI, if a socket cannot have this path."""
     length = len(os.fsencode(path))
     if length > PATH_LIMIT:
         raise UriError(f"'{uri}': the path has {length} bytes, a UNIX socket's can have {PATH_LIMIT}")
@@ -40,18 +40,20 @@ def check_path(path: str, uri: object) -> None:
 
 
 class Occupant(Enum):
-    """Who is at a path."""
+    """What is at a path."""
 
     NOBODY = auto()
     LISTENER = auto()
     OTHER = auto()
-    """What is no stream socket, or one that we may not dial, or a stale one that is not ours to remove."""
+    """Something that is not a stream socket, or one that we may not dial, or a stale one that we may not remove."""
 
 
 def occupant(path: Path) -> Occupant:
-    """Look, and remove a stale socket. Neither blocks nor raises, and nobody who listens there notices: a probe of the
-    wrong type connects to nobody, but is told whether there is somebody. A destination would take a connection for its
-    source."""
+    """What is at `path`; removes a stale socket. Neither blocks nor raises.
+
+    A listener does not notice: the probe is a datagram socket, which cannot connect to a stream socket but gets another
+    error where one listens. (A destination would take a real connection for its source.)
+    """
     try:
         before = path.lstat()
         if not stat.S_ISSOCK(before.st_mode):
@@ -72,7 +74,7 @@ def occupant(path: Path) -> Occupant:
 
 
 def make_room(path: Path) -> None:
-    """Remove a stale socket. Raises OSError when one cannot listen at `path` because of what is there."""
+    """Remove a stale socket. Raises OSError if something else is in the way of listening at `path`."""
     found = occupant(path)
     if found is Occupant.LISTENER:
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
@@ -81,10 +83,10 @@ def make_room(path: Path) -> None:
 
 
 def listen_at(sock: socket.socket, path: Path, backlog: int) -> Callable[[], None]:
-    """Listen at a socket file; a function that removes it. Raises OSError.
+    """Listen at a socket file; returns a function that removes it. Raises OSError.
 
-    It listens under another name first: who waits for the file to appear may dial at once, and a file that nobody
-    answers at is always a stale one, never one whose owner is on the way to listen().
+    The socket listens under another name first. So a client that waits for the file can connect as soon as it appears,
+    and a file that refuses connections is always stale.
     """
     early = f".{secrets.token_hex(8)}"
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -110,9 +112,9 @@ def _put_in_place(folder: int, early: str, path: Path) -> None:
         except FileExistsError:
             make_room(path)
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in NO_LINKS:
                 raise
-            # Of two that begin to listen there in the same moment, the later one gets the name.
+            # If two processes start to listen here at once, the later one gets the name.
             make_room(path)
             return os.rename(early, path.name, src_dir_fd=folder, dst_dir_fd=folder)
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

@@ -8,13 +8,11 @@ followed, and only a file of this user keeps its mode. A device or a FIFO is use
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
 import select
 import stat
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -23,6 +21,7 @@ from corefw.channel import Channel, FileBacked, Interrupt, Listener, Transport, 
 from corefw.errors import ChannelError, StreamError, UriError, UsageError
 from corefw.net.sockets import reason
 from corefw.net.streamfile import StreamFile, split_offset
+from corefw.net.wholefile import WholeFile
 from corefw.uri import MigrationUri
 from corefw_transport_exec.pipe import OneShotListener, PipeChannel
 
@@ -174,70 +173,25 @@ class NewFileChannel(PipeChannel):
     before, or zeros."""
 
     def __init__(self, target: Path, uri: MigrationUri, kept: int = 0) -> None:
-        fd, name = tempfile.mkstemp(dir=target.parent, prefix=".migfw-", suffix=".partial")  # O_EXCL, O_NOFOLLOW, 0600
-        with contextlib.suppress(FileNotFoundError):
-            old = target.lstat()
-            if stat.S_ISREG(old.st_mode) and old.st_uid == os.geteuid():
-                os.fchmod(fd, stat.S_IMODE(old.st_mode) & 0o777)
-            elif stat.S_ISLNK(old.st_mode):
-                log.warning("%s: there is a symbolic link; the new file replaces the link, not its target", uri)
-        try:
-            _copy_start(target, fd, kept)
-        except OSError:
-            os.close(fd)
-            Path(name).unlink()
-            raise
-        self._target = target
-        self._partial: Path | None = Path(name)
-        super().__init__(fd, str(uri), outgoing=True)
+        if target.is_symlink():
+            log.warning("%s: there is a symbolic link; the new file replaces the link, not its target", uri)
+        self._file = WholeFile(target, kept)
+        super().__init__(os.dup(self._file.fileno()), str(uri), outgoing=True)
 
     def _finish(self) -> None:
-        assert self._partial
         try:
-            os.fsync(self._fd)
+            self._file.sync()
             self._check_aborted()
-            self._partial.rename(self._target)
+            self._file.rename()
         except OSError as error:
             raise self._failed(error) from None
-        self._partial = None
-        try:
-            _sync_directory(self._target.parent)
-        except OSError as error:  # the file is there, whole: a failure now would leave two of the guest
-            log.warning("%s: the new name may not be on disk yet: %s", self.peer, reason(error))
         self._let_go()
 
     def _leave(self) -> None:
-        if self._partial:
-            with contextlib.suppress(OSError):
-                self._partial.unlink()
+        self._file.close()
 
 
 def _leads_to_open_file(path: Path) -> bool:
     """Whether it is in /proc, or a link to something there."""
     names = [path, path.parent / path.readlink()] if path.is_symlink() else [path]
     return any(Path("/proc") in name.parent.resolve().parents for name in names)
-
-
-def _copy_start(source: Path, fd: int, count: int) -> None:
-    """Copy the first `count` bytes of a file that may be shorter or missing, and go on behind them. Raises OSError."""
-    if not count:
-        return
-    with contextlib.suppress(FileNotFoundError):
-        before = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
-        try:
-            left = min(count, os.fstat(before).st_size)
-            while left and (done := os.sendfile(fd, before, None, left)):
-                left -= done
-        finally:
-            os.close(before)
-    os.ftruncate(fd, count)
-    os.lseek(fd, count, os.SEEK_SET)
-
-
-def _sync_directory(path: Path) -> None:
-    """Put the new name on the disk as well."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
