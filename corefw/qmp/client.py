@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from corefw.closing import Closing
 from corefw.errors import ChannelClosed, ChannelError
+from corefw.net.fdpassing import send_with_fds
 from corefw.qmp.address import QmpAddress, parse_address
 from corefw.qmp.json_stream import REPLY_LIMIT, JsonStream, Malformed
 from corefw.qmp.protocol import ErrorClass, QmpError, Request, write_request
@@ -139,8 +140,7 @@ class QmpClient(Closing):
             self._socket.settimeout(REPLY_SECONDS)
             if fds and not isinstance(self.address, UnixAddress):
                 raise ChannelError(f"{self.address}: file descriptors can be passed over a UNIX socket only")
-            sent = socket.send_fds(self._socket, [data], list(fds)) if fds else 0
-            self._socket.sendall(data[sent:])
+            send_with_fds(self._socket, data, fds)
         except OSError as error:
             raise ChannelClosed(f"the connection to {self.address} broke: {error.strerror or error}") from None
 

@@ -26,11 +26,11 @@ import socket
 import struct
 import threading
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from corefw.net.fdpassing import receive_with_fds
 from corefw.qmp.json_stream import JsonStream
 from corefw.qmp.session import Handed, Session
 
@@ -54,8 +54,6 @@ FIRST_BYTES: Final = b"{["
 HTTP method (RFC 9110, a token) may begin with every other character that begins JSON."""
 
 _WHITE_SPACE: Final = b" \t\r\n"
-
-_DESCRIPTOR_SPACE: Final = socket.CMSG_SPACE(DESCRIPTORS * array("i").itemsize)
 
 
 class Connection:
@@ -205,7 +203,7 @@ class Connection:
 
     def _read(self) -> bool:
         """Take what has come. False when this is no QMP client."""
-        data, descriptors = self._receive()
+        data, descriptors = receive_with_fds(self._socket, CHUNK, DESCRIPTORS)
         self.active = time.monotonic()
         if descriptors:  # they wait for a `getfd`, until newer ones come: QEMU's way, and its clients rely on it
             self._close_descriptors()
@@ -228,16 +226,6 @@ class Connection:
             )
             return False
         return True
-
-    def _receive(self) -> tuple[bytes, array[int]]:
-        descriptors = array("i")
-        if self._socket.family != socket.AF_UNIX:
-            return self._socket.recv(CHUNK), descriptors
-        data, ancillary, _, _ = self._socket.recvmsg(CHUNK, _DESCRIPTOR_SPACE, socket.MSG_CMSG_CLOEXEC)
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
-        return data, descriptors
 
     def _take_requests(self) -> None:
         """Hand what was read to the worker, as long as it may."""

@@ -37,6 +37,8 @@ import socket
 from struct import Struct
 from typing import Any, Final
 
+from corefw.net.fdpassing import receive_with_fds, send_with_fds
+
 Message = dict[str, Any]
 
 _LENGTH: Final = Struct("=I")
@@ -55,7 +57,7 @@ class Link:
 
     def receive(self) -> tuple[Message, list[int]] | None:
         """Receive a message and its descriptors, which the caller then owns; None if the other end has closed."""
-        head, fds, _, _ = socket.recv_fds(self._socket, _LENGTH.size, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        head, fds = receive_with_fds(self._socket, _LENGTH.size, MAX_FDS)
         try:
             if not head:
                 return None
@@ -71,9 +73,7 @@ class Link:
 
     def send(self, message: Message, fds: list[int] | None = None) -> None:
         body = json.dumps(message).encode()
-        data = memoryview(_LENGTH.pack(len(body)) + body)
-        sent = socket.send_fds(self._socket, [data], fds or [])
-        self._socket.sendall(data[sent:])
+        send_with_fds(self._socket, _LENGTH.pack(len(body)) + body, fds or [])
 
     def _exactly(self, count: int) -> bytes:
         data = bytearray()
