@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum, auto
 from functools import partial
 from typing import Final
 
@@ -29,6 +30,14 @@ from corefw.wire.stream import StreamWriter
 
 CHEAP: Final = 0.02
 """Seconds that a harvest may take if it only serves to measure the dirty rate. By hashes it may take much longer."""
+
+
+class _Decision(Enum):
+    """STOP the guest, FINISH the pass whatever fits into the downtime limit, or GO_ON and look again."""
+
+    STOP = auto()
+    FINISH = auto()
+    GO_ON = auto()
 
 
 class Passes:
@@ -61,43 +70,55 @@ class Passes:
         self._harvest_time = 0.0  # seconds that the last harvest took
         self._samples = 0  # harvests that began no pass
         self._dirtied = 0  # what the RAM's harvests had found when last looked at
+        self._worth_finishing: float = math.inf  # bytes that may be left of a pass that is sent to its end
 
     def run(self, writer: StreamWriter, sections: SectionWriter) -> None:
         """Send passes until the guest is to be stopped. Raises what `check` and the savers raise, ChannelError."""
         self._meter.start_window()
         convergence = Convergence(self._meter, self._settings.integer("downtime-limit"))
         self._begin_forecast()
+        self._worth_finishing = math.inf
         finishing = False
-        most: float = math.inf  # bytes that may be left of a pass that is worth finishing
         while True:
             self._check()
             if self._limits.reached():
-                break
+                self._warn_of_limit()
+                return
             if self._wants_postcopy() and convergence.fits(self._needed_first()):
                 return
             if self._forecast.wants_sample and self._harvest_time < CHEAP:
                 self._sample(convergence)
             if not finishing:
-                left = self._estimate(convergence)
-                if not self._is_worth_finishing(convergence, left, most):
-                    passes = self._statistics.ram.dirty_sync_count - self._samples
-                    if convergence.fits(left):
-                        left = self._harvest(convergence)
-                    if not convergence.fits(left):
-                        if self._statistics.ram.dirty_sync_count > passes and self._limits.reached(
-                            passes - self._samples
-                        ):
-                            break
-                        most = math.inf
-                    elif not self._is_worth_finishing(convergence, left, most):
-                        return
-                if finishing := self._is_worth_finishing(convergence, left, most):
-                    most = left / 2
+                decision = self._decide(convergence)
+                if decision is _Decision.STOP:
+                    return
+                finishing = decision is _Decision.FINISH
             with self._meter.step() as budget:
                 through = self._send_parts(writer, sections, budget)
             self._count(convergence)
             finishing = finishing and not through and self._is_still_soon_sent(convergence)
-        self._warn_of_limit()
+
+    def _decide(self, convergence: Convergence) -> _Decision:
+        """Look at what is left, and harvest if that fits into the downtime limit."""
+        left = self._estimate(convergence)
+        if self._is_worth_finishing(convergence, left):
+            return self._finish(left)
+        if convergence.fits(left):
+            sent = self._statistics.ram.dirty_sync_count - self._samples
+            left = self._harvest(convergence)
+            if not convergence.fits(left) and self._limits.reached(sent):
+                self._warn_of_limit()
+                return _Decision.STOP
+        if not convergence.fits(left):
+            self._worth_finishing = math.inf
+        if self._is_worth_finishing(convergence, left):
+            return self._finish(left)
+        return _Decision.STOP if convergence.fits(left) else _Decision.GO_ON
+
+    def _finish(self, left: int) -> _Decision:
+        """Send the rest of the pass; another one is worth that if it has at most half as much."""
+        self._worth_finishing = left / 2
+        return _Decision.FINISH
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
@@ -165,8 +186,9 @@ class Passes:
             f"{self._limits.reason}, so the guest was stopped with {format_size(left)} left to send"
         )
 
-    def _is_worth_finishing(self, convergence: Convergence, left: int, most: float) -> bool:
-        return self._machine.run_state is RunState.RUNNING and left <= most and convergence.is_soon_sent(left)
+    def _is_worth_finishing(self, convergence: Convergence, left: int) -> bool:
+        running = self._machine.run_state is RunState.RUNNING
+        return running and left <= self._worth_finishing and convergence.is_soon_sent(left)
 
     def _is_still_soon_sent(self, convergence: Convergence) -> bool:
         """Whether a pass is still worth finishing: max-bandwidth may have been lowered meanwhile."""

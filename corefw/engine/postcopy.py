@@ -71,6 +71,7 @@ def _hand_over(source: Source) -> None:
     writer.flush()
     _serve_requests(source)
     source.custody.hand_over_at_run(source.check)
+    source.limits.end()
     write_package(writer, package)
     source.link.ping(4)
     writer.flush()

@@ -47,9 +47,9 @@ def test_figures(pair: Pair) -> None:
 
 def test_a_running_guest_is_stopped_for_what_it_dirtied_last(pair: Pair) -> None:
     """The downtime is not filled with whatever would fit into the limit."""
-    machine = CountingMachine(pages=16384)
+    machine = CountingMachine(pages=4096)
     machine.block.pages[:, 8:] = 1
-    source, destination = pair.source(machine), pair.destination(CountingMachine(16384, incoming=True))
+    source, destination = pair.source(machine), pair.destination(CountingMachine(4096, incoming=True))
     source.set_parameters({"downtime-limit": 2000})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "completed" and arrived(destination) == "completed"
