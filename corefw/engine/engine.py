@@ -157,7 +157,7 @@ class Engine(MigrationControl):
         found = self._blockers.found(savers)
         with self._events.hold(), self._lock:
             self._check_may_leave()
-            self._check_return_path(transport)
+            self._check_settings(transport)
             if reasons := self._blockers.added + found:
                 raise BlockedError(reasons)
             self._end_check()  # a migration needs the dirty logs for itself
@@ -221,10 +221,13 @@ class Engine(MigrationControl):
             raise UriError("'defer' is for a destination: expected the URI of one, as in tcp:HOST:PORT")
         transport = self.plugins.transport(uri, self.settings)
         transport.check_outgoing()
-        self._check_return_path(transport)
+        self._check_settings(transport)
         return transport
 
-    def _check_return_path(self, transport: Transport) -> None:
+    def _check_settings(self, transport: Transport) -> None:
+        """Raise SettingsError for a capability that this machine or this transport cannot have."""
+        if self.settings.capability("postcopy-ram") and (obstacle := self._tail.obstacle_to_postcopy()) is not None:
+            raise SettingsError(f"{obstacle} (switch capability 'postcopy-ram' off)")
         if self.settings.capability("postcopy-ram") and not transport.features.return_path:
             uri = transport.uri
             raise SettingsError(

@@ -65,6 +65,10 @@ class StreamTail(ABC):
         """Whether the guest may be sent again although it may be running elsewhere."""
 
     @abstractmethod
+    def obstacle_to_postcopy(self) -> str | None:
+        """Why the machine cannot run on a destination before all of it is there; None if it can."""
+
+    @abstractmethod
     def obstacle_to_checking(self) -> str | None:
         """Why a destination cannot be asked whether it would take the machine; None if it can."""
 
@@ -126,6 +130,9 @@ class DeviceTail(StreamTail):
 
     def may_leave_twice(self) -> bool:
         return False
+
+    def obstacle_to_postcopy(self) -> str | None:
+        return None
 
     def obstacle_to_checking(self) -> str | None:
         return None
@@ -192,6 +199,9 @@ class StoredTail(StreamTail):
     def may_leave_twice(self) -> bool:
         """It is only stored and sent on, which runs nothing."""
         return True
+
+    def obstacle_to_postcopy(self) -> str | None:
+        return "a parked machine cannot be sent in postcopy"
 
     def obstacle_to_checking(self) -> str | None:
         return "a waiting QEMU would exit when a peer connects and disconnects; only this side was checked"

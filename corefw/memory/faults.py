@@ -82,6 +82,11 @@ class FaultQueue(FaultSource):
             raise MachineError(f"cannot watch the guest's memory for page faults: {_explain(error)}") from None
         self._blocks = {block.idstr: block for block in blocks}
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the guest may be waiting for pages that will be installed."""
+        return self._fd >= 0
+
     def fileno(self) -> int:
         return self._fd
 

@@ -209,6 +209,14 @@ def test_a_transport_without_a_return_path_is_refused(move: Move, folder: Path) 
         move.source.migrate(f"file:{folder / 'guest'}")
 
 
+def test_a_parked_machine_does_not_leave_in_postcopy(pair: Pair) -> None:
+    engine = pair.engine(pair.plugins.machine("qemu", MachineConfig(incoming=True)), {})
+    engine.machine.set_run_state(RunState.PAUSED)
+    engine.settings.set_capabilities({"postcopy-ram": True})
+    with pytest.raises(SettingsError, match="parked machine cannot be sent in postcopy"):
+        engine.migrate("tcp:127.0.0.1:1")
+
+
 def test_precopy_completes_if_nobody_asks_for_postcopy(move: Move) -> None:
     move.begin(precopy=0)
     move.completes()

@@ -72,6 +72,22 @@ def test_what_the_guest_had_mapped_before_is_awaited_again(machine: PythonMachin
     starting.join(PATIENCE)
 
 
+def test_a_guest_that_waits_for_a_page_before_it_runs_is_given_time() -> None:
+    machine = PythonMachine(MachineConfig(f"{PLAIN}:LooksAround", {}, incoming=True))
+    setattr(machine.devices()[0].state, SET_UP, True)
+    source = machine.watch_faults()
+    starting = threading.Thread(target=machine.start)
+    starting.start()
+    try:
+        assert next_faults(source) == {"small": [0]}
+        starting.join(0.5)  # longer than its stop_timeout
+        source.release()
+        starting.join(PATIENCE)
+        assert machine.run_state is RunState.RUNNING
+    finally:
+        machine.close()
+
+
 def test_a_host_that_cannot_is_named(machine: PythonMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     def deny(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")

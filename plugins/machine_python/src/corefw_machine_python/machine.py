@@ -73,6 +73,7 @@ class PythonMachine(PostcopyMachine):
         self._no_order.set()
         self._blocks: list[MemfdBlock] = []
         self._tracker: Tracker | None = None
+        self._faults: FaultQueue | None = None
         self._allow_undeclared = config.allow_undeclared
         self._undeclared: Sequence[str] = ()
         self._warned: set[str] = set()
@@ -230,9 +231,10 @@ class PythonMachine(PostcopyMachine):
             return
         with self._order():
             try:
-                # No time limit: the guest is not running until setup() has returned.
+                # No limit for a guest that is not running until setup() has returned, nor while it may wait for pages.
                 fresh = not getattr(self._device.state, SET_UP)
-                answer, _ = self._guest.ask("start", None if fresh else self._patience, **self._fields())
+                patience = None if fresh or self._awaits_pages else self._patience
+                answer, _ = self._guest.ask("start", patience, **self._fields())
             except GuestTimeout:
                 self._guest.tell("stop", whole=False)
                 raise MachineError(
@@ -295,7 +297,12 @@ class PythonMachine(PostcopyMachine):
 
     def watch_faults(self) -> FaultSource:
         _, (fd,) = self._guest.ask("faults", ORDER_TIMEOUT)
-        return FaultQueue(fd, self._blocks, self._addresses)
+        self._faults = FaultQueue(fd, self._blocks, self._addresses)
+        return self._faults
+
+    @property
+    def _awaits_pages(self) -> bool:
+        return self._faults is not None and self._faults.is_open
 
     # -- what would not move ---------------------------------------------------------------------------------------
 

@@ -51,6 +51,15 @@ class Plain(guest.Program):
         return {"steps": self.steps, "u8": self.u8, "starts": self.starts, "text": self.text}
 
 
+class LooksAround(Plain):
+    """Looks at its arrays when it starts, and has little time for that."""
+
+    stop_timeout = 0.1
+
+    def after_start(self) -> None:
+        self.steps += int(self.small[0, 0])
+
+
 class Silent(guest.Program):
     """Has neither arrays nor verify()."""
 
