@@ -55,10 +55,6 @@ COMMANDS: Final[Mapping[str, Mapping[str, Entry]]] = {
     },
 }
 
-HIDDEN: Final = frozenset({"postcopy", "pause", "recover", "migrate --postcopy", "migrate --resume"})
-"""Commands and options ("COMMAND --OPTION") that no engine can carry out yet. They exist, for QEMU's QMP has them, but
-neither help nor Tab completion shows them. Whatever is removed here belongs on docs/command-line.md."""
-
 _ENTRIES: Final[dict[str, Entry]] = {name: entry for part in COMMANDS.values() for name, entry in part.items()}
 
 
@@ -76,10 +72,6 @@ class LazyGroup(click.Group):
         command = getattr(import_module(module), attribute)
         assert isinstance(command, click.Command)
         command.short_help = entry.help
-        command.hidden = cmd_name in HIDDEN
-        for option in command.params:
-            if isinstance(option, click.Option):
-                option.hidden |= f"{cmd_name} {option.opts[0]}" in HIDDEN
         if not any(parameter.name == "verbose" for parameter in command.params):
             command.params.append(_verbose_option())
         return command
@@ -87,7 +79,7 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, entries in COMMANDS.items():
             with formatter.section(heading):
-                formatter.write_dl([(name, entry.help) for name, entry in entries.items() if name not in HIDDEN])
+                formatter.write_dl([(name, entry.help) for name, entry in entries.items()])
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -117,7 +109,7 @@ def _suggestion(word: str) -> str:
     """ ": did you mean ...?" if a command has a similar name."""
     from difflib import get_close_matches
 
-    similar = get_close_matches(word, [name for name in _ENTRIES if name not in HIDDEN])
+    similar = get_close_matches(word, _ENTRIES)
     return f": did you mean {' or '.join(repr(name) for name in similar)}?" if similar else ""
 
 

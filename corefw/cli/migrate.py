@@ -217,9 +217,10 @@ def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str
     if status == MigrationStatus.CANCELLED and problem is None:
         raise MigfwError(f"the migration to {uri} was {cancelled(answer, state)}; {here}")
     if status == MigrationStatus.POSTCOPY_PAUSED:
+        cause = one_line(str(answer.get("error-desc", uri)))
         raise MigfwError(
-            f"the connection to {uri} broke in postcopy: 'migfw recover URI' on the destination, then"
-            " 'migfw migrate URI --resume' here"
+            f"the connection broke in postcopy ({cause}), and the guest runs on the destination without a part of its"
+            " RAM: run 'migfw recover URI' there, then 'migfw migrate URI --resume' here"
         )
     reason = one_line(str(problem or answer.get("error-desc", status)))
     raise MigfwError(f"the migration{'' if one_line(uri) in reason else f' to {uri}'} failed: {reason}; {here}")

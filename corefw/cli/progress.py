@@ -22,7 +22,7 @@ from corefw.closing import Closing
 from corefw.errors import ChannelError, MigfwError
 from corefw.machine import RunState
 from corefw.quantities import format_duration, format_milliseconds, format_size
-from corefw.states import MigrationStatus
+from corefw.states import POSTCOPY, MigrationStatus
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -321,6 +321,9 @@ class Follower:
         failed = self._has_failed is not None and self._has_failed()
         if not self._cancelling and (self._interrupts.requested or failed):
             self._cancelling = True
+            if progress.phase in POSTCOPY:
+                self._display.say("too late to cancel: the guest runs on the destination; press Ctrl-C again to exit")
+                return
             if self._interrupts.requested:
                 self._display.say("cancelling; press Ctrl-C again to exit at once")
             self._engine.call("migrate_cancel")

@@ -39,6 +39,9 @@ from corefw.states import IDLE, POSTCOPY, MigrationStatus, Side, StateMachine, S
 
 _S = MigrationStatus
 MIGRATION_ACTIVE: Final = "There's a migration process in progress"
+NOT_PAUSED: Final = frozenset(MigrationStatus) - {_S.POSTCOPY_PAUSED}
+RESUME_WAIT: Final = 1.0
+"""Seconds that a resumed migration has to leave postcopy-paused, so that the next query-migrate says how it goes."""
 WAITS: Final = "Guest is waiting for an incoming migration"
 MOVED: Final = "the guest has moved: the destination confirmed it"
 ENDED: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED})
@@ -167,6 +170,7 @@ class Engine(MigrationControl):
         if self._migration is None or self.outgoing.status is not _S.POSTCOPY_PAUSED:
             raise StateError("Cannot resume if there is no paused migration")
         self._migration.resume(self._outgoing_transport(uri))
+        self.outgoing.wait(NOT_PAUSED, RESUME_WAIT)
 
     def check(self, uri: str | None = None) -> CheckReport:
         """Whether a migration to `uri` would succeed, and what it would be like; it changes nothing and takes some

@@ -308,7 +308,6 @@ WRONG = {
     ("tcp:localhost:1", "--param", "altitude=3"): "unknown parameter 'altitude'",
     ("tcp:localhost:1", "--param", "max-bandwidth=fast"): "expects bytes per second",
     ("tcp:localhost:1", "--param", "downtime-limit=9h"): "expects a time in milliseconds",
-    ("tcp:localhost:1", "--postcopy"): "capability 'postcopy-ram' is not supported",
     ("tcp:localhost:1", "--resume"): "no paused migration",
     ("exec:cat >/dev/null", "--cap", "return-path"): "has no return path",
     ("defer",): "is not a migration URI",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from corefw.cli.group import COMMANDS, HIDDEN, migfw
+from corefw.cli.group import COMMANDS, migfw
 
 PAGE = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
 SECTION = re.compile(r"^### migfw (\S+)\n\n```\n(.*?)```\n(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
@@ -18,7 +18,7 @@ COMMON = PAGE.partition("## What all commands have in common")[2].partition("\n#
 
 def commands() -> dict[str, click.Command]:
     context = click.Context(migfw, info_name="migfw")
-    found = {name: migfw.get_command(context, name) for name in migfw.list_commands(context) if name not in HIDDEN}
+    found = {name: migfw.get_command(context, name) for name in migfw.list_commands(context)}
     return {name: command for name, command in found.items() if command is not None}
 
 
@@ -31,7 +31,7 @@ def options(command: click.Command) -> set[str]:
 def test_the_page_has_the_commands_in_the_order_of_the_help() -> None:
     headings = re.findall(r"^## (Guests|Migration|Tools)$|^### migfw (\S+)$", PAGE, re.MULTILINE)
     assert [heading or name for heading, name in headings] == [
-        line for part, entries in COMMANDS.items() for line in (part, *(name for name in entries if name not in HIDDEN))
+        line for part, entries in COMMANDS.items() for line in (part, *(name for name in entries))
     ]
 
 

@@ -1,0 +1,72 @@
+"""Postcopy from the command line: the guest moves before its RAM has, and a broken connection is recovered."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+from corefw.testing.tasks import wait_until
+from tests.cli.conftest import Engine, Engines
+from tests.helpers.cli import migfw
+
+BUSY = ("stress", "--opt=ram=16M", "--opt=working-set=8M", "--opt=dirty-rate=400M")
+"""Writes faster than SLOW, so precopy would not end."""
+SLOW = "16M"
+
+
+def status(engine: Engine) -> str:
+    return str(engine.ask("query-migrate").get("status"))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def start_postcopy(engines: Engines) -> tuple[Engine, Engine]:
+    source = engines(*BUSY, "--name=from")
+    destination = engines(*BUSY, "--name=to", "--incoming=tcp:127.0.0.1:0")
+    limits = [f"--param={name}={SLOW}" for name in ("max-bandwidth", "max-postcopy-bandwidth")]
+    detached = source.call("migrate", destination.uri, "--cap=postcopy-ram", *limits, "--detach")
+    assert detached.returncode == 0, detached.stderr
+    switched = source.call("postcopy")
+    assert switched.returncode == 0, switched.stderr
+    assert wait_until(lambda: {status(source), status(destination)} == {"postcopy-active"})
+    return source, destination
+
+
+def test_it_switches_after_the_first_pass(engines: Engines) -> None:
+    source = engines(*BUSY, "--name=from")
+    destination = engines(*BUSY, "--name=to", "--incoming=tcp:127.0.0.1:0")
+    moved = source.call("migrate", destination.uri, "--postcopy", f"--param=max-bandwidth={SLOW}", "--json")
+    assert moved.returncode == 0, moved.stderr
+    ram = json.loads(moved.stdout)["ram"]
+    assert ram["postcopy-bytes"] > 0
+    assert ram["precopy-bytes"] > ram["total"]
+    verified = destination.call("verify")
+    assert verified.returncode == 0, verified.stderr
+
+
+def test_a_connection_that_was_paused_is_recovered(engines: Engines) -> None:
+    source, destination = start_postcopy(engines)
+    refused = source.call("cancel")
+    assert refused.returncode == 2 and "cannot cancel" in refused.stderr
+    paused = source.call("pause")
+    assert paused.returncode == 0, paused.stderr
+    assert wait_until(lambda: {status(source), status(destination)} == {"postcopy-paused"})
+    nowhere = source.call("migrate", f"tcp:127.0.0.1:{free_port()}", "--resume")
+    assert nowhere.returncode == 1
+    assert "migfw recover URI" in nowhere.stderr and "refused" in nowhere.stderr
+    uri = f"tcp:127.0.0.1:{free_port()}"
+    recovering = destination.call("recover", uri)
+    assert recovering.returncode == 0, recovering.stderr
+    moved = source.call("migrate", uri, "--resume")
+    assert moved.returncode == 0, moved.stderr
+    verified = destination.call("verify")
+    assert verified.returncode == 0, verified.stderr
+
+
+def test_the_commands_are_in_the_help() -> None:
+    shown = migfw("--help").stdout
+    assert all(f"  {name} " in shown for name in ("postcopy", "pause", "recover"))
+    assert all(option in migfw("migrate", "--help").stdout for option in ("--postcopy", "--resume"))
