@@ -58,7 +58,7 @@ class TransferReport:
     pass_downtime       how long it would take to send what the last pass began with
     converges           False: passes do not get smaller, and what is left does not fit into the downtime limit
     guest               once completed: "moved" (confirmed), "stored" (whole in a file) or "unconfirmed"; "" before
-    warnings            sentences: what whoever started the migration should know
+    warnings            sentences: what the user who started the migration should know
     """
 
     total_time: int

@@ -201,20 +201,20 @@ class Plugins:
     def blockers(self, machine: Machine, settings: Settings) -> list[str]:
         """Every reason against a migration.
 
-        An installed plugin that failed to load is a reason, and so is one that fails to answer: nobody knows what
-        it would have carried of the guest, or forbidden.
+        An installed plugin that failed to load is a reason, and so is one that fails to answer: it may carry a part of
+        the guest, or have had a reason of its own.
         """
         broken = [f"{why} (repair or uninstall it, then start the engine again)" for why in self.failures.values()]
         found: list[list[str]] = self._manager.hook.corefw_blockers(machine=machine, settings=settings)
         return broken + [str(reason) for reasons in found for reason in reasons]
 
     def state_changed(self, side: Side, old: MigrationStatus, new: MigrationStatus) -> None:
-        """Tell every plugin that observes; one that raises is logged and does not keep the others from hearing it."""
+        """Call every plugin that observes statuses. A failure is logged and does not affect the others."""
         self._manager.hook.corefw_state_changed(side=side, old=old, new=new)
 
     def commands(self, control: MigrationControl) -> dict[str, PluginCommand]:
-        """QMP commands of the plugins. A plugin that fails to answer, and a name that is taken, are logged and left
-        out. Whether a function can be a command is for the caller to see."""
+        """QMP commands of the plugins, by name. A plugin that fails to answer, and a name that is taken, are logged and
+        left out. Whether a function can be a command is not checked here."""
         merged: dict[str, PluginCommand] = {}
         found: list[dict[str, PluginCommand]] = self._manager.hook.corefw_commands(control=control)
         for commands in found:
@@ -228,7 +228,7 @@ class Plugins:
     # -- what is there ---------------------------------------------------------------------------------------------
 
     def inventory(self) -> Iterator[PluginInfo]:
-        """Every installed entry point, loaded to see whether it does."""
+        """Every installed entry point, with the reason if it does not load."""
         for group in GROUPS:
             for point in self._entry_points.group(group):
                 if group == PLUGINS:
@@ -282,6 +282,6 @@ class _EntryPointTransports:
 
 
 def _nearest_hook(plugin: object) -> str:
-    """ " (did you mean corefw_blockers?)" where a plugin has a name like a hook's that is none."""
+    """ " (did you mean corefw_blockers?)" if a plugin has a misspelt hook; else ""."""
     misspelt = [name for name in dir(plugin) if name.startswith("corefw_") and name not in HOOKS]
     return next((hint for name in misspelt if (hint := did_you_mean(name, HOOKS))), "")

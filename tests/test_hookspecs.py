@@ -1,4 +1,4 @@
-"""Every hook has a test here and a section in docs/plugins.md; the last tests see to it."""
+"""Every hook has a test here and a section in docs/plugins.md; the last tests make sure of that."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_corefw_section_loaders() -> None:
     )
     loaders = found.section_loaders(MACHINE, Settings())
     assert [loader.idstr for loader in loaders] == ["b1", "b2", "a1"]
-    assert loaders.find(SectionKey("nobody", 0)) is None
+    assert loaders.find(SectionKey("unknown", 0)) is None
 
 
 def generator_that_fails() -> Iterable[object]:
@@ -421,7 +421,7 @@ WRONG: Mapping[str, str] = {
 
 
 @pytest.mark.parametrize("how", WRONG)
-def test_a_wrapper_that_fails_is_named_and_silences_nobody(how: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wrapper_that_fails_is_named_and_the_others_are_called(how: str, caplog: pytest.LogCaptureFixture) -> None:
     heard: list[MigrationStatus] = []
     inner = Plugin(
         corefw_section_savers=lambda: [Saver("mine")],

@@ -1,4 +1,4 @@
-"""Installed plugins, as others would install them: found at once, loaded when asked for, none takes another down."""
+"""Installed plugins, as others would install them: found at once, loaded when needed; a broken one harms no other."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_a_factory_that_is_false_is_called_all_the_same(install: Install) -> Non
     assert type(made).__name__ == "Empty"
 
 
-def test_two_distributions_with_one_scheme_are_told_apart(install: Install) -> None:
+def test_two_distributions_with_one_scheme_are_both_named(install: Install) -> None:
     one = install("one", TRANSPORT, transport={"x-both": "{module}:Made"})
     two = install("two", TRANSPORT, transport={"x-both": "{module}:Made"})
     with pytest.raises(PluginError) as caught:
@@ -212,7 +212,7 @@ def test_two_distributions_with_one_scheme_are_told_apart(install: Install) -> N
     )
 
 
-def test_an_unknown_machine_is_told_with_those_that_are_installed() -> None:
+def test_an_unknown_machine_is_reported_with_those_that_are_installed() -> None:
     with pytest.raises(UsageError, match=r"no installed plugin has a machine 'vax' \(installed: .*python.*qemu.*\)"):
         Plugins.load().machine("vax", MachineConfig())
 
@@ -267,7 +267,7 @@ def test_a_plugin_that_breaks_takes_no_other_down(
     assert blockers(plugins) == [before, after], "in the order of their names, the broken one left out as a whole"
 
 
-def test_a_transport_that_breaks_is_told_once(install: Install, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_transport_that_breaks_is_reported_once(install: Install, caplog: pytest.LogCaptureFixture) -> None:
     install("broken", "raise ValueError('two\\nlines')", transport={"brk": "{module}:Made"})
     plugins = Plugins.load()
     with pytest.raises(PluginError, match="failed to load: ValueError: two lines"):
@@ -275,7 +275,7 @@ def test_a_transport_that_breaks_is_told_once(install: Install, caplog: pytest.L
     assert caplog.text == ""
 
 
-def test_a_misspelt_hook_is_told_with_the_nearest(install: Install) -> None:
+def test_a_misspelt_hook_is_reported_with_the_nearest(install: Install) -> None:
     module = install("broken", BLOCKER.replace("corefw_blockers", "corefw_blocker"), plugins={"broken": "{module}"})
     plugins = Plugins.load()
     assert plugins.failures[f"broken = {module}"].endswith("(did you mean corefw_blockers?)")

@@ -68,7 +68,7 @@ class Engine(MigrationControl):
         self._events = EventDispatcher()
         self.outgoing: Final = StateMachine(Side.SOURCE, self._events)
         self._closed = False
-        self._lock = threading.RLock()  # whoever begins a migration, or changes what one begins with, holds it
+        self._lock = threading.RLock()  # held to begin a migration, or to change what one begins with
         self._swap = threading.Lock()  # `_migration` changes together with the status that is its own
         self._guest_lock = GuestLock(self._events)
         self._tail = tail_of(machine)

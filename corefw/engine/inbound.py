@@ -55,7 +55,7 @@ class Inbound:
         self._events = events
         self._guest_lock = guest_lock
         self._autostart = autostart
-        self._lock = threading.Lock()  # whoever begins to wait holds it
+        self._lock = threading.Lock()  # held to begin to wait
         self._closed = False
         self._present: IncomingMigration | None = None
 
@@ -108,8 +108,8 @@ class Inbound:
             raise MigfwError(f"cannot listen for a migration: {error}") from None
 
     def _cancel_present(self) -> None:
-        """Cancel what is waited for now, if anything is, and wait until that has ended. Without locks: observers of the
-        end may want them."""
+        """Cancel the present migration, if any, and wait until it has ended. Not under the lock: observers of its end
+        may need it."""
         if self._closed or self._machine.run_state is not RunState.INMIGRATE:
             return
         arrival = self.cancel()

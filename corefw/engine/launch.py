@@ -1,4 +1,4 @@
-"""How an engine was started: enough to start another one like it on another host."""
+"""How an engine was started: everything needed to start another one like it on another host."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What `migfw run` was given.
+    """The arguments of `migfw run`.
 
     machine      the kind of machine
     program      the PROGRAM argument, or None
     options      --opt, as text
     properties   --property
-    directory    the folder that relative paths are meant from
+    directory    the folder that relative paths start from
     allow_undeclared   --allow-undeclared
-    log          the file that output goes to, of an engine in the background; None where the terminal has it
+    log          the file with the output of an engine in the background; None if that goes to the terminal
     """
 
     machine: str

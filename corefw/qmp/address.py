@@ -1,8 +1,8 @@
 """Where an engine's QMP server listens, and how a command finds it.
 
-The law: an address is `unix:PATH` or `tcp:HOST:PORT`, for our engines and for a real QEMU alike. A named engine's
-socket is `NAME.qmp` in the user's own runtime directory, which nobody else can enter: whoever connects there talks to
-an engine of the same user. A socket file that nobody listens on any more is removed by whoever comes across it there.
+An address is `unix:PATH` or `tcp:HOST:PORT`, for our engines and for a real QEMU alike. The socket of a named engine is
+`NAME.qmp` in the user's own runtime directory. No other user can enter that, so what answers there is an engine of the
+same user. Socket files without a listener are removed when they are found.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def _unix(path: str, text: str) -> UnixAddress:
 
 
 def runtime_directory(environment: Mapping[str, str] = os.environ) -> Path:
-    """The user's own directory for engines' sockets, made (mode 0700) where it is missing.
+    """The user's own directory for the sockets of engines; it is made (mode 0700) if it is missing.
 
-    $XDG_RUNTIME_DIR/migfw, or /tmp/migfw-UID where that variable names no directory of this user's. Raises UsageError
-    when what is there cannot be trusted: a symbolic link, no directory, somebody else's.
+    $XDG_RUNTIME_DIR/migfw, or /tmp/migfw-UID if that variable does not name a directory of this user. Raises UsageError
+    if what is there cannot be trusted: a symbolic link, not a directory, or another user's.
     """
     base = environment.get("XDG_RUNTIME_DIR", "")
     directory = Path(base, "migfw") if base and _owned_directory(base) else Path(f"/tmp/migfw-{os.geteuid()}")  # noqa: S108 - checked below
@@ -81,8 +81,8 @@ def runtime_directory(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def log_directory(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where engines that were started with --detach keep their logs: $XDG_STATE_HOME/migfw, or beside the sockets where
-    that variable is not set. It may not exist yet."""
+    """Where engines that were started with --detach keep their logs: $XDG_STATE_HOME/migfw, or the directory of the
+    sockets if that variable is not set. It may not exist yet."""
     state = Path(environment.get("XDG_STATE_HOME", ""))
     return state / "migfw" if state.is_absolute() else runtime_directory(environment)
 
@@ -96,7 +96,7 @@ def _owned_directory(path: str) -> bool:
 
 
 def named_address(name: str) -> UnixAddress:
-    """The address of the engine called `name`, whether it runs or not. Raises UsageError for a name that cannot be."""
+    """The address of the engine called `name`, whether it runs or not. Raises UsageError if no engine can have it."""
     if not _NAME.match(name):
         raise UsageError(
             f"'{name}' is not a valid engine name: expected up to 64 letters, digits, '.', '_' and '-', "
@@ -107,7 +107,7 @@ def named_address(name: str) -> UnixAddress:
 
 
 def find_engines() -> list[EngineInfo]:
-    """The named engines of this user that are running, by name. Removes sockets that nobody listens on."""
+    """The named engines of this user that are running, by name. Removes sockets without a listener."""
     found = []
     for path in runtime_directory().glob(f"*{_SUFFIX}"):
         name = path.name.removesuffix(_SUFFIX)
@@ -117,9 +117,9 @@ def find_engines() -> list[EngineInfo]:
 
 
 def resolve(name: str | None = None, qmp: str | None = None) -> QmpAddress:
-    """The engine that the user means: at this address, with this name, or the only one that runs.
+    """The engine that the user means: at this address, with this name, or the only one that is running.
 
-    Raises UsageError; when it cannot tell, the message names the engines that are running.
+    Raises UsageError; its message names the engines that are running.
     """
     if qmp is not None:
         return parse_address(qmp)

@@ -1,6 +1,6 @@
 """Chooses the client that makes room when the QMP server has as many as it serves.
 
-A client that opens connections and leaves them idle must lock nobody out: it loses its own first.
+A client that opens connections and leaves them idle must not lock others out: it loses its own connections first.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from corefw.qmp.connection import Connection
 
 
 def whom_to_disconnect(clients: Collection[Connection]) -> Connection | None:
-    """The client to disconnect for a new one; None when all of them have work to do or are the only one of their host.
+    """The client to disconnect for a new one; None if each is waiting for an answer or is the only one of its host.
 
-    Clients that never sent qmp_capabilities go first, then idle ones; each time of the host that has most of them (on
-    UNIX sockets: of the process), the one that has been silent longest.
+    Clients that never sent qmp_capabilities go first, then idle ones. Among these the host that has most of them (on
+    UNIX sockets: the process) loses the one that has been silent longest.
     """
     strangers = [one for one in clients if not one.negotiated]
     if strangers:

@@ -1,4 +1,4 @@
-"""The `channels` argument of migrate and migrate-incoming (since QEMU 8.2) -> the URI that means the same."""
+"""Turns the `channels` argument of migrate and migrate-incoming (QEMU 8.2) into the URI that means the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNSUPPORTED: Final = (
 
 
 def uri_of(uri: str, channels: Sequence[Mapping[str, Any]]) -> str:
-    """The one of both that was given, as a URI. Raises QmpError."""
+    """Whichever of the two was given, as a URI. Raises QmpError if none or both were, or if no URI means the same."""
     if uri and channels:
         raise QmpError("need either 'uri' or 'channels' argument")
     if uri:

@@ -1,7 +1,7 @@
 """A QMP client, for our engines and for a real QEMU.
 
-The law: a call answers or raises, within its time, and what the peer sends is read within bounds. Light to import:
-every command of the command line starts with it.
+Invariant: a call returns or raises within its time, and takes no more than a bounded amount of what the peer sends. The
+module is light to import, because every command of the command line starts with it.
 
 Threads: one at a time.
 """
@@ -34,7 +34,7 @@ _CHUNK: Final = 1 << 16
 _BUSY: Final = "it sends no greeting (QEMU serves one client at a time: is another one connected?)"
 _RETRY: Final = 0.02
 _EVENTS: Final = 1 << 16
-"""How many events are kept for a caller who does not ask for them; then the oldest go."""
+"""Events that are kept for a caller who does not ask for them; beyond that the oldest are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,10 @@ class QmpEvent:
 
 
 class QmpClient(Closing):
-    """A connection whose negotiation is done. Use it with `with`.
+    """A connection that has negotiated. Use it with `with`.
 
-    address    where it is connected to
-    greeting   what the server said of itself: {"version": {...}, "capabilities": [...]}
+    address    what it is connected to
+    greeting   how the server introduced itself: {"version": {...}, "capabilities": [...]}
     """
 
     def __init__(self, address: QmpAddress | str, *, timeout: float = CONNECT_SECONDS) -> None:
@@ -77,9 +77,9 @@ class QmpClient(Closing):
         *,
         timeout: float = REPLY_SECONDS,
     ) -> Any:
-        """Run a command; what it returned. `fds` go along with it (UNIX sockets only) and stay the caller's.
+        """Run a command, and return what it returned. `fds` are sent with it (UNIX sockets only) and stay the caller's.
 
-        Raises QmpError when it was refused, ChannelError when the connection broke or no reply came in time.
+        Raises QmpError if it was refused, ChannelError if the connection broke or no reply came in time.
         """
         id_ = f"migfw-{next(self._ids)}"
         self._send(write_request(Request(command, arguments or {}, id_)), fds)
@@ -93,7 +93,7 @@ class QmpClient(Closing):
         raise ChannelError(f"{self.address} did not answer '{command}' within {timeout:g} s")
 
     def wait_event(self, seconds: float) -> QmpEvent | None:
-        """The oldest event that was not asked for yet; None when none comes for `seconds`. Raises ChannelError."""
+        """The oldest event that was not returned yet; None if none comes within `seconds`. Raises ChannelError."""
         deadline = time.monotonic() + seconds
         while not self._events:
             if self._next(deadline, or_event=True) is None and not self._events:
@@ -101,7 +101,7 @@ class QmpClient(Closing):
         return self._events.popleft()
 
     def events(self, seconds: float) -> Iterator[QmpEvent]:
-        """Events as they come, for `seconds`; those that came already first. Raises ChannelError."""
+        """Yield events for `seconds`, beginning with those that came earlier. Raises ChannelError."""
         deadline = time.monotonic() + seconds
         while (event := self.wait_event(max(0.0, deadline - time.monotonic()))) is not None:
             yield event
@@ -145,7 +145,8 @@ class QmpClient(Closing):
             raise ChannelClosed(f"the connection to {self.address} broke: {error.strerror or error}") from None
 
     def _next(self, deadline: float, *, or_event: bool = False) -> dict[str, Any] | None:
-        """The next message that is no event; None at the deadline, and with `or_event` for an event. Those are kept."""
+        """The next message that is not an event; None at the deadline, or with `or_event` once an event came. Events
+        are kept."""
         late = False
         while True:
             while self._messages:
@@ -160,7 +161,7 @@ class QmpClient(Closing):
             late = time.monotonic() >= deadline
 
     def _receive(self, deadline: float) -> bool:
-        """Read what is there, waiting for it; False at the deadline."""
+        """Wait for data and read it; False at the deadline."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
@@ -181,7 +182,7 @@ class QmpClient(Closing):
 
 
 def _connected_unix(path: str, timeout: float) -> socket.socket:
-    """Raises OSError; BlockingIOError when the backlog stayed full."""
+    """Connect. Raises OSError: BlockingIOError if the backlog stayed full."""
     deadline = time.monotonic() + timeout
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(timeout)

@@ -1,18 +1,18 @@
 """One client of the server: its socket, two threads, and queues that cannot grow without bound.
 
-Invariant: no client makes anybody else wait, the engine least of all. Output is queued, and a thread of this client's
-own sends it. A client that does not read its replies is not read from either, and one that lets events pile up beyond
-the limit is disconnected.
+Invariant: no client keeps another one waiting, or the engine. Output is queued, and a thread of this client sends it.
+If a client does not read its replies, no more requests are read from it; if it lets events pile up beyond the limit, it
+is disconnected.
 
-A client whose first byte cannot begin a QMP message is disconnected before anything is parsed. Any web page can make a
-browser POST to a port of this host, with QMP commands in the body: such a request begins with its method, and the
-characters of FIRST_BYTES cannot be in one.
+A client is disconnected before anything is parsed if its first byte cannot begin a QMP message. Any web page can make a
+browser POST to a port of this host with QMP commands in the body. Such a request begins with an HTTP method, which
+cannot have the characters of FIRST_BYTES in it.
 
-    the io thread     reads, parses, writes; answers what overtakes (exec-oob)
-    the worker        runs the other commands, one after the other, in the order in which they came
+    the io thread     reads, parses and writes; answers out-of-band requests
+    the worker        runs the other commands one after the other, in the order in which they came
 
-A client that only ends its sending side still gets its answers. When one disconnects, what it asked for and has not
-begun is dropped, as in QEMU.
+A client that shuts down only its sending side still gets its answers. If it disconnects, its requests that have not
+begun are dropped, as in QEMU.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ log = logging.getLogger(__name__)
 
 CHUNK: Final = 1 << 16
 OUTPUT_PAUSE: Final = 1 << 16
-"""Bytes waiting to be sent from which on no further request is taken."""
+"""While more bytes than this wait to be sent, no further request is taken."""
 
 OUTPUT_LIMIT: Final = 1 << 20
-"""Bytes waiting beyond which nothing is added, and the client is disconnected. Replies alone never get there."""
+"""If more bytes than this wait to be sent, the client is disconnected. Replies alone never add up to it."""
 
 REQUESTS: Final = 8
-"""In-band requests that may wait where out-of-band ones can overtake them (QEMU's QMP_REQ_QUEUE_LEN_MAX)."""
+"""In-band requests that may wait once out-of-band ones can overtake them (QEMU's QMP_REQ_QUEUE_LEN_MAX)."""
 
 DESCRIPTORS: Final = 16
-"""File descriptors that may come with one message; the kernel drops the others."""
+"""File descriptors that may come with one message; the kernel drops any others."""
 
 FIRST_BYTES: Final = b"{["
-"""What a client's first byte may be, after white space. QEMU's parser would take more, but no client sends it, and an
-HTTP method (RFC 9110, a token) may begin with every other character that begins JSON."""
+"""What may be a client's first byte, after white space. QEMU's parser accepts more, but no client sends that, and an
+HTTP method (RFC 9110, a token) can begin with any other character that begins a JSON value."""
 
 _WHITE_SPACE: Final = b" \t\r\n"
 
 
 class Connection:
-    """Start with `start`. `post` and `close` may be called from any thread; `ended(self)` is called when it is over.
+    """Begin with `start`. `post` and `close` may be called from any thread; `ended(self)` is called at the end.
 
     peer     where the client is, for people
-    host     whom it counts against when there are too many: its host, or its process on this one
+    host     what its connections are counted by if there are too many: its host, or on this one its process
     active   when it last sent something (time.monotonic())
     """
 
@@ -97,12 +97,12 @@ class Connection:
             thread.start()
 
     def post(self, line: bytes) -> None:
-        """Send an event, if the client gets events yet. Never blocks."""
+        """Send an event, if the client has negotiated. Never blocks."""
         if self._wants_events:
             self._post(line)
 
     def close(self, seconds: float) -> None:
-        """Read no more; let what is queued go out for up to `seconds`, then disconnect. Returns at once: see `join`."""
+        """Stop reading; send what is queued for up to `seconds`, then disconnect. Returns at once (see `join`)."""
         self._deadline = time.monotonic() + seconds
         self._notify()
 
@@ -115,14 +115,14 @@ class Connection:
 
     @property
     def idle(self) -> bool:
-        """It waits for no answer, as far as it has been read."""
+        """Whether every request that was read from it has been answered."""
         with self._lock:
             return not self._waiting and self._items is None
 
     # -- output ----------------------------------------------------------------------------------------------------
 
     def _post(self, line: bytes, *, answers: bool = False) -> None:
-        """Queue a line; `answers` says that it is the reply to what the worker was given."""
+        """Queue a line. `answers`: it is the reply to a request that the worker was given."""
         with self._lock:
             self._overflowed = self._overflowed or self._output_size > OUTPUT_LIMIT
             if not self._overflowed:
@@ -130,7 +130,7 @@ class Connection:
                 self._output_size += len(line)
             if answers:
                 self._waiting -= 1
-                # From the reply to qmp_capabilities on: clients do not expect an event before it.
+                # Clients do not expect an event before the reply to qmp_capabilities.
                 self._wants_events = self._session.negotiated
         self._notify()
 
@@ -140,7 +140,7 @@ class Connection:
                 os.eventfd_write(self._wake, 1)
 
     def _send(self) -> None:
-        """Send what the socket takes. Raises OSError when the client is gone."""
+        """Send as much as the socket takes. Raises OSError if the client is gone."""
         while self._output:
             try:
                 sent = self._socket.send(self._output[0])
@@ -165,7 +165,7 @@ class Connection:
             self._clean_up()
 
     def _turn(self) -> bool:
-        """Do what can be done, then wait until more can. False when the conversation is over."""
+        """Do what can be done without waiting, then wait until there is more. False once the conversation is over."""
         self._send()
         if self._overflowed:
             log.warning("QMP client %s does not read its messages: disconnected", self.peer)
@@ -202,10 +202,10 @@ class Connection:
         return self._items is None and not self._end_of_input and self._deadline is None
 
     def _read(self) -> bool:
-        """Take what has come. False when this is no QMP client."""
+        """Read what has come. False if this is no QMP client."""
         data, descriptors = receive_with_fds(self._socket, CHUNK, DESCRIPTORS)
         self.active = time.monotonic()
-        if descriptors:  # they wait for a `getfd`, until newer ones come: QEMU's way, and its clients rely on it
+        if descriptors:  # kept for a `getfd` until newer ones come, as in QEMU: clients rely on it
             self._close_descriptors()
             self._descriptors.extend(descriptors)
         if not self._begun and not self._begins(data):
@@ -228,7 +228,7 @@ class Connection:
         return True
 
     def _take_requests(self) -> None:
-        """Hand what was read to the worker, as long as it may."""
+        """Give what was read to the worker, as far as it has room."""
         while self._items is not None and self._deadline is None and self._has_room():
             item = next(self._items, _NO_MORE)
             if item is _NO_MORE:
@@ -283,7 +283,7 @@ _NO_MORE: Final = object()
 
 
 def _host(sock: socket.socket) -> str:
-    """Whom a client counts against. Raises OSError when it is gone already."""
+    """What a client's connections are counted by. Raises OSError if it is gone already."""
     if sock.family == socket.AF_UNIX:
         pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS))
         return f"process {pid} of user {uid}"

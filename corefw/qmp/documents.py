@@ -1,6 +1,6 @@
-"""The types of QMP's answers and events, with QAPI's names.
+"""QMP's answers and events: their types, with QAPI's names, and what makes them from the engine's reports.
 
-They are what query-qmp-schema describes; tests hold every answer against them.
+query-qmp-schema describes the types; tests check every answer against them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from corefw.states import SENDING, MigrationStatus, StatusChanged
 if TYPE_CHECKING:
     from corefw.engine import Launch
 
-# Known only once the plugins are: forms of these names are filled in by introspection.py.
+# They depend on the installed plugins: introspection.py fills in the forms of these names.
 CapabilityName = Annotated[str, Enumeration("MigrationCapability", ())]
 ParameterValues = Annotated[dict[str, Any], Structure("MigrationParameters")]
 ParameterChange = Annotated[object, Structure("MigrateSetParameters")]

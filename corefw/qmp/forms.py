@@ -26,7 +26,7 @@ ANYTHING: Final = Builtin("any", "value")
 
 @dataclass(frozen=True, slots=True)
 class Enumeration:
-    """A name of "" is made up from where it is used."""
+    """One of these strings. If the name is "", one is made from where the type is used."""
 
     name: str
     values: tuple[str, ...]
@@ -39,7 +39,7 @@ class ArrayOf:
 
 @dataclass(frozen=True, slots=True)
 class Optional:
-    """This, or null."""
+    """A value of this type, or null."""
 
     form: Form
 
@@ -53,7 +53,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """`tag` names the member whose value says which of `variants` there is."""
+    """An object. The value of the member `tag` selects one of `variants`, which adds its members."""
 
     name: str
     members: tuple[Member, ...] = ()
@@ -69,7 +69,7 @@ NOTHING: Final = Structure("Empty")
 class SchemaInfos:
     """Collects the types that commands and events use, each of them once.
 
-    `known` has those of which the commands know no more than the name.
+    `known` has the types that the commands know by name only, because they depend on the installed plugins.
     """
 
     def __init__(self, known: Mapping[str, Form]) -> None:
@@ -80,7 +80,7 @@ class SchemaInfos:
         return list(self._found.values())
 
     def name_of(self, form: Form, where: str) -> str:
-        """The name by which the schema refers to a type; `where` names one that has no name."""
+        """The name by which the schema refers to a type; a type without a name gets `where`."""
         if isinstance(form, Enumeration | Structure):
             form = self._known.get(form.name, form)
         match form:

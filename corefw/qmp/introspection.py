@@ -1,4 +1,7 @@
-"""query-qmp-schema: every command and event of this engine with its types, made from what checks the arguments."""
+"""query-qmp-schema: every command and event of this engine with its types.
+
+It is made from what checks the arguments, so it cannot differ from that.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def describe(commands: Mapping[str, Command], settings: Settings) -> list[dict[str, object]]:
-    """QAPI's SchemaInfo list."""
+    """QAPI's list of SchemaInfo."""
     infos = SchemaInfos(_settings_forms(settings))
     entries: list[dict[str, object]] = []
     for name, command in commands.items():

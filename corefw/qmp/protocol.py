@@ -1,7 +1,7 @@
-"""What the JSON values of QMP mean: greeting, requests, replies, events; each side's message in one place.
+"""The messages of QMP: greeting, requests, replies and events, each read and written here.
 
-The law: one message a line, in ASCII, and a request is checked in whole before anything of it is used. The texts of the
-errors are QEMU's, for programs compare them. Source: QEMU's docs/interop/qmp-spec, and its monitor's answers.
+Invariant: a message is one line of ASCII, and a request is checked as a whole before any of it is used. The texts of
+the errors are QEMU's, because programs compare them. Source: QEMU 7.2, docs/interop/qmp-spec and its monitor's answers.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from corefw import __version__
 from corefw.errors import MigfwError
 
 QEMU_VERSION: Final = (7, 2, 0)
-"""The QEMU whose commands, fields and texts these are."""
+"""The version of QEMU that the commands, fields and texts are taken from."""
 
 PACKAGE: Final = f"migfw {__version__}"
 OUT_OF_BAND: Final = "oob"
 
 
 class ErrorClass(StrEnum):
-    """QMP's error classes; clients may act on them, not on the text."""
+    """QMP's error classes, which clients may act on; the text is for people."""
 
     GENERIC = "GenericError"
     COMMAND_NOT_FOUND = "CommandNotFound"
 
 
 class QmpError(MigfwError):
-    """A command was refused: raised by a server's command, and by the client for the reply that says so.
+    """A command was refused. Commands raise it on the server; the client raises it for the reply.
 
     error_class   one of QMP's classes
-    desc          as it goes over the wire, QEMU's own text where it has one; `str()` escapes what cannot be printed
+    desc          the text as it is sent, QEMU's own if it has one; `str()` escapes what cannot be printed
     """
 
     def __init__(self, desc: str, error_class: str = ErrorClass.GENERIC) -> None:
@@ -43,7 +43,7 @@ class QmpError(MigfwError):
 
 
 class _Missing:
-    """A request without an id is answered without one; null is an id."""
+    """The id of a request that has none: its reply has none either. Null is an id."""
 
 
 NO_ID: Final = _Missing()
@@ -70,7 +70,7 @@ def greeting() -> dict[str, object]:
 
 
 def request_id(value: object) -> object:
-    """The id with which to answer, also where the request is wrong."""
+    """The id for the reply, even if the request is wrong."""
     return value.get("id", NO_ID) if isinstance(value, dict) else NO_ID
 
 
@@ -79,7 +79,7 @@ def wants_out_of_band(value: object) -> bool:
 
 
 def read_request(value: object, *, out_of_band: bool) -> Request:
-    """`out_of_band` says whether that capability was negotiated. Raises QmpError."""
+    """Check a request. `out_of_band`: whether that capability was negotiated. Raises QmpError."""
     if not isinstance(value, dict):
         raise QmpError("QMP input must be a JSON object")
     verbs = ("execute", "exec-oob") if out_of_band else ("execute",)
@@ -125,7 +125,7 @@ def failure(error: MigfwError, id_: object) -> dict[str, object]:
 
 
 def event(name: str, data: Mapping[str, object], timestamp: float) -> dict[str, object]:
-    """`timestamp` in seconds since 1970."""
+    """An event; `timestamp` is in seconds since 1970."""
     microseconds = round(timestamp * 1_000_000)
     message: dict[str, object] = {
         "event": name,
@@ -137,7 +137,7 @@ def event(name: str, data: Mapping[str, object], timestamp: float) -> dict[str, 
 
 
 def encode(message: Mapping[str, object]) -> bytes:
-    """One line. Raises TypeError or ValueError for what JSON cannot say (NaN, a set, a loop)."""
+    """The message as one line. Raises TypeError or ValueError for what JSON cannot express (NaN, a set, a cycle)."""
     return json.dumps(message, allow_nan=False).encode("ascii") + b"\r\n"
 
 

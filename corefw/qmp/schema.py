@@ -1,14 +1,14 @@
-"""A function's signature -> what a command's arguments have to be.
+"""Checks a command's arguments against the signature of its function.
 
-The annotations are the schema; there is no second one, and query-qmp-schema shows it. Arguments are checked in whole
-before the function is called, with QEMU's texts: missing, wrong type (naming the place in nested ones), unexpected.
+The annotations are the only schema there is, and query-qmp-schema shows it. Arguments are checked as a whole before the
+function is called. The errors have QEMU's texts: missing, wrong type (with the path into nested values), unexpected.
 
     str  int  bool  float              string, integer, boolean, number (an integer too)
     dict  list  object                 object, array, anything
     list[T]  Sequence[T]  T | None     array of T; T or null
     a StrEnum, Literal["a", "b"]       one of these strings
     a TypedDict                        object with these members
-    Annotated[dict, Variants(...)]     object whose tag says which members it has
+    Annotated[dict, Variants(...)]     object with a tag that selects its other members
     Annotated[T, form]                 checked as T, described by query-qmp-schema as `form`
     **names: T                         further members, of any name
 
@@ -56,8 +56,12 @@ from corefw.qmp.protocol import QmpError
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a JSON value has to be. `text` is for people; `check(value, path)` gives the value for Python, or raises
-    QmpError naming the path; `form` describes the type to clients."""
+    """What a JSON value has to be.
+
+    text    for people
+    check   `check(value, path)` gives the value for Python, or raises QmpError with the path
+    form    describes the type to clients
+    """
 
     text: str
     check: Callable[[object, str], object]
@@ -66,7 +70,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Variants:
-    """An annotation of a dict: the string member `tag` says which type the other members have."""
+    """An annotation of a dict: the string member `tag` selects the type that describes the other members."""
 
     name: str
     tag: str
@@ -88,14 +92,14 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a command takes and returns. `others` is what members of any other name have to be; None: there are none."""
+    """What a command takes and returns. `others` describes members of any other name; None if there are none."""
 
     parameters: tuple[Parameter, ...]
     others: Shape | None
     returns: Shape
 
     def bind(self, arguments: Mapping[str, object]) -> dict[str, object]:
-        """The keyword arguments for the function. Raises QmpError for the first that is wrong."""
+        """The keyword arguments for the function. Raises QmpError for the first wrong argument."""
         bound: dict[str, object] = {}
         for parameter in self.parameters:
             if parameter.name in arguments:
@@ -112,7 +116,7 @@ class Signature:
 
 
 def signature(function: Callable[..., object], *, skip: int = 0) -> Signature:
-    """Read a function's signature, without its first `skip` parameters. Raises PluginError when it is no schema."""
+    """Read a function's signature, without its first `skip` parameters. Raises PluginError if it is not a schema."""
     what = getattr(function, "__qualname__", repr(function))
     try:
         found = list(inspect.signature(function, eval_str=True).parameters.values())[skip:]
@@ -131,7 +135,7 @@ def signature(function: Callable[..., object], *, skip: int = 0) -> Signature:
 
 
 def _returns(function: Callable[..., object]) -> Shape:
-    """What it returns; anything where the annotation is no JSON type."""
+    """What it returns; anything if the annotation is not a JSON type."""
     try:
         annotation = get_type_hints(function, include_extras=True).get("return", object)
         return _NOTHING if annotation is types.NoneType else shape(annotation)
@@ -146,7 +150,7 @@ def _is_keyword(parameter: inspect.Parameter) -> bool:
 
 
 def shape(annotation: object) -> Shape:
-    """The shape that an annotation stands for. Raises TypeError."""
+    """The shape for an annotation. Raises TypeError if it is not a JSON type."""
     if annotation is inspect.Parameter.empty:
         raise TypeError("a parameter has no type")
     simple = _SIMPLE.get(annotation) if isinstance(annotation, type) else None

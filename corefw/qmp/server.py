@@ -1,7 +1,7 @@
 """The QMP server of one engine.
 
-Invariant: whatever a client does, the engine and the other clients go on. The server speaks as QEMU does (protocol.py,
-commands/), so that QEMU's tools drive it.
+Invariant: nothing that a client does keeps the engine or other clients waiting. The server answers as QEMU does
+(protocol.py, commands/), so QEMU's tools can drive it.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_CLIENTS: Final = 32
-"""More than these are served only by disconnecting idle ones (admission.py)."""
+"""Beyond this number a client is served only if an idle one can be disconnected (admission.py)."""
 
 FLUSH_SECONDS: Final = 2.0
-"""How long close() lets clients take what was sent to them."""
+"""How long close() waits for clients to read what was sent to them."""
 
 _LEAVE_SECONDS: Final = 1.0
 _ACCEPT_PAUSE: Final = 0.2
-"""Seconds to wait when there is no descriptor or memory for one more client."""
+"""Seconds to wait if there is no descriptor or memory for one more client."""
 
 
 class QmpServer(Closing):
-    """Listens from its construction on. One thread accepts, two serve each client; all of them daemons.
+    """Listens once it is constructed. One thread accepts, two serve each client; all of them are daemons.
 
-    address   what clients dial; port 0 has become the real one
+    address   what clients dial, with the port that was taken for 0
     """
 
     def __init__(self, engine: Engine, address: QmpAddress | str) -> None:
-        """Raises UriError, ChannelError (one cannot listen there: somebody else does)."""
+        """Raises UriError, or ChannelError if it cannot listen there (another process does)."""
         self._engine = engine
         self._commands = command_table(engine)
         self._listener = _listen(parse_address(address) if isinstance(address, str) else address)
@@ -71,11 +71,11 @@ class QmpServer(Closing):
             return len(self._clients)
 
     def wait_quit(self, seconds: float | None = None) -> bool:
-        """Block until a client has sent `quit`; False after `seconds`. Whoever waits ends the process then."""
+        """Block until a client has sent `quit`, on which the caller ends the process; False after `seconds`."""
         return self._quit.wait(seconds)
 
     def close(self) -> None:
-        """Stop listening, let clients take what was sent to them, disconnect them. Idempotent; does not raise."""
+        """Stop listening, let clients read what was sent to them, then disconnect them. Idempotent; does not raise."""
         with self._lock:
             if self._closed:
                 return
@@ -167,7 +167,7 @@ class QmpServer(Closing):
             client.post(line)
 
     def _ask_quit(self) -> None:
-        """The event comes before the reply, as in QEMU."""
+        """Send the event before the reply, as QEMU does."""
         self._post(
             protocol.encode(protocol.event("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"}, time.time()))
         )

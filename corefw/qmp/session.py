@@ -1,7 +1,7 @@
-"""One client's conversation: an item of its stream in, the line to answer with out. No sockets, no threads.
+"""One client's conversation: takes an item of its stream, gives the line to answer with. No sockets, no threads.
 
-Invariant: every item gets exactly one answer, and nothing that a command raises ends the conversation. Before
-`qmp_capabilities` there is no other command.
+Invariant: every item gets exactly one answer, and no exception in a command ends the conversation. Before
+`qmp_capabilities` every other command is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NEGOTIATION: Final = "qmp_capabilities"
 
 
 class Handed:
-    """A file descriptor that came with a request: taken by the command, or closed."""
+    """A file descriptor that came with a request. The command takes it, or it is closed."""
 
     def __init__(self, fd: int | None = None) -> None:
         self._fd = fd
@@ -42,9 +42,10 @@ class Handed:
 
 
 class Session:
-    """`answer` is called for one item at a time, but for out-of-band requests, which may run beside it.
+    """State of one conversation. `answer` is called for one item at a time, except that out-of-band requests may run
+    beside it.
 
-    negotiated    the client has sent qmp_capabilities: it gets events now
+    negotiated    the client has sent qmp_capabilities, so it gets events
     out_of_band   it enabled that capability
     """
 
@@ -56,11 +57,11 @@ class Session:
         self._quit = quit_
 
     def overtakes(self, item: object) -> bool:
-        """Whether this item is answered at once, not behind the others."""
+        """Whether this item is answered at once instead of after those before it."""
         return self.out_of_band and protocol.wants_out_of_band(item)
 
     def answer(self, item: object, handed: Handed) -> bytes:
-        """The reply to what the stream gave, as a line. Never raises."""
+        """The reply to an item of the stream, as a line. Never raises."""
         id_ = protocol.request_id(item)
         try:
             return protocol.encode(protocol.success(self._result(item, handed), id_))

@@ -1,8 +1,7 @@
-"""The table of commands: name -> function. Its typed keyword signature is the command's schema (schema.py).
+"""The table of commands: from a name to a function, whose typed keyword signature is the command's schema (schema.py).
 
-A command is in this table or in a plugin's, and nowhere else. Names, fields and texts are QEMU 7.2's, with what QEMU
-11.1 has in addition, and those of May 2018 for what only that QEMU has. A command does all that was asked or raises a
-MigfwError.
+Every command is in this table or comes from a plugin. Names, fields and texts are QEMU 7.2's, with what QEMU 11.1 adds
+and what only the QEMU of May 2018 had. A command does everything it was asked to do, or raises a MigfwError.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command. `run(context, keywords)` takes what `signature.bind` gave.
+    """One command. `run(context, keywords)` takes what `signature.bind` returned.
 
-    out_of_band   may run at once, while the commands before it still wait (QEMU's allow-oob)
+    out_of_band   may run at once, while earlier commands are still waiting (QEMU's allow-oob)
     """
 
     name: str
@@ -82,11 +81,11 @@ CORE: Final[Mapping[str, Callable[..., object]]] = {
 }
 
 OUT_OF_BAND: Final = frozenset({"migrate-pause", "migrate-recover"})
-"""As in QEMU: what has to get through while another command hangs on a broken network."""
+"""As in QEMU: they have to get through while another command hangs on a broken network."""
 
 
 def command_table(engine: Engine) -> dict[str, Command]:
-    """Every command of this engine. What a plugin adds and cannot be a command is logged and left out."""
+    """Every command of this engine. What plugins add that cannot be a command is logged and left out."""
     table = {name: _core(name, function) for name, function in CORE.items()}
     for name, added in engine.plugins.commands(engine).items():
         try:

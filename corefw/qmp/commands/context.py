@@ -1,4 +1,4 @@
-"""What a command's function gets beside its arguments."""
+"""What a command's function gets besides its arguments."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One request's surroundings.
+    """The context of one request.
 
     engine      the engine that is controlled
     commands    all commands by name
     negotiate   ends negotiation mode, with the capabilities that the client enabled; raises QmpError the second time
-    quit        ask the process to end, once this reply is sent
-    take_fd     the file descriptor that came with this request, the caller's from now on; None without one
+    quit        asks the process to end once this reply has been sent
+    take_fd     gives the file descriptor that came with this request, to be closed by the caller; None if none came
     """
 
     engine: Engine

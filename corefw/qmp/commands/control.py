@@ -20,7 +20,7 @@ def qmp_capabilities(context: Context, enable: Sequence[Literal["oob"]] = ()) ->
 
 
 def query_version(_: Context) -> VersionInfo:
-    """Which QEMU the commands are those of, and this program's own version in "package"."""
+    """The version of QEMU that the commands are taken from, and in "package" this program's own."""
     major, minor, micro = protocol.QEMU_VERSION
     return {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": protocol.PACKAGE}
 
@@ -31,7 +31,7 @@ def query_commands(context: Context) -> list[CommandInfo]:
 
 
 def query_name(context: Context) -> NameInfo:
-    """The engine's name; nothing when it has none."""
+    """The engine's name; nothing if it has none."""
     return {"name": context.engine.name} if context.engine.name else {}
 
 

@@ -1,4 +1,4 @@
-"""Commands about the guest: its run state, and what only this project's engines tell."""
+"""Commands about the guest: its run state, and what only engines of this project report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def query_status(context: Context) -> StatusInfo:
 
 
 def stop(context: Context) -> None:
-    """Stop the guest; nothing when it does not run."""
+    """Stop the guest. Does nothing if it is not running."""
     context.engine.stop()
 
 
@@ -50,5 +50,5 @@ def x_migfw_status(context: Context) -> object:
 
 
 def x_migfw_verify(context: Context) -> object:
-    """Let the guest prove its own state, where it can; the facts that it found."""
+    """Let the guest verify its own state, if it can; returns the facts that it found."""
     return dict(context.engine.verify())

@@ -39,8 +39,8 @@ def migrate(
 
 
 def x_migfw_check(context: Context, uri: str = "") -> object:
-    """Whether a migration to `uri` would succeed, and what it would be like. It changes nothing and takes some seconds;
-    without `uri` it looks at this side only."""
+    """Whether a migration to `uri` would succeed, and what it would be like. Changes nothing and takes some seconds.
+    Without `uri` only this side is checked."""
     return check_document(context.engine.check(uri or None))
 
 
@@ -52,7 +52,7 @@ def migrate_incoming(
 
 
 def migrate_cancel(context: Context) -> None:
-    """Cancel the migration; nothing when there is none."""
+    """Cancel the migration. Does nothing if there is none."""
     context.engine.cancel()
 
 
@@ -77,12 +77,12 @@ def migrate_recover(context: Context, uri: str) -> None:
 
 
 def query_migrate(context: Context) -> MigrationInfo:
-    """How the migration goes, or went."""
+    """How the migration is going, or how it went."""
     return migration_info(context.engine.report())
 
 
 def x_migfw_transport(context: Context, uri: str) -> object:
-    """What the engine's transport for `uri` can do, without dialling: a wrong URI is refused as `migrate` would."""
+    """What the engine's transport for `uri` can do. Does not dial; a wrong URI is refused as by `migrate`."""
     transport = context.engine.plugins.transport(uri, context.engine.settings)
     transport.check_outgoing()
     return {
@@ -96,7 +96,7 @@ def x_migfw_transport(context: Context, uri: str) -> object:
 
 
 def migrate_set_capabilities(context: Context, capabilities: Sequence[MigrationCapabilityStatus]) -> None:
-    """Switch capabilities, all or none of them. Earlier names are accepted."""
+    """Switch capabilities, all of them or none. Earlier names are accepted."""
     context.engine.set_capabilities({one["capability"]: one["state"] for one in capabilities})
 
 
@@ -107,8 +107,8 @@ def query_migrate_capabilities(context: Context) -> list[MigrationCapabilityStat
 
 
 def migrate_set_parameters(context: Context, **parameters: ParameterChange) -> None:
-    """Change parameters, all or none of them; also while a migration runs. Earlier names are accepted, and null for a
-    string means the empty one."""
+    """Change parameters, all of them or none; also while a migration runs. Earlier names are accepted, and null is
+    accepted for an empty string."""
     for name in parameters:
         try:
             context.engine.settings.declared_parameter(name)

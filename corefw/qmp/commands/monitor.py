@@ -1,7 +1,7 @@
 """human-monitor-command: the lines of QEMU's human monitor that make sense for a guest here.
 
-The texts are laid out as QEMU's, for people and for tools that read them (qmp-shell -H). Each line is done by the QMP
-command of that name.
+The texts have QEMU's layout, for people and for tools that read them (qmp-shell -H). Each line runs the QMP command of
+that name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Run = Callable[[Context, Sequence[str]], str]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What may be typed. `arguments` as help shows them: "[-d]" is a flag, "[name]" may be left out."""
+    """A line that may be typed. `arguments` are as help shows them: "[-d]" is a flag, "[name]" is optional."""
 
     names: str
     arguments: str
@@ -37,7 +37,7 @@ class Line:
 
 
 def human_monitor_command(context: Context, command_line: str, cpu_index: int = 0) -> str:
-    """Run a line of the human monitor; what it prints. `cpu-index` makes no difference."""
+    """Run a line of the human monitor, and return what it prints. `cpu-index` is ignored."""
     del cpu_index
     return _run(context, command_line).replace("\n", "\r\n")
 

@@ -25,7 +25,7 @@ _ARCHITECTURES: Final = {"arm64": "aarch64", "AMD64": "x86_64", "i686": "i386"}
 
 
 def query_uuid(_: Context) -> UuidInfo:
-    """The guest's UUID; all zeros, as of a QEMU without -uuid."""
+    """The guest's UUID: all zeros, as in a QEMU without -uuid."""
     return {"UUID": NO_UUID}
 
 
@@ -41,7 +41,7 @@ def query_target(_: Context) -> TargetInfo:
 
 
 def query_machines(context: Context) -> list[MachineInfo]:
-    """The one machine that there is."""
+    """The only machine there is."""
     return [
         {
             "name": context.engine.machine.name,
@@ -56,7 +56,7 @@ def query_machines(context: Context) -> list[MachineInfo]:
 
 
 def query_current_machine(_: Context) -> CurrentMachineParams:
-    """Whether the guest can be suspended and woken up: no."""
+    """Whether the guest can be suspended and woken up: never."""
     return {"wakeup-suspend-support": False}
 
 
@@ -71,7 +71,7 @@ def query_events(_: Context) -> list[CommandInfo]:
 
 
 def query_nothing(_: Context) -> list[Any]:
-    """An empty list: a guest here has none."""
+    """An empty list: a guest here has no such thing."""
     return []
 
 
