@@ -1,16 +1,16 @@
 """`migfw check`: would a migration succeed, and what would it be like? Nothing is changed on either side.
 
-The source dials the destination as for a migration, but begins with another magic number. A destination compares what
-the source says of itself with its own, answers, takes in some padding so that the source can measure the path, and
-waits on as if nobody had come. Messages are a u32 length and a JSON object:
+The source dials the destination as for a migration, but begins with another magic number. The destination compares the
+source's facts with its own, answers, takes in some padding so that the source can measure the path, and goes on waiting
+for a migration. Messages are a u32 length and a JSON object:
 
     source        "MGCK", message {facts}         padding: u32 length, bytes; ...; u32 0
     destination   message {"facts", "problems", "notes"}                                  message {"received"}
 
-Meanwhile the source measures how fast its guest writes, with the dirty logs that a migration would use. So no migration
-runs at the same time: `migrate` ends a check.
+The source also measures how fast its guest writes, with the dirty logs that a migration would use. So no migration runs
+at the same time: `migrate` ends a check.
 
-Threads: the one that asked; `end` comes from others.
+Threads: the caller's; `end` is called from others. The destination answers in its incoming thread.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ from corefw.wire.stream import StreamReader
 
 MAGIC: Final = b"MGCK"
 MESSAGE_LIMIT: Final = 2 << 20
+"""Bytes of a message, at most."""
 CHUNK: Final = 1 << 18
+"""Bytes of padding that are sent at once."""
 PADDING_LIMIT: Final = 1 << 30
 """Bytes of padding that a destination takes in, at most."""
 
@@ -51,76 +53,77 @@ PROBE_BYTES: Final = 256 << 20
 PATIENCE: Final = 30.0
 """Seconds that a conversation with a destination may take."""
 
-FIRST_LOOK: Final = 0.1
-SECOND_LOOK: Final = 0.9
+HARVESTS: Final = (0.1, 0.9)
 """Seconds until the first harvest of the dirty logs, and from there to the second."""
 
 _COMPARED: Final = ("send-configuration", "send-section-footer")
-"""Properties that have to be alike on both sides."""
+"""Properties that have to be the same on both sides."""
 _SHOWN: Final = 20
+"""Problems and notes in an answer, at most."""
 _LONGEST: Final = 500
+"""Characters of each, at most."""
+_SHARED_FACTS: Final = ("host", "migfw", "python", "numpy", "memory")
+"""What a destination says of itself in its answer."""
 
 
-class Checking:
-    """One check, at the source. `transport` is None where nobody is to be asked."""
+class Check:
+    """One check, at the source: ask() if there is a destination to ask, then report()."""
 
     def __init__(
         self,
         machine: Machine,
         settings: Settings,
         savers: SaverRegistry,
-        transport: Transport | None,
         blockers: Sequence[str],
     ) -> None:
+        """`blockers`: what keeps the guest from migrating at all."""
         self.done: Final = threading.Event()
         self._machine = machine
         self._settings = settings
         self._savers = savers
-        self._transport = transport
         self._interrupt = Interrupt()
         self._channel: Channel | None = None
         self._problems = list(blockers)
         self._notes: list[str] = []
-        self._there: Mapping[str, Any] | None = None
+        self._destination: Mapping[str, Any] | None = None
         self._bandwidth: float | None = None
         self._round_trip: float | None = None
 
     def end(self) -> None:
-        """From another thread: end it, and wait until it has let go of the guest."""
+        """From another thread: end the check, and wait until it has let go of the guest."""
         self._interrupt.set()
         if self._channel is not None:
             self._channel.abort()
         self.done.wait()
 
-    def run(self) -> CheckReport:
-        """Look at both sides. Raises Interrupted when a migration began."""
-        if self._transport is not None:
-            self._ask(self._transport)
+    def report(self) -> CheckReport:
+        """Measure the guest, and put together what is known. Raises Interrupted if a migration began."""
         self._interrupt.check()
         rates = self._measure()
         self._interrupt.check()
         used = sum(min(block.length, os.fstat(block.fd).st_blocks * 512) for block in self._machine.ram_blocks())
-        guess = self._estimate(used, rates)
+        expected = self._estimate(used, rates)
         return CheckReport(
             problems=tuple(self._problems),
             notes=tuple(self._notes),
             ram=sum(block.length for block in self._machine.ram_blocks()),
             ram_used=used,
             dirty_rate=int(rates.second) if rates is not None else None,
-            destination=self._there,
+            destination=self._destination,
             bandwidth=int(self._bandwidth) if self._bandwidth else None,
             round_trip=round(self._round_trip * 1000, 3) if self._round_trip is not None else None,
-            converges=guess.converges if guess else None,
-            expected_time=guess.milliseconds if guess else None,
-            expected_downtime=guess.downtime if guess else None,
-            passes=guess.passes if guess else None,
+            converges=expected.converges if expected else None,
+            expected_time=expected.milliseconds if expected else None,
+            expected_downtime=expected.downtime if expected else None,
+            passes=expected.passes if expected else None,
         )
 
     # -- the destination -------------------------------------------------------------------------------------------
 
-    def _ask(self, transport: Transport) -> None:
-        if why := self._why_not_dialled(transport):
-            self._notes.append(f"{transport.uri} was not dialled: {why}")
+    def ask(self, transport: Transport) -> None:
+        """Ask the destination there; what is wrong goes into the report. Raises Interrupted if a migration began."""
+        if (obstacle := self._obstacle(transport)) is not None:
+            self._notes.append(f"{transport.uri} was not dialled: {obstacle}")
             return
         try:
             with transport.connect(self._interrupt) as channel:
@@ -138,7 +141,8 @@ class Checking:
             late = " (it did not answer in time)" if isinstance(error, Interrupted) else ""
             self._problems.append(f"{error}{late}")
 
-    def _why_not_dialled(self, transport: Transport) -> str | None:
+    def _obstacle(self, transport: Transport) -> str | None:
+        """Why the destination cannot be asked; None if it can."""
         if (obstacle := tail_of(self._machine).obstacle_to_checking()) is not None:
             return obstacle
         if not (transport.features.return_path and transport.features.multi_channel):
@@ -157,9 +161,7 @@ class Checking:
         facts, problems, notes = (answer.get(name) for name in ("facts", "problems", "notes"))
         if not (isinstance(facts, dict) and _is_texts(problems) and _is_texts(notes)):
             raise reader.error("the facts, problems and notes of a destination", "something else")
-        self._there = {
-            name: facts[name] for name in ("host", "migfw", "python", "numpy", "memory") if _is_plain(facts.get(name))
-        }
+        self._destination = {name: facts[name] for name in _SHARED_FACTS if _is_short(facts.get(name))}
         assert isinstance(problems, list)
         assert isinstance(notes, list)
         self._problems += [f"the destination: {one}" for one in _shortened(problems)]
@@ -167,8 +169,8 @@ class Checking:
         self._probe(channel, reader)
 
     def _probe(self, channel: Channel, reader: StreamReader) -> None:
-        """Send padding for a second. Bytes that only fill buffers on the way do not count: the answer comes behind
-        them. An empty round first shows how long an answer takes."""
+        """Measure the path: send padding for a second. An empty round first shows how long an answer takes. Bytes that
+        only fill buffers on the way do not count, because the answer comes after them."""
         began = time.monotonic()
         channel.send(BE32.pack(0))
         read_message(reader)
@@ -186,7 +188,7 @@ class Checking:
     # -- the guest -------------------------------------------------------------------------------------------------
 
     def _measure(self) -> Rates | None:
-        """How fast the guest writes; None where it does not run."""
+        """How fast the guest writes; None if it does not run."""
         if self._machine.run_state is not RunState.RUNNING:
             self._notes.append(f"the guest is {self._machine.run_state}: its dirty rate cannot be measured")
             return None
@@ -195,31 +197,31 @@ class Checking:
             for block in blocks:
                 stop.callback(block.dirty_log.stop)
                 block.dirty_log.start()
-            looks = []
-            for seconds in (FIRST_LOOK, SECOND_LOOK):
+            rates = []
+            for seconds in HARVESTS:
                 began = time.monotonic()
                 self._interrupt.wait(seconds)
                 self._interrupt.check()
                 dirty = sum(_dirty_bytes(block.dirty_log.harvest(), block.page_size) for block in blocks)
-                looks.append(dirty / max(seconds, time.monotonic() - began))
-        return Rates(*looks)
+                rates.append(dirty / max(seconds, time.monotonic() - began))
+        return Rates(*rates)
 
     def _estimate(self, used: int, rates: Rates | None) -> Estimate | None:
         if not self._bandwidth:
             return None
         limit = self._settings.integer("max-bandwidth")
-        if limit not in (UNLIMITED, QMP_MAX_BANDWIDTH):  # the default is none that anybody chose: see `migfw migrate`
+        if limit not in (UNLIMITED, QMP_MAX_BANDWIDTH):  # `migfw migrate` takes the default for no limit
             self._bandwidth = min(self._bandwidth, limit)
         downtime = self._settings.integer("downtime-limit")
-        guess = estimate(used, self._bandwidth, rates or Rates(0.0, 0.0), downtime)
-        if not guess.converges:
+        expected = estimate(used, self._bandwidth, rates or Rates(0.0, 0.0), downtime)
+        if not expected.converges:
             self._problems.append(
-                f"it will not converge: the guest writes {format_size(guess.pending)} while that much is sent at"
+                f"it will not converge: the guest writes {format_size(expected.pending)} while that much is sent at"
                 f" {format_size(self._bandwidth)}/s, and {format_size(int(self._bandwidth * downtime / 1000))} fit into"
-                f" the downtime limit of {downtime} ms (set downtime-limit to {guess.downtime} ms or more, or let it"
+                f" the downtime limit of {downtime} ms (set downtime-limit to {expected.downtime} ms or more, or let it"
                 " write less)"
             )
-        return guess
+        return expected
 
 
 def _dirty_bytes(runs: Any, page_size: int) -> int:
@@ -230,7 +232,7 @@ def _dirty_bytes(runs: Any, page_size: int) -> int:
 
 
 def facts_of(machine: Machine, settings: Settings, sections: Iterable[Section]) -> dict[str, Any]:
-    """What one side says of itself."""
+    """Everything that one side says of itself."""
     return {
         "host": platform.node(),
         "migfw": __version__,
@@ -247,12 +249,13 @@ def facts_of(machine: Machine, settings: Settings, sections: Iterable[Section]) 
 
 
 def pack(document: Mapping[str, object]) -> bytes:
+    """A message's bytes."""
     text = json.dumps(document).encode()
     return BE32.pack(len(text)) + text
 
 
 def read_message(reader: StreamReader) -> dict[str, Any]:
-    """Raises StreamError for anything but a JSON object of a bounded length."""
+    """One message. Raises StreamError for anything but a JSON object of at most MESSAGE_LIMIT bytes."""
     length = reader.be32("the length of a message")
     text = reader.read(length, "a message", MESSAGE_LIMIT)
     try:
@@ -267,13 +270,12 @@ def read_message(reader: StreamReader) -> dict[str, Any]:
 def answer_check(
     reader: StreamReader, channel: Channel, machine: Machine, settings: Settings, loaders: LoaderRegistry
 ) -> None:
-    """The destination's side, behind the magic number. Raises StreamError, ChannelError: whatever happens, the
-    destination waits on."""
+    """The destination's side, behind the magic number. Raises StreamError, ChannelError."""
     there = read_message(reader)
     here = facts_of(machine, settings, loaders)
     problems, notes = _compare(here, there, machine)
-    shown = {name: here[name] for name in ("host", "migfw", "python", "numpy", "memory")}
-    channel.send(pack({"facts": shown, "problems": _shortened(problems), "notes": _shortened(notes)}))
+    shared = {name: here[name] for name in _SHARED_FACTS}
+    channel.send(pack({"facts": shared, "problems": _shortened(problems), "notes": _shortened(notes)}))
     total = 0
     for _ in range(2):  # the empty round, and the padding
         while length := reader.be32("the length of some padding"):
@@ -285,7 +287,7 @@ def answer_check(
 
 
 def _compare(here: Mapping[str, Any], there: Mapping[str, Any], machine: Machine) -> tuple[list[str], list[str]]:
-    """Problems and notes, as the destination says them. `there` came from the peer: anything may be in it."""
+    """Problems and notes, from the destination's point of view. `there` came from the peer and may hold anything."""
     if (there.get("kind"), there.get("name")) != (here["kind"], here["name"]):
         return [f"this is a machine '{here['name']}', but the incoming machine is '{there.get('name')}'"], []
     layout = there.get("layout")
@@ -310,7 +312,7 @@ def _compare(here: Mapping[str, Any], there: Mapping[str, Any], machine: Machine
 
 
 def _shortened(texts: Sequence[str]) -> list[str]:
-    """What the other side quoted may be long: an answer has to fit into the buffers of somebody who does not read."""
+    """Keep an answer short enough for the buffers of a peer that does not read it: names that it sent may be long."""
     return [one_line(text)[:_LONGEST] for text in texts[:_SHOWN]]
 
 
@@ -318,5 +320,5 @@ def _is_texts(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
-def _is_plain(value: object) -> bool:
+def _is_short(value: object) -> bool:
     return isinstance(value, int) or (isinstance(value, str) and len(value) < _LONGEST)

@@ -16,7 +16,7 @@ from corefw.channel import Transport
 from corefw.control import CheckReport, MigrationControl, MigrationReport, PassBegan, RunStateChanged
 from corefw.dispatch import Event, EventDispatcher, Observer
 from corefw.engine.blockers import Blockers
-from corefw.engine.checking import Checking
+from corefw.engine.checking import Check
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.inbound import CLOSED, Inbound
 from corefw.engine.launch import Launch
@@ -76,7 +76,7 @@ class Engine(MigrationControl):
         self.incoming: Final = self.inbound.state
         self._blockers = Blockers(machine, plugins, settings, self._savers)
         self._migration: OutgoingMigration | None = None
-        self._checking: Checking | None = None
+        self._checking: Check | None = None
         if settings.property("only-migratable") and (reasons := self._blockers.found(self._savers())):
             raise UsageError("the guest cannot migrate, and only-migratable was asked for: " + "; ".join(reasons))
         self.observe(self._tell_plugins)
@@ -187,9 +187,11 @@ class Engine(MigrationControl):
         with self._lock:
             self._check_may_check()
             reasons = self._blockers.added + found
-            self._checking = checking = Checking(self.machine, self.settings, savers, transport, reasons)
+            self._checking = checking = Check(self.machine, self.settings, savers, reasons)
         try:
-            return checking.run()
+            if transport is not None:
+                checking.ask(transport)
+            return checking.report()
         except Interrupted:
             raise StateError("a migration began, and ended the check") from None
         finally:

@@ -1,7 +1,7 @@
-"""Whoever else dials in while a stream is loaded.
+"""What else dials in while a stream is loaded.
 
-A source with the capability multifd sends its pages over channels of their own. Nothing here reads them, so the load
-must fail and name the capability. Any other peer is turned away.
+A source with the capability multifd sends its pages over channels of its own. Nothing here reads them, so the load has
+to fail and name the capability. All other connections are closed.
 
 Threads: one of its own.
 """
@@ -20,7 +20,7 @@ from corefw.wire.constants import BE32, MULTIFD_MAGIC
 log = logging.getLogger(__name__)
 
 FIRST_WORDS: Final = 1.0
-"""Seconds that a stray has to send four bytes: a channel of multifd begins with its magic number."""
+"""Seconds that a connection has to send four bytes: a channel of multifd begins with its magic number."""
 
 
 class StrayChannels:
@@ -56,22 +56,22 @@ class StrayChannels:
                         self._multifd.set()
                         self._on_multifd()
         except MigfwError as error:
-            log.debug("nobody else can dial in: %s", error)
+            log.debug("no longer watching for other connections: %s", error)
         except FOREIGN:  # a transport is a plugin; the stream is loaded all the same
-            log.exception("cannot watch for other channels")
+            log.exception("cannot watch for other connections")
 
     def _is_multifd(self, channel: Channel) -> bool:
         magic = bytearray(BE32.size)
-        held = 0
+        received = 0
         try:
-            while held < len(magic):
+            while received < len(magic):
                 if not channel.wait_readable(FIRST_WORDS):
                     return False
-                count = channel.receive_into(memoryview(magic)[held:])
+                count = channel.receive_into(memoryview(magic)[received:])
                 if not count:
                     return False
-                held += count
+                received += count
         except MigfwError as error:
-            log.debug("a stray channel: %s", error)
+            log.debug("another connection broke: %s", error)
             return False
         return magic == BE32.pack(MULTIFD_MAGIC)
