@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from corefw.dispatch import EventDispatcher
+from corefw.engine import incoming, outgoing
 from corefw.engine.phases import run_phases
 from corefw.errors import Interrupted
-from corefw.states import MigrationStatus, Side, StateMachine, StatusChanged
+from corefw.states import SETUP_OR_ACTIVE, MigrationStatus, Side, StateMachine, StatusChanged
 
 _S = MigrationStatus
 
@@ -72,3 +73,8 @@ def test_a_cancel_from_another_thread_ends_it() -> None:
     with pytest.raises(Interrupted):
         run_phases(state, {_S.SETUP: cancelled_meanwhile, _S.ACTIVE: step("precopy", _S.COMPLETED)}, log)
     assert log == ["setup"] and state.status is _S.CANCELLING
+
+
+def test_every_status_in_which_a_migration_runs_has_a_phase() -> None:
+    assert outgoing.PHASES.keys() == SETUP_OR_ACTIVE
+    assert incoming.PHASES.keys() == SETUP_OR_ACTIVE - {_S.PRE_SWITCHOVER, _S.DEVICE}
