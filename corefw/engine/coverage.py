@@ -1,4 +1,4 @@
-"""Which parts of a machine no section carries: a migration that would leave one behind is refused.
+"""Finds the parts of a machine that no section carries: a migration that would leave one behind is refused.
 
 A saver or loader names the RAM blocks and devices that it carries (`Section.covers`). The source asks before anything
 is sent, the destination before it listens and again at the end of the stream, then for the sections that came.
@@ -17,9 +17,9 @@ _WHO = {"RAM": "migfw-ram", "device": "migfw-devices"}
 
 
 def uncovered(machine: Machine, sections: Iterable[Section]) -> list[str]:
-    """One phrase for RAM and one for devices that none of these sections carries; empty when all of it is carried.
+    """A phrase for the RAM and one for the devices that none of these sections carries; empty if all of it is carried.
 
-    Raises PluginError for a section whose answer is no Coverage.
+    Raises PluginError if a section's covers() returns anything but a Coverage.
     """
     total = _total(sections)
     found = []
@@ -36,9 +36,9 @@ def uncovered(machine: Machine, sections: Iterable[Section]) -> list[str]:
 def not_loaded(
     machine: Machine, loaders: Iterable[SectionLoader], was_loaded: Callable[[SectionLoader], bool]
 ) -> str | None:
-    """At the end of a stream: a RAM block or device that it did not bring, as the field of an error; else None.
+    """At the end of a stream, a RAM block or device that it did not bring, as a phrase for an error; else None.
 
-    A device's section may be left out where its loader does not require it; RAM may not.
+    The section of a device may be missing if its loader does not require it; RAM may not.
     """
     loaders = list(loaders)
     loaded = _total(loader for loader in loaders if was_loaded(loader))

@@ -1,6 +1,6 @@
 """The figures of a migration on the source.
 
-The migration thread writes, any thread reads; times are milliseconds.
+Threads: the migration thread writes, any thread reads. Times are in milliseconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class SectionFigures:
-    """One section, in bytes.
+    """What a section has sent and has left, in bytes.
 
     total       the most that was ever left at once: for RAM, its size
     remaining   what is known to be left
@@ -40,7 +40,7 @@ class SectionFigures:
         self.total = self.remaining = left
 
     def update(self, left: int) -> int:
-        """Now so much is left; how much more that is than before."""
+        """Set what is left. Returns how much more that is than before, negative if it is less."""
         change = left - self.remaining
         self.remaining = left
         self.total = max(self.total, left)
@@ -52,11 +52,11 @@ class SectionFigures:
 
 @dataclass(slots=True)
 class OutgoingStatistics:
-    """The figures of one migration on the source. `meter` counts the bytes.
+    """The figures of a single migration on the source. `meter` counts the bytes.
 
     stop_time       milliseconds that it took to stop the guest
     downtime_limit  as it was when the guest was stopped; None before
-    warnings        what whoever started the migration should know, as sentences
+    warnings        sentences for the user who started the migration
     savers          add figures of their own
     """
 
@@ -88,12 +88,12 @@ class OutgoingStatistics:
 
     @property
     def total(self) -> int:
-        """Over all live sections."""
+        """Bytes of all live sections."""
         return sum(section.total for section in list(self.sections.values()))
 
     @property
     def remaining(self) -> int:
-        """Over all live sections."""
+        """Bytes that are known to be left of all live sections."""
         return sum(section.remaining for section in list(self.sections.values()))
 
     @property
@@ -103,22 +103,22 @@ class OutgoingStatistics:
 
     @property
     def precopy_bytes(self) -> int:
-        """Those of them that were sent before the guest was stopped."""
+        """Bytes sent before the guest was stopped."""
         return self.transferred if self.downtime_limit is None else self._before_stop
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second: in the last window, or over the whole of a migration that has ended."""
+        """Bytes per second: in the last window, or on average over a migration that has completed."""
         return self.transferred * 1000 / max(1, self.total_time) if self._finished else self.meter.bandwidth
 
     @property
     def downtime_bytes(self) -> int:
-        """Those of them that were sent while the guest was stopped."""
+        """Bytes sent while the guest was stopped."""
         return self.transferred - self.precopy_bytes - self.postcopy_bytes
 
     @property
     def postcopy_bytes(self) -> int:
-        """Those of them that were sent after the guest was handed over in postcopy."""
+        """Bytes sent after the guest was handed over in postcopy."""
         return 0 if self._before_postcopy is None else self.transferred - self._before_postcopy
 
     def handed_over(self) -> None:
@@ -126,27 +126,27 @@ class OutgoingStatistics:
         self._before_postcopy = self.transferred
 
     def progress(self) -> str:
-        """How far it is, as a phrase."""
+        """A phrase that says how far the migration has come."""
         if not self.total:
             return "nothing was sent yet"
         phrase = f"{format_size(self.remaining)} of {format_size(self.total)} left in pass {self.ram.dirty_sync_count}"
         return f"{phrase}; {self.advice}" if self.advice else phrase
 
     def update(self, expected_downtime: int, outlook: Outlook, max_bandwidth: int) -> None:
-        """After each PART."""
+        """Take note of the state after a PART."""
         self.expected_downtime = expected_downtime
         self.outlook = outlook
         self.advice = outlook.advice(max_bandwidth)
 
     def stopped(self, downtime_limit: int, stop_time: int) -> None:
-        """The guest was stopped for the switchover, which took `stop_time`."""
+        """Take note that the guest was stopped for the switchover, which took `stop_time`."""
         self.advice = None
         self._before_stop = self.transferred
         self.downtime_limit, self.stop_time = downtime_limit, stop_time
 
     def finish(self, downtime: int, guest: str) -> None:
         """The guest has left (migration_calculate_complete). `guest` says where it is: "moved" if the destination has
-        confirmed it, "stored" if it is whole in a file, "unconfirmed" if nobody can say."""
+        confirmed it, "stored" if it is whole in a file, "unconfirmed" if that cannot be known."""
         self.guest = guest
         self.total_time = self.elapsed()
         self.downtime = downtime
@@ -158,11 +158,11 @@ class OutgoingStatistics:
         self.ram.remaining_bytes = 0
 
     def _left_now(self) -> int:
-        """Once the guest is stopped, its RAM's saver alone knows what the last harvest found."""
+        """Bytes left. Once the guest is stopped, only the RAM's saver knows what the last harvest found."""
         return self.remaining if self.downtime_limit is None else max(self.remaining, self.ram.remaining_bytes)
 
     def _will_exceed(self) -> str | None:
-        """That the guest, which is stopped, will be down for longer than the limit."""
+        """A warning if the guest is stopped and will be down for longer than the limit."""
         if self.downtime_limit is None or not self.outlook.send_rate:
             return None
         left = self._left_now()
@@ -175,7 +175,7 @@ class OutgoingStatistics:
         )
 
     def _over_limit(self) -> str | None:
-        """That the guest was down for longer than the limit, and with what."""
+        """A warning if the guest was down for longer than the limit, with the reasons."""
         if self.downtime_limit is None or self.downtime <= self.downtime_limit:
             return None
         parts = [f"{format_size(self.downtime_bytes)} were sent while it was stopped"]
@@ -189,7 +189,7 @@ class OutgoingStatistics:
         self.error = reason
 
     def report(self, status: MigrationStatus) -> TransferReport:
-        """The figures of this moment. `status` is the migration's."""
+        """The figures at this moment. `status` is that of the migration."""
         sending = status in SENDING
         outlook = self.outlook if sending else Outlook()
         now = (self.advice, self._will_exceed()) if sending else ()
@@ -219,7 +219,7 @@ class OutgoingStatistics:
         )
 
     def section_reports(self) -> dict[str, dict[str, object]]:
-        """What each live section reports of itself, with its SectionFigures."""
+        """What each live section reports about itself, with its SectionFigures."""
         own = section_figures(self.savers)
         return {
             name: own.get(name, {}) | figures.document()
@@ -229,7 +229,7 @@ class OutgoingStatistics:
 
 
 def section_figures(sections: Iterable[Section]) -> dict[str, dict[str, object]]:
-    """What sections report of themselves, by name. A section that fails to report is logged and left out."""
+    """What sections report about themselves, by name. A section whose report fails is logged and left out."""
     found = {}
     for section in sections:
         try:
@@ -248,7 +248,7 @@ def with_blockers(info: dict[str, Any], reasons: Sequence[str]) -> dict[str, Any
 
 
 def milliseconds_since(moment: float) -> int:
-    """From a time.monotonic() moment."""
+    """Milliseconds since a moment of time.monotonic()."""
     return int((time.monotonic() - moment) * 1000)
 
 
