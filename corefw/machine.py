@@ -1,7 +1,7 @@
 """What a migration moves: a machine with RAM blocks and devices that can be stopped and started.
 
-Invariant: the engine knows machines only by this page. A machine that can do more (take sections nobody knows, make RAM
-blocks from the stream, verify itself, be throttled) says so by a Protocol.
+The engine knows machines only by this page. A machine that can do more inherits from the class that says so:
+VerifiableMachine, ThrottlableMachine, PostcopyMachine, RamMakingMachine, ParkingMachine.
 
 Threads: what only looks (`name`, `run_state`, `ram_blocks`, `devices`, `information`) may be called from any thread at
 any time; everything else from the engine's threads, one call at a time.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,11 +59,11 @@ class DirtyLog(ABC):
         """End logging. Idempotent; does not raise."""
 
 
-@runtime_checkable
-class NotesSentPages(Protocol):
-    """A dirty log that compares contents, and so is exact only when it knows what the sender read: a page may change,
-    be sent, and change back between two harvests."""
+class ComparingLog(DirtyLog):
+    """A dirty log that compares contents. It is exact only if it knows what was sent: a page may change, be sent, and
+    change back between two harvests."""
 
+    @abstractmethod
     def sent(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
         """These are the bytes that were sent for these pages (shape (n, page_size), rows may be strided)."""
 
@@ -254,30 +254,35 @@ class PostcopyMachine(Machine):
         for it. Nothing is installed at first. Raises MachineError."""
 
 
-@runtime_checkable
-class SupportsVerify(Protocol):
+class VerifiableMachine(Machine):
     """A machine that can prove its own state."""
 
+    @abstractmethod
     def verify(self) -> Mapping[str, object]:
-        """Check the guest (stopping it for the while). Raises MachineError that says what is wrong; else facts."""
+        """Check the guest, stopping it meanwhile if it runs; return what was checked, as JSON values.
+
+        Raises MachineError, which says what is wrong. Be strict: one page that is older than the rest has to be found,
+        for that is what a lost write looks like.
+        """
 
 
-@runtime_checkable
-class SupportsThrottle(Protocol):
+class ThrottlableMachine(Machine):
     """A machine whose guest can be slowed down."""
 
+    @abstractmethod
     def throttle(self, percent: int) -> None:
-        """Let the guest run only 100 - percent of the time; 0 ends it."""
+        """Let the guest run only 100 - `percent` (0 to 99) of the time; 0 ends it. Raises MachineError."""
 
 
-@runtime_checkable
-class MakesRamBlocks(Protocol):
-    """A destination that takes whatever RAM the stream brings."""
+class RamMakingMachine(Machine):
+    """A machine that, as a destination, takes whatever RAM the stream brings."""
 
+    @abstractmethod
     def make_ram_blocks(self, lengths: Mapping[str, int]) -> Sequence[RamBlock]:
         """Make new empty blocks (bytes by name) beside those that it has: all of them, or raise MachineError. Limits
         are checked before anything is allocated."""
 
+    @abstractmethod
     def discard_loaded(self) -> None:
         """Free everything that a stream brought: loading it failed. Idempotent; does not raise."""
 

@@ -66,7 +66,7 @@ class Coverage:
 
     ram_blocks       their idstrs
     devices          their (name, instance_id)
-    new_ram_blocks   on a destination: also the blocks that the stream brings (corefw.machine.MakesRamBlocks)
+    new_ram_blocks   on a destination: also the blocks that the stream brings (corefw.machine.RamMakingMachine)
     """
 
     ram_blocks: frozenset[str] = frozenset()

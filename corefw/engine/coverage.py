@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from corefw.errors import PluginError
-from corefw.machine import Machine, MakesRamBlocks, RunState
+from corefw.machine import Machine, RamMakingMachine, RunState
 from corefw.section import Coverage, LiveLoader, Section, SectionKey, SectionLoader
 
 _SHOWN = 3
@@ -26,7 +26,7 @@ def uncovered(machine: Machine, sections: Iterable[Section]) -> list[str]:
     blocks = [f"'{block.idstr}'" for block in machine.ram_blocks() if block.idstr not in total.ram_blocks]
     if blocks:
         found.append(_no_plugin("RAM", "RAM block", blocks))
-    elif isinstance(machine, MakesRamBlocks) and machine.run_state is RunState.INMIGRATE and not total.new_ram_blocks:
+    elif isinstance(machine, RamMakingMachine) and machine.run_state is RunState.INMIGRATE and not total.new_ram_blocks:
         found.append(_no_plugin("RAM", "whatever RAM the stream brings", []))
     if devices := [str(key) for key in _device_keys(machine) if key not in total.devices]:
         found.append(_no_plugin("device", "device", devices))

@@ -18,7 +18,7 @@ from typing import Final
 
 from corefw.engine.guestlock import GuestLock
 from corefw.errors import ANYTHING
-from corefw.machine import Machine, RunState, SupportsThrottle
+from corefw.machine import Machine, RunState, ThrottlableMachine
 from corefw.section import Section
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Custody:
             self._machine.stop(RunState.FINISH_MIGRATE)
             self.held = True
 
-    def throttle(self, machine: SupportsThrottle, percent: int, check: Callable[[], None]) -> None:
+    def throttle(self, machine: ThrottlableMachine, percent: int, check: Callable[[], None]) -> None:
         """Slow it down. Raises as stop() does."""
         with self._lock.unless(check):
             machine.throttle(percent)

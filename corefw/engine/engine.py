@@ -31,7 +31,7 @@ from corefw.errors import (
     UriError,
     UsageError,
 )
-from corefw.machine import DEAD, Machine, RunState, SupportsVerify
+from corefw.machine import DEAD, Machine, RunState, VerifiableMachine
 from corefw.plugins import Plugins
 from corefw.section import SaverRegistry
 from corefw.settings import Settings
@@ -116,7 +116,7 @@ class Engine(MigrationControl):
 
     def verify(self) -> Mapping[str, object]:
         """Let the guest prove its own state. Raises UsageError where it cannot, MachineError when it is wrong."""
-        if not isinstance(self.machine, SupportsVerify):
+        if not isinstance(self.machine, VerifiableMachine):
             raise UsageError(f"a machine of kind '{self.machine.kind}' cannot verify itself")
         with self._guest_lock.held():
             if self.machine.run_state is RunState.INMIGRATE:

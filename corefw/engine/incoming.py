@@ -21,7 +21,7 @@ from corefw.engine.destination import Destination
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.phases import run_phases
 from corefw.errors import ANYTHING, Interrupted, MigfwError
-from corefw.machine import Machine, MakesRamBlocks
+from corefw.machine import Machine, RamMakingMachine
 from corefw.section import LoaderRegistry
 from corefw.settings import Settings
 from corefw.states import MigrationStatus, StateMachine
@@ -143,7 +143,7 @@ class IncomingMigration:
         else:
             end, self.error = _S.FAILED, f"load of migration failed: {reason}"
             log.warning("%s", self.error)
-        if isinstance(self._machine, MakesRamBlocks):
+        if isinstance(self._machine, RamMakingMachine):
             self._machine.discard_loaded()
         if self._destination.guest is None or not self._destination.guest.may_run:
             self._destination.report_failure(reason)

@@ -23,7 +23,7 @@ from corefw.engine.returnpath import Handler
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.engine.tails import tail_of
 from corefw.errors import MachineError, PluginError
-from corefw.machine import DEAD, Machine, SupportsThrottle
+from corefw.machine import DEAD, Machine, ThrottlableMachine
 from corefw.section import LiveSaver, SaverRegistry
 from corefw.settings import Settings
 from corefw.wire.constants import PACKAGE_PING, PLUGIN_MESSAGES, Command, ReturnMessage
@@ -203,7 +203,7 @@ class Source:
 
     def throttle_guest(self, percent: int) -> None:
         """Slow the guest down by `percent` (0 to 99) of its time. Raises MachineError if the machine cannot."""
-        if not isinstance(self.machine, SupportsThrottle):
+        if not isinstance(self.machine, ThrottlableMachine):
             raise MachineError(f"a machine of kind '{self.machine.kind}' cannot be throttled")
         self.custody.throttle(self.machine, percent, self.check)
 

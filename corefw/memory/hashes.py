@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw.machine import DirtyLog, RamBlock
+from corefw.machine import ComparingLog, RamBlock
 from corefw.memory.runs import no_runs, runs_of_mask
 
 CHUNK: Final = 1024
@@ -26,7 +26,7 @@ CHUNK: Final = 1024
 _WORDS: Final = 2
 
 
-class HashLog(DirtyLog):
+class HashLog(ComparingLog):
     """The dirty log of a block that the engine maps, whoever writes to it (the engine's own writes are seen too)."""
 
     def __init__(self, block: RamBlock) -> None:
@@ -69,7 +69,7 @@ class HashLog(DirtyLog):
         return np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, _WORDS)
 
     def sent(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
-        """See NotesSentPages. A page that the guest changed while it was copied is dirty then, as it has to be."""
+        """See ComparingLog. A page that the guest changed while it was copied is dirty then, as it has to be."""
         if self._known is not None:
             self._known[pages] = self._hashes(np.ascontiguousarray(data).reshape(-1).data)
 

@@ -13,8 +13,8 @@ from corefw.testing.tasks import Possessions, Task
 CHECK_DEADLINE: Final = 90.0
 """Seconds for one check."""
 
-LETTING_GO: Final = 2.0
-"""Seconds after it for threads and descriptors to go away."""
+LETTING_GO: Final = 10.0
+"""Seconds after it for threads, descriptors and processes to go away."""
 
 _Case = TypeVar("_Case")
 

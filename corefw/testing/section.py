@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from corefw.errors import RemoteStreamError, StreamError
 from corefw.section import Coverage, LiveLoader, LiveSaver, SectionKey, StateLoader, StateSaver
+from corefw.testing.kit import Kit
 from corefw.testing.recording import (
     FOOTER,
     Pieces,
@@ -35,51 +36,27 @@ from corefw.testing.recording import (
     replay,
     written,
 )
-from corefw.testing.tasks import Possessions, Task
 from corefw.wire.stream import StreamReader
 
 __all__ = ["CHECKS", "SectionCase", "check_section"]
 
-CHECK_DEADLINE: Final = 90.0
-"""Seconds for one whole check."""
-
-LETTING_GO: Final = 2.0
-"""Seconds for threads and descriptors to go away after it."""
-
-Check = Callable[[SectionCase], None]
-CHECKS: Final[dict[str, Check]] = {}
+_KIT: Final[Kit[SectionCase]] = Kit()
+CHECKS: Final = _KIT.checks
 """Every check by name, in the order in which they run."""
-
-
-def _check(function: Check) -> Check:
-    CHECKS[function.__name__.removeprefix("_").replace("_", "-")] = function
-    return function
 
 
 def check_section(case: SectionCase, *, only: Collection[str] | None = None) -> list[str]:
     """Run every check (or `only` these); the names of those that were run.
 
-    Raises AssertionError on the first promise that is broken.
+    Raises AssertionError for the first promise that is broken.
     """
-    unknown = set(only or ()) - CHECKS.keys()
-    assert not unknown, f"no check is called {', '.join(sorted(unknown))}: expected some of {', '.join(CHECKS)}"
-    chosen = [name for name in CHECKS if only is None or name in only]
-    for name in chosen:
-        before = Possessions.now()
-        try:
-            Task("the check", CHECKS[name], case).result(CHECK_DEADLINE)
-            before.assert_no_more(LETTING_GO)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
-        except Exception as error:
-            raise AssertionError(f"{name}: {_told(error)}") from error
-    return chosen
+    return _KIT.run(case, only)
 
 
 # -- what it says of itself ----------------------------------------------------------------------------------------
 
 
-@_check
+@_KIT.check
 def _identity(case: SectionCase) -> None:
     """Both sides have the same key, which fits into a header, and versions that make sense."""
     with opened(case, case.saver) as (saver, _), opened(case, case.loader) as (loader, _):
@@ -100,7 +77,7 @@ def _identity(case: SectionCase) -> None:
         assert low <= sent <= high, f"the source sends version {sent}, the destination loads {low} to {high}"
 
 
-@_check
+@_KIT.check
 def _coverage(case: SectionCase) -> None:
     """covers() names RAM blocks by idstr and devices by SectionKey, the same devices on both sides."""
     with opened(case, case.saver) as (saver, _), opened(case, case.loader) as (loader, _):
@@ -118,7 +95,7 @@ def _coverage(case: SectionCase) -> None:
             assert not blocks, f"the source sends RAM block '{blocks[0]}', which the destination does not cover"
 
 
-@_check
+@_KIT.check
 def _description(case: SectionCase) -> None:
     """A StateSaver's describe() says of every byte that save() wrote to which field it belongs; it is JSON."""
     recording = record(case)
@@ -152,14 +129,14 @@ def _measure_field(entry: dict[str, Any], where: str) -> int:
 # -- what is sent and what is loaded -------------------------------------------------------------------------------
 
 
-@_check
+@_KIT.check
 def _round_trip(case: SectionCase) -> None:
     """The destination has the source's state in the end, each load() has read its body and not one byte more,
     pending_exact() has come to zero and agrees with pending_estimate(), and complete() has left nothing."""
     _compare(case, record(case), piece=1 << 20)
 
 
-@_check
+@_KIT.check
 def _pieces(case: SectionCase) -> None:
     """It is the same when the bytes arrive in other portions than they were sent in."""
     recording = record(case)
@@ -181,7 +158,7 @@ def _compare(case: SectionCase, recording: Recording, piece: int) -> None:
 # -- hostile input -------------------------------------------------------------------------------------------------
 
 
-@_check
+@_KIT.check
 def _truncated(case: SectionCase) -> None:
     """A stream that ends at any byte of a body is a RemoteStreamError: no short read is ever taken for zeros, no other
     exception gets out, nothing hangs."""
@@ -194,7 +171,7 @@ def _truncated(case: SectionCase) -> None:
         assert isinstance(error, RemoteStreamError), f"{what}: expected RemoteStreamError, got {_told(error)}"
 
 
-@_check
+@_KIT.check
 def _damaged(case: SectionCase) -> None:
     """A stream with any byte changed loads, where nobody can know better, or is a StreamError; the memory that it takes
     is bounded either way."""
@@ -221,7 +198,7 @@ def _damaged(case: SectionCase) -> None:
             tracemalloc.stop()
 
 
-@_check
+@_KIT.check
 def _newer_version(case: SectionCase) -> None:
     """A version that is newer than the loader's is a StreamError. The engine refuses it before; load() has to as well,
     for nobody can guess a format that comes later."""
@@ -238,7 +215,7 @@ def _newer_version(case: SectionCase) -> None:
 # -- the end, however it comes -------------------------------------------------------------------------------------
 
 
-@_check
+@_KIT.check
 def _cleanup(case: SectionCase) -> None:
     """cleanup() succeeds before anything was begun, in the middle, and twice."""
     with opened(case, case.loader) as (loader, context):
@@ -257,7 +234,7 @@ def _cleanup(case: SectionCase) -> None:
         saver.cleanup()
 
 
-@_check
+@_KIT.check
 def _outcome(case: SectionCase) -> None:
     """committed() and abandoned() succeed after cleanup(); abandoned() also in the middle of a load, or before one."""
     recording = record(case, outcome="committed")
@@ -268,7 +245,7 @@ def _outcome(case: SectionCase) -> None:
         replay(case, recording, cut, outcome="abandoned")
 
 
-@_check
+@_KIT.check
 def _statistics(case: SectionCase) -> None:
     """statistics() gives JSON values by name, from the beginning on."""
     with opened(case, case.saver) as (saver, _), opened(case, case.loader) as (loader, _):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from corefw.engine import Engine
-from corefw.machine import MachineConfig, SupportsVerify
+from corefw.machine import MachineConfig, VerifiableMachine
 from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
 from corefw.testing.tasks import wait_until
@@ -53,7 +53,7 @@ def test_the_other_programs_run(program: Path, name: str) -> None:
     machine = Plugins.load().machine("python", MachineConfig(f"{program}:{name}"))
     try:
         machine.start()
-        assert isinstance(machine, SupportsVerify)
+        assert isinstance(machine, VerifiableMachine)
         first = machine.verify()
         assert wait_until(lambda: machine.verify() != first)
         assert machine.information()["fields"]

@@ -13,7 +13,7 @@ from corefw.engine import Engine
 from corefw.engine.returnpath import ReturnPathReader
 from corefw.errors import ChannelError, MigfwError, StateError
 from corefw.hookspecs import hookimpl
-from corefw.machine import RunState
+from corefw.machine import RunState, VerifiableMachine
 from corefw.memory.blocks import MemfdBlock
 from corefw.net.dialing import connect_tcp
 from corefw.net.sockets import SocketChannel
@@ -143,7 +143,7 @@ def test_cont_is_refused_until_the_status_says_the_end(pair: Pair, return_path: 
 
 
 def test_nobody_asks_a_guest_that_is_held(pair: Pair) -> None:
-    class Verifying(CountingMachine):
+    class Verifying(CountingMachine, VerifiableMachine):
         def verify(self) -> dict[str, object]:
             return {"writes": self.check()}
 
@@ -163,7 +163,7 @@ def test_cancel_does_not_wait_for_a_guest_that_verifies_itself(pair: Pair) -> No
     """The switchover needs the guest lock, which the verification holds for a long time."""
     begun, go_on = threading.Event(), threading.Event()
 
-    class Slow(CountingMachine):
+    class Slow(CountingMachine, VerifiableMachine):
         def verify(self) -> dict[str, object]:
             begun.set()
             assert go_on.wait(PATIENCE)

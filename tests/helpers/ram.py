@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from corefw.channel import Buffer, Interrupt
 from corefw.errors import MachineError
-from corefw.machine import Device, DirtyLog, Machine, RamBlock, RunState
+from corefw.machine import Device, DirtyLog, Machine, RamBlock, RamMakingMachine, RunState
 from corefw.memory.blocks import MemfdBlock
 from corefw.memory.hashes import HashLog
 from corefw.memory.runs import runs_of_pages
@@ -120,8 +120,8 @@ class StillMachine(Machine):
         self.close()
 
 
-class MakingMachine(StillMachine):
-    """Takes whatever RAM the stream brings, up to `limit` bytes (MakesRamBlocks)."""
+class MakingMachine(StillMachine, RamMakingMachine):
+    """Takes whatever RAM the stream brings, up to `limit` bytes (RamMakingMachine)."""
 
     def __init__(self, limit: int = 1 << 30) -> None:
         super().__init__()

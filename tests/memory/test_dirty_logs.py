@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from corefw.errors import MachineError, UsageError
-from corefw.machine import DirtyLog, NotesSentPages
+from corefw.machine import ComparingLog, DirtyLog
 from corefw.memory import logs, pagemap, userfault
 from corefw.memory.blocks import MemfdBlock
 from corefw.memory.hashes import HashLog
@@ -226,7 +226,7 @@ def test_hashes_do_not_allocate_what_was_never_touched() -> None:
 def test_hashes_see_a_page_that_was_sent_and_changed_back() -> None:
     block = MemfdBlock("ram", PAGES * PAGE)
     log = HashLog(block)
-    assert isinstance(log, NotesSentPages)
+    assert isinstance(log, ComparingLog)
     try:
         block.pages[:10] = 1
         log.start()

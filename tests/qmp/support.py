@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from corefw.errors import MachineError
-from corefw.machine import Device, Machine, RamBlock, RunState
+from corefw.machine import Device, RamBlock, RunState, VerifiableMachine
 from corefw.uri import UnixAddress
 
 Watcher = Callable[[RunState, RunState], None]
 
 
-class TinyMachine(Machine):
+class TinyMachine(VerifiableMachine):
     """The least that is a machine: it only changes its run state."""
 
     kind = "tiny"

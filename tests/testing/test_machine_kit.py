@@ -15,12 +15,12 @@ import pytest
 from numpy.typing import NDArray
 
 from corefw.errors import MachineError
-from corefw.machine import Device, DirtyLog, Machine, RunState
+from corefw.machine import Device, DirtyLog, Machine, RunState, ThrottlableMachine, VerifiableMachine
 from corefw.memory.blocks import MemfdBlock
 from corefw.memory.hashes import HashLog
 from corefw.memory.runs import no_runs
-from corefw.testing import machine
-from corefw.testing.machine import CHECKS, MachineCase, check_machine
+from corefw.testing import kit
+from corefw.testing.machine import CHECKS, MachineCase, UncheckedExecution, check_machine
 from corefw.wire.vmstate import Kind, Scalar, VMState
 
 PAGES = 16
@@ -33,8 +33,8 @@ class Count:
 COUNT = VMState("count", fields=(Scalar("total", Kind.U64),))
 
 
-class Good(Machine):
-    """A thread that adds one to its pages, round and round."""
+class Unverified(Machine):
+    """A thread that adds one to its pages, round and round; it cannot prove that it did."""
 
     kind = "count"
 
@@ -66,10 +66,13 @@ class Good(Machine):
         if self.block.fd < 0:
             raise MachineError("closed")
         if self.thread is None:
-            self.wanted.set()
-            self.thread = threading.Thread(target=self.run)
-            self.thread.start()
+            self.go()
             self.set_run_state(RunState.RUNNING)
+
+    def go(self) -> None:
+        self.wanted.set()
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
 
     def run(self) -> None:
         counters = self.block.pages.view(np.uint64)
@@ -79,11 +82,14 @@ class Good(Machine):
             time.sleep(0.0005 + self.slowly)
 
     def stop(self, state: RunState) -> None:
+        self.hold()
+        self.set_run_state(state)
+
+    def hold(self) -> None:
         if self.thread is not None:
             self.wanted.clear()
             self.thread.join()
             self.thread = None
-        self.set_run_state(state)
 
     def set_run_state(self, state: RunState) -> None:
         old, self._state = self._state, state
@@ -97,16 +103,29 @@ class Good(Machine):
     def information(self) -> Mapping[str, object]:
         return {"ram": {"counters": self.block.length}}
 
-    def verify(self) -> Mapping[str, object]:
-        return {"total": self.count.total}
-
-    def throttle(self, percent: int) -> None:
-        self.slowly = percent / 10000
-
     def close(self) -> None:
         if self.block.fd >= 0:
             self.stop(RunState.SHUTDOWN)
             self.block.close()
+
+
+class Good(Unverified, VerifiableMachine, ThrottlableMachine):
+    def verify(self) -> Mapping[str, object]:
+        runs = self.thread is not None
+        self.hold()
+        try:
+            counters = self.block.pages.view(np.uint64)[: PAGES // 2, 0]
+            rounds, rest = divmod(self.count.total, PAGES // 2)
+            wrong = np.flatnonzero(counters != rounds + (np.arange(PAGES // 2) < rest))
+            if len(wrong):
+                raise MachineError(f"counters {wrong.tolist()} are wrong")
+        finally:
+            if runs:
+                self.go()
+        return {"total": self.count.total}
+
+    def throttle(self, percent: int) -> None:
+        self.slowly = percent / 10000
 
 
 def case(kind: Callable[[bool], Machine]) -> MachineCase:
@@ -118,7 +137,7 @@ def test_a_good_machine_passes_every_check() -> None:
 
 
 def test_a_check_that_is_none() -> None:
-    with pytest.raises(AssertionError, match="no check is called nonsense: expected some of a-new-machine"):
+    with pytest.raises(AssertionError, match="no check is called nonsense: expected some of a-block-is-one-memory"):
         check_machine(case(Good), only=["nonsense"])
 
 
@@ -333,8 +352,27 @@ def test_a_broken_machine_is_caught(kind: Callable[[bool], Machine], check: str,
         check_machine(case(kind), only=[check])
 
 
+class Believing(Good):
+    """Its verify() is content with whatever it finds."""
+
+    def verify(self) -> Mapping[str, object]:
+        return {"total": self.count.total}
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (Unverified, r"machine 'count' has no verify\(\), so nobody knows .*: make it a VerifiableMachine"),
+        (Believing, r"verify\(\) of machine 'count' does not notice that page \d of 'counters' is older than the rest"),
+    ],
+)
+def test_execution_that_cannot_be_checked_is_said_loudly(kind: Callable[[bool], Machine], says: str) -> None:
+    with pytest.warns(UncheckedExecution, match=says):
+        assert check_machine(case(kind)) == list(CHECKS)
+
+
 def test_what_is_left_behind_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "SETTLE", 0.3)
+    monkeypatch.setattr(kit, "LETTING_GO", 0.3)
     try:
         with pytest.raises(AssertionError, match=r"close-can-be-repeated: left behind: descriptor .* /memfd:counters"):
             check_machine(case(Leaks), only=["close-can-be-repeated"])

@@ -13,7 +13,7 @@ from corefw_machine_qemu import ParkedMachine
 from corefw.engine import Engine
 from corefw.errors import MachineError, UsageError
 from corefw.inspection import inspect
-from corefw.machine import MachineConfig, MakesRamBlocks, ParkingMachine, RunState
+from corefw.machine import MachineConfig, ParkingMachine, RamMakingMachine, RunState
 from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
 from corefw.wire import items
@@ -55,7 +55,7 @@ def test_wrong_usage_is_refused(config: MachineConfig, expected: str) -> None:
 def test_it_is_what_the_engine_asks_for() -> None:
     parked = machine()
     assert isinstance(parked, ParkingMachine)
-    assert isinstance(parked, MakesRamBlocks)
+    assert isinstance(parked, RamMakingMachine)
     assert (parked.kind, parked.name, parked.run_state) == ("qemu", "", RunState.INMIGRATE)
     assert parked.stored_format() is None
     assert json.loads(json.dumps(parked.information()))["parked"] is False

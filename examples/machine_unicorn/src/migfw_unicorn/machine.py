@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 
 from corefw.errors import MachineError, UsageError
-from corefw.machine import DEAD, Device, Machine, MachineConfig, RamBlock, RunState
+from corefw.machine import DEAD, Device, MachineConfig, RamBlock, RunState, VerifiableMachine
 from corefw.memory.blocks import MemfdBlock
 from corefw.memory.logs import best_dirty_log
 from corefw.memory.pagemap import open_tracker, unsupported
@@ -29,7 +29,7 @@ from migfw_unicorn.registers import CPU, Registers
 LEAST_RAM: Final = 64 << 10
 
 
-class UnicornMachine(Machine):
+class UnicornMachine(VerifiableMachine):
     """See corefw.machine.Machine. Raises UsageError for a wrong option."""
 
     kind = "unicorn"

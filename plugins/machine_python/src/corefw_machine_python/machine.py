@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from corefw.errors import MachineError, UsageError
-from corefw.machine import DEAD, Device, FaultSource, MachineConfig, PostcopyMachine, RamBlock, RunState
+from corefw.machine import (
+    DEAD,
+    Device,
+    FaultSource,
+    MachineConfig,
+    PostcopyMachine,
+    RamBlock,
+    RunState,
+    ThrottlableMachine,
+    VerifiableMachine,
+)
 from corefw.memory.blocks import MemfdBlock
 from corefw.memory.faults import FaultQueue
 from corefw.memory.logs import LogKind, best_dirty_log
@@ -51,7 +61,7 @@ class StopCost:
         return f"{took} and wrote {format_size(self.written)}" if self.written else took
 
 
-class PythonMachine(PostcopyMachine):
+class PythonMachine(PostcopyMachine, VerifiableMachine, ThrottlableMachine):
     """A machine that runs a Python program; see corefw.machine.Machine for the contract of each method.
 
     `config.program` is the name of a program (see loading), `config.options` are the options that its class declares.
@@ -324,7 +334,7 @@ class PythonMachine(PostcopyMachine):
     def _undeclared_state(self) -> str:
         return undeclared.message(self._loaded["name"], self._undeclared)
 
-    # -- SupportsVerify, SupportsThrottle --------------------------------------------------------------------------
+    # -- VerifiableMachine, ThrottlableMachine -------------------------------------------------------------------------
 
     def verify(self) -> Mapping[str, object]:
         """Verify the guest between two ticks; its run state does not change."""

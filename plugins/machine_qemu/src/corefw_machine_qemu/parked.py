@@ -11,7 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from corefw.errors import MachineError, UsageError
-from corefw.machine import MachineConfig, ParkingMachine, RamBlock, RunState, StreamFormat, WaitReadable
+from corefw.machine import (
+    MachineConfig,
+    ParkingMachine,
+    RamBlock,
+    RamMakingMachine,
+    RunState,
+    StreamFormat,
+    WaitReadable,
+)
 from corefw.memory.blocks import MemfdBlock
 from corefw.wire.constants import TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader
@@ -19,7 +27,7 @@ from corefw_machine_qemu.adopting import DeviceState, take_device_state
 from corefw_machine_qemu.limits import Limits
 
 
-class ParkedMachine(ParkingMachine):
+class ParkedMachine(ParkingMachine, RamMakingMachine):
     """The machine "qemu". Options: see limits.OPTIONS. It is a destination first: `migfw run --machine qemu --incoming
     URI`."""
 
@@ -78,7 +86,7 @@ class ParkedMachine(ParkingMachine):
         return tuple(self._blocks.values())
 
     def make_ram_blocks(self, lengths: Mapping[str, int]) -> Sequence[RamBlock]:
-        """See MakesRamBlocks. Memory is used only as pages arrive."""
+        """See RamMakingMachine. Memory is used only as pages arrive."""
         for idstr, length in lengths.items():
             if not idstr.isprintable():
                 raise MachineError(f"cannot make RAM block {idstr!r}: expected a printable name")
@@ -99,7 +107,7 @@ class ParkedMachine(ParkingMachine):
         return [self._blocks[idstr] for idstr in lengths]
 
     def discard_loaded(self) -> None:
-        """See MakesRamBlocks: RAM, device state and the machine's name."""
+        """See RamMakingMachine: RAM, device state and the machine's name."""
         while self._blocks:
             _, block = self._blocks.popitem()
             block.close()

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corefw.errors import MachineError
-from corefw.machine import Machine, MakesRamBlocks, RamBlock
+from corefw.machine import Machine, RamBlock, RamMakingMachine
 from corefw.quantities import format_size
 from corefw.section import IncomingContext
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
@@ -148,13 +148,13 @@ class PageLoader:
 
     def _take(self, reader: StreamReader, entries: Sequence[BlockEntry]) -> Sequence[BlockEntry]:
         """Have blocks as the stream announces them; the same entries."""
-        if isinstance(self._machine, MakesRamBlocks):
+        if isinstance(self._machine, RamMakingMachine):
             self._make_blocks(reader, self._machine, entries)
         for entry in entries:
             self._check_entry(reader, entry)
         return entries
 
-    def _make_blocks(self, reader: StreamReader, machine: MakesRamBlocks, entries: Sequence[BlockEntry]) -> None:
+    def _make_blocks(self, reader: StreamReader, machine: RamMakingMachine, entries: Sequence[BlockEntry]) -> None:
         lengths = {entry.idstr: entry.length for entry in entries if entry.idstr not in self._blocks}
         try:
             made = machine.make_ram_blocks(lengths)

@@ -24,7 +24,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw.machine import NotesSentPages, RamBlock
+from corefw.machine import ComparingLog, RamBlock
 from corefw.section import RamStatistics
 from corefw.wire.constants import RamFlag
 from corefw.wire.stream import StreamWriter
@@ -74,7 +74,7 @@ class PageWriter:
             pages = pages[: _room(writer, limit, ZERO_RECORD, len(pages))]
             self._send_zeros(writer, block, pages)
             return len(pages)
-        notes = block.dirty_log if isinstance(block.dirty_log, NotesSentPages) else None
+        notes = block.dirty_log if isinstance(block.dirty_log, ComparingLog) else None
         gathered = writer.sends_memory and notes is None
         most = GATHERED if gathered else STAGED
         at = 0
@@ -123,7 +123,7 @@ class PageWriter:
         block: RamBlock,
         pages: NDArray[np.int64],
         hole: NDArray[np.bool_],
-        notes: NotesSentPages | None,
+        notes: ComparingLog | None,
     ) -> None:
         """In the order of their addresses, zero pages among the others: tools that read stored streams count on it."""
         rows = self._staging[: len(pages)]

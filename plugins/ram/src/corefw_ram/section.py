@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corefw.errors import MachineError
-from corefw.machine import FaultSource, Machine, MakesRamBlocks, RamBlock
+from corefw.machine import FaultSource, Machine, RamBlock, RamMakingMachine
 from corefw.section import (
     Coverage,
     IncomingContext,
@@ -42,7 +42,7 @@ class RamSectionSaver(RamSaver, PostcopySaver):
     def covers(self) -> Coverage:
         return Coverage(
             ram_blocks=frozenset(block.idstr for block in self._machine.ram_blocks()),
-            new_ram_blocks=isinstance(self._machine, MakesRamBlocks),
+            new_ram_blocks=isinstance(self._machine, RamMakingMachine),
         )
 
     def active(self) -> bool:
@@ -111,7 +111,7 @@ class RamSectionLoader(PostcopyLoader):
             return Coverage()
         return Coverage(
             ram_blocks=frozenset(block.idstr for block in self._machine.ram_blocks()),
-            new_ram_blocks=isinstance(self._machine, MakesRamBlocks),
+            new_ram_blocks=isinstance(self._machine, RamMakingMachine),
         )
 
     def required(self) -> bool:
