@@ -1,12 +1,11 @@
 """Capabilities, parameters and properties: what a migration may use, and how.
 
-Every name is declared in a table, with default and range. A change is checked as a whole, against the tables and
-against what the result would be, and then applied as a whole or not at all. A capability that no installed plugin
-implements is refused when it is enabled; it is never accepted and ignored.
+Every name is declared in a table with its default and range. A change of several settings is checked as a whole and
+then applied completely or not at all. Invariant: a capability that no installed plugin implements is refused when it
+is enabled, never accepted and ignored.
 
-The tables have every capability and parameter of QEMU 7.2 and of QEMU 11.1, and what only earlier ones had.
-Source: migrate_caps_check, migrate_params_check and the QAPI schema of both. Sizes are bytes, times are
-milliseconds. Thread-safe; values may be read on any thread while another sets them.
+The tables have every capability and parameter of QEMU 7.2 and of QEMU 11.1, and those that only earlier versions had.
+Source: migrate_caps_check, migrate_params_check and the QAPI schema of both. Sizes are bytes, times are milliseconds.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """Something that a migration may use; off unless it is enabled. `aliases` are earlier names, still accepted."""
+    """A feature that a migration may use; off by default. `aliases` are earlier names that are still accepted."""
 
     name: str
     help: str
@@ -47,7 +46,7 @@ class Capability:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A value that tunes a migration. `power_of_two` applies to sizes, `choices` are what a choice may be."""
+    """A value that tunes a migration. `power_of_two` applies to sizes; `choices` are the values of a choice."""
 
     name: str
     kind: Kind
@@ -60,7 +59,7 @@ class Parameter:
     choices: tuple[str, ...] = ()
 
     def check(self, value: object) -> Value:
-        """The value, when it fits; SettingsError says what would."""
+        """Return the value if it is valid. Raises SettingsError that says what would be."""
         if self.kind in _PLAIN_TYPES:
             return self._check_type(value)
         if self.kind is Kind.CHOICE:
@@ -87,7 +86,7 @@ class Parameter:
         return tuple(value) if isinstance(value, list | tuple) else value
 
     def parse(self, text: str) -> Value:
-        """A value as people write it on a command line."""
+        """Parse a value as written on a command line. Raises SettingsError."""
         if self.kind is Kind.STRING:
             return text
         if self.kind is Kind.CHOICE:
@@ -123,13 +122,13 @@ _PLAIN_TYPES: Final[Mapping[Kind, tuple[Any, str]]] = {
 }
 
 Check = Callable[[Mapping[str, bool], Mapping[str, Value]], str | None]
-"""(capabilities, parameters) as they would be -> what is wrong with that, or None."""
+"""A function of the capabilities and parameters as they would be; returns what is wrong with them, or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Declarations:
-    """What a plugin adds to the tables: its own capabilities and parameters, which of all of them it `implements`
-    (names), and checks across them."""
+    """What a plugin adds to the tables: capabilities and parameters, the names of those it `implements` (its own or
+    the core's), and checks across several of them."""
 
     capabilities: tuple[Capability, ...] = ()
     parameters: tuple[Parameter, ...] = ()
@@ -148,87 +147,124 @@ _MODES: Final = ("normal", "cpr-reboot", "cpr-transfer", "cpr-exec")
 _ZERO_PAGES: Final = ("none", "legacy", "multifd")
 
 CAPABILITIES: Final = (
-    Capability("xbzrle", "send the difference to a cached copy of a page that is dirty again"),
+    Capability("xbzrle", "send only the differences of pages that were sent before (XBZRLE)"),
     Capability("rdma-pin-all", "pin all RAM at the start (RDMA)"),
     Capability("auto-converge", "slow the guest down until the migration converges"),
-    Capability("zero-blocks", "compact zero chunks in block migration (until QEMU 11.0)"),
-    Capability("compress", "compress each page in threads (until QEMU 9.0)"),
+    Capability("zero-blocks", "send zero chunks of storage compactly (until QEMU 11.0)"),
+    Capability("compress", "compress each page, in several threads (until QEMU 9.0)"),
     Capability("events", "emit MIGRATION events"),
     Capability("postcopy-ram", "start the guest on the destination before its RAM has arrived"),
-    Capability("x-colo", "keep the destination in step by checkpoints, for fail-over"),
-    Capability("release-ram", "free the source's RAM as postcopy sends it"),
+    Capability("x-colo", "keep the destination up to date with checkpoints, for fail-over (COLO)"),
+    Capability("release-ram", "free the source's RAM while postcopy sends it"),
     Capability("block", "migrate storage in the stream (until QEMU 9.0)"),
-    Capability("return-path", "a return channel from the destination in precopy too"),
-    Capability("pause-before-switchover", "stop in pre-switchover until migrate-continue"),
-    Capability("multifd", "several channels", aliases=("x-multifd",)),
-    Capability("dirty-bitmaps", "migrate block dirty bitmaps, partly in the postcopy phase"),
+    Capability("return-path", "let the destination answer: the migration completes when it confirms the guest"),
+    Capability("pause-before-switchover", "wait in pre-switchover for migrate-continue"),
+    Capability("multifd", "send RAM over several channels", aliases=("x-multifd",)),
+    Capability("dirty-bitmaps", "migrate dirty bitmaps of block devices, partly during postcopy"),
     Capability("postcopy-blocktime", "measure how long page faults block the guest"),
-    Capability("late-block-activate", "do not take the disks until the guest starts"),
-    Capability("x-ignore-shared", "do not send RAM that both sides share"),
-    Capability("validate-uuid", "refuse a stream of a guest with another UUID"),
-    Capability("background-snapshot", "store the guest as it was at the start, while it runs on"),
+    Capability("late-block-activate", "do not activate the disks before the guest starts"),
+    Capability("x-ignore-shared", "do not send RAM that both hosts share"),
+    Capability("validate-uuid", "refuse a guest with another UUID"),
+    Capability("background-snapshot", "store a snapshot of the running guest as it was at the start"),
     Capability("zero-copy-send", "let the kernel send guest pages without a copy (multifd)"),
-    Capability("postcopy-preempt", "send requested pages on a channel of their own"),
-    Capability("switchover-ack", "switch over only when the destination's devices agree (since QEMU 8.1)"),
-    Capability("dirty-limit", "slow down the CPUs that write most (since QEMU 8.2)"),
-    Capability("mapped-ram", "give each page a fixed place in a file (since QEMU 9.0)"),
+    Capability("postcopy-preempt", "send requested pages over a channel of their own"),
+    Capability("switchover-ack", "switch over only after the destination has agreed (since QEMU 8.1)"),
+    Capability("dirty-limit", "slow down the virtual CPUs that write most (since QEMU 8.2)"),
+    Capability("mapped-ram", "store each page at a fixed offset of a file (since QEMU 9.0)"),
 )
 
 PARAMETERS: Final = (
-    Parameter("announce-initial", Kind.MILLISECONDS, 50, "delay of the first announcement", maximum=100_000),
-    Parameter("announce-max", Kind.MILLISECONDS, 550, "largest delay between two announcements", maximum=100_000),
-    Parameter("announce-rounds", Kind.INTEGER, 5, "announcements of the guest's new place", 1, 1000),
-    Parameter("announce-step", Kind.MILLISECONDS, 100, "how much the delay grows each time", 1, 10_000),
+    Parameter(
+        "announce-initial",
+        Kind.MILLISECONDS,
+        50,
+        "delay before the guest's new location is first announced",
+        maximum=100_000,
+    ),
+    Parameter("announce-max", Kind.MILLISECONDS, 550, "maximum delay between two announcements", maximum=100_000),
+    Parameter("announce-rounds", Kind.INTEGER, 5, "number of announcements", 1, 1000),
+    Parameter("announce-step", Kind.MILLISECONDS, 100, "increase of the delay after each announcement", 1, 10_000),
     Parameter("compress-level", Kind.INTEGER, 1, "0 stores, 9 compresses best", maximum=9),
-    Parameter("compress-threads", Kind.INTEGER, 8, "threads that compress", 1, 255),
-    Parameter("compress-wait-thread", Kind.BOOLEAN, True, "wait for a free thread instead of not compressing"),
-    Parameter("decompress-threads", Kind.INTEGER, 2, "threads that decompress", 1, 255),
-    Parameter("throttle-trigger-threshold", Kind.INTEGER, 50, "percent dirtied of what was sent: throttle", 1, 100),
-    Parameter("cpu-throttle-initial", Kind.INTEGER, 20, "percent taken from the guest at first", 1, 99),
-    Parameter("cpu-throttle-increment", Kind.INTEGER, 10, "percent more each time", 1, 99),
+    Parameter("compress-threads", Kind.INTEGER, 8, "number of threads that compress", 1, 255),
+    Parameter(
+        "compress-wait-thread", Kind.BOOLEAN, True, "wait for a free thread instead of sending the page uncompressed"
+    ),
+    Parameter("decompress-threads", Kind.INTEGER, 2, "number of threads that decompress", 1, 255),
+    Parameter(
+        "throttle-trigger-threshold",
+        Kind.INTEGER,
+        50,
+        "ratio of dirtied to sent bytes, in percent, at which the guest is throttled",
+        1,
+        100,
+    ),
+    Parameter("cpu-throttle-initial", Kind.INTEGER, 20, "initial throttling, in percent of CPU time", 1, 99),
+    Parameter("cpu-throttle-increment", Kind.INTEGER, 10, "increase of the throttling at each step, in percent", 1, 99),
     Parameter("cpu-throttle-tailslow", Kind.BOOLEAN, False, "smaller steps near the end"),
-    Parameter("max-cpu-throttle", Kind.INTEGER, 99, "percent taken from the guest at most", 1, 99),
+    Parameter("max-cpu-throttle", Kind.INTEGER, 99, "maximum throttling, in percent of CPU time", 1, 99),
     Parameter("tls-creds", Kind.STRING, "", "TLS credentials; empty means no TLS"),
-    Parameter("tls-hostname", Kind.STRING, "", "the name to expect in the destination's certificate"),
-    Parameter("tls-authz", Kind.STRING, "", "which certificates of sources are let in"),
-    Parameter("max-bandwidth", Kind.RATE, QMP_MAX_BANDWIDTH, "limit of the source; 0 means none", maximum=2**64 - 1),
-    Parameter("avail-switchover-bandwidth", Kind.RATE, 0, "what to expect; 0 means measured", maximum=2**64 - 1),
-    Parameter("max-postcopy-bandwidth", Kind.RATE, 0, "limit of postcopy's background; 0: none", maximum=2**64 - 1),
-    Parameter("downtime-limit", Kind.MILLISECONDS, 300, "how long the guest may stop", maximum=MAX_DOWNTIME),
+    Parameter("tls-hostname", Kind.STRING, "", "host name to expect in the destination's certificate"),
+    Parameter("tls-authz", Kind.STRING, "", "authorization of the sources' certificates"),
+    Parameter(
+        "max-bandwidth", Kind.RATE, QMP_MAX_BANDWIDTH, "maximum rate of sending; 0 means no limit", maximum=2**64 - 1
+    ),
+    Parameter(
+        "avail-switchover-bandwidth",
+        Kind.RATE,
+        0,
+        "bandwidth to expect during the switchover; 0 means measured",
+        maximum=2**64 - 1,
+    ),
+    Parameter(
+        "max-postcopy-bandwidth",
+        Kind.RATE,
+        0,
+        "maximum rate of pages nobody waits for, in postcopy; 0 means no limit",
+        maximum=2**64 - 1,
+    ),
+    Parameter("downtime-limit", Kind.MILLISECONDS, 300, "maximum downtime of the guest", maximum=MAX_DOWNTIME),
     Parameter("x-checkpoint-delay", Kind.MILLISECONDS, 20_000, "time between two COLO checkpoints", maximum=2**32 - 1),
-    Parameter("block-incremental", Kind.BOOLEAN, False, "storage: only what differs from the backing image"),
-    Parameter("multifd-channels", Kind.INTEGER, 2, "channels", 1, 255, aliases=("x-multifd-channels",)),
-    Parameter("x-multifd-page-count", Kind.INTEGER, 16, "pages in a multifd packet", 1, 10000),
-    Parameter("multifd-compression", Kind.CHOICE, "none", "of pages on multifd channels", choices=_COMPRESSIONS),
+    Parameter("block-incremental", Kind.BOOLEAN, False, "migrate only the storage that differs from the backing image"),
+    Parameter("multifd-channels", Kind.INTEGER, 2, "number of channels", 1, 255, aliases=("x-multifd-channels",)),
+    Parameter("x-multifd-page-count", Kind.INTEGER, 16, "number of pages in a multifd packet", 1, 10000),
+    Parameter(
+        "multifd-compression", Kind.CHOICE, "none", "compression compression of pages on multifd channels", choices=_COMPRESSIONS
+    ),
     Parameter("multifd-zlib-level", Kind.INTEGER, 1, "0 stores, 9 compresses best", maximum=9),
     Parameter("multifd-zstd-level", Kind.INTEGER, 1, "0 is zstd's own default, 20 compresses best", maximum=20),
     Parameter("multifd-qatzip-level", Kind.INTEGER, 1, "9 compresses best", 1, 9),
-    Parameter("xbzrle-cache-size", Kind.SIZE, 64 << 20, "bytes of the XBZRLE cache", minimum=4096, power_of_two=True),
-    Parameter("block-bitmap-mapping", Kind.LIST, (), "names of block nodes and bitmaps on the wire"),
-    Parameter("x-vcpu-dirty-limit-period", Kind.MILLISECONDS, 1000, "how often dirty-limit measures", 1, 1000),
-    Parameter("vcpu-dirty-limit", Kind.INTEGER, 1, "MB/s that a CPU may write under dirty-limit", 1),
-    Parameter("mode", Kind.CHOICE, "normal", "normal, or one of QEMU's live updates", choices=_MODES),
-    Parameter("zero-page-detection", Kind.CHOICE, "multifd", "where zero pages are found", choices=_ZERO_PAGES),
-    Parameter("direct-io", Kind.BOOLEAN, False, "files without the page cache (mapped-ram)"),
-    Parameter("x-rdma-chunk-size", Kind.SIZE, 1 << 20, "bytes registered at once (RDMA)", 4096, power_of_two=True),
-    Parameter("cpr-exec-command", Kind.LIST, (), "the QEMU that mode cpr-exec starts"),
+    Parameter("xbzrle-cache-size", Kind.SIZE, 64 << 20, "size of the XBZRLE cache", minimum=4096, power_of_two=True),
+    Parameter("block-bitmap-mapping", Kind.LIST, (), "names of block nodes and bitmaps in the stream"),
+    Parameter("x-vcpu-dirty-limit-period", Kind.MILLISECONDS, 1000, "interval of dirty-limit's measurements", 1, 1000),
+    Parameter("vcpu-dirty-limit", Kind.INTEGER, 1, "MB/s that a virtual CPU may dirty under dirty-limit", 1),
+    Parameter("mode", Kind.CHOICE, "normal", "normal, or one of QEMU's live update modes", choices=_MODES),
+    Parameter("zero-page-detection", Kind.CHOICE, "multifd", "where zero pages are detected", choices=_ZERO_PAGES),
+    Parameter("direct-io", Kind.BOOLEAN, False, "bypass the page cache (mapped-ram)"),
+    Parameter("x-rdma-chunk-size", Kind.SIZE, 1 << 20, "size of a registered chunk (RDMA)", 4096, power_of_two=True),
+    Parameter("cpr-exec-command", Kind.LIST, (), "command line of command line of the QEMU that mode cpr-exec starts"),
     Parameter(
         "x-migfw-confirm-timeout",
         Kind.MILLISECONDS,
         300_000,
-        "how long the source waits for the destination's word; 0 means no limit",
+        "how long the source waits for the destination's confirmation; 0 means no limit",
         maximum=MAX_WAIT,
     ),
     Parameter(
         "x-migfw-incoming-timeout",
         Kind.MILLISECONDS,
         60_000,
-        "how long a source may make next to no progress; 0 means no limit",
+        "how long the source of an incoming migration may send almost nothing; 0 means no limit",
         maximum=MAX_WAIT,
     ),
     Parameter("x-migfw-timeout", Kind.MILLISECONDS, 0, "how long a migration may take; 0 means no limit"),
-    Parameter("x-migfw-max-passes", Kind.INTEGER, 0, "how many passes it may take; 0 means no limit"),
-    Parameter("x-migfw-on-timeout", Kind.CHOICE, "cancel", "what happens then", choices=("cancel", "switchover")),
+    Parameter("x-migfw-max-passes", Kind.INTEGER, 0, "how many passes a migration may take; 0 means no limit"),
+    Parameter(
+        "x-migfw-on-timeout",
+        Kind.CHOICE,
+        "cancel",
+        "what happens when either limit is reached",
+        choices=("cancel", "switchover"),
+    ),
 )
 
 IMPLEMENTED_BY_CORE: Final = frozenset(
@@ -240,14 +276,17 @@ IMPLEMENTED_BY_CORE: Final = frozenset(
 )
 
 PROPERTIES: Final[Mapping[str, tuple[bool, str]]] = {
-    "store-global-state": (True, "send the run state in section 'globalstate'"),
-    "only-migratable": (False, "refuse blockers instead of migrations"),
+    "store-global-state": (True, "send the run state in the section 'globalstate'"),
+    "only-migratable": (False, "refuse whatever would block a migration"),
     "send-configuration": (True, "send the configuration section"),
-    "send-section-footer": (True, "send a footer behind every section"),
-    "allow-any-user": (False, "let every user of this host dial an abstract UNIX socket (unix:@NAME) and migrate in"),
-    "send-vmdescription": (True, "send the JSON description at the stream's end (QEMU's suppress-vmdesc, inverted)"),
+    "send-section-footer": (True, "send a footer after every section"),
+    "allow-any-user": (False, "let every user of this host migrate in through an abstract UNIX socket (unix:@NAME)"),
+    "send-vmdescription": (
+        True,
+        "send the JSON description at the end of the stream (the opposite of QEMU's suppress-vmdesc)",
+    ),
 }
-"""Machine properties of QEMU: name -> (default, help). Set when the engine is made, not by QMP."""
+"""Machine properties, as in QEMU: name -> (default, help). Set when the engine is created, not over QMP."""
 
 
 def _postcopy_with_compress(capabilities: Mapping[str, bool], _: Mapping[str, Value]) -> str | None:
@@ -266,7 +305,7 @@ CHECKS: Final[tuple[Check, ...]] = (_postcopy_with_compress, _ack_without_return
 
 
 class Settings:
-    """The values of everything declared."""
+    """The present values of all capabilities, parameters and properties. Thread-safe."""
 
     def __init__(self, declarations: Iterable[Declarations] = ()) -> None:
         self._lock = threading.Lock()
@@ -299,7 +338,7 @@ class Settings:
         return self._enabled[self._names[name]]
 
     def integer(self, name: str) -> int:
-        """An integer parameter: bytes, milliseconds, a count."""
+        """The value of an integer parameter: bytes, milliseconds or a count."""
         value = self._values[self._names[name]]
         assert isinstance(value, int)
         return value
@@ -329,7 +368,7 @@ class Settings:
     # -- changing --------------------------------------------------------------------------------------------------
 
     def set_capabilities(self, changes: Mapping[str, object]) -> None:
-        """Switch several, all or none. Raises SettingsError. The engine refuses it while a migration runs."""
+        """Change several capabilities, all or none. Raises SettingsError. Engines refuse this during a migration."""
         with self._lock:
             wanted = dict(self._enabled)
             for name, state in changes.items():
@@ -343,7 +382,7 @@ class Settings:
             self._enabled = wanted
 
     def set_parameters(self, changes: Mapping[str, object]) -> None:
-        """Change several, all or none; also while a migration runs. Raises SettingsError."""
+        """Change several parameters, all or none, also during a migration. Raises SettingsError."""
         with self._lock:
             wanted = dict(self._values)
             for name, value in changes.items():
@@ -356,7 +395,7 @@ class Settings:
             self._values = wanted
 
     def set_property(self, name: str, state: bool) -> None:
-        """Before the engine is made. Raises SettingsError for an unknown name."""
+        """Set a property, before the engine is created. Raises SettingsError for an unknown name."""
         if name not in self._properties:
             hint = did_you_mean(name, self._properties)
             raise SettingsError(f"no property '{name}'{hint}: expected one of {', '.join(self._properties)}")
@@ -376,7 +415,7 @@ class Settings:
 
 
 def as_json(settings: Settings) -> dict[str, Any]:
-    """All settings, for `--json` outputs."""
+    """All settings as a JSON document."""
     return {
         "capabilities": settings.capabilities(),
         "parameters": settings.parameters(),
