@@ -1,12 +1,12 @@
-# Everything that a developer does, by name; `make` alone lists it.
+# The tasks of a developer; `make` without a goal lists them.
 #
-# Every goal works on a fresh clone with nothing but Python, make and a C library, and installs what it needs into .venv.
-# `make peers` alone also needs Debian's apt. Outside this folder only two caches are written: stevedore's entry points and
+# Every goal works on a fresh clone with Python, make and a C library, and installs what it needs into .venv. Only
+# `make peers` also needs Debian's apt. Outside this folder, only two caches are written: stevedore's entry points and
 # the peers, which survive `make clean`.
 
 PYTHON ?= python3
 ARGS   ?=
-# One more worker than processors, for tests wait much of their time; eight at most, for each needs memory.
+# One more worker than processors, because tests often wait; at most eight, because each needs memory.
 JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 7 ? n + 1 : 8)))
 
 VENV     := .venv
@@ -63,7 +63,7 @@ check: $(DEV) ## Check format, lint, types (strict) and the order of imports
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_imports.py
 
-format: $(DEV) ## Format the code and mend what the linter can
+format: $(DEV) ## Format the code and fix what the linter can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
@@ -90,7 +90,7 @@ $(BIN)/python:
 	    echo "'$(PYTHON)' cannot make virtual environments: install Debian's python3-venv, or another Python" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
-# Dev requirements first: they have hatchling, so that the projects below build without an environment for each.
+# Development requirements first: they include hatchling, which the projects below are built with.
 $(DEV): $(PROJECTS) requirements-dev.txt | $(BIN)/python
 	@echo "Installing migfw, its plugins and the tools into $(VENV) ..."
 	@$(PIP) install -r requirements-dev.txt

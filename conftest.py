@@ -1,4 +1,4 @@
-"""How Hypothesis runs in every test of the repository: a loaded machine is no failure, so no example has a deadline."""
+"""Settings of Hypothesis for all tests: no deadlines, so that a busy machine does not make tests fail."""
 
 from hypothesis import HealthCheck, settings
 

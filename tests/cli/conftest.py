@@ -1,4 +1,4 @@
-"""Engines for the tests of the command line: each a real `migfw run`, ended and cleaned up after whatever happens."""
+"""Engines for the tests of the command line: real `migfw run` processes that always end with their test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = ("stress", "--opt=ram=1M", "--opt=working-set=64K", "--opt=dirty-rate=1M
 
 
 class Engine:
-    """A `migfw run`; `line` is what it said when it was ready."""
+    """A `migfw run`. `line` is what it printed when it was ready."""
 
     def __init__(self, runtime: Path, *arguments: str) -> None:
         self.runtime = runtime
@@ -41,26 +41,26 @@ class Engine:
 
     @property
     def uri(self) -> str:
-        """Where it waits for a migration."""
+        """The URI at which it waits for a migration."""
         assert " at " in self.line, f"{self.line!r} {self.finish()}"
         return self.line.rpartition(" at ")[2]
 
     def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Another `migfw`, which means this engine."""
+        """Run another `migfw` command on this engine."""
         return migfw(*arguments, "--name", self.name, runtime=self.runtime)
 
     def ask(self, command: str) -> Any:
-        """What a QMP command returns."""
+        """Execute a QMP command and return its result."""
         with QmpClient(self.address) as client:
             return client.execute(command)
 
     def finish(self) -> tuple[int, str, str]:
-        """Wait for its end: status, stdout behind the first line, stderr."""
+        """Wait until it has ended: its status, its stdout after the first line, and its stderr."""
         out, err = self.process.communicate(timeout=TIMEOUT)
         return self.process.returncode, out, err
 
     def end(self) -> None:
-        """It must not outlive its test, nor may its guest."""
+        """End it and its guest."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -73,7 +73,7 @@ class Engine:
 
 
 class Engines:
-    """Starts engines that share one runtime directory."""
+    """Starts engines that share a runtime directory."""
 
     def __init__(self, runtime: Path) -> None:
         self.runtime = runtime
@@ -111,6 +111,6 @@ def engines() -> Iterator[Engines]:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """One that all tests of a module may ask, but not end or migrate."""
+    """An engine for all tests of a module, which must not end or migrate it."""
     with _engines() as started:
         yield started(*SMALL)

@@ -1,4 +1,4 @@
-"""`migfw check`: what it finds, and that it changes nothing."""
+"""`migfw check`: what it reports, and that it changes nothing."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_what_has_one_connection_is_not_dialled(pair: tuple[Engine, Engine], whe
 
 
 def test_a_parked_machine_does_not_dial(engines: Engines) -> None:
-    """A QEMU that waits would end when somebody connects and leaves."""
+    """A waiting QEMU exits when a peer connects and disconnects again."""
     parked = engines("--machine", "qemu", "--stay", "--incoming", f"exec:zcat {GOLDEN}/pc-devices.gz")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(f"{engines.runtime}/qemu")

@@ -1,4 +1,4 @@
-"""Tab completion, asked as click asks, and in a real bash on a terminal."""
+"""Tab completion, through click and in a real bash on a terminal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Hot(Heat):
 
 
 def completed(*arguments: str) -> list[str]:
-    """What may follow the last argument, in place of it."""
+    """The completions of the last argument."""
     *before, last = arguments
     return [item.value for item in ShellComplete(migfw, {}, "migfw", "_X").get_completions(before, last)]
 
@@ -102,7 +102,7 @@ def test_the_scripts(shell: str) -> None:
 
 
 class Terminal:
-    """A bash on a terminal, with completion switched on as the page says."""
+    """A bash on a terminal, with completion set up as the documentation says."""
 
     def __init__(self, folder: Path) -> None:
         commands = folder / "commands"
@@ -145,7 +145,7 @@ class Terminal:
         return before + text
 
     def complete(self, line: str, expected: str) -> None:
-        """Type a line and a Tab; the line must become what is expected. Then the line is thrown away."""
+        """Type a line and Tab, wait for the expected line, and discard it."""
         self.type(line + "\t")
         self.read_until(expected)
         self.type("|\x15")

@@ -1,4 +1,4 @@
-"""The small commands, on one engine."""
+"""The commands that send one QMP command each, on a single engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_stop_and_cont_say_what_holds_now(engine: Engine) -> None:
     stopped, state, again, going, as_json = each(engine, "stop", "status", "stop", "cont", "stop --json")
     assert stopped == (0, "the guest is paused\n", "")
     assert "guest:         paused" in state[1]
-    assert "writes" in state[1]  # a stopped guest's fields can be shown
+    assert "writes" in state[1]  # the fields of a stopped guest are shown
     assert again == stopped
     assert going == (0, "the guest is running\n", "")
     assert json.loads(as_json[1]) == {"guest": "paused", "migration": "none"}

@@ -1,4 +1,4 @@
-"""`migfw demo`, smaller than usual."""
+"""`migfw demo`, with a small guest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL = ("--ram=16M", "--working-set=1M", "--dirty-rate=4M")
 
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the demo may put things; nothing of it may be left."""
+    """The folder for the demo's temporary files; nothing must be left in it."""
     folder = Path(f"/tmp/migfw-t{os.getpid()}")
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -31,7 +31,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def engines(folder: Path) -> list[int]:
-    """Processes of engines whose socket is in this folder."""
+    """The process ids of engines with a socket in this folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -71,7 +71,7 @@ def test_killed_it_leaves_no_engine(temporary: Path) -> None:
     process.kill()
     process.communicate(timeout=TIMEOUT)
     wait_until(lambda: not engines(temporary), "the engines to end")
-    for folder in temporary.iterdir():  # nobody is left to remove that
+    for folder in temporary.iterdir():  # a killed demo cannot remove it
         shutil.rmtree(folder)
 
 
@@ -86,7 +86,7 @@ def test_a_wrong_size_is_one_line(temporary: Path, argument: str, complaint: str
 
 
 def test_it_needs_no_terminal_size(temporary: Path) -> None:
-    """Also where nothing is set in the environment but where to find things."""
+    """With next to nothing in the environment, either."""
     done = subprocess.run(
         [sys.executable, "-m", "corefw.cli", "demo", *SMALL],
         env={"PATH": os.environ["PATH"], "TMPDIR": str(temporary)},

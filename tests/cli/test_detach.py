@@ -1,4 +1,4 @@
-"""`run --detach`: an engine in the background, its log, and what is left when it does not start."""
+"""`run --detach`: an engine in the background, its log, and what is left if it does not start."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import re
 import signal
 import stat
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import pytest
 from corefw.cli.background import trim
 from tests.cli.conftest import SMALL, Engines
 from tests.helpers.cli import MIGFW, TIMEOUT, migfw, start
+from tests.helpers.qemu import wait_until
 
 SLOW = """
 import time
@@ -33,7 +33,7 @@ class Slow(guest.Program):
 
 
 class Detached:
-    """Runs the command in one runtime folder, and ends what is still there afterwards."""
+    """Runs `migfw run --detach` in one runtime folder."""
 
     def __init__(self, runtime: Path) -> None:
         self.runtime = runtime
@@ -140,7 +140,7 @@ def test_ctrl_c_while_it_starts_leaves_nothing(detached: Detached, tmp_path: Pat
     program.write_text(SLOW)
     command = start("run", "--detach", f"{program}:Slow", runtime=detached.runtime)
     log = detached.runtime / "migfw" / "slow.log"
-    _wait_for(lambda: log.exists() and "setting up" in log.read_text())
+    wait_until(lambda: log.exists() and "setting up" in log.read_text(), "the program's setup()")
     [engine] = detached.engines()
     command.send_signal(number)
     out, err = command.communicate(timeout=TIMEOUT)
@@ -154,10 +154,10 @@ def test_an_engine_that_nobody_waits_for_ends(detached: Detached, tmp_path: Path
     program.write_text(SLOW.replace("time.sleep(600)", "time.sleep(3)"))
     command = start("run", "--detach", f"{program}:Slow", runtime=detached.runtime)
     log = detached.runtime / "migfw" / "slow.log"
-    _wait_for(lambda: log.exists() and "setting up" in log.read_text())
+    wait_until(lambda: log.exists() and "setting up" in log.read_text(), "the program's setup()")
     command.kill()
     command.communicate(timeout=TIMEOUT)
-    _wait_for(lambda: detached.engines() == [])
+    wait_until(lambda: detached.engines() == [], "the engine to end")
 
 
 def test_the_log_can_be_kept_elsewhere(detached: Detached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,10 +200,3 @@ def test_a_long_log_keeps_its_end(tmp_path: Path) -> None:
     assert len(text) < 4096
     assert text.endswith("line 999\nand on\n")
     assert text.startswith("(the log was longer; this is its end)\nline ")
-
-
-def _wait_for(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

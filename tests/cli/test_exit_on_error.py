@@ -1,4 +1,4 @@
-"""exit-on-error of migrate-incoming: whether an engine outlives a guest that could not be loaded."""
+"""exit-on-error of migrate-incoming: whether an engine outlives a failed load."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from corefw.qmp.client import QmpClient
 from tests.cli.conftest import SMALL, Engines
 from tests.helpers.qemu import wait_until
 
-QEVM = b"QEVM"  # the right magic, then nonsense
+QEVM = b"QEVM"  # the right magic, followed by nonsense
 
 
 def send_nonsense(uri: str) -> None:

@@ -1,4 +1,4 @@
-"""The group: it is fast to load, every command has help, and wrong usage is one line with status 2."""
+"""`migfw` itself: it loads fast, every command has help, and wrong usage is one line with status 2."""
 
 from __future__ import annotations
 

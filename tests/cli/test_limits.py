@@ -1,4 +1,4 @@
-"""`migfw migrate --timeout` and its relatives, on engines that carry real guests."""
+"""`migfw migrate --timeout`, --max-passes and --on-timeout, on engines with real guests."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 from tests.cli.conftest import Engine, Engines
-from tests.cli.test_migrate import SLOW, begin, pair, setting, status, wait_until
+from tests.cli.test_migrate import SLOW, begin, pair, setting, status
 from tests.helpers.cli import check_refused
+from tests.helpers.qemu import wait_until
 
 __all__ = ["pair"]  # a fixture
 
 BUSY = ("stress", "--opt=ram=8M", "--opt=working-set=8M", "--opt=dirty-rate=64M")
-"""It dirties all of its RAM several times while that is sent once at the rate below."""
+"""At the rate below, it dirties all of its RAM several times while that is sent once."""
 LINK = "--param=max-bandwidth=8M"
 
 
@@ -110,7 +111,7 @@ class Late(guest.Program):
 
 
 def test_a_stop_that_took_too_long_says_with_what(engines: Engines, tmp_path: Path) -> None:
-    """before_stop() takes its time, and writes what has to be sent while the guest is stopped."""
+    """before_stop() is slow, and dirties pages that have to be sent while the guest is stopped."""
     (tmp_path / "late.py").write_text(LATE)
     program = f"{tmp_path}/late.py:Late"
     here, there = engines(program, "--name=here"), engines(program, "--name=there", "--incoming=tcp:127.0.0.1:0")

@@ -1,4 +1,4 @@
-"""`migfw migrate` between two engines: what it prints, what it sets, and how it ends."""
+"""`migfw migrate` between two engines: what it prints and sets, and how it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,14 +25,15 @@ from corefw.qmp.client import QmpClient
 from tests.cli.conftest import SMALL, Engine, Engines
 from tests.helpers.cli import MIGFW, TIMEOUT, check_refused, environment, start
 from tests.helpers.engines import answer_pings
+from tests.helpers.qemu import wait_until
 
 SLOW = "--param=max-bandwidth=100K"
-"""The guest of SMALL takes ten seconds at this rate: long enough for whatever happens on the way."""
+"""At this rate the guest of SMALL takes ten seconds: long enough to interfere."""
 
 
 @pytest.fixture
 def pair(engines: Engines) -> tuple[Engine, Engine]:
-    """A guest, and where it may go."""
+    """A source and a waiting destination."""
     made: list[Engine] = []
     starting = threading.Thread(
         target=lambda: made.append(engines(*SMALL, "--name=there", "--incoming=tcp:127.0.0.1:0"))
@@ -43,16 +44,8 @@ def pair(engines: Engines) -> tuple[Engine, Engine]:
     return here, made[0]
 
 
-def wait_until(look: Callable[[], Any], what: str) -> Any:
-    end = time.monotonic() + TIMEOUT
-    while not (found := look()):
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.05)
-    return found
-
-
 def begin(here: Engine, *arguments: str) -> subprocess.Popen[str]:
-    """A `migfw migrate` whose migration is under way."""
+    """Start `migfw migrate`, and wait until the migration is under way."""
     process = start("migrate", *arguments, "--name", here.name, runtime=here.runtime)
     wait_until(lambda: status(here) not in ("none", "setup"), "the migration to begin")
     return process
@@ -107,7 +100,7 @@ def test_json_is_one_document_and_nothing_else(pair: tuple[Engine, Engine]) -> N
 def test_ctrl_c_cancels_and_the_guest_goes_on(pair: tuple[Engine, Engine], number: signal.Signals) -> None:
     here, there = pair
     process = begin(here, there.uri, SLOW)
-    # These are its own defaults, and the user's word comes before them.
+    # The first is a default of the command line; the second was given by the user, so it wins.
     assert setting(here, "return-path") is True
     assert setting(here, "max-bandwidth") == 100 << 10
     process.send_signal(number)
@@ -126,7 +119,7 @@ def test_a_second_ctrl_c_leaves_at_once(pair: tuple[Engine, Engine]) -> None:
         process.send_signal(signal.SIGINT)
         time.sleep(0.005)
     process.communicate()
-    assert process.returncode in (130, -signal.SIGINT)  # the last one may find the interpreter gone
+    assert process.returncode in (130, -signal.SIGINT)  # the last signal may come after Python has removed its handlers
 
 
 def test_somebody_elses_cancel_is_a_failure(pair: tuple[Engine, Engine]) -> None:
@@ -140,7 +133,7 @@ def test_somebody_elses_cancel_is_a_failure(pair: tuple[Engine, Engine]) -> None
 
 @pytest.fixture
 def swallower() -> Iterator[tuple[str, list[float]]]:
-    """A destination that answers the PINGs, takes everything and says no more: its URI, and when it took something."""
+    """A destination that answers PINGs, reads everything and never confirms: its URI, and the times of its reads."""
     took: list[float] = []
 
     def swallow() -> None:
@@ -268,18 +261,18 @@ def test_a_terminal_gets_a_live_display(pair: tuple[Engine, Engine]) -> None:
     while select.select([ours], [], [], TIMEOUT)[0]:
         try:
             seen += os.read(ours, 1 << 16)
-        except OSError:  # the other end is closed: that is how a terminal ends
+        except OSError:  # the other end is closed
             break
     os.close(ours)
     assert process.wait(TIMEOUT) == 0
-    assert b"\x1b[?25l" in seen  # the cursor is hidden while it lives
-    assert seen.rindex(b"\x1b[?25h") > seen.index(b"\x1b[?25l")  # and comes back
+    assert b"\x1b[?25l" in seen  # the cursor is hidden while the display is live
+    assert seen.rindex(b"\x1b[?25h") > seen.index(b"\x1b[?25l")  # and shown again
     assert b"active, pass 1" in seen
     assert b"completed" in seen
 
 
 def test_fd_means_a_descriptor_of_the_engine(pair: tuple[Engine, Engine]) -> None:
-    """The command's own descriptor of that number or name, if it has one, is another."""
+    """It does not mean a descriptor of the command with that number or name."""
     here, there = pair
     host, _, port = there.uri.removeprefix("tcp:").rpartition(":")
     with QmpClient(here.address) as client, socket.create_connection((host, int(port))) as sock:

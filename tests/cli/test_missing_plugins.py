@@ -1,4 +1,4 @@
-"""An install without one of the plugins, or with a broken one, refuses to migrate and keeps the guest."""
+"""If a plugin is missing or broken, migfw refuses to migrate and keeps the guest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`migfw plugins`: what is installed, and what is wrong with it."""
+"""`migfw plugins`: what is installed, and what fails to load."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def corefw_commands(control):
 
 
 def with_extra(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A migfw beside which a plugin is installed that adds settings, a command, a scheme and a machine."""
+    """Run migfw with an extra plugin that adds settings, a command, a scheme and a machine."""
     (folder / "warp_plugin.py").write_text(EXTRA)
     info = folder / "warp_plugin-1.0.dist-info"
     info.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The displays and the summary, from the answers that they get."""
+"""The displays and the summary, for given answers of query-migrate."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OWN: dict[str, Any] = {
         "sections": {"ram": {"total": 1 << 30, "sent": 10}, "job": {"total": 4 << 30, "sent": 20}},
     },
 }
-"""The answer of a migfw: its RAM is three quarters done, and another job has most still to send."""
+"""An answer of migfw: three quarters of its RAM are done, and another section has most of its data left."""
 
 
 def with_own(**figures: Any) -> Progress:
@@ -78,7 +78,7 @@ def test_progress_says_only_what_is_known() -> None:
 
 
 def test_a_qemu_that_has_measured_nothing_yet_expects_no_downtime() -> None:
-    """It says the downtime limit instead."""
+    """QEMU reports the downtime limit until then."""
     answer = {**ACTIVE, "ram": {**ACTIVE["ram"], "dirty-pages-rate": 0}}
     assert Progress.of(answer).expected_downtime is None
 

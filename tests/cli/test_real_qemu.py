@@ -1,4 +1,4 @@
-"""`migfw migrate --qmp`, with a real QEMU: over what it knows by itself, over what it does not through a relay."""
+"""`migfw migrate --qmp` with a real QEMU: over transports that QEMU supports, and over others through a relay."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def guest(folder: Path) -> Guest:
 
 @pytest.fixture
 def source(guest: Guest, folder: Path) -> Iterator[str]:
-    """The address of a QEMU that runs the guest: a second QMP socket, for QEMU serves one client at each."""
+    """The address of a QEMU that runs the guest: a second QMP socket, because each serves only one client."""
     path = folder / "source.qmp"
     with Qemu("-qmp", f"unix:{path},server=on,wait=off", boot=guest.image) as qemu:
         qemu.wait_printed("B")
@@ -48,7 +48,7 @@ def test_a_uri_that_qemu_knows_is_passed_on(source: str, guest: Guest, folder: P
 
 
 def test_any_other_is_relayed_with_the_return_path(source: str, guest: Guest, folder: Path) -> None:
-    # QEMU's URIs have no abstract names; the other half of the way is a relay as well.
+    # QEMU cannot use abstract sockets, so the destination needs a relay as well.
     far, near = f"unix:@{folder.name}", f"unix:{folder}/near"
     with Qemu(boot=guest.image, incoming=near) as destination:
         relay = start("relay", far, near)
@@ -93,7 +93,7 @@ def test_what_fails_is_named_and_the_guest_goes_on(source: str, folder: Path, mo
         done = migfw("migrate", uri, "--qmp", source)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
         assert complaint in done.stderr
-        # QEMU sends to the relay before the relay has found nobody: that much may be told, and no end of it.
+        # QEMU sends to the relay before the relay finds nobody there: the display may show that, but not an end.
         assert all(line.startswith(("setup", "active")) for line in done.stdout.splitlines()), done.stdout
         assert done.stderr.endswith("; the guest is running here\n")
     assert list(temporary.iterdir()) == []

@@ -1,4 +1,4 @@
-"""corefw.cli.relay: how a relay for a QEMU ends, with the test itself as the QEMU."""
+"""How a relay for a QEMU ends, with the test itself as the QEMU."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from corefw.wire.returnpath import encode_return_message, number_body
 
 PLUGINS = Plugins()
 NEVER = Interrupt()
-"""An interrupt that nobody sets."""
+"""An interrupt that is never set."""
 
 RETURN_PATH = {"return-path": True}
 
 
 class NoClient:
-    """A connection over TCP: it carries no descriptors, so that the QEMU has to dial."""
+    """A QMP connection over TCP, which cannot carry descriptors, so that the QEMU has to dial."""
 
     address = TcpAddress("localhost", 1)
 
@@ -44,7 +44,7 @@ def far() -> Iterator[Listener]:
 
 
 def begin(relay: QemuRelay, far: Listener) -> tuple[Channel, Channel]:
-    """The QEMU's end and the destination's, with some of a stream gone through."""
+    """The QEMU's and the destination's ends, after a part of the stream has gone through."""
     qemu = PLUGINS.transport(relay.uri).connect(NEVER)
     destination = far.accept(NEVER)
     qemu.send(b"the stream")
@@ -53,7 +53,7 @@ def begin(relay: QemuRelay, far: Listener) -> tuple[Channel, Channel]:
 
 
 def shut(status: int, qemu: Channel, destination: Channel) -> None:
-    """The destination has its last word, and the QEMU goes."""
+    """The destination sends SHUT, and the QEMU closes its end."""
     destination.send(encode_return_message(ReturnMessage.SHUT, number_body(status)))
     receive_exactly(qemu, memoryview(bytearray(8)))
     qemu.close()
@@ -84,7 +84,7 @@ def test_what_the_destination_says_explains_a_failure(far: Listener) -> None:
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_who_cancelled_it(far: Listener, asked: bool) -> None:
-    """Where the relay's failure was the reason, it is told; where somebody else cancelled, it may only follow."""
+    """The relay's failure is reported if it caused the cancel, not if somebody else cancelled."""
     with qemu_relay(str(far.uri)) as relay:
         qemu, destination = begin(relay, far)
         destination.abort()

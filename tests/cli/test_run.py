@@ -1,4 +1,4 @@
-"""`migfw run`: how an engine begins, and every way in which it ends."""
+"""`migfw run`: how an engine starts, and every way in which it ends."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_reader_that_goes_away_does_not_end_the_guest(engines: Engines) -> Non
     engine.process.stdout.close()
     other = engines(*SMALL, "--name", "other")
     assert other.call("migrate", f"unix:{engines.runtime}/in").returncode == 0
-    assert engine.call("verify").returncode == 0  # it wanted to say that the guest has arrived
+    assert engine.call("verify").returncode == 0  # although it could not print that the guest has arrived
     assert engine.call("quit").returncode == 0
     assert engine.process.wait(TIMEOUT) == 0
 
@@ -101,7 +101,7 @@ def test_a_signal_lets_the_guest_say_goodbye(engines: Engines, tmp_path: Path, n
     engine = engines(f"{program}:Farewell")
     engine.process.send_signal(number)
     if number is signal.SIGHUP:
-        engine.process.send_signal(number)  # a closed terminal sends it twice: this one is no hurry
+        engine.process.send_signal(number)  # a closing terminal sends it twice; the second one is ignored
     status, out, _ = engine.finish()
     assert (status, out) == (130 if number is signal.SIGINT else 0, "goodbye\n")
     assert engines.sockets() == []
@@ -131,7 +131,7 @@ def test_a_goodbye_that_fails_is_said(engines: Engines, tmp_path: Path, values: 
 
 
 def test_a_hangup_under_nohup_ends_nothing(engines: Engines) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does it: the engine inherits that
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; the engine inherits it
     try:
         engine = engines(*SMALL)
     finally:
@@ -153,7 +153,11 @@ def test_a_second_signal_ends_it_at_once(engines: Engines, tmp_path: Path) -> No
     while engine.process.poll() is None:
         engine.process.send_signal(signal.SIGTERM)
         time.sleep(0.05)
-    assert engine.process.returncode in (0, 130, -signal.SIGTERM)  # the last one may find the interpreter gone
+    assert engine.process.returncode in (
+        0,
+        130,
+        -signal.SIGTERM,
+    )  # the last signal may come after Python has removed its handlers
     assert engines.sockets() == []
 
 
@@ -171,7 +175,7 @@ def test_a_guest_that_fails_is_a_failure(engines: Engines, tmp_path: Path) -> No
     assert (status, out) == (1, "")
     assert err.splitlines()[-1].startswith("migfw: the guest failed: ")
     assert "no more" in err.splitlines()[-1]
-    assert "File" in err  # the program's own traceback is for its author
+    assert "File" in err  # the traceback of the program, for its author
 
 
 LINES = """

@@ -1,4 +1,4 @@
-"""The first moments of an engine: its name, its QMP socket, and Ctrl-C before there is anything."""
+"""How an engine starts: its name, its QMP socket, and Ctrl-C at any moment."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 
 from tests.cli.conftest import SMALL, Engines
 from tests.helpers.cli import TIMEOUT, environment, migfw, start
+from tests.helpers.qemu import wait_until
 
 
 def test_engines_started_together_get_names_of_their_own(engines: Engines) -> None:
-    """All at once, three times: what decides is who is first, not who looked first."""
+    """Four at once, three times over: each gets a name, whatever the order in which they look for one."""
     for _ in range(3):
         commands = [start("run", *SMALL, runtime=engines.runtime) for _ in range(4)]
         try:
@@ -30,14 +31,12 @@ def test_engines_started_together_get_names_of_their_own(engines: Engines) -> No
 
 
 def test_whoever_waits_for_the_socket_may_migrate(engines: Engines) -> None:
-    """The socket of a destination appears when it listens for the guest, not before."""
+    """The QMP socket of a destination appears when it listens for the guest, not before."""
     source = engines(*SMALL, "--name", "source")
     destination = start("run", *SMALL, "--incoming", f"unix:{engines.runtime}/in", runtime=engines.runtime)
     try:
         socket = engines.runtime / "migfw" / "stress.qmp"
-        deadline = time.monotonic() + TIMEOUT
-        while not socket.exists():
-            assert time.monotonic() < deadline
+        wait_until(socket.exists, "the QMP socket")
         assert (engines.runtime / "in").exists()
         assert source.call("migrate", f"unix:{engines.runtime}/in").returncode == 0
     finally:
@@ -57,8 +56,8 @@ from corefw.cli import main
 print("here", flush=True)
 sys.exit(main())
 """
-"""The script that an installer makes of the entry point, which says when the package is imported: what the interpreter
-does before is its own."""
+"""The script that pip creates for the entry point, with a line printed once the package is imported. Ctrl-C before that
+is up to Python."""
 
 
 @pytest.mark.parametrize("command", ["run", "detach", "migrate", "status", "--help"])
@@ -87,7 +86,7 @@ def test_ctrl_c_at_any_moment_is_no_traceback(engines: Engines, tmp_path: Path, 
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=TIMEOUT)
         assert "Traceback" not in err, err
-        # -SIGINT: the interpreter was ending, and had let go of our handler. A shell calls that 130, too.
+        # -SIGINT: the interpreter was shutting down and had removed our handler. A shell reports 130 for that, too.
         ended_before = process.returncode in (0 if command in ("--help", "detach") else 2, -signal.SIGINT)
         assert process.returncode == 130 or (ended_before and (out or err)), (milliseconds, process.returncode, err)
         if command == "detach" and process.returncode == 0:

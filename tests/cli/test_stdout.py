@@ -1,4 +1,4 @@
-"""A stdout that is full, or closed: one line where something is lost, and never a traceback."""
+"""A stdout that is full or closed: one line if output is lost, and never a traceback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FULL = "migfw: cannot write to stdout: no space left on device"
 
 
 def call(redirection: str, *arguments: str, runtime: Path) -> tuple[int, str]:
-    """Status and stderr."""
+    """Run migfw with this redirection: its status and stderr."""
     done = subprocess.run(
         ["/bin/sh", "-c", f'exec "$@" {redirection}', "sh", *MIGFW, *arguments],
         stdin=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""`migfw migrate --to HOST`: over a real sshd, which lets us in to this very host."""
+"""`migfw migrate --to HOST`, over a real sshd on this host."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from corefw import __version__
 from tests.cli.conftest import SMALL, Engine, Engines
 from tests.helpers.cli import TIMEOUT, migfw, start
+from tests.helpers.qemu import wait_until
 from tests.helpers.sshd import Sshd, running_sshd
 
 BUSY = """
@@ -32,7 +32,7 @@ class Busy(guest.Program):
 
 
 class Far:
-    """A host to move to: `sshd` on loopback, where engines have their sockets in `runtime`."""
+    """A destination host: `sshd` on loopback. Engines started through it have their sockets in `runtime`."""
 
     def __init__(self, sshd: Sshd, runtime: Path) -> None:
         self.sshd = sshd
@@ -47,10 +47,7 @@ class Far:
         return listed
 
     def wait_empty(self) -> None:
-        deadline = time.monotonic() + TIMEOUT
-        while self.engines():
-            assert time.monotonic() < deadline, self.engines()
-            time.sleep(0.1)
+        wait_until(lambda: not self.engines(), "the engines on the other host to end")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +110,7 @@ def test_a_relative_program_is_looked_for_where_it_is_here(
 def test_a_program_that_is_not_there(
     far: Far, engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
 ) -> None:
-    """Both hosts are the same here, so the program goes once it runs."""
+    """Source and destination are the same host here, so the program is deleted once it runs."""
     folder = tmp_path / "sims"
     folder.mkdir()
     (folder / "busy.py").write_text(BUSY)
@@ -162,10 +159,7 @@ def test_what_the_engine_refuses_ends_the_destination(far: Far, engines: Engines
 def test_ctrl_c_ends_the_destination(far: Far, engines: Engines) -> None:
     source = engines("stress", "--opt=ram=64M", "--opt=working-set=64K")
     command = start("migrate", far.to, "--name", source.name, "--param", "max-bandwidth=1M", runtime=engines.runtime)
-    deadline = time.monotonic() + TIMEOUT
-    while source.ask("query-migrate").get("status") != "active":
-        assert time.monotonic() < deadline, command.communicate(timeout=TIMEOUT)
-        time.sleep(0.05)
+    wait_until(lambda: source.ask("query-migrate").get("status") == "active", "the migration to begin")
     command.send_signal(signal.SIGINT)
     _, err = command.communicate(timeout=TIMEOUT)
     assert command.returncode == 130
@@ -179,17 +173,15 @@ def test_ctrl_c_while_the_destination_starts_leaves_nothing(far: Far, engines: E
     source = engines(f"{program}:Busy")
     program.write_text(f"import time, pathlib\npathlib.Path('{tmp_path}/begun').touch()\ntime.sleep(30)\n" + BUSY)
     command = start("migrate", far.to, "--name", source.name, runtime=engines.runtime)
-    deadline = time.monotonic() + TIMEOUT
-    while not (tmp_path / "begun").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until((tmp_path / "begun").exists, "the destination to import its program")
     command.send_signal(signal.SIGINT)
     out, err = command.communicate(timeout=TIMEOUT)
     assert (command.returncode, out, err) == (130, "", "")
-    deadline = time.monotonic() + TIMEOUT
-    while left := [path for path in (far.runtime / "migfw").glob("*") if path.suffix != ".log" or path.stem == "slow"]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
+
+    def left() -> list[Path]:
+        return [path for path in (far.runtime / "migfw").glob("*") if path.suffix != ".log" or path.stem == "slow"]
+
+    wait_until(lambda: not left(), "the destination to clean up")
     assert source.ask("query-status")["status"] == "running"
 
 
@@ -225,9 +217,7 @@ def test_check_starts_a_destination_and_ends_it(far: Far, engines: Engines) -> N
 def test_a_check_that_is_broken_off_ends_its_destination(far: Far, engines: Engines, number: signal.Signals) -> None:
     source = engines(*SMALL)
     command = start("check", far.to, "--name", source.name, runtime=engines.runtime)
-    deadline = time.monotonic() + TIMEOUT
-    while not far.engines():
-        assert time.monotonic() < deadline
+    wait_until(far.engines, "the destination to start")
     command.send_signal(number)
     out, err = command.communicate(timeout=TIMEOUT)
     assert (command.returncode, err) in ((130, ""), (0, "")), out
@@ -235,7 +225,7 @@ def test_a_check_that_is_broken_off_ends_its_destination(far: Far, engines: Engi
 
 
 def _refused(far: Far, source: Engine, status: int, err: str, *complaints: str) -> None:
-    """A clear error before anything moved, and nothing left over there."""
+    """There was a clear error before anything moved, and nothing is left on the other host."""
     assert (status, err.count("\n")) == (1, 1), err
     for complaint in complaints:
         assert complaint in err

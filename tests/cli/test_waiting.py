@@ -1,4 +1,4 @@
-"""A destination's process outlives strangers that knock, and can be freed by whoever runs it."""
+"""A waiting destination survives connections that are not migrations, and can be cancelled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STRANGERS = {"leaves": b"", "wants a page": b"GET / HTTP/1.1\r\nHost: there\r\n\
 
 
 def knock(uri: str, data: bytes) -> None:
-    """Dial in, say this, and stay until the other side has hung up."""
+    """Connect, send this, and wait until the other side has closed the connection."""
     host, _, port = uri.removeprefix("tcp:").rpartition(":")
     with socket.create_connection((host, int(port)), timeout=TIMEOUT) as stranger:
         stranger.sendall(data)

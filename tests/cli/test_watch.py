@@ -1,4 +1,4 @@
-"""`migfw status --watch`, on a terminal and elsewhere."""
+"""`migfw status --watch`, on a terminal and on a pipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How names and values are read."""
+"""How names and values on the command line are parsed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real `migfw`, as a subprocess."""
+"""Runs the real `migfw` in a subprocess."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMEOUT: Final = 60.0
 
 
 def migfw(*arguments: str, runtime: Path | None = None, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
-    """Run it to its end. `runtime` is where engines' sockets are looked for (XDG_RUNTIME_DIR)."""
+    """Run it until it ends. `runtime` is the folder of the engines' sockets (XDG_RUNTIME_DIR)."""
     return subprocess.run(
         [*MIGFW, *arguments],
         stdin=subprocess.DEVNULL,
@@ -29,8 +29,10 @@ def migfw(*arguments: str, runtime: Path | None = None, timeout: float = TIMEOUT
 
 
 def migfw_each(commands: Sequence[Sequence[str]], runtime: Path) -> list[tuple[int, str, str]]:
-    """Run many command lines one after the other in a single fresh interpreter, for speed: status, stdout, stderr of
-    each. Only for such as end by themselves."""
+    """Run commands one after another in a single new interpreter, for speed: status, stdout and stderr of each.
+
+    Only for commands that end by themselves.
+    """
     program = (
         "import contextlib, io, json, sys\n"
         "from corefw.cli import main\n"
@@ -56,7 +58,7 @@ def migfw_each(commands: Sequence[Sequence[str]], runtime: Path) -> list[tuple[i
 
 
 def check_refused(wrong: Mapping[tuple[str, ...], str], command: Sequence[str], runtime: Path) -> None:
-    """Each of these is wrong usage: nothing on stdout, one line on stderr with the complaint, status 2."""
+    """Check that each is refused: nothing on stdout, one line on stderr with the complaint, status 2."""
     results = migfw_each([(*command, *arguments) for arguments in wrong], runtime)
     for (arguments, complaint), (status, out, err) in zip(wrong.items(), results, strict=True):
         line = f"{' '.join((*command, *arguments))}: {status} {out!r} {err!r}"
@@ -67,7 +69,7 @@ def check_refused(wrong: Mapping[tuple[str, ...], str], command: Sequence[str], 
 
 
 def start(*arguments: str, runtime: Path | None = None) -> subprocess.Popen[str]:
-    """Run it beside the test, which ends it; stdout and stderr are pipes."""
+    """Start it. The caller ends it; stdout and stderr are pipes."""
     return subprocess.Popen(
         [*MIGFW, *arguments],
         stdin=subprocess.DEVNULL,

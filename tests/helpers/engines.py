@@ -1,4 +1,4 @@
-"""A source and a destination in one process, for tests of the engine; and peers that misbehave on purpose."""
+"""A source and a destination in one process, and peers driven by hand, for tests of the engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RAM = b"\3ram"
 
 
 class Pair:
-    """Two engines. `source()` and `destination()` make them; everything is closed at the end."""
+    """Creates a source and a destination. Closes them at the end of the block."""
 
     def __init__(self, plugins: Plugins) -> None:
         self.plugins = plugins
@@ -94,7 +94,7 @@ def counting(engine: Engine) -> CountingMachine:
 
 
 def ended(engine: Engine) -> MigrationStatus:
-    """The status that the source's migration ended with."""
+    """Wait for the end of the source's migration, and return its status."""
     status = engine.wait_outgoing(PATIENCE)
     assert status in ("completed", "failed", "cancelled"), f"the migration did not end: {status}"
     return status
@@ -107,9 +107,9 @@ def arrived(engine: Engine) -> MigrationStatus:
 
 
 def runs_on(engine: Engine) -> None:
-    """The guest runs here, writes, and has lost nothing.
+    """Check that the guest runs here, writes, and has lost nothing.
 
-    It is started again after the status of its migration has become final, so this waits for that.
+    An engine starts the guest again after the status of the migration has become final, so this waits for that.
     """
     machine = counting(engine)
     deadline = time.monotonic() + PATIENCE
@@ -125,7 +125,7 @@ def runs_on(engine: Engine) -> None:
 
 
 def answer_pings(connection: socket.socket) -> None:
-    """Answer the PINGs that a source begins with, as any destination does, and leave them to be read."""
+    """Answer the PINGs at the start of a stream, as a destination does, without consuming them."""
     deadline = time.monotonic() + PATIENCE
     while READY not in (came := connection.recv(1 << 16, socket.MSG_PEEK)) and (OPEN in came or RAM not in came):
         assert time.monotonic() < deadline, "the source does not begin"
@@ -136,7 +136,7 @@ def answer_pings(connection: socket.socket) -> None:
 
 
 class Peer:
-    """A destination that is driven by hand: listens on loopback, takes one connection."""
+    """A destination that the test drives by hand. Listens on loopback and accepts one connection."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -152,7 +152,7 @@ class Peer:
         return self.connection
 
     def read_all(self, until: Callable[[bytes], bool]) -> bytes:
-        """What comes, until it satisfies `until`."""
+        """Read until the data satisfies `until`."""
         assert self.connection is not None
         data = b""
         while not until(data):
@@ -162,7 +162,7 @@ class Peer:
         return data
 
     def read_while(self, condition: Callable[[], bool]) -> None:
-        """Take in and forget what comes, as long as the condition holds."""
+        """Read and discard data while the condition holds."""
         assert self.connection is not None
         while condition():
             if select.select([self.connection], [], [], 0.01)[0]:

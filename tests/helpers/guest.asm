@@ -1,16 +1,17 @@
-; A guest whose memory proves a migration: a PC boot sector, assembled with
+; A guest whose memory proves that a migration lost nothing: a PC boot sector, assembled with
 ;
 ;     nasm -f bin -D END=0x1000000 -D PAGES=256 -D DELAY=2000 guest.asm -o guest.bin
 ;
-; The law: it prints 'A' when it starts, fills memory from 1 MiB up to END with a xorshift32 sequence of little-endian
-; words, prints 'F', and then, for ever, adds 1 to the first byte of each of the PAGES pages from 1 MiB on, in order, and
-; prints 'B' after each pass. At any instant those bytes, less what the sequence put there, are all the same number c
-; (mod 256), but that from some page on they may still be c - 1; every other byte is the sequence's. DELAY iterations of
-; an empty loop lie between two pages, so that the dirty rate can be chosen. tests/helpers/qemu.py checks it.
+; It prints 'A' when it starts, fills memory from 1 MiB up to END with a xorshift32 sequence of little-endian words, and
+; prints 'F'. Then it keeps adding 1 to the first byte of each of the PAGES pages from 1 MiB on, in order, and prints 'B'
+; after each pass. DELAY iterations of an empty loop between two pages determine the dirty rate.
 ;
-; Before each count it flips CR0.WP, which means nothing here but empties the emulated TLB. QEMU 7.2's TCG needs that: when it
-; fetches the dirty log it leaves the TLB alone, so later writes to pages that are in there go unlogged, and a migration
-; of more than two passes between two QEMUs loses them.
+; Invariant: at any instant those bytes, minus their value in the sequence, are the same number c (mod 256) up to some page
+; and c - 1 from there on; every other byte is that of the sequence. tests/helpers/qemu.py checks it.
+;
+; Before each count it flips CR0.WP, which has no effect here except to flush the emulated TLB. QEMU 7.2's TCG needs that:
+; it does not flush the TLB when it harvests the dirty log, so later writes to pages in the TLB are not logged, and a
+; migration of more than two passes between two QEMUs loses them.
 
 BASE    equ 0x100000
 SEED    equ 0x12345678

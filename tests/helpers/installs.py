@@ -1,4 +1,4 @@
-"""Distributions made for a test: put the folder first on the path, and they are installed, or hide one that is."""
+"""Distributions made for a test. With their folder first on the path, they are installed, or hide an installed one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ def install(
 ) -> Path:
     """Make a distribution in the folder `site`: entry points of the group corefw.plugins, and modules' sources.
 
-    One with the name of another that comes later on the path takes its place; without plugins, as if that one had been
-    uninstalled.
+    It hides a distribution of the same name later on the path; without plugins, that is as if it were uninstalled.
     """
     about = site / f"{distribution.replace('-', '_')}-99.dist-info"
     about.mkdir(parents=True)

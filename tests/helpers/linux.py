@@ -1,7 +1,7 @@
-"""A Linux guest that proves on its serial console that it runs on and that its memory is right.
+"""A Linux guest that proves on its serial console that it keeps running and that its memory is correct.
 
 The kernel is Debian's cloud kernel, the only program busybox; `make peers` unpacks both. /init fills a file in memory.
-Then, again and again, it prints a line with a count and a checksum that depends on the file and on all lines before.
+Then it keeps printing lines with a count and a checksum of the file and all earlier lines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.helpers.peers import peers_folder
 from tests.helpers.qemu import Qemu, wait_until
 
 NUMBERS: Final = 300_000
-"""The file has so many lines with a number each: 2 MB."""
+"""Lines of the file, each with a number: 2 MB."""
 
 INIT: Final = f"""#!/bin/busybox sh
 b=/bin/busybox
@@ -50,7 +50,7 @@ class Linux:
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """For both sides: the destination needs the same fw_cfg files, though it boots nothing."""
+        """For both sides: the destination does not boot, but needs the same fw_cfg files."""
         line = "console=ttyS0 quiet panic=-1"
         return "-kernel", str(self.kernel), "-initrd", str(self.initramfs), "-append", line
 
@@ -84,7 +84,7 @@ def _entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0
 
 
 def counts(qemu: Qemu) -> list[tuple[int, str]]:
-    """The whole lines that the guest has printed on this side: (count, checksum)."""
+    """The complete lines that the guest has printed on this side: (count, checksum)."""
     return [(int(count), checksum) for count, checksum in LINE.findall(qemu.printed())]
 
 
@@ -97,8 +97,8 @@ def wait_counted(qemu: Qemu, lines: int) -> None:
 
 
 def check_counts(before: list[tuple[int, str]], after: list[tuple[int, str]]) -> None:
-    """Prove that the guest went on where it was: each checksum is right, and the counts go on. The line in which it
-    moved may be missing: neither side has it whole."""
+    """Check that the guest continued where it was: the checksums are correct and the counts continue. The line during
+    which it moved may be missing, because neither side has all of it."""
     lines = before + after
     data = "".join(f"{number}\n" for number in range(1, NUMBERS + 1)).encode()
     total = f"{hashlib.sha256(data).hexdigest()}  -"

@@ -1,7 +1,7 @@
 """A small machine for tests of the engine: real RAM in memfds, a guest that is a thread of this process, one device.
 
-The guest counts: it adds 1 to a counter in some page of its RAM and to `writes` in its device. So the sum of the
-counters is `writes` whenever it is stopped, and one lost page shows.
+The guest adds 1 to a counter in a page of its RAM and to `writes` in its device. Invariant: while it is stopped, the
+sum of the counters is `writes`, so a lost page shows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CounterState:
 
 
 class CountingMachine(Machine):
-    """`pages` pages of RAM; the guest writes to a different one each `pause` seconds while it runs."""
+    """A machine with `pages` pages of RAM. While it runs, the guest writes to another page every `pause` seconds."""
 
     kind = "counting"
 
@@ -122,13 +122,13 @@ class CountingMachine(Machine):
     # -- for the tests ---------------------------------------------------------------------------------------------
 
     def check(self) -> int:
-        """The number of writes, when RAM and device agree on it. The guest has to be stopped."""
+        """The number of writes. Raises MachineError if RAM and device differ. The guest must be stopped."""
         counted = int(np.frombuffer(self.block.view, dtype=np.uint64)[:: PAGE // 8].sum())
         if counted != self.state.writes:
             raise MachineError(f"{self.state.writes} writes were counted and {counted} found")
         return counted
 
     def die(self) -> None:
-        """As a guest whose process ended."""
+        """Behave like a guest whose process has ended."""
         self._ticking.clear()
         self.set_run_state(RunState.INTERNAL_ERROR)

@@ -1,4 +1,4 @@
-"""Runs of pages as what they stand for, for comparing."""
+"""Runs of pages as page numbers, to compare them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines that a QEMU's machine is parked in, for the tests that move machines between QEMUs."""
+"""Engines with a parked machine, for tests that move machines between QEMUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATIENCE = 60.0
 
 @contextlib.contextmanager
 def parking(*capabilities: str, **options: str) -> Iterator[Engine]:
-    """An engine with an empty place for a machine; `capabilities` are on."""
+    """An engine that can park a machine, with these capabilities on."""
     plugins = Plugins.load()
     machine = plugins.machine("qemu", MachineConfig(options=options, incoming=True))
     engine = Engine(machine, plugins, plugins.settings())
@@ -49,8 +49,8 @@ def park(source: Qemu, engine: Engine, uri: str) -> None:
 
 
 def prove(guest: Guest, destination: Qemu) -> None:
-    """The guest goes on there: it prints, and its memory is right."""
+    """Check that the guest continues at the destination and that its memory is correct."""
     destination.wait_running()
     destination.wait_printed("B", 2)
-    assert set(destination.printed()) == {"B"}, "it went on, it did not start anew"
+    assert set(destination.printed()) == {"B"}, "it booted instead of continuing"
     guest.check(destination)

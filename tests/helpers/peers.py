@@ -1,7 +1,7 @@
-"""QEMUs of several versions for one test: those that `make peers` has unpacked, or else the one on the PATH.
+"""QEMUs of several versions: those that `make peers` has unpacked, and the one on the PATH.
 
 tests/peers.sh unpacks Debian packages below a folder and installs nothing, so a peer is started with its own dynamic
-linker, libraries, modules and firmware. Paths outside mean the same to it as to anyone.
+linker, libraries, modules and firmware. It sees the same file system as any other program.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import pytest
 
 PROGRAM: Final = "qemu-system-x86_64"
 RELEASES: Final[Mapping[str, str]] = {"5.2": "bullseye", "7.2": "bookworm", "10.0": "trixie", "newest": "newest"}
-"""What tests call a version -> its folder below the peers'."""
+"""The label of a version in tests -> its folder below the peers' folder."""
 
 MISSING: Final = "needs QEMU {version}: run 'make peers'"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """How to start one QEMU. `label` is a key of RELEASES or "PATH"; `version` is what the program says."""
+    """How to start a QEMU. `label` is a key of RELEASES or "PATH"; `version` is what the program reports."""
 
     label: str
     version: tuple[int, int]
@@ -40,14 +40,14 @@ class Peer:
 
 
 def peers_folder() -> Path:
-    """Where tests/peers.sh puts the peers, by the same rule."""
+    """The folder of the peers, determined as tests/peers.sh does."""
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("MIGFW_PEERS") or cache_folder / "migfw" / "peers")
 
 
 @cache
 def find_peer(label: str) -> Peer | None:
-    """The QEMU of that label; the one on the PATH also stands for the release that it belongs to. None: not here."""
+    """The QEMU with this label, or None. The one on the PATH is also found by the label of its version."""
     if label == "PATH":
         return _peer_on_path()
     unpacked = _unpacked_peer(label)
@@ -58,7 +58,7 @@ def find_peer(label: str) -> Peer | None:
 
 
 def the_peer(label: str) -> Peer:
-    """As find_peer(), for a test that is skipped where this QEMU is not here."""
+    """The same, for a test that is skipped if this QEMU is missing."""
     found = find_peer(label)
     assert found is not None, f"no QEMU {label}: the test lacks peer_parameters() or needs_peers()"
     return found
@@ -68,13 +68,13 @@ _default = "PATH"
 
 
 def default_peer() -> Peer | None:
-    """The QEMU of tests that name none: the PATH's, else 7.2 of the peers; within `using_peer` another."""
+    """The QEMU of tests that name none: the one on the PATH, or else the peer 7.2. `using_peer` changes it."""
     return find_peer(_default) or find_peer("7.2")
 
 
 @contextlib.contextmanager
 def using_peer(label: str) -> Iterator[None]:
-    """Let tests that name no QEMU use this one."""
+    """Make this QEMU the default."""
     global _default
     before, _default = _default, label
     try:
@@ -84,7 +84,7 @@ def using_peer(label: str) -> Iterator[None]:
 
 
 def peer_parameters(*labels: str) -> list[object]:
-    """Parameters for pytest, one a label; those whose QEMU is missing are skipped and name `make peers`."""
+    """Parameters for pytest, one for each label. Those without a QEMU are skipped, and name `make peers`."""
     return [
         pytest.param(
             label,
@@ -96,7 +96,7 @@ def peer_parameters(*labels: str) -> list[object]:
 
 
 def needs_peers(*labels: str) -> pytest.MarkDecorator:
-    """Skip a test unless these versions are here."""
+    """Skip a test unless these versions are installed."""
     missing = [label for label in labels if find_peer(label) is None]
     return pytest.mark.skipif(bool(missing), reason=MISSING.format(version=", ".join(missing)))
 

@@ -1,7 +1,7 @@
 """A real QEMU as the peer of a test, and a guest whose memory proves that a migration lost nothing.
 
-Invariant: everything is QEMU's own (the program, its QMP, its TCG); whatever was started is ended and removed, however
-the test ended. A wait is bounded and says what it waited for.
+Everything is QEMU's own: the program, its QMP, its TCG. What a test has started ends with it and is removed. Waits are
+bounded and say what they waited for.
 
     with Qemu(boot=guest.image) as source:
         source.wait_printed("B")
@@ -36,7 +36,7 @@ BASE: Final = 0x100000
 SEED: Final = 0x12345678
 PAGE: Final = 4096
 PATIENCE: Final = 60.0
-"""Seconds until a wait gives up: far more than any needs on a busy machine."""
+"""Seconds until a wait gives up: far more than needed, even on a busy machine."""
 
 needs_qemu: Final = pytest.mark.skipif(
     default_peer() is None or not shutil.which("nasm"),
@@ -45,11 +45,11 @@ needs_qemu: Final = pytest.mark.skipif(
 
 
 class QmpError(Exception):
-    """QEMU's own answer to a command that failed."""
+    """QEMU's error answer to a command."""
 
 
 class Qemu:
-    """One QEMU process with `-nodefaults`, its QMP socket, and the guest's serial port as a file.
+    """A QEMU process with `-nodefaults`, a QMP socket, and the guest's serial port as a file.
 
     `incoming` is a URI or "defer"; `boot` a raw image of a disk; `extra` more arguments; `within` a command that
     runs it; `peer` says which QEMU.
@@ -119,7 +119,7 @@ class Qemu:
         return answer
 
     def command(self, execute: str, /, *, fd: int | None = None, **arguments: object) -> Any:
-        """A QMP command's answer. "_" in a keyword stands for "-". Raises QmpError."""
+        """Execute a QMP command and return its result. "_" in a keyword stands for "-". Raises QmpError."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         data = json.dumps({"execute": execute, "arguments": named}).encode()
         if fd is None:
@@ -140,22 +140,22 @@ class Qemu:
         self.command("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in names])
 
     def migrate(self, uri: str, *, bandwidth: int = 1 << 40) -> None:
-        """Start a migration, as fast as it goes."""
+        """Start a migration, without a bandwidth limit unless given."""
         self.command("migrate-set-parameters", max_bandwidth=bandwidth)
         self.command("migrate", uri=uri)
 
     def listen(self) -> str:
-        """Let a QEMU that was started with `incoming="defer"` listen on a free TCP port; the URI to dial."""
+        """Make a QEMU started with `incoming="defer"` listen on a free TCP port. Returns the URI to dial."""
         self.command("migrate-incoming", uri="tcp:127.0.0.1:0")
         (listening,) = self.command("query-migrate")["socket-address"]
         return f"tcp:{listening['host']}:{listening['port']}"
 
     def status(self) -> str:
-        """Of the migration: "active", "completed", ..."""
+        """The status of the migration: "active", "completed", ..."""
         return str(self.command("query-migrate").get("status", "none"))
 
     def wait_migrated(self) -> dict[str, Any]:
-        """Wait for the end of the outgoing migration; its figures. Fails when it failed."""
+        """Wait until the outgoing migration is completed, and return query-migrate. Fails if it failed."""
         wait_until(lambda: self.status() in ("completed", "failed", "cancelled"), "the end of QEMU's migration")
         answer: dict[str, Any] = self.command("query-migrate")
         assert answer["status"] == "completed", f"{answer}: {self.output()}"
@@ -192,7 +192,7 @@ class Qemu:
         return data
 
     def output(self) -> str:
-        """What QEMU itself said."""
+        """QEMU's own output."""
         self._log.flush()
         return (self.folder / "log").read_text(errors="replace").strip()
 
@@ -215,12 +215,13 @@ class Qemu:
         self.close()
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
-    """Poll `condition` until it is true; fail naming `what` after `seconds`."""
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+    """Poll `condition` until its result is true, and return that. Fails naming `what` after `seconds`."""
     end = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < end, f"waited {seconds:.0f} s in vain for {what}"
         time.sleep(0.01)
+    return found
 
 
 # -- the guest ---------------------------------------------------------------------------------------------------------
@@ -228,14 +229,14 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """guest.asm, assembled: fills memory from BASE to `end`, counts in `pages` pages."""
+    """guest.asm, assembled: it fills memory from BASE to `end` and counts in `pages` pages."""
 
     image: Path
     end: int
     pages: int
 
     def check(self, qemu: Qemu) -> int:
-        """Stop the guest and prove its memory (the law of guest.asm); the number of its pass, mod 256."""
+        """Stop the guest and check its memory (the invariant of guest.asm). Returns the number of its pass, mod 256."""
         qemu.command("stop")
         return check_memory(qemu.memory(BASE, self.end - BASE), self.pages)
 
@@ -262,7 +263,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def check_memory(data: bytes, pages: int) -> int:
-    """Prove the guest's memory from BASE on; the count that its first page has reached, mod 256."""
+    """Check the guest's memory from BASE on. Returns the count that its first page has reached, mod 256."""
     found = np.frombuffer(data, np.uint8).reshape(-1, PAGE).copy()
     expected = xorshift32(SEED, len(data) // 4).view(np.uint8).reshape(-1, PAGE)
     counts = found[:pages, 0] - expected[:pages, 0]
@@ -272,16 +273,16 @@ def check_memory(data: bytes, pages: int) -> int:
     found[:pages, 0] = expected[:pages, 0]
     wrong = np.flatnonzero((found != expected).any(axis=1))
     assert not len(wrong), (
-        f"{len(wrong)} pages are not what the guest wrote, the first at {BASE + int(wrong[0]) * PAGE:#x}"
+        f"{len(wrong)} pages differ from what the guest wrote, the first at {BASE + int(wrong[0]) * PAGE:#x}"
     )
     return int(counts[0])
 
 
 def xorshift32(seed: int, count: int) -> NDArray[np.uint32]:
-    """The `count` values that follow `seed`: little-endian words.
+    """The `count` values that follow `seed`, as little-endian words.
 
-    A step is linear over GF(2). So n steps are a matrix, kept as the images of the 32 single bits; with it n known
-    values give the next n at once, and applied to itself it gives the matrix of 2n steps.
+    A step is linear over GF(2), so n steps are a matrix, stored as the images of the 32 single bits. Applied to n known
+    values it gives the next n at once; applied to itself it gives the matrix of 2n steps.
     """
     bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
     matrix = _step(bits)
@@ -299,7 +300,7 @@ def _step(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 
 def _apply(matrix: NDArray[np.uint32], values: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The matrix times each value, a byte at a time through tables of 256 images."""
+    """Multiply the matrix by each value, one byte at a time with tables of 256 images."""
     result = np.zeros_like(values)
     byte = np.arange(256, dtype=np.uint32)
     for low in range(0, 32, 8):

@@ -1,5 +1,5 @@
-"""The ram section without an engine: a machine that is nothing but RAM, both halves of the section driven by hand, and
-a plain reading of the records to compare with.
+"""The RAM section without an engine: a machine of nothing but RAM, both sides of the section driven by hand, and a
+simple reader of records to compare with.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EOS: Final = BE64.pack(RamFlag.EOS)
 
 
 def block(idstr: str, pages: int, *, logged: bool = False) -> MemfdBlock:
-    """An empty RAM block; `logged`: its dirty log finds what is written through any mapping."""
+    """An empty RAM block. If `logged`, its dirty log finds writes through any mapping."""
     made = MemfdBlock(idstr, pages * PAGE)
     if logged:
         made.dirty_log = HashLog(made)
@@ -146,10 +146,10 @@ class MakingMachine(StillMachine, RamMakingMachine):
 
 
 class Sender:
-    """A source's ram section; each step gives the body that it wrote.
+    """The RAM section of a source. Each step returns the body that it wrote.
 
-    on_send   called while a part is on its way: before the bytes are taken from where they are
-    gathers   the channel takes guest memory from where it is, as a socket does (SendsMemory)
+    on_send   called while a part is being sent, before the bytes are read
+    gathers   the channel sends directly from guest memory, as a socket does (SendsMemory)
     """
 
     def __init__(self, machine: Machine, on_send: Callable[[], object] | None = None, *, gathers: bool = False) -> None:
@@ -167,18 +167,18 @@ class Sender:
         return self._written(lambda writer: self.saver.iterate(writer, budget))
 
     def part_is_last(self, budget: int) -> bool:
-        """What iterate() says; its body is thrown away."""
+        """The result of iterate(); discards the body."""
         return self.saver.iterate(StreamWriter(self._sink(None)), budget)
 
     def end(self) -> bytes:
         return self._written(self.saver.complete)
 
     def estimate(self) -> int:
-        """What is known to be left, without a harvest."""
+        """Bytes left, without a harvest."""
         return _all_precopy(self.saver.pending_estimate())
 
     def harvest(self) -> int:
-        """What is left after a harvest."""
+        """Bytes left, after a harvest."""
         return _all_precopy(self.saver.pending_exact())
 
     def __enter__(self) -> Self:
@@ -226,7 +226,7 @@ class _GatheringSink(_Sink):
 
 
 class Portions:
-    """A Source that gives its bytes in portions of these sizes, round and round."""
+    """A Source that returns its bytes in portions of these sizes, cyclically."""
 
     def __init__(self, data: bytes, sizes: Sequence[int]) -> None:
         self._source = MemorySource(data)
@@ -240,7 +240,7 @@ class Portions:
 
 
 class MemoryPortions(Portions):
-    """The same as a channel that receives into memory, as a socket does (ReceivesMemory)."""
+    """The same for a channel that receives into guest memory, as a socket does (ReceivesMemory)."""
 
     def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
         assert pieces.flags.c_contiguous, "the kernel's struct iovec as it is"
@@ -255,7 +255,7 @@ class MemoryPortions(Portions):
 
 
 class Receiver:
-    """A destination's ram section, over one reader for all bodies."""
+    """The RAM section of a destination, with one reader for all bodies."""
 
     def __init__(self, machine: Machine, source: Source, *, buffer: int = 1 << 20) -> None:
         self.loader = RamSectionLoader(machine)
@@ -278,7 +278,7 @@ def receiving(machine: Machine, source: Source, *, buffer: int = 1 << 20) -> Ite
 
 
 def load(machine: Machine, *bodies: bytes, sizes: Sequence[int] = (1 << 20,), buffer: int = 1 << 20) -> None:
-    """Load the bodies, received in these portions. Raises what the loader raises."""
+    """Load the bodies, received in portions of these sizes. Raises what the loader raises."""
     with receiving(machine, Portions(b"".join(bodies), sizes), buffer=buffer) as receiver:
         receiver.load(len(bodies))
 
@@ -287,7 +287,7 @@ def load(machine: Machine, *bodies: bytes, sizes: Sequence[int] = (1 << 20,), bu
 
 
 class PageRecord(NamedTuple):
-    """`kind` is PAGE or ZERO, `page` a number, `data` a page's bytes or a fill byte."""
+    """A record of one page. `kind` is PAGE or ZERO, `page` a number, `data` the page or its fill byte."""
 
     kind: RamFlag
     block: str
@@ -296,7 +296,7 @@ class PageRecord(NamedTuple):
 
 
 def page_records(*bodies: bytes) -> list[PageRecord]:
-    """The records about pages in these bodies of one section, each of which has to end with its EOS."""
+    """The page records in these bodies of one section. Each must end with its EOS."""
     found: list[PageRecord] = []
     name = ""
     for body in bodies:
@@ -313,7 +313,7 @@ def page_records(*bodies: bytes) -> list[PageRecord]:
 
 
 def apply(records: Iterable[PageRecord], contents: dict[str, bytearray]) -> None:
-    """What the records say, done the plain way."""
+    """Apply the records, in the simplest possible way."""
     for record in records:
         data = record.data if record.kind is RamFlag.PAGE else record.data * PAGE
         contents[record.block][record.page * PAGE : (record.page + 1) * PAGE] = data

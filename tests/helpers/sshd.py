@@ -1,7 +1,7 @@
-"""A real sshd for tests: the present user's own, on a loopback port, with keys and settings in a temporary folder.
+"""A real sshd for tests, run by the present user on a loopback port, with keys and settings in a temporary folder.
 
     with running_sshd(folder) as sshd:
-        home = sshd.make_home(folder / "home")      # for HOME: a key that it lets in, a known_hosts that knows it
+        home = sshd.make_home(folder / "home")      # for HOME: an authorized key, and a known_hosts
         ... f"ssh://{sshd.user}@127.0.0.1:{sshd.port}/tcp:127.0.0.1:4444" ...
 
 It works for root and for an ordinary user. Nothing outside the folder changes (root's sshd wants /run/sshd to exist).
@@ -29,16 +29,16 @@ START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 5.0
 ATTEMPTS: Final = 5
 NO_LOGIN: Final = frozenset({"nologin", "false"})
-"""Shells of accounts that sshd lets nobody into."""
+"""Shells of accounts that cannot log in."""
 
 
 def find_sshd() -> str | None:
-    """sshd's absolute path (it refuses to run by another), or None."""
+    """The absolute path of sshd, which refuses to start with a relative one, or None."""
     return shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 
 
 def missing_programs() -> list[str]:
-    """What these tests need and is not here; for pytest.mark.skipif."""
+    """What these tests need and is missing, for pytest.mark.skipif."""
     missing = [name for name in ("ssh-keygen", "ssh-agent", "ssh-add") if shutil.which(name) is None]
     if not find_sshd():
         missing.append("sshd")
@@ -52,7 +52,7 @@ def missing_programs() -> list[str]:
 
 
 def make_key(path: Path, passphrase: str = "", kind: str = "ed25519") -> Path:
-    """A new private key at `path`, its public half at PATH.pub."""
+    """Create a private key at `path`, and the public one at PATH.pub."""
     command = ["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-C", "migfw-test", "-f", str(path)]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
     return path
@@ -68,9 +68,9 @@ def free_port() -> int:
 class Sshd:
     """A running sshd.
 
-    client_key   a private key that it lets in
-    host_key     its own private key; HOST_KEY.pub beside it
-    log          what it wrote (LogLevel VERBOSE)
+    client_key   an authorized private key
+    host_key     the server's private key, next to HOST_KEY.pub
+    log          the server's output (LogLevel VERBOSE)
     """
 
     folder: Path
@@ -91,7 +91,7 @@ class Sshd:
         return f"{host or f'[127.0.0.1]:{self.port}'} {kind} {blob}\n"
 
     def make_home(self, home: Path, *, key: bool = True, known: bool = True) -> Path:
-        """A folder for HOME with .ssh in it: id_ed25519 when `key`, a known_hosts with this server when `known`."""
+        """A folder for HOME with .ssh: an id_ed25519 if `key`, and a known_hosts with this server if `known`."""
         settings = home / ".ssh"
         settings.mkdir(parents=True)
         settings.chmod(0o700)
@@ -101,7 +101,7 @@ class Sshd:
         return home
 
     def sessions(self) -> list[int]:
-        """Process ids of the connections that it serves now."""
+        """The process ids of its present connections."""
         return _descendants(self.process.pid)
 
     def kill_sessions(self) -> None:
@@ -176,7 +176,7 @@ def _start(folder: Path, port: int, user: str, settings: tuple[str, ...]) -> tup
 
 
 def _answers(sshd: Sshd) -> bool:
-    """Wait for its banner; False when it ended instead (another program took the port)."""
+    """Wait for its banner. Returns False if it ended instead, because another program took the port."""
     deadline = time.monotonic() + START_SECONDS
     while sshd.process.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", sshd.port), 5) as probe:
@@ -198,7 +198,7 @@ def _descendants(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def running_agent(folder: Path, *keys: Path) -> Iterator[Path]:
-    """A real ssh-agent that holds these keys; gives its socket, for SSH_AUTH_SOCK. `folder`'s path has to be short."""
+    """Start a real ssh-agent with these keys. Yields its socket, for SSH_AUTH_SOCK; `folder` must have a short path."""
     address = folder / "agent"
     process = subprocess.Popen(["ssh-agent", "-D", "-a", address], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:

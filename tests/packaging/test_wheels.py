@@ -1,7 +1,7 @@
-"""The distributions as others get them: wheels of the core, the plugins and the examples in a clean environment.
+"""Wheels of the core, the plugins and the examples, installed in a clean environment as users would.
 
-The law: nothing here sees the source tree. What runs was built into a wheel and installed with the libraries that the
-wheels themselves declare.
+Invariant: nothing here sees the source tree. Everything that runs was built into a wheel and installed with the
+dependencies that the wheels declare.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def run(*command: str | Path, **more: str) -> str:
-    """Standard output of a program that has to succeed."""
+    """Run a program that must succeed, and return its stdout."""
     done = subprocess.run(
         [str(part) for part in command],
-        cwd="/",  # the source tree must not be found by accident
+        cwd="/",  # so that the source tree is not found by accident
         env={**os.environ, "PYTHONPATH": "", **more},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -48,7 +48,7 @@ def run(*command: str | Path, **more: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Distribution -> its wheel."""
+    """The name of each distribution -> its wheel."""
     into = tmp_path_factory.mktemp("wheels")
 
     def build(distribution: Path) -> None:
@@ -61,7 +61,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def clean(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of programs of an environment that has the wheels and what they declare, and nothing else."""
+    """The bin folder of an environment with nothing but the wheels and their dependencies."""
     home = tmp_path_factory.mktemp("clean")
     run(sys.executable, "-m", "venv", "--without-pip", home)
     python = home / "bin" / "python"
@@ -122,7 +122,7 @@ def test_nothing_of_it_comes_from_the_source_tree(clean: Path) -> None:
 
 
 class Engines:
-    """`migfw run` of the clean environment, as many as are wanted; all of them end with the test."""
+    """Starts `migfw run` in the clean environment. All engines end with the test."""
 
     def __init__(self, programs: Path, runtime: Path) -> None:
         self._migfw = str(programs / "migfw")
@@ -130,7 +130,7 @@ class Engines:
         self._running: list[subprocess.Popen[str]] = []
 
     def run(self, name: str, *arguments: str) -> str:
-        """Start one; what it says when it is ready."""
+        """Start an engine, and return what it prints when it is ready."""
         process = subprocess.Popen(
             [self._migfw, "run", "--name", name, *arguments],
             cwd="/",
@@ -159,7 +159,7 @@ class Engines:
 
 @pytest.fixture
 def engines(clean: Path) -> Iterator[Engines]:
-    runtime = Path(tempfile.mkdtemp(dir="/tmp"))  # short, for sockets live there
+    runtime = Path(tempfile.mkdtemp(dir="/tmp"))  # a short path, for UNIX sockets
     made = Engines(clean, runtime)
     yield made
     made.close()
