@@ -174,30 +174,15 @@ CAPABILITIES: Final = (
 )
 
 PARAMETERS: Final = (
-    Parameter(
-        "announce-initial",
-        Kind.MILLISECONDS,
-        50,
-        "delay before the guest's new location is first announced",
-        maximum=100_000,
-    ),
+    Parameter("announce-initial", Kind.MILLISECONDS, 50, "delay before the first announcement", maximum=100_000),
     Parameter("announce-max", Kind.MILLISECONDS, 550, "maximum delay between two announcements", maximum=100_000),
     Parameter("announce-rounds", Kind.INTEGER, 5, "number of announcements", 1, 1000),
     Parameter("announce-step", Kind.MILLISECONDS, 100, "increase of the delay after each announcement", 1, 10_000),
     Parameter("compress-level", Kind.INTEGER, 1, "0 stores, 9 compresses best", maximum=9),
     Parameter("compress-threads", Kind.INTEGER, 8, "number of threads that compress", 1, 255),
-    Parameter(
-        "compress-wait-thread", Kind.BOOLEAN, True, "wait for a free thread instead of sending the page uncompressed"
-    ),
+    Parameter("compress-wait-thread", Kind.BOOLEAN, True, "wait for a free thread, or else do not compress"),
     Parameter("decompress-threads", Kind.INTEGER, 2, "number of threads that decompress", 1, 255),
-    Parameter(
-        "throttle-trigger-threshold",
-        Kind.INTEGER,
-        50,
-        "ratio of dirtied to sent bytes, in percent, at which the guest is throttled",
-        1,
-        100,
-    ),
+    Parameter("throttle-trigger-threshold", Kind.INTEGER, 50, "percent of sent bytes dirtied: throttle", 1, 100),
     Parameter("cpu-throttle-initial", Kind.INTEGER, 20, "initial throttling, in percent of CPU time", 1, 99),
     Parameter("cpu-throttle-increment", Kind.INTEGER, 10, "increase of the throttling at each step, in percent", 1, 99),
     Parameter("cpu-throttle-tailslow", Kind.BOOLEAN, False, "smaller steps near the end"),
@@ -205,31 +190,15 @@ PARAMETERS: Final = (
     Parameter("tls-creds", Kind.STRING, "", "TLS credentials; empty means no TLS"),
     Parameter("tls-hostname", Kind.STRING, "", "host name to expect in the destination's certificate"),
     Parameter("tls-authz", Kind.STRING, "", "authorization of the sources' certificates"),
-    Parameter(
-        "max-bandwidth", Kind.RATE, QMP_MAX_BANDWIDTH, "maximum rate of sending; 0 means no limit", maximum=2**64 - 1
-    ),
-    Parameter(
-        "avail-switchover-bandwidth",
-        Kind.RATE,
-        0,
-        "bandwidth to expect during the switchover; 0 means measured",
-        maximum=2**64 - 1,
-    ),
-    Parameter(
-        "max-postcopy-bandwidth",
-        Kind.RATE,
-        0,
-        "maximum rate of pages nobody waits for, in postcopy; 0 means no limit",
-        maximum=2**64 - 1,
-    ),
+    Parameter("max-bandwidth", Kind.RATE, QMP_MAX_BANDWIDTH, "maximum rate; 0 means no limit", maximum=2**64 - 1),
+    Parameter("avail-switchover-bandwidth", Kind.RATE, 0, "expected bandwidth; 0: measured", maximum=2**64 - 1),
+    Parameter("max-postcopy-bandwidth", Kind.RATE, 0, "the same in postcopy; 0: no limit", maximum=2**64 - 1),
     Parameter("downtime-limit", Kind.MILLISECONDS, 300, "maximum downtime of the guest", maximum=MAX_DOWNTIME),
     Parameter("x-checkpoint-delay", Kind.MILLISECONDS, 20_000, "time between two COLO checkpoints", maximum=2**32 - 1),
     Parameter("block-incremental", Kind.BOOLEAN, False, "migrate only the storage that differs from the backing image"),
     Parameter("multifd-channels", Kind.INTEGER, 2, "number of channels", 1, 255, aliases=("x-multifd-channels",)),
     Parameter("x-multifd-page-count", Kind.INTEGER, 16, "number of pages in a multifd packet", 1, 10000),
-    Parameter(
-        "multifd-compression", Kind.CHOICE, "none", "compression compression of pages on multifd channels", choices=_COMPRESSIONS
-    ),
+    Parameter("multifd-compression", Kind.CHOICE, "none", "compression on multifd channels", choices=_COMPRESSIONS),
     Parameter("multifd-zlib-level", Kind.INTEGER, 1, "0 stores, 9 compresses best", maximum=9),
     Parameter("multifd-zstd-level", Kind.INTEGER, 1, "0 is zstd's own default, 20 compresses best", maximum=20),
     Parameter("multifd-qatzip-level", Kind.INTEGER, 1, "9 compresses best", 1, 9),
@@ -241,7 +210,7 @@ PARAMETERS: Final = (
     Parameter("zero-page-detection", Kind.CHOICE, "multifd", "where zero pages are detected", choices=_ZERO_PAGES),
     Parameter("direct-io", Kind.BOOLEAN, False, "bypass the page cache (mapped-ram)"),
     Parameter("x-rdma-chunk-size", Kind.SIZE, 1 << 20, "size of a registered chunk (RDMA)", 4096, power_of_two=True),
-    Parameter("cpr-exec-command", Kind.LIST, (), "command line of command line of the QEMU that mode cpr-exec starts"),
+    Parameter("cpr-exec-command", Kind.LIST, (), "command line of the QEMU that mode cpr-exec starts"),
     Parameter(
         "x-migfw-confirm-timeout",
         Kind.MILLISECONDS,
