@@ -33,7 +33,7 @@ class Slow(guest.Program):
 
 
 class Detached:
-    """Runs `migfw run --detach` in one runtime folder."""
+    """Starts detached engines that share a runtime folder."""
 
     def __init__(self, runtime: Path) -> None:
         self.runtime = runtime
