@@ -12,9 +12,7 @@ from typing import Final
 
 from corefw.channel import TransportFeatures
 from corefw.testing.ends import MIB, TransportCase, Workbench
-
-CHECK_DEADLINE: Final = 90.0
-"""Seconds for one whole check."""
+from corefw.testing.kit import name_of
 
 UNREAD_LIMIT: Final = 32 * MIB
 """How much may be on its way, in buffers here, in the kernel and on the far side, when nobody reads."""
@@ -58,7 +56,7 @@ CHECKS: Final[dict[str, tuple[Check, Need]]] = {}
 
 def check(need: Need = Need.NOTHING) -> Callable[[Check], Check]:
     def enter(function: Check) -> Check:
-        CHECKS[function.__name__.removeprefix("_").replace("_", "-")] = (function, need)
+        CHECKS[name_of(function)] = (function, need)
         return function
 
     return enter

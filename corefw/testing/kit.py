@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final, Generic, TypeVar
 
 from corefw.errors import MigfwError, PluginError
@@ -30,7 +31,7 @@ class Kit(Generic[_Case]):
 
     def check(self, function: Callable[[_Case], None]) -> Callable[[_Case], None]:
         """Enter a check. It raises AssertionError, in one line, if the promise in its docstring is broken."""
-        self.checks[function.__name__.removeprefix("_").replace("_", "-")] = function
+        self.checks[name_of(function)] = function
         return function
 
     def run(self, case: _Case, only: Collection[str] | None) -> list[str]:
@@ -38,20 +39,37 @@ class Kit(Generic[_Case]):
 
         Raises AssertionError for the first promise that is broken.
         """
-        if unknown := set(only or ()) - self.checks.keys():
-            known = ", ".join(self.checks)
-            raise AssertionError(f"no check is called {', '.join(sorted(unknown))}: expected some of {known}")
-        chosen = [name for name in self.checks if only is None or name in only]
-        for name in chosen:
+        names = chosen(self.checks, only)
+        for name in names:
             before = Possessions.now()
-            try:
+            with naming(name):
                 Task("the check", self.checks[name], case).result(CHECK_DEADLINE)
                 before.assert_no_more(LETTING_GO)
-            except AssertionError as error:
-                raise AssertionError(f"{name}: {error}") from error
-            except Exception as error:
-                raise AssertionError(f"{name}: {type(error).__name__}: {error}") from error
-        return chosen
+        return names
+
+
+def name_of(check: Callable[..., object]) -> str:
+    """The name of a check, as `only` and messages have it."""
+    return check.__name__.removeprefix("_").replace("_", "-")
+
+
+def chosen(checks: Iterable[str], only: Collection[str] | None) -> list[str]:
+    """The names of the checks to run. Raises AssertionError if `only` has one that does not exist."""
+    known = list(checks)
+    unknown = set(only or ()) - set(known)
+    assert not unknown, f"no check is called {', '.join(sorted(unknown))}: expected some of {', '.join(known)}"
+    return [name for name in known if only is None or name in only]
+
+
+@contextmanager
+def naming(check: str) -> Iterator[None]:
+    """Let every exception in the block become an AssertionError that names the check."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{check}: {error}") from error
+    except Exception as error:
+        raise AssertionError(f"{check}: {type(error).__name__}: {error}") from error
 
 
 def hook(plugin: object, name: str, **arguments: object) -> object:

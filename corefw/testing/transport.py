@@ -20,8 +20,9 @@ from typing import TypeVar
 
 from corefw.channel import TransportFeatures
 from corefw.testing import transport_breaks, transport_streams
-from corefw.testing.checks import CHECK_DEADLINE, CHECKS, has
-from corefw.testing.ends import TransportCase, Workbench, told
+from corefw.testing.checks import CHECKS, has
+from corefw.testing.ends import TransportCase, Workbench
+from corefw.testing.kit import CHECK_DEADLINE, chosen, naming
 from corefw.testing.tasks import Possessions, Task
 
 __all__ = ["CHECKS", "TransportCase", "applicable", "check_transport"]
@@ -47,15 +48,12 @@ def check_transport(case: TransportCase, *, only: Collection[str] | None = None)
     Raises AssertionError on the first promise that is broken. What a transport cannot do (a return path, several
     channels) it says in its features, and is not asked for.
     """
-    unknown = set(only or ()) - CHECKS.keys()
-    assert not unknown, f"no check is called {', '.join(sorted(unknown))}: expected some of {', '.join(CHECKS)}"
+    names = chosen(CHECKS, only)
     features = _run(case, "the first pair of channels", _first_pair, None)
     assert case.features in (None, features), f"the transport says {features}, the case {case.features}"
-    done = []
-    for name, (function, need) in CHECKS.items():
-        if (only is None or name in only) and need in has(case, features):
-            _run(case, name, function, Possessions.now())
-            done.append(name)
+    done = [name for name in names if CHECKS[name][1] in has(case, features)]
+    for name in done:
+        _run(case, name, CHECKS[name][0], Possessions.now())
     return done
 
 
@@ -63,15 +61,12 @@ def _run(case: TransportCase, name: str, check: Callable[[Workbench], _T], befor
     """One check in a thread of its own, on a bench of its own."""
     bench = Workbench(case)
     try:
-        found = Task("the check", check, bench).result(CHECK_DEADLINE)
-        bench.close()
-        if before:
-            before.assert_no_more()
+        with naming(name):
+            found = Task("the check", check, bench).result(CHECK_DEADLINE)
+            bench.close()
+            if before:
+                before.assert_no_more()
         return found
-    except AssertionError as error:
-        raise AssertionError(f"{name}: {error}") from error
-    except Exception as error:
-        raise AssertionError(f"{name}: {told(error)}") from error
     finally:
         bench.close()
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from corefw.channel import Channel, ReceivesMemory, SendsMemory, receive_exactly
 from corefw.errors import UriError
-from corefw.testing.checks import CHECK_DEADLINE, MEMORY_LIMIT, UNREAD_LIMIT, Need, check
+from corefw.testing.checks import MEMORY_LIMIT, UNREAD_LIMIT, Need, check
 from corefw.testing.ends import (
     MIB,
     Flood,
@@ -23,6 +23,7 @@ from corefw.testing.ends import (
     shows,
     transferred,
 )
+from corefw.testing.kit import CHECK_DEADLINE
 from corefw.testing.tasks import Task, private_memory
 from corefw.uri import MigrationUri
 
