@@ -1,9 +1,9 @@
-"""Makes a stored stream of a QEMU machine into one for another machine type or version of QEMU.
+"""Converts a stored stream of a QEMU machine for another machine type or version of QEMU.
 
-    convert(source, sink, Target(...)) -> Conversion     rewrites, and says what was changed and what will not load
+    convert(source, sink, Target(...)) -> Conversion     rewrites, and reports what was changed and what will not load
     read_tables(text) -> DeviceTables                    the output of `-dump-vmstate`, to compare devices with
 
-Source: docs/convert.md.
+docs/convert.md describes it for users.
 """
 
 from corefw.conversion.rewrite import Conversion, Target, convert

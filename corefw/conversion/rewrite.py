@@ -1,6 +1,7 @@
-"""Rewrites a stream item by item: the machine type and what a version of QEMU does not know; all else byte for byte.
+"""Rewrites a stream item by item: the machine type, and what a version of QEMU does not understand.
 
-Memory does not grow with the RAM: pages pass through one by one, and only device sections and description are held.
+Everything else is copied byte for byte. Memory does not grow with the RAM: pages pass through one by one, and only
+device sections and the description are held.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from corefw.wire.stream import Sink, Source, StreamReader, StreamWriter
 from corefw.wire.versions import Subject, Version, is_known, machine_version
 
 MAX_LISTED: Final = 1000
-"""Problems and unjudged devices that are kept; a hostile stream may have any number of sections."""
+"""Problems and unjudged devices that are reported, at most: a hostile stream may have any number of sections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Target:
     """Where the stream is to be loaded.
 
     machine   the machine type; None: that of the stream
-    version   QEMU's version; None: that of the machine type, if it has one
+    version   QEMU's version; None: that of the machine type, if it names one
     to_tables, from_tables   the devices of the QEMU that will load it, and of the one that saved it
     """
 
@@ -52,15 +53,16 @@ class Target:
 
 @dataclass(slots=True)
 class Conversion:
-    """What was done.
+    """The result of a conversion; texts are phrases for users.
 
-    machine    the type before and after; None where the stream does not say
-    version    what the stream is for, as far as it is known
-    changes    what was changed, in words
-    problems   what will not load, in words
-    doubts     devices that the source's tables have and the target's have not
-    notes      what the destination has to have switched on
-    compared   devices that were compared with the tables; unjudged: those that are not in them
+    machine_before, machine   the machine type before and after; None if the stream does not say
+    version    the version of QEMU that the stream is for, if it is known
+    changes    what was changed
+    problems   what will not load
+    doubts     devices that are in the source's tables and not in the target's
+    notes      what has to be switched on at the destination
+    compared   how many devices were compared with the tables; unjudged: those that are not in the tables
+    size       bytes of the new stream
     """
 
     machine_before: str | None = None
@@ -76,10 +78,8 @@ class Conversion:
 
 
 def convert(source: Source, sink: Sink, target: Target) -> Conversion:
-    """Read a stream to its end and write the other one. Raises RemoteStreamError for damage, ChannelError, and
-    MigfwError for a file of mapped-ram.
-
-    What was written before an error is of no use.
+    """Read a stream to its end and write the new one. Raises RemoteStreamError for damage, ChannelError, and MigfwError
+    for a file of mapped-ram; what was written before an error is useless.
     """
     rewriting = _Rewriting(target)
     writer = StreamWriter(sink)
@@ -159,7 +159,7 @@ class _Rewriting:
             yield items.ConfigurationItem(offset, Configuration(self._target.machine))
 
     def _begin(self, machine: str | None) -> None:
-        """Now that the stream's own machine type is known."""
+        """Settle machine type and version, now that the stream's own machine type is known."""
         self._begun = True
         target, done = self._target, self._done
         done.machine_before, done.machine = machine, target.machine or machine
@@ -175,10 +175,10 @@ class _Rewriting:
             other = f"{board(done.machine or '')}-{done.version}"
             done.problems.append(f"QEMU {done.version} has no machine type '{done.machine}' (try --machine {other})")
 
-    # -- what a version does not know ------------------------------------------------------------------------------
+    # -- what a version does not understand ------------------------------------------------------------------------
 
     def _unknown(self, subject: Subject) -> bool:
-        """Whether the version that it is converted for does not understand this part."""
+        """Whether the version that the stream is converted for does not understand this part."""
         return self._done.version is not None and not is_known(subject, self._done.version)
 
     def _command(self, item: items.CommandItem) -> Iterator[items.Item]:
@@ -242,7 +242,7 @@ class _Rewriting:
     # -- the description -------------------------------------------------------------------------------------------
 
     def _description(self, item: items.DescriptionItem) -> Iterator[items.Item]:
-        """Newer QEMUs describe the configuration section as well, with the length of the machine type."""
+        """Newer QEMUs describe the configuration section too, with the length of the machine type."""
         yield replace(item, text=_with_configuration(item.text, self._configuration))
 
 
@@ -250,10 +250,11 @@ _KEY: Final = '"configuration": '
 
 
 def _with_configuration(text: bytes, configuration: Configuration | None) -> bytes:
-    """The same JSON, but for what it says of the configuration section; untouched where that is right already, and
-    where it is no JSON, of which the decoder complains next.
+    """The JSON with a corrected object for the configuration section. Unchanged if that object is right already, or if
+    the text is not JSON, which the decoder reports next.
 
-    Only that object is written anew: QEMU's descriptions have objects with a name twice, which do not survive parsing.
+    Everything else stays text: QEMU's descriptions have objects in which a name occurs twice, and parsing would lose
+    one of them.
     """
     try:
         document, whole = parse_json(text), text.decode()
@@ -274,7 +275,7 @@ def _with_configuration(text: bytes, configuration: Configuration | None) -> byt
 
 
 def _described(before: dict[str, Any], configuration: Configuration) -> dict[str, Any]:
-    """The name's length, and the subsections that are left."""
+    """The object with the name's new length and the subsections that are left."""
     changed = dict(before)
     fields, subsections = before.get("fields"), before.get("subsections")
     if isinstance(fields, list):

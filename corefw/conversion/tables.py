@@ -1,7 +1,7 @@
-"""Compares the devices in a stream with what a QEMU can load, by the output of its option `-dump-vmstate`.
+"""Compares the devices in a stream with what a QEMU can load, from the output of its option `-dump-vmstate`.
 
-The tables hold the devices that a QEMU was built with, by their types. They lack what registers its state by other
-means (processors, timers, interrupt controllers of some boards), so a device that is not in them is not judged.
+The tables hold the types of devices that a QEMU was built with. State that is registered by other means is not in them
+(processors, timers, interrupt controllers of some boards), so a device that is not in the tables is not judged.
 
     DeviceTables -> StateTable -> FieldTable -> StateTable ...
 
@@ -32,8 +32,12 @@ _NUMBERED: Final = re.compile(r"(.+)\[\d+\]\Z")
 
 @dataclass(frozen=True, slots=True)
 class FieldTable:
-    """One field. `version`: the first version of the state that has it; `optional`: a function decides instead;
-    `size`: bytes in memory, of one element."""
+    """One field.
+
+    version    the first version of the state that has it
+    optional   a function decides instead whether it is there
+    size       bytes of one element in memory
+    """
 
     name: str
     version: int
@@ -44,7 +48,7 @@ class FieldTable:
 
 @dataclass(frozen=True, slots=True)
 class StateTable:
-    """A VMStateDescription: loads the versions from `minimum` to `version`."""
+    """A VMStateDescription, which loads the versions from `minimum` to `version`."""
 
     name: str
     version: int
@@ -61,14 +65,14 @@ class StateTable:
 
 @dataclass(frozen=True, slots=True)
 class DeviceTables:
-    """The states of a QEMU's devices by name; several types may share a name and differ."""
+    """The states of a QEMU's devices by name. Several types may share a name, and differ."""
 
     machine: str
     states: Mapping[str, tuple[StateTable, ...]]
 
 
 def read_tables(text: bytes) -> DeviceTables:
-    """What `qemu-system-x86_64 -M TYPE -dump-vmstate FILE` wrote. Raises MigfwError."""
+    """Parse what `qemu-system-x86_64 -M TYPE -dump-vmstate FILE` wrote. Raises MigfwError."""
     try:
         document = _checked(parse_json(text), "the document", dict)
         machine = _get(_get(document, MACHINE, dict), "Name", str)
@@ -120,8 +124,8 @@ def _checked(value: object, what: str, kind: type[_Value]) -> _Value:
 
 
 def is_doubtful(device: DeviceDescription | None, source: DeviceTables | None, target: DeviceTables) -> bool:
-    """Whether only the source's tables have the device: the target may register its state by other means (the IDE
-    controller of QEMU 7.2, the PS/2 keyboard of 5.2), or not have it at all."""
+    """Whether the device is only in the source's tables: the target may register its state by other means (the IDE
+    controller of QEMU 7.2, the PS/2 keyboard of 5.2), or lack it."""
     name = "" if device is None else device.state.vmsd_name
     return source is not None and name in source.states and name not in target.states
 
@@ -129,10 +133,10 @@ def is_doubtful(device: DeviceDescription | None, source: DeviceTables | None, t
 def compare(
     header: SectionHeader, device: DeviceDescription | None, source: DeviceTables | None, target: DeviceTables
 ) -> list[str] | None:
-    """What of a section the target will not load; None where its tables do not have the device.
+    """What the target will not load of a section, as phrases; None if the device is not in its tables.
 
-    Without the source's tables nobody can tell whether a field that is not in the stream has no elements or is new, so
-    such fields are reported only with them.
+    A field of the target that is not in the stream may be new, or have no elements. Only the source's tables can tell,
+    so such fields are reported only with them.
     """
     if device is None or not device.state.vmsd_name:
         return None
@@ -141,7 +145,7 @@ def compare(
     origins = source.states.get(name, ()) if source is not None else ()
     if candidates is None:
         return None
-    # Types that share a name differ in details: the one that fits best is the one that the machine has.
+    # Types that share a name differ in details. The machine has the one that fits best.
     judged = [
         list(_judge(str(header), header.version_id, device.state, origin, candidate))
         for candidate in candidates
@@ -153,7 +157,7 @@ def compare(
 def _judge(
     where: str, version: int, state: StateDescription, origin: StateTable | None, target: StateTable
 ) -> Iterator[str]:
-    """A state that carries its version: a section or a subsection."""
+    """Judge a state that carries its version: a section or a subsection."""
     if version > target.version:
         yield f"{where}: version {version} is too new, the target loads up to {target.version}"
     elif version < target.minimum:
@@ -209,7 +213,7 @@ class _Run:
         return self.field.type == "unused_buffer"
 
     def is_of(self, table: FieldTable) -> bool:
-        """Whether the tables mean this field: a device with MSI-X has two `parent_obj`, of different states."""
+        """Whether this is the table's field: a device with MSI-X has two `parent_obj` with different states."""
         struct = self.field.struct
         same = struct is None or table.state is None or struct.vmsd_name == table.state.name
         return self.name == table.name and same
@@ -228,11 +232,11 @@ def _runs(fields: Sequence[FieldDescription], target: StateTable) -> list[_Run]:
 
 
 def _unused(sent: Sequence[_Run], expected: Sequence[FieldTable]) -> tuple[int, int] | None:
-    """Bytes that one side has no use for, in the place of fields of the other: how many of each to pass over."""
+    """If one side has unused bytes where the other has fields: how many runs and how many table fields to skip."""
     if not sent or not expected or sent[0].is_unused == (expected[0].name == UNUSED):
         return None
     if sent[0].is_unused:
-        # Older tables do not have the length of an array, so what follows says where the fields end.
+        # Older tables lack the length of an array, so the run that follows shows where the fields end.
         after = next((run for run in sent if not run.is_unused), None)
         end = (number for number, one in enumerate(expected) if after is not None and after.is_of(one))
         count = next(end, len(expected) if after is None else 0)
@@ -245,7 +249,7 @@ def _unused(sent: Sequence[_Run], expected: Sequence[FieldTable]) -> tuple[int, 
 
 
 def _by_name(fields: Iterable[FieldTable]) -> dict[str, list[FieldTable]]:
-    """A name may come more than once: PCIDevice has a `config` of 256 bytes or one of 4096."""
+    """Fields by name; a name may occur more than once (PCIDevice has a `config` of 256 bytes or one of 4096)."""
     found: dict[str, list[FieldTable]] = {}
     for field in fields:
         found.setdefault(field.name, []).append(field)
@@ -253,7 +257,7 @@ def _by_name(fields: Iterable[FieldTable]) -> dict[str, list[FieldTable]]:
 
 
 def _base_name(field: FieldDescription, target: StateTable) -> str:
-    """QEMU 10.0 numbers fields of one state that share a name: "config[1]" is one of two "config"."""
+    """The name without the number that QEMU 10.0 gives fields of one state that share a name ("config[1]")."""
     numbered = _NUMBERED.match(field.name)
     if numbered is None or any(one.name == field.name for one in target.fields):
         return field.name
@@ -261,8 +265,8 @@ def _base_name(field: FieldDescription, target: StateTable) -> str:
 
 
 def _is_renamed(run: _Run, expected: FieldTable, before: Mapping[str, object] | None) -> bool:
-    """A name is not on the wire: a scalar of the same size in the same place is the same field, unless the source has
-    the other one too."""
+    """Whether the run is the expected field under another name. Names are not on the wire, so a scalar of the same size
+    in the same place is the same field, unless the source has the expected field as well."""
     same = _SCALAR.fullmatch(run.field.type) is not None and run.field.size == expected.size
     return same and expected.state is None and (before is None or expected.name not in before)
 
@@ -284,7 +288,7 @@ def _judge_field(
             origin = origins[0].state if origins else None
             yield from _judge_fields(where, target.version, field.struct, origin, target)
         return
-    # Of what is no scalar, the tables have the size in memory, which is comparable with itself only.
+    # For other than scalars the tables have the size in memory, which can only be compared with another such size.
     sizes = {field.size} if _SCALAR.fullmatch(field.type) else {one.size for one in origins}
     expected = {one.size for one in targets}
     if sizes and not sizes & expected:

@@ -1,4 +1,4 @@
-"""Versions of QEMU and machine types as people write them; what each version knows is in corefw.wire.versions."""
+"""Parses versions of QEMU and machine types as users write them. What each version does is in corefw.wire.versions."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""Shows what is inside a migration stream, of whatever origin, whole or damaged.
+"""Shows what is inside a migration stream, QEMU's or migfw's, whole or damaged.
 
-    inspect(source) -> Inspection       reads and counts
-    document(inspection) -> dict        as JSON values
-
-Source: docs/stream.md.
+inspect(source) -> Inspection       reads the stream and counts
+document(inspection) -> dict        the result as JSON values
 """
 
 from corefw.inspection.collect import inspect

@@ -1,8 +1,7 @@
-"""Reads a stream from its first byte to its last, or to what is damaged, and counts.
+"""Reads a stream to its end, or to where it is damaged, and counts.
 
-Invariant: memory does not grow with the pages: a page is counted and forgotten. What grows with what a hostile file may
-contain has a limit (MAX_LISTED, MAX_TRACKED, the decoder's own). Nothing that the bytes can be makes this raise, apart
-from the source's own errors.
+Invariant: memory does not grow with the number of pages, and everything else that a hostile file could make grow has a
+limit (MAX_LISTED, MAX_TRACKED, the decoder's own). Only errors of the source are raised, whatever the bytes are.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from corefw.wire.records import BlockEntry, SectionHeader, configuration_capabil
 from corefw.wire.stream import Source, StreamReader
 
 MAX_LISTED: Final = 100_000
+"""Sections and commands that are listed one by one."""
 MAX_TRACKED: Final = 1 << 40
-"""Bytes of RAM, in all blocks together, up to which pages that come again are counted (a bit a page: 32 MiB)."""
+"""Bytes of RAM in all blocks together. For more, pages that were sent again are not counted: it takes a bit a page."""
 
 
 def inspect(source: Source) -> Inspection:
-    """Everything that can be told about the stream. Raises ChannelError when the source itself fails."""
+    """Inspect the whole stream. Raises ChannelError if the source fails."""
     reader = StreamReader(source)
     collector = _Collector()
     try:
@@ -75,11 +75,11 @@ class _Collector:
         self._close(offset)
 
     def missing_ram(self) -> str | None:
-        """What of the RAM is not in a stream that ended as streams do; None where a guest can be made of it.
+        """What RAM is missing in a stream that is otherwise complete; None if a guest can be made of it.
 
-        Every source lists its blocks, even if it has none, and sends each page at least once. Pages may be left out of
-        a section that ended (free-page-hint, memory that is not plugged), and blocks that the destination shares.
-        A section without END is whole once all pages came: background-snapshot sends none.
+        Every source lists its blocks, even if there are none, and sends each page at least once. A section with an END
+        may lack pages (free-page-hint, memory that is not plugged), and blocks that the destination shares. A section
+        without END is complete once all pages have come: background-snapshot sends no END.
         """
         if not self._ram_kinds:
             return "there is no section 'ram'"
@@ -205,7 +205,7 @@ class _Collector:
                 self._seen[entry.idstr] = bytearray(entry.length // self.inspection.page_size // 8 + 1)
 
     def _count_mapped(self, entry: BlockEntry, present: int) -> None:
-        """Of a mapped-ram file: the pages that are not there are zero."""
+        """Count the pages of a mapped-ram file: those that are not in it are zero."""
         block = self.inspection.blocks[entry.idstr]
         block.pages["normal"] = present
         block.pages["zero"] = block.total - present
@@ -220,7 +220,7 @@ class _Collector:
         return before
 
     def _close_page(self, offset: int) -> None:
-        """A page's record ends where the next item begins."""
+        """Count the bytes of a page's record, which ends where the next item begins."""
         if self._page is not None:
             block, began = self._page
             block.bytes += offset - began

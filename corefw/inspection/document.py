@@ -1,7 +1,6 @@
 """An inspection as one JSON document: what `migfw inspect --json` prints.
 
-Invariant: offsets and sizes are bytes; names are those of the stream; what is not there is null or left out, never
-invented.
+Offsets and sizes are in bytes, names are those in the stream. What the stream does not have is null or left out.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from corefw.wire.records import (
 
 
 def document(inspection: Inspection, budget: ValueBudget | None = None) -> dict[str, object]:
-    """JSON values only. `budget` limits the fields that are decoded, those in packages included."""
+    """The inspection as JSON values. `budget` limits how many fields are decoded, including those in packages."""
     budget = budget or ValueBudget()
     return {
         "complete": inspection.complete,

@@ -1,9 +1,9 @@
-"""Decodes the values in a device section by the shape that the description gives.
+"""Decodes the values in a device section by the shape in the description.
 
-A value whose size does not agree with its type is shown as bytes, and what is long is summed up, so nothing is left
-out. All integers are big-endian; the "le" in QEMU's type names means "less or equal". A name that comes again in one
-state becomes a list, as in QEMU's scripts/analyze-migration.py: QEMU 7.2 numbers the elements of an array (`index`),
-10.0 numbers all but the last one and cuts arrays with null pointers into pieces (`array_len`).
+A value whose size does not match its type is shown as bytes, and long values are summarised, so nothing is left out.
+All integers are big-endian; "le" in QEMU's type names means "less or equal". A name that occurs again in one state
+becomes a list, as in QEMU's scripts/analyze-migration.py: QEMU 7.2 numbers the elements of an array (`index`), 10.0
+numbers all but the last one and cuts arrays with null pointers into pieces (`array_len`).
 
 Source: vmstate_info_* (migration/vmstate-types.c) and vmsd_desc_field_start (migration/vmstate.c) of QEMU 7.2 and 10.0.
 """
@@ -21,20 +21,20 @@ from corefw.jsontext import JsonError, parse_json
 from corefw.wire.description import MAX_DEPTH, SUBSECTION_HEAD, DeviceDescription, FieldDescription, StateDescription
 
 SHORT: Final = 32
-"""Bytes that are shown in full."""
+"""Values of at most this many bytes are shown in full."""
 
 LISTED: Final = 64
-"""Elements of an array that are shown one by one."""
+"""Arrays of at most this many elements are shown element by element."""
 
 MAX_VALUES: Final = 1_000_000
-"""Values that are decoded in one inspection; a machine with 255 processors has about a quarter of that. A description
-can claim more fields than a section has bytes, so the bytes alone are no limit."""
+"""Values that are decoded in one inspection; a machine with 255 processors has about a quarter of that. The size of a
+section does not limit them, since a description can claim more fields than the section has bytes."""
 
 NOT_DECODED: Final = "(not decoded)"
-"""Where a state's bytes stand, summed up, once MAX_VALUES are decoded."""
+"""The name under which a state's bytes are summarised once MAX_VALUES are decoded."""
 
 SUBSECTIONS: Final = "(subsections)"
-"""Where a state's subsections stand among its fields; no field has such a name."""
+"""The name of a state's subsections among its fields; no field is called that."""
 
 _DOUBLE: Final = Struct(">d")
 
@@ -42,13 +42,13 @@ _INTEGER: Final = re.compile(r"(u?)int(8|16|32|64)( equal| le| gez)?\Z")
 
 
 class ValueBudget:
-    """Counts the values of an inspection down. Once it is used up, what is left is shown as bytes."""
+    """How many more values an inspection may decode. Once it is used up, the rest is shown as bytes."""
 
     def __init__(self, values: int = MAX_VALUES) -> None:
         self._left = values
 
     def take(self, values: int) -> bool:
-        """Whether that many may be decoded; nothing is after the first refusal."""
+        """Whether that many may be decoded. After the first refusal no more may."""
         self._left = self._left - values if values <= self._left else 0
         return self._left > 0
 
@@ -56,7 +56,7 @@ class ValueBudget:
 def device_fields(device: DeviceDescription, data: bytes, budget: ValueBudget | None = None) -> dict[str, object]:
     """JSON values by field name. `data` is the section's body, as long as the description says.
 
-    Only bytes, summed up, once the budget (by default a new one) is used up.
+    Once `budget` (by default a new one) is used up, bytes are summarised instead.
     """
     return _state(device.state, memoryview(data), budget or ValueBudget())
 
@@ -83,7 +83,7 @@ def _state(state: StateDescription, data: memoryview, budget: ValueBudget) -> di
 
 
 def _put(values: dict[str, object], repeated: set[str], field: FieldDescription, value: object) -> None:
-    """`repeated` has the names whose value is a list of what came under that name, and not the value of one field."""
+    """Add a value. `repeated` holds the names whose value is a list of several fields' values."""
     name = field.name
     elements = value if field.count > 1 and isinstance(value, list) else [value]
     if name not in values:
@@ -108,7 +108,7 @@ def _elements(field: FieldDescription, data: memoryview, budget: ValueBudget) ->
 
 
 def _value(field: FieldDescription, data: memoryview, budget: ValueBudget) -> object:
-    # A list (qtailq) has the shape of its last element only, which is not its own.
+    # A list (qtailq) is described by the shape of its last element.
     if field.struct is not None and field.struct.size == field.size:
         return _state(field.struct, data, budget)
     if integer := _INTEGER.match(field.type):
@@ -125,7 +125,7 @@ _NO_JSON: Final = object()
 
 
 def _json_value(data: memoryview, budget: ValueBudget) -> object:
-    """A guest.value of a Python program: JSON behind a field NAME.size. _NO_JSON for anything else."""
+    """A guest.value of a Python program, which is JSON behind a field NAME.size. _NO_JSON for anything else."""
     text = bytes(data)
     if not budget.take(text.count(b",") + text.count(b"[") + text.count(b"{")):
         return _NO_JSON
@@ -142,7 +142,7 @@ def _is_shallow(value: object, depth: int) -> bool:
 
 
 def _double(data: memoryview) -> object:
-    """A number, or its name where JSON has none for it."""
+    """A number, or "inf", "-inf" or "nan", for which JSON has no number."""
     (value,) = _DOUBLE.unpack(data)
     return value if math.isfinite(value) else str(value)
 
@@ -154,12 +154,12 @@ _SCALARS: Final[Mapping[str, tuple[int, Callable[[memoryview], object]]]] = {
     "CPU_Double_U": (8, _double),
     "nullptr": (1, lambda _: None),
 }
-"""Type -> (bytes, how to read it). A timer is its deadline in nanoseconds, -1 when it is off. QEMU's devices send
-doubles as CPU_Double_U. A nullptr stands for an element that an array of pointers does not have (QEMU 10.0)."""
+"""Type -> (bytes, how to read it). A timer is its deadline in nanoseconds, -1 if it is off. QEMU's devices send doubles
+as CPU_Double_U. A nullptr is an element that an array of pointers lacks (QEMU 10.0)."""
 
 
 def _bytes(data: memoryview) -> object:
-    """Text where it is text, digits where it is short, else a summary."""
+    """Bytes as text if they are text, as hexadecimal digits if they are few, else summarised."""
     raw = bytes(data)
     text = raw.rstrip(b"\0")
     if len(text) > 1 and text.isascii() and text.decode("ascii").isprintable():

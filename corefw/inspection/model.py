@@ -1,4 +1,4 @@
-"""What is known about a stream that was inspected."""
+"""The result of an inspection."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from corefw.wire.records import BlockEntry, CommandRecord, Configuration
 class SectionInfo:
     """A section, or several PARTs of one section in a row.
 
-    offset   of its type byte; size: bytes with head and footer
+    offset   of its type byte; size: bytes including header and footer
     body     a device's state as it came, None for ram
-    device   its shape, where the description tells it
+    device   its shape, if the description has it
     """
 
     offset: int
@@ -42,17 +42,17 @@ class CommandInfo:
 
 
 PAGE_KINDS: Final = ("normal", "zero", "filled", "compressed", "xbzrle")
-"""How a page was sent: whole; as the fill byte zero; as another fill byte; compressed; as a difference."""
+"""How a page was sent: as it is; as the fill byte zero; as another fill byte; compressed; as a difference."""
 
 
 @dataclass(slots=True)
 class BlockInfo:
     """A RAM block and its pages in the stream, in pages of the target.
 
-    total   how many the block has
-    pages   by kind
-    again   of all these, those that had been sent before; None where nobody counted
-    bytes   on the wire, the records' heads included
+    total   how many pages the block has
+    pages   how many were sent, by kind
+    again   how many of those had been sent before; None if that was not counted
+    bytes   on the wire, including the headers of the records
     """
 
     entry: BlockEntry
@@ -63,12 +63,12 @@ class BlockInfo:
 
     @property
     def sent(self) -> int:
-        """Pages in the stream, each as often as it came."""
+        """Pages in the stream, counted each time that they came."""
         return sum(self.pages.values())
 
     @property
     def absent(self) -> int:
-        """Pages of the block that never came; where nobody counted those that came again, at least so many."""
+        """Pages of the block that never came; a lower bound if `again` was not counted."""
         return max(self.total - self.sent + (self.again or 0), 0)
 
 
@@ -76,14 +76,14 @@ class BlockInfo:
 class Inspection:
     """A stream, as far as it could be read.
 
-    size       bytes of the stream; of a damaged one, those that came from its source, the damage's and later ones too
-    footers    whether sections have them; None where no section came
-    complete   it ended as streams do, with all RAM
+    size       bytes of the stream; for a damaged one all that came, also from the damage on
+    footers    whether sections end with footers; None if no section came
+    complete   the stream ended as it should, with all RAM
     damage     where it breaks off or is wrong
-    missing    what a whole stream lacks to make a guest: RAM, in words
-    uncut      bytes of device sections that nothing tells apart: (offset, size)
+    missing    what an undamaged stream lacks to make a guest, as a phrase about RAM
+    uncut      device sections that cannot be told apart: (offset, size)
     origin     where in its file the stream begins; image: the libvirt save image that it is in
-    omitted    sections and commands beyond the first MAX_LISTED, which are counted only
+    omitted    how many sections and commands came after the first MAX_LISTED
     """
 
     size: int = 0

@@ -14,7 +14,7 @@ from corefw.net.streamfile import StreamFile
 
 
 class FileSource(Closing, StreamFile):
-    """Reads the stream in a file, without a copy. Its errors are ChannelErrors that name it."""
+    """Reads the stream in a file. Its errors are ChannelErrors that name the file."""
 
     def __init__(self, file: io.FileIO, name: str, offset: int = 0) -> None:
         self._file = file
@@ -40,7 +40,7 @@ class FileSource(Closing, StreamFile):
 
     @property
     def size(self) -> int | None:
-        """Bytes of the stream, read or not, and of what follows it in the file; None where that is not known."""
+        """Bytes from the start of the stream to the end of the file; None if that is not known."""
         found = os.fstat(self._file.fileno())
         return found.st_size - self.origin if stat.S_ISREG(found.st_mode) and not self.is_compressed else None
 

@@ -1,5 +1,6 @@
-"""The numbers of the migration stream, each once. Source: QEMU 7.2 (migration/savevm.h, qemu-file, ram.c, migration.h);
-docs/stream.md tells the format in prose, and says where QEMU of May 2018 and later ones differ.
+"""The numbers of the migration stream. Source: QEMU 7.2 (migration/savevm.h, qemu-file, ram.c, migration.h).
+
+docs/stream.md describes the format, and where older and newer QEMUs differ.
 
 All integers on the wire are big-endian. A `string` is one byte of length and that many bytes.
 """

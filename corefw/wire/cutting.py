@@ -1,10 +1,10 @@
-"""Finds where device sections end, for they do not say so themselves.
+"""Finds where device sections end, since the stream does not say.
 
-Invariant: the description knows; where there is none, a footer does when something that can follow a footer stands
-behind it. Either way the cut counts only when every section's footer (where there are footers) carries the section's
-own id and the last section ends where the stream does.
+The description gives the lengths. Without one, a section ends at a footer with its id, if what follows the footer can
+follow a section. Whether a cut was right shows when the sections are read: every footer has to carry its section's id,
+and the last section has to end where the stream ends.
 
-Source: QEMU 7.2's save_section_header and qemu_savevm_state_complete_precopy (migration/savevm.c).
+Source: QEMU 7.2, save_section_header and qemu_savevm_state_complete_precopy (migration/savevm.c).
 """
 
 from __future__ import annotations
@@ -23,35 +23,34 @@ _UNBRACE: Final = ord("}")
 
 
 class Cutter:
-    """Measures the bodies in `data`, sections with all that follows them.
+    """Measures the bodies of the sections in `data`, which goes on to the end of the stream.
 
-    `footers`: whether there is one behind each body; None when that is to be found out from the first body.
+    `footers`: whether each body is followed by one; None: the first body shows it.
     """
 
     def __init__(self, data: bytes, description: Description | None = None, footers: bool | None = None) -> None:
         self._data = data
         self._footers = footers
         devices = description.devices if description else ()
-        # isapc has two 'isa-ide' of one instance: the first that is described is the first in the stream.
+        # isapc has two 'isa-ide' of one instance; they are described in the order of the stream.
         self._devices: dict[tuple[str, int], deque[DeviceDescription]] = {}
         for device in devices:
             self._devices.setdefault((device.name, device.instance_id), deque()).append(device)
 
     def measure(self, header: SectionHeader, at: int) -> tuple[int, DeviceDescription | None] | None:
-        """Bytes of the body that begins at `at`, and its shape if the description's is the right one.
-
-        None when nothing says where it ends.
-        """
+        """The number of bytes of the body that begins at `at`, and its shape if the description has the right one. None
+        if nothing says where it ends."""
         described = self._devices.get((header.idstr, header.instance_id))
         device = described.popleft() if described else None
         if device is not None and self._ends(header, at + device.state.size):
             return device.state.size, device
-        # QEMU describes an array of pointers of which some are null as if it were all of one kind: the footer knows.
+        # QEMU describes an array of pointers as if none of them were null. If some are, only the footer shows the end.
         end = self._find_footer(header, at) if self._footers is not False else None
         return None if end is None else (end - at, None)
 
     def _ends(self, header: SectionHeader, at: int) -> bool:
-        """Whether the description's end is one: there the section's footer stands, or what may follow without one."""
+        """Whether the body ends where the description says: the section's footer is there or, without footers,
+        something that may follow a section."""
         if self._footers is None:
             self._footers = at < len(self._data) and self._data[at] == SectionType.FOOTER
         if self._footers:
@@ -68,7 +67,7 @@ class Cutter:
         return None
 
     def _plausible(self, at: int) -> bool:
-        """Whether what stands here may follow a section: the end, EOF, a section with a sensible name, a command."""
+        """Whether what is here may follow a section: the end, EOF, a section with a printable name, a command."""
         data = self._data
         if at >= len(data):
             return True
@@ -97,10 +96,10 @@ def _footer(header: SectionHeader) -> bytes:
 
 
 def find_description(data: bytes | bytearray, last_zero: int | None = None) -> int | None:
-    """Where the description section begins that ends exactly with `data`; None when there is none.
+    """The offset of a description section that ends exactly where `data` ends; None if there is none.
 
-    JSON has no zero byte, but the description's length, below 2^24, has. So the last zero of the stream is one of the
-    four bytes of that length, and there is nothing to search. `last_zero` is its place where the caller knows it.
+    JSON has no zero byte, but the description's length, which is below 2^24, has one. So the last zero of the stream is
+    one of the four bytes of that length. `last_zero` is its offset if the caller knows it.
     """
     zero = data.rfind(0) if last_zero is None else last_zero
     for kind_at in range(max(zero - 4, 0), zero):

@@ -1,8 +1,8 @@
-"""The JSON description at the end of a stream: the shapes of the device sections, for whoever has no handler for them.
+"""The JSON description at the end of a stream: the shapes of the device sections, for tools that have no loaders.
 
-Invariant: it is the peer's claim, so it is parsed into these few types or refused, and no number in it is trusted:
-sizes are only added up and compared with the bytes that are there. Of a name that stands twice in one JSON object the
-last one counts (QEMU writes such objects for lists, whose elements describe themselves one after the other).
+Invariant: the description is the peer's claim. It is parsed into these few types or refused, and no number in it is
+trusted: sizes are only added up and compared with the bytes that came. If a name occurs twice in one JSON object, the
+last one counts (QEMU writes such objects for lists, whose elements describe themselves one after another).
 
     Description -> DeviceDescription -> StateDescription -> FieldDescription -> StateDescription ...
 
@@ -20,7 +20,7 @@ from corefw.errors import StreamError
 from corefw.jsontext import JsonError, parse_json
 
 MAX_DEPTH: Final = 64
-"""Structs within structs; QEMU's go to about ten."""
+"""Structs within structs; QEMU has about ten levels."""
 
 SUBSECTION_HEAD: Final = 1 + 1 + 4
 """Bytes around a subsection's name: type byte, the name's length, u32 version."""
@@ -28,11 +28,11 @@ SUBSECTION_HEAD: Final = 1 + 1 + 4
 
 @dataclass(frozen=True, slots=True)
 class FieldDescription:
-    """One field, `count` times behind one another.
+    """One field, or `count` equal ones in a row.
 
-    size     bytes of one element, whatever it is made of; total: of all of them
+    size     bytes of one element; total: of all of them
     index    its place in an array whose elements are described one by one
-    struct   what it is made of, where QEMU says so
+    struct   what it consists of, if QEMU says so
     """
 
     name: str
@@ -49,9 +49,9 @@ class FieldDescription:
 
 @dataclass(frozen=True, slots=True)
 class StateDescription:
-    """A VMState as it was sent: fields, then subsections, each behind its own header.
+    """A VMState as it was sent: fields, then subsections with a header each.
 
-    size    bytes on the wire, without the header of this state itself
+    size    bytes on the wire, without this state's own header
     """
 
     vmsd_name: str
@@ -61,7 +61,7 @@ class StateDescription:
     size: int = field(init=False)
 
     def __post_init__(self) -> None:
-        # Computed once: whoever reads a nested state asks each level for its size.
+        # Computed once, because the size of a nested state is asked for at every level.
         inner = sum(SUBSECTION_HEAD + len(one.vmsd_name.encode()) + one.size for one in self.subsections)
         object.__setattr__(self, "size", sum(one.total for one in self.fields) + inner)
 
@@ -80,14 +80,14 @@ class DeviceDescription:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """The devices in the order of the stream. `page_size` is the target's, 0 where it is not said."""
+    """The devices in the order of the stream. `page_size` is the target's, 0 if it is not given."""
 
     page_size: int
     devices: tuple[DeviceDescription, ...]
 
 
 def parse_description(text: bytes) -> Description:
-    """The description, or StreamError that says where in the JSON something is not what it has to be."""
+    """Raises StreamError naming the place in the JSON that is not as expected."""
     try:
         document = parse_json(text)
     except JsonError as error:
@@ -109,7 +109,7 @@ def _state(entry: Mapping[str, object], where: str, depth: int) -> StateDescript
     if depth > MAX_DEPTH:
         raise StreamError(f"the description of {where} is nested deeper than {MAX_DEPTH} levels")
     return StateDescription(
-        # What is no VMState (an old-style handler) has neither name nor version.
+        # An old-style handler is not a VMState and has neither name nor version.
         _text(entry, "vmsd_name", where) if "vmsd_name" in entry else "",
         _integer(entry, "version", where) if "version" in entry else 0,
         tuple(_field(_object(one, where), where, depth) for one in _list(entry, "fields", where)),
@@ -123,7 +123,7 @@ def _state(entry: Mapping[str, object], where: str, depth: int) -> StateDescript
 def _field(entry: Mapping[str, object], where: str, depth: int) -> FieldDescription:
     name = _text(entry, "name", where)
     inner = f"{where}.{_cut(name)}"
-    # "struct" has an object of its own; lists and temporary states put the same members into the field's object.
+    # A "struct" is an object of its own; lists and temporary states put its members into the field's object.
     struct = _object(entry["struct"], inner) if "struct" in entry else entry if "fields" in entry else None
     return FieldDescription(
         name,
@@ -160,7 +160,7 @@ def _text(entry: Mapping[str, object], name: str, where: str) -> str:
 
 
 def _has_surrogates(text: str) -> bool:
-    """Whether JSON's escapes made half a character, which cannot be encoded."""
+    """Whether an escape in the JSON made half a surrogate pair, which cannot be encoded."""
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -172,10 +172,10 @@ def _integer(entry: Mapping[str, object], name: str, where: str) -> int:
 
 
 def _shown(value: object) -> str:
-    """A peer's value in a message: short."""
+    """A value from the peer, short enough for a message."""
     return _cut(repr(value) if not isinstance(value, (dict, list)) else type(value).__name__)
 
 
 def _cut(text: str) -> str:
-    """The path to a field has one such name for each level, so each is short."""
+    """Shorten a name: the path to a field has one for each level."""
     return text if len(text) <= 40 else text[:37] + "..."

@@ -43,7 +43,7 @@ from corefw.wire.stream import StreamWriter
 
 @dataclass(frozen=True, slots=True)
 class Ram(Item):
-    """One record of a ram section's body. `block` is the block it is about, also where the record does not name it."""
+    """One record of a ram section's body. `block` is the block that it is about, named in the record or not."""
 
     record: RamRecord
     block: str | None
@@ -58,7 +58,7 @@ class Layout(Item):
 
 @dataclass(frozen=True, slots=True)
 class Body(Item):
-    """The body of a device section, with its shape where the description tells it."""
+    """The body of a device section, with its shape if the description has it."""
 
     header: SectionHeader
     data: bytes
@@ -67,7 +67,7 @@ class Body(Item):
 
 @dataclass(frozen=True, slots=True)
 class Package(Item):
-    """The stream within the stream that follows a PACKAGED command. `error` is what was wrong with it."""
+    """The stream within the stream that follows a PACKAGED command. `error`: what is wrong with it, or None."""
 
     data: bytes
     items: tuple[Item, ...]
@@ -76,7 +76,7 @@ class Package(Item):
 
 @dataclass(frozen=True, slots=True)
 class Uncut(Item):
-    """Bytes from a section head on that nothing here can tell apart: no description, no footers."""
+    """Sections that cannot be told apart, because there is neither a description nor footers."""
 
     data: bytes
 

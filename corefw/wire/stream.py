@@ -1,8 +1,7 @@
-"""Typed reading and writing of the stream, with the offset always known.
+"""Typed reading and writing of a stream, with the offset always known.
 
-Invariant: reading is total. Every read gives what was asked for or raises RemoteStreamError with the offset, what was
-expected and what came; an end in the middle of a record is an error, never a zero. The reader allocates its buffer
-once.
+Invariant: every read gives what was asked for or raises RemoteStreamError with the offset, what was expected and what
+came. The end of the stream in the middle of a record is an error. The reader allocates its buffer once.
 
 Threads: a reader and a writer each belong to one thread at a time.
 """
@@ -20,35 +19,35 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BUFFER_SIZE: Final = 1 << 20
-"""Bytes that a reader or writer has room for."""
+"""Bytes that a reader or writer buffers."""
 
 BULK_BUFFER_SIZE: Final = 4 << 20
 """Bytes of read-ahead for a guest's RAM: 1022 pages with their headers, about as many as one pwritev takes. The
 destination's processor time, measured per GiB over tcp: 0.52 s with 512 KiB, 0.45 s with 1 MiB, 0.29 s with 4 MiB."""
 
 CHEAP_MOVE: Final = 1 << 14
-"""Bytes that go to the buffer's start before any receive: what comes then has all the room, and lies where the
-processor's cache is still warm."""
+"""Up to this many bytes are moved to the start of the buffer before every receive, which then has all the room, in
+memory that is still in the processor's cache."""
 
 
 MAX_FILE: Final = 1 << 62
-"""No file has bytes behind that."""
+"""No file is longer."""
 
 
 class Source(Protocol):
-    """Where a reader gets its bytes: a Channel, or a file."""
+    """What a reader reads: a Channel, or a file. See Channel.receive_into()."""
 
     def receive_into(self, view: memoryview, /) -> int: ...
 
 
 class Sink(Protocol):
-    """Where a writer puts its bytes: a Channel, or a file."""
+    """What a writer writes to: a Channel, or a file. See Channel.send()."""
 
     def send(self, *parts: Buffer) -> None: ...
 
 
 class MemorySource:
-    """Bytes that are here already: a package, a golden stream."""
+    """Bytes in memory: a package, a golden stream."""
 
     def __init__(self, data: Buffer) -> None:
         self._data = memoryview(data).cast("B")
@@ -75,12 +74,12 @@ class StreamReader:
     """A buffered reader over a Source.
 
     offset   bytes consumed since the start of the stream
-    ended    the source had nothing more when it was asked last
+    ended    the last read from the source found the end of the stream
     where    what is being read, for messages; loaders set it ("section 'ram'")
     """
 
     def __init__(self, source: Source, size: int = BUFFER_SIZE, where: str = "stream", base: int = 0) -> None:
-        """`size`: bytes of the buffer. `base`: the offset of the first byte, where it is not the stream's first."""
+        """`size`: bytes of the buffer. `base`: the offset of the source's first byte in the stream."""
         self._source = source
         self._memory_source = source if isinstance(source, ReceivesMemory) else None
         self._file = source if isinstance(source, FileBacked) else None
@@ -98,17 +97,17 @@ class StreamReader:
 
     @property
     def received(self) -> int:
-        """Bytes of the stream that came, those not consumed yet included."""
+        """Bytes received since the start of the stream, consumed or not."""
         return self._base + self._end
 
     @property
     def file_position(self) -> int:
-        """Where in its file the next byte is; where the source is no file, as if the stream had begun one."""
+        """The position of the next byte in its file; for a source that is not a file, its offset."""
         return self.offset + (self._file.origin if self._file is not None else 0)
 
     def pass_to(self, position: int, what: str) -> None:
-        """Go on at this place in the file, which must not be behind. Reads what is in between only where the source is
-        no file. `what` is there, for messages."""
+        """Go on at this position in the file; the present one must not be behind it. Reads the bytes in between only if
+        the source is not a file. `what` is what is there, for messages. Raises RemoteStreamError."""
         count = position - self.file_position
         if count < 0 or position > MAX_FILE:
             raise self.error(f"{what} from {self.file_position:#x} of the file on", f"them at {position:#x}")
@@ -127,17 +126,17 @@ class StreamReader:
 
     @property
     def buffer(self) -> bytearray:
-        """The whole buffer, for NumPy views made once; what is valid in it is `span()`. It never moves."""
+        """The whole buffer, of which `span()` is valid. It never moves, so NumPy views of it stay good."""
         return self._buffer
 
     def span(self) -> tuple[int, int]:
-        """(start, end) of the bytes in `buffer` that are received and not consumed."""
+        """(start, end) in `buffer` of the bytes that have been received and not consumed."""
         return self._start, self._end
 
     def fill(self) -> bool:
-        """Receive once more behind what is there (moving it to the buffer's start when room is short).
+        """Receive once, behind the bytes that are there; they may move to the start of the buffer.
 
-        False at the end of the stream. The buffer must not be full: then nothing could be received, which is a bug.
+        False at the end of the stream. The buffer must not be full. Raises ChannelError.
         """
         held = self._end - self._start
         if self._start and (held <= CHEAP_MOVE or len(self._buffer) - self._end < len(self._buffer) // 2):
@@ -161,8 +160,8 @@ class StreamReader:
         return self._memory_source is not None
 
     def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
-        """Receive past the buffer, which has to be empty, into pieces of memory; only where `receives_memory`. The
-        bytes that came count as consumed; 0 at the end of the stream."""
+        """Receive into pieces of memory, past the buffer, which has to be empty; only if `receives_memory`. Returns the
+        number of bytes, which count as consumed; 0 at the end of the stream."""
         assert self._memory_source is not None
         assert self._start == self._end, "bytes in the buffer come first"
         count = self._memory_source.receive_memory(pieces)
@@ -170,7 +169,7 @@ class StreamReader:
         return count
 
     def unread(self, data: Buffer) -> None:
-        """Put what was just consumed back; the buffer has to be empty, and large enough."""
+        """Put back what was consumed last; the buffer has to be empty and large enough."""
         assert self._start == self._end
         count = len(data)
         self._base += self._start - count
@@ -180,7 +179,7 @@ class StreamReader:
     # -- one value at a time ---------------------------------------------------------------------------------------
 
     def _need(self, count: int, what: str) -> int:
-        """Have `count` bytes (at most the buffer's size) in the buffer; their position in it. Consumes them."""
+        """Consume `count` bytes, at most the buffer's size, and return their position in the buffer."""
         while self._end - self._start < count:
             if not self.fill():
                 held = self._end - self._start
@@ -196,7 +195,7 @@ class StreamReader:
         return bytes(self._view[self._start : min(self._start + count, self._end)])
 
     def at_end(self) -> bool:
-        """True when the stream has ended and everything is consumed. Blocks until that is known."""
+        """Whether the stream has ended and everything is consumed. Blocks until that is known."""
         return not self.peek(1)
 
     def u8(self, what: str) -> int:
@@ -212,10 +211,8 @@ class StreamReader:
         return int(BE64.unpack_from(self._buffer, self._need(8, what))[0])
 
     def read(self, count: int, what: str, limit: int | None = None) -> bytes:
-        """Exactly `count` bytes. `limit` caps a count that came from the peer, before anything is allocated.
-
-        Memory grows with what has arrived, not with what was announced.
-        """
+        """Exactly `count` bytes. `limit` caps a count that came from the peer, before anything is allocated; memory
+        grows with what arrives, not with what was announced. Raises RemoteStreamError."""
         if limit is not None and count > limit:
             raise self.error(f"at most {limit} bytes of {what}", f"a length of {count}")
         if count <= len(self._buffer):
@@ -227,8 +224,8 @@ class StreamReader:
         return bytes(pieces)
 
     def read_into(self, view: memoryview, what: str, have: int = 0) -> None:
-        """Fill `view`, of which the first `have` bytes were read before; straight from the source once the buffer is
-        empty."""
+        """Fill `view`, of which the first `have` bytes have been read already: from the buffer, then straight from the
+        source. Raises RemoteStreamError."""
         at = have
         while at < len(view):
             held = min(self._end - self._start, len(view) - at)
@@ -255,14 +252,14 @@ class StreamReader:
             raise RemoteStreamError(at, self.where, f"{what} as text", repr(data)) from None
 
     def error(self, expected: str, got: str) -> RemoteStreamError:
-        """An error at the present offset."""
+        """A RemoteStreamError at the present offset, to be raised."""
         return RemoteStreamError(self.offset, self.where, expected, got)
 
 
 class StreamWriter:
-    """A writer over a Sink. Small values gather in a buffer; `payload` sends that and a large part in one go.
+    """A buffered writer over a Sink. `payload` sends the buffer and a large part together.
 
-    position   bytes written since the start of the stream, the buffered ones included
+    position   bytes written since the start of the stream, buffered ones included
     """
 
     def __init__(self, sink: Sink) -> None:
@@ -273,7 +270,7 @@ class StreamWriter:
 
     @property
     def sends_memory(self) -> bool:
-        """Whether the sink can take memory()."""
+        """Whether memory() may be called."""
         return self._memory_sink is not None
 
     @property
@@ -300,13 +297,13 @@ class StreamWriter:
         self._pending += data
 
     def write(self, data: Buffer) -> None:
-        """Small data: copied into the buffer."""
+        """Write small data: it is copied into the buffer."""
         self._pending += data
         if len(self._pending) >= BUFFER_SIZE:
             self.flush()
 
     def payload(self, data: Buffer) -> None:
-        """Large data: sent from where it is; may change once this returns."""
+        """Write large data: it is sent from where it is, and may change once this returns. Raises ChannelError."""
         count = len(memoryview(data).cast("B"))
         pending, self._pending = self._pending, bytearray()
         if pending:
@@ -316,14 +313,15 @@ class StreamWriter:
         self._sent += len(pending) + count
 
     def memory(self, pieces: NDArray[np.uint64], count: int) -> None:
-        """Pieces of memory with `count` bytes in all, sent from where they are; only where `sends_memory`."""
+        """Write pieces of memory, `count` bytes in all, from where they are; only if `sends_memory`. Raises
+        ChannelError."""
         assert self._memory_sink is not None
         self.flush()
         self._memory_sink.send_memory(pieces)
         self._sent += count
 
     def flush(self) -> None:
-        """Hand everything buffered to the sink. Raises ChannelError."""
+        """Send the buffer. Raises ChannelError."""
         if self._pending:
             pending, self._pending = self._pending, bytearray()
             self._sink.send(pending)

@@ -1,8 +1,8 @@
-"""What QEMU's versions do differently in a migration, each difference once, with its version.
+"""What the versions of QEMU do differently in a migration: a table with one row for each difference.
 
-A difference depends on the program (what a QEMU of that version understands) or on the machine type (what it does for a
-guest whose type names a version, so that older QEMUs can take the guest in). The stream names the machine type alone,
-so code that reads a stream asks `holds()` with that version. docs/qemu-versions.md lists the table.
+A difference depends on the program (what a QEMU of that version understands) or on the machine type (what a QEMU does
+for a guest whose type names a version, so that older QEMUs can take the guest in). The stream names only the machine
+type, so code that reads a stream asks `holds()` with that version. docs/qemu-versions.md shows the table.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Depends(StrEnum):
 
 
 Subject = Command | RamFlag | ReturnMessage | str
-"""What a difference is about; a text is the name of a configuration subsection, a section or a capability."""
+"""What a difference is about. A string names a configuration subsection, a section or a capability."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One difference: it holds from version `since` to version `until`, both included; None: no bound.
+    """One difference, which holds from version `since` to version `until`, both included; None: no bound.
 
     what     what QEMU does in these versions
     migfw    what migfw does about it
@@ -57,7 +57,7 @@ class Difference:
         return (self.since is None or self.since <= version) and (self.until is None or version <= self.until)
 
     def versions(self) -> str:
-        """The range in words."""
+        """The range of versions in words."""
         if self.since is None:
             return f"up to {self.until}"
         return f"{self.since} and later" if self.until is None else f"{self.since} to {self.until}"

@@ -1,11 +1,11 @@
-"""The records of the stream's frame: what stands between the bodies of sections.
+"""The records of a stream: those of its frame, of RAM, and of the few other bodies that the core understands.
 
-Invariant: `read_x` stands above `write_x`, and whatever one reads the other writes back byte for byte. Reading is
-total: a record, or RemoteStreamError with offset, expected and got; what the peer announces is checked against a limit
-before anything is allocated. Nothing here knows what a section's body means. The type byte of a section is read by
-whoever has to choose, so `read_x` begins behind it and `write_x` writes it.
+Invariant: `write_x` writes back byte for byte what `read_x` has read. Reading gives a record or raises
+RemoteStreamError with offset, expected and got; lengths from the peer are checked against a limit before anything is
+allocated. The type byte of a section decides which `read_x` to call, so `read_x` begins behind it, and `write_x`
+writes it.
 
-docs/stream.md tells the format in prose. Threads: those of the reader and the writer.
+docs/stream.md describes the format. Threads: those of the reader and the writer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Commands: what the source tells the destination between sections, and the payloads that have an inside.
+"""Commands, which the source sends between sections, and their payloads.
 
-Source: QEMU 7.2's mig_cmd_args and loadvm_process_command (migration/savevm.c).
+Source: QEMU 7.2, mig_cmd_args and loadvm_process_command (migration/savevm.c).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from corefw.wire.stream import StreamReader, StreamWriter
 
 @dataclass(frozen=True, slots=True)
 class CommandRecord:
-    """A command and its payload. The package of PACKAGED follows the record, it is not the payload.
+    """A command and its payload. The package of PACKAGED is not the payload; it follows the record.
 
     command   a number of PLUGIN_COMMANDS if a plugin defined it
     """
@@ -76,7 +76,7 @@ def read_package(reader: StreamReader, record: CommandRecord) -> bytes:
 
 
 def write_package(writer: StreamWriter, package: Buffer) -> None:
-    """A PACKAGED command with its package."""
+    """A PACKAGED command with its package. Raises StreamError for one that is too large."""
     length = len(memoryview(package).cast("B"))
     if length > MAX_PACKAGE:
         raise StreamError(f"the device state has {length} bytes, more than the {MAX_PACKAGE} that a package can have")

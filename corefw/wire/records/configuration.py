@@ -1,6 +1,6 @@
-"""The configuration section: the machine type, and subsections that say what else the two sides have to agree on.
+"""The configuration section: the machine type, and subsections with what else both sides have to agree on.
 
-Source: QEMU 7.2's vmstate_configuration (migration/savevm.c).
+Source: QEMU 7.2, vmstate_configuration (migration/savevm.c).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from corefw.wire.stream import MemorySource, StreamReader, StreamWriter
 UUID_SIZE: Final = 16
 _CAPABILITIES: Final = "configuration/capabilities"
 PAGE_BITS: Final = range(10, 17)
-"""Target pages of 1 KiB (the smallest that QEMU's Arm targets have) to 64 KiB."""
+"""Target pages from 1 KiB, the smallest of QEMU's Arm targets, to 64 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """The machine type, and the configuration's subsections byte for byte (empty: none)."""
+    """The machine type, and the subsections byte for byte (empty: none)."""
 
     name: str
     tail: bytes = b""
@@ -56,11 +56,11 @@ CONFIGURATION_SUBSECTIONS: Final[Mapping[str, Callable[[StreamReader], bytes]]] 
     _CAPABILITIES: _read_capabilities,
     "configuration/uuid": _read_uuid,
 }
-"""What reads the body of each to its end. They carry no length, so one that is not here cannot be skipped."""
+"""Name -> what reads the body to its end. Bodies carry no length, so an unknown subsection cannot be skipped."""
 
 
 def read_configuration_body(reader: StreamReader) -> Configuration:
-    """What follows the type byte CONFIGURATION, all subsections included (they end where the next type byte stands)."""
+    """What follows the type byte CONFIGURATION, with all subsections. Raises RemoteStreamError."""
     length = reader.be32("the length of the machine's name")
     raw = reader.read(length, "the machine's name", MAX_MACHINE_NAME)
     try:
@@ -104,7 +104,7 @@ def write_configuration(writer: StreamWriter, configuration: Configuration) -> N
 
 
 def without_capabilities(configuration: Configuration, names: AbstractSet[str]) -> Configuration:
-    """The same without these capabilities, and without their subsection when none is left."""
+    """The configuration without these capabilities, and without their subsection if none is left."""
     kept = [name.encode() for name in sorted(configuration_capabilities(configuration) - names)]
     tail = bytearray()
     for name, raw in _raw_subsections(configuration):
@@ -116,7 +116,7 @@ def without_capabilities(configuration: Configuration, names: AbstractSet[str]) 
 
 
 def _raw_subsections(configuration: Configuration) -> Iterator[tuple[str, bytes]]:
-    """Each subsection of the tail: its name, and its bytes from the type byte on."""
+    """The subsections of the tail: names, and bytes from the type byte on."""
     reader = StreamReader(MemorySource(configuration.tail), size=max(len(configuration.tail), 1))
     while not reader.at_end():
         raw = _read_configuration_subsection(reader, set())
@@ -124,7 +124,7 @@ def _raw_subsections(configuration: Configuration) -> Iterator[tuple[str, bytes]
 
 
 def _head_size(raw: bytes) -> int:
-    """Bytes of a subsection's type, name and version."""
+    """The number of bytes of a subsection's type, name and version."""
     return 2 + raw[1] + BE32.size
 
 
@@ -134,18 +134,19 @@ def configuration_subsections(configuration: Configuration) -> dict[str, bytes]:
 
 
 def select_subsections(configuration: Configuration, names: Collection[str]) -> bytes:
-    """The tail with only the subsections of these names, byte for byte."""
+    """The tail with only these subsections, byte for byte."""
     return b"".join(raw for name, raw in _raw_subsections(configuration) if name in names)
 
 
 def configuration_page_size(configuration: Configuration) -> int | None:
-    """Bytes of a target page, where `configuration/target-page-bits` says so (targets whose page size varies)."""
+    """Bytes of a target page; None without `configuration/target-page-bits`, which only targets whose page size varies
+    send."""
     body = configuration_subsections(configuration).get("configuration/target-page-bits")
     return None if body is None else 1 << int(BE32.unpack(body)[0])
 
 
 def configuration_capabilities(configuration: Configuration) -> frozenset[str]:
-    """The capability names of `configuration/capabilities`: those of the source's that change the stream's layout."""
+    """The capabilities in `configuration/capabilities`: those of the source that change the layout of the stream."""
     body = configuration_subsections(configuration).get(_CAPABILITIES, bytes(BE32.size))
     names = set()
     at = BE32.size

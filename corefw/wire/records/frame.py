@@ -1,6 +1,6 @@
-"""The file's header, section headers, footers and the description.
+"""The stream's header, section headers, footers and the description.
 
-Source: QEMU 7.2's migration/savevm.c (qemu_loadvm_state, save_section_header, check_section_footer).
+Source: QEMU 7.2, qemu_loadvm_state, save_section_header, check_section_footer (migration/savevm.c).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from corefw.wire.stream import StreamReader, StreamWriter
 
 
 def read_header(reader: StreamReader) -> None:
-    """Check magic and version. Raises RemoteStreamError that says what came instead."""
+    """Check magic and version. Raises RemoteStreamError with what came instead."""
     magic = reader.peek(4)
     if magic == BE32.pack(MULTIFD_MAGIC):
         raise reader.error("a migration stream", "a channel of multifd (switch capability 'multifd' off on the source)")
@@ -53,7 +53,7 @@ WITHOUT_NAME: Final = frozenset({SectionType.PART, SectionType.END})
 
 @dataclass(frozen=True, slots=True)
 class SectionHeader:
-    """What a START or FULL section says of itself."""
+    """The header of a START or FULL section."""
 
     type: SectionType
     section_id: int
@@ -113,7 +113,7 @@ def write_part_header(writer: StreamWriter, section_type: SectionType, section_i
 
 
 def read_footer(reader: StreamReader, section_id: int, where: str) -> None:
-    """Type byte and id; they prove that the body before ended where its loader thinks. `where` names the section."""
+    """Type byte and id, which show that the body was read to its end. `where` names the section in errors."""
     reader.where = where
     mark = reader.peek(1)
     if mark and mark[0] != SectionType.FOOTER:
@@ -130,16 +130,16 @@ def write_footer(writer: StreamWriter, section_id: int) -> None:
 
 
 def read_description_body(reader: StreamReader) -> bytes:
-    """What follows the type byte VMDESCRIPTION: the JSON text, as it came (see corefw.wire.description)."""
+    """What follows the type byte VMDESCRIPTION: the JSON text as it came (see corefw.wire.description)."""
     length = reader.be32("the length of the description")
     return reader.read(length, "the description", MAX_DESCRIPTION)
 
 
 def pad_description(text: bytes) -> bytes:
-    """The JSON of a description, long enough for QEMU's scripts/analyze-migration.py to find it.
+    """Make the JSON of a description findable for QEMU's scripts/analyze-migration.py.
 
-    The script takes the first brace after the stream's last zero byte for the beginning of the JSON. A length with a
-    byte 0x7B has one earlier, so spaces before the last brace make the JSON longer.
+    The script takes the first brace after the stream's last zero byte for the beginning of the JSON. A length that
+    contains the byte of a brace, 0x7B, would mislead it, so spaces before the last brace change the length.
     """
     padding = 0
     while _BRACE in BE32.pack(len(text) + padding):
@@ -148,7 +148,7 @@ def pad_description(text: bytes) -> bytes:
 
 
 def write_description(writer: StreamWriter, description: Mapping[str, object] | bytes) -> None:
-    """The whole section, type byte included, from an object or from JSON text, which is written as it is."""
+    """The whole section, type byte included: an object as JSON, or JSON text as it is."""
     text = description if isinstance(description, bytes) else pad_description(json.dumps(description).encode())
     writer.u8(SectionType.VMDESCRIPTION)
     writer.be32(len(text))

@@ -1,7 +1,6 @@
-"""The section 'program-layout': what the program of a python guest consists of, ahead of its RAM.
+"""The section 'program-layout': what the program of a python guest consists of, sent before its RAM.
 
-START is a be32 length and as many bytes of JSON (docs/stream.md); PART and END are empty. The length makes it the one
-live section beside ram that a reader can pass over without knowing more.
+START is a be32 length and that many bytes of JSON (docs/stream.md); PART and END are empty.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What stands behind each RAM block of the list where the capability mapped-ram is on.
+"""What follows each RAM block in the list if the capability mapped-ram is on.
 
-A header, the bitmap of the pages that are in the file, and the pages, each at its own place. The others are zero.
+That is a header, the bitmap of the pages that are in the file, and the pages, each at an offset of its own. All other
+pages are zero.
 
 Source: QEMU 9.0 and later, mapped_ram_setup_ramblock and parse_ramblock_mapped_ram (migration/ram.c).
 """
@@ -25,14 +26,14 @@ _WORD: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class MappedHeader:
-    """Both offsets count from the file's first byte."""
+    """Sizes in bytes; both offsets count from the file's first byte."""
 
     page_size: int
     bitmap_offset: int
     pages_offset: int
 
     def bitmap_size(self, length: int) -> int:
-        """Bytes, for a block of `length` bytes: whole words of 64 pages."""
+        """Bytes of the bitmap of a block of `length` bytes: whole words of 64 pages."""
         return -(-length // self.page_size // (8 * _WORD)) * _WORD
 
 
@@ -57,7 +58,7 @@ def write_mapped_header(writer: StreamWriter, header: MappedHeader) -> None:
 
 
 def read_bitmap(reader: StreamReader, header: MappedHeader, length: int) -> Iterator[bytes]:
-    """The bitmap of a block of `length` bytes, some of it at a time: page 0 is bit 0 of the first byte."""
+    """The bitmap of a block of `length` bytes, in pieces. Page 0 is bit 0 of the first byte."""
     reader.pass_to(header.bitmap_offset, "the bitmap of a block's pages")
     left = header.bitmap_size(length)
     while left:

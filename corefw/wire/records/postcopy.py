@@ -1,4 +1,4 @@
-"""What postcopy's commands carry: ADVISE, RAM_DISCARD, RECV_BITMAP, and the bitmap that answers the last of them.
+"""The payloads of postcopy's commands: ADVISE, RAM_DISCARD, RECV_BITMAP, and the bitmap that answers the last.
 
 Source: QEMU 7.2 and 10.0, qemu_savevm_send_postcopy_* and loadvm_postcopy_ram_handle_discard (migration/savevm.c),
 ramblock_recv_bitmap_send and ram_dirty_bitmap_reload (migration/ram.c).
@@ -25,14 +25,14 @@ _END_MARK: Final = 0x0123456789ABCDEF
 
 @dataclass(frozen=True, slots=True)
 class PostcopyAdvice:
-    """Bytes: the OR of all blocks' host page sizes, and the target's page size."""
+    """Bytes: the bitwise OR of the host page sizes of all blocks, and the target's page size."""
 
     page_sizes: int
     target_page_size: int
 
 
 def parse_postcopy_advise(payload: bytes) -> PostcopyAdvice | None:
-    """None when it is empty: then only dirty bitmaps go by postcopy."""
+    """None for an empty payload: postcopy is only for dirty bitmaps then."""
     return PostcopyAdvice(int(BE64.unpack(payload[:8])[0]), int(BE64.unpack(payload[8:])[0])) if payload else None
 
 

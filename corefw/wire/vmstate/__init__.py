@@ -17,7 +17,8 @@
     description = RTC.save(writer, rtc)      # the attributes of `rtc`, big-endian, in this order
     RTC.load(reader, rtc, version_id)        # the version is the section header's
 
-The rooms: kinds (what scalars are), fields and arrays (rows of a table), tables (VMState, structs, subsections).
+kinds.py has the kinds of scalars, fields.py and arrays.py the rows of a table, tables.py VMState, structs and
+subsections.
 """
 
 from corefw.wire.vmstate.arrays import Array

@@ -1,9 +1,8 @@
-"""Arrays of scalars: one read, one change of byte order, one write, however many elements.
+"""Arrays of scalars, read, byte-swapped and written in one go however many elements they have.
 
-The law: an attribute that can hold what arrives is filled in place, so that whoever else looks at the array sees it: a
-NumPy array of as many elements whose dtype holds every value of the kind. A list stays a list, a tuple a tuple, and so
-on; whatever is no array becomes one of NumPy's. What is sent is checked for range first, unless its dtype cannot be
-out of it.
+A NumPy array that has as many elements as arrive, and a dtype that holds every value of the kind, is filled in place,
+so that other references to it see the new values. A list stays a list, a tuple a tuple, and so on; anything else
+becomes a NumPy array. Values to be sent are checked for range first, unless their dtype always fits.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ _SWAPPED: Final = sys.byteorder == "little"
 
 @dataclass(frozen=True, slots=True)
 class Array(Counted):
-    """Scalars of one kind: a NumPy array of any shape, a list, a tuple, an array.array, or bytes for u8. The `limit` is
-    in elements."""
+    """Scalars of one kind in a NumPy array of any shape, a list, a tuple, an array.array, or bytes for u8. `limit` is a
+    number of elements."""
 
     kind: Kind
 
@@ -52,7 +51,7 @@ class Array(Counted):
             self.set(state, values.astype(layout.dtype))
 
     def _fills_straight(self, here: np.ndarray[Any, Any]) -> bool:
-        """Whether the stream's bytes may go into the array's memory as they are. Truth values are looked at first."""
+        """Whether the stream's bytes may go straight into the array's memory. Truth values are checked first."""
         same = here.dtype == self.kind.layout.dtype and here.flags.c_contiguous
         return same and here.size > 0 and self.kind is not Kind.BOOL
 
@@ -87,13 +86,14 @@ class Array(Counted):
         write(writer, data)
         element: Description = {"type": layout.type_name, "size": layout.size}
         if self.compressible and count > 1:
-            return [{"array_len": count, **element}]  # without looking at millions of them, for they are alike
+            return [{"array_len": count, **element}]  # all elements are alike, and there may be millions
         return describe_elements([element] * count, self.compressible)
 
 
 def describe_elements(elements: list[Description], compressible: bool) -> list[Description]:
-    """An array as QEMU describes it: one entry with array_len, where the elements may be compressed and are alike, or
-    else one with an index for each. A single element is described as if it were no array, none not at all."""
+    """Describe an array as QEMU does: one entry with array_len if the elements may be compressed and are alike, or else
+    an entry with an index for each. A single element is described as if it were not an array; an empty array is left
+    out."""
     if len(elements) <= 1:
         return elements
     if compressible and all(element == elements[0] for element in elements):

@@ -1,17 +1,17 @@
 """The fields of a table: each reads one attribute of the state from the stream, and writes it there.
 
-The law: `load` stands beside `save` and they agree byte for byte; a length that came from the peer is compared with the
-field's `limit` before anything is allocated. Source: QEMU 7.2's VMSTATE_* macros (include/migration/vmstate.h).
+Invariant: `load` and `save` of a field agree byte for byte. A length that came from the peer is compared with the
+field's `limit` before anything is allocated. Source: QEMU 7.2, VMSTATE_* (include/migration/vmstate.h).
 
-    Scalar      VMSTATE_UINT32 and its like; equal=True is VMSTATE_UINT32_EQUAL
-    Array       VMSTATE_UINT32_ARRAY, and VMSTATE_VARRAY where the count is another attribute   (arrays.py)
-    Buffer      VMSTATE_BUFFER, and VMSTATE_VBUFFER where the size is another attribute
+    Scalar      VMSTATE_UINT32 and the like; equal=True is VMSTATE_UINT32_EQUAL
+    Array       VMSTATE_UINT32_ARRAY, and VMSTATE_VARRAY if the count is another attribute      (arrays.py)
+    Buffer      VMSTATE_BUFFER, and VMSTATE_VBUFFER if the size is another attribute
     Unused      VMSTATE_UNUSED
     Struct      VMSTATE_STRUCT                                                                    (tables.py)
     StructArray VMSTATE_STRUCT_ARRAY, VMSTATE_STRUCT_VARRAY                                       (tables.py)
     Validate    VMSTATE_VALIDATE
 
-Threads: a table is immutable and may be used by any; a state by one at a time.
+Threads: a table is immutable and may be shared; a state belongs to one thread at a time.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from corefw.wire.stream import StreamReader, StreamWriter
 from corefw.wire.vmstate.kinds import Kind, pack_scalar
 
 Description = dict[str, Any]
-"""One object of the JSON at the stream's end."""
+"""One object of the JSON at the end of the stream."""
 
 Exists = Callable[[Any, int], bool]
 """(state, version_id) -> whether the field is in the stream (QEMU's field_exists)."""
 
 LARGE: Final = 1 << 16
-"""Bytes from which a field is sent from where it is, instead of being copied into the writer's buffer."""
+"""Fields of this many bytes or more are sent from where they are instead of being copied into the writer's buffer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,9 @@ class Field(ABC):
     """One row of a table.
 
     name        in the description and in messages
-    attribute   of the state; called as the field, unless it is given
+    attribute   of the state; by default it has the field's name
     since       the first version of the table that has the field
-    exists      decides alone, where it is given, whether the field is there; when loading it sees what came before
+    exists      if given, it alone decides whether the field is there; when loading it sees the fields before this one
     """
 
     name: str
@@ -70,15 +70,15 @@ class Field(ABC):
 
     @abstractmethod
     def save(self, writer: StreamWriter, state: object, where: str) -> list[Description]:
-        """Write the field; what the description says of it, but for the name. Raises MachineError for a value that does
-        not fit, its message beginning with `where` ("device 'rtc'")."""
+        """Write the field. Returns its entries in the description, without their name. Raises MachineError for a value
+        that does not fit; the message begins with `where` ("device 'rtc'")."""
 
     def get(self, state: object, where: str) -> Any:
-        """The attribute's value. Raises MachineError where the state has none."""
+        """The attribute's value. Raises MachineError if the state has no such attribute."""
         return attribute_of(state, self.attribute or self.name, where)
 
     def held(self, state: object) -> Any:
-        """The same, or None."""
+        """The attribute's value, or None if the state has no such attribute."""
         return getattr(state, self.attribute or self.name, None)
 
     def set(self, state: object, value: object) -> None:
@@ -94,9 +94,9 @@ def attribute_of(state: object, name: str, where: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Scalar(Field):
-    """One number or truth value; the attribute becomes an int, a bool or a float.
+    """One number or truth value. Loading makes the attribute an int, a bool or a float.
 
-    equal   the value that arrives has to equal the one that the destination has (a size, an address)
+    equal   the value that arrives has to equal the destination's (a size, an address)
     """
 
     kind: Kind
@@ -124,9 +124,9 @@ class Scalar(Field):
 
 @dataclass(frozen=True, slots=True)
 class Counted(Field, ABC):
-    """What has a length: a number, or the name of the attribute that holds it, which is loaded before.
+    """A field that has a length: a number, or the name of an attribute that was loaded earlier.
 
-    limit   the largest length that is accepted, needed where the stream decides it
+    limit   the largest length to accept; required if the length comes from the stream
     """
 
     count: int | str
@@ -164,8 +164,8 @@ class Counted(Field, ABC):
 
 @dataclass(frozen=True, slots=True)
 class Buffer(Counted):
-    """Bytes. A bytearray, a writable memoryview or a NumPy array with that many bytes is filled in place; any other
-    attribute becomes `bytes`. The `limit` is in bytes."""
+    """Bytes. A bytearray, a writable memoryview or a NumPy array of that many bytes is filled in place; any other
+    attribute becomes `bytes`. `limit` is a number of bytes."""
 
     def load(self, reader: StreamReader, state: object) -> None:
         count = self.count_to_load(reader, state)
@@ -187,7 +187,7 @@ class Buffer(Counted):
 
 @dataclass(frozen=True, slots=True)
 class Unused(Field):
-    """Bytes that an older version had a use for: zeros are sent, anything is accepted."""
+    """Bytes that only older versions used: zeros are sent, anything is accepted."""
 
     size: int
     name: str = field(default="unused", kw_only=True)
@@ -202,16 +202,16 @@ class Unused(Field):
 
 @dataclass(frozen=True, slots=True)
 class Validate(Field):
-    """No bytes: `test(state)` has to hold after the fields before it, when loading and when saving.
+    """A check without bytes: `test(state)` has to hold after the fields before it, when loading and when saving.
 
-    name   what is demanded, as a phrase: "fewer columns than 100"
+    name   what is required, as a phrase: "fewer columns than 100"
     """
 
     test: Callable[[Any], bool]
 
     @property
     def compressible(self) -> bool:
-        return False  # QEMU's has a field_exists
+        return False  # QEMU's VMSTATE_VALIDATE has a field_exists
 
     def load(self, reader: StreamReader, state: object) -> None:
         if not self.test(state):
@@ -224,7 +224,7 @@ class Validate(Field):
 
 
 def write(writer: StreamWriter, data: bytes | memoryview) -> None:
-    """Small data is gathered, large data goes out from where it is."""
+    """Write data: small data through the writer's buffer, large data from where it is."""
     if len(data) < LARGE:
         writer.write(data)
     else:
@@ -232,7 +232,7 @@ def write(writer: StreamWriter, data: bytes | memoryview) -> None:
 
 
 def _bytes_of(value: object) -> memoryview | None:
-    """The object's own memory, byte by byte; None for an object that has none, or not in one piece."""
+    """The object's own memory as bytes; None if it has none, or not in one piece."""
     if isinstance(value, np.ndarray):
         return value.reshape(-1).view(np.uint8).data if value.flags.c_contiguous else None
     if not isinstance(value, bytes | bytearray | memoryview):

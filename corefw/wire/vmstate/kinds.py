@@ -1,7 +1,7 @@
-"""The kinds of scalar that a device's state is made of, and how each looks on the wire.
+"""The kinds of scalars that device state consists of, and how each looks on the wire.
 
-The law: one row of LAYOUTS says all there is to know of a kind: its name in QEMU's description, its big-endian layout,
-its range. Source: QEMU 7.2's vmstate-types.c (VMStateInfo).
+One row of LAYOUTS holds everything about a kind: its name in QEMU's description, its big-endian layout, its range.
+Source: QEMU 7.2, VMStateInfo (migration/vmstate-types.c).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Layout:
     """A kind on the wire.
 
     type_name    in the description
-    equal_name   the same where the value must equal the destination's; "" where QEMU has no such kind
+    equal_name   the same for a value that must equal the destination's; "" if QEMU has no such kind
     struct       one value, big-endian
-    minimum, maximum   None for a kind that is no integer
+    minimum, maximum   None for a kind that is not an integer
     """
 
     kind: Kind
@@ -64,7 +64,7 @@ class Layout:
 
     @property
     def code(self) -> str:
-        """The format character, for many values in one go."""
+        """The format character, for packing many values at once."""
         return self.struct.format[1:]
 
     @property
@@ -73,7 +73,7 @@ class Layout:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The same in this host's byte order."""
+        """wire_dtype in this host's byte order."""
         return self.wire_dtype.newbyteorder("=")
 
     @property
@@ -112,18 +112,19 @@ def pack_scalar(layout: Layout, value: object, where: str) -> bytes:
 
 
 def pack_sequence(layout: Layout, values: Sequence[object], where: str) -> bytes:
-    """Many Python values as bytes, in one go. Raises MachineError naming the first that does not fit."""
+    """Many Python values as bytes. Raises MachineError naming the first that does not fit."""
     if layout.minimum is not None:
         try:
             return Struct(f">{len(values)}{layout.code}").pack(*values)
         except StructError:
-            pass  # the loop below finds the culprit
+            pass  # the loop below finds which one does not fit
     checked = [_checked(layout, value, f"{where}[{i}]") for i, value in enumerate(values)]
     return Struct(f">{len(values)}{layout.code}").pack(*checked)
 
 
 def pack_array(layout: Layout, values: np.ndarray[Any, Any], where: str) -> np.ndarray[Any, Any]:
-    """A NumPy array of any shape and fitting values as a flat one in wire order; no copy where it has that order."""
+    """A NumPy array of any shape as a flat one in wire order; a copy only if it is in another order. Raises
+    MachineError for values that do not fit."""
     flat = values.reshape(-1)
     if flat.dtype == layout.wire_dtype:
         return np.ascontiguousarray(flat)
@@ -138,7 +139,7 @@ def _checked(layout: Layout, value: object, where: str) -> int | float | bool:
             return bool(value)
         if layout.kind is Kind.F64 and isinstance(value, SupportsFloat):
             return float(value)
-        number = operator.index(value)  # type: ignore[arg-type]  # whether it has an index is what is asked here
+        number = operator.index(value)  # type: ignore[arg-type]  # raises TypeError for what is not an integer
     except (TypeError, ValueError, OverflowError):
         raise MachineError(f"{where}: {value!r} is not {layout.phrase}") from None
     low, high = (0, 1) if layout.minimum is None or layout.maximum is None else (layout.minimum, layout.maximum)
@@ -148,7 +149,7 @@ def _checked(layout: Layout, value: object, where: str) -> int | float | bool:
 
 
 def _check_range(layout: Layout, flat: np.ndarray[Any, Any], where: str) -> None:
-    """Find an element that the kind cannot hold. Not called for a dtype that always fits."""
+    """Raise MachineError for an element that the kind cannot hold. Not called for a dtype that always fits."""
     if flat.dtype.kind not in ("iub" if layout.kind is not Kind.F64 else "iubf"):
         raise MachineError(f"{where}: an array of {flat.dtype} cannot be sent as {layout.kind}, convert it first")
     if layout.kind is Kind.F64:

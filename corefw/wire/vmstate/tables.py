@@ -1,10 +1,11 @@
-"""A device's table, and the structs and subsections that tables hold within each other.
+"""A device's table, and the structs and subsections in it.
 
-The law: one VMState drives load, save and the description, so they cannot disagree. A table is a constant: it holds no
-state and is never changed. Source: QEMU 7.2's migration/vmstate.c.
+Invariant: one VMState drives load, save and the description, so they cannot disagree. A table is a constant and holds
+no state. Source: QEMU 7.2, migration/vmstate.c.
 
 On the wire a table is its fields in order, then those of its subsections that are needed: u8 0x05, string name, u32
-version, and the subsection's own table. No length is written, so a reader that does not know one cannot go on.
+version, and the subsection's own table. No length is written, so a reader cannot skip a subsection that it does not
+know.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from corefw.wire.vmstate.fields import Counted, Description, Field
 
 
 class Refused(StreamError):
-    """What a post_load raises when the state that came cannot be: `expected` and `got` are phrases."""
+    """Raised by a post_load for a state that is not acceptable. `expected` and `got` are phrases."""
 
     def __init__(self, expected: str, got: str) -> None:
         self.expected = expected
@@ -35,15 +36,15 @@ class VMState:
     """QEMU's VMStateDescription.
 
     name                 of the table; a subsection's begins with its parent's, as in "rtc/alarm"
-    version_id           what save writes
-    minimum_version_id   the oldest that load understands; version_id unless it is given
+    version_id           the version that save writes
+    minimum_version_id   the oldest that load understands; version_id by default
     fields, subsections  see the module
-    needed               whether a section or subsection is sent at all, given the state
-    pre_load, post_load  called around loading: pre_load(state), post_load(state, version_id). To refuse what came,
-                         raise Refused, or any StreamError with the reason
-    pre_save, post_save  called around saving, post_save also after an error: pre_save(state), post_save(state)
+    needed               called with the state: whether the section or subsection is sent at all
+    pre_load, post_load  called around loading: pre_load(state), post_load(state, version_id). To refuse the state that
+                         came, raise Refused, or any StreamError with the reason
+    pre_save, post_save  called around saving: pre_save(state), post_save(state); post_save after an error too
     unmigratable         why a device with this table cannot migrate, or None
-    priority             the section's place in the stream (section.Priority); None is a device's ordinary one
+    priority             the section's place in the stream (section.Priority); None: the usual place of a device
     """
 
     name: str = field(kw_only=False)
@@ -61,7 +62,7 @@ class VMState:
     _shown: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a table that cannot work: that is a bug of its author."""
+        """Raises ValueError for a table that cannot work, which is a bug of its author."""
         if not 0 < len(self.name.encode()) < 256:
             raise ValueError(f"a table's name has 1 to 255 bytes, got '{self.name}'")
         if not 0 <= self.oldest <= self.version_id < 1 << 32:
@@ -91,9 +92,9 @@ class VMState:
     def load(self, reader: StreamReader, state: object, version_id: int) -> None:
         """Read a section's whole body into `state`; `version_id` is what its header says.
 
-        Raises RemoteStreamError, with the reader's `where` for the section; the state is then half loaded, to be thrown
-        away. Reads not one byte more, but looks at the next: in a stream something always follows a section, and where
-        nothing does a subsection may be missing.
+        Raises RemoteStreamError with the reader's `where`; the state is then half loaded, and to be thrown away. Reads
+        not one byte too many, but looks at the next one: in a stream something always follows a section, and at the end
+        of the stream a subsection may be missing.
         """
         seen = self._load(reader, state, version_id)
         if _is_subsection(reader):
@@ -109,7 +110,7 @@ class VMState:
         return self._save(writer, state, f"device '{self.name}'")
 
     def _load(self, reader: StreamReader, state: object, version_id: int) -> set[str]:
-        """As load, inside a section too; the names of the subsections that came."""
+        """Load a table that may be inside another one. Returns the names of the subsections that came."""
         if not self.oldest <= version_id <= self.version_id:
             versions = " to ".join(str(version) for version in sorted({self.oldest, self.version_id}))
             raise reader.error(f"version {versions} of '{self.name}'", f"version {version_id}")
@@ -157,7 +158,8 @@ class VMState:
     # -- subsections -----------------------------------------------------------------------------------------------
 
     def _load_subsections(self, reader: StreamReader, state: object) -> set[str]:
-        """One that comes again is left: it is the next struct's, where a table has no fields; or load() refuses it."""
+        """A subsection that comes again is not read here: if a table has no fields it belongs to the next struct, and
+        otherwise load() refuses it."""
         seen: set[str] = set()
         while (name := self._next_subsection(reader)) is not None and name not in seen:
             table = next((sub for sub in self.subsections if sub.name == name), None)
@@ -175,8 +177,8 @@ class VMState:
         """The name of the subsection that comes next, if it is this table's: one that it knows, or that begins with its
         own name and a slash.
 
-        Inside a struct an 0x05 may as well be the next field's first byte; QEMU tells them apart by the name, and so
-        does this. It looks no further than it must, for a stream that waits for its answer may hold no more bytes.
+        Inside a struct an 0x05 may also be the next field's first byte; as in QEMU, the name tells them apart. It looks
+        no further than necessary: a source that waits for an answer may not send any more bytes.
         """
         mine = self.name.encode()
         if not _is_subsection(reader) or _peek_byte(reader, 1) <= len(mine):
@@ -200,9 +202,9 @@ class VMState:
 
 @dataclass(frozen=True, slots=True)
 class Struct(Field):
-    """An object inside the state, with a table of its own; always in that table's present version.
+    """An object inside the state, with a table of its own, always in that table's present version.
 
-    make   makes the object when the attribute is missing or None; without it, loading needs one to be there
+    make   makes the object if the attribute is missing or None; without `make` the object has to exist before loading
     """
 
     table: VMState
@@ -228,9 +230,9 @@ class Struct(Field):
 
 @dataclass(frozen=True, slots=True)
 class StructArray(Counted):
-    """A sequence of objects inside the state, each with the same table.
+    """A sequence of objects inside the state, all with the same table.
 
-    make   makes an object; needed where the sequence may have another length than what arrives, and becomes a list then
+    make   makes an object; needed if the sequence may have another length than what arrives, and then becomes a list
     """
 
     table: VMState
@@ -275,7 +277,7 @@ def _save_struct(table: VMState, writer: StreamWriter, state: object, where: str
 
 
 def _shown(names: list[str]) -> Iterator[str]:
-    """The fields' names for the description: one that occurs several times gets a number, as QEMU does it."""
+    """The fields' names for the description: as in QEMU, names that occur several times are numbered."""
     for i, name in enumerate(names):
         yield name if names.count(name) == 1 else f"{name}[{names[:i].count(name)}]"
 
@@ -285,7 +287,7 @@ def _is_subsection(reader: StreamReader) -> bool:
 
 
 def _peek_byte(reader: StreamReader, index: int) -> int:
-    """A byte of what may be a subsection's head. Raises RemoteStreamError where the stream has ended before it."""
+    """A byte of what may be a subsection's head. Raises RemoteStreamError if the stream ends before it."""
     head = reader.peek(index + 1)
     if len(head) <= index:
         raise reader.error("the head of a subsection", f"the end of the stream after {len(head)} bytes")
@@ -302,7 +304,7 @@ def _peek_name(reader: StreamReader) -> str:
 
 @contextmanager
 def _within(reader: StreamReader, part: str) -> Iterator[None]:
-    """Let the reader's messages name a part of what is being read."""
+    """Name a part of what is being read in the reader's messages."""
     outer = reader.where
     reader.where = f"{outer}, {part}"
     try:

@@ -1,13 +1,13 @@
 """Takes the device state of a QEMU from the stream, to its end, without knowing the devices.
 
-The law: what is taken is complete, or it is an error. Nothing in the stream says where it ends when the source waits
-for our answer instead of closing, so the end is told from the bytes, by the strongest sign there is:
+Invariant: either the whole device state is taken, or an error is raised. The stream does not say where it ends if the
+source waits for an answer instead of closing, so the end is recognised by the strongest sign there is:
 
-    the description    its text ends with the last byte that came, and cuts everything before it: complete, at once
-    footers and EOF    sections that all end with their footers, the EOF byte, and nothing more for QUIET_WITH_FOOTERS
-                       seconds
-    EOF alone          that byte, and nothing more for QUIET_WITHOUT seconds: a stream cut short just behind some zero
-                       byte cannot be told from a whole one, so QEMU's defaults (description, footers) are worth keeping
+    the description    its text ends with the last byte that came, and everything before it can be cut: the end, at once
+    footers and EOF    all sections end with their footers, then comes the EOF byte, and nothing more for
+                       QUIET_WITH_FOOTERS seconds
+    EOF alone          that byte, and nothing more for QUIET_WITHOUT seconds. A stream that breaks off behind any zero
+                       byte looks the same, so QEMU's defaults (description, footers) should stay on
 
 Threads: the incoming thread.
 """
@@ -30,15 +30,15 @@ from corefw.wire.stream import StreamReader
 QUIET_WITH_FOOTERS: Final = 0.5
 QUIET_WITHOUT: Final = 2.0
 STALLED: Final = 30.0
-"""Seconds of silence in the middle of the device state, after which the source is given up: its guest is stopped by
-now, and it has nothing to do but send."""
+"""Seconds of silence in the middle of the device state after which the source is given up: its guest is stopped by
+then, and the source has nothing to do but send."""
 
 _EOF: Final = bytes((SectionType.EOF,))
 
 
 @dataclass(frozen=True, slots=True)
 class StoredDevice:
-    """A device section: bytes on the wire with head and footer."""
+    """A device section. `size`: bytes on the wire, including header and footer."""
 
     name: str
     instance_id: int
@@ -50,8 +50,8 @@ class StoredDevice:
 class DeviceState:
     """Everything from the first device section to the end of the stream.
 
-    pieces    the bytes: a piece for each section where they could be cut, then EOF and description
-    devices   what the pieces are; empty where they could not be cut
+    pieces    the bytes: a piece for each section if they could be cut, then EOF and description
+    devices   what the pieces are; empty if they could not be cut
     """
 
     pieces: tuple[bytes, ...]
@@ -59,7 +59,7 @@ class DeviceState:
 
 
 def take_device_state(reader: StreamReader, footers: bool, live: WaitReadable) -> DeviceState:
-    """Take all that is left of the stream. Raises RemoteStreamError, ChannelError."""
+    """Take everything up to the end of the stream. Raises RemoteStreamError, ChannelError."""
     base = reader.offset
     reader.where = "device state"
     return cut_device_state(_take(reader, footers, live), base, footers)
@@ -96,7 +96,7 @@ def _may_have_ended(held: bytearray, footers: bool) -> bool:
 
 
 def _is_whole(held: bytearray, footers: bool) -> bool:
-    """Whether the sections can be told apart up to EOF; without footers there is nothing to tell by."""
+    """Whether the sections can be told apart up to EOF; without footers this is not checked any further."""
     try:
         cut_device_state(bytes(held), 0, footers)
     except StreamError:
@@ -105,7 +105,8 @@ def _is_whole(held: bytearray, footers: bool) -> bool:
 
 
 def cut_device_state(data: bytes, base: int, footers: bool) -> DeviceState:
-    """Tell the sections apart, and prove that they are whole. `base` is the place of `data` in its stream."""
+    """Tell the sections apart, and check that they are complete. `base` is the offset of `data` in its stream. Raises
+    RemoteStreamError."""
     starts: list[items.Section] = []
     tail: int | None = None
     for item in decode_sections(data, base=base, footers=footers):
@@ -118,7 +119,7 @@ def cut_device_state(data: bytes, base: int, footers: bool) -> DeviceState:
                 pass
             case _:
                 raise RemoteStreamError(item.offset, "device state", "device sections", type(item).__name__)
-    if tail is None:  # uncut: EOF is its last byte
+    if tail is None:  # not cut; its last byte is EOF
         return DeviceState((data,), ())
     bounds = [section.offset - base for section in starts] + [tail]
     pieces = [data[first:end] for first, end in pairwise(bounds)]

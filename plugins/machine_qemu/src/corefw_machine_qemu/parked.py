@@ -1,7 +1,7 @@
-"""A QEMU machine that is not running: its RAM in memory, its devices byte for byte as QEMU sent them.
+"""A parked QEMU machine: its RAM in memory, its devices byte for byte as QEMU sent them.
 
-Invariant: it comes from a stream and goes into a stream, unchanged, so a QEMU that takes it in goes on with the guest
-as if it had come straight from the other QEMU. It cannot run here, and says so.
+Invariant: what came in a stream goes into the next one unchanged, so a QEMU that takes the machine in goes on with the
+guest as if it had come straight from the other QEMU. The machine cannot run here.
 
 Threads: as corefw.machine says.
 """
@@ -28,7 +28,7 @@ from corefw_machine_qemu.limits import Limits
 
 
 class ParkedMachine(ParkingMachine, RamMakingMachine):
-    """The machine "qemu". Options: see limits.OPTIONS. It is a destination first: `migfw run --machine qemu --incoming
+    """The machine "qemu". Options: see limits.OPTIONS. It begins as a destination: `migfw run --machine qemu --incoming
     URI`."""
 
     kind = "qemu"
@@ -51,7 +51,7 @@ class ParkedMachine(ParkingMachine, RamMakingMachine):
 
     @property
     def name(self) -> str:
-        """QEMU's machine type, as "pc-i440fx-7.2"; "" until it is here, and where the stream does not tell."""
+        """QEMU's machine type, as "pc-i440fx-7.2"; "" before a machine has come, and if its stream does not name it."""
         return self._name
 
     # -- run state -------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class ParkedMachine(ParkingMachine, RamMakingMachine):
     # -- devices ---------------------------------------------------------------------------------------------------
 
     def adopt_sections(self, name: str, stream_format: StreamFormat, reader: StreamReader, live: WaitReadable) -> None:
-        """See ParkingMachine. Raises RemoteStreamError where the device state is not whole."""
+        """See ParkingMachine. Raises RemoteStreamError if the device state is not complete."""
         self._stored = take_device_state(reader, stream_format.footers, live)
         self._format = stream_format
         self._name = name
@@ -132,7 +132,7 @@ class ParkedMachine(ParkingMachine, RamMakingMachine):
     # -- the rest --------------------------------------------------------------------------------------------------
 
     def information(self) -> Mapping[str, object]:
-        """The machine type (null where the stream did not tell it), RAM blocks and devices with their bytes."""
+        """The machine type (null if the stream did not name it), and the sizes of RAM blocks and devices in bytes."""
         return {
             "machine": self._name or None,
             "parked": self._format is not None,
