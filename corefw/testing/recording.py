@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from corefw.channel import Channel, Interrupt
 from corefw.errors import ChannelError, MachineError
-from corefw.section import LiveSaver, Pending, Section, SectionLoader, SectionSaver, StateSaver
+from corefw.section import LiveSaver, Pending, RamSaver, Section, SectionLoader, SectionSaver, StateSaver
 from corefw.settings import Settings
 from corefw.wire.constants import BE32, SectionType
 from corefw.wire.stream import MemorySink, StreamReader, StreamWriter
@@ -143,11 +143,12 @@ def record(case: SectionCase, *, outcome: Outcome = "committed") -> Recording:
         else:
             _record_live(case, saver, context, recording)
         recording.state = case.state(saver)
-        _tell(saver, outcome)
+        tell(saver, outcome)
         return recording
 
 
-def _tell(section: Section, outcome: Outcome) -> None:
+def tell(section: Section, outcome: Outcome) -> None:
+    """Tell a section how the migration ended. Raises AssertionError if that fails."""
     try:
         section.committed() if outcome == "committed" else section.abandoned()
     except Exception as error:
@@ -201,12 +202,21 @@ def _record_live(case: SectionCase, saver: LiveSaver, context: KitContext, recor
 
 def pending(saver: LiveSaver) -> Pending:
     """What is left after a harvest; the estimates before and after it are checked too."""
-    saver.pending_estimate()
+    passes = _passes(saver)
+    known = saver.pending_estimate()
+    assert saver.pending_estimate() == known, "pending_estimate() gives two answers in a row"
+    assert _passes(saver) == passes, "pending_estimate() harvests the dirty log, which only pending_exact() may do"
     left = saver.pending_exact()
+    assert passes is None or _passes(saver) == passes + 1, "pending_exact() begins no pass (dirty_sync_count)"
     known = saver.pending_estimate()
     assert left.must_precopy >= 0 and left.can_postcopy >= 0, f"pending_exact() gives {left}: bytes are never negative"
     assert known == left, f"pending_exact() gives {left}, but pending_estimate() right after it {known}"
     return left
+
+
+def _passes(saver: LiveSaver) -> int | None:
+    """Harvests so far; None if the saver does not count them."""
+    return saver.ram_statistics().dirty_sync_count if isinstance(saver, RamSaver) else None
 
 
 @dataclass(slots=True)
@@ -253,7 +263,7 @@ def replay(
         finally:
             loader.cleanup()
             loader.cleanup()
-        _tell(loader, outcome or ("committed" if found.error is None and bodies == sent else "abandoned"))
+        tell(loader, outcome or ("committed" if found.error is None and bodies == sent else "abandoned"))
     return found
 
 

@@ -21,6 +21,8 @@ from corefw.section import (
     OutgoingContext,
     Pending,
     Priority,
+    RamSaver,
+    RamStatistics,
     Section,
     SectionKey,
     StateLoader,
@@ -140,6 +142,19 @@ class CellsSaver(LiveSaver):
         self.dirty = set()
 
 
+class CountsItsHarvests(CellsSaver, RamSaver):
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics_of_ram = RamStatistics()
+
+    def ram_statistics(self) -> RamStatistics:
+        return self.statistics_of_ram
+
+    def harvest(self) -> None:
+        super().harvest()
+        self.statistics_of_ram.dirty_sync_count += 1
+
+
 class CellsLoader(LiveLoader):
     idstr = "cells"
     version_id = 1
@@ -192,7 +207,9 @@ def live_case(kind: type[Section] = Section) -> SectionCase:
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("case", [state_case(), live_case()], ids=["notes", "cells"])
+@pytest.mark.parametrize(
+    "case", [state_case(), live_case(), live_case(CountsItsHarvests)], ids=["notes", "cells", "counted cells"]
+)
 def test_good_section_passes(case: SectionCase, check: str) -> None:
     assert check_section(case, only=[check]) == [check]
 
@@ -425,6 +442,28 @@ class SendsPastBudgetOfOwn(CellsSaver):
             self.send(writer, self.dirty.pop())
 
 
+class HarvestsToEstimate(CountsItsHarvests):
+    def pending_estimate(self) -> Pending:
+        self.harvest()
+        return super().pending_estimate()
+
+
+class NeverBeginsAPass(CountsItsHarvests):
+    def pending_exact(self) -> Pending:
+        return self.pending_estimate()
+
+
+class CommitsWhatItSent(CellsSaver):
+    """Takes it for granted that a migration that took place has had a pass."""
+
+    def iterate(self, writer: StreamWriter, budget: int) -> bool:
+        self.last_pass = budget
+        return super().iterate(writer, budget)
+
+    def committed(self) -> None:
+        self.last_pass += 1
+
+
 class NeedsSetup(CellsSaver):
     def cleanup(self) -> None:
         assert self.dirty, "cleanup() without setup()"
@@ -458,6 +497,9 @@ class OwesBytes(CellsSaver):
         (TrustsIndexes, "damaged", "expected a StreamError or a load, got IndexError"),
         (TrustsIndexes, "newer-version", "got no error"),
         (ForgetsToHarvest, "round-trip", r"pending_exact\(\) gives .*, but pending_estimate\(\) right after it"),
+        (HarvestsToEstimate, "round-trip", r"pending_estimate\(\) harvests the dirty log"),
+        (NeverBeginsAPass, "round-trip", r"pending_exact\(\) begins no pass"),
+        (CommitsWhatItSent, "outcome", r"committed\(\) raised AttributeError"),
         (NeedsSetup, "cleanup", r"cleanup\(\) without setup\(\)"),
     ],
 )
