@@ -97,6 +97,7 @@ def load(plugins: Plugins, machine: Machine, data: bytes) -> None:
     finally:
         destination.clean_loaders_up()
         destination.stop_listening()
+        destination.close()
         destination.interrupt.close()
 
 
