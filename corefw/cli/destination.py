@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,13 @@ _IN_FOLDER: Final = (
     'shift 2; exec "$@"'
 )
 """A script for `sh -c`. Its arguments are the folder, the program's file ("" if it is not a file), and the command."""
+
+_END_TIED: Final = (
+    "for process in /proc/[0-9]*; do\n"
+    '    grep -aqF -e "--tied=$1" "$process/cmdline" 2>/dev/null && kill "${process#/proc/}"\n'
+    "done; true"
+)
+"""A script for `sh -c` that ends the engine which was started with --tied=TOKEN. Its argument is the token."""
 
 _NOT_FOR_A_DESTINATION: Final = frozenset({"return-path", "pause-before-switchover", "events"})
 
@@ -99,9 +107,19 @@ def start_destination(
         migfw = _find_migfw(host, remote_migfw, status["version"])
         switched = {one["capability"] for one in engine.call("query-migrate-capabilities") if one["state"]}
         wanted = (switched | {name for name, on in caps.items() if on}) - {name for name, on in caps.items() if not on}
-        facts = _start(host, migfw, [*_arguments(launch, sorted(wanted - _NOT_FOR_A_DESTINATION), params)], launch)
+        arguments = _arguments(launch, sorted(wanted - _NOT_FOR_A_DESTINATION), params)
+        token = secrets.token_hex(8)
+        try:
+            destination = Destination(
+                address, host, migfw, _start(host, [*migfw, *arguments, f"--tied={token}"], launch)
+            )
+        except BaseException:
+            # The engine may have become ready just now, so that it no longer ends with the command that started it.
+            with contextlib.suppress(MigfwError):
+                host.run(["sh", "-c", _END_TIED, "sh", token], SHORT_SECONDS)
+            raise
         undo.pop_all()
-    return Destination(address, host, migfw, facts)
+    return destination
 
 
 def _status(engine: EngineClient) -> dict[str, Any]:
@@ -160,11 +178,10 @@ def _candidates() -> list[list[str]]:
     return [["migfw"], here]
 
 
-def _start(
-    host: RemoteHost, migfw: Sequence[str], arguments: Sequence[str], launch: Mapping[str, Any]
-) -> Mapping[str, Any]:
+def _start(host: RemoteHost, migfw: Sequence[str], launch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Run this `migfw run` in the folder of the source's engine: what it printed. Raises UsageError, MigfwError."""
     file = _program_file(launch)
-    command = ["sh", "-c", _IN_FOLDER, "sh", launch["directory"], file, *migfw, *arguments]
+    command = ["sh", "-c", _IN_FOLDER, "sh", launch["directory"], file, *migfw]
     done = host.run(command, START_SECONDS)
     if done.status == _NO_FOLDER:
         raise MigfwError(
@@ -200,7 +217,7 @@ def _arguments(launch: Mapping[str, Any], caps: Sequence[str], params: Sequence[
     words += [f"--cap={name}" for name in caps]
     words += [f"--param={pair}" for pair in params]
     words += ["--allow-undeclared"] if launch["allow-undeclared"] else []
-    return [*words, "--incoming=private", "--detach", "--json", "--tied"]
+    return [*words, "--incoming=private", "--detach", "--json"]
 
 
 def _last_line(text: str) -> str:

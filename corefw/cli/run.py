@@ -85,7 +85,12 @@ PROPERTY: Final = "--property NAME=on or --property NAME=off"
     help="Run in the background once the engine is ready. 'migfw status' shows where its log is.",
 )
 @click.option("--json", "as_json", is_flag=True, help="With --detach: print one JSON document about the engine.")
-@click.option("--tied", is_flag=True, hidden=True, help="With --detach: end if stdin ends before the engine is ready.")
+@click.option(
+    "--tied",
+    metavar="TOKEN",
+    hidden=True,
+    help="With --detach: end if stdin ends before the engine is ready. TOKEN marks the process for its starter.",
+)
 @click.option("--stay", is_flag=True, help="Keep the engine after the guest has left, or failed to arrive.")
 def run(
     program: str | None,
@@ -103,7 +108,7 @@ def run(
     paused: bool,
     detach: bool,
     as_json: bool,
-    tied: bool,
+    tied: str | None,
     stay: bool,
 ) -> None:
     """Run PROGRAM as a guest that can migrate, or wait for one to migrate here.
@@ -130,7 +135,7 @@ def run(
     """
     if as_json and not detach:
         raise UsageError("--json needs --detach: without it the engine stays in the foreground and prints lines")
-    background = _go_to_background(as_json=as_json, tied=tied) if detach else None
+    background = _go_to_background(as_json=as_json, tied=tied is not None) if detach else None
     with LeavingAtOnce():
         from corefw.cli.hosting import Plan, host
         from corefw.engine import Engine, Launch
