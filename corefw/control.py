@@ -182,7 +182,8 @@ class MigrationControl(ABC):
 
     @abstractmethod
     def cancel(self) -> None:
-        """Begin to cancel the migration, on either side. Does nothing if there is none."""
+        """Begin to cancel the migration, on either side. Does nothing if there is none. Raises StateError in postcopy,
+        when neither side has the whole guest."""
 
     @abstractmethod
     def set_capabilities(self, changes: Mapping[str, bool]) -> None:

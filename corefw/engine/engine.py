@@ -1,9 +1,10 @@
 """The engine: what QMP, the command line and programs that embed migfw call.
 
-Every command is checked before anything is started; one that is refused changes nothing. The errors' texts are QEMU's
-where it has them (qmp_migrate, migrate_prepare, qmp_migrate_incoming, qmp_migrate_continue, ...).
+Every command is checked before anything is started, and one that is refused changes nothing. The texts of errors are
+QEMU's if it has any (7.2: qmp_migrate, migrate_prepare, qmp_migrate_incoming, qmp_migrate_continue, ...).
 
-Threads: everything here may be called from any thread, by observers too.
+Threads: any may call these methods, and so may observers. Plugins, names and addresses are asked for before a lock is
+taken.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ ENDED: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED})
 
 
 class Engine(MigrationControl):
-    """One guest and what can be done to it. Under only-migratable, UsageError for one that cannot migrate."""
+    """One guest, and what can be done with it. Raises UsageError under only-migratable if it cannot migrate."""
 
     def __init__(
         self,
@@ -97,13 +98,14 @@ class Engine(MigrationControl):
     # -- the guest -------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Pause the guest. Nothing happens when it does not run."""
+        """Pause the guest. Does nothing if it is not running."""
         with self._guest_lock.held():
             if self.machine.run_state is RunState.RUNNING:
                 self.machine.stop(RunState.PAUSED)
 
     def cont(self) -> None:
-        """Let the guest run. Raises StateError where a destination said that it has it, or where it is not here yet."""
+        """Let the guest run. Raises StateError if it is not here yet, has ended, or has moved, which a destination has
+        to have confirmed."""
         with self._guest_lock.held():
             state = self.machine.run_state
             if state is RunState.RUNNING:
@@ -115,7 +117,7 @@ class Engine(MigrationControl):
             self.machine.start()
 
     def verify(self) -> Mapping[str, object]:
-        """Let the guest prove its own state. Raises UsageError where it cannot, MachineError when it is wrong."""
+        """Let the guest verify its own state. Raises UsageError if it cannot, MachineError if the state is wrong."""
         if not isinstance(self.machine, VerifiableMachine):
             raise UsageError(f"a machine of kind '{self.machine.kind}' cannot verify itself")
         with self._guest_lock.held():
@@ -125,7 +127,7 @@ class Engine(MigrationControl):
             return self.machine.verify()
 
     def _check_is_ours(self) -> None:
-        """Raise where the guest is not here yet, or not any more."""
+        """Raise StateError if the guest is not here yet, or has moved."""
         if self._closed:
             raise StateError(CLOSED)
         if self.machine.run_state is RunState.INMIGRATE:
@@ -135,13 +137,13 @@ class Engine(MigrationControl):
             raise StateError(MOVED)
 
     def _check_not_held(self) -> None:
-        """Under the guest's lock."""
+        """Raise StateError if a migration has stopped the guest. Call it under the guest's lock."""
         if self._migration is not None and self._migration.holds_guest:
             raise StateError("the guest is stopped for the switchover (cancel the migration to keep it running here)")
 
     @property
     def has_left(self) -> bool:
-        """Whether the guest is elsewhere for certain: a destination said that it has it, or it is stored whole."""
+        """Whether the guest is known to be elsewhere: a destination has confirmed it, or it is whole in a file."""
         return self._migration is not None and self._migration.is_safe_elsewhere
 
     # -- out -------------------------------------------------------------------------------------------------------
@@ -173,8 +175,8 @@ class Engine(MigrationControl):
         self.outgoing.wait(NOT_PAUSED, RESUME_WAIT)
 
     def check(self, uri: str | None = None) -> CheckReport:
-        """Whether a migration to `uri` would succeed, and what it would be like; it changes nothing and takes some
-        seconds. Without `uri` only this side is looked at. A migration that begins meanwhile ends it.
+        """Find out whether a migration to `uri` would succeed, and what it would be like. It changes nothing and takes
+        some seconds. Without `uri` only this side is checked. If a migration begins, the check ends.
 
         Raises StateError, UriError, PluginError.
         """
@@ -211,8 +213,8 @@ class Engine(MigrationControl):
         self._check_is_ours()
 
     def _check_may_leave(self) -> None:
-        """Raise if no migration can begin, or the guest may run elsewhere: a second copy of it must not come to run as
-        well. A machine that cannot run here is only stored and sent on."""
+        """Raise StateError if no migration can begin, or if the guest may be running elsewhere: a second copy of it
+        must not be started. A machine that cannot run here is only stored, and may be sent again."""
         if self.outgoing.status not in IDLE:
             raise StateError(MIGRATION_ACTIVE)
         self._check_is_ours()
@@ -269,15 +271,15 @@ class Engine(MigrationControl):
         return self._tail.savers(self.plugins.section_savers(self.machine, self.settings))
 
     def wait_outgoing(self, seconds: float | None = None) -> MigrationStatus:
-        """Block until the present migration has ended; its status."""
+        """Block until the present migration has ended, or for `seconds`; returns its status."""
         self.outgoing.wait(ENDED, seconds)
         return self.outgoing.status
 
     def cancel(self) -> None:
-        """Begin to end the migration, on either side; nothing happens when there is none.
+        """Begin to cancel the migration, on either side. Does nothing if there is none.
 
         A destination gives up the connection that it loads from, tells that source, and stops waiting; migrate_incoming
-        lets it wait again. When the guest is here already, it stays. Raises StateError in postcopy: neither side has
+        lets it wait again. A guest that has arrived stays. Raises StateError in postcopy: neither side has
         the whole guest then (QEMU 10.1, qmp_migrate_cancel).
         """
         may_cancel = self._migration is None or self._migration.may_cancel
@@ -292,7 +294,7 @@ class Engine(MigrationControl):
                 self._migration.cancel()
 
     def continue_migration(self, state: MigrationStatus) -> None:
-        """Go on from pre-switchover. Raises StateError when the status is not `state`."""
+        """Continue from pre-switchover. Raises StateError if the status is not `state`."""
         status = self.outgoing.status
         if status is not state or status is not _S.PRE_SWITCHOVER or self._migration is None:
             raise StateError(f"Migration not in expected state: {status}")
@@ -329,27 +331,27 @@ class Engine(MigrationControl):
         return self.inbound.wait_at(uri, exit_on_error=exit_on_error)
 
     def wait_incoming(self, seconds: float | None = None) -> MigrationStatus:
-        """Block until the guest has come, or failed to."""
+        """Block until the guest has arrived or failed to, or for `seconds`; returns the status."""
         self.incoming.wait(ENDED, seconds)
         return self.incoming.status
 
     # -- settings and blockers -------------------------------------------------------------------------------------
 
     def set_capabilities(self, changes: Mapping[str, bool]) -> None:
-        """Raises StateError while a migration runs, SettingsError."""
+        """Switch capabilities, all of them or none. Raises StateError while a migration runs, SettingsError."""
         with self._lock:
             if self.outgoing.status not in IDLE:
                 raise StateError(MIGRATION_ACTIVE)
             self.settings.set_capabilities(changes)
 
     def set_parameters(self, changes: Mapping[str, object]) -> None:
-        """Also in flight. Raises SettingsError."""
+        """Change parameters, all of them or none; also while a migration runs. Raises SettingsError."""
         self.settings.set_parameters(changes)
         if self._migration is not None:
             self._migration.limits_changed()
 
     def add_blocker(self, reason: str) -> None:
-        """Raises StateError while a migration runs, UsageError under only-migratable."""
+        """Refuse migrations for this reason. Raises StateError while one runs, UsageError under only-migratable."""
         with self._lock:
             self._blockers.add(reason, migrating=self.outgoing.status not in IDLE)
 

@@ -138,7 +138,7 @@ class Inbound:
         self._check_paused()
         listener = transport.listen()
         try:
-            with self._lock:
+            with self._events.hold(), self._lock:
                 self._check_paused().recover(listener)
                 self.uri = str(listener.uri)
         except MigfwError:

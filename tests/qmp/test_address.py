@@ -1,4 +1,4 @@
-"""Names and addresses of engines; nobody else's directory is ever trusted."""
+"""Names and addresses of engines; another user's directory is never trusted."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ def test_a_link_or_a_file_in_its_place_is_refused(runtime: Path, folder: Path) -
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a directory away")
-def test_somebody_elses_directory_is_refused(runtime: Path, folder: Path) -> None:
+def test_another_users_directory_is_refused(runtime: Path, folder: Path) -> None:
     runtime.mkdir()
     os.chown(runtime, 65534, 65534)
     with pytest.raises(UsageError, match=r"belongs to user 65534, expected 0"):
         runtime_directory()
     os.chown(folder, 65534, 65534)
-    # The whole of XDG_RUNTIME_DIR is somebody else's (su, sudo): it is not for us.
+    # XDG_RUNTIME_DIR as a whole is another user's (su, sudo): we do not use it.
     assert runtime_directory() != runtime
 
 

@@ -98,7 +98,7 @@ def is_connected(client: RawClient) -> bool:
         return False
 
 
-def test_clients_that_never_negotiate_lock_nobody_out(server: QmpServer) -> None:
+def test_clients_that_never_negotiate_do_not_lock_others_out(server: QmpServer) -> None:
     path = path_of(server.address)
     with contextlib.ExitStack() as stack:
         working = stack.enter_context(RawClient(path))

@@ -163,7 +163,7 @@ def test_the_same_negotiation(qemu: Path, folder: Path, engine: Engine) -> None:
         for path in (path_of(server.address), qemu):
             with RawClient(path, negotiate=False) as client:
                 assert client.greeting["QMP"]["capabilities"] == ["oob"]  # type: ignore[index]
-                # Out-of-band replies overtake the others, so the order is anybody's.
+                # Out-of-band replies overtake the others, so the order varies.
                 found.append(sorted(json.dumps(one, sort_keys=True) for one in answers(client, b"".join(script))))
     assert found[0] == found[1]
 

@@ -122,7 +122,7 @@ def test_a_real_migration_under_qmp(server: QmpServer, plugins: Plugins, folder:
 
 
 @pytest.mark.parametrize("address", ["unix:/nowhere/at/all", "tcp:127.0.0.1:1"])
-def test_nobody_there(address: str) -> None:
+def test_no_server_is_there(address: str) -> None:
     with pytest.raises(ChannelError, match=f"no migfw or QEMU answers at {address}: "):
         QmpClient(address)
 

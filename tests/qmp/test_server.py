@@ -304,7 +304,9 @@ def test_an_out_of_band_command_overtakes(plugin: Plugin, server: QmpServer) -> 
         assert [client.read()["id"], client.read()["id"]] == [1, 2]
 
 
-def test_one_clients_long_command_keeps_nobody_waiting(plugin: Plugin, client: RawClient, server: QmpServer) -> None:
+def test_a_long_command_does_not_keep_other_clients_waiting(
+    plugin: Plugin, client: RawClient, server: QmpServer
+) -> None:
     client.send(b'{"execute": "x-wait"}')
     assert plugin.entered.wait(20)
     with RawClient(path_of(server.address)) as other:
@@ -337,13 +339,13 @@ def test_events_reach_all_that_have_negotiated(client: RawClient, server: QmpSer
         assert (event["event"], third.read()) == ("STOP", {"return": {}})
 
 
-def test_the_end_of_the_guest_is_told(client: RawClient, engine: Engine) -> None:
+def test_the_end_of_the_guest_is_an_event(client: RawClient, engine: Engine) -> None:
     engine.machine.set_run_state(RunState.SHUTDOWN)
     event = client.read()
     assert (event["event"], event["data"]) == ("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})
 
 
-def test_a_deaf_client_is_disconnected_and_keeps_nobody_waiting(
+def test_a_client_that_does_not_read_is_disconnected_and_keeps_no_one_waiting(
     client: RawClient, engine: Engine, server: QmpServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with RawClient(path_of(server.address)) as deaf:
@@ -405,7 +407,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def is_closed_everywhere(reader: int, writer: int) -> bool:
-    """Close our writing end; the reader sees the end of the file once nobody else has it open."""
+    """Close our writing end; the reader sees the end of the file once no other process has it open."""
     os.close(writer)
     return os.read(reader, 1) == b""
 
@@ -437,7 +439,7 @@ def test_getfd_keeps_a_descriptor_and_closefd_closes_it(client: RawClient, pipe:
         b"@",
     ],
 )
-def test_a_descriptor_that_nobody_keeps_is_closed(client: RawClient, pipe: tuple[int, int], request_: bytes) -> None:
+def test_a_descriptor_that_is_not_kept_is_closed(client: RawClient, pipe: tuple[int, int], request_: bytes) -> None:
     send_with(client, request_, pipe[1], pipe[1])
     client.read()
     client.close()
