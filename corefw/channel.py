@@ -84,11 +84,11 @@ class Interrupt:
 
     def wait_for(self, fd: int, events: int, seconds: float | None = None) -> bool:
         """Wait until poll reports `events` on `fd`. False on timeout; Interrupted when set."""
-        poll = select.poll()
-        poll.register(self._event, select.POLLIN)
+        poll, event = select.poll(), self._event  # another thread may set and close it meanwhile
+        poll.register(event, select.POLLIN)
         poll.register(fd, events)
         ready = poll.poll(None if seconds is None else max(0.0, seconds) * 1000)
-        if any(which == self._event for which, _ in ready):
+        if any(which == event for which, _ in ready):
             raise Interrupted("cancelled")
         return bool(ready)
 
@@ -146,7 +146,12 @@ class Channel(Closing, ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of everything. Bytes that were sent still arrive (unless aborted). Idempotent; never raises."""
+        """Release everything. Bytes that were sent still arrive, unless the channel was aborted. Idempotent; never
+        raises.
+
+        A call that is blocked in another thread ends soon, and it and every later call except abort() and close() raise
+        Interrupted. How much of a blocked send goes out is unknown.
+        """
 
 
 @runtime_checkable
@@ -191,7 +196,11 @@ class Listener(Closing, ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Stop listening and remove what was made for it (a socket file). Idempotent; never raises."""
+        """Stop listening, and remove what was created for it (a socket file). Idempotent; never raises.
+
+        An accept() that is blocked in another thread ends soon, and it and every later one raise ChannelError. Accepted
+        channels go on.
+        """
 
 
 @dataclass(frozen=True, slots=True)

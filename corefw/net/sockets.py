@@ -44,6 +44,10 @@ RECEIVE_TICK: Final = 0.001
 """Seconds that a receive into memory waits for the rest of what would fit: a pause in the stream, or its end. The
 kernel rounds it up to its clock's next tick."""
 
+CLOSE_TICK: Final = 0.1
+"""Seconds after which a blocked receive notices close(), which cannot shut the reading side down: it goes on to take
+what the peer sends."""
+
 LINGER: Final = 60.0
 """Seconds that close() goes on, in the background, to take what the peer sends while our last bytes are under way."""
 
@@ -164,7 +168,7 @@ class SocketChannel(Channel):
 
     def _receive(self, receive: Callable[[], int]) -> int:
         while (count := self._try_receive(receive)) is None:  # RECEIVE_TICK is over, and nothing came at all
-            self._poll(None)
+            self._wait_for_input(None)
         return count
 
     def _try_receive(self, receive: Callable[[], int]) -> int | None:
@@ -189,14 +193,23 @@ class SocketChannel(Channel):
         self._check_aborted()
         if self._ended:
             return True
-        ready = self._poll(max(0.0, seconds) * 1000)
-        self._check_aborted()
-        return ready
+        return self._wait_for_input(seconds)
 
-    def _poll(self, milliseconds: float | None) -> bool:
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(milliseconds))
+    def _wait_for_input(self, seconds: float | None) -> bool:
+        """Wait for bytes or the end; False after `seconds`. Raises Interrupted after abort() or close()."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while True:
+            left = CLOSE_TICK if deadline is None else min(CLOSE_TICK, max(0.0, deadline - time.monotonic()))
+            poll = select.poll()
+            try:
+                poll.register(self._socket, select.POLLIN)
+            except ValueError:  # it was closed just now
+                self._check_aborted()
+                raise
+            ready = bool(poll.poll(left * 1000))
+            self._check_aborted()
+            if ready or (deadline is not None and time.monotonic() >= deadline):
+                return ready
 
     def send_eof(self) -> None:
         self._check()

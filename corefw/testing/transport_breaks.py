@@ -47,6 +47,41 @@ def _abort_wakes_a_sender(bench: Workbench) -> None:
         sender.abort()
 
 
+@check(Need.LIVE)
+def _close_ends_blocked_calls(bench: Workbench) -> None:
+    """close() makes a blocked receive, wait or send and every later one raise Interrupted."""
+    for way, _, receiver in bench.ways():
+        blocked = Task(f"receive {way} after close()", receiver.receive_into, memoryview(bytearray(8)))
+        blocked.let_block()
+        receiver.close()
+        _was_interrupted(blocked)
+        raises(Interrupted, f"a later receive {way} after close()", receiver.receive_into, memoryview(bytearray(8)))
+        raises(Interrupted, f"a later wait {way} after close()", receiver.wait_readable, 10)
+    for way, _, receiver in bench.ways():
+        waiting = Task(f"wait_readable {way} after close()", receiver.wait_readable, 600)
+        waiting.let_block()
+        receiver.close()
+        _was_interrupted(waiting)
+    for way, sender, _ in bench.ways():
+        flood = Flood(sender, f"send {way} after close()", 256 << 10, 2 * UNREAD_LIMIT)
+        flood.blocked(0.2)
+        Task(f"close() {way} while a send is blocked", sender.close).result()
+        _was_interrupted(flood.task)
+        raises(Interrupted, f"a later send {way} after close()", sender.send, b"x")
+
+
+@check(Need.OWN_LISTENER)
+def _closing_a_listener_ends_accept(bench: Workbench) -> None:
+    """close() of a listener makes a blocked accept and every later one raise ChannelError."""
+    listener = bench.listener()
+    blocked = Task("accept after the listener's close()", listener.accept, bench.interrupt())
+    blocked.let_block()
+    listener.close()
+    error = blocked.error()
+    assert isinstance(error, ChannelError), f"{blocked.what}: expected ChannelError, got {told(error)}"
+    raises(ChannelError, "a later accept after the listener's close()", listener.accept, bench.interrupt())
+
+
 @check(Need.OWN_LISTENER)
 def _interrupt_ends_accept(bench: Workbench) -> None:
     """An Interrupt ends accept(), whether it is set before or while it waits; the listener is good afterwards."""

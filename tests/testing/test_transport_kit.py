@@ -203,6 +203,11 @@ class AbortDoesNotWake(Proxy):
         pass
 
 
+class CloseDoesNotWake(Proxy):
+    def close(self) -> None:
+        OPEN.append(self.inner)
+
+
 class AlwaysReadable(Proxy):
     def wait_readable(self, seconds: float) -> bool:
         return True
@@ -273,6 +278,7 @@ class KeepsListening(Wrapped):
 DEAF = Interrupt()
 LEAKED: list[int] = []
 LISTENING: list[Listener] = []
+OPEN: list[Channel] = []
 ONE_WAY = TransportFeatures(return_path=False, multi_channel=True)
 
 
@@ -297,6 +303,7 @@ FAULTS = {
     "break-is-end": Fault(faulty(BreaksLookLikeEnds), "shows-a-break-as-an-error", "got no error"),
     "abort-receive": Fault(faulty(AbortDoesNotWake), "abort-wakes-a-receiver", "did not end within"),
     "abort-send": Fault(faulty(AbortDoesNotWake), "abort-wakes-a-sender", "did not end within"),
+    "close-wakes-nothing": Fault(faulty(CloseDoesNotWake), "close-ends-blocked-calls", "did not end within"),
     "ends-both-ways": Fault(faulty(EndsBothWays), "half-closes-in-either-order", "received 0"),
     "ends-once": Fault(faulty(EndsOnce), "shows-the-end-for-ever", "there was an end already"),
     "all-fails": Fault(faulty(FailsAltogether), "receives-last-words-after-a-failed-send", "ChannelError"),
@@ -305,6 +312,7 @@ FAULTS = {
     "deaf-listener": Fault(faulty(listener=IgnoresInterrupts), "interrupt-ends-accept", "did not end within"),
     "features-lie": Fault(faulty(features=ONE_WAY), "says-what-it-is", "has_return_path is True"),
     "keeps-listening": Fault(faulty(listener=KeepsListening), "stops-listening", "the address is in use"),
+    "accepts-on": Fault(faulty(listener=KeepsListening), "closing-a-listener-ends-accept", "did not end within"),
     "accepts-anything": Fault(faulty(), "refuses-wrong-uris", "expected UriError, got no error"),
 }
 
@@ -331,6 +339,8 @@ def test_a_fault_is_caught_by_name(name: str) -> None:
         os.close(LEAKED.pop())
     while LISTENING:
         LISTENING.pop().close()
+    while OPEN:
+        OPEN.pop().close()
 
 
 def test_what_is_right_passes_and_is_told() -> None:

@@ -177,6 +177,7 @@ class ZstdChannel(Channel):
 
     def close(self) -> None:
         self._inner.close()
+        self._ready, self._ended = memoryview(b""), False  # a later receive asks the inner channel, which is closed
 
 
 class _Compressed:

@@ -130,27 +130,27 @@ class PipeChannel(Channel):
 
     def _failed(self, error: OSError) -> ChannelError:
         """Remember the error, which every later call raises too."""
+        self._check_aborted()
         self._failure = self._failure or f"{self.peer}: {reason(error)}"
         return ChannelError(self._failure)
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
     def _check_aborted(self) -> None:
-        if self._aborted:
-            raise Interrupted(f"{self.peer}: cancelled")
+        if self._aborted or self._closed:
+            raise Interrupted(f"{self.peer}: " + ("cancelled" if self._aborted else "closed by this side"))
 
     def _check(self, *, outgoing: bool) -> None:
         self._check_aborted()
         if self._failure:
             raise ChannelError(self._failure)
-        assert not self._closed, "use of a closed channel"
         if outgoing != self._outgoing:
             raise ChannelError(f"{self.peer}: this transport is one-way, from the source to the destination")
 
     def _wait(self, events: int, seconds: float | None = None) -> bool:
         try:
             return self._wake.wait_for(self._fd, events, seconds)
-        except Interrupted:
+        except (Interrupted, ValueError):  # ValueError: it was closed just now
             self._check_aborted()
             raise
 

@@ -178,9 +178,8 @@ class SshChannel(Channel):
     # -- what went wrong -------------------------------------------------------------------------------------------
 
     def _check_usable(self) -> None:
-        if self._aborted:
-            raise Interrupted(f"{self.peer}: cancelled")
-        assert not self._closed, "use of a closed channel"
+        if self._aborted or self._closed:
+            raise Interrupted(f"{self.peer}: " + ("cancelled" if self._aborted else "closed by this side"))
 
     def _check(self) -> None:
         self._check_usable()
@@ -188,8 +187,7 @@ class SshChannel(Channel):
             raise ChannelError(self._failure)
 
     def _broken(self) -> ChannelError:
-        if self._aborted:
-            return Interrupted(f"{self.peer}: cancelled")
+        self._check_usable()
         if self._connection.is_active():
             self._failure = f"{self.peer}: the peer closed the connection"
         else:

@@ -105,6 +105,7 @@ class SshListener(Listener):
         """Takes over the caller's use of `connection`, even on failure. Raises ChannelError."""
         self._connection = connection
         self._lock = threading.Lock()
+        self._accepting = threading.Lock()
         self._waiting: deque[tuple[paramiko.Channel, str]] = deque()
         self._arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closed = False
@@ -127,19 +128,25 @@ class SshListener(Listener):
         self.uri = address.with_target(self._target)
 
     def accept(self, interrupt: Interrupt) -> Channel:
-        while True:
-            with self._lock:
-                if self._closed:
-                    raise ChannelError(f"{self.uri}: is no longer listening")
-                if self._waiting:
-                    channel, origin = self._waiting.popleft()
-                    self._connection.retain()
-                    return SshChannel(channel, self._connection, f"{self.uri} from {origin}")
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._arrived)
-            if not self._connection.is_active():
-                raise ChannelError(f"{self.uri}: the ssh connection was lost")
-            interrupt.wait_for(self._arrived, select.POLLIN)
+        with self._accepting:
+            while (channel := self._take()) is None:
+                if not self._connection.is_active():
+                    raise ChannelError(f"{self.uri}: the ssh connection was lost")
+                interrupt.wait_for(self._arrived, select.POLLIN)
+            return channel
+
+    def _take(self) -> Channel | None:
+        """The next peer that waits. Raises ChannelError once the listener is closed."""
+        with self._lock:
+            if self._closed:
+                raise ChannelError(f"{self.uri}: is no longer listening")
+            if self._waiting:
+                channel, origin = self._waiting.popleft()
+                self._connection.retain()
+                return SshChannel(channel, self._connection, f"{self.uri} from {origin}")
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._arrived)
+            return None
 
     def close(self) -> None:
         with self._lock:
@@ -148,6 +155,8 @@ class SshListener(Listener):
             self._closed = True
             turned_away = [channel for channel, _ in self._waiting]
             self._waiting.clear()
+            os.eventfd_write(self._arrived, 1)
+        with self._accepting:  # not while accept() polls it: its number may be another file's at once
             os.close(self._arrived)
         # In a thread, because it blocks if nothing gets through any more.
         thread = threading.Thread(target=self._cancel, args=(turned_away,), name="migfw-ssh-cancel", daemon=True)

@@ -124,19 +124,19 @@ class Link:
 
     def _readable(self) -> bool:
         """Whether bytes or the end are available. Raises what receive() would."""
-        if self._aborted:
-            raise Interrupted(f"{self.peer}: cancelled")
-        assert self._closed_at is None, "use of a closed channel"
+        self._check_open()
         if self._inbox or self._peer_ended:
             return True
         if self._failure:
             raise ChannelError(f"{self.peer}: {self._failure}")
         return False
 
+    def _check_open(self) -> None:
+        if self._aborted or self._closed_at is not None:
+            raise Interrupted(f"{self.peer}: " + ("cancelled" if self._aborted else "closed by this side"))
+
     def _check_sendable(self) -> None:
-        if self._aborted:
-            raise Interrupted(f"{self.peer}: cancelled")
-        assert self._closed_at is None, "use of a closed channel"
+        self._check_open()
         if self._failure:
             raise ChannelError(f"{self.peer}: {self._failure}")
         if self._peer_left:

@@ -61,14 +61,14 @@ class ServingHub(Hub):
         return None
 
     def close(self) -> None:
-        """Refuse new peers; the thread ends with the last link."""
+        """Refuse new peers, and make arrived_fd readable; the thread ends with the last link."""
         with self._waiting_lock:
             if self._closed:
                 return
             self._closed = True
             turned_away = list(self._waiting)
             self._waiting.clear()
-            os.close(self.arrived_fd)
+            os.eventfd_write(self.arrived_fd, 1)
         for link in turned_away:
             link.abort()
             link.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import select
+import threading
 from typing import Final
 
 import zmq
@@ -131,15 +132,17 @@ class ZmqListener(Listener):
         self._hub = hub
         self._sockets = sockets
         self._closed = False
+        self._accepting = threading.Lock()
 
     def accept(self, interrupt: Interrupt) -> Channel:
         interrupt.check()
-        while not self._closed:
-            if link := self._hub.take():
-                return ZmqChannel(link)
-            if self._hub.wait(0):
-                raise ChannelError(f"{self.uri}: ZeroMQ failed, it is no longer listening")
-            interrupt.wait_for(self._hub.arrived_fd, select.POLLIN)
+        with self._accepting:
+            while not self._closed:
+                if link := self._hub.take():
+                    return ZmqChannel(link)
+                if self._hub.wait(0):
+                    raise ChannelError(f"{self.uri}: ZeroMQ failed, it is no longer listening")
+                interrupt.wait_for(self._hub.arrived_fd, select.POLLIN)
         raise ChannelError(f"{self.uri}: is no longer listening")
 
     def close(self) -> None:
@@ -148,3 +151,5 @@ class ZmqListener(Listener):
         self._closed = True
         self._sockets.close()
         self._hub.close()
+        with self._accepting:  # not while accept() polls it: its number may be another file's at once
+            os.close(self._hub.arrived_fd)
