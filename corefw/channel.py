@@ -1,17 +1,16 @@
-"""Byte streams between two hosts, and how a URI becomes one.
+"""Byte streams between two hosts, and the interface of the transports that make them.
 
-Invariant: a channel moves bytes whole and in order, or raises; it knows nothing of what they mean. Whoever holds a
-channel may call `abort()` from any thread at any time, and every call that is blocked in it then raises `Interrupted`
-soon.
+Invariant: a channel moves bytes whole and in order, or raises. It does not know what they mean.
 
-    Transport   one URI; makes channels by connecting or through a Listener
-    Listener    waits for peers; `uri` is what a peer has to dial, with the port it really got
-    Channel     one stream; bytes may flow back on it where `has_return_path`
-    Interrupt   ends a wait in connect() and accept() from another thread
+    Transport          the driver of one URI: makes channels by dialling, or through a Listener
+    TransportContext   what a transport may use of the program around it: settings, other transports
+    Listener           accepts peers at an address
+    Channel            one stream; bytes flow back on it if `has_return_path`
+    Interrupt          ends a wait in connect() and accept() from another thread
 
-Threads: one thread at a time sends and one receives (they may be two different threads); `abort` is free of that.
-After any ChannelError a channel is good for `close()` only, with one exception: when a send has failed, what the peer
-had said before is still received.
+Threads: one thread at a time may send on a channel, and one may receive. abort() and close() may be called from any
+thread at any time, and every call that is blocked then raises Interrupted soon. After a ChannelError a channel is good
+for close() only, with one exception: after a failed send, what the peer sent before can still be received.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import select
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final
 
 from corefw.closing import Closing
 from corefw.errors import ChannelClosed, ChannelError, Interrupted, UriError
@@ -33,17 +32,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Buffer = bytes | bytearray | memoryview
-"""What may be sent: contiguous bytes. NumPy arrays go through `array.data.cast("B")`."""
+"""What can be sent: contiguous bytes. Pass a NumPy array as `array.data.cast("B")`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TransportFeatures:
     """What a transport can do, known before anything is sent.
 
-    return_path     bytes flow back from the destination, so "completed" can mean that the destination said so
-    multi_channel   more than one channel can be made (several connections, a second one for recovery)
+    return_path          bytes flow back from the destination, so it can confirm that it has the guest
+    multi_channel        more than one channel can be made (several connections, or another one for recovery)
     incoming, outgoing   which ends it can be
-    atomic   nobody sees anything of what was sent until a clean send_eof(), so a failure before that ran no guest
+    atomic               what was sent becomes visible only with send_eof(): after a failure before that, no guest runs
     """
 
     return_path: bool
@@ -54,10 +53,10 @@ class TransportFeatures:
 
 
 class Interrupt:
-    """A wake-up that can be polled beside a file descriptor. Set once, it stays set. Thread-safe."""
+    """An event that can be polled together with a file descriptor. Once set, it stays set. Thread-safe."""
 
     _event = -1
-    _close = staticmethod(os.close)  # held on to: the module may be gone when the interpreter ends
+    _close = staticmethod(os.close)  # the module may be gone when the interpreter ends
 
     def __init__(self) -> None:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -69,7 +68,7 @@ class Interrupt:
         return self.wait(0)
 
     def check(self) -> None:
-        """Raise Interrupted when set."""
+        """Raise Interrupted if it is set."""
         if self.is_set():
             raise Interrupted("cancelled")
 
@@ -77,13 +76,13 @@ class Interrupt:
         return self._event
 
     def wait(self, seconds: float | None) -> bool:
-        """Sleep up to `seconds` (None: for ever); True when it was set."""
+        """Wait up to `seconds` (None: without limit); True if it is set."""
         poll = select.poll()
         poll.register(self._event, select.POLLIN)
         return bool(poll.poll(None if seconds is None else max(0.0, seconds) * 1000))
 
     def wait_for(self, fd: int, events: int, seconds: float | None = None) -> bool:
-        """Wait until poll reports `events` on `fd`. False on timeout; Interrupted when set."""
+        """Wait until poll reports `events` on `fd`; False after `seconds`. Raises Interrupted if it is set."""
         poll, event = select.poll(), self._event  # another thread may set and close it meanwhile
         poll.register(event, select.POLLIN)
         poll.register(fd, events)
@@ -93,7 +92,7 @@ class Interrupt:
         return bool(ready)
 
     def close(self) -> None:
-        """Idempotent; happens by itself when nobody has the object any more."""
+        """Close the descriptor. Idempotent; also happens when the object is collected."""
         if self._event >= 0:
             self._close(self._event)
             self._event = -1
@@ -104,7 +103,7 @@ class Interrupt:
 class Channel(Closing, ABC):
     """One byte stream.
 
-    peer              who is at the other end, for messages: "tcp:10.0.0.7:4444"
+    peer              the other end, for messages: "tcp:10.0.0.7:4444"
     has_return_path   whether the other direction works too
     """
 
@@ -113,36 +112,38 @@ class Channel(Closing, ABC):
 
     @abstractmethod
     def send(self, *parts: Buffer) -> None:
-        """Send all parts, in order, without joining them where the transport can gather.
+        """Send all parts, in order.
 
-        Blocks until the transport took them all (memory stays bounded: a slow peer blocks the sender). The parts may be
-        changed after it returns. Raises ChannelError; how much had gone out by then is unknown.
+        Blocks until the transport has taken them all; a slow peer blocks the sender, so memory stays bounded. The parts
+        may be changed once it returns. Raises ChannelError; how much was sent is then unknown.
         """
 
     @abstractmethod
     def receive_into(self, view: memoryview) -> int:
-        """Receive between 1 and len(view) bytes into the start of `view`; 0 when the peer has ended its stream.
+        """Receive between 1 and len(view) bytes into the start of `view`; 0 once the peer has ended its stream.
 
-        Blocks until there is at least one byte. A connection that broke raises ChannelError; it never looks like an
+        Blocks until there is at least one byte. Raises ChannelError if the connection broke: that never looks like an
         end.
         """
 
     def try_receive_into(self, view: memoryview) -> int | None:
-        """As receive_into(), but None instead of a wait. By default this is two calls; a channel that can ask and
-        receive in one overrides it, since a destination receives the whole stream with it."""
+        """As receive_into(), but returns None instead of waiting.
+
+        A destination receives the whole stream with it, so override it if one call can both check and receive.
+        """
         return self.receive_into(view) if self.wait_readable(0) else None
 
     @abstractmethod
     def wait_readable(self, seconds: float) -> bool:
-        """True when receive_into would not block (bytes or the end are there), False after `seconds`."""
+        """True once receive_into() would not block, because of bytes or the end; False after `seconds`."""
 
     @abstractmethod
     def send_eof(self) -> None:
-        """Tell the peer that no more will come; receiving goes on. Every byte sent before still arrives."""
+        """End this direction; receiving goes on. Every byte sent before still arrives."""
 
     @abstractmethod
     def abort(self) -> None:
-        """From any thread: make every blocked and every later send and receive raise Interrupted. Idempotent."""
+        """Break the connection: every blocked and every later call raises Interrupted. From any thread; idempotent."""
 
     @abstractmethod
     def close(self) -> None:
@@ -154,45 +155,47 @@ class Channel(Closing, ABC):
         """
 
 
-@runtime_checkable
-class SendsMemory(Protocol):
-    """A channel that sends pieces of memory from where they are, without a Python object for each."""
+class SendsMemory(ABC):
+    """A base class for channels that can send pieces of memory without a Python object for each."""
 
+    @abstractmethod
     def send_memory(self, pieces: NDArray[np.uint64]) -> None:
-        """As Channel.send(), for rows (address, length), dtype uint64. The caller keeps the memory alive;
-        what changes in it meanwhile is sent as it was or as it is."""
+        """As Channel.send(), for rows (address, length) of shape (n, 2), C-contiguous.
+
+        The caller keeps the memory alive. Of bytes that change meanwhile, the old or the new value is sent.
+        """
 
 
-@runtime_checkable
-class ReceivesMemory(Protocol):
-    """A channel that receives into scattered pieces of memory, without a copy in between."""
+class ReceivesMemory(ABC):
+    """A base class for channels that can receive into scattered pieces of memory without a copy."""
 
+    @abstractmethod
     def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
-        """As Channel.receive_into(), for the first 1024 rows (address, length), filled in their order. It may wait some
-        milliseconds for more, so it is for those who expect much."""
+        """As Channel.receive_into(), for rows (address, length) of shape (n, 2), C-contiguous; fills the first 1024 in
+        order. It may wait some milliseconds for more bytes, so use it if many are expected."""
 
 
 class FileBacked(ABC):
-    """What reads a file adds this: the stream may say where in the file something is (mapped-ram does).
+    """A base class for channels that read a file, for streams that refer to places in it (mapped-ram).
 
-    origin   where in the file the stream's first byte is
+    origin   offset in the file of the stream's first byte
     """
 
     origin: int
 
     @abstractmethod
     def skip(self, count: int) -> None:
-        """Pass over the next `count` bytes without reading them; past the end of the file too. Raises ChannelError."""
+        """Skip `count` bytes, even past the end of the file. Raises ChannelError."""
 
 
 class Listener(Closing, ABC):
-    """A place where peers can dial in. `uri` is what they dial (port 0 has become the real one)."""
+    """An address at which peers can connect. `uri` is what they dial, with the real port where port 0 was asked for."""
 
     uri: MigrationUri
 
     @abstractmethod
     def accept(self, interrupt: Interrupt) -> Channel:
-        """Wait for the next peer. Raises Interrupted, ChannelError."""
+        """Wait for the next peer. One thread at a time. Raises Interrupted, ChannelError."""
 
     @abstractmethod
     def close(self) -> None:
@@ -205,7 +208,7 @@ class Listener(Closing, ABC):
 
 @dataclass(frozen=True, slots=True)
 class CommandResult:
-    """How a command ended. `status` is what a shell would say: 127 where there is no such command."""
+    """How a command ended. `status` is the exit status as a shell reports it: 127 if there is no such command."""
 
     status: int
     output: str
@@ -213,21 +216,21 @@ class CommandResult:
 
 
 class RemoteHost(Closing, ABC):
-    """A log-in on another host. `name` is how the user called the host, for messages."""
+    """A login on another host. `name` is the host as the user wrote it, for messages."""
 
     name: str
 
     @abstractmethod
     def run(self, command: Sequence[str], seconds: float) -> CommandResult:
-        """Run a command there, and wait for its end, `seconds` at most.
+        """Run a command there and wait up to `seconds` for its end. Raises ChannelError.
 
-        Its words arrive as they are, whatever the user's shell is. Its standard input ends when the connection does,
-        and when this method returns or raises; so a command can watch for that. Raises ChannelError.
+        Its words arrive unchanged, whatever the user's shell is. Its standard input ends when this method returns or
+        raises, and when the connection breaks, so a command can watch for that.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Log out. Idempotent; does not raise."""
+        """Log out. Idempotent; never raises."""
 
 
 def _no_transports(uri: MigrationUri, _context: TransportContext) -> Transport:
@@ -236,7 +239,7 @@ def _no_transports(uri: MigrationUri, _context: TransportContext) -> Transport:
 
 @dataclass(frozen=True, slots=True)
 class TransportContext:
-    """The program around a transport.
+    """What a transport may use of the program around it.
 
     settings   every capability, parameter and property. A transport reads its own parameters, which its plugin declares
                with the hook corefw_settings, when it connects or listens: they may have changed since it was made.
@@ -271,32 +274,32 @@ class Transport(ABC):
         self.context: Final = context
 
     def check_outgoing(self) -> None:
-        """Raise UriError when one cannot dial out. A transport whose URIs are not all good for that adds its own."""
+        """Raise UriError if this URI cannot be dialled. If that depends on the address, override this and call super()'s."""
         if not self.features.outgoing:
             raise UriError(f"'{self.uri}': it can only receive a migration, not send one")
 
     def check_incoming(self) -> None:
-        """Raise UriError when one cannot wait for peers; as check_outgoing()."""
+        """Raise UriError if one cannot listen at this URI; as check_outgoing()."""
         if not self.features.incoming:
             raise UriError(f"'{self.uri}': it can only send a migration, not receive one")
 
     @abstractmethod
     def connect(self, interrupt: Interrupt) -> Channel:
-        """Dial out. Raises ChannelError naming the URI and the cause, Interrupted."""
+        """Dial. Raises Interrupted, or ChannelError that names the URI and the cause."""
 
     def log_in(self, interrupt: Interrupt) -> RemoteHost:
-        """Reach the host behind this URI, to run commands there; most transports cannot. Raises UriError, ChannelError,
-        Interrupted."""
+        """Log in to the host behind this URI, to run commands there. Raises UriError (most transports cannot),
+        ChannelError, Interrupted."""
         del interrupt
         raise UriError(f"'{self.uri}': '{self.uri.scheme}:' cannot run commands on the other host")
 
     @abstractmethod
     def listen(self) -> Listener:
-        """Begin to wait for peers; returns at once. Raises ChannelError (address in use, no permission)."""
+        """Start to listen. Raises ChannelError (address in use, no permission)."""
 
 
 def receive_exactly(channel: Channel, view: memoryview) -> None:
-    """Fill `view`, or raise ChannelClosed naming how many bytes were missing."""
+    """Fill `view`. Raises ChannelError; ChannelClosed, with the number of missing bytes, if the stream ends first."""
     got = 0
     while got < len(view):
         n = channel.receive_into(view[got:])

@@ -181,7 +181,7 @@ class WatchedChannel:
         self._received = 0
 
 
-class WatchedMemoryChannel(WatchedChannel):
+class WatchedMemoryChannel(WatchedChannel, ReceivesMemory):
     """One whose channel receives into scattered memory."""
 
     def receive_memory(self, pieces: Any) -> int:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from corefw.channel import Buffer, Channel, Interrupt, Listener
+from corefw.channel import Buffer, Channel, Interrupt, Listener, ReceivesMemory, SendsMemory
 from corefw.errors import ChannelError, Interrupted
 from corefw.uri import MigrationUri, join_host_port
 
@@ -98,7 +98,7 @@ def check_peer_user(sock: socket.socket) -> str | None:
     return f"it is from user {uid}, expected user {os.geteuid()} or root (--allow-any-user admits every user)"
 
 
-class SocketChannel(Channel):
+class SocketChannel(Channel, SendsMemory, ReceivesMemory):
     """A connected stream socket. Owns it.
 
     After abort() a receive ends at once and a send within SEND_TICK; the peer learns of it when the channel is closed.

@@ -14,7 +14,7 @@ import numpy as np
 from corefw_ram.section import RamSectionLoader, RamSectionSaver
 from numpy.typing import NDArray
 
-from corefw.channel import Buffer, Interrupt
+from corefw.channel import Buffer, Interrupt, ReceivesMemory, SendsMemory
 from corefw.errors import MachineError
 from corefw.machine import Device, DirtyLog, Machine, RamBlock, RamMakingMachine, RunState
 from corefw.memory.blocks import MemfdBlock
@@ -213,7 +213,7 @@ class _Sink(MemorySink):
         super().send(*parts)
 
 
-class _GatheringSink(_Sink):
+class _GatheringSink(_Sink, SendsMemory):
     def send_memory(self, pieces: NDArray[np.uint64]) -> None:
         if self._on_send is not None:
             self._on_send()
@@ -239,8 +239,8 @@ class Portions:
         return self._source.receive_into(view[:size])
 
 
-class MemoryPortions(Portions):
-    """The same for a channel that receives into guest memory, as a socket does (ReceivesMemory)."""
+class MemoryPortions(Portions, ReceivesMemory):
+    """The same for a channel that receives into guest memory, as a socket does."""
 
     def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
         assert pieces.flags.c_contiguous, "the kernel's struct iovec as it is"

@@ -109,7 +109,7 @@ class TakesFewParts(Proxy):
         self.inner.send(*parts)
 
 
-class SendsFewPieces(Proxy):
+class SendsFewPieces(Proxy, SendsMemory):
     """Forgets the pieces that one system call does not take."""
 
     def send_memory(self, pieces: NDArray[np.uint64]) -> None:
@@ -117,13 +117,13 @@ class SendsFewPieces(Proxy):
         self.inner.send_memory(pieces[:1024])
 
 
-class FillsFromTheEnd(Proxy):
+class FillsFromTheEnd(Proxy, ReceivesMemory):
     def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
         assert isinstance(self.inner, ReceivesMemory)
         return self.inner.receive_memory(np.ascontiguousarray(pieces[::-1]))
 
 
-class WaitsForAllPieces(Proxy):
+class WaitsForAllPieces(Proxy, ReceivesMemory):
     def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
         assert isinstance(self.inner, ReceivesMemory)
         got = 0

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corefw.channel import Buffer
+from corefw.channel import Buffer, ReceivesMemory
 from corefw.errors import RemoteStreamError, StreamError
 from corefw.wire.stream import BUFFER_SIZE, MemorySink, MemorySource, StreamReader, StreamWriter
 
@@ -285,7 +285,7 @@ def test_what_was_handed_over_may_change_afterwards() -> None:
     assert sink.data == b"beforebefore"
 
 
-class IntoMemory(Chunks):
+class IntoMemory(Chunks, ReceivesMemory):
     """Receives into pieces of memory too: here always into one byte of the first."""
 
     def receive_memory(self, pieces: np.typing.NDArray[np.uint64]) -> int:
