@@ -274,7 +274,7 @@ class Transport(ABC):
         self.context: Final = context
 
     def check_outgoing(self) -> None:
-        """Raise UriError if this URI cannot be dialled. If that depends on the address, override this and call super()'s."""
+        """Raise UriError if this URI cannot be dialled. Override it if that depends on the address; call super()'s."""
         if not self.features.outgoing:
             raise UriError(f"'{self.uri}': it can only receive a migration, not send one")
 
