@@ -168,7 +168,12 @@ class Side(ABC):
         with self._start(guest, incoming=True) as (process, _):
             uri = f"tcp:127.0.0.1:{free_port()}"
             process.call("migrate-incoming", uri=uri)
+            self.await_allocation(process)
             yield process, uri
+
+    @abstractmethod
+    def await_allocation(self, process: Process) -> None:
+        """Wait until a destination has allocated its RAM."""
 
     def measure_rate(self, guest: Guest, seconds: float) -> float:
         """Bytes a second that such a guest really dirties."""
@@ -208,6 +213,13 @@ class Ours(Side):
             *(f"--opt={name}={value}" for name, value in options.items()),
             *(["--incoming=defer"] if incoming else []),
         ]
+
+    def await_allocation(self, process: Process) -> None:
+        def allocated() -> bool:
+            status = process.call("x-migfw-status")["preallocation"]
+            return bool(status["allocated"] >= status["total"] or not status["running"])
+
+        wait_for("the destination to allocate its RAM", allocated)
 
     def fill(self, source: Process, folder: Path) -> None:
         def stopped() -> bool:
@@ -280,6 +292,9 @@ class Qemu(Side):
             return b"F" in (folder / "serial").read_bytes()
 
         wait_for("the guest to fill its RAM", filled)
+
+    def await_allocation(self, process: Process) -> None:
+        """QEMU has done that before it answered (prealloc=on)."""
 
     def dirtied(self, source: Process, folder: Path) -> int:
         return (folder / "serial").read_bytes().count(b"B") * MARK * PAGE

@@ -105,6 +105,20 @@ class MigrationReport:
 
 
 @dataclass(frozen=True, slots=True)
+class AllocationReport:
+    """How much of the RAM of a destination that waits is allocated.
+
+    allocated   bytes
+    total       bytes of RAM
+    running     more is being allocated now
+    """
+
+    allocated: int
+    total: int
+    running: bool
+
+
+@dataclass(frozen=True, slots=True)
 class CheckReport:
     """Whether a migration would succeed, and what it would be like. None stands for "not known".
 

@@ -225,6 +225,7 @@ PARAMETERS: Final = (
         "how long the source of an incoming migration may send almost nothing; 0 means no limit",
         maximum=MAX_WAIT,
     ),
+    Parameter("x-migfw-prealloc", Kind.BOOLEAN, True, "allocate the guest's RAM while the destination waits"),
     Parameter("x-migfw-timeout", Kind.MILLISECONDS, 0, "how long a migration may take; 0 means no limit"),
     Parameter("x-migfw-max-passes", Kind.INTEGER, 0, "how many passes a migration may take; 0 means no limit"),
     Parameter(
@@ -239,7 +240,7 @@ PARAMETERS: Final = (
 IMPLEMENTED_BY_CORE: Final = frozenset(
     {
         *("events", "return-path", "pause-before-switchover", "switchover-ack", "max-bandwidth", "downtime-limit"),
-        *("x-migfw-confirm-timeout", "x-migfw-incoming-timeout"),
+        *("x-migfw-confirm-timeout", "x-migfw-incoming-timeout", "x-migfw-prealloc"),
         *("x-migfw-timeout", "x-migfw-max-passes", "x-migfw-on-timeout"),
     }
 )
@@ -305,6 +306,12 @@ class Settings:
 
     def capability(self, name: str) -> bool:
         return self._enabled[self._names[name]]
+
+    def boolean(self, name: str) -> bool:
+        """A parameter that is on or off."""
+        value = self._values[self._names[name]]
+        assert isinstance(value, bool)
+        return value
 
     def integer(self, name: str) -> int:
         """The value of an integer parameter: bytes, milliseconds or a count."""

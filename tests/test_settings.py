@@ -79,6 +79,7 @@ OWN: dict[str, Value] = {
     "x-migfw-on-timeout": "cancel",
     "x-migfw-confirm-timeout": 300_000,
     "x-migfw-incoming-timeout": 60_000,
+    "x-migfw-prealloc": True,
 }
 """Parameters that QEMU does not have."""
 

@@ -38,10 +38,15 @@ MAGIC: Final = BE32.pack(FILE_MAGIC)
 
 def set_up(destination: Destination) -> MigrationStatus:
     """Wait for a source, and load everything before its first section."""
-    if destination.accepts_again:
-        _await_migration(destination)
-    else:
-        _await_only_connection(destination)
+    if destination.settings.boolean("x-migfw-prealloc"):
+        destination.preallocation.start()
+    try:
+        if destination.accepts_again:
+            _await_migration(destination)
+        else:
+            _await_only_connection(destination)
+    finally:
+        destination.preallocation.stop()
     destination.interrupt.check()
     frames = FrameReader(destination.connection.reader, footers=destination.tail.footers(destination.settings))
     destination.frames = frames

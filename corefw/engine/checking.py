@@ -34,6 +34,7 @@ from corefw.errors import ChannelError, Interrupted, StreamError, one_line
 from corefw.jsontext import JsonError, parse_json
 from corefw.machine import Machine, RunState
 from corefw.memory.host import spare_memory
+from corefw.memory.preallocation import allocated_bytes
 from corefw.quantities import format_size
 from corefw.section import LoaderRegistry, SaverRegistry, Section
 from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED, Settings
@@ -101,7 +102,7 @@ class Check:
         self._interrupt.check()
         rates = self._measure()
         self._interrupt.check()
-        used = sum(min(block.length, os.fstat(block.fd).st_blocks * 512) for block in self._machine.ram_blocks())
+        used = allocated_bytes(self._machine.ram_blocks())
         expected = self._estimate(used, rates)
         return CheckReport(
             problems=tuple(self._problems),
@@ -232,7 +233,8 @@ def _dirty_bytes(runs: Any, page_size: int) -> int:
 
 
 def facts_of(machine: Machine, settings: Settings, sections: Iterable[Section]) -> dict[str, Any]:
-    """Everything that one side says of itself."""
+    """Describe one side to the other. What a destination has allocated for the guest is part of its free memory."""
+    waits = machine.run_state is RunState.INMIGRATE
     return {
         "host": platform.node(),
         "migfw": __version__,
@@ -244,7 +246,7 @@ def facts_of(machine: Machine, settings: Settings, sections: Iterable[Section]) 
         "layout": machine.layout_document().decode(),
         "sections": [str(section.key) for section in sections],
         "properties": {name: settings.property(name) for name in _COMPARED},
-        "memory": spare_memory(),
+        "memory": spare_memory() + (allocated_bytes(machine.ram_blocks()) if waits else 0),
     }
 
 

@@ -21,6 +21,7 @@ from corefw.engine.switchover import SwitchoverAck
 from corefw.engine.tails import tail_of
 from corefw.errors import ANYTHING, ChannelError, MigfwError, StateError
 from corefw.machine import Machine
+from corefw.memory.preallocation import Preallocation
 from corefw.net.channelset import ChannelSet
 from corefw.section import LoaderRegistry, SectionLoader
 from corefw.settings import Settings
@@ -36,6 +37,7 @@ class Destination:
 
     frames                the frame of the stream
     progress              what has been loaded
+    preallocation         allocates the guest's RAM until a source connects
     commands              the handlers of stream commands, by number (commands.py)
     stream_capabilities   see IncomingContext
     accepts_again         the listener has more than one connection to give
@@ -68,6 +70,7 @@ class Destination:
         self.stream_capabilities: frozenset[str] = frozenset()
         self.tail = tail_of(machine)
         self.progress = LoadProgress(loaders)
+        self.preallocation = Preallocation(machine.ram_blocks())
         self.switchover_ack: SwitchoverAck | None = None
         self.advised = False
         self.guest: GuestArrival | None = None
@@ -206,6 +209,7 @@ class Destination:
 
     def close(self) -> None:
         """Close every channel."""
+        self.preallocation.close()
         self._channels.close()
         if self._connection is not None:
             self._connection.close()

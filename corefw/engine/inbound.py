@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from corefw.channel import Listener
-from corefw.control import MigrationReport
+from corefw.control import AllocationReport, MigrationReport
 from corefw.dispatch import EventDispatcher
 from corefw.engine.coverage import uncovered
 from corefw.engine.guestlock import GuestLock
@@ -150,6 +150,11 @@ class Inbound:
         if self._present is None or self.state.status is not _S.POSTCOPY_PAUSED:
             raise StateError("Migrate recover can only be run when postcopy is paused.")
         return self._present
+
+    def preallocation(self) -> AllocationReport | None:
+        """How much of the RAM is allocated for the guest that is waited for; None if none is."""
+        arrival = self._present
+        return arrival.preallocation() if arrival is not None and self.state.status in ARRIVING else None
 
     def report(self, blocked_reasons: tuple[str, ...]) -> MigrationReport:
         """How the present migration goes, or the last one went."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from corefw.channel import Listener
+from corefw.control import AllocationReport
 from corefw.engine import arrival, postcopy_arrival
 from corefw.engine.destination import Destination
 from corefw.engine.guestlock import GuestLock
@@ -89,6 +90,10 @@ class IncomingMigration:
     def figures(self) -> dict[str, dict[str, object]]:
         """What the loaders report of themselves, by section."""
         return self._destination.figures()
+
+    def preallocation(self) -> AllocationReport:
+        """How much of the guest's RAM is allocated."""
+        return AllocationReport(*self._destination.preallocation.progress())
 
     def abort(self) -> None:
         """End it, wherever it is."""

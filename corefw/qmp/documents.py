@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NotRequired, TypedDict, cast
 
-from corefw.control import CheckReport, MigrationReport, PassBegan, RunStateChanged, TransferReport
+from corefw.control import AllocationReport, CheckReport, MigrationReport, PassBegan, RunStateChanged, TransferReport
 from corefw.dispatch import Event
 from corefw.machine import RunState
 from corefw.qmp.forms import NOTHING, Enumeration, Form, Member, Structure
@@ -346,6 +346,13 @@ def check_document(report: CheckReport) -> dict[str, object]:
         "expected-downtime": report.expected_downtime,
         "passes": report.passes,
     }
+
+
+def preallocation_info(report: AllocationReport | None) -> dict[str, object] | None:
+    """How much RAM is allocated on a destination that waits, as x-migfw-status has it."""
+    if report is None:
+        return None
+    return {"allocated": report.allocated, "total": report.total, "running": report.running}
 
 
 def launch_document(launch: Launch) -> dict[str, object]:

@@ -90,6 +90,28 @@ def test_a_destination_listens_when_the_command_returns(detached: Detached) -> N
     assert "the guest has arrived" in Path(facts["log"]).read_text()
 
 
+@pytest.mark.parametrize("prealloc", ["on", "off"])
+def test_a_destination_allocates_its_ram_while_it_waits(detached: Detached, prealloc: str) -> None:
+    large = ("stress", "--opt=ram=128M", "--opt=dirty-rate=1M")
+    setting = f"--param=x-migfw-prealloc={prealloc}"
+    here = json.loads(detached(*large, setting, "--json", "--incoming", "tcp:127.0.0.1:0").stdout)
+
+    def allocation() -> dict[str, object]:
+        status = json.loads(migfw("status", "--json", "--name", here["name"], runtime=detached.runtime).stdout)
+        found: dict[str, object] = status["preallocation"]
+        return found
+
+    assert allocation()["total"] == 128 << 20
+    deadline = time.monotonic() + TIMEOUT
+    while allocation()["running"]:
+        assert time.monotonic() < deadline
+    assert (allocation()["allocated"] == 128 << 20) is (prealloc == "on")
+    source = json.loads(detached(*large, "--json").stdout)
+    moved = migfw("migrate", here["incoming-uri"], "--name", source["name"], runtime=detached.runtime)
+    assert (moved.returncode, moved.stderr) == (0, "")
+    assert migfw("verify", "--name", here["name"], runtime=detached.runtime).returncode == 0
+
+
 def test_what_the_guest_prints_is_in_the_log(detached: Detached, tmp_path: Path) -> None:
     program = tmp_path / "talks.py"
     program.write_text(SLOW.replace("time.sleep(600)", "pass"))

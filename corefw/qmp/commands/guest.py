@@ -6,7 +6,7 @@ import os
 
 from corefw import __version__
 from corefw.qmp.commands.context import Context
-from corefw.qmp.documents import StatusInfo, launch_document, migration_info, status_info
+from corefw.qmp.documents import StatusInfo, launch_document, migration_info, preallocation_info, status_info
 from corefw.settings import as_json
 
 
@@ -43,6 +43,7 @@ def x_migfw_status(context: Context) -> object:
         "outgoing": engine.outgoing.status,
         "incoming": engine.incoming.status,
         "incoming-uri": engine.inbound.uri,
+        "preallocation": preallocation_info(engine.inbound.preallocation()),
         "migration": migration_info(engine.report()),
         "settings": as_json(engine.settings),
         "launch": launch_document(engine.launch) if engine.launch is not None else None,
