@@ -1,0 +1,247 @@
+"""Postcopy of the ram section: what is sent first, what is forgotten, and what must never be overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from corefw.errors import StreamError
+from corefw.machine import FaultSource, RamBlock
+from corefw.memory.runs import no_runs
+from corefw.wire.constants import Command, RamFlag
+from corefw.wire.frames import CommandItem, FrameReader
+from corefw.wire.records import parse_discard
+from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
+from tests.helpers.pages import pages_of
+from tests.helpers.ram import (
+    EOS,
+    PAGE,
+    Receiver,
+    Sender,
+    StillMachine,
+    ToldLog,
+    block,
+    header,
+    name,
+    noise,
+    page_records,
+    receiving,
+)
+
+PAGES = 256
+
+
+class Installed(FaultSource):
+    """A guest that waits for nothing; which pages were installed, in order."""
+
+    def __init__(self) -> None:
+        self.pages: list[int] = []
+
+    def fileno(self) -> int:
+        return -1
+
+    def poll(self) -> Mapping[str, NDArray[np.int64]]:
+        return {}
+
+    def install(self, block: RamBlock, runs: NDArray[np.int64]) -> None:
+        self.pages += pages_of(runs)
+
+    def release(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+# -- the source --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine() -> Iterator[StillMachine]:
+    ram, small = block("ram", PAGES), block("small", 8)
+    ram.pages[:] = noise(PAGES)
+    small.pages[:] = noise(8)
+    ram.dirty_log = ToldLog()
+    with StillMachine(ram, small) as machine:
+        yield machine
+
+
+@contextmanager
+def stopped(machine: StillMachine) -> Iterator[Sender]:
+    """A source that has handed the guest over, with everything still to be sent."""
+    with Sender(machine) as sender:
+        sender.setup()
+        sender.saver.begin_postcopy(StreamWriter(MemorySink()))
+        yield sender
+
+
+class Parts:
+    """The PARTs of one stream: a record that goes on with a block does not name it again."""
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+        self._bodies: list[bytes] = []
+
+    def next(self, pages: int) -> list[tuple[str, int]]:
+        """What the next one brings, of about so many pages."""
+        before = len(page_records(*self._bodies))
+        self._bodies.append(self._sender.part(pages * PAGE))
+        return [(record.block, record.page) for record in page_records(*self._bodies)[before:]]
+
+
+def test_requested_pages_go_first_and_then_what_follows_them(machine: StillMachine) -> None:
+    with stopped(machine) as sender:
+        parts = Parts(sender)
+        assert parts.next(1)[0] == ("ram", 0)
+        sender.saver.request_pages("ram", 100 * PAGE, 2 * PAGE)
+        sender.saver.request_pages("small", 3 * PAGE, PAGE)
+        sender.saver.request_pages("ram", 50 * PAGE, PAGE)
+        found = parts.next(3)
+        assert found[:4] == [("ram", 100), ("ram", 101), ("small", 3), ("ram", 50)]
+        assert found[4] == ("ram", 51)
+        assert sender.statistics.postcopy_requests == 3
+
+
+def test_every_page_goes_once_however_often_it_is_asked_for(machine: StillMachine) -> None:
+    with stopped(machine) as sender:
+        for _ in range(1000):
+            sender.saver.request_pages("ram", 7 * PAGE, PAGE)
+        parts = Parts(sender)
+        found = parts.next(1)
+        assert found.count(("ram", 7)) == 1
+        sender.saver.request_pages("ram", 7 * PAGE, PAGE)
+        while sender.saver.pending_estimate().total:
+            found += parts.next(50)
+        assert sorted(found) == [("ram", page) for page in range(PAGES)] + [("small", page) for page in range(8)]
+        assert page_records(sender.end()) == []
+
+
+@pytest.mark.parametrize(
+    ("start", "length"), [(1, PAGE), (0, 0), (0, PAGE - 1), (PAGES * PAGE, PAGE), (PAGE, PAGES * PAGE), (1 << 63, PAGE)]
+)
+def test_a_request_for_anything_but_whole_pages_is_refused(machine: StillMachine, start: int, length: int) -> None:
+    with stopped(machine) as sender, pytest.raises(StreamError, match="page request: expected whole pages"):
+        sender.saver.request_pages("ram", start, length)
+
+
+def test_a_request_for_another_block_is_refused(machine: StillMachine) -> None:
+    with stopped(machine) as sender, pytest.raises(StreamError, match="one of the RAM blocks ram, small, got 'rom'"):
+        sender.saver.request_pages("rom", 0, PAGE)
+
+
+def test_what_is_still_to_be_sent_is_discarded(machine: StillMachine) -> None:
+    log = machine.blocks[0].dirty_log
+    assert isinstance(log, ToldLog)
+    with Sender(machine) as sender:
+        sender.setup()
+        sender.part()
+        log.tell(4, 6)
+        log.tell(9, 10)
+        sink = MemorySink()
+        writer = StreamWriter(sink)
+        sender.saver.begin_postcopy(writer)
+        writer.flush()
+        frames = FrameReader.of_sections(StreamReader(MemorySource(bytes(sink.data) + b"\0")))
+        command = frames.next_event()
+        assert isinstance(command, CommandItem)
+        assert command.record.command is Command.POSTCOPY_RAM_DISCARD
+        discard = parse_discard(command.record.payload)
+        assert discard.block == "ram"
+        assert discard.ranges == ((4 * PAGE, 2 * PAGE), (9 * PAGE, PAGE))
+        assert not isinstance(frames.next_event(), CommandItem)
+        assert sorted(Parts(sender).next(10)) == [("ram", 4), ("ram", 5), ("ram", 9)]
+
+
+def test_after_a_break_what_has_not_arrived_is_sent_and_nothing_else(machine: StillMachine) -> None:
+    with stopped(machine) as sender:
+        Parts(sender).next(60)
+        sender.saver.request_pages("ram", 200 * PAGE, PAGE)
+        arrived = {"ram": np.ones(PAGES, dtype=np.bool_), "small": np.ones(8, dtype=np.bool_)}
+        arrived["ram"][[3, 255]] = False
+        sender.saver.prepare_resume(lambda idstr, pages: arrived[idstr][:pages])
+        assert sorted(Parts(sender).next(PAGES)) == [("ram", 3), ("ram", 255)]
+
+
+# -- the destination ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def listening(*discarded: int) -> Iterator[tuple[RamBlock, Receiver, Installed]]:
+    """A destination that has all pages but these, and whose guest is about to run."""
+    ram = block("ram", PAGES)
+    with StillMachine(ram) as machine, receiving(machine, MemorySource(b"")) as receiver:
+        ram.pages[:] = 1
+        for page in discarded:
+            receiver.loader.discard("ram", page * PAGE, PAGE)
+        faults = Installed()
+        receiver.loader.listen(faults)
+        yield ram, receiver, faults
+
+
+def load(receiver: Receiver, *pages: tuple[int, int]) -> None:
+    """Load pages (number, fill), zero pages as such."""
+    body = b""
+    for page, fill in pages:
+        flags = RamFlag.PAGE if fill else RamFlag.ZERO
+        body += header(page, flags) + name("ram") + bytes([fill]) * (PAGE if fill else 1)
+    receiver.reader = StreamReader(MemorySource(body + EOS), where="section 'ram'")
+    receiver.load()
+
+
+def test_what_arrives_is_installed() -> None:
+    with listening(5, 6) as (ram, receiver, faults):
+        load(receiver, (5, 2), (6, 3))
+        assert faults.pages == [5, 6]
+        assert ram.pages[5, 0] == 2 and ram.pages[6, 0] == 3
+        assert receiver.loader.received("ram").all()
+
+
+def test_a_page_that_is_here_is_never_overwritten() -> None:
+    with listening(5, 7) as (ram, receiver, _):
+        load(receiver, (5, 2))
+        ram.pages[4:6] = 9  # the guest
+        load(receiver, (4, 2), (5, 2), (5, 0), (7, 4))
+        assert ram.pages[4, 0] == 9 and ram.pages[5, 0] == 9
+        assert ram.pages[7, 0] == 4
+
+
+def test_what_the_guest_waits_for_is_asked_for_until_it_arrives() -> None:
+    with listening(5, 40, 41) as (_, receiver, faults):
+        assert pages_of(receiver.loader.outstanding("ram")) == []
+        assert receiver.loader.wait_for("ram", np.array([5, 40, 41, 100])).tolist() == [[5, 6], [40, 42]]
+        assert 100 in faults.pages
+        assert not {5, 40, 41} & set(faults.pages)
+        load(receiver, (40, 2))
+        assert receiver.loader.outstanding("ram").tolist() == [[5, 6], [41, 42]]
+
+
+def test_a_zero_page_is_installed_when_the_guest_waits_for_it() -> None:
+    with listening(5, 6, 7) as (_, receiver, faults):
+        receiver.loader.wait_for("ram", np.array([6]))
+        load(receiver, (5, 0), (6, 0))
+        assert faults.pages == [6]
+        assert receiver.loader.wait_for("ram", np.array([5])).tolist() == no_runs().tolist()
+        assert 5 in faults.pages
+        assert 7 not in faults.pages
+
+
+@pytest.mark.parametrize(
+    ("idstr", "start", "length"),
+    [("rom", 0, PAGE), ("ram", 1, PAGE), ("ram", 0, 1), ("ram", PAGES * PAGE, PAGE), ("ram", 0, (PAGES + 1) * PAGE)],
+)
+def test_a_discard_of_anything_but_whole_pages_is_refused(idstr: str, start: int, length: int) -> None:
+    with (
+        StillMachine(block("ram", PAGES)) as machine,
+        receiving(machine, MemorySource(b"")) as receiver,
+        pytest.raises(StreamError, match="expected"),
+    ):
+        receiver.loader.discard(idstr, start, length)
+
+
+def test_no_bitmap_of_a_block_that_is_not_there() -> None:
+    with listening() as (_, receiver, _faults), pytest.raises(StreamError, match="got 'rom'"):
+        receiver.loader.received("rom")
