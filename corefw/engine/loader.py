@@ -65,7 +65,7 @@ def _run_first_commands(destination: Destination) -> None:
     while frames.peek_type() == SectionType.COMMAND:
         event = frames.next_event()
         assert isinstance(event, CommandItem)
-        run_command(destination, frames, event.record)
+        _run(destination, frames, event.record)
 
 
 def _refusal_of_configuration(destination: Destination) -> RemoteStreamError | None:
@@ -118,8 +118,7 @@ def load_frames(destination: Destination, frames: FrameReader) -> MigrationStatu
             case Part():
                 _load_part(destination, frames, event)
             case CommandItem():
-                run = _load_package if event.record.command is Command.PACKAGED else run_command
-                status = run(destination, frames, event.record)
+                status = _run(destination, frames, event.record)
                 if status is not None:
                     return status
             case Eof():
@@ -128,6 +127,11 @@ def load_frames(destination: Destination, frames: FrameReader) -> MigrationStatu
                 return None
             case None:
                 return None
+
+
+def _run(destination: Destination, frames: FrameReader, record: CommandRecord) -> MigrationStatus | None:
+    run = _load_package if record.command is Command.PACKAGED else run_command
+    return run(destination, frames, record)
 
 
 def _load_package(destination: Destination, frames: FrameReader, record: CommandRecord) -> MigrationStatus | None:

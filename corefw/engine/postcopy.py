@@ -140,17 +140,18 @@ def _pause(source: Source, error: ChannelError | StreamError) -> MigrationStatus
         if path.accepted:
             source.confirmed = True
             return MigrationStatus.COMPLETED
-    first: MigfwError = error
+    reason = str(error)
     try:
         link.check()
     except PeerError:
         raise
-    except Interrupted:
-        pass  # that was our own abort, or migrate-pause
+    except Interrupted:  # so it was not the return path that broke
+        if isinstance(error, Interrupted):
+            reason = "its connection was closed by migrate-pause"
     except MigfwError as cause:
-        first = cause
-    source.statistics.error = str(first)
-    log.warning("postcopy: the connection broke: %s", first)
+        reason = str(cause)
+    source.statistics.error = reason
+    log.warning("postcopy is paused: %s", reason)
     return MigrationStatus.POSTCOPY_PAUSED
 
 

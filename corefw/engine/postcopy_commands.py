@@ -63,6 +63,8 @@ def listen(destination: Destination, frames: FrameReader, _: CommandRecord) -> N
     progress = destination.progress
     loaders = [loader for loader in destination.loaders if isinstance(loader, PostcopyLoader)]
     later = [loader for loader in loaders if loader.key in progress.opened]
+    if not later:
+        raise StreamError("expected a live section that has begun and not ended")
     source = machine.watch_faults()
     faults = PageFaults(source, later, machine.ram_blocks())
     destination.guest = GuestArrival(faults, {loader.key: progress.opened[loader.key] for loader in later})

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from corefw.engine import Engine
 from corefw.errors import MachineError, SettingsError, StateError
 from corefw.machine import MachineConfig, RunState
 from corefw.memory import userfault
@@ -17,55 +16,7 @@ from corefw.testing.tasks import wait_until
 from corefw.wire.constants import PACKAGE_PING, Command, ReturnMessage, SectionType
 from tests.helpers.cutting import Cut, CutProxy, listens
 from tests.helpers.engines import Pair, Peer, arrived, ended, query_migrate, runs_on
-
-LISTEN = "tcp:127.0.0.1:0"
-SLOW = 16 << 20
-"""Bytes per second: the RAM takes seconds, so the guest is faster than the background stream."""
-
-
-class Move:
-    """A guest that writes faster than its pages are sent, on its way from a source to a destination."""
-
-    def __init__(self, pair: Pair) -> None:
-        self.source, self.destination = (self._engine(pair, incoming) for incoming in (False, True))
-        self.source.cont()
-
-    def _engine(self, pair: Pair, incoming: bool) -> Engine:
-        options = {"ram": "32M", "working-set": "8M", "dirty-rate": "400M"}
-        engine = pair.engine(pair.plugins.machine("python", MachineConfig("stress", options, incoming)), {})
-        engine.settings.set_capabilities({"postcopy-ram": True})
-        return engine
-
-    def limit(self, precopy: int = SLOW) -> None:
-        self.source.set_parameters({"max-bandwidth": precopy, "max-postcopy-bandwidth": SLOW})
-
-    def begin(self, precopy: int = SLOW) -> None:
-        """Start to migrate, with such a limit."""
-        self.limit(precopy)
-        self.source.migrate(self.destination.migrate_incoming(LISTEN))
-
-    def switch(self) -> None:
-        """Begin, and have the guest run on the destination."""
-        self.begin()
-        self.source.start_postcopy()
-        self.reaches(self.source, "postcopy-active")
-        self.reaches(self.destination, "postcopy-active")
-
-    def reaches(self, engine: Engine, status: str) -> None:
-        machine = engine.outgoing if engine is self.source else engine.incoming
-        assert wait_until(lambda: machine.status == status), f"{machine.side}: {machine.status}, not {status}"
-
-    def hurry(self) -> None:
-        self.source.set_parameters({"max-postcopy-bandwidth": 0})
-
-    def completes(self) -> None:
-        """The guest has arrived whole, runs there, and not here."""
-        assert ended(self.source) == "completed", self.source.report().error
-        assert arrived(self.destination) == "completed", self.destination.report().error
-        assert self.source.machine.run_state is RunState.POSTMIGRATE
-        assert self.destination.machine.run_state is RunState.RUNNING
-        before = int(str(self.destination.verify()["writes"]))
-        assert wait_until(lambda: int(str(self.destination.verify()["writes"])) > before), "the guest stands still"
+from tests.helpers.moving import LISTEN, Move
 
 
 @pytest.fixture
@@ -85,13 +36,30 @@ def test_the_guest_runs_before_its_pages_are_there(move: Move) -> None:
     assert ram["transferred"] == ram["precopy-bytes"] + ram["downtime-bytes"] + ram["postcopy-bytes"]
 
 
+@pytest.mark.parametrize("scheme", ["unix", "zmq"])
+def test_other_transports(pair: Pair, folder: Path, scheme: str) -> None:
+    """A migration may go on over another transport than it began with."""
+    move = Move(pair)
+    move.limit()
+    first = move.destination.migrate_incoming(f"unix:{folder / 'a'}" if scheme == "unix" else "zmq:tcp://127.0.0.1:0")
+    move.source.migrate(first)
+    move.source.start_postcopy()
+    move.reaches(move.source, "postcopy-active")
+    move.reaches(move.destination, "postcopy-active")
+    move.destination.pause_migration()
+    move.reaches(move.source, "postcopy-paused")
+    move.reaches(move.destination, "postcopy-paused")
+    recover(move)
+    move.hurry()
+    move.completes()
+
+
 # -- a connection that breaks ------------------------------------------------------------------------------------------
 
 
-def recover(move: Move, uri: str | None = None) -> None:
+def recover(move: Move) -> None:
     """Have the destination listen again, and the source connect there."""
-    dialled = move.destination.recover(LISTEN)
-    move.source.migrate(uri or dialled, resume=True)
+    move.source.migrate(move.destination.recover(LISTEN), resume=True)
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
@@ -102,6 +70,8 @@ def test_a_connection_that_is_broken_on_purpose(move: Move, side: str) -> None:
     move.reaches(move.destination, "postcopy-paused")
     assert move.source.machine.run_state is RunState.FINISH_MIGRATE
     assert move.destination.machine.run_state is RunState.RUNNING
+    if side == "source":
+        assert move.source.report().error == "its connection was closed by migrate-pause"
     recover(move)
     move.hurry()
     move.completes()

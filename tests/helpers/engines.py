@@ -169,8 +169,11 @@ class Peer:
                 self.connection.recv(1 << 16)
 
     def say(self, message: ReturnMessage, value: int) -> None:
+        self.send(encode_return_message(message, number_body(value)))
+
+    def send(self, data: bytes) -> None:
         assert self.connection is not None
-        self.connection.sendall(encode_return_message(message, number_body(value)))
+        self.connection.sendall(data)
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,216 @@
+"""Peers that misbehave in postcopy: the guest survives on the side that has it."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from corefw.machine import RunState
+from corefw.wire.constants import BE64, PACKAGE_PING, RESUMED, Command, RamFlag, ReturnMessage, SectionType
+from corefw.wire.records import (
+    Configuration,
+    Discard,
+    PostcopyAdvice,
+    discard_payload,
+    postcopy_advise_payload,
+    write_command,
+    write_configuration,
+    write_header,
+    write_package,
+)
+from corefw.wire.returnpath import PageRequest, encode_return_message, page_request_message, recv_bitmap_body
+from corefw.wire.stream import MemorySink, StreamWriter
+from tests.helpers.engines import READY, Pair, Peer, arrived, ended
+from tests.helpers.moving import LISTEN, Move
+
+PACKAGED = bytes((SectionType.COMMAND, 0, Command.PACKAGED))
+RESUME = bytes((SectionType.COMMAND, 0, Command.POSTCOPY_RESUME))
+RECV_BITMAP = bytes((SectionType.COMMAND, 0, Command.RECV_BITMAP))
+ADVICE = postcopy_advise_payload(PostcopyAdvice(4096, 4096))
+HUGE = postcopy_advise_payload(PostcopyAdvice(2 << 20, 4096))
+
+
+@pytest.fixture
+def move(pair: Pair) -> Iterator[Move]:
+    yield Move(pair)
+
+
+BITMAP = encode_return_message(ReturnMessage.RECV_BITMAP, recv_bitmap_body("ram"))
+"""A bitmap follows."""
+
+
+NOTHING_ARRIVED = struct.pack(">Q", 1024) + bytes(1024) + struct.pack(">Q", 0x0123456789ABCDEF)
+PAGE_ZERO = BE64.pack(RamFlag.PAGE) + b"\3ram"
+"""What a record of page 0 begins with, if it is the first of its connection."""
+
+
+# -- a source ----------------------------------------------------------------------------------------------------------
+
+
+def written(write: Callable[[StreamWriter], object]) -> bytes:
+    sink = MemorySink()
+    writer = StreamWriter(sink)
+    write(writer)
+    writer.flush()
+    return bytes(sink.data)
+
+
+def command(number: Command, payload: bytes = b"") -> bytes:
+    return written(lambda writer: write_command(writer, number, payload))
+
+
+def package(*commands: bytes) -> bytes:
+    return written(lambda writer: write_package(writer, b"".join(commands)))
+
+
+DISCARD = discard_payload(Discard("ram", ((0, 4096),)))
+LISTENING = command(Command.POSTCOPY_LISTEN)
+RUN = command(Command.POSTCOPY_RUN)
+
+
+def head(move: Move, *commands: bytes) -> bytes:
+    """What a stream begins with."""
+    configuration = Configuration(move.destination.machine.name, b"")
+    begun = written(write_header) + written(lambda writer: write_configuration(writer, configuration))
+    return begun + command(Command.OPEN_RETURN_PATH) + b"".join(commands)
+
+
+def beginning(move: Move) -> bytes:
+    """The same up to the START sections, from a real source."""
+    with Peer() as peer:
+        move.source.migrate(peer.uri)
+        peer.accept(answer=False)
+        data = peer.read_all(lambda data: READY in data)
+    assert ended(move.source) == "failed"
+    return data[: data.index(READY)]
+
+
+def fails_with(move: Move, stream: bytes, words: str) -> None:
+    """The destination says why, and starts no guest."""
+    _, _, port = move.destination.migrate_incoming(LISTEN).rpartition(":")
+    with socket.create_connection(("127.0.0.1", int(port))) as connection:
+        connection.sendall(stream)
+        connection.shutdown(socket.SHUT_WR)
+        assert arrived(move.destination) == "failed"
+    assert words in (move.destination.report().error or "")
+    assert move.destination.machine.run_state is RunState.INMIGRATE
+
+
+FIRST_COMMANDS = [
+    (command(Command.POSTCOPY_RAM_DISCARD, DISCARD), "POSTCOPY_ADVISE before it"),
+    (package(LISTENING), "POSTCOPY_ADVISE before it"),
+    (RUN, "POSTCOPY_LISTEN before it"),
+    (command(Command.POSTCOPY_ADVISE), "dirty-bitmaps"),
+    (command(Command.POSTCOPY_ADVISE, HUGE), "pages of 4096 bytes"),
+    (command(Command.POSTCOPY_ADVISE, ADVICE) + package(LISTENING), "a live section"),
+    (command(Command.PACKAGED, struct.pack(">I", 1 << 31)), "at most 67108864 bytes"),
+]
+SWITCHOVERS = [
+    (command(Command.POSTCOPY_RAM_DISCARD, b"\1"), "RAM_DISCARD: expected a version"),
+    (command(Command.POSTCOPY_RAM_DISCARD, discard_payload(Discard("rom", ()))), "name of a RAM block"),
+    (command(Command.POSTCOPY_RAM_DISCARD, discard_payload(Discard("ram", ((1, 4096),)))), "whole pages"),
+    (command(Command.RECV_BITMAP, recv_bitmap_body("ram")), "got 'ram'"),
+    (command(Command.POSTCOPY_RESUME), "a postcopy that was interrupted"),
+    (package(LISTENING, LISTENING), "before POSTCOPY_LISTEN"),
+    (package(LISTENING, command(Command.POSTCOPY_RAM_DISCARD, DISCARD)), "before POSTCOPY_LISTEN"),
+    (package(package()), "no package within a package"),
+    (package(LISTENING, RUN, b"\0"), "the end of the package"),
+    (package(LISTENING, RUN), "the END of section"),
+]
+
+
+def test_streams_whose_commands_make_no_sense(move: Move) -> None:
+    """Each is refused, and then the guest arrives all the same."""
+    for commands, words in FIRST_COMMANDS:
+        fails_with(move, head(move, commands), words)
+    begun = beginning(move)
+    for commands, words in SWITCHOVERS:
+        fails_with(move, begun + commands, words)
+    move.switch()
+    move.hurry()
+    move.completes()
+
+
+# -- a destination -----------------------------------------------------------------------------------------------------
+
+
+def takes_guest(peer: Peer, move: Move) -> None:
+    """Let the source hand the guest over to a destination that is driven by hand."""
+    move.limit()
+    move.source.migrate(peer.uri)
+    move.source.start_postcopy()
+    peer.accept()
+    peer.read_all(lambda data: PACKAGED in data[-(1 << 20) :])
+    peer.say(ReturnMessage.PONG, PACKAGE_PING)
+
+
+def lets_resume(peer: Peer, move: Move, *, answer: bytes = BITMAP + NOTHING_ARRIVED) -> None:
+    """Let the source resume at this destination, which gives this answer to RECV_BITMAP."""
+    move.source.migrate(peer.uri, resume=True)
+    peer.accept(answer=False)
+    peer.read_all(lambda data: RECV_BITMAP in data)
+    peer.send(answer)
+
+
+BAD_MESSAGES = [
+    (page_request_message(PageRequest(0, 4096, "rom")), "one of the RAM blocks ram, got 'rom'"),
+    (page_request_message(PageRequest(0, 4096)), "one of the RAM blocks ram, got ''"),
+    (page_request_message(PageRequest(1, 4096, "ram")), "whole pages"),
+    (page_request_message(PageRequest(32 << 20, 4096, "ram")), "whole pages"),
+    (page_request_message(PageRequest(0, 0, "ram")), "whole pages"),
+    (encode_return_message(ReturnMessage.SHUT, bytes(4)), "before everything was sent"),
+    (b"\xff" * 4, "type 65535"),
+]
+BAD_BITMAPS = [
+    (encode_return_message(ReturnMessage.RECV_BITMAP, recv_bitmap_body("rom")), "bitmap of RAM block 'ram'"),
+    (BITMAP + struct.pack(">Q", 8) + bytes(16), "a received bitmap of 1024 bytes"),
+    (BITMAP + NOTHING_ARRIVED[:-1] + b"\0", "end mark"),
+]
+
+
+def test_messages_that_make_no_sense_only_pause(move: Move) -> None:
+    """Each pauses the source, which can go on afterwards and has lost nothing."""
+    with Peer() as peer:
+        takes_guest(peer, move)
+    for message, words in BAD_MESSAGES:
+        move.reaches(move.source, "postcopy-paused")
+        with Peer() as peer:
+            lets_resume(peer, move)
+            peer.read_all(lambda data: RESUME in data)
+            peer.say(ReturnMessage.RESUME_ACK, RESUMED)
+            move.reaches(move.source, "postcopy-active")
+            peer.send(message)
+            move.reaches(move.source, "postcopy-paused")
+        assert words in (move.source.report().error or "")
+    for answer, words in BAD_BITMAPS:
+        with Peer() as peer:
+            lets_resume(peer, move, answer=answer)
+            move.reaches(move.source, "postcopy-paused")
+        assert words in (move.source.report().error or "")
+    assert move.source.machine.run_state is RunState.FINISH_MIGRATE
+
+
+def test_a_recovery_that_is_not_acknowledged_pauses_again(move: Move) -> None:
+    """RESUME_ACK with another value is none."""
+    with Peer() as peer:
+        takes_guest(peer, move)
+    move.reaches(move.source, "postcopy-paused")
+    move.source.set_parameters({"x-migfw-confirm-timeout": 300})
+    with Peer() as peer:
+        lets_resume(peer, move)
+        peer.read_all(lambda data: RESUME in data)
+        peer.say(ReturnMessage.RESUME_ACK, RESUMED + 1)
+        move.reaches(move.source, "postcopy-paused")
+    assert "POSTCOPY_RESUME" in (move.source.report().error or "")
+
+
+def test_a_flood_of_requests_is_served_once(move: Move) -> None:
+    with Peer() as peer:
+        takes_guest(peer, move)
+        peer.send(1000 * page_request_message(PageRequest(0, 4 << 20, "ram")))
+        sent = peer.read_all(lambda data: len(data) >= 5 << 20)
+        assert sent.count(PAGE_ZERO) == 1
+        assert move.source.outgoing.status == "postcopy-active"

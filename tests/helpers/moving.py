@@ -1,0 +1,57 @@
+"""A python guest on its way in postcopy, between two engines in one process."""
+
+from __future__ import annotations
+
+from corefw.engine import Engine
+from corefw.machine import MachineConfig, RunState
+from corefw.testing.tasks import wait_until
+from tests.helpers.engines import Pair, arrived, ended
+
+LISTEN = "tcp:127.0.0.1:0"
+SLOW = 16 << 20
+"""Bytes per second: the RAM takes seconds, so the guest is faster than the background stream."""
+
+
+class Move:
+    """A guest that writes faster than its pages are sent, on its way from a source to a destination."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.source, self.destination = (self._engine(pair, incoming) for incoming in (False, True))
+        self.source.cont()
+
+    def _engine(self, pair: Pair, incoming: bool) -> Engine:
+        options = {"ram": "32M", "working-set": "8M", "dirty-rate": "400M"}
+        engine = pair.engine(pair.plugins.machine("python", MachineConfig("stress", options, incoming)), {})
+        engine.settings.set_capabilities({"postcopy-ram": True})
+        return engine
+
+    def limit(self, precopy: int = SLOW) -> None:
+        self.source.set_parameters({"max-bandwidth": precopy, "max-postcopy-bandwidth": SLOW})
+
+    def begin(self, precopy: int = SLOW) -> None:
+        """Start to migrate, with such a limit."""
+        self.limit(precopy)
+        self.source.migrate(self.destination.migrate_incoming(LISTEN))
+
+    def switch(self) -> None:
+        """Begin, and have the guest run on the destination."""
+        self.begin()
+        self.source.start_postcopy()
+        self.reaches(self.source, "postcopy-active")
+        self.reaches(self.destination, "postcopy-active")
+
+    def reaches(self, engine: Engine, status: str) -> None:
+        machine = engine.outgoing if engine is self.source else engine.incoming
+        assert wait_until(lambda: machine.status == status), f"{machine.side}: {machine.status}, not {status}"
+
+    def hurry(self) -> None:
+        self.source.set_parameters({"max-postcopy-bandwidth": 0})
+
+    def completes(self) -> None:
+        """The guest has arrived whole, runs there, and not here."""
+        assert ended(self.source) == "completed", self.source.report().error
+        assert arrived(self.destination) == "completed", self.destination.report().error
+        assert self.source.machine.run_state is RunState.POSTMIGRATE
+        assert self.destination.machine.run_state is RunState.RUNNING
+        before = int(str(self.destination.verify()["writes"]))
+        assert wait_until(lambda: int(str(self.destination.verify()["writes"])) > before), "the guest stands still"
