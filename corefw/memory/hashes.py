@@ -1,12 +1,13 @@
-"""The dirty log by comparing hashes of pages: for hosts without PAGEMAP_SCAN. It needs nothing but to read the RAM.
+"""A dirty log that compares hashes of pages, for hosts without PAGEMAP_SCAN. It only has to read the RAM.
 
-The law: a page whose bytes differ from those that were sent is reported; a page that was never touched is not read, for
-reading would allocate it, and counts as zero. 16 bytes of memory a page, whatever the guest does.
+Invariant: a page that differs from what was sent is reported. Pages that were never touched count as zero and are not
+read, which would allocate them.
 
-What was sent the sender tells by sent(). Without that the log compares with the last harvest, and then a page that is
-changed, sent, and changed back to the same 4096 bytes, all between two harvests, looks untouched: so tell it.
+sent() has to be called with what was sent. Otherwise the log compares with the last harvest, and misses a page that
+was changed, sent, and changed back between two harvests.
 
-It is slow, about 0.8 s per GiB with SHA instructions; PagemapLog is used wherever the kernel has it.
+It uses 16 bytes of memory per page, and about 0.8 s per GiB with SHA instructions: PagemapLog is used wherever the
+kernel has it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class HashLog(ComparingLog):
         self.harvest()
 
     def harvest(self) -> NDArray[np.int64]:
-        """See DirtyLog. Reads all of the RAM that was touched; the interpreter lock is let go page by page."""
+        """See DirtyLog. Reads all of the RAM that was touched, releasing the interpreter lock for each page."""
         if self._known is None:
             return no_runs()
         dirty = np.zeros(len(self._known), dtype=np.bool_)
@@ -62,14 +63,14 @@ class HashLog(ComparingLog):
             known[at:until] = hashes
 
     def _hashes(self, data: memoryview) -> NDArray[np.uint64]:
-        """16 bytes of SHA-256 for each page: the fastest hash in the standard library where the processor has
-        instructions for it, and far beyond any chance of two pages having the same."""
+        """16 bytes of SHA-256 for each page: the fastest hash in the standard library if the processor has instructions
+        for it, and long enough that two pages never have the same."""
         size = self._block.page_size
         digests = [hashlib.sha256(data[at : at + size]).digest()[: 8 * _WORDS] for at in range(0, len(data), size)]
         return np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, _WORDS)
 
     def sent(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
-        """See ComparingLog. A page that the guest changed while it was copied is dirty then, as it has to be."""
+        """See ComparingLog. A page that the guest changed while it was being copied stays dirty, as it has to."""
         if self._known is not None:
             self._known[pages] = self._hashes(np.ascontiguousarray(data).reshape(-1).data)
 

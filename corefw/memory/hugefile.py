@@ -1,19 +1,19 @@
 """Files of huge pages: shared memory as a memfd is, in pieces of 2 MiB.
 
-The law: whoever asks gets a file of the wanted length, or None and uses a memfd; there is no error, and nothing that
-reads or writes the memory can tell which of the two it was.
+create() returns a file of the wanted length, or None, and then the caller uses a memfd. It never raises, and whatever
+reads or writes the memory cannot tell the two apart.
 
-Why: a memfd has small pages unless the administrator allowed others for all shared memory, which by default is not so.
+Why: a memfd has small pages unless the administrator allowed others for all shared memory, which is not the default.
 Measured per GiB on Linux 6.18: a first write costs 0.09 s instead of 0.4, a first look through a mapping 0.05 s instead
-of 0.15, arming the dirty log 3 ms instead of 23; and a guest that walks through its arrays misses the TLB less. NumPy
-asks for the same for the arrays that it makes itself.
+of 0.15, arming the dirty log 3 ms instead of 23; and a guest that walks through its arrays has fewer TLB misses. NumPy
+does the same for the arrays that it allocates.
 
 How: tmpfs takes its page size from the mount, so the file is in a tmpfs of our own that is mounted nowhere (fsopen and
 fsmount of Linux 5.2) and goes with the last descriptor. That takes CAP_SYS_ADMIN; an ordinary user has it in a user
 namespace, which a short-lived helper process makes. Huge pages are only used where the file fills them whole.
 
-An administrator who switched huge pages off (transparent_hugepage/enabled is "never") is heeded, and so is the
-environment variable MIGFW_HUGE_PAGES=off.
+Huge pages are not used if the administrator switched them off (transparent_hugepage/enabled is "never"), or if the
+environment variable MIGFW_HUGE_PAGES is "off".
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _CLONE_NEWNS: Final = 0x00020000
 _CLONE_NEWUSER: Final = 0x10000000
 
 OPTIONS: Final = {b"huge": b"within_size", b"size": b"0", b"mode": b"0700"}
-"""Of the tmpfs; no limit of size, as a memfd has none."""
+"""Mount options of the tmpfs. It has no size limit, like a memfd."""
 
 
 def create(length: int) -> int | None:
@@ -72,7 +72,7 @@ def create(length: int) -> int | None:
 
 
 def switched_off(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether somebody said that there shall be none, or the kernel has none."""
+    """Whether the user or the administrator switched them off, or the kernel has none."""
     try:
         return environment.get(VARIABLE) == "off" or "[never]" in SWITCH.read_text()
     except OSError:
@@ -120,7 +120,7 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 
-# -- the helper: a process of its own, for a user namespace takes one with a single thread -----------------------------
+# -- the helper: a process of its own, because a user namespace needs one with a single thread -------------------------
 
 
 def _ask_helper() -> int:
@@ -143,7 +143,7 @@ def _ask_helper() -> int:
 
 
 def _help(link: int) -> None:
-    """The helper's life: enter a user namespace that knows this user only, mount, pass the descriptor on."""
+    """Run in the helper: enter a user namespace with this user only, mount, pass the descriptor back."""
     user, group = os.geteuid(), os.getegid()
     if _libc.unshare(ctypes.c_int(_CLONE_NEWUSER | _CLONE_NEWNS)):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

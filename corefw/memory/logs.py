@@ -1,8 +1,4 @@
-"""Which dirty log a block gets.
-
-The law: the best that this host can have, unless the environment variable MIGFW_DIRTY_LOG names one; then that one or
-an error, never another.
-"""
+"""The choice of a block's dirty log: the best that this host supports, or the one that MIGFW_DIRTY_LOG names."""
 
 from __future__ import annotations
 
@@ -33,7 +29,7 @@ AUTO: Final = "auto"
 
 
 def wanted_log(environment: Mapping[str, str] = os.environ) -> LogKind | None:
-    """What MIGFW_DIRTY_LOG asks for; None: the best there is. Raises UsageError for a word that is no log."""
+    """The log that MIGFW_DIRTY_LOG names; None for the best one. Raises UsageError for an unknown name."""
     word = environment.get(VARIABLE, AUTO)
     if word in ("", AUTO):
         return None
@@ -47,8 +43,8 @@ def wanted_log(environment: Mapping[str, str] = os.environ) -> LogKind | None:
 def best_dirty_log(block: RamBlock, tracker: Tracker | None, address: int, reason: str = "") -> DirtyLog:
     """The dirty log for `block`, which the process behind `tracker` maps at `address`.
 
-    `tracker` is None where that process could not make one, for `reason`. Raises UsageError when MIGFW_DIRTY_LOG asks
-    for what cannot be had.
+    `tracker` is None if that process could not make one, for `reason`. Raises UsageError if MIGFW_DIRTY_LOG names a log
+    that this host does not support.
     """
     wanted = wanted_log()
     if wanted is LogKind.HASHES:

@@ -1,7 +1,7 @@
-"""Pages as numbers, as a mask, and as runs.
+"""Sets of pages as numbers, as a mask, and as runs.
 
-The law: runs have shape (n, 2), dtype int64, rows (first, end), `end` exclusive, ascending, apart (the end of one is
-less than the first of the next). Every function here gives such runs or says that it needs them.
+Runs have the shape (n, 2) and dtype int64. Their rows are (first, end), with `end` exclusive, in ascending order and
+apart: each end is less than the next first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def no_runs() -> Runs:
 
 
 def runs_of_pages(pages: NDArray[np.int64]) -> Runs:
-    """Ascending page numbers without repetition -> runs."""
+    """Convert ascending page numbers without repetitions to runs."""
     if len(pages) == 0:
         return no_runs()
     last = np.flatnonzero(np.diff(pages) != 1)
@@ -29,13 +29,13 @@ def runs_of_pages(pages: NDArray[np.int64]) -> Runs:
 
 
 def runs_of_mask(mask: NDArray[np.bool_], first: int = 0) -> Runs:
-    """A mask of the pages from `first` on -> runs of those that are set."""
+    """Convert a mask of the pages from `first` on to runs of those that are set."""
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)) + first
     return edges.astype(np.int64).reshape(-1, 2)
 
 
 def join(runs: Runs) -> Runs:
-    """Ascending runs that may touch or overlap -> runs that are apart."""
+    """Merge rows in ascending order that may touch or overlap, so that they are apart."""
     if len(runs) < 2:
         return runs
     assert (runs[1:, 0] >= runs[:-1, 0]).all(), "a run that comes too late would be lost"

@@ -1,7 +1,7 @@
-"""The table of what a transport has to keep. The modules transport_streams and transport_breaks enter its rows.
+"""The table of the checks for transports, to which the modules transport_streams and transport_breaks add.
 
-The law: a check is a function of a Workbench that returns when the promise in its docstring holds, and raises
-AssertionError in one line when it does not. It says what a case must have for it to apply; nothing is skipped silently.
+A check is a function of a Workbench. It returns if the promise in its docstring holds, and raises a one-line
+AssertionError if not. Its row says what a case must have for it to apply, so that nothing is skipped silently.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Two ends of a transport, and traffic between them: what the contract kit for transports is written with.
+"""The tools of the contract kit for transports: two ends of a transport, and traffic between them.
 
-The law: a workbench clears away all that was made on it, whatever happened; traffic is the same each time.
+A workbench closes everything that was made on it, whatever happens. Traffic is the same in every run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 
 from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport, TransportContext, TransportFeatures
 from corefw.errors import MigfwError, one_line
-from corefw.testing.tasks import Task, settled, wait_until
+from corefw.testing.tasks import Task, described, settled, wait_until
 from corefw.uri import MigrationUri
 
 MIB: Final = 1 << 20
@@ -61,7 +61,7 @@ class TransportCase:
 
 @dataclass(slots=True)
 class Workbench:
-    """Makes ends for one check and clears them away."""
+    """Makes ends for one check, and closes them."""
 
     case: TransportCase
     _mine: ExitStack = field(default_factory=ExitStack)
@@ -158,7 +158,7 @@ def receive_all(channel: Channel) -> bytearray:
 
 
 def transferred(sending: Task[None], receiving: Task[_T], seconds: float | None = None) -> _T:
-    """What was received, when both have ended. A sender's error comes first: the receiver may wait for ever by it."""
+    """What was received, when both have ended. Raises the sender's error first: the receiver may be waiting for it."""
 
     def over() -> bool:
         return not receiving.running or (not sending.running and sending.error() is not None)
@@ -216,7 +216,7 @@ def same(got: Buffer, expected: Buffer) -> None:
 def raises(kind: type[_E], what: str, function: Callable[..., object], *arguments: object) -> _E:
     """Call it in a thread; the error, which must be of this kind and have a message of one line."""
     error = Task(what, function, *arguments).error()
-    assert isinstance(error, kind), f"{what}: expected {kind.__name__}, got {told(error)}"
+    assert isinstance(error, kind), f"{what}: expected {kind.__name__}, got {described(error)}"
     text = str(error)
     assert text and "\n" not in text, f"{what}: expected a message of one line, got {text!r}"
     return error
@@ -226,7 +226,3 @@ def shows(error: MigfwError, uri: str) -> bool:
     """Whether the message has the URI in it, or, of a layer's URI, the one below."""
     below = uri.partition("+")[2] if "+" in uri.partition(":")[0] else ""
     return one_line(uri) in str(error) or bool(below and one_line(below) in str(error))
-
-
-def told(error: BaseException | None) -> str:
-    return "no error" if error is None else f"{type(error).__name__}: {error}"

@@ -103,11 +103,11 @@ def _observers_hear_every_change_once(bench: Bench) -> None:
     machine.set_run_state(RunState.POSTMIGRATE)
     states = [RunState.PRELAUNCH, RunState.RUNNING, RunState.FINISH_MIGRATE, RunState.POSTMIGRATE]
     expected = list(itertools.pairwise(states))
-    assert heard == expected, f"observers heard {_told(heard)}, expected {_told(expected)}"
+    assert heard == expected, f"observers heard {_listed(heard)}, expected {_listed(expected)}"
     assert all(in_force), "an observer was called before run_state had changed"
 
 
-def _told(changes: Sequence[tuple[RunState, RunState]]) -> str:
+def _listed(changes: Sequence[tuple[RunState, RunState]]) -> str:
     return ", ".join(f"{old} -> {new}" for old, new in changes) or "nothing"
 
 

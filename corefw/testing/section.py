@@ -38,6 +38,7 @@ from corefw.testing.recording import (
     tell,
     written,
 )
+from corefw.testing.tasks import described
 from corefw.wire.stream import StreamReader
 
 __all__ = ["CHECKS", "SectionCase", "check_section"]
@@ -150,7 +151,7 @@ def _pieces(case: SectionCase) -> None:
 def _compare(case: SectionCase, recording: Recording, piece: int) -> None:
     found = replay(case, recording, [body.data for body in recording.bodies], piece=piece)
     body = recording.bodies[found.body]
-    assert found.error is None, f"load() of {body} failed: {_told(found.error)}"
+    assert found.error is None, f"load() of {body} failed: {described(found.error)}"
     assert found.taken == len(body.data), f"load() read {found.taken} bytes of {body}"
     same = found.state == recording.state
     assert isinstance(same, bool), "the case's `state` has to give something that == compares, no array"
@@ -170,7 +171,7 @@ def _truncated(case: SectionCase) -> None:
         bodies[number] = bodies[number][:at]
         error = replay(case, recording, bodies).error
         what = f"{recording.bodies[number]}, cut after {at}"
-        assert isinstance(error, RemoteStreamError), f"{what}: expected RemoteStreamError, got {_told(error)}"
+        assert isinstance(error, RemoteStreamError), f"{what}: expected RemoteStreamError, got {described(error)}"
 
 
 @_KIT.check
@@ -193,7 +194,7 @@ def _damaged(case: SectionCase) -> None:
                 taken = tracemalloc.get_traced_memory()[1] - before
                 what = f"{recording.bodies[number]}, byte {at} xor 0x{change:02x}"
                 right = error is None or isinstance(error, StreamError)
-                assert right, f"{what}: expected a StreamError or a load, got {_told(error)}"
+                assert right, f"{what}: expected a StreamError or a load, got {described(error)}"
                 assert taken < limit, f"{what}: load() took {taken} bytes of memory, expected at most {limit}"
     finally:
         if started:
@@ -211,7 +212,9 @@ def _newer_version(case: SectionCase) -> None:
         version = loader.version_id + 1
         error = loading_error(loader, reader, version)
         loader.cleanup()
-        assert isinstance(error, StreamError), f"load() of version {version}: expected StreamError, got {_told(error)}"
+        assert isinstance(error, StreamError), (
+            f"load() of version {version}: expected StreamError, got {described(error)}"
+        )
 
 
 # -- the end, however it comes -------------------------------------------------------------------------------------
@@ -290,10 +293,6 @@ def _places(case: SectionCase, recording: Recording) -> list[tuple[int, int]]:
 
 def _changed(data: bytes, at: int, change: int) -> bytes:
     return data[:at] + bytes([data[at] ^ change]) + data[at + 1 :]
-
-
-def _told(error: BaseException | None) -> str:
-    return "no error" if error is None else f"{type(error).__name__}: {error}"
 
 
 def _cut(value: object) -> str:

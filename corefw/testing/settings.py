@@ -105,6 +105,6 @@ def _cross_checks(plugin: object) -> None:
         why = check(settings.capabilities(), settings.parameters())
         assert why is None, f"check {number} refuses the defaults: {why}"
         for name in settings.capabilities():
-            told = check(settings.capabilities() | {name: True}, settings.parameters())
-            if told is not None:
-                one_line_of_text(told, f"what check {number} says of '{name}'")
+            refusal = check(settings.capabilities() | {name: True}, settings.parameters())
+            if refusal is not None:
+                one_line_of_text(refusal, f"what check {number} says of '{name}'")

@@ -1,7 +1,7 @@
-"""What the contract kits stand on: threads with a deadline, and a look at what was left behind.
+"""The base of the contract kits: threads with a deadline, and the detection of what is left behind.
 
-The law: a kit never hangs and never fails without saying where. Nothing here measures how fast something is; a deadline
-is far beyond what any correct program needs.
+A kit never hangs, and never fails without saying where. Deadlines are far beyond what any correct program needs:
+nothing here measures speed.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class Task(Generic[_T]):
         return self._thread.is_alive()
 
     def let_block(self, seconds: float = 0.1) -> None:
-        """Give it the time to come to where it blocks."""
+        """Give it time to reach the point where it blocks."""
         self._thread.join(seconds)
 
     def result(self, seconds: float | None = None) -> _T:
-        """What it returned. Raises what it raised, or AssertionError with its stack when it goes on after `seconds`
-        (DEADLINE)."""
+        """What it returned. Raises what it raised, or AssertionError with its stack if it is still running after
+        `seconds` (DEADLINE)."""
         error = self.error(seconds)
         if error is not None:
             raise error
@@ -72,8 +72,13 @@ class Task(Generic[_T]):
         return " > ".join(f"{Path(one.filename).name}:{one.lineno} {one.name}" for one in stack)
 
 
+def described(error: BaseException | None) -> str:
+    """An error for a message, such as "ValueError: no"."""
+    return "no error" if error is None else f"{type(error).__name__}: {error}"
+
+
 def wait_until(condition: Callable[[], bool], seconds: float | None = None) -> bool:
-    """Look again and again for `seconds` (DEADLINE); False when it did not come true."""
+    """Poll the condition for `seconds` (DEADLINE); whether it came true."""
     deadline = time.monotonic() + (DEADLINE if seconds is None else seconds)
     while not condition():
         if time.monotonic() > deadline:
@@ -102,7 +107,7 @@ def private_memory() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Possessions:
-    """What a process has that must be let go of: descriptors with what they are, child processes, threads."""
+    """What a process has to release: descriptors with their targets, child processes, threads."""
 
     descriptors: frozenset[str]
     children: frozenset[int]
@@ -113,7 +118,7 @@ class Possessions:
         return cls(_descriptors(), _children(), frozenset(threading.enumerate()))
 
     def assert_no_more(self, seconds: float | None = None) -> None:
-        """AssertionError naming what this process has gained since, if it does not let go of it within `seconds`
+        """Raise AssertionError, naming what this process has gained since and does not release within `seconds`
         (DEADLINE)."""
         gained: list[str] = []
 

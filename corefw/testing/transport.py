@@ -1,4 +1,4 @@
-"""The contract kit for transports: run it on yours, and what corefw.channel promises holds.
+"""The contract kit for transports: if it passes on yours, it does what corefw.channel asks of it.
 
     from corefw.testing.transport import TransportCase, applicable, check_transport
 
@@ -8,9 +8,9 @@
     def test_contract(check):
         check_transport(CASE, only=[check])
 
-The law: every check states one promise of the interface, finds out by using both ends for real, and fails with an
-AssertionError that says in one line what was promised and what happened. After each of them nothing may be left behind:
-no descriptor, process or thread. It needs no test framework.
+Each check states one promise of the interface, uses both ends for real, and fails with an AssertionError that says in
+one line what was promised and what happened. No descriptor, process or thread may be left behind. It needs no test
+framework.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from typing import TypeVar
 from corefw.channel import Channel, receive_exactly
 from corefw.errors import ChannelError, Interrupted
 from corefw.testing.checks import UNREAD_LIMIT, Need, check
-from corefw.testing.ends import MIB, Flood, Workbench, raises, receive_all, same, shows, told
-from corefw.testing.tasks import Task, wait_until
+from corefw.testing.ends import MIB, Flood, Workbench, raises, receive_all, same, shows
+from corefw.testing.tasks import Task, described, wait_until
 
 _T = TypeVar("_T")
 
@@ -111,14 +111,14 @@ def _interrupt_ends_a_stuck_connect(bench: Workbench) -> None:
         interrupt = bench.interrupt()
         blocked = Task("connect after Interrupt.set()", bench.outgoing(uri).connect, interrupt)
         blocked.let_block(0.3)
-        assert blocked.running, f"connect to '{uri}' was to be stuck, it ended with {told(blocked.error())}"
+        assert blocked.running, f"connect to '{uri}' was to be stuck, it ended with {described(blocked.error())}"
         interrupt.set()
         _was_interrupted(blocked)
 
 
 def _was_interrupted(task: Task[_T]) -> None:
     error = task.error()
-    assert isinstance(error, Interrupted), f"{task.what}: expected Interrupted, got {told(error)}"
+    assert isinstance(error, Interrupted), f"{task.what}: expected Interrupted, got {described(error)}"
 
 
 # -- failures ------------------------------------------------------------------------------------------------------
@@ -147,8 +147,8 @@ def _sending_to_nobody_fails(bench: Workbench) -> None:
 
         flood = Flood(sender, f"sending {way} to a peer that has gone", MIB, 4 * UNREAD_LIMIT)
         error = flood.task.error()
-        assert isinstance(error, ChannelError), f"{flood.task.what}: expected ChannelError, got {told(error)}"
-        assert not isinstance(error, Interrupted), f"nobody aborted this end, yet it raised {told(error)}"
+        assert isinstance(error, ChannelError), f"{flood.task.what}: expected ChannelError, got {described(error)}"
+        assert not isinstance(error, Interrupted), f"nobody aborted this end, yet it raised {described(error)}"
 
 
 @check(Need.LIVE | Need.RETURN_PATH)
@@ -159,7 +159,7 @@ def _receives_last_words_after_a_failed_send(bench: Workbench) -> None:
         receiver.close()
         flood = Flood(sender, f"sending {way} to a peer that has closed", MIB, 4 * UNREAD_LIMIT)
         error = flood.task.error()
-        assert isinstance(error, ChannelError), f"{flood.task.what}: expected ChannelError, got {told(error)}"
+        assert isinstance(error, ChannelError), f"{flood.task.what}: expected ChannelError, got {described(error)}"
         room = memoryview(bytearray(10))
         Task("receiving after a send that failed", receive_exactly, sender, room).result()
         same(room, b"last words")
