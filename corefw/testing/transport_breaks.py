@@ -78,7 +78,7 @@ def _closing_a_listener_ends_accept(bench: Workbench) -> None:
     blocked.let_block()
     listener.close()
     error = blocked.error()
-    assert isinstance(error, ChannelError), f"{blocked.what}: expected ChannelError, got {told(error)}"
+    assert isinstance(error, ChannelError), f"{blocked.what}: expected ChannelError, got {described(error)}"
     raises(ChannelError, "a later accept after the listener's close()", listener.accept, bench.interrupt())
 
 
