@@ -82,9 +82,9 @@ def test_a_handler_that_raises_fails_the_migration() -> None:
 
 
 class OfQemu(Commanding):
-    """A command of QEMU's that the engine has no use for, and a section has."""
+    """Sends a command of QEMU's that the engine does not run itself."""
 
-    number = Command.POSTCOPY_ADVISE
+    number = Command.ENABLE_COLO
 
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
         Saver.setup(self, writer, context)
@@ -97,11 +97,11 @@ class OfQemu(Commanding):
 
 class TakingQemus(Obeying):
     def commands(self) -> Mapping[int, Callable[[bytes], None]]:
-        return {Command.POSTCOPY_ADVISE: self.taken.append}
+        return {Command.ENABLE_COLO: self.taken.append}
 
 
 def test_a_section_may_have_a_command_of_qemus() -> None:
-    """Without a payload it announces dirty bitmaps, which no plugin has yet."""
+    """One that the engine does not run itself."""
     pair, plugin = pair_with(OfQemu, TakingQemus)
     with pair:
         assert outcome(pair) == ""
