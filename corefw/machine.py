@@ -1,10 +1,10 @@
-"""What a migration moves: a machine with RAM blocks and devices that can be stopped and started.
+"""The contract for machines: what a migration moves, with RAM blocks and devices, and can be stopped and started.
 
-The engine knows machines only by this page. A machine that can do more inherits from the class that says so:
-VerifiableMachine, ThrottlableMachine, PostcopyMachine, RamMakingMachine, ParkingMachine.
+The engine knows no more about a machine than this module says. A machine that can do more inherits from
+VerifiableMachine, ThrottlableMachine, PostcopyMachine, RamMakingMachine or ParkingMachine.
 
-Threads: what only looks (`name`, `run_state`, `ram_blocks`, `devices`, `information`) may be called from any thread at
-any time; everything else from the engine's threads, one call at a time.
+Threads: whatever only reads (`name`, `run_state`, `ram_blocks`, `devices`, `information`) may be called from any thread
+at any time. Everything else is called from the engine's threads, one call at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class RunState(StrEnum):
-    """QEMU's run states, the ones that a machine here can be in."""
+    """Those of QEMU's run states that a machine can be in here."""
 
     PRELAUNCH = "prelaunch"
     RUNNING = "running"
@@ -39,24 +39,27 @@ class RunState(StrEnum):
 
 
 DEAD: Final = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
-"""The guest has ended; no other state follows."""
+"""The run states of a guest that has ended; no other state follows."""
 
 
 class DirtyLog(ABC):
-    """Which pages of one RAM block the guest has written."""
+    """The log of which pages of one RAM block the guest has written."""
 
     @abstractmethod
     def start(self) -> None:
-        """Begin to log; everything written from here on is found by a later harvest."""
+        """Begin to log. Whatever is written from now on is in a later harvest."""
 
     @abstractmethod
     def harvest(self) -> NDArray[np.int64]:
-        """Pages written since the last harvest (or start), as rows (first, end) in page numbers, `end` exclusive,
-        ascending and apart. A write that happens during the call is in this harvest or in the next."""
+        """Return the pages written since the last harvest, or since start(), as runs of page numbers.
+
+        A run is a row (first, end) with `end` exclusive; rows are ascending and apart. A write that happens during the
+        call is in this harvest or in the next.
+        """
 
     @abstractmethod
     def stop(self) -> None:
-        """End logging. Idempotent; does not raise."""
+        """Stop logging. Idempotent; does not raise."""
 
 
 class ComparingLog(DirtyLog):
@@ -65,7 +68,7 @@ class ComparingLog(DirtyLog):
 
     @abstractmethod
     def sent(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
-        """These are the bytes that were sent for these pages (shape (n, page_size), rows may be strided)."""
+        """Note the bytes that were sent for these pages: shape (n, page_size), rows may be strided."""
 
 
 class RamBlock(ABC):
@@ -74,16 +77,14 @@ class RamBlock(ABC):
     idstr       the name in the stream, at most 255 bytes
     length      bytes, a multiple of page_size
     page_size   bytes of a target page: 4096 in every stream that is read and written here
-    fd          the memory's file descriptor; reading and writing it is reading and writing the RAM
+    fd          file descriptor of the memory, to read and write the RAM
     view        writable memoryview of the engine's mapping
     pages       the same as an array of shape (pages, page_size), dtype uint8
-    dirty_log   what the guest has written
+    dirty_log   the log of what the guest has written; what the engine writes is not in it
     huge        the memory is in huge pages: a first write through the mapping costs little
     known_zero  runs (first, end) of pages that are zero although some of them were allocated in advance; None where
                 only the holes are known to be zero. What loads the block counts on it, so it is set before and reset
                 after (corefw.memory.preallocation)
-
-    What the engine writes is in no dirty log.
     """
 
     idstr: str
@@ -98,7 +99,7 @@ class RamBlock(ABC):
 
     @abstractmethod
     def holes(self) -> NDArray[np.int64]:
-        """Runs (first, end) of pages that were never touched: they read as zero, and are not to be read for that would
+        """Runs (first, end) of pages that were never touched. They are zero; do not read them, because that would
         allocate them."""
 
     def zeros(self) -> NDArray[np.int64]:
@@ -111,7 +112,7 @@ class RamBlock(ABC):
 
     @abstractmethod
     def fill(self, pages: NDArray[np.int64], value: int) -> None:
-        """Set these pages to one byte value. Zero never allocates a page, and may free some."""
+        """Set every byte of these pages to one value. Zero never allocates a page, and may free some."""
 
 
 class FaultSource(ABC):
@@ -127,13 +128,13 @@ class FaultSource(ABC):
 
     @abstractmethod
     def poll(self) -> Mapping[str, NDArray[np.int64]]:
-        """By block, the pages (ascending numbers) that the guest has begun to wait for since the last call. Does not
-        block."""
+        """Return the pages that the guest has begun to wait for since the last call: ascending numbers, by block. Does
+        not block."""
 
     @abstractmethod
     def install(self, block: RamBlock, runs: NDArray[np.int64]) -> None:
-        """Let the guest see the pages in these runs (rows first, end) as they are in the block, and wake whoever waits
-        for them. Fine for pages that are installed already, and for a guest that has ended. Raises MachineError."""
+        """Let the guest see the pages in these runs (rows first, end) as they are in the block, and wake the threads
+        that wait for them. Does nothing for installed pages, or if the guest has ended. Raises MachineError."""
 
     @abstractmethod
     def release(self) -> None:
@@ -142,8 +143,8 @@ class FaultSource(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Serve no more faults: a guest that accesses a page that is not installed waits for as long as it lives.
-        Idempotent; does not raise."""
+        """Serve no more faults: a guest that accesses a page that is not installed waits until it is ended. Idempotent;
+        does not raise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +153,10 @@ class MachineConfig:
     INMIGRATE when `incoming`.
 
     program    the PROGRAM argument, or None
-    options    --opt K=V, as text; the machine checks them all and raises UsageError naming the wrong one
-    allow_undeclared   migrate although some of the program's state would stay behind. A machine that runs no program
-                       refuses it with UsageError
-    only_migratable    the guest must end with an error rather than get into a state that cannot migrate
+    options    --opt K=V, as text; the machine checks them all and raises UsageError, naming the wrong one
+    allow_undeclared   migrate even if some of the program's state stays behind. A machine that runs no program refuses
+                       it with UsageError
+    only_migratable    end the guest with an error if it gets into a state that cannot migrate
     """
 
     program: str | None = None
@@ -179,8 +180,8 @@ class Device:
 class Machine(ABC):
     """A guest.
 
-    kind      the entry point's name: "python", "qemu"
-    options   what `--opt K=V` gave, as text: for plugins that want to know. Set by Plugins.machine()
+    kind      name of the entry point: "python", "qemu"
+    options   what `--opt K=V` gave, as text, for plugins. Set by Plugins.machine()
     """
 
     kind: str
@@ -189,7 +190,7 @@ class Machine(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The machine type, sent in the configuration section; a destination with another one refuses."""
+        """The machine type, sent in the configuration section. A destination with another one refuses the guest."""
 
     @property
     @abstractmethod
@@ -200,38 +201,41 @@ class Machine(ABC):
 
     @abstractmethod
     def devices(self) -> Sequence[Device]:
-        """The list and its tables always; what the tables name is current while the guest is stopped, and on a
-        destination it is filled by load before start()."""
+        """The same devices at any time. Their states are current while the guest is stopped; a destination loads them
+        before start()."""
 
     @abstractmethod
     def start(self) -> None:
-        """Let the guest run. On a destination: with what was loaded. Raises MachineError; then it does not run."""
+        """Let the guest run, on a destination with what was loaded. After a MachineError it does not run."""
 
     @abstractmethod
     def stop(self, state: RunState) -> None:
-        """Stop the guest and enter `state`; when this returns not one instruction of it runs, its devices() are
-        current, and its RAM does not change. Fine when it is stopped already. Raises MachineError; then it runs on."""
+        """Stop the guest, unless it is stopped, and enter `state`.
+
+        When this returns, the guest executes nothing, its devices() are current, and its RAM does not change. If it
+        raises MachineError, the guest keeps running.
+        """
 
     @abstractmethod
     def set_run_state(self, state: RunState) -> None:
-        """Enter another state of a guest that does not run (POSTMIGRATE after a migration)."""
+        """Enter another state; the guest does not run (POSTMIGRATE after a migration)."""
 
     @abstractmethod
     def watch(self, observer: Callable[[RunState, RunState], None]) -> None:
-        """Call `observer(old, new)` after every change of run state, from the thread that made it, without locks."""
+        """Call `observer(old, new)` after every change of run state, in the thread that made it, with no lock held."""
 
     @abstractmethod
     def information(self) -> Mapping[str, object]:
-        """For `migfw status`: JSON values; at least "ram" with sizes by block."""
+        """What `migfw status` shows: JSON values by name, at least "ram" with the sizes by block."""
 
     def layout_document(self) -> bytes:
-        """What the guest consists of, as UTF-8 text of the machine's own kind: what a destination compares with its own
-        before anything is sent (`migfw check`). b"" where RAM blocks and sections say everything."""
+        """What the guest consists of, as UTF-8 text in a format of the machine's own. `migfw check` has a destination
+        compare it with its own. b"" if RAM blocks and sections say everything."""
         return b""
 
     def compare_layout(self, there: bytes) -> tuple[list[str], list[str]]:
-        """At a destination: what keeps the guest of that layout_document() from running here, and what may matter, as
-        phrases. `there` is a peer's, so anything may be in it. Does not raise."""
+        """Compare with the layout_document() of a source: the reasons why its guest cannot run here, and what else may
+        matter, as phrases. `there` comes from the peer and may be anything. Does not raise."""
         del there
         return [], []
 
@@ -245,13 +249,13 @@ class PostcopyMachine(Machine):
 
     @abstractmethod
     def postcopy_unsupported(self) -> str | None:
-        """On a destination: why the guest's page faults cannot be served on this host, and what to do about it; None
-        where they can."""
+        """Why the guest's page faults cannot be served on this host, and what to do about it; None if they can. Called
+        on a destination."""
 
     @abstractmethod
     def watch_faults(self) -> FaultSource:
-        """On a destination, before start(): from now on an access of the guest to a page that is not installed waits
-        for it. Nothing is installed at first. Raises MachineError."""
+        """Have the guest wait whenever it accesses a page that is not installed; at first none is. Called on a
+        destination, before start(). Raises MachineError."""
 
 
 class VerifiableMachine(Machine):
@@ -261,8 +265,8 @@ class VerifiableMachine(Machine):
     def verify(self) -> Mapping[str, object]:
         """Check the guest, stopping it meanwhile if it runs; return what was checked, as JSON values.
 
-        Raises MachineError, which says what is wrong. Be strict: one page that is older than the rest has to be found,
-        for that is what a lost write looks like.
+        Raises MachineError, which says what is wrong. It has to find a single page that is older than the rest of the
+        guest: that is what a lost write looks like.
         """
 
 
@@ -271,7 +275,7 @@ class ThrottlableMachine(Machine):
 
     @abstractmethod
     def throttle(self, percent: int) -> None:
-        """Let the guest run only 100 - `percent` (0 to 99) of the time; 0 ends it. Raises MachineError."""
+        """Let the guest run for only 100 - `percent` of the time (0 to 99); 0 ends it. Raises MachineError."""
 
 
 class RamMakingMachine(Machine):
@@ -279,22 +283,22 @@ class RamMakingMachine(Machine):
 
     @abstractmethod
     def make_ram_blocks(self, lengths: Mapping[str, int]) -> Sequence[RamBlock]:
-        """Make new empty blocks (bytes by name) beside those that it has: all of them, or raise MachineError. Limits
-        are checked before anything is allocated."""
+        """Make new empty blocks of these lengths, in bytes, beside those that the machine has: all of them, or raise
+        MachineError. Check limits before allocating anything."""
 
     @abstractmethod
     def discard_loaded(self) -> None:
-        """Free everything that a stream brought: loading it failed. Idempotent; does not raise."""
+        """Free everything that a stream brought, because loading it failed. Idempotent; does not raise."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamFormat:
-    """How a stream was framed, so that it can be framed alike when it is sent on.
+    """How a stream was framed, to frame it the same way when it is sent on.
 
     configuration        it had a configuration section (QEMU's send-configuration)
     footers              it had section footers (QEMU's send-section-footer)
     configuration_tail   the configuration section's subsections as they came; empty: none
-    section_ids          ids of its live sections, which those of the stored ones differ from
+    section_ids          ids of its live sections, which the stored sections do not use
     switchover_start     it had SWITCHOVER_START before the END sections (QEMU's send-switchover-start, 10.0 and later)
     """
 
@@ -330,8 +334,8 @@ class ParkingMachine(Machine):
 
     @abstractmethod
     def stored_format(self) -> StreamFormat | None:
-        """How to frame the stream when the machine is sent on; None: as the settings say."""
+        """How to frame the stream when the machine is sent on; None to follow the settings."""
 
     @abstractmethod
     def stored_sections(self) -> Sequence[bytes]:
-        """What adopt_sections() took, byte for byte, to be sent behind the live sections."""
+        """What adopt_sections() took, byte for byte, to be sent after the live sections."""

@@ -1,12 +1,12 @@
 """The dirty log by PAGEMAP_SCAN and asynchronous write-protection (Linux 6.7), of this process's memory or another's.
 
 Invariant: the kernel remembers the writes. A page of a registered range is write-protected by a mark in the page table;
-the first write takes the mark away without anybody waiting; one ioctl finds the pages without the mark and sets it
-again, page by page under the page table's lock, so a write is in this harvest or in the next.
+the first write clears the mark, and nothing waits; one ioctl finds the pages without the mark and sets it again, page
+by page under the page table's lock, so a write is in this harvest or in the next.
 
-The process that is watched calls open_tracker() and passes the two descriptors on; whoever holds them can watch it,
-without any right over it. A guest that nobody migrates pays nothing: its memory is registered by start() and let go
-by stop().
+The process that is watched calls open_tracker() and passes the two descriptors on. Whoever holds them can watch it, and
+needs no other permission. A guest that is not being migrated pays nothing: start() registers its memory, stop()
+unregisters it.
 
 Source: Documentation/admin-guide/mm/pagemap.rst, include/uapi/linux/fs.h. What a harvest costs: docs/performance.md.
 """
@@ -42,18 +42,18 @@ _ScanArgument: Final = Struct("=12Q")
 _WALK_END: Final = 4
 
 REGIONS: Final = 512
-"""Regions that one call can report, no more than the kernel gathers before it copies them out. Asked for more it goes
-on gathering, but may say then that it stopped where it last copied, though it came to the end (seen on Linux 6.18): who
-goes on from there finds pages again, behind others that were found before."""
+"""Regions that one call can report: as many as the kernel gathers before it copies them out. If asked for more, it
+continues, but may report that it stopped where it last copied although it reached the end (seen on Linux 6.18).
+Continuing from there would find some pages twice, out of order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tracker:
-    """What lets another process watch this one's memory. Whoever gets it closes it.
+    """What another process needs to watch this one's memory. Its receiver closes it.
 
     userfaultfd   of the watched process
-    pagemap       its /proc/PID/pagemap, opened by itself, so it needs no right over it and no pid that may be
-                  somebody else's
+    pagemap       its /proc/PID/pagemap, opened by that process itself: no permission is needed, and a pid that was
+                  reused does no harm
     """
 
     userfaultfd: int
@@ -65,7 +65,7 @@ class Tracker:
 
 
 def open_tracker() -> Tracker:
-    """Make this process's memory watchable. Raises OSError where the kernel cannot: see unsupported()."""
+    """Make this process's memory watchable. Raises OSError if the kernel does not support it: see unsupported()."""
     features = userfault.Feature.WP_ASYNC | userfault.Feature.WP_UNPOPULATED | userfault.Feature.WP_HUGETLBFS_SHMEM
     userfaultfd = userfault.create(features)
     try:
@@ -76,7 +76,7 @@ def open_tracker() -> Tracker:
 
 
 def unsupported() -> str | None:
-    """Why PagemapLog does not work for this process on this host, or None where it does. Tries it on one page."""
+    """Why PagemapLog does not work for this process on this host, or None if it does. Tries it on one page."""
     try:
         tracker = open_tracker()
     except OSError as error:
@@ -97,7 +97,7 @@ def unsupported() -> str | None:
 
 
 def _scan(pagemap: int, regions: NDArray[np.uint64], start: int, end: int, flags: int) -> tuple[int, int]:
-    """One PAGEMAP_SCAN: how many regions it reported, and where it stopped because the buffer was full."""
+    """Do one PAGEMAP_SCAN; return how many regions it reported, and where it stopped because the buffer was full."""
     fields = [0] * 12
     fields[:8] = [_ScanArgument.size, flags, start, end, 0, regions.ctypes.data, len(regions), 0]
     fields[9] = fields[11] = _PAGE_IS_WRITTEN
@@ -113,7 +113,7 @@ def _scan(pagemap: int, regions: NDArray[np.uint64], start: int, end: int, flags
 
 
 def written_bytes(pagemap: int, address: int, length: int) -> int:
-    """Bytes of this process's memory that the dirty log has as written; nothing is harvested. Raises MachineError."""
+    """Bytes of this process's memory that the dirty log shows as written, without a harvest. Raises MachineError."""
     regions = np.empty((REGIONS, 3), dtype=np.uint64)
     found, at = 0, address
     while at < address + length:
@@ -125,14 +125,14 @@ def written_bytes(pagemap: int, address: int, length: int) -> int:
 class PagemapLog(DirtyLog):
     """The dirty log of the mapping at `address` (of `length` bytes) in the memory that `tracker` watches.
 
-    It sees writes through that mapping by anyone, the kernel included (read(2) into an array); not through others. Does
-    not own the tracker, which several logs share.
+    It sees every write through that mapping, also by the kernel (read(2) into an array), and none through other
+    mappings. Does not own the tracker, which several logs share.
     """
 
     def __init__(self, tracker: Tracker, address: int, length: int, page_size: int = 4096) -> None:
         self._tracker = tracker
         self._address = address
-        # The last of the host's pages may reach beyond the block; it is mapped all the same.
+        # The host's last page may extend beyond the block; it is mapped nevertheless.
         self._length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
         self._page_size = page_size
         self._page_count = length // page_size
@@ -140,7 +140,7 @@ class PagemapLog(DirtyLog):
         self._armed = False
 
     def start(self) -> None:
-        """See DirtyLog. Raises MachineError: the guest has gone, or the kernel cannot."""
+        """See DirtyLog. Raises MachineError if the guest has ended or the kernel refuses."""
         try:
             userfault.register(self._tracker.userfaultfd, self._address, self._length, userfault.Mode.WP)
             self._armed = True
@@ -162,7 +162,7 @@ class PagemapLog(DirtyLog):
         return self._as_runs(np.concatenate(found))
 
     def _as_runs(self, regions: NDArray[np.uint64]) -> Runs:
-        # The host's pages need not be the guest's: outwards to whole ones.
+        # The host's pages may differ from the guest's: round outwards.
         runs = (regions - np.uint64(self._address)).view(np.int64)
         runs[:, 0] //= self._page_size
         runs[:, 1] += self._page_size - 1
