@@ -1,7 +1,6 @@
-"""Migration URIs: a scheme, a colon, and what the scheme's transport makes of the rest.
+"""Migration URIs, and the addresses that several schemes share.
 
-Invariant: the core knows no scheme. Splitting `host:port` is here because several transports, the QMP server and third
-parties need it.
+A URI is a scheme, a colon, and a rest that only the scheme's transport understands. The core knows no scheme.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from corefw.errors import UriError
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*\Z")
-_NO_UTF8 = re.compile("[\ud800-\udfff]")  # what Python makes of a byte of the command line that is none
+_NO_UTF8 = re.compile("[\ud800-\udfff]")  # Python's stand-ins for bytes of the command line that are not UTF-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class MigrationUri:
 
 
 def _escape(found: re.Match[str]) -> str:
-    """The byte as one would type it."""
+    """The byte as an escape."""
     return f"\\x{ord(found[0]) - 0xDC00:02x}" if "\udc80" <= found[0] <= "\udcff" else f"\\u{ord(found[0]):04x}"
 
 
@@ -84,9 +83,9 @@ class UnixAddress:
 
 
 def split_host_port(text: str, what: str) -> tuple[str, int]:
-    """ "example.org:4444", "10.0.0.7:0", "[::1]:4444", ":4444" (every address) -> (host, port).
+    """Split "example.org:4444", "10.0.0.7:0", "[::1]:4444" or ":4444" (every address) into host and port.
 
-    `what` is the whole URI, for the message. An IPv6 address needs its brackets.
+    `what` is the whole URI, for the message. Raises UriError, also for an IPv6 address without brackets.
     """
     if text.startswith("//"):
         raise UriError(f"'{what}': {what.partition(':')[0]}: takes no //, expected {what.replace('//', '', 1)}")
@@ -102,11 +101,11 @@ def split_host_port(text: str, what: str) -> tuple[str, int]:
 
 
 def check_dialled_port(port: int, what: str) -> None:
-    """Raise UriError for port 0: whoever listens there gets a free one, and nobody can dial it."""
+    """Raise UriError for port 0, which asks for a free port to listen at and cannot be dialled."""
     if port == 0:
         raise UriError(f"'{what}': port 0 is only for listening, expected the port that the listener reports")
 
 
 def join_host_port(host: str, port: int) -> str:
-    """The inverse of split_host_port: brackets around an IPv6 address."""
+    """Join host and port; the inverse of split_host_port."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,8 +1,7 @@
-"""File descriptors that somebody handed to this process under a name (QMP `getfd`), for the URI `fd:NAME`.
+"""File descriptors that were passed to this process under a name (QMP `getfd`), for the URI `fd:NAME`.
 
-Whoever takes a descriptor owns it and closes it; one that is put under a taken name replaces the old one, which is
-closed, as QEMU does. Their number is limited, so that a client cannot use up the descriptors of the process.
-Thread-safe.
+The caller that takes a descriptor owns it. A new descriptor under a name that is in use replaces the old one, which is
+closed, as in QEMU. Their number is limited, so that a client cannot use up the process's descriptors. Thread-safe.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _named: Final[dict[str, int]] = {}
 
 
 def put(name: str, fd: int) -> None:
-    """Keep `fd` under `name`; the caller gives it away, also where this raises UsageError."""
+    """Keep `fd` under `name` and own it from now on. If it cannot be kept, close it and raise UsageError."""
     try:
         with _lock:
             _check(name)
@@ -47,19 +46,19 @@ def _check(name: str) -> None:
 
 
 def take(name: str) -> int | None:
-    """Remove and return the descriptor with this name; it is the caller's now."""
+    """Remove the descriptor with this name and give it to the caller; None if there is none."""
     with _lock:
         return _named.pop(name, None)
 
 
 def discard(name: str) -> None:
-    """Close the descriptor with this name, if nobody has taken it."""
+    """Close the descriptor with this name, unless it was taken."""
     fd = take(name)
     if fd is not None:
         os.close(fd)
 
 
 def peek(name: str) -> int | None:
-    """The descriptor with this name, to look at: it stays where it is."""
+    """The descriptor with this name, which stays here; None if there is none."""
     with _lock:
         return _named.get(name)

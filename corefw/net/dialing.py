@@ -1,7 +1,7 @@
 """Dials and listens at TCP and UNIX addresses.
 
-Invariant: a wait ends when its Interrupt says so, name resolution included; every address of a name is tried; an error
-names the URI and the cause. A socket file is the listener's own (socketfile.py).
+An Interrupt ends every wait, also for name resolution. Every address of a name is tried. Errors name the URI and the
+cause.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from corefw.net.sockets import SocketChannel, SocketListener, check_peer_user, r
 from corefw.uri import MigrationUri, join_host_port
 
 BACKLOG: Final = 256
-"""Peers that may wait to be accepted: a migration may open 255 channels at once."""
+"""Connections that may wait to be accepted: a migration may open 255 channels at once."""
 
 _RETRY: Final = 0.05
-"""Seconds between two attempts at a UNIX socket whose backlog is full; poll cannot wait for that."""
+"""Seconds between two attempts at a UNIX socket with a full backlog, which poll cannot wait for."""
 
 _PORT_ATTEMPTS: Final = 20
 
 _NOT_HERE: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENODEV})
-"""One of a name's addresses cannot be had on this host; the others may."""
+"""Errors for an address of a name that this host does not have; it may have the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """What a name was resolved to. `sockaddr` is the socket module's form: the host first, then the port."""
+    """What a name was resolved to. `sockaddr` is as the socket module has it: host, port, ..."""
 
     family: int
     sockaddr: tuple[Any, ...]
@@ -65,8 +65,8 @@ def connect_tcp(host: str, port: int, uri: MigrationUri, interrupt: Interrupt) -
 
 
 def listen_tcp(host: str, port: int, uri: MigrationUri) -> SocketListener:
-    """Listen at every address of `host` ("" and "::": IPv4 and IPv6 alike); port 0 takes a free one, and the listener's
-    `uri` names it. Raises ChannelError. Blocks for as long as the name's resolution."""
+    """Listen at every address of `host` ("" and "::": all of IPv4 and IPv6). For port 0 the listener's `uri` has the
+    port that was free. Blocks while the name is resolved. Raises ChannelError."""
     if host:
         addresses = _lookup(host, port, uri)
     elif socket.has_dualstack_ipv6():
@@ -77,7 +77,7 @@ def listen_tcp(host: str, port: int, uri: MigrationUri) -> SocketListener:
         try:
             sockets = _listen_everywhere(addresses, port)
         except OSError as error:
-            # The port that was free at the first address may be taken at the second: try another.
+            # The port that was free at the first address may be in use at the second: try another.
             if port or error.errno != errno.EADDRINUSE or attempt == _PORT_ATTEMPTS:
                 raise ChannelError(f"{uri}: {reason(error)}") from None
         else:
@@ -87,7 +87,7 @@ def listen_tcp(host: str, port: int, uri: MigrationUri) -> SocketListener:
 
 
 def _listen_everywhere(addresses: Sequence[Address], port: int) -> list[socket.socket]:
-    """Listen at the same port of all addresses that this host has. OSError, and nothing is left open, otherwise."""
+    """Listen at the same port of all addresses that this host has. Raises OSError, and leaves nothing open then."""
     with contextlib.ExitStack() as undo:
         sockets: list[socket.socket] = []
         missing: OSError | None = None
@@ -113,7 +113,7 @@ def _listen_everywhere(addresses: Sequence[Address], port: int) -> list[socket.s
 def _bind_tcp(sock: socket.socket, sockaddr: tuple[Any, ...]) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if sock.family == socket.AF_INET6:
-        # "::" means every address; any other takes part in a list where IPv4 has a socket of its own.
+        # "::" is for every address, IPv4 too. Beside any other address IPv4 has a socket of its own.
         only = int(sockaddr[0] != "::" or not socket.has_dualstack_ipv6())
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
     sock.bind(sockaddr)
@@ -124,14 +124,16 @@ def _bind_tcp(sock: socket.socket, sockaddr: tuple[Any, ...]) -> None:
 
 
 def resolve(host: str, port: int, uri: MigrationUri, interrupt: Interrupt) -> list[Address]:
-    """Every address of a name. The resolver cannot be interrupted, so that it runs in a thread which is left to itself
-    when the wait ends early. Raises ChannelError, Interrupted."""
+    """Every address of a name. Raises ChannelError, Interrupted.
+
+    The resolver cannot be interrupted, so it runs in a thread that is abandoned if the wait ends early.
+    """
     if host.isascii() and host.isprintable():
         try:
-            # As bytes: a text goes through IDNA, whose tables take longer to load than dialling does.
+            # As bytes: a str goes through IDNA, and loading its tables takes longer than dialling.
             return _getaddrinfo(host.encode(), port, socket.AI_NUMERICHOST)
         except OSError:
-            pass  # a name, or nonsense that _lookup will tell of
+            pass  # it is a name, or _lookup reports what is wrong
     found: list[list[Address] | ChannelError] = []
     done = Interrupt()
 
@@ -179,7 +181,7 @@ def _getaddrinfo(host: str | bytes, port: int, flags: int) -> list[Address]:
 
 
 def check_unix_path(path: str, uri: MigrationUri) -> None:
-    """Raises UriError for what no socket can be called. "@name" is a name in the abstract space."""
+    """Raise UriError if a socket cannot have this path. "@name" is a name in Linux's abstract space."""
     if path == "@":
         raise UriError(f"'{uri}': expected a name after @")
     check_path(path.removeprefix("@"), uri)
@@ -207,8 +209,8 @@ def connect_unix(path: str, uri: MigrationUri, interrupt: Interrupt) -> SocketCh
 def listen_unix(path: str, uri: MigrationUri, *, any_user: bool = False) -> SocketListener:
     """Listen at a path or, for "@name", in the abstract space. Raises ChannelError.
 
-    A socket file has mode 0600. An abstract name has no mode, so accept() turns away everybody but this user and root
-    unless `any_user`.
+    A socket file has mode 0600. An abstract name has no mode, so accept() rejects users other than this one and root
+    unless `any_user` is set.
     """
     with contextlib.ExitStack() as undo:
         sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -229,7 +231,7 @@ def listen_unix(path: str, uri: MigrationUri, *, any_user: bool = False) -> Sock
 
 
 def _connected(family: int, sockaddr: tuple[Any, ...] | bytes, interrupt: Interrupt) -> socket.socket:
-    """A connected socket. OSError (BlockingIOError: a full backlog), Interrupted; nothing is left open then."""
+    """A connected socket. Raises Interrupted and OSError (BlockingIOError for a full backlog)."""
     with contextlib.ExitStack() as undo:
         sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
         sock.setblocking(False)
@@ -241,7 +243,7 @@ def _connected(family: int, sockaddr: tuple[Any, ...] | bytes, interrupt: Interr
         if code:
             raise OSError(code, os.strerror(code))
         if family != socket.AF_UNIX and sock.getsockname() == sock.getpeername():
-            # The kernel had chosen the very port that we dialled, and connected us to ourselves.
+            # The kernel chose the port that we dialled as our own, and connected the socket to itself.
             raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
         undo.pop_all()
         return sock

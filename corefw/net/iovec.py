@@ -1,10 +1,8 @@
 """Scatter and gather without a Python object for each piece: the iovec array is a NumPy array.
 
-The law: an iovec array has shape (n, 2) and dtype uint64, rows (address, length), and is C-contiguous: the kernel's
-`struct iovec` as it is. IOV_MAX is kept, EINTR gone on with, and the interpreter lock let go inside the system call.
-Whoever passes an array keeps the memory that it points at alive.
-
-Raises OSError; translating it is the caller's business, for only the caller knows what the descriptor is.
+An iovec array has shape (n, 2), dtype uint64 and rows (address, length), and is C-contiguous: it is the kernel's
+`struct iovec`. These functions keep to IOV_MAX, go on after EINTR, and release the interpreter lock in the system call.
+The caller keeps the memory alive, and translates OSError, since only it knows what the descriptor is.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ _SENT = 14  # in half words
 
 
 def rows(data: NDArray[np.uint8]) -> Iovecs:
-    """One piece for each row of a two-dimensional array; rows may lie apart, the bytes of a row may not.
+    """One piece for each row of a two-dimensional array, which must be contiguous within its rows.
 
     Rows that lie one behind the other become one piece.
     """
@@ -58,7 +56,7 @@ def rows(data: NDArray[np.uint8]) -> Iovecs:
 
 
 def pwritev(fd: int, iov: Iovecs, offset: int) -> None:
-    """Write every piece, one behind the other, from `offset` on."""
+    """Write all pieces, one after the other, from `offset` on."""
 
     def write(address: int, count: int) -> int:
         return int(_libc.pwritev(fd, address, count, offset))
@@ -71,13 +69,13 @@ def pwritev(fd: int, iov: Iovecs, offset: int) -> None:
 
 
 def send_some(fd: int, iov: Iovecs) -> int:
-    """Send the pieces, less than 2 GiB for each 1024 of them: the bytes that went out. Raises BlockingIOError on a
+    """Send the pieces, less than 2 GiB for each 1024 of them; how many bytes were sent. Raises BlockingIOError on a
     non-blocking socket without room.
 
-    One sendmmsg(2) where the kernel's is known: messages follow one another on a stream as if they were one, and it
-    stops at the first that it did not send whole. So 1024 pieces are no limit, and the interpreter, slow where guest
-    pages have just gone through the processor's cache, runs once for many megabytes. A C library's own sendmmsg may be
-    a loop that does not stop (musl's is), so that is not asked; elsewhere it is one sendmsg(2).
+    One sendmmsg(2) if the system call's number is known: on a stream, messages follow each other as if they were one,
+    and the kernel stops at the first that it did not send completely. So the interpreter, which is slow after guest
+    pages have filled the processor's cache, runs once for many megabytes. The C library's sendmmsg is not used, because
+    it may be a loop that does not stop (musl). Otherwise one sendmsg(2).
     """
     if _SENDMMSG is None:
         iov = iov[:IOV_MAX]
@@ -101,8 +99,8 @@ def send_some(fd: int, iov: Iovecs) -> int:
 
 
 def receive_some(fd: int, iov: Iovecs) -> int:
-    """One recvmsg(2) into at most 1024 pieces: the bytes that came, 0 at the end of the stream. Waits for all that fit
-    or for the socket's SO_RCVTIMEO; raises BlockingIOError when not one byte came."""
+    """One recvmsg(2) into at most 1024 pieces; how many bytes came, 0 at the end of the stream. Waits until all pieces
+    are full or SO_RCVTIMEO is over; raises BlockingIOError if no byte came."""
     message = np.zeros((1, _MESSAGE_WORDS), dtype=np.uint64)
     message[0, _IOV], message[0, _IOV_LENGTH] = iov.ctypes.data, min(len(iov), IOV_MAX)
     return _call(lambda address, _: int(_libc.recvmsg(fd, address, socket.MSG_WAITALL)), message)
@@ -114,7 +112,7 @@ def _own(iov: Iovecs) -> Iovecs:
 
 
 def _call(function: Callable[[int, int], int], array: NDArray[np.uint64]) -> int:
-    """`function(address of the array, number of rows)`, at most 1024 of them, until it is not interrupted."""
+    """Call `function(address of the array, number of rows)`, with 1024 rows at most, again after EINTR."""
     address, count = array.ctypes.data, min(len(array), IOV_MAX)
     while True:
         done = function(address, count)
@@ -126,7 +124,7 @@ def _call(function: Callable[[int, int], int], array: NDArray[np.uint64]) -> int
 
 
 def rest(iov: Iovecs, done: int) -> Iovecs:
-    """What is left to do when the first `done` bytes of the pieces are."""
+    """The pieces without their first `done` bytes."""
     ends = np.cumsum(iov[:, 1])
     whole = int(np.searchsorted(ends, done, side="right"))
     if whole == len(iov) or done == (start := int(ends[whole - 1]) if whole else 0):

@@ -1,8 +1,8 @@
-"""Channels and listeners over sockets: for tcp:, unix:, fd:, tunnels and third parties.
+"""Channels and listeners over stream sockets, for every transport that uses them.
 
-Invariant: bytes leave in one gathering system call from where they are; a connection that broke never looks like an
-end, not even when another thread was told of the break first; an aborted TCP channel is reset, so that its peer sees a
-break and not an end (a UNIX socket has no such signal: there the stream itself has to say where it ends).
+Invariant: a broken connection never looks like an end, even if the kernel reported the break to another thread first.
+An aborted TCP channel is reset, so that its peer sees a break. A UNIX socket has no such signal: there the stream
+itself has to show where it ends.
 
 `corefw.net.dialing` makes the sockets.
 """
@@ -37,31 +37,30 @@ IOV_MAX: Final = os.sysconf("SC_IOV_MAX")
 """Pieces of memory that one system call takes: 1024 on every Linux."""
 
 SEND_TICK: Final = 0.1
-"""Seconds after which a blocked send looks whether it was aborted. A blocked *receive* ends when the reading side is
-shut down, which the peer does not notice; doing that to the writing side would send the peer a clean end."""
+"""Seconds after which a blocked send checks whether it was aborted. A blocked *receive* ends when the reading side is
+shut down, which the peer does not notice; shutting down the writing side would send the peer a clean end."""
 
 RECEIVE_TICK: Final = 0.001
-"""Seconds that a receive into memory waits for the rest of what would fit: a pause in the stream, or its end. The
-kernel rounds it up to its clock's next tick."""
+"""Seconds that a receive into memory waits for more bytes. The kernel rounds it up to its clock's next tick."""
 
 CLOSE_TICK: Final = 0.1
-"""Seconds after which a blocked receive notices close(), which cannot shut the reading side down: it goes on to take
-what the peer sends."""
+"""Seconds after which a blocked receive notices close(). That cannot shut down the reading side, because it still
+reads what the peer sends."""
 
 LINGER: Final = 60.0
-"""Seconds that close() goes on, in the background, to take what the peer sends while our last bytes are under way."""
+"""Seconds that close() goes on, in the background, to read what the peer sends until our last bytes have arrived."""
 
 LINGER_TICK: Final = 0.02
 DRAIN: Final = 16 << 20
-"""Bytes thrown away at once, more than the kernel holds for a connection."""
+"""Bytes discarded at a time, more than the kernel buffers for a connection."""
 
 KEEPALIVE: Final = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6}
-"""A silent peer is found dead after 90 seconds, instead of two hours."""
+"""A peer that does not answer is found dead after 90 seconds instead of two hours."""
 
 UNPACED: Final = b"reno"
-"""The congestion control of a connection within this host, where nothing can be congested; every kernel has it, for
-everybody. What an administrator chose for networks may pace what is sent, as BBR does, and then a sender waits for
-timers while its receiver has nothing to do (docs/decisions/unpaced.md)."""
+"""The congestion control of connections within this host; every kernel has it and lets every user choose it. The host's
+default may pace what is sent, as BBR does, so that the sender waits for timers while the receiver is idle
+(docs/decisions/unpaced.md)."""
 
 _TCP_CLOSE: Final = 7  # the kernel's TCP_CLOSE, first byte of struct tcp_info
 
@@ -78,7 +77,7 @@ REASONS: Final = {
 
 
 def reason(error: OSError) -> str:
-    """What went wrong, as a phrase; strerror where there is nothing better to say."""
+    """What went wrong, as a phrase: one of REASONS, or strerror."""
     if error.errno in REASONS:
         return REASONS[error.errno]
     text = error.strerror or str(error) or type(error).__name__
@@ -90,8 +89,8 @@ def is_tcp(sock: socket.socket) -> bool:
 
 
 def check_peer_user(sock: socket.socket) -> str | None:
-    """Why the process at the other end of a UNIX socket may not use it: it is neither this user's nor root's. None
-    where it may."""
+    """Why the process at the other end of a UNIX socket may not use it, since its user is neither this one nor root;
+    None if it may."""
     _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     if uid in (0, os.geteuid()):
         return None
@@ -99,9 +98,9 @@ def check_peer_user(sock: socket.socket) -> str | None:
 
 
 class SocketChannel(Channel, SendsMemory, ReceivesMemory):
-    """A connected stream socket. Owns it.
+    """A channel over a connected stream socket, which it owns.
 
-    After abort() a receive ends at once and a send within SEND_TICK; the peer learns of it when the channel is closed.
+    abort() ends a receive at once and a send within SEND_TICK; the peer notices when the channel is closed.
     """
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
@@ -131,7 +130,7 @@ class SocketChannel(Channel, SendsMemory, ReceivesMemory):
             while at < len(views) and sent >= len(views[at]):
                 sent -= len(views[at])
                 at += 1
-            if at < len(views):  # what was taken whole is sent, whatever the receiving thread hears by now
+            if at < len(views):  # if all was taken, it was sent, even if the connection has broken by now
                 views[at] = views[at][sent:]
                 self._check()
 
@@ -167,12 +166,12 @@ class SocketChannel(Channel, SendsMemory, ReceivesMemory):
         return self._receive(lambda: iovec.receive_some(self._socket.fileno(), pieces))
 
     def _receive(self, receive: Callable[[], int]) -> int:
-        while (count := self._try_receive(receive)) is None:  # RECEIVE_TICK is over, and nothing came at all
+        while (count := self._try_receive(receive)) is None:  # RECEIVE_TICK is over
             self._wait_for_input(None)
         return count
 
     def _try_receive(self, receive: Callable[[], int]) -> int | None:
-        self._check_aborted()  # no more: what came before a send failed is still there to be received
+        self._check_aborted()  # not _check(): bytes that came before a send failed can still be received
         if self._ended:
             return 0
         try:
@@ -180,7 +179,7 @@ class SocketChannel(Channel, SendsMemory, ReceivesMemory):
         except BlockingIOError:
             return None
         except OSError as error:
-            if error.errno == errno.EFAULT:  # this host's fault, not the connection's: it can still say so
+            if error.errno == errno.EFAULT:  # no memory here; the connection is intact, so the peer can be told
                 raise ChannelError(f"{self.peer}: out of memory to receive into") from None
             raise self._failed(error) from None
         self._check_aborted()
@@ -227,13 +226,13 @@ class SocketChannel(Channel, SendsMemory, ReceivesMemory):
                 return
             self._aborted = True
             try:
-                # The tick counts anew for each message of a send that is under way: no more waiting from here on.
+                # A send in progress waits a tick for each of its messages: make that no wait.
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 1))
                 if self._tcp:
                     self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self._socket.shutdown(socket.SHUT_RD)
             except OSError:
-                pass  # not connected any more: then nobody is blocked either
+                pass  # not connected any more, so no call is blocked
 
     def close(self) -> None:
         with self._lock:
@@ -255,13 +254,13 @@ class SocketChannel(Channel, SendsMemory, ReceivesMemory):
             raise ChannelError(self._failure)
 
     def _failed(self, error: OSError) -> ChannelError:
-        """The error to raise. It is kept: the kernel tells of a reset once and shows an end ever after."""
+        """The error to raise, now and later: the kernel reports a reset once, and then an end."""
         self._check_aborted()
         self._failure = self._failure or f"{self.peer}: {reason(error)}"
         return ChannelError(self._failure)
 
     def _check_end(self) -> None:
-        """Raise ChannelError when what looks like an end is a reset of which the sending thread has just been told.
+        """Raise ChannelError if this end is a reset that the kernel has just reported to the sending thread.
 
         While our own direction is open, a clean end leaves the connection half open; only a reset closes it.
         """
@@ -274,9 +273,9 @@ class SocketChannel(Channel, SendsMemory, ReceivesMemory):
 
 
 def _prepare(sock: socket.socket, tcp: bool) -> None:
-    # The ticks stay with the socket, also for whoever shares one that came as fd:, after this channel is closed.
-    # The buffers' sizes are left to the kernel, which fits them to the path: 1 and 4 MiB gained nothing that could be
-    # measured over loopback, and setting a size ends the fitting.
+    # These timeouts stay with the socket after the channel is closed, also for other processes that share it (fd:).
+    # The kernel adapts the sizes of the buffers to the path until one sets them. 1 and 4 MiB gained nothing measurable
+    # over loopback.
     sock.setblocking(True)
     try:
         for option, seconds in ((socket.SO_SNDTIMEO, SEND_TICK), (socket.SO_RCVTIMEO, RECEIVE_TICK)):
@@ -286,15 +285,15 @@ def _prepare(sock: socket.socket, tcp: bool) -> None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in KEEPALIVE.items():
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            if sock.getpeername()[0] == sock.getsockname()[0]:  # it does not leave this host
+            if sock.getpeername()[0] == sock.getsockname()[0]:  # within this host
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, UNPACED)
     except OSError:
-        pass  # a peer that is gone already shows at the first send or receive
+        pass  # if the peer has gone, the first send or receive shows it
 
 
 def _end_politely(sock: socket.socket, tcp: bool) -> bool:
-    """End our direction, and take what the peer sent and nobody read: closing over that would reset the connection and
-    throw our own last bytes away. True when a thread goes on with that and closes the socket itself."""
+    """End our direction, and read what the peer has sent: closing a socket with unread bytes resets the connection, and
+    our own last bytes would be lost. True if a thread goes on with that and closes the socket itself."""
     try:
         sock.shutdown(socket.SHUT_WR)
         sock.setblocking(False)
@@ -307,14 +306,14 @@ def _end_politely(sock: socket.socket, tcp: bool) -> bool:
 
 
 def _close(sock: socket.socket) -> None:
-    """Closing alone does not wake a thread that is still blocked in a receive."""
+    """Close the socket. Closing alone does not wake a thread that is blocked in a receive."""
     with sock, contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RD)
 
 
 def _drain(sock: socket.socket) -> bool:
-    """Throw away what is there, but no more than a receive buffer holds: a peer that goes on and on has to find out
-    that nobody is here. True at the end of the stream."""
+    """Discard what is there, up to DRAIN bytes: a peer that goes on sending has to find out that the channel is closed.
+    True at the end of the stream."""
     scrap = bytearray(65536)
     try:
         for _ in range(DRAIN // len(scrap)):
@@ -326,7 +325,7 @@ def _drain(sock: socket.socket) -> bool:
 
 
 def _unsent(sock: socket.socket) -> int:
-    """Bytes that the peer's kernel has not got yet."""
+    """Bytes that the peer's kernel has not acknowledged."""
     count = fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0")
     return int(struct.unpack("i", count)[0])
 
@@ -340,13 +339,11 @@ def _linger(sock: socket.socket) -> None:
 
 
 class SocketListener(Listener):
-    """Listening sockets that belong together: every address of a name, under one URI. Owns them.
+    """The listening sockets of one URI: one for each address of a name. Owns them.
 
-    sockets   for servers that accept in a way of their own (QMP, ZeroMQ); they are non-blocking
-    remove    called once at close(), before the sockets are closed: it removes a socket file
-    check     called with each new connection: says why it is turned away, or None
-
-    close() ends an accept() that waits in another thread.
+    sockets   for servers that accept connections themselves (QMP, ZeroMQ); they are non-blocking
+    remove    called once by close(), before the sockets are closed: removes a socket file
+    check     called with each new connection: returns why it is rejected, or None
     """
 
     def __init__(
@@ -368,8 +365,8 @@ class SocketListener(Listener):
             sock.setblocking(False)
 
     def accept(self, interrupt: Interrupt) -> SocketChannel:
-        # close() takes this lock too. Were a descriptor closed under a poll, the poll could come to watch whatever file
-        # gets its number next, and keep that open.
+        # close() takes this lock too. If a descriptor were closed just before it is polled, the poll would watch the
+        # next file that gets its number.
         with self._accepting:
             if self._closed:
                 raise self._closed_error()
@@ -386,7 +383,7 @@ class SocketListener(Listener):
                 try:
                     connection, address = by_fd[ready.pop()].accept()
                 except (BlockingIOError, ConnectionAbortedError):
-                    continue  # that peer is gone again
+                    continue  # the peer has gone again
                 except OSError as error:
                     raise ChannelError(f"{self.uri}: {reason(error)}") from None
                 if self._check and (why := self._check(connection)):

@@ -1,7 +1,7 @@
-"""Where in a file a migration stream is: at an offset, or behind the header of a libvirt save image.
+"""Finds the migration stream in a file: at an offset, or behind the header of a libvirt save image.
 
-libvirt's `virsh save` writes a header, the domain's XML and a cookie, and then the stream, perhaps compressed. Those
-that the standard library can decompress are read as if the stream were alone in the file.
+libvirt's `virsh save` writes a header, the domain's XML and a cookie, and then the stream, perhaps compressed. A stream
+in a format that the standard library can decompress is read as if it were alone in the file.
 
 Source of the header: libvirt 11.3, qemu_saveimage.h and qemu_saveimage.c.
 """
@@ -31,7 +31,7 @@ LIBVIRT_MAGIC: Final = b"LibvirtQemudSave"
 LIBVIRT_PARTIAL: Final = b"LibvirtQemudPart"
 LIBVIRT_VERSION: Final = 2
 LIBVIRT_FORMATS: Final = ("raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse")
-"""By their number in the header; sparse is a mapped-ram stream."""
+"""Indexed by the number in the header; sparse is a mapped-ram stream."""
 
 _HEADER: Final = Struct("<16s5I56x")
 _HEADER_BIG: Final = Struct(">16s5I56x")
@@ -60,7 +60,7 @@ class SaveImage:
     """What the header of a libvirt save image says.
 
     format        one of LIBVIRT_FORMATS
-    was_running   libvirt stops the guest before it saves, and starts it after a restore only if this is so
+    was_running   whether libvirt starts the guest after a restore; it always stops the guest before it saves
     data_length   bytes of XML, cookie and padding between header and stream
     """
 
@@ -70,8 +70,8 @@ class SaveImage:
 
 
 def parse_save_image(head: bytes) -> SaveImage | None:
-    """The header at the start of a file; None for any other file. Raises StreamError for an image that cannot be
-    restored."""
+    """The header at the start of a file; None if the file is not a save image. Raises StreamError for an image that
+    cannot be restored."""
     if head.startswith(LIBVIRT_PARTIAL):
         raise StreamError("an incomplete libvirt save image: 'virsh save' failed or is still writing it")
     if not head.startswith(LIBVIRT_MAGIC):
@@ -85,7 +85,7 @@ def parse_save_image(head: bytes) -> SaveImage | None:
         raise StreamError(f"a libvirt save image of a version above {LIBVIRT_VERSION}, which migfw does not know")
     _, version, data_length, was_running, number, _ = fields
     if version < LIBVIRT_VERSION:
-        number = 0  # the first version does not compress
+        number = 0  # version 1 does not compress
     if number >= len(LIBVIRT_FORMATS):
         raise StreamError(f"a libvirt save image of format {number}: expected at most {len(LIBVIRT_FORMATS) - 1}")
     return SaveImage(LIBVIRT_FORMATS[number], bool(was_running), data_length)
@@ -98,8 +98,8 @@ class StreamFile(FileBacked):
     """
 
     def __init__(self, fd: int, offset: int = 0) -> None:
-        """`fd` is at the start of a file, or a pipe. Raises StreamError if there is a libvirt save image that cannot be
-        read, OSError."""
+        """`fd` is a file at its start, or a pipe. Raises OSError, and StreamError for a save image that cannot be
+        read."""
         self._fd = fd
         self._seeks = stat.S_ISREG(mode := os.fstat(fd).st_mode) or stat.S_ISBLK(mode)
         self._decoder: io.BufferedIOBase | None = None
@@ -119,7 +119,7 @@ class StreamFile(FileBacked):
         return self._decoder is not None
 
     def receive_into(self, view: memoryview, /) -> int:
-        """Some bytes into the start of `view`; 0 at the end."""
+        """Read some bytes into the start of `view`; 0 at the end."""
         if self._head:
             count = min(len(view), len(self._head))
             view[:count], self._head = self._head[:count], self._head[count:]
@@ -129,12 +129,12 @@ class StreamFile(FileBacked):
         try:
             return self._decoder.readinto(view)
         except EOFError:
-            return 0  # the reader says what is missing
+            return 0  # the reader reports what is missing
         except (OSError, zlib.error, lzma.LZMAError) as error:
             raise OSError(errno.EIO, f"the compressed stream is damaged ({error})") from None
 
     def skip(self, count: int) -> None:
-        """See FileBacked; what cannot seek is read and forgotten."""
+        """See FileBacked. Reads and discards the bytes if the file cannot seek."""
         held = min(count, len(self._head))
         self._head = self._head[held:]
         count -= held

@@ -15,10 +15,10 @@ from corefw.testing.ends import MIB, TransportCase, Workbench
 from corefw.testing.kit import name_of
 
 UNREAD_LIMIT: Final = 32 * MIB
-"""How much may be on its way, in buffers here, in the kernel and on the far side, when nobody reads."""
+"""Bytes that may be buffered here, in the kernel and on the other side while the receiver does not read."""
 
 MEMORY_LIMIT: Final = 24 * MIB
-"""How much this process may grow by that."""
+"""Bytes by which this process may grow meanwhile."""
 
 
 class Need(Flag):
@@ -51,7 +51,7 @@ def has(case: TransportCase, features: TransportFeatures) -> Need:
 
 Check = Callable[[Workbench], None]
 CHECKS: Final[dict[str, tuple[Check, Need]]] = {}
-"""Every check by name, in the order in which they run, and what it needs."""
+"""Every check by name, with what it needs, in the order in which they run."""
 
 
 def check(need: Need = Need.NOTHING) -> Callable[[Check], Check]:

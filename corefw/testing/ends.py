@@ -29,20 +29,21 @@ TransportFactory = Callable[[MigrationUri, TransportContext], Transport]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportCase:
-    """A transport, and how to make two ends meet.
+    """A transport, and how to connect two ends of it.
 
-    transport          (URI, context) -> Transport: the class itself
-    listen             a fresh URI to listen at, each time it is called
-    dial               from the listener's `uri` to the URI to dial; as it is unless you say otherwise
-    listen_transport   the same for the listening end, if it is another transport (behind a tunnel)
-    context            what both get: settings, and a layer's inner transports; `Plugins.load().transport_context()`
+    transport          (URI, context) -> Transport: usually the class
+    listen             makes a new URI to listen at
+    dial               the listener's `uri` -> the URI to dial, if they differ
+    listen_transport   the transport of the listening end, if it is another one (behind a tunnel)
+    context            the context of both; for a layer, or a transport with parameters, that of
+                       `Plugins.load().transport_context()`
     wrong              URIs that the transport has to refuse with UriError
-    refused            a URI at which nobody listens
-    stuck              makes a context with a URI at which a dial does not come to an end
-    stored             what is sent is read when the sender has ended (a file), not while it sends
-    features           what the transport says of itself, where its class does not: it depends on the URI
-    shows_breaks       the far side can tell a broken connection from an end (a pipe or a UNIX socket cannot)
-    stream_bytes       how much the long checks send
+    refused            a URI at which there is no listener
+    stuck              makes a context manager with a URI at which a dial does not end
+    stored             the receiver reads only after the sender has ended (a file)
+    features           the transport's features, if its class does not have them because they depend on the URI
+    shows_breaks       the receiver can tell a broken connection from an end (with a pipe or a UNIX socket it cannot)
+    stream_bytes       how many bytes the long checks send
     """
 
     transport: TransportFactory
@@ -91,7 +92,7 @@ class Workbench:
         return self.outgoing(self.case.dial(listener.uri))
 
     def pair(self, listener: Listener | None = None) -> tuple[Channel, Channel]:
-        """(outgoing, incoming), connected to each other."""
+        """Connect two channels: (outgoing, incoming)."""
         listener = listener or self.listener()
         accepting = Task("accept", lambda: self.keep(listener.accept(self.interrupt())))
         connecting = Task("connect", lambda: self.keep(self.dial(listener).connect(self.interrupt())))
@@ -99,7 +100,7 @@ class Workbench:
         return out, accepting.result()
 
     def stored(self, send: Callable[[Channel], object]) -> Channel:
-        """Let `send` write to a channel and end it; the channel that reads it again."""
+        """Let `send` write to a channel, and end it; returns the channel that reads it."""
         uri = MigrationUri.parse(self.case.listen())
         out = self.keep(self.outgoing(self.case.dial(uri)).connect(self.interrupt()))
         send(out)
@@ -108,7 +109,7 @@ class Workbench:
         return self.keep(self.listener(str(uri)).accept(self.interrupt()))
 
     def ways(self) -> Iterator[tuple[str, Channel, Channel]]:
-        """(name, sender, receiver) for each direction, each on channels of its own."""
+        """(name, sender, receiver) for each direction, on new channels."""
         out, into = self.pair()
         yield "to the destination", out, into
         if out.has_return_path:
@@ -124,17 +125,17 @@ class Workbench:
 
 @cache
 def pattern(count: int) -> bytes:
-    """The same bytes each time, no two stretches of them alike."""
+    """`count` bytes without repetition, the same each time."""
     return hashlib.shake_128(b"%d" % count).digest(count)
 
 
 def dice(*faces: int) -> Iterator[int]:
-    """One of `faces` after the other, in an order that is the same each time and has no pattern."""
+    """An endless series of `faces` in an irregular order that is the same each time."""
     return (faces[byte % len(faces)] for byte in itertools.cycle(pattern(4099)))
 
 
 def send_chunks(channel: Channel, data: bytes) -> None:
-    """Send `data` in calls of many sizes, in one or several parts."""
+    """Send `data` in calls of many sizes, with one or several parts."""
     rest = memoryview(data)
     counts, sizes = dice(1, 1, 2, 5), dice(0, 1, 8, 4104, 65536, MIB)
     while rest:
@@ -146,7 +147,7 @@ def send_chunks(channel: Channel, data: bytes) -> None:
 
 
 def receive_all(channel: Channel) -> bytearray:
-    """Everything up to the end of the stream, by views of many sizes."""
+    """Receive everything up to the end of the stream, into views of many sizes."""
     got, room = bytearray(), memoryview(bytearray(MIB))
     for size in dice(1, 7, 4096, MIB, MIB, MIB):
         count = channel.receive_into(room[:size])
@@ -172,13 +173,13 @@ def transferred(sending: Task[None], receiving: Task[_T], seconds: float | None 
 
 
 def flood_chunk(offset: int, size: int) -> bytes:
-    """What a Flood sends at this offset."""
+    """What a Flood sends at this offset of its stream."""
     return hashlib.shake_128(b"flood %d" % offset).digest(size)
 
 
 class Flood:
-    """A thread that sends chunks of `size` bytes, up to `limit` bytes, and then ends the stream. No two chunks are
-    alike, so that a layer cannot compress them.
+    """A thread that sends chunks of `size` bytes, up to `limit` bytes, and then ends the stream. All chunks differ, so
+    that a layer cannot compress them.
 
     sent   bytes that the channel has taken
     """
@@ -197,12 +198,12 @@ class Flood:
         self._channel.send_eof()
 
     def blocked(self, quiet: float = 0.25) -> int:
-        """Wait until nothing more is taken; what was sent."""
+        """Wait until no more is taken; returns how much was sent."""
         return settled(lambda: self.sent, quiet)
 
 
 def same(got: Buffer, expected: Buffer) -> None:
-    """AssertionError naming the first byte that differs."""
+    """Raise AssertionError with the offset of the first byte that differs."""
     if got == expected:
         return
     a, b = memoryview(got), memoryview(expected)
@@ -214,7 +215,7 @@ def same(got: Buffer, expected: Buffer) -> None:
 
 
 def raises(kind: type[_E], what: str, function: Callable[..., object], *arguments: object) -> _E:
-    """Call it in a thread; the error, which must be of this kind and have a message of one line."""
+    """Call it in a thread and return its error, which must be of this kind and have a message of one line."""
     error = Task(what, function, *arguments).error()
     assert isinstance(error, kind), f"{what}: expected {kind.__name__}, got {described(error)}"
     text = str(error)
@@ -223,6 +224,6 @@ def raises(kind: type[_E], what: str, function: Callable[..., object], *argument
 
 
 def shows(error: MigfwError, uri: str) -> bool:
-    """Whether the message has the URI in it, or, of a layer's URI, the one below."""
+    """Whether the message contains the URI or, for a layer, the URI below it."""
     below = uri.partition("+")[2] if "+" in uri.partition(":")[0] else ""
     return one_line(uri) in str(error) or bool(below and one_line(below) in str(error))

@@ -33,8 +33,10 @@ _T = TypeVar("_T")
 
 
 def applicable(case: TransportCase) -> list[str]:
-    """The names of the checks that are asked of this transport, in the order in which they run. Nothing is made for it:
-    `case.features`, or the features of the transport's class, say what it can do."""
+    """The names of the checks that apply to this transport, in the order in which they run.
+
+    No transport is made: `case.features`, or the features of the transport's class, say what it can do.
+    """
     features = case.features or getattr(case.transport, "features", None)
     assert isinstance(features, TransportFeatures), (
         f"{case.transport} does not say what it can do before it is made: give the case its `features`"
@@ -43,10 +45,9 @@ def applicable(case: TransportCase) -> list[str]:
 
 
 def check_transport(case: TransportCase, *, only: Collection[str] | None = None) -> list[str]:
-    """Run every check that applies to this transport (or `only` these); the names of those that were run.
+    """Run every check that applies to this transport (or `only` these); returns their names.
 
-    Raises AssertionError on the first promise that is broken. What a transport cannot do (a return path, several
-    channels) it says in its features, and is not asked for.
+    Raises AssertionError for the first broken promise. What the transport's features exclude is not checked.
     """
     names = chosen(CHECKS, only)
     features = _run(case, "the first pair of channels", _first_pair, None)
@@ -58,7 +59,7 @@ def check_transport(case: TransportCase, *, only: Collection[str] | None = None)
 
 
 def _run(case: TransportCase, name: str, check: Callable[[Workbench], _T], before: Possessions | None) -> _T:
-    """One check in a thread of its own, on a bench of its own."""
+    """Run one check in its own thread, on its own bench."""
     bench = Workbench(case)
     try:
         with naming(name):
@@ -72,7 +73,7 @@ def _run(case: TransportCase, name: str, check: Callable[[Workbench], _T], befor
 
 
 def _first_pair(bench: Workbench) -> TransportFeatures:
-    """What the transport says of itself. It also makes whatever a library makes once for a whole process."""
+    """The transport's features. Connecting once also creates what libraries create once per process."""
     if bench.case.stored:
         bench.stored(lambda channel: channel.send(b"x"))
         return bench.outgoing(bench.case.listen()).features

@@ -1,4 +1,4 @@
-"""Aborts, interrupts, broken connections and listeners: the promises that hold when something ends early."""
+"""Checks of aborts, interrupts, broken connections and listeners."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _closing_a_listener_ends_accept(bench: Workbench) -> None:
 
 @check(Need.OWN_LISTENER)
 def _interrupt_ends_accept(bench: Workbench) -> None:
-    """An Interrupt ends accept(), whether it is set before or while it waits; the listener is good afterwards."""
+    """An Interrupt ends accept(), whether it is set before or while it waits; the listener still works afterwards."""
     listener, interrupt = bench.listener(), bench.interrupt()
     blocked = Task("accept after Interrupt.set()", listener.accept, interrupt)
     blocked.let_block()
@@ -96,7 +96,7 @@ def _interrupt_ends_accept(bench: Workbench) -> None:
 
 @check(Need.LIVE)
 def _interrupt_ends_connect(bench: Workbench) -> None:
-    """connect() with an Interrupt that is set makes no channel, and spoils nothing for the next."""
+    """connect() with an Interrupt that is set raises Interrupted, and the next connect() works."""
     listener, interrupt = bench.listener(), bench.interrupt()
     interrupt.set()
     raises(Interrupted, "connect with an Interrupt that is set", bench.dial(listener).connect, interrupt)
@@ -126,7 +126,7 @@ def _was_interrupted(task: Task[_T]) -> None:
 
 @check(Need.LIVE | Need.SHOWS_BREAKS)
 def _shows_a_break_as_an_error(bench: Workbench) -> None:
-    """A stream that was cut raises ChannelError at the receiver, each time it is asked; it never looks like an end."""
+    """A stream that was cut raises ChannelError at the receiver, every time; it never looks like an end."""
     for way, sender, receiver in bench.ways():
         sender.send(b"half of it")
         receive_exactly(receiver, memoryview(bytearray(10)))
@@ -138,7 +138,7 @@ def _shows_a_break_as_an_error(bench: Workbench) -> None:
 
 @check(Need.LIVE)
 def _sending_to_nobody_fails(bench: Workbench) -> None:
-    """A sender whose peer has gone gets ChannelError, after what the buffers on the way hold."""
+    """Sending to a peer that has gone raises ChannelError, once the buffers on the way are full."""
     for way, sender, receiver in bench.ways():
         sender.send(b"x")
         receive_exactly(receiver, memoryview(bytearray(1)))
@@ -153,7 +153,7 @@ def _sending_to_nobody_fails(bench: Workbench) -> None:
 
 @check(Need.LIVE | Need.RETURN_PATH)
 def _receives_last_words_after_a_failed_send(bench: Workbench) -> None:
-    """A send that fails takes nothing away: what the peer said before it went is received all the same."""
+    """After a failed send, what the peer sent before it went can still be received."""
     for way, sender, receiver in bench.ways():
         receiver.send(b"last words")
         receiver.close()
@@ -167,7 +167,7 @@ def _receives_last_words_after_a_failed_send(bench: Workbench) -> None:
 
 @check(Need.REFUSED)
 def _names_a_destination_that_is_not_there(bench: Workbench) -> None:
-    """Dialling where nobody listens raises ChannelError that names the URI."""
+    """Dialling a URI without a listener raises ChannelError that names it."""
     assert bench.case.refused
     error = raises(ChannelError, "connect", bench.outgoing(bench.case.refused).connect, bench.interrupt())
     assert shows(error, bench.case.refused), f"the error does not show '{bench.case.refused}': {error}"
@@ -183,7 +183,7 @@ def _receive_to_end(channel: Channel) -> None:
 
 @check(Need.LIVE | Need.MANY)
 def _keeps_channels_apart(bench: Workbench) -> None:
-    """One listener serves several peers at once, whoever ends first."""
+    """One listener serves several peers at once, which may end in any order."""
     listener = bench.listener()
     pairs = [bench.pair(listener) for _ in range(3)]
     for number, (out, _) in enumerate(pairs):
@@ -204,7 +204,7 @@ def _refuses_an_address_in_use(bench: Workbench) -> None:
 
 @check(Need.OWN_LISTENER)
 def _stops_listening(bench: Workbench) -> None:
-    """close() ends listening, twice does no harm; accepted channels go on, and the address is free for the next."""
+    """A listener's close() may be called twice; accepted channels go on, and the address is free again."""
     listener = bench.listener()
     out, into = bench.pair(listener)
     listener.close()

@@ -1,4 +1,4 @@
-"""What a transport says of itself, bytes, and ends: the promises that hold while nothing goes wrong."""
+"""Checks of features, bytes and ends, while nothing goes wrong."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from corefw.testing.kit import CHECK_DEADLINE
 from corefw.testing.tasks import Task, private_memory
 from corefw.uri import MigrationUri
 
-# -- what it says of itself ----------------------------------------------------------------------------------------
+# -- features and URIs ----------------------------------------------------------------------------------------
 
 
 @check()
 def _refuses_wrong_uris(bench: Workbench) -> None:
-    """A wrong URI raises UriError when the transport is made, before anything is started."""
+    """The constructor refuses a wrong URI with UriError."""
     for text in bench.case.wrong:
         error = raises(UriError, f"making a transport for '{text}'", bench.outgoing, text)
         assert shows(error, text), f"the error for '{text}' does not show the URI: {error}"
@@ -40,7 +40,7 @@ def _refuses_wrong_uris(bench: Workbench) -> None:
 
 @check(Need.LIVE)
 def _says_what_it_is(bench: Workbench) -> None:
-    """Features, peers and return paths are told, and agree."""
+    """The features, the peers' names and the channels' return paths agree."""
     listener = bench.listener()
     assert isinstance(listener.uri, MigrationUri), f"listener.uri is {listener.uri!r}, expected a MigrationUri"
     transport = bench.dial(listener)
@@ -58,7 +58,7 @@ def _says_what_it_is(bench: Workbench) -> None:
 
 @check()
 def _streams_whole_and_in_order(bench: Workbench) -> None:
-    """Many bytes, sent and received in pieces of any size, arrive as they were, each way."""
+    """Many bytes, sent and received in pieces of any size, arrive unchanged, in each direction."""
     data = pattern(bench.case.stream_bytes)
     if bench.case.stored:
         return same(receive_all(bench.stored(lambda channel: send_chunks(channel, data))), data)
@@ -70,7 +70,7 @@ def _streams_whole_and_in_order(bench: Workbench) -> None:
 
 @check()
 def _takes_parts_of_every_kind(bench: Workbench) -> None:
-    """No part, empty parts, more parts than the system takes at once, every type; they may change after the call."""
+    """send() takes no part, empty parts, very many parts, and every type; they may change once it returns."""
     reused = bytearray(b"reused buffer")
     many = [bytes([n % 251]) * (n % 5) for n in range(5000)]
 
@@ -96,8 +96,8 @@ def _takes_parts_of_every_kind(bench: Workbench) -> None:
 
 @check(Need.LIVE)
 def _moves_memory_as_it_lies(bench: Workbench) -> None:
-    """A channel that sends or receives pieces of memory does so in their order, also more than one call takes, goes
-    on without what is missing in a pause, and knows the end."""
+    """SendsMemory and ReceivesMemory: pieces keep their order, also beyond what one call takes; a pause in the stream
+    ends a receive, and the end is 0."""
     rows = np.frombuffer(pattern(3000 * 40), dtype=np.uint8).reshape(3000, 40)
     data = rows[::-1, :33].tobytes()
     for way, sender, receiver in bench.ways():
@@ -120,7 +120,7 @@ def _moves_memory_as_it_lies(bench: Workbench) -> None:
 
 @check(Need.LIVE)
 def _delivers_without_delay(bench: Workbench) -> None:
-    """A few bytes are received while nothing follows, in a view that has room for more."""
+    """A few bytes are received at once, although the view has room for more."""
     for way, sender, receiver in bench.ways():
         for word in (b"a", b"word"):
             sender.send(word)
@@ -136,8 +136,7 @@ def _delivers_without_delay(bench: Workbench) -> None:
 
 @check(Need.LIVE)
 def _waits_for_bytes(bench: Workbench) -> None:
-    """While there is nothing, wait_readable is False and try_receive_into gives None; not so once a byte or the end is
-    there."""
+    """wait_readable is False and try_receive_into None until a byte or the end is there."""
     byte = memoryview(bytearray(1))
     for way, sender, receiver in bench.ways():
         assert not receiver.wait_readable(0), f"{way}: wait_readable(0) is True before anything was sent"
@@ -156,7 +155,7 @@ def _waits_for_bytes(bench: Workbench) -> None:
 
 @check(Need.LIVE | Need.RETURN_PATH)
 def _goes_both_ways_at_once(bench: Workbench) -> None:
-    """One thread sends while another receives, on both ends."""
+    """Both ends send and receive at the same time, in two threads each."""
     out, into = bench.pair()
     there, back = pattern(bench.case.stream_bytes // 4), pattern(bench.case.stream_bytes // 4 + 1)
     sending = [Task("sending", _send_and_end, out, there), Task("sending back", _send_and_end, into, back)]
@@ -167,13 +166,13 @@ def _goes_both_ways_at_once(bench: Workbench) -> None:
 
 @check(Need.LIVE)
 def _holds_back_a_fast_sender(bench: Workbench) -> None:
-    """A receiver that does not read blocks the sender; memory stays bounded, and nothing is lost."""
+    """A receiver that does not read blocks the sender; memory stays bounded and nothing is lost."""
     for way, sender, receiver in bench.ways():
         before = private_memory()
         flood = Flood(sender, f"sending {way}", 256 << 10, 2 * UNREAD_LIMIT)
         unread = flood.blocked()
         assert unread <= UNREAD_LIMIT, (
-            f"{way}: the sender was let to send {unread / MIB:.0f} MiB that nobody had read, "
+            f"{way}: the sender could send {unread / MIB:.0f} MiB that were not read, "
             f"expected it to block before {UNREAD_LIMIT // MIB} MiB"
         )
         grown = private_memory() - before
@@ -192,8 +191,7 @@ def _pieces(rows: NDArray[np.uint8]) -> NDArray[np.uint64]:
 
 
 def _receive_rows(channel: ReceivesMemory, count: int, width: int) -> bytearray:
-    """`count` bytes, or as many as come before the end, received into pieces that lie apart, by as many at once as are
-    missing and some that never come."""
+    """Receive `count` bytes, or all before the end, into separate pieces, with more room than needed."""
     got = bytearray()
     while len(got) < count:
         missing = -(-(count - len(got)) // width)
@@ -211,7 +209,7 @@ def _send_and_end(channel: Channel, data: bytes) -> None:
 
 
 def _count_flood(channel: Channel, size: int) -> int:
-    """Receive what Flood sends until the end; how many bytes that were."""
+    """Receive what a Flood sends until the end; returns the number of bytes."""
     room = memoryview(bytearray(size))
     for offset in itertools.count(0, size):
         filled = 0
@@ -229,7 +227,7 @@ def _count_flood(channel: Channel, size: int) -> int:
 
 @check()
 def _shows_the_end_for_ever(bench: Workbench) -> None:
-    """All bytes sent before send_eof arrive; then receive_into returns 0, again and again."""
+    """All bytes sent before send_eof arrive; then receive_into returns 0, every time."""
     if bench.case.stored:
         channels = [("reading it again", bench.stored(lambda channel: channel.send(b"tail")))]
     else:
@@ -260,7 +258,7 @@ def _half_closes_in_either_order(bench: Workbench) -> None:
 
 @check(Need.LIVE)
 def _delivers_before_it_closes(bench: Workbench) -> None:
-    """What was sent arrives although the sender closes at once; close may be called again, and by `with`."""
+    """What was sent arrives even if the sender closes at once; close() may be called twice, and by `with`."""
     for unread in (b"", b"never read"):
         for way, sender, receiver in bench.ways():
             if unread and not receiver.has_return_path:

@@ -298,7 +298,7 @@ FAULTS = {
     "waits-for-all-pieces": Fault(faulty(WaitsForAllPieces), "moves-memory-as-it-lies", "did not end within"),
     "later": Fault(faulty(SendsLater), "takes-parts-of-every-kind", ""),
     "fills-views": Fault(faulty(WaitsForMore), "delivers-without-delay", "did not end within"),
-    "queues": Fault(faulty(Queues), "holds-back-a-fast-sender", "MiB that nobody had read"),
+    "queues": Fault(faulty(Queues), "holds-back-a-fast-sender", "MiB that were not read"),
     "readable": Fault(faulty(AlwaysReadable), "waits-for-bytes", "before anything was sent"),
     "break-is-end": Fault(faulty(BreaksLookLikeEnds), "shows-a-break-as-an-error", "got no error"),
     "abort-receive": Fault(faulty(AbortDoesNotWake), "abort-wakes-a-receiver", "did not end within"),

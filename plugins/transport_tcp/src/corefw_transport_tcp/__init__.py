@@ -1,9 +1,9 @@
-"""The transports tcp: and unix:, as QEMU speaks them: a plain stream over one socket.
+"""The transports tcp: and unix:, as in QEMU: a plain stream over one socket.
 
-tcp:HOST:PORT   a name, an IPv4 address or an IPv6 address in brackets; listening, port 0 takes a free one and an
-                empty host means every address
-unix:PATH       a socket file, mode 0600; unix:@NAME is a name in Linux's abstract space, which needs no file and
-                takes connections of the same user and of root only, unless the engine runs with --allow-any-user
+tcp:HOST:PORT   a name, an IPv4 address, or an IPv6 address in brackets. A listener may have port 0, for a free one, and
+                an empty host, for every address
+unix:PATH       a socket file with mode 0600. unix:@NAME is a name in Linux's abstract space, which needs no file and
+                accepts only the same user and root, unless the engine runs with --allow-any-user
 """
 
 from __future__ import annotations
