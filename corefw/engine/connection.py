@@ -1,9 +1,9 @@
 """The destination's connection to its source, and the limits that the source is held to.
 
-While the destination waits in the middle of something, ENOUGH bytes have to come within x-migfw-incoming-timeout. Time
-in which the source may well have nothing to say does not count: between two sections of a guest that has begun to come
-it may be silent for as long as it likes, as in pre-switchover, or while it waits for its bandwidth. The source has as
-long to take a message of the return path.
+While the destination waits in the middle of something, ENOUGH bytes have to come within x-migfw-incoming-timeout. Once
+the first live section has begun, the source may be silent for as long as it likes between two sections, as in
+pre-switchover or while it waits for its bandwidth; that time does not count. The source has the same limit for taking a
+message of the return path.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from corefw.wire.stream import BULK_BUFFER_SIZE, StreamReader
 log = logging.getLogger(__name__)
 
 ENOUGH: Final = 1024
-"""Bytes within x-migfw-incoming-timeout that are progress: with its default the slowest link has 17 bytes a second."""
+"""Bytes within x-migfw-incoming-timeout that count as progress: 17 bytes a second with the default."""
 
 TICK: Final = 0.2
-"""Seconds between two looks for a cancel in a wait for bytes."""
+"""Seconds after which a wait for bytes checks for a cancel."""
 
 DRAIN_SECONDS: Final = 2.0
 DRAIN_BYTES: Final = 16 << 20
-"""What is read, at most, of a source that goes on sending after it was told how the migration ended."""
+"""How long, and how much, is read from a source that goes on sending after it was told the result."""
 
 
 class Connection:
@@ -37,7 +37,7 @@ class Connection:
     reader            the stream
     source            where its bytes come from
     return_path       None before the source has asked for it
-    explains          the source is a migfw, and reads why a migration failed (MIGFW_PING)
+    reads_reasons     the source is a migfw, which reads why a migration failed (MIGFW_PING)
     """
 
     def __init__(self, channel: Channel, settings: Settings, interrupt: Interrupt) -> None:
@@ -46,7 +46,7 @@ class Connection:
         self._settings = settings
         self.reader: Final = StreamReader(self.source, BULK_BUFFER_SIZE)
         self.return_path: ReturnPathWriter | None = None
-        self.explains = False
+        self.reads_reasons = False
 
     def open_return_path(self) -> ReturnPathWriter:
         """The source asked for it. Raises ChannelError where bytes flow one way only."""
@@ -80,14 +80,14 @@ class Connection:
     def report_failure(self, reason: str) -> None:
         """Tell the source that the guest is not here, and why."""
         if self.return_path is None and self.channel.has_return_path:
-            # It failed before OPEN_RETURN_PATH came. A source that will open it learns that its guest may run on; one
-            # that will not never reads this.
+            # It failed before OPEN_RETURN_PATH came. A source that opens the return path learns that it may keep its
+            # guest; one that does not never reads this.
             self.return_path = self._writer()
         if self.return_path is not None:
-            self._report(self.return_path, 1, reason if self.explains else "")
+            self._report(self.return_path, 1, reason if self.reads_reasons else "")
 
     def _report(self, path: ReturnPathWriter, status: int, reason: str = "") -> None:
-        """Then take in what it still sends, for a socket closed on unread bytes would take SHUT with it."""
+        """Send the result, then read what the source still sends: closing a socket with unread bytes discards SHUT."""
         try:
             if reason:
                 path.explain(reason)
@@ -111,30 +111,30 @@ class Connection:
 
 
 class WatchedChannel:
-    """A channel as a source of bytes. Every wait in it ends with Interrupted when the migration is cancelled, and with
-    ChannelError when the source makes no progress where it has to."""
+    """A channel as the source of a stream. Its calls raise Interrupted soon after the migration was cancelled, and
+    ChannelError if the source makes no progress where it has to."""
 
     def __init__(self, channel: Channel, settings: Settings, interrupt: Interrupt) -> None:
         self.channel: Final = channel
         self._settings = settings
         self._interrupt = interrupt
-        self._next_look = 0.0
+        self._next_check = 0.0
         self._may_pause = False
         self._waited = 0.0
         self._received = 0
 
     def allow_pause(self) -> None:
-        """The source may be silent from here on."""
+        """From now on the source may be silent."""
         self._may_pause = True
         self._restart()
 
     def forbid_pause(self) -> None:
-        """The source has begun with something, and has to go on."""
+        """From now on the source has to make progress."""
         self._may_pause = False
 
     def receive_into(self, view: memoryview, /) -> int:
-        """As Channel.receive_into(); one system call where bytes are there."""
-        self._look_now_and_then()
+        """As Channel.receive_into(). A single system call if bytes are there."""
+        self._check_interrupt_sometimes()
         while (count := self.channel.try_receive_into(view)) is None:
             self._wait_tick(TICK)
         return self._count(count)
@@ -149,11 +149,11 @@ class WatchedChannel:
             if rest <= TICK:
                 return False
 
-    def _look_now_and_then(self) -> None:
-        """Raise Interrupted, within a TICK, also while bytes keep coming."""
+    def _check_interrupt_sometimes(self) -> None:
+        """Notice a cancel within a TICK even while bytes keep coming, without a system call each time."""
         now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + TICK
+        if now >= self._next_check:
+            self._next_check = now + TICK
             self._interrupt.check()
 
     def _wait_tick(self, seconds: float) -> bool:
@@ -182,19 +182,19 @@ class WatchedChannel:
 
 
 class WatchedMemoryChannel(WatchedChannel, ReceivesMemory):
-    """One whose channel receives into scattered memory."""
+    """A channel that receives into scattered memory."""
 
     def receive_memory(self, pieces: Any) -> int:
         """See ReceivesMemory."""
         assert isinstance(self.channel, ReceivesMemory)
-        self._look_now_and_then()
+        self._check_interrupt_sometimes()
         while not self._wait_tick(TICK):
             pass
         return self._count(self.channel.receive_memory(pieces))
 
 
 class WatchedFileChannel(WatchedChannel, FileBacked):
-    """One whose channel reads a file."""
+    """A channel that reads a file."""
 
     def __init__(self, channel: Channel, settings: Settings, interrupt: Interrupt) -> None:
         assert isinstance(channel, FileBacked)

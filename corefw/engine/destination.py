@@ -40,7 +40,7 @@ class Destination:
     preallocation         allocates the guest's RAM until a source connects
     commands              the handlers of stream commands, by number (commands.py)
     stream_capabilities   see IncomingContext
-    accepts_again         the listener has more than one connection to give
+    accepts_again         the listener can give more than one connection
     advised               the source may switch to postcopy
     guest                 the guest that runs while its RAM is still arriving; None before, and in precopy
     """
@@ -101,7 +101,7 @@ class Destination:
         connection.close()
 
     def turn_others_away(self) -> None:
-        """From now on nothing else may connect: a source that opens channels for multifd fails the migration."""
+        """Close every further connection; a source that opens channels for multifd fails the migration."""
         self._strays = StrayChannels(self.listener, self.connection.abort)
 
     def stop_listening(self) -> None:
@@ -117,7 +117,7 @@ class Destination:
         self.interrupt.check()
 
     def cause(self, error: MigfwError) -> MigfwError:
-        """What failed first: a channel of multifd aborts the stream."""
+        """The error to report: a channel of multifd aborts the stream, and the error that follows says little."""
         if self._strays is not None:
             try:
                 self._strays.check()
@@ -128,7 +128,7 @@ class Destination:
     # -- from any thread -------------------------------------------------------------------------------------------
 
     def abort(self) -> None:
-        """End it, wherever it is, without a word to the source."""
+        """End the migration, wherever it is, without telling the source."""
         self.interrupt.set()
         self._recovering.set()
         if self._connection is not None:
@@ -136,7 +136,7 @@ class Destination:
         self._channels.abort()
 
     def interrupt_load(self) -> None:
-        """End it, wherever it is; the connection remains, so that the source can be told."""
+        """End the migration, wherever it is; the connection stays usable to tell the source."""
         self.interrupt.set()
         self._recovering.set()
         self._channels.abort()
@@ -166,14 +166,14 @@ class Destination:
         self.connection.return_path.send(message, body)
 
     def figures(self) -> dict[str, dict[str, object]]:
-        """What the loaders report of themselves, by section. From any thread."""
+        """The loaders' statistics by section. From any thread."""
         return section_figures(self._set_up)
 
     # -- the life of the loaders -----------------------------------------------------------------------------------
 
     def set_loaders_up(self) -> None:
-        """Raises what a loader raises; those that it was called for are cleaned up and told the outcome all the
-        same."""
+        """Call setup() of every loader. Raises what one raises; those whose setup() was called, that one included, are
+        still cleaned up and told the outcome."""
         for loader in self.loaders:
             self._set_up.append(loader)
             self._to_clean_up.append(loader)

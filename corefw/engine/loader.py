@@ -31,8 +31,7 @@ from corefw.wire.records import (
 from corefw.wire.stream import MemorySource, StreamReader
 
 DESCRIPTION_WAIT: Final = 1.0
-"""Seconds to wait for a description where the source does not end its stream: it comes in the same breath as EOF, or
-never."""
+"""Seconds to wait for a description from a source that does not end its stream: it comes right behind EOF, or never."""
 
 UNREADABLE: Final = frozenset({"x-ignore-shared"})
 """Capabilities that a source names in the configuration section and that nothing here can load."""

@@ -23,8 +23,8 @@ def run_phases(
 ) -> MigrationStatus:
     """Run the phase of the present status, enter the status that it returns, run that one's phase, and so on.
 
-    Returns the first status that has no phase. The caller enters it when everything has been cleaned up, so that
-    whoever sees the end sees the guest as it will stay. Raises what the phases raise, and Interrupted if another thread
+    Returns the first status that has no phase. The caller enters it when everything has been cleaned up, so that an
+    observer of the end sees the guest as it will stay. Raises what the phases raise, and Interrupted if another thread
     changed the status meanwhile: that is how a migration is cancelled.
     """
     status = state.status

@@ -3,7 +3,7 @@
     DeviceTail   the machine's devices have savers and loaders: FULL sections, EOF, a description
     StoredTail   a parked machine keeps the devices of another emulator as they were sent, up to the stream's last byte
 
-What the engine does differently for the two is here and nowhere else.
+Everything that the engine does differently for the two is in these classes.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def tail_of(machine: Machine) -> StreamTail:
 
 
 class StreamTail(ABC):
-    """The two ends of a migration, as far as they depend on how the stream ends.
+    """What either side of a migration does depending on the tail.
 
-    advice   what a user can do with a guest that may be running on the destination too
+    advice   what a user can do with a guest that may be running on the destination
     """
 
     advice: str
@@ -78,14 +78,14 @@ class StreamTail(ABC):
 
     @abstractmethod
     def closing(self, sections: SectionWriter, settings: Settings) -> Sequence[bytes]:
-        """What comes behind the sections that savers wrote. From its first byte on the destination may run the guest,
-        so it is made before anything of it is sent: plugins may fail in it."""
+        """What follows the sections that savers wrote. Once its first byte has been sent the destination may run the
+        guest, so all of it is made before: plugins may raise here."""
 
     # -- the destination -------------------------------------------------------------------------------------------
 
     @abstractmethod
     def footers(self, settings: Settings) -> bool | None:
-        """Whether the stream has to have section footers; None: it may, and then everywhere."""
+        """Whether sections have to end with footers; None: either all do or none."""
 
     @abstractmethod
     def check_configuration(self, configuration: Configuration | None, settings: Settings, at: int) -> None:
