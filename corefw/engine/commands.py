@@ -31,7 +31,7 @@ def handlers_for(loaders: Iterable[SectionLoader]) -> dict[int, Handler]:
     found: dict[int, Handler] = dict(HANDLERS)
     for loader in loaders:
         for number, take in loader.commands().items():
-            if number in found or not (number in PLUGIN_COMMANDS or number in Command._value2member_map_):
+            if number in found or number not in FOR_LOADERS:
                 raise PluginError(f"section {loader.key}: command {number:#x} is not free for it")
             found[number] = partial(_pass_payload, take)
     return found
@@ -82,6 +82,9 @@ def _note_switchover(destination: Destination, frames: FrameReader, _: CommandRe
         raise frames.reader.error("SWITCHOVER_START before the END of the live sections", "it after them")
     progress.switchover_started = True
 
+
+FOR_LOADERS: Final = frozenset({*PLUGIN_COMMANDS, Command.ENABLE_COLO})
+"""Commands that a loader may take: those of plugins, and QEMU's that the engine does not run itself."""
 
 HANDLERS: Final[Mapping[int, Handler]] = {
     Command.OPEN_RETURN_PATH: _open_return_path,

@@ -33,8 +33,12 @@ PAGES: Final = PostcopyAdvice(page_sizes=mmap.PAGESIZE, target_page_size=TARGET_
 
 def advise(destination: Destination, frames: FrameReader, record: CommandRecord) -> None:
     """Refuse postcopy before any RAM was sent, if it cannot be done here."""
-    _return_path(destination)
     machine, advice = destination.machine, parse_postcopy_advise(record.payload)
+    if advice is None:
+        raise StreamError(
+            "expected page sizes, got none, which belongs to the source's capability 'dirty-bitmaps' (switch it off"
+            " there: no installed plugin supports it)"
+        )
     if not isinstance(machine, PostcopyMachine):
         raise MachineError(
             f"a machine of kind '{machine.kind}' cannot run while its RAM is still arriving"
@@ -42,8 +46,7 @@ def advise(destination: Destination, frames: FrameReader, record: CommandRecord)
         )
     if (reason := machine.postcopy_unsupported()) is not None:
         raise MachineError(f"{reason} (or switch capability 'postcopy-ram' off on the source)")
-    if advice is None:
-        raise StreamError("expected page sizes, got none: no installed plugin supports capability 'dirty-bitmaps'")
+    _return_path(destination)
     if advice != PAGES:
         raise StreamError(f"expected pages of {PAGES.target_page_size} bytes on both hosts, got {advice}")
     destination.advised = True
