@@ -218,6 +218,9 @@ class MeteredChannel(Channel):
     def receive_into(self, view: memoryview) -> int:
         return self._channel.receive_into(view)
 
+    def try_receive_into(self, view: memoryview) -> int | None:
+        return self._channel.try_receive_into(view)
+
     def wait_readable(self, seconds: float) -> bool:
         return self._channel.wait_readable(seconds)
 
