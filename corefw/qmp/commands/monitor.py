@@ -227,7 +227,8 @@ _RAM: Final = (
 )
 _RAM_UNLESS_ZERO: Final = (
     *(("dirty pages rate", "dirty-pages-rate", "pages"), ("precopy ram", "precopy-bytes", "kbytes")),
-    ("downtime ram", "downtime-bytes", "kbytes"),
+    *(("downtime ram", "downtime-bytes", "kbytes"), ("postcopy ram", "postcopy-bytes", "kbytes")),
+    ("postcopy request count", "postcopy-requests", ""),
 )
 
 
