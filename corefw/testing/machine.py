@@ -19,13 +19,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-from corefw.testing import machine_memory, machine_running, machine_verify
+from corefw.testing import machine_memory, machine_postcopy, machine_running, machine_verify
 from corefw.testing.machine_bench import KIT, Bench, MachineCase
 from corefw.testing.machine_verify import UncheckedExecution
 
 __all__ = ["CHECKS", "MachineCase", "UncheckedExecution", "check_machine"]
 
-assert machine_running and machine_memory and machine_verify, "imported, they have entered their checks"
+_MODULES: Final = (machine_running, machine_memory, machine_verify, machine_postcopy)
+"""Imported, they have entered their checks."""
 
 CHECKS: Final = KIT.checks
 """Every check by name, in the order in which they run."""

@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 
 from corefw.errors import MachineError, SettingsError, StateError
+from corefw.inspection import inspect
+from corefw.inspection.model import Inspection
 from corefw.machine import MachineConfig, RunState
 from corefw.memory import userfault
 from corefw.testing.tasks import wait_until
-from corefw.wire.constants import PACKAGE_PING, Command, ReturnMessage, SectionType
+from corefw.wire.constants import MIGFW_PING, PACKAGE_PING, READY_PING, Command, ReturnMessage, SectionType
+from corefw.wire.records import parse_ping
+from corefw.wire.stream import MemorySource
+from tests.golden.record import load
 from tests.helpers.cutting import Cut, CutProxy, listens
 from tests.helpers.engines import Pair, Peer, arrived, ended, query_migrate, runs_on
 from tests.helpers.moving import LISTEN, Move
@@ -34,6 +39,35 @@ def test_the_guest_runs_before_its_pages_are_there(move: Move) -> None:
     ram = query_migrate(move.source)["ram"]
     assert ram["postcopy-bytes"] > 0
     assert ram["transferred"] == ram["precopy-bytes"] + ram["downtime-bytes"] + ram["postcopy-bytes"]
+
+
+def test_the_commands_are_those_of_qemu(move: Move) -> None:
+    """Compared with a recording of a real QEMU."""
+    with CutProxy(move.destination.migrate_incoming(LISTEN), record=True) as proxy:
+        move.limit()
+        move.source.migrate(proxy.uri)
+        move.source.start_postcopy()
+        move.reaches(move.source, "postcopy-active")
+        move.hurry()
+        move.completes()
+    ours, theirs = inspect(MemorySource(bytes(proxy.recorded))), inspect(MemorySource(load("pc-postcopy")))
+    assert commands(ours) == commands(theirs)
+    assert ours.complete
+    assert ours.description is None
+
+
+def commands(inspection: Inspection) -> list[str]:
+    """The commands in their order, those in the package too, and PINGs with their numbers. Discards that follow one
+    another are one, and migfw's own PINGs are left out."""
+    names: list[str] = []
+    for entry in inspection.commands:
+        record, name = entry.record, entry.record.name
+        if record.command is Command.PING:
+            name = f"PING {parse_ping(record.payload)}"
+        if name not in names[-1:] and name not in (f"PING {READY_PING}", f"PING {MIGFW_PING}"):
+            names.append(name)
+        names += commands(entry.package) if entry.package is not None else []
+    return names
 
 
 @pytest.mark.parametrize("scheme", ["unix", "zmq"])

@@ -8,8 +8,13 @@ import struct
 import threading
 from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Final, Self, TypeVar
+
+_T = TypeVar("_T")
+TICK: Final = 0.05
+"""Seconds that a thread may be in one system call: a socket that was closed lives on until that has returned."""
 
 
 class Cut(StrEnum):
@@ -22,9 +27,14 @@ class Cut(StrEnum):
 
 
 class CutProxy:
-    """Listens on loopback at `uri`, and leads each connection to the address of a URI."""
+    """Listens on loopback at `uri`, and leads each connection to the address of a URI.
 
-    def __init__(self, target: str) -> None:
+    recorded   what went to the destination, if `record` was asked for
+    """
+
+    def __init__(self, target: str, *, record: bool = False) -> None:
+        self.recorded = bytearray()
+        self._record = record
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.uri = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
@@ -72,16 +82,22 @@ class CutProxy:
                 self._sockets.append(source)
                 destination = socket.create_connection((host, int(port)))
                 self._sockets.append(destination)
+                for one in (source, destination):
+                    one.settimeout(TICK)
                 self._pair = source, destination
                 self._run(self._pump, source, destination, True)
                 self._run(self._pump, destination, source, False)
 
     def _pump(self, one: socket.socket, other: socket.socket, forward: bool) -> None:
         with contextlib.suppress(OSError):
-            while data := one.recv(1 << 16):
-                other.sendall(data)
+            while data := _patiently(lambda: one.recv(1 << 16)):
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[_patiently(partial(other.send, rest)) :]
                 if forward:
                     self._passed += len(data)
+                    if self._record:
+                        self.recorded += data
         _shut(other, socket.SHUT_WR)
 
     def __enter__(self) -> Self:
@@ -96,6 +112,12 @@ class CutProxy:
             thread.join()
         for one in self._sockets:
             one.close()
+
+
+def _patiently(call: Callable[[], _T]) -> _T:
+    while True:
+        with contextlib.suppress(TimeoutError):
+            return call()
 
 
 def _shut(one: socket.socket, how: int) -> None:

@@ -15,7 +15,17 @@ import pytest
 from numpy.typing import NDArray
 
 from corefw.errors import MachineError
-from corefw.machine import Device, DirtyLog, Machine, RunState, ThrottlableMachine, VerifiableMachine
+from corefw.machine import (
+    Device,
+    DirtyLog,
+    FaultSource,
+    Machine,
+    PostcopyMachine,
+    RamBlock,
+    RunState,
+    ThrottlableMachine,
+    VerifiableMachine,
+)
 from corefw.memory.blocks import MemfdBlock
 from corefw.memory.hashes import HashLog
 from corefw.memory.runs import no_runs
@@ -301,6 +311,39 @@ def with_large_pages(incoming: bool) -> Good:
     return made
 
 
+class Faults(FaultSource):
+    """Has nothing to tell."""
+
+    def __init__(self) -> None:
+        self.reading, self.writing = os.pipe()
+
+    def fileno(self) -> int:
+        return self.reading
+
+    def poll(self) -> Mapping[str, NDArray[np.int64]]:
+        return {}
+
+    def install(self, block: RamBlock, runs: NDArray[np.int64]) -> None:
+        pass
+
+    def release(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.reading >= 0:
+            os.close(self.reading)
+            os.close(self.writing)
+            self.reading = -1
+
+
+class NeverWaits(Good, PostcopyMachine):
+    def postcopy_unsupported(self) -> str | None:
+        return None
+
+    def watch_faults(self) -> FaultSource:
+        return Faults()
+
+
 class ClosesOnce(Good):
     def close(self) -> None:
         if self.block.fd < 0:
@@ -342,6 +385,7 @@ class Leaks(Good):
         (LosesDevices, "state-moves-to-another-machine", "does not save what was loaded"),
         (PausesToVerify, "verify-leaves-the-guest-as-it-was", r"after verify\(\) of a guest that runs is paused"),
         (StaysThrottled, "throttle-can-be-ended", "MachineError: too late"),
+        (NeverWaits, "page-faults-are-served", "the guest saw pages that were not installed"),
         (with_large_pages, "a-block-is-one-memory", "pages of 'counters' have 8192 bytes, not 4096"),
         (StaysSilent, "close-can-be-repeated", r"start\(\) after close\(\) raised nothing; the machine is"),
         (ClosesOnce, "close-can-be-repeated", "MachineError: closed already"),

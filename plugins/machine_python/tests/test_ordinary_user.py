@@ -1,4 +1,4 @@
-"""Nothing here needs root: the same guest, its dirty log and its move, as the user 65534."""
+"""Nothing here needs root: the same guest, its dirty log, its page faults and its move, as the user 65534."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ from corefw_machine_python import PythonMachine
 assert os.geteuid() == int(sys.argv[1]) != 0
 options = {"ram": "2M", "working-set": "512K"}
 case = MachineCase(lambda incoming: PythonMachine(MachineConfig("stress", options, incoming)), seconds=0.05)
-check_machine(case, only=["the-dirty-log-finds-every-write", "state-moves-to-another-machine"])
+check_machine(
+    case, only=["the-dirty-log-finds-every-write", "state-moves-to-another-machine", "page-faults-are-served"]
+)
 machine = case.make(False)
+assert machine.postcopy_unsupported() is None
 print(machine.information()["dirty-log"]["ram"])
 machine.close()
 """

@@ -1,0 +1,58 @@
+"""The contract kit for machines: a guest that runs while its RAM is still arriving."""
+
+from __future__ import annotations
+
+import select
+import time
+from typing import Final
+
+import numpy as np
+
+from corefw.machine import FaultSource, Machine, PostcopyMachine, RunState, VerifiableMachine
+from corefw.memory.runs import runs_of_pages
+from corefw.testing.machine_bench import Bench, assert_state, check, load_devices, save_devices
+from corefw.testing.tasks import Task
+
+PATIENCE: Final = 20.0
+"""Seconds that a guest has until it waits for a page."""
+
+
+@check
+def _page_faults_are_served(bench: Bench) -> None:
+    """A PostcopyMachine's guest waits for pages, goes on when they are installed, and sees everything after release().
+
+    Machines that are none pass, and those whose host cannot serve page faults.
+    """
+    destination = bench.machine(incoming=True)
+    if not isinstance(destination, PostcopyMachine) or destination.postcopy_unsupported() is not None:
+        return
+    source = bench.running()
+    source.stop(RunState.FINISH_MIGRATE)
+    faults = destination.watch_faults()
+    load_devices(destination, save_devices(source))
+    for here, there in zip(source.ram_blocks(), destination.ram_blocks(), strict=True):
+        there.store(np.arange(len(here.pages)), here.pages.copy())
+    starting = Task("start()", destination.start)
+    waited = _serve(destination, faults)
+    faults.release()
+    starting.result(PATIENCE)
+    assert waited, "the guest saw pages that were not installed: watch_faults() has to hold it at every one of them"
+    bench.wait()
+    assert_state(destination, RunState.RUNNING, "start() with page faults")
+    destination.stop(RunState.PAUSED)
+    if isinstance(destination, VerifiableMachine):
+        destination.verify()
+
+
+def _serve(machine: Machine, faults: FaultSource) -> int:
+    """Install what the guest waits for, until it waits for nothing more for a moment; how many pages that were."""
+    blocks = {block.idstr: block for block in machine.ram_blocks()}
+    served, deadline = 0, time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        ready, _, _ = select.select([faults], [], [], 0.1)
+        if not ready and machine.run_state is RunState.RUNNING:
+            break
+        for idstr, pages in faults.poll().items():
+            served += len(pages)
+            faults.install(blocks[idstr], runs_of_pages(pages))
+    return served
