@@ -185,3 +185,16 @@ def test_a_guest_moves_through_any_scheme_that_is_installed(
     journal = engines.ask("qmp", "x-query-journal", "--name", "there")
     assert journal.count(socket.gethostname()) == 2, "the section of the other example came along"
     engines.ask("quit", "--name", "there")
+
+
+def test_a_machine_and_a_section_of_the_examples_move(engines: Engines, tmp_path: Path) -> None:
+    log, arrived = tmp_path / "log", tmp_path / "arrived"
+    log.write_bytes(b"a line\n" * 20_000)
+    machine = ("--machine", "unicorn", "--opt", "ram=1M")
+    ready = engines.run("there", *machine, "--incoming", "tcp:127.0.0.1:0", "--param", f"x-file={arrived}")
+    (uri,) = re.findall(r"\btcp:\S*\d", ready)
+    engines.run("here", *machine, "--param", f"x-file={log}")
+    engines.ask("migrate", uri, "--name", "here")
+    engines.ask("verify", "--name", "there")
+    assert arrived.read_bytes() == log.read_bytes()
+    engines.ask("quit", "--name", "there")
