@@ -17,7 +17,7 @@ import pytest
 
 from corefw.inspection import inspect
 from corefw.wire import items
-from corefw.wire.constants import Command, RamFlag, SectionType
+from corefw.wire.constants import PLUGIN_COMMANDS, Command, RamFlag, SectionType
 from corefw.wire.decoder import decode
 from corefw.wire.records import BlockEntry, CommandRecord, Configuration, RamRecord, SectionHeader
 from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
@@ -48,7 +48,7 @@ def stream_of(
     *records: RamRecord,
     machine: str = "pc-i440fx-10.0",
     tail: bytes = b"",
-    commands: Sequence[Command] = (),
+    commands: Sequence[Command | int] = (),
     description: bytes | None = None,
     body: bytes = bytes(8),
     fields: Sequence[dict[str, object]] = (field("a"), field("b")),
@@ -151,6 +151,15 @@ def test_switchover_start_goes_only_to_who_knows_it(tmp_path: Path, arguments: S
     assert ("1 command SWITCHOVER_START left out" in done.report["changes"]) is not kept
     assert done.data is not None
     assert len(data) - len(done.data) - len("pc-i440fx-10.0") + len(done.report["machine"]["to"]) == (0 if kept else 5)
+
+
+def test_a_plugins_command_goes_to_no_qemu(tmp_path: Path) -> None:
+    data = stream_of(commands=[PLUGIN_COMMANDS[0], Command.SWITCHOVER_START])
+    assert [entry.record.name for entry in inspect(MemorySource(data)).commands] == ["0x7000", "SWITCHOVER_START"]
+    done = Converted(tmp_path, data, "--for", "10.0")
+    commands = [item.record.command for item in done.items if isinstance(item, items.CommandItem)]
+    assert commands == [Command.SWITCHOVER_START]
+    assert "1 command 0x7000 left out" in done.report["changes"]
 
 
 @pytest.mark.parametrize(("version", "kept"), [("8.0", False), ("8.1", True)])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from corefw.errors import RemoteStreamError, StreamError
 from corefw.wire import items
-from corefw.wire.constants import BE32, Command, RamFlag, ReturnMessage, SectionType
+from corefw.wire.constants import BE32, PLUGIN_COMMANDS, Command, RamFlag, ReturnMessage, SectionType
 from corefw.wire.cutting import find_description
 from corefw.wire.decoder import decode, decode_sections
 from corefw.wire.records import (
@@ -130,6 +130,12 @@ PAIRS: list[tuple[bytes, Callable[[StreamWriter], None], Callable[[StreamReader]
         lambda writer: write_command(writer, Command.PING, ping_payload(7)),
         read_whole_command,
         CommandRecord(Command.PING, b"\0\0\0\7"),
+    ),
+    (
+        b"\x08\x70\x05\0\3abc",
+        lambda writer: write_command(writer, PLUGIN_COMMANDS[5], b"abc"),
+        read_whole_command,
+        CommandRecord(0x7005, b"abc"),
     ),
     (
         b"\x08\0\7\0\4\0\0\0\3abc",
