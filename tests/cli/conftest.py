@@ -93,7 +93,8 @@ class Engines:
 
 
 @contextlib.contextmanager
-def _engines() -> Iterator[Engines]:
+def running_engines() -> Iterator[Engines]:
+    """Engines that end with the block."""
     runtime = Path(tempfile.mkdtemp(prefix="migfw-", dir="/tmp"))
     started = Engines(runtime)
     try:
@@ -105,12 +106,12 @@ def _engines() -> Iterator[Engines]:
 
 @pytest.fixture
 def engines() -> Iterator[Engines]:
-    with _engines() as started:
+    with running_engines() as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """An engine for all tests of a module, which must not end or migrate it."""
-    with _engines() as started:
+    with running_engines() as started:
         yield started(*SMALL)

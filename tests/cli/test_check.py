@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.conftest import SMALL, Engine, Engines
+from tests.cli.conftest import SMALL, Engine, Engines, running_engines
 from tests.helpers.cli import migfw, start
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -33,10 +34,22 @@ def check(engine: Engine, *arguments: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout)
 
 
-@pytest.fixture
-def pair(engines: Engines) -> tuple[Engine, Engine]:
+def start_pair(engines: Engines) -> tuple[Engine, Engine]:
     destination = engines(*SMALL, "--name", "there", "--incoming", f"unix:{engines.runtime}/in")
     return engines(*SMALL, "--name", "here"), destination
+
+
+@pytest.fixture
+def pair(engines: Engines) -> tuple[Engine, Engine]:
+    """A source and a waiting destination."""
+    return start_pair(engines)
+
+
+@pytest.fixture(scope="module")
+def shared_pair() -> Iterator[tuple[Engine, Engine]]:
+    """The same for tests that only check, for a check changes nothing."""
+    with running_engines() as engines:
+        yield start_pair(engines)
 
 
 def test_it_changes_nothing(pair: tuple[Engine, Engine]) -> None:
@@ -53,8 +66,8 @@ def test_it_changes_nothing(pair: tuple[Engine, Engine]) -> None:
     assert there.call("verify").returncode == 0
 
 
-def test_it_tells_people(pair: tuple[Engine, Engine]) -> None:
-    here, there = pair
+def test_it_tells_people(shared_pair: tuple[Engine, Engine]) -> None:
+    here, there = shared_pair
     done = here.call("check", there.uri)
     assert (done.returncode, done.stderr) == (0, "")
     names = [line.partition(":")[0] for line in done.stdout.splitlines()]
@@ -62,8 +75,8 @@ def test_it_tells_people(pair: tuple[Engine, Engine]) -> None:
     assert done.stdout.splitlines()[-1].split(maxsplit=1)[1] == "a migration should succeed"
 
 
-def test_without_a_destination_it_looks_at_this_side(pair: tuple[Engine, Engine]) -> None:
-    status, found = check(pair[0])
+def test_without_a_destination_it_looks_at_this_side(shared_pair: tuple[Engine, Engine]) -> None:
+    status, found = check(shared_pair[0])
     assert (status, found["destination"], found["converges"]) == (0, None, None)
     assert found["dirty-rate"] > 0
 
@@ -107,13 +120,13 @@ def test_it_will_not_converge(engines: Engines) -> None:
     assert (status, found["converges"]) == (0, True)
 
 
-def test_nobody_there(pair: tuple[Engine, Engine]) -> None:
-    status, found = check(pair[0], "unix:/nowhere/socket")
+def test_nobody_there(shared_pair: tuple[Engine, Engine]) -> None:
+    status, found = check(shared_pair[0], "unix:/nowhere/socket")
     assert status == 1
     assert found["problems"] == ["unix:/nowhere/socket: no such file (is the destination listening?)"]
 
 
-def test_something_else_there(pair: tuple[Engine, Engine]) -> None:
+def test_something_else_there(shared_pair: tuple[Engine, Engine]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def hang_up() -> None:
@@ -126,7 +139,7 @@ def test_something_else_there(pair: tuple[Engine, Engine]) -> None:
 
         thread = threading.Thread(target=hang_up)
         thread.start()
-        status, found = check(pair[0], f"tcp:127.0.0.1:{server.getsockname()[1]}")
+        status, found = check(shared_pair[0], f"tcp:127.0.0.1:{server.getsockname()[1]}")
         thread.join()
     assert status == 1
     assert "does not answer a check" in found["problems"][0]
@@ -143,8 +156,8 @@ def test_something_else_there(pair: tuple[Engine, Engine]) -> None:
     ],
     ids=["cut", "long", "no object", "long padding", "no text"],
 )
-def test_a_hostile_check_harms_nobody(pair: tuple[Engine, Engine], sent: bytes) -> None:
-    here, there = pair
+def test_a_hostile_check_harms_nobody(shared_pair: tuple[Engine, Engine], sent: bytes) -> None:
+    here, there = shared_pair
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(there.uri.removeprefix("unix:"))
         connection.sendall(sent)
@@ -155,8 +168,8 @@ def test_a_hostile_check_harms_nobody(pair: tuple[Engine, Engine], sent: bytes) 
 
 
 @pytest.mark.parametrize("where", ["exec:false", "file:/nowhere/file"])
-def test_what_has_one_connection_is_not_dialled(pair: tuple[Engine, Engine], where: str) -> None:
-    status, found = check(pair[0], where)
+def test_what_has_one_connection_is_not_dialled(shared_pair: tuple[Engine, Engine], where: str) -> None:
+    status, found = check(shared_pair[0], where)
     assert status == 0
     assert found["notes"][0].startswith(f"{where} was not dialled: ")
 
@@ -201,7 +214,7 @@ def test_wrong_usage(engine: Engine) -> None:
         assert complaint in done.stderr
 
 
-def test_a_destination_cannot_check(pair: tuple[Engine, Engine]) -> None:
-    done = migfw("check", "tcp:127.0.0.1:1", "--name", "there", runtime=pair[0].runtime)
+def test_a_destination_cannot_check(shared_pair: tuple[Engine, Engine]) -> None:
+    done = migfw("check", "tcp:127.0.0.1:1", "--name", "there", runtime=shared_pair[0].runtime)
     assert (done.returncode, done.stdout) == (2, "")
     assert "waiting for an incoming migration" in done.stderr
