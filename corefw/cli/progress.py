@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -19,7 +20,7 @@ import click
 from corefw.cli.engines import POLL, EngineClient
 from corefw.cli.signals import Interrupts
 from corefw.closing import Closing
-from corefw.errors import ChannelError, MigfwError
+from corefw.errors import ChannelError, MigfwError, UsageError
 from corefw.machine import RunState
 from corefw.quantities import format_duration, format_milliseconds, format_size
 from corefw.states import POSTCOPY, MigrationStatus
@@ -321,15 +322,22 @@ class Follower:
         failed = self._has_failed is not None and self._has_failed()
         if not self._cancelling and (self._interrupts.requested or failed):
             self._cancelling = True
-            if progress.phase in POSTCOPY:
-                self._display.say("too late to cancel: the guest runs on the destination; press Ctrl-C again to exit")
-                return
-            if self._interrupts.requested:
-                self._display.say("cancelling; press Ctrl-C again to exit at once")
-            self._engine.call("migrate_cancel")
+            self._cancel(progress)
         elif self._postcopy and progress.passes >= _FIRST_PASS:
             self._postcopy = False
-            self._engine.call("migrate-start-postcopy")
+            with suppress(UsageError):  # it has begun to switch over by itself
+                self._engine.call("migrate-start-postcopy")
         if progress.phase == MigrationStatus.PRE_SWITCHOVER and not self._explained:
             self._explained = True
             self._display.say("the guest is stopped before the switchover: 'migfw continue' or 'migfw cancel'")
+
+    def _cancel(self, progress: Progress) -> None:
+        if progress.phase in POSTCOPY:
+            self._display.say("too late to cancel: the guest runs on the destination; press Ctrl-C again to exit")
+            return
+        if self._interrupts.requested:
+            self._display.say("cancelling; press Ctrl-C again to exit at once")
+        try:
+            self._engine.call("migrate_cancel")
+        except UsageError:
+            self._cancelling = False  # it has switched to postcopy meanwhile: the next poll finds that
