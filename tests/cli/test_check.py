@@ -197,7 +197,8 @@ def test_a_migration_ends_a_check(pair: tuple[Engine, Engine]) -> None:
     finally:
         _, err = checking.communicate(timeout=60)
     assert moved.returncode == 0
-    ended = ("ended the check", "no engine", "migration process in progress")  # the last: the migration was first
+    # The last two: the migration had begun or ended before the check.
+    ended = ("ended the check", "no engine", "migration process in progress", "the guest has moved")
     assert checking.returncode == 0 or any(reason in err for reason in ended), err
     assert there.call("verify").returncode == 0
 
