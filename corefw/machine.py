@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,9 +182,11 @@ class Machine(ABC):
 
     kind      name of the entry point: "python", "qemu"
     options   what `--opt K=V` gave, as text, for plugins. Set by Plugins.machine()
+    programs  names of programs that come with it, for Tab completion
     """
 
     kind: str
+    programs: ClassVar[Sequence[str]] = ()
     options: Mapping[str, str] = MappingProxyType({})
 
     @property

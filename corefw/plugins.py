@@ -7,7 +7,7 @@ that fails when it is called is named in the error (hookcalls.py).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
@@ -181,6 +181,11 @@ class Plugins:
             raise PluginError(f"machine '{kind}' gave {type(made).__name__}, expected a Machine")
         made.options = MappingProxyType(dict(config.options))
         return made
+
+    def programs(self, kind: str) -> Sequence[str]:
+        """Names of the programs that come with a kind of machine. Raises PluginError."""
+        factory = self._entry_points.driver(MACHINES, kind)
+        return factory.programs if isinstance(factory, type) and issubclass(factory, Machine) else ()
 
     # -- many implementers -----------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Tab completion, `migfw completion`, and the list of what is installed in the help of `run` and `migrate`.
 
-Programs are parsed and never imported. Plugins are loaded only to complete capabilities and parameters; the names of
-URI schemes and machines are read from the metadata of the installed distributions.
+Programs are parsed and never imported. Plugins are loaded only to complete capabilities, parameters and the names of
+bundled programs; URI schemes and machines are read from the metadata of the installed distributions.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from click.shell_completion import split_arg_string as split
 from corefw.errors import MigfwError
 
 COMPLETE_VARIABLE: Final = "_MIGFW_COMPLETE"
-
-BUNDLED: Final = ("life", "stress")
-"""Programs that machine 'python' brings along."""
 
 Item = CompletionItem[Any]
 Completer = Callable[[click.Context, click.Parameter, str], list[Item]]
@@ -134,7 +131,10 @@ def _programs(incomplete: str) -> Iterable[tuple[str, str]]:
     files = [path for path in _paths(incomplete) if path.endswith((".py", "/"))]
     if len(files) == 1 and (classes := program_classes(Path(files[0]))):
         return [(f"{files[0]}:{name}", text) for name, text in classes]
-    return [*((name, "bundled") for name in BUNDLED), *((path, "") for path in files)]
+    from corefw.plugins import Plugins
+
+    bundled = () if "/" in incomplete else Plugins().programs("python")
+    return [*((name, "bundled") for name in bundled), *((path, "") for path in files)]
 
 
 def program_classes(file: Path) -> list[tuple[str, str]]:

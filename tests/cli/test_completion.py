@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 from click.shell_completion import ShellComplete
-from corefw_machine_python.loading import BUNDLED as BUNDLED_BY_THE_MACHINE
 
-from corefw.cli.completion import BUNDLED, program_classes
+from corefw.cli.completion import program_classes
 from corefw.cli.group import migfw
 from tests.cli.conftest import Engine
 from tests.helpers.cli import MIGFW, TIMEOUT, environment
@@ -60,10 +59,6 @@ def test_programs(folder: Path) -> None:
     assert completed("run", "sims/") == ["sims/cold.py"]
     assert completed("run", "wrong.py:") == completed("run", "nowhere/") == []
     assert program_classes(folder / "heat.py") == [("Heat", "A heat equation."), ("Hot", "")]
-
-
-def test_the_bundled_programs_are_those_of_the_machine() -> None:
-    assert sorted(BUNDLED_BY_THE_MACHINE) == list(BUNDLED)
 
 
 def test_settings() -> None:

@@ -69,6 +69,7 @@ class PythonMachine(PostcopyMachine, VerifiableMachine, ThrottlableMachine):
     """
 
     kind = "python"
+    programs = tuple(sorted(BUNDLED))
 
     def __init__(self, config: MachineConfig) -> None:
         if config.program is None:
