@@ -33,7 +33,7 @@ def test_bundled_names_files_and_modules() -> None:
         ("http://heat:Heat", "'http://heat:Heat' is not a program: expected FILE.py:CLASS"),
         ("corefw.errors:MigfwError", "is not a program: expected a subclass of guest.Program (its programs: none)"),
         ("corefw_machine_python.programs.life:Lief", "has no class 'Lief' (its programs: Life)"),
-        (f"{PLAIN}:NoProgram", "is not a program: expected a subclass of guest.Program (its programs: Plain, Silent"),
+        (f"{PLAIN}:NoProgram", "is not a program: expected a subclass of guest.Program (its programs: Plain, "),
         (f"{PLAIN}:NoTick", "program 'NoTick' in '"),
         (f"{PLAIN}:NoTick", "plain.py' has no tick(): expected a method that does one step"),
         (str(PLAIN), "does not name a class: expected "),
