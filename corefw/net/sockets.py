@@ -44,8 +44,8 @@ RECEIVE_TICK: Final = 0.001
 """Seconds that a receive into memory waits for more bytes. The kernel rounds it up to its clock's next tick."""
 
 CLOSE_TICK: Final = 0.1
-"""Seconds after which a blocked receive notices close(). That cannot shut down the reading side, because it still
-reads what the peer sends."""
+"""Seconds after which a wait that close() cannot wake notices it. (A receive, for one: shutting down the reading side
+would wake it, but close() still reads what the peer sends.)"""
 
 LINGER: Final = 60.0
 """Seconds that close() goes on, in the background, to read what the peer sends until our last bytes have arrived."""

@@ -348,3 +348,16 @@ def test_passing_over_a_part_of_a_file(tmp_path: Path) -> None:
         channel.abort()
         with pytest.raises(Interrupted):
             channel.skip(1)
+
+
+def test_closing_the_listener_of_a_fifo_ends_accept(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    transport = FileTransport(MigrationUri("file", f"{tmp_path}/fifo"), TransportContext())
+    listener = transport.listen()
+    blocked = Task("accept", listener.accept, NEVER)
+    blocked.let_block()
+    listener.close()
+    with pytest.raises(ChannelError, match="no longer listening"):
+        blocked.result()
+    with pytest.raises(ChannelError, match="no longer listening"):
+        listener.accept(NEVER)

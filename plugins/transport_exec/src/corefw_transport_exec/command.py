@@ -47,7 +47,7 @@ class ExecTransport(Transport):
 
     def listen(self) -> Listener:
         """Make the listener; the command starts when its channel is accepted."""
-        return OneShotListener(self.uri, lambda _: CommandChannel(self.uri, outgoing=False))
+        return OneShotListener(self.uri, lambda: CommandChannel(self.uri, outgoing=False))
 
 
 class CommandChannel(PipeChannel):

@@ -49,7 +49,7 @@ class FdTransport(Transport):
     def listen(self) -> Listener:
         if not self.features.incoming:
             raise ChannelError(f"{self.uri}: the descriptor is open for writing only")
-        return OneShotListener(self.uri, lambda _: self._channel(outgoing=False))
+        return OneShotListener(self.uri, lambda: self._channel(outgoing=False))
 
     def _look_at(self, fd: int) -> TransportFeatures:
         try:

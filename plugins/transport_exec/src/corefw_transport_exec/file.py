@@ -1,9 +1,8 @@
-"""file:PATH[,offset=N]: a stream kept in a file, alone, from byte N on, or in a libvirt save image.
+"""file:PATH[,offset=N]: a stream in a file, alone, from byte N on, or in a libvirt save image.
 
-Invariant: PATH holds a whole stream or what it held before. The stream goes to a new file beside it, mode 0600, which
-takes the name once the sender has ended the stream and the bytes are on the disk; otherwise it is removed. A guest's
-memory is in it, so nobody else gets a say in where it goes or who reads it: a symbolic link at PATH is replaced and not
-followed, and only a file of this user keeps its mode. A device or a FIFO is used as it is, unless another user made it.
+Invariant: PATH holds a whole stream or what it held before (see WholeFile). The stream contains the guest's memory, so
+no other user can choose where it goes or who reads it: a symbolic link at PATH is replaced, not followed, and only a
+file of this user keeps its mode. A device or a FIFO is used as it is, unless another user created it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import select
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +26,10 @@ from corefw_transport_exec.pipe import OneShotListener, PipeChannel
 log = logging.getLogger(__name__)
 
 _FEATURES: Final = TransportFeatures(return_path=False, multi_channel=False)
-"""Of a device or a FIFO; a new file is atomic."""
+"""For a device or a FIFO; a new file is atomic."""
 
 _RETRY: Final = 0.05
-"""Seconds between two attempts to open a FIFO that nobody reads yet."""
+"""Seconds between two attempts to open a FIFO that has no reader yet."""
 
 
 class FileTransport(Transport):
@@ -63,7 +61,7 @@ class FileTransport(Transport):
             raise self._error(error) from None
 
     def listen(self) -> Listener:
-        """The file is opened here: what is wrong with it shows before anything waits for it."""
+        """Open the file, so that an error shows before anything waits for it."""
         try:
             if self._path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -73,22 +71,19 @@ class FileTransport(Transport):
             raise self._error(error) from None
         if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
             channel = self._stored(fd)
-            return OneShotListener(self.uri, lambda _: channel, channel.close)
+            return OneShotListener(self.uri, lambda: channel, channel.close)
         try:
             self._check_has_no_offset()
         except ChannelError:
             os.close(fd)
             raise
-
-        def opens(interrupt: Interrupt) -> Channel:
-            # A FIFO that nobody has opened for writing yet would read as ended; poll waits for the first writer.
-            interrupt.wait_for(fd, select.POLLIN)
-            return PipeChannel(fd, str(self.uri), outgoing=False)
-
-        return OneShotListener(self.uri, opens, lambda: os.close(fd))
+        # A FIFO without a writer would read as ended; it becomes readable when the first one writes.
+        return OneShotListener(
+            self.uri, lambda: PipeChannel(fd, str(self.uri), outgoing=False), lambda: os.close(fd), waits_for=fd
+        )
 
     def _stored(self, fd: int) -> Channel:
-        """The channel of a file that holds a stream; owns `fd`."""
+        """The channel for a file that holds a stream. Owns `fd`."""
         try:
             return StoredFileChannel(fd, str(self.uri), StreamFile(fd, self._offset))
         except (OSError, StreamError) as error:
@@ -100,8 +95,8 @@ class FileTransport(Transport):
             raise ChannelError(f"{self.uri}: an offset needs a regular file")
 
     def _is_replaced(self) -> bool:
-        """Whether a new file takes the name PATH: where there is a regular file, a link to one, or nothing yet. Not so
-        for a device, a FIFO, and a link to an open file, as /dev/stdout is one. Raises OSError."""
+        """Whether a new file takes the name PATH: if there is a regular file, a link to one, or nothing. A device, a
+        FIFO and a link to an open file (such as /dev/stdout) are written to instead. Raises OSError."""
         try:
             there = self._path.stat()
         except FileNotFoundError:
@@ -111,7 +106,7 @@ class FileTransport(Transport):
         return stat.S_ISREG(there.st_mode) and not _leads_to_open_file(self._path)
 
     def _open_for_writing(self, interrupt: Interrupt) -> int:
-        """A descriptor of the device or FIFO. Raises OSError, Interrupted; ChannelError where it is another user's."""
+        """Open the device or FIFO. Raises OSError, Interrupted, and ChannelError if another user created it."""
         self._check_trusted(self._path.lstat())
         while True:
             try:
@@ -130,10 +125,10 @@ class FileTransport(Transport):
         return fd
 
     def _check_trusted(self, there: os.stat_result) -> None:
-        """Terminals, devices and open files belong to whom the system gave them; a FIFO or a link was made by somebody
-        who may be waiting for a guest's memory."""
-        somebodys = stat.S_ISFIFO(there.st_mode) or stat.S_ISLNK(there.st_mode)
-        if somebodys and there.st_uid not in (0, os.geteuid()):
+        """Raise ChannelError for a FIFO or link of another user, who may want to read the guest's memory. (The system
+        decides who owns a terminal or device.)"""
+        made_by_a_user = stat.S_ISFIFO(there.st_mode) or stat.S_ISLNK(there.st_mode)
+        if made_by_a_user and there.st_uid not in (0, os.geteuid()):
             what = "FIFO" if stat.S_ISFIFO(there.st_mode) else "symbolic link"
             raise ChannelError(
                 f"{self.uri}: it is a {what} that user {there.st_uid} made, who may want to read the guest's memory"

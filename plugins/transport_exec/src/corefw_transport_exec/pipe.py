@@ -16,7 +16,7 @@ from typing import Final
 
 from corefw.channel import Buffer, Channel, Interrupt, Listener
 from corefw.errors import ChannelError, Interrupted
-from corefw.net.sockets import IOV_MAX, reason
+from corefw.net.sockets import CLOSE_TICK, IOV_MAX, reason
 from corefw.uri import MigrationUri
 
 PIPE_SIZE: Final = 1 << 20
@@ -156,29 +156,49 @@ class PipeChannel(Channel):
 
 
 class OneShotListener(Listener):
-    """A listener with exactly one channel, for a source that exists already.
+    """A listener for a source that already exists: accept() returns a single channel.
 
-    opens    makes the channel; may wait on the interrupt
-    closes   releases what `opens` would have used; called if no channel was made
+    opens       makes the channel
+    closes      releases what `opens` would have used; called if no channel was made
+    waits_for   a descriptor that has to become readable first, or None
     """
 
     def __init__(
-        self, uri: MigrationUri, opens: Callable[[Interrupt], Channel], closes: Callable[[], None] = lambda: None
+        self,
+        uri: MigrationUri,
+        opens: Callable[[], Channel],
+        closes: Callable[[], None] = lambda: None,
+        waits_for: int | None = None,
     ) -> None:
         self.uri = uri
         self._opens = opens
         self._closes = closes
+        self._waits_for = waits_for
+        self._accepting = threading.Lock()
         self._used = False
+        self._closed = False
 
     def accept(self, interrupt: Interrupt) -> Channel:
         interrupt.check()
-        if self._used:
-            raise ChannelError(f"{self.uri}: its only stream is already in use")
-        channel = self._opens(interrupt)
-        self._used = True
-        return channel
+        with self._accepting:
+            if self._used and not self._closed:
+                raise ChannelError(f"{self.uri}: its only stream is already in use")
+            self._wait(interrupt)
+            channel = self._opens()
+            self._used = True
+            return channel
+
+    def _wait(self, interrupt: Interrupt) -> None:
+        ready = self._waits_for is None
+        while not self._closed and not ready:
+            assert self._waits_for is not None
+            ready = interrupt.wait_for(self._waits_for, select.POLLIN, CLOSE_TICK)
+        if self._closed:
+            raise ChannelError(f"{self.uri}: is no longer listening")
 
     def close(self) -> None:
-        if not self._used:
-            self._used = True
-            self._closes()
+        self._closed = True
+        with self._accepting:  # accept() may be polling the descriptor
+            if not self._used:
+                self._used = True
+                self._closes()
