@@ -15,8 +15,6 @@ from typing import Final
 _INTEGERS: Final = range(-(2**63), 2**64)
 _INTEGER_DIGITS: Final = 20
 
-_ESCAPED_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
-
 
 class JsonError(ValueError):
     """The text is not JSON. `reason` says why, as QEMU's parser would; the message adds where."""
@@ -30,7 +28,8 @@ def parse_json(text: bytes | bytearray | str, *, unique_keys: bool = False) -> o
     """None, bool, int, float, str, list or dict. Raises JsonError.
 
     A whole number that does not fit 64 bits becomes a float, as in QEMU. If a key occurs twice in an object, the last
-    value counts (QEMU's descriptions of streams have such objects), or with `unique_keys` the text is refused.
+    value counts (QEMU's descriptions of streams have such objects), or with `unique_keys` the text is refused. As in
+    Python, a string may have escaped single surrogates, which stand for bytes of a name that is not UTF-8.
     """
     try:
         if not isinstance(text, str):
@@ -42,14 +41,10 @@ def parse_json(text: bytes | bytearray | str, *, unique_keys: bool = False) -> o
             parse_constant=_constant,
             object_pairs_hook=_unique if unique_keys else None,
         )
-        if _ESCAPED_SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise JsonError(_reason(error), f" (line {error.lineno}, column {error.colno})") from None
     except UnicodeDecodeError as error:
         raise JsonError("invalid UTF-8 sequence in string", f" (byte {error.start})") from None
-    except UnicodeEncodeError:
-        raise JsonError("an escape in a string is not a valid Unicode character") from None
     except RecursionError:
         raise JsonError("it is nested too deeply") from None
     return value

@@ -81,7 +81,7 @@ LIBRARIES: Final[dict[str, set[str]]] = {
 """Library -> the parts of the core that may import it."""
 
 PUBLIC: Final = {
-    *("errors", "uri", "quantities", "states", "settings", "channel", "net", "wire"),
+    *("errors", "uri", "jsontext", "quantities", "states", "settings", "channel", "net", "wire"),
     *("section", "machine", "control", "dispatch", "memory", "hookspecs", "testing"),
 }
 """What plugins may import; docs/plugins.md says the same."""

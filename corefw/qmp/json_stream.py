@@ -15,6 +15,7 @@ of an object or array, `\\'` in a string in double quotes, and NUL as the two by
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -155,9 +156,23 @@ class JsonStream:
 
 def _parse(text: bytes) -> object:
     try:
-        return parse_json(_in_double_quotes(text) if b"'" in text else text, unique_keys=True)
+        value = parse_json(_in_double_quotes(text) if b"'" in text else text, unique_keys=True)
     except JsonError as error:
         return Malformed(f"JSON parse error, {error.reason}")
+    return Malformed(_SURROGATE) if _ESCAPED_SURROGATE.search(text) and not _is_unicode(value) else value
+
+
+_ESCAPED_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE: Final = "JSON parse error, an escape in a string is not a valid Unicode character"
+
+
+def _is_unicode(value: object) -> bool:
+    """Whether no string has a surrogate that is not one of a pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _QUOTED: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|\'(?P<single>(?:[^\'\\]|\\.)*)\'', re.DOTALL)

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from corefw.jsontext import JsonError, parse_json
 from corefw.quantities import format_size
 
 MAX_DEPTH: Final = 100
@@ -114,29 +115,9 @@ def decode(text: bytes | str) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("ascii")
-        raw = json.loads(text, object_pairs_hook=_pairs, parse_constant=_no_constant, parse_int=_integer)
-        return _restore(raw, 0)
-    except RecursionError:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return _restore(parse_json(text, unique_keys=True), 0)
+    except (UnicodeDecodeError, JsonError) as error:
         raise ValueError(f"no JSON in ASCII ({error})") from None
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key comes twice in one object")
-    return found
-
-
-def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} outside of a tag")
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError(f"an integer of {len(digits)} digits outside of a tag")
-    return int(digits)
 
 
 def _restore(raw: Any, depth: int) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from corefw.jsontext import JsonError, parse_json
 from corefw.wire.records import MAX_LAYOUT
 from corefw_machine_python import requirements
 from corefw_machine_python.declarations import FieldType
@@ -117,8 +118,8 @@ _KINDS: Final = {
 def parse(data: bytes) -> dict[str, Any]:
     """Parse a JSON object. Raises ValueError for anything else."""
     try:
-        document = json.loads(data.decode())
-    except (RecursionError, UnicodeDecodeError, json.JSONDecodeError):
+        document = parse_json(data)
+    except JsonError:
         raise ValueError("no JSON") from None
     if not isinstance(document, dict):
         raise ValueError("no JSON object")
