@@ -134,7 +134,7 @@ class WatchedChannel:
 
     def receive_into(self, view: memoryview, /) -> int:
         """As Channel.receive_into(). A single system call if bytes are there."""
-        self._check_interrupt_sometimes()
+        self._check_interrupt()
         while (count := self.channel.try_receive_into(view)) is None:
             self._wait_tick(TICK)
         return self._count(count)
@@ -149,15 +149,15 @@ class WatchedChannel:
             if rest <= TICK:
                 return False
 
-    def _check_interrupt_sometimes(self) -> None:
-        """Notice a cancel within a TICK even while bytes keep coming, without a system call each time."""
+    def _check_interrupt(self) -> None:
+        """Raise Interrupted if the migration was cancelled. Looks once in a TICK, since each look is a system call."""
         now = time.monotonic()
         if now >= self._next_check:
             self._next_check = now + TICK
             self._interrupt.check()
 
     def _wait_tick(self, seconds: float) -> bool:
-        self._interrupt.check()
+        self._check_interrupt()
         began = time.monotonic()
         readable = self.channel.wait_readable(seconds)
         if not self._may_pause:
@@ -187,7 +187,6 @@ class WatchedMemoryChannel(WatchedChannel, ReceivesMemory):
     def receive_memory(self, pieces: Any) -> int:
         """See ReceivesMemory."""
         assert isinstance(self.channel, ReceivesMemory)
-        self._check_interrupt_sometimes()
         while not self._wait_tick(TICK):
             pass
         return self._count(self.channel.receive_memory(pieces))
