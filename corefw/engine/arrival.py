@@ -38,8 +38,6 @@ MAGIC: Final = BE32.pack(FILE_MAGIC)
 
 def set_up(destination: Destination) -> MigrationStatus:
     """Wait for a source, and load everything before its first section."""
-    if destination.settings.boolean("x-migfw-prealloc"):
-        destination.preallocation.start()
     try:
         if destination.accepts_again:
             _await_migration(destination)

@@ -95,6 +95,11 @@ class Destination:
         self.interrupt.check()
         return self._connection
 
+    def allocate_ram(self) -> None:
+        """Begin to allocate the guest's RAM, which ends when a source connects. From any thread; does not raise."""
+        if self.settings.boolean("x-migfw-prealloc"):
+            self.preallocation.start()
+
     def hang_up(self) -> None:
         """Close the present connection: it brought no migration."""
         connection, self._connection = self.connection, None

@@ -80,6 +80,8 @@ class IncomingMigration:
     # -- from other threads ----------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        """Begin to wait for a source. Raises RuntimeError if the host has no thread left."""
+        self._destination.allocate_ram()
         self._thread.start()
 
     def join(self) -> None:

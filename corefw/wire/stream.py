@@ -76,6 +76,7 @@ class StreamReader:
     offset   bytes consumed since the start of the stream
     ended    the last read from the source found the end of the stream
     where    what is being read, for messages; loaders set it ("section 'ram'")
+    read_ahead   bytes that are received at once at most; a loader that receives past the buffer wants few in it
     """
 
     def __init__(self, source: Source, size: int = BUFFER_SIZE, where: str = "stream", base: int = 0) -> None:
@@ -90,6 +91,7 @@ class StreamReader:
         self._base = base
         self.ended = False
         self.where = where
+        self.read_ahead = size
 
     @property
     def offset(self) -> int:
@@ -133,8 +135,9 @@ class StreamReader:
         """(start, end) in `buffer` of the bytes that have been received and not consumed."""
         return self._start, self._end
 
-    def fill(self) -> bool:
-        """Receive once, behind the bytes that are there; they may move to the start of the buffer.
+    def fill(self, most: int | None = None) -> bool:
+        """Receive once, at most `most` bytes (else `read_ahead`), behind the bytes that are there; they may move to the
+        start of the buffer.
 
         False at the end of the stream. The buffer must not be full. Raises ChannelError.
         """
@@ -144,7 +147,8 @@ class StreamReader:
             self._base += self._start
             self._start, self._end = 0, held
         assert self._end < len(self._buffer), "fill() of a full buffer"
-        n = self._source.receive_into(self._view[self._end :])
+        most = self.read_ahead if most is None else most
+        n = self._source.receive_into(self._view[self._end : self._end + most])
         self.ended = n == 0
         self._end += n
         return n > 0

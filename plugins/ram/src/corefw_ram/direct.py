@@ -7,6 +7,9 @@ Invariant: an expectation that was wrong changes no contents. Only pages known t
 block that held nothing but zeros when the migration began, behind the last page that was stored since. Anything else
 that turns up there is put back into the reader, to be parsed the usual way, and the pages are zero again.
 
+At the end of a section's body something else comes for certain. Bodies of one source are often equally long, so one
+that is as long as the last is expected to end: only a few bytes are read there, and what follows is in place again.
+
 Huge pages are a condition: a fault for each small page costs more than the second copy (docs/performance.md).
 
 Threads: the incoming thread.
@@ -33,6 +36,12 @@ FIRST: Final = 32
 RUN: Final = 4
 """Consecutive pages after which more are expected."""
 
+SHARE: Final = 4
+"""No call receives more than this fraction of the last body: what it receives behind the end is copied twice."""
+
+BOUNDARY: Final = 64
+"""Bytes read where a body is expected to end: enough for its end, the header of the next section and of a record."""
+
 FLAGS: Final = int(RamFlag.PAGE | RamFlag.CONTINUE)
 
 OFFSETS: Final = np.arange(MOST, dtype=np.uint64) * np.uint64(TARGET_PAGE_SIZE)
@@ -52,6 +61,8 @@ class DirectReceiver:
         self._fresh = 0  # the pages from here on hold nothing but zeros
         self._next: int | None = None  # the page expected next, after a run
         self._count = FIRST
+        self._in_body = 0  # pages received in place since the body of the section began
+        self._last_body = 0  # and in the one before
         self._base = block.pages.ctypes.data
         self._headers = np.empty(MOST, dtype=">u8")
         self._pieces = np.empty((2 * MOST, 2), dtype=np.uint64)
@@ -59,6 +70,15 @@ class DirectReceiver:
         self._pieces[0::2, 1] = HEADER
         self._pieces[1::2, 1] = TARGET_PAGE_SIZE
         self._places = self._pieces[1::2, 0]
+
+    @property
+    def expects(self) -> bool:
+        """Whether a run of pages is expected to go on."""
+        return self._next is not None and self._next == self._fresh < self._end
+
+    def end_body(self) -> None:
+        """The body of a section has ended. The next one is probably as long."""
+        self._last_body, self._in_body = self._in_body, 0
 
     def note_stored(self, pages: NDArray[np.int64]) -> None:
         """A run of records was stored in these pages, in this order."""
@@ -77,10 +97,12 @@ class DirectReceiver:
     def receive(self, reader: StreamReader) -> bool:
         """Receive records past the reader's buffer. False where no run is expected, or something else came: then the
         reader is in front of that."""
-        if self._next is None or not self._next == self._fresh < self._end or not reader.receives_memory:
+        if self._next is None or not self.expects or not reader.receives_memory:
             return False
         start, end = reader.span()
         held = end - start
+        if not held and self._last_body and self._in_body == self._last_body:
+            return reader.fill(BOUNDARY)
         if not held:
             return self._receive_run(reader, self._next)
         if held < HEADER or held >= RECORD or reader.buffer[start : start + HEADER] != _header_of(self._next):
@@ -93,6 +115,8 @@ class DirectReceiver:
     def _receive_run(self, reader: StreamReader, first: int) -> bool:
         ram = self._block.pages  # held on to while the kernel writes there; empty when the block was closed
         count = min(self._count, len(ram) - first, len(reader.buffer) // RECORD)
+        if self._in_body < self._last_body:
+            count = min(count, self._last_body - self._in_body, max(FIRST, self._last_body // SHARE))
         if count <= 0:
             return False
         np.add(OFFSETS[:count], np.uint64(self._base + first * TARGET_PAGE_SIZE), out=self._places[:count])
@@ -123,6 +147,7 @@ class DirectReceiver:
         return count if right.all() else int(right.argmin())
 
     def _advance(self, pages: int) -> None:
+        self._in_body += pages
         self._fresh += pages
         self._next = self._fresh
 

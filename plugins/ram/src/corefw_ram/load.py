@@ -29,6 +29,8 @@ HEADER: Final = 8
 PAGE_RECORD: Final = HEADER + TARGET_PAGE_SIZE
 ZERO_RECORD: Final = HEADER + 1
 FLAGS: Final = TARGET_PAGE_SIZE - 1
+LITTLE: Final = 1 << 14
+"""Bytes that are read ahead where pages are received past the reader's buffer: what is in it has to be copied."""
 LONG_RUN: Final = 4
 """Records of one kind in the buffer from which on NumPy is worth its calls."""
 
@@ -92,9 +94,13 @@ class PageLoader:
             if self._block is not None:
                 while self._block.direct.receive(reader) or self._load_run(reader, self._block):
                     pass
+                direct = reader.receives_memory and self._block.direct.expects
+                reader.read_ahead = LITTLE if direct else len(reader.buffer)
             word = reader.be64("a RAM record's header")
             flags = RamFlag(word & FLAGS)
             if flags is RamFlag.EOS:
+                if self._block is not None:
+                    self._block.direct.end_body()
                 return
             kind = flags if flags & RamFlag.MEM_SIZE or not flags & RamFlag.CONTINUE else flags ^ RamFlag.CONTINUE
             load = self._records.get(kind)

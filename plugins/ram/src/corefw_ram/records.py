@@ -18,6 +18,7 @@ Threads: the migration thread.
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from typing import Final
 
@@ -52,7 +53,6 @@ class PageWriter:
         self._page_size = page_size
         self._statistics = statistics
         self._current: RamBlock | None = None
-        self._random = np.random.default_rng()
         self._staging = np.empty((STAGED, HEADER + page_size), dtype=np.uint8)
         self._headers = np.empty((GATHERED, HEADER), dtype=np.uint8)
         self._pieces = np.empty((2 * GATHERED, 2), dtype=np.uint64)
@@ -112,7 +112,8 @@ class PageWriter:
         words = block.pages.view(np.uint64)
         if len(pages) >= LARGE:
             groups = np.arange(0, len(pages) - SAMPLED + 1, SAMPLED)
-            sample = pages[groups + self._random.integers(0, SAMPLED, len(groups))]
+            chosen = np.frombuffer(os.urandom(len(groups)), dtype=np.uint8) % SAMPLED
+            sample = pages[groups + chosen]
             if words[sample, 0].all():
                 return np.zeros(len(pages), dtype=np.bool_)
         return _find_zeros(words, _index(pages))
