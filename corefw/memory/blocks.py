@@ -55,7 +55,7 @@ class NeverDirty(DirtyLog):
 class MemfdBlock(RamBlock):
     """A RAM block in a memfd of its own, or a file of huge pages; see RamBlock for what it can do.
 
-    `dirty_log` may be replaced while no migration runs. Raises MachineError when the host has not got the memory.
+    `dirty_log` may be replaced while no migration runs. Raises MachineError if the host does not have the memory.
     """
 
     def __init__(self, idstr: str, length: int, page_size: int = 4096, dirty_log: DirtyLog | None = None) -> None:
@@ -68,7 +68,7 @@ class MemfdBlock(RamBlock):
 
     @classmethod
     def from_fd(cls, idstr: str, fd: int, page_size: int = 4096, dirty_log: DirtyLog | None = None) -> Self:
-        """A block in a memfd that is there already, as long as it is. The block owns `fd` when this returns."""
+        """A block in an existing memfd, of its length. The block owns `fd` when this returns."""
         block = cls.__new__(cls)
         block._map(idstr, fd, os.fstat(fd).st_size, page_size, dirty_log)
         return block
@@ -170,10 +170,10 @@ class MemfdBlock(RamBlock):
         self.pages[first:end] = value
 
     def _touched(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of the pages that are not in a hole.
+        """Return those of the pages that are not in a hole.
 
-        Walks pages and extents side by side, so it costs two system calls for each change between them at most: one
-        for a whole block of which nothing is touched.
+        Walks pages and extents side by side: at most two system calls per extent, and one for a block that was never
+        touched.
         """
         pages = np.sort(pages)
         touched: list[NDArray[np.int64]] = []
@@ -194,7 +194,7 @@ class MemfdBlock(RamBlock):
             raise IndexError(f"pages {pages.min()} to {pages.max()} of RAM block '{self.idstr}' with {self.page_count}")
 
     def close(self) -> None:
-        """Unmap and close. Idempotent; a mapping that somebody still has an array of goes with the last array."""
+        """Unmap and close. Idempotent. While someone holds an array of the memory, it stays mapped."""
         if self.fd < 0:
             return
         self.dirty_log.stop()
@@ -212,7 +212,7 @@ def _make_memfd(idstr: str, length: int) -> int:
     """Raises MachineError."""
     fd = -1
     try:
-        # The kernel takes names of up to 249 bytes, and only for people who look into /proc.
+        # The kernel accepts names of up to 249 bytes; they only show in /proc.
         fd = os.memfd_create(idstr.encode()[:249].decode(errors="ignore"), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, length)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)

@@ -19,7 +19,7 @@ ROUNDS: Final = 5
 
 @check
 def _a_block_is_one_memory(bench: Bench) -> None:
-    """`view`, `pages` and `fd` are the same bytes, as long as the block, in pages as the stream has them."""
+    """`view`, `pages` and `fd` are the same memory, as long as the block, in pages of the stream's size."""
     for block in bench.machine(incoming=True).ram_blocks():
         size = block.page_size
         assert 0 < len(block.idstr.encode()) < 256, f"the block's name '{block.idstr}' has not 1 to 255 bytes"
@@ -34,7 +34,7 @@ def _a_block_is_one_memory(bench: Bench) -> None:
 
 @check
 def _pages_are_stored_and_filled(bench: Bench) -> None:
-    """store() takes rows that lie apart; fill() with zero leaves alone what nobody touched, and clears the rest."""
+    """store() takes strided rows; fill() with zero leaves untouched pages alone and clears the others."""
     for block in bench.machine(incoming=True).ram_blocks():
         count, size = len(block.pages), block.page_size
         numbers = np.array(sorted({0, count // 3, count // 2, count - 1}), dtype=np.int64)
@@ -59,7 +59,7 @@ def _hole_pages(block: RamBlock) -> set[int]:
 
 @check
 def _holes_read_as_zero(bench: Bench) -> None:
-    """holes() are runs, ascending and apart, of pages that hold nothing."""
+    """holes() returns runs, ascending and apart, of pages that are zero."""
     machine = bench.running()
     machine.stop(RunState.PAUSED)
     for block in machine.ram_blocks():
@@ -78,7 +78,7 @@ def _assert_runs(runs: NDArray[np.int64], count: int, what: str) -> None:
 
 @check
 def _the_dirty_log_finds_every_write(bench: Bench) -> None:
-    """Who copies a block once, and then what each harvest names, has the block when the guest has stopped."""
+    """A copy of a block, updated with the pages of each harvest, equals the block once the guest has stopped."""
     machine = bench.running()
     blocks = machine.ram_blocks()
     _follow(bench, machine, blocks)
@@ -86,7 +86,7 @@ def _the_dirty_log_finds_every_write(bench: Bench) -> None:
 
 @check
 def _a_dirty_log_can_start_again(bench: Bench) -> None:
-    """stop() twice is fine, and start() begins anew: also on a guest that was stopped in between."""
+    """stop() can be called twice, and start() begins a new log, also on a guest that was stopped in between."""
     machine = bench.running()
     blocks = machine.ram_blocks()
     for block in blocks:
@@ -99,7 +99,7 @@ def _a_dirty_log_can_start_again(bench: Bench) -> None:
 
 
 def _follow(bench: Bench, machine: Machine, blocks: Sequence[RamBlock]) -> None:
-    """Keep a copy of the RAM by the dirty log, stop the guest, compare."""
+    """Update a copy of the RAM from the dirty log, stop the guest, and compare."""
     copies = []
     for block in blocks:
         block.dirty_log.start()

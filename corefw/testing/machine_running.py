@@ -17,7 +17,7 @@ from corefw.testing.machine_bench import Bench, assert_state, check, load_device
 
 @check
 def _a_new_machine_says_what_it_is(bench: Bench) -> None:
-    """Kind, name, the run state it begins in, and `information()` as JSON with the RAM by block."""
+    """A new machine has a kind, a name, the right run state, and information() as JSON with the RAM by block."""
     for incoming, expected in ((False, RunState.PRELAUNCH), (True, RunState.INMIGRATE)):
         machine = bench.machine(incoming=incoming)
         assert machine.run_state is expected, (
@@ -32,7 +32,7 @@ def _a_new_machine_says_what_it_is(bench: Bench) -> None:
 
 @check
 def _two_machines_fit_each_other(bench: Bench) -> None:
-    """The same program makes the same name, blocks and devices on both sides."""
+    """Both sides have the same name, blocks and devices."""
     here, there = bench.machine(), bench.machine(incoming=True)
     assert here.name == there.name, f"the source is '{here.name}', the destination '{there.name}'"
     for what, describe in (("RAM blocks", _block_sizes), ("devices", _device_names)):
@@ -54,7 +54,7 @@ def _device_names(machine: Machine) -> list[tuple[object, int]]:
 
 @check
 def _start_and_stop_can_be_repeated(bench: Bench) -> None:
-    """A second start() or stop() is fine; stop() enters the state that it is given; a stopped guest starts again."""
+    """start() and stop() can be called twice, stop() enters the given state, and a stopped guest starts again."""
     machine = bench.machine()
     for _ in range(2):
         machine.start()
@@ -73,7 +73,7 @@ def _start_and_stop_can_be_repeated(bench: Bench) -> None:
 
 @check
 def _nothing_changes_while_stopped(bench: Bench) -> None:
-    """When stop() has returned, neither RAM nor devices change."""
+    """Neither RAM nor devices change after stop() has returned."""
     machine = bench.running()
     machine.stop(RunState.PAUSED)
     ram, devices = [block.pages.copy() for block in machine.ram_blocks()], save_devices(machine)
@@ -86,7 +86,7 @@ def _nothing_changes_while_stopped(bench: Bench) -> None:
 
 @check
 def _observers_hear_every_change_once(bench: Bench) -> None:
-    """watch() calls back with (old, new) after each change of run state, when it is in force, and not without one."""
+    """Observers are called with (old, new) after each change of run state, and only then."""
     machine = bench.machine()
     heard: list[tuple[RunState, RunState]] = []
     in_force: list[bool] = []
@@ -116,7 +116,7 @@ def _listed(changes: Sequence[tuple[RunState, RunState]]) -> str:
 
 @check
 def _state_moves_to_another_machine(bench: Bench) -> None:
-    """RAM and devices of a stopped guest, put into an incoming machine, start there; the same bytes come out again."""
+    """RAM and devices of a stopped guest start in an incoming machine, which saves the same bytes before."""
     source, destination = bench.running(), bench.machine(incoming=True)
     source.stop(RunState.FINISH_MIGRATE)
     blocks = {block.idstr: block for block in destination.ram_blocks()}
@@ -142,7 +142,7 @@ def _state_moves_to_another_machine(bench: Bench) -> None:
 
 @check
 def _throttle_can_be_ended(bench: Bench) -> None:
-    """throttle(), where there is one: a guest that is slowed down still stops, and 0 lets it go."""
+    """A throttled guest still stops, and throttle(0) ends the throttling."""
     machine = bench.running()
     if not isinstance(machine, ThrottlableMachine):
         return
@@ -159,7 +159,7 @@ def _throttle_can_be_ended(bench: Bench) -> None:
 
 @check
 def _close_can_be_repeated(bench: Bench) -> None:
-    """close() in any state, and again; afterwards start() raises an error of migfw's and does not hang."""
+    """close() works in any state, and twice; afterwards start() raises a MigfwError and does not hang."""
     for machine in (bench.machine(), bench.machine(incoming=True), bench.running()):
         machine.close()
         machine.close()

@@ -61,7 +61,7 @@ def check_section(case: SectionCase, *, only: Collection[str] | None = None) -> 
 
 @_KIT.check
 def _identity(case: SectionCase) -> None:
-    """Both sides have the same key, which fits into a header, and versions that make sense."""
+    """Both sides have the same key, which fits into a header, and versions that fit each other."""
     with opened(case, case.saver) as (saver, _), opened(case, case.loader) as (loader, _):
         live, state = isinstance(saver, LiveSaver), isinstance(saver, StateSaver)
         assert live or state, f"{saver!r} is not a LiveSaver or StateSaver"
@@ -111,7 +111,7 @@ def _description(case: SectionCase) -> None:
 
 
 def _measure(described: dict[str, Any], where: str) -> int:
-    """How many bytes a table's description accounts for; every entry is looked at."""
+    """Check every entry of a table's description; return how many bytes it accounts for."""
     for key, kind in (("vmsd_name", str), ("version", int), ("fields", list)):
         assert isinstance(described.get(key), kind), f"{where} has no '{key}' that is a {kind.__name__}"
     size = sum(_measure_field(one, f"{where}['fields'][{i}]") for i, one in enumerate(described["fields"]))
@@ -134,14 +134,14 @@ def _measure_field(entry: dict[str, Any], where: str) -> int:
 
 @_KIT.check
 def _round_trip(case: SectionCase) -> None:
-    """The destination has the source's state in the end, each load() has read its body and not one byte more,
-    pending_exact() has come to zero and agrees with pending_estimate(), and complete() has left nothing."""
+    """The destination ends up with the source's state. Each load() reads exactly its body, pending_exact() reaches zero
+    and agrees with pending_estimate(), and complete() leaves nothing."""
     _compare(case, record(case), piece=1 << 20)
 
 
 @_KIT.check
 def _pieces(case: SectionCase) -> None:
-    """It is the same when the bytes arrive in other portions than they were sent in."""
+    """The same holds if the bytes arrive in other portions than they were sent in."""
     recording = record(case)
     for piece in (1, 3, 4095):
         if recording.size < 4096 * piece:
@@ -163,8 +163,8 @@ def _compare(case: SectionCase, recording: Recording, piece: int) -> None:
 
 @_KIT.check
 def _truncated(case: SectionCase) -> None:
-    """A stream that ends at any byte of a body is a RemoteStreamError: no short read is ever taken for zeros, no other
-    exception gets out, nothing hangs."""
+    """A stream that ends at any byte of a body raises RemoteStreamError: a short read is never taken for zeros, no
+    other exception escapes, nothing hangs."""
     recording = record(case)
     for number, at in _places(case, recording):
         bodies = [body.data for body in recording.bodies[: number + 1]]
@@ -176,8 +176,8 @@ def _truncated(case: SectionCase) -> None:
 
 @_KIT.check
 def _damaged(case: SectionCase) -> None:
-    """A stream with any byte changed loads, where nobody can know better, or is a StreamError; the memory that it takes
-    is bounded either way."""
+    """A stream with any byte changed either loads, if the change cannot be detected, or raises StreamError; either way
+    it takes a bounded amount of memory."""
     recording = record(case)
     limit = case.memory + 4 * recording.size
     started = not tracemalloc.is_tracing()
@@ -203,8 +203,8 @@ def _damaged(case: SectionCase) -> None:
 
 @_KIT.check
 def _newer_version(case: SectionCase) -> None:
-    """A version that is newer than the loader's is a StreamError. The engine refuses it before; load() has to as well,
-    for nobody can guess a format that comes later."""
+    """A version newer than the loader's raises StreamError. The engine refuses it too, but load() must not guess a
+    format that it does not know."""
     recording = record(case)
     with opened(case, case.loader) as (loader, context):
         reader = StreamReader(Pieces(recording.bodies[0].data + FOOTER), where=f"section {loader.key}")
@@ -222,7 +222,7 @@ def _newer_version(case: SectionCase) -> None:
 
 @_KIT.check
 def _cleanup(case: SectionCase) -> None:
-    """cleanup() succeeds before anything was begun, in the middle, and twice."""
+    """cleanup() succeeds before setup(), in the middle of a migration, and twice."""
     with opened(case, case.loader) as (loader, context):
         loader.cleanup()
         loader.setup(context)
@@ -264,7 +264,7 @@ def _end_before_the_first_pass(case: SectionCase, outcome: Outcome) -> None:
 
 @_KIT.check
 def _statistics(case: SectionCase) -> None:
-    """statistics() gives JSON values by name, from the beginning on."""
+    """statistics() returns JSON values by name, even before setup()."""
     with opened(case, case.saver) as (saver, _), opened(case, case.loader) as (loader, _):
         for section in (saver, loader):
             figures = section.statistics()
@@ -279,8 +279,8 @@ def _statistics(case: SectionCase) -> None:
 
 
 def _places(case: SectionCase, recording: Recording) -> list[tuple[int, int]]:
-    """(number of the body, offset in it): all of a small stream; of a large one the beginnings and ends of bodies, and
-    places in between, the same each time."""
+    """Places as (number of the body, offset in it): every byte of a small stream; of a large one the beginnings and ends
+    of bodies and some places in between, the same ones each time."""
     sizes = [len(body.data) for body in recording.bodies]
     edge = case.samples // (4 * len(sizes)) + 1
     step = 1 if recording.size <= case.samples else 2 * recording.size // case.samples

@@ -1,4 +1,4 @@
-"""A file that somebody writes while it is read: its chunks, and which of them have to be sent.
+"""A file that is written while it is read: its chunks, and which of them have to be sent.
 
 The digest of a chunk is that of the bytes that were sent. A write that happens while a chunk is read may or may not be
 in it; the next harvest finds that the digest differs, and the chunk is sent again.

@@ -66,7 +66,7 @@ class FileSaver(LiveSaver):
         return not self._open.dirty
 
     def complete(self, writer: StreamWriter) -> None:
-        """The guest is stopped, so nobody writes to the file any more."""
+        """The guest is stopped, so the file does not change any more."""
         self._open.harvest()
         for chunk in list(self._open.dirty):
             self._send(writer, chunk)

@@ -56,7 +56,7 @@ def _measure_journal(journal: Journal) -> None:
 
 
 def _check_hop(hop: Hop, _version_id: int) -> None:
-    """A name that is no text is refused while it is loaded, so that nobody stumbles over it later."""
+    """Refuse a name that is not UTF-8 here, where the stream is at fault, and not when it is shown."""
     try:
         hop.name.decode()
     except UnicodeDecodeError:
