@@ -279,8 +279,8 @@ def _statistics(case: SectionCase) -> None:
 
 
 def _places(case: SectionCase, recording: Recording) -> list[tuple[int, int]]:
-    """Places as (number of the body, offset in it): every byte of a small stream; of a large one the beginnings and ends
-    of bodies and some places in between, the same ones each time."""
+    """Places as (number of the body, offset in it): every byte of a small stream; of a large one the beginnings and
+    ends of bodies and some places in between, the same ones each time."""
     sizes = [len(body.data) for body in recording.bodies]
     edge = case.samples // (4 * len(sizes)) + 1
     step = 1 if recording.size <= case.samples else 2 * recording.size // case.samples
