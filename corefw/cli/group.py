@@ -106,7 +106,7 @@ class LazyGroup(click.Group):
 
 
 def _suggestion(word: str) -> str:
-    """ ": did you mean ...?" if a command has a similar name."""
+    """The end of an error message that names similar commands, or ""."""
     from difflib import get_close_matches
 
     similar = get_close_matches(word, _ENTRIES)

@@ -126,7 +126,7 @@ def _shut(one: socket.socket, how: int) -> None:
 
 
 def listens(uri: str) -> bool:
-    """Whether somebody waits for connections there."""
+    """Whether a process listens there."""
     host, _, port = uri.removeprefix("tcp:").rpartition(":")
     with socket.socket() as probe:
         try:

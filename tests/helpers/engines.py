@@ -65,7 +65,7 @@ class Pair:
         return self.engine(machine or CountingMachine(incoming=True), properties)
 
     def statuses(self, last: str | None = None) -> list[str]:
-        """The source's statuses, in the order in which they were told; once `last` was, which is told after it is."""
+        """The source's statuses in the order of their events. With `last`, waits for its event."""
         deadline = time.monotonic() + PATIENCE
         while True:
             told = [str(event.new) for event in self.events if isinstance(event, StatusChanged)]
