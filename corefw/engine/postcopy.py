@@ -72,11 +72,13 @@ def _hand_over(source: Source) -> None:
     _serve_requests(source)
     source.custody.hand_over_at_run(source.check)
     source.limits.end()
-    write_package(writer, package)
-    source.link.ping(4)
-    writer.flush()
-    source.left_at = time.monotonic()
-    source.statistics.handed_over()
+    try:
+        write_package(writer, package)
+        source.link.ping(4)
+        writer.flush()
+    finally:  # if it breaks on the way, the guest may run there all the same
+        source.left_at = time.monotonic()
+        source.statistics.handed_over()
 
 
 def _later(source: Source) -> list[PostcopySaver]:

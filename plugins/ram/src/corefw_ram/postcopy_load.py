@@ -75,10 +75,10 @@ class ArrivingBlock(LoadedBlock):
         return runs_of_pages(missing)
 
     def _received_around(self, pages: NDArray[np.int64]) -> Runs:
-        chosen = np.zeros_like(self._received)
-        for first in np.unique(pages // AROUND * AROUND).tolist():
-            chosen[first : first + AROUND] = self._received[first : first + AROUND]
-        return runs_of_mask(chosen)
+        groups = np.unique(pages // AROUND)
+        near = (groups[:, np.newaxis] * AROUND + np.arange(AROUND)).ravel()
+        near = near[near < len(self._received)]
+        return runs_of_pages(near[self._received[near]])
 
     def outstanding(self) -> Runs:
         """What the guest waits for and has not arrived."""
