@@ -64,11 +64,13 @@ class Progress:
     @classmethod
     def of(cls, answer: Mapping[str, Any]) -> Progress:
         ram, own = answer.get("ram", {}), answer.get("x-migfw", {})
-        measured = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
+        phase = answer.get("status", "none")
+        dirtied = 0 if phase in POSTCOPY else ram.get("dirty-pages-rate", 0)  # the guest runs elsewhere then
+        measured = dirtied * ram.get("page-size", 4096)
         # QEMU reports the downtime limit until it has measured the dirty rate.
         downtime = answer.get("expected-downtime") if measured and not own else None
         return cls(
-            phase=answer.get("status", "none"),
+            phase=phase,
             total=own.get("total") or ram.get("total", 0),
             remaining=own["remaining"] if own.get("total") else ram.get("remaining", 0),
             transferred=ram.get("transferred", 0),
@@ -110,7 +112,7 @@ class Progress:
         return known
 
     def heading(self) -> str:
-        return f"{self.phase}, pass {self.passes}" if self.passes else self.phase
+        return f"{self.phase}, pass {self.passes}" if self.passes and self.phase not in POSTCOPY else self.phase
 
     def line(self) -> str:
         """All of it in one line."""
@@ -229,9 +231,12 @@ def cancelled(answer: Mapping[str, Any], run_state: str) -> str:
     return f"{status} ({reason})" if reason and run_state == RunState.POSTMIGRATE else status
 
 
-def _live_sections(answer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _live_sections(answer: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes that each live section has sent. A destination reports only what the plugins' loaders say of themselves."""
+    if "ram" not in answer:
+        return {}
     sections = answer.get("x-migfw", {}).get("sections", {})
-    return {name: one for name, one in sections.items() if one["total"]}
+    return {name: one["sent"] for name, one in sections.items() if one.get("total")}
 
 
 def summary(answer: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -249,8 +254,10 @@ def summary(answer: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("passes", str(ram["dirty-sync-count"])))
     if "transferred" in ram:
         facts.append(("sent", f"{format_size(ram['transferred'])} for {format_size(ram.get('total', 0))} of RAM"))
+    if after := ram.get("postcopy-bytes"):
+        facts.append(("postcopy", f"{format_size(after)} sent while the guest ran on the destination"))
     if len(live := _live_sections(answer)) > 1:
-        facts.append(("sections", ", ".join(f"{name} {format_size(one['sent'])}" for name, one in live.items())))
+        facts.append(("sections", ", ".join(f"{name} {format_size(sent)}" for name, sent in live.items())))
     if "normal" in ram:
         facts.append(("pages", f"{ram['normal']:,} sent whole, {ram.get('duplicate', 0):,} zero"))
     if guest := _WHEREABOUTS.get(answer.get("x-migfw", {}).get("guest", "")):

@@ -155,6 +155,8 @@ def _migration(answer: Mapping[str, Any]) -> Iterator[Fact]:
         (_, first), *rest = summary(answer)
         yield "migration", first
         yield from rest
+    if progress.phase == MigrationStatus.POSTCOPY_PAUSED:
+        yield "to recover", "'migfw recover URI' on the destination, then 'migfw migrate URI --resume' on the source"
 
 
 # -- --watch -----------------------------------------------------------------------------------------------------------

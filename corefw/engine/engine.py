@@ -139,6 +139,8 @@ class Engine(MigrationControl):
     def _check_not_held(self) -> None:
         """Raise StateError if a migration has stopped the guest. Call it under the guest's lock."""
         if self._migration is not None and self._migration.holds_guest:
+            if self.outgoing.status in POSTCOPY:
+                raise StateError("the guest has left: in postcopy it runs on the destination")
             raise StateError("the guest is stopped for the switchover (cancel the migration to keep it running here)")
 
     @property

@@ -103,6 +103,7 @@ def _send_pages(source: Source) -> None:
     """PARTs until nothing is left, then the end of the stream."""
     writer, sections, through = source.link.writer, source.sections, False
     source.meter.hold_at("max-postcopy-bandwidth")
+    source.meter.start_window()
     while not through:
         source.check()
         through = True
@@ -111,6 +112,7 @@ def _send_pages(source: Source) -> None:
                 through &= sections.part(saver, partial(saver.iterate, writer, min(BUDGET, budget)))
                 source.statistics.section(saver.key).update(saver.pending_estimate().total)
             writer.flush()
+        source.meter.measure()
     for saver in _later(source):
         sections.end(saver)
     sections.write_commands()

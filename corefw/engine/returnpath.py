@@ -162,7 +162,7 @@ class ReturnPathReader:
         if reader.at_end():
             raise ChannelClosed(
                 f"{self._channel.peer} closed the return path without reporting a result"
-                " (if it is a QEMU, its stderr or log says why)"
+                " (its log says why; a QEMU's stderr)"
             )
         message = read_return_message(reader, self._handlers)
         handler = self._handlers.get(message.type)

@@ -18,7 +18,7 @@ from corefw.engine.meter import Meter
 from corefw.errors import ANYTHING
 from corefw.quantities import format_milliseconds, format_size
 from corefw.section import RamStatistics, Section, SectionKey
-from corefw.states import SENDING, MigrationStatus
+from corefw.states import POSTCOPY, SENDING, MigrationStatus
 
 log = logging.getLogger(__name__)
 
@@ -191,8 +191,9 @@ class OutgoingStatistics:
     def report(self, status: MigrationStatus) -> TransferReport:
         """The figures at this moment. `status` is that of the migration."""
         sending = status in SENDING
-        outlook = self.outlook if sending else Outlook()
-        now = (self.advice, self._will_exceed()) if sending else ()
+        precopy = sending and status not in POSTCOPY
+        outlook = self.outlook if precopy else Outlook()
+        now = (self.advice, self._will_exceed()) if precopy else ()
         precopy_bytes = self.precopy_bytes  # before the total, which the migration thread may raise meanwhile
         return TransferReport(
             total_time=self.elapsed() if sending else self.total_time,

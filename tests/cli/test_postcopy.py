@@ -55,6 +55,10 @@ def test_a_connection_that_was_paused_is_recovered(engines: Engines) -> None:
     paused = source.call("pause")
     assert paused.returncode == 0, paused.stderr
     assert wait_until(lambda: {status(source), status(destination)} == {"postcopy-paused"})
+    for engine in (source, destination):
+        shown = engine.call("status").stdout
+        assert "'migfw recover URI' on the destination" in shown
+        assert "warning" not in shown
     nowhere = source.call("migrate", f"tcp:127.0.0.1:{free_port()}", "--resume")
     assert nowhere.returncode == 1
     assert "migfw recover URI" in nowhere.stderr and "refused" in nowhere.stderr

@@ -103,6 +103,23 @@ def test_the_summary_has_warnings_and_the_sections_of_other_handlers() -> None:
     assert ("sections", "ram 10 B, job 20 B") in facts
 
 
+def test_a_destination_whose_plugins_report_figures() -> None:
+    """They have no total: only a source knows that."""
+    answer = {"status": "active", "x-migfw": {"sections": {"job": {"total": 3}, "note": {"got": 10}}}}
+    assert summary(answer) == [("status", "active")]
+
+
+def test_progress_in_postcopy_is_of_what_follows() -> None:
+    """The guest runs on the destination: nothing is dirtied here, and no pass follows."""
+    progress = Progress.of({**ACTIVE, "status": "postcopy-active"})
+    assert progress.line() == "postcopy-active, 75 %, 256.0 MiB of 1.0 GiB left, 976.6 KiB/s"
+
+
+def test_the_summary_says_what_followed_in_postcopy() -> None:
+    answer = {**COMPLETED, "ram": {**COMPLETED["ram"], "postcopy-bytes": 3 << 20}}
+    assert ("postcopy", "3.0 MiB sent while the guest ran on the destination") in summary(answer)
+
+
 @pytest.mark.parametrize("answer", [{}, {"status": "setup"}, {"status": "active", "ram": {}}])
 def test_progress_of_an_answer_that_says_little(answer: dict[str, Any]) -> None:
     progress = Progress.of(answer)

@@ -138,6 +138,7 @@ def test_a_stop_that_will_take_too_long_is_said_while_it_lasts() -> None:
     statistics.stopped(downtime_limit=300, stop_time=150)
     (warning,) = statistics.report(MigrationStatus.ACTIVE).warnings
     assert "with 20.0 MiB left to send: it will be down for about 350 ms, over the downtime-limit of 300 ms" in warning
+    assert statistics.report(MigrationStatus.POSTCOPY_ACTIVE).warnings == (), "the guest runs on the destination"
     statistics.ram.remaining_bytes = 10 * MIB
     assert statistics.report(MigrationStatus.ACTIVE).warnings == ()
 

@@ -41,6 +41,16 @@ def test_the_guest_runs_before_its_pages_are_there(move: Move) -> None:
     assert ram["transferred"] == ram["precopy-bytes"] + ram["downtime-bytes"] + ram["postcopy-bytes"]
 
 
+def test_the_bandwidth_is_that_of_postcopy(move: Move) -> None:
+    move.begin(precopy=0)
+    move.source.set_parameters({"max-postcopy-bandwidth": 1 << 20})
+    move.source.start_postcopy()
+    move.reaches(move.source, "postcopy-active")
+    assert wait_until(lambda: 0 < query_migrate(move.source)["ram"]["mbps"] < 16), "it is still that of precopy"
+    move.hurry()
+    move.completes()
+
+
 def test_the_commands_are_those_of_qemu(move: Move) -> None:
     """Compared with a recording of a real QEMU."""
     with CutProxy(move.destination.migrate_incoming(LISTEN), record=True) as proxy:
@@ -173,7 +183,7 @@ def test_a_cancel_in_postcopy_is_refused(move: Move) -> None:
     for engine in (move.source, move.destination):
         with pytest.raises(StateError, match="cannot cancel"):
             engine.cancel()
-    with pytest.raises(StateError, match="stopped for the switchover"):
+    with pytest.raises(StateError, match="runs on the destination"):
         move.source.cont()
     move.hurry()
     move.completes()
