@@ -84,6 +84,16 @@ def test_a_full_disk_is_an_oserror_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("way", [*FINISH.values(), WholeFile.rename])
+def test_after_close_it_cannot_take_the_name(tmp_path: Path, way: Callable[[WholeFile], None]) -> None:
+    file = WholeFile(tmp_path / "out")
+    file.close()
+    file.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        way(file)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         WholeFile(tmp_path / "nowhere" / "out")

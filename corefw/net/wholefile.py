@@ -58,6 +58,7 @@ class WholeFile(Closing):
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""
+        self._written()
         os.fsync(self._fd)
 
     def replace(self) -> None:
@@ -67,23 +68,22 @@ class WholeFile(Closing):
 
     def rename(self) -> None:
         """Take the name, whatever is there; for a caller that has called sync()."""
-        assert self._partial
-        self._partial.rename(self._target)
+        self._written().rename(self._target)
         self._partial = None
         self._sync_directory()
 
     def create(self) -> None:
         """sync(), then take the name, or raise FileExistsError if something has it."""
-        assert self._partial
         self.sync()
+        partial = self._written()
         try:
-            os.link(self._partial, self._target)
+            os.link(partial, self._target)
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise
             if os.path.lexists(self._target):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-            self._partial.rename(self._target)
+            partial.rename(self._target)
             self._partial = None
         self._sync_directory()
 
@@ -96,6 +96,12 @@ class WholeFile(Closing):
             with contextlib.suppress(OSError):
                 self._partial.unlink()
             self._partial = None
+
+    def _written(self) -> Path:
+        """The temporary file. Raises OSError if another thread has closed this one."""
+        if self._partial is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return self._partial
 
     def _copy_start(self, count: int) -> None:
         """Copy the first `count` bytes of the target, which may be shorter or missing, and go on behind them."""
