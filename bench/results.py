@@ -50,8 +50,8 @@ def no_more_than_qemu() -> Goal:
     return Goal(Of.RATIO, Bound.AT_MOST, 1.0)
 
 
-def no_less_than_qemu() -> Goal:
-    return Goal(Of.RATIO, Bound.AT_LEAST, 1.0)
+def at_least_qemu_times(factor: float) -> Goal:
+    return Goal(Of.RATIO, Bound.AT_LEAST, factor)
 
 
 @dataclass(frozen=True, slots=True)
