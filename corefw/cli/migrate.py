@@ -27,6 +27,7 @@ from corefw.cli.options import (
     parse_switches,
     read_changes,
     settings_options,
+    split_for_relay,
 )
 from corefw.cli.progress import Follower, cancelled, open_display, summary
 from corefw.cli.relay import Route, find_route
@@ -118,7 +119,8 @@ def migrate(
         uri = destination.uri if destination is not None else uri
         assert uri is not None
         route = find_route(engine, uri)
-        changes = read_changes(caps, params, plugins=engine.is_migfw)
+        of_engine, of_relay = split_for_relay(params) if route.relayed else (params, ())
+        changes = read_changes(caps, of_engine, plugins=engine.is_migfw)
         if postcopy:
             changes.capabilities.setdefault("postcopy-ram", True)
         if not resume:
@@ -126,7 +128,7 @@ def migrate(
             add_limits(changes, engine, timeout, max_passes, on_timeout)
         if detach and route.relayed:
             raise UsageError(f"'{uri}': this process has to stay and relay for QEMU, so --detach is not possible")
-        relay = stack.enter_context(_relay(uri, engine)) if route.relayed else None
+        relay = stack.enter_context(_relay(uri, engine, of_relay)) if route.relayed else None
         interrupts = stack.enter_context(Interrupts())
         with changes.applied(engine) as before:
             if interrupts.requested:
@@ -226,10 +228,10 @@ def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str
     raise MigfwError(f"the migration{'' if one_line(uri) in reason else f' to {uri}'} failed: {reason}; {here}")
 
 
-def _relay(uri: str, engine: EngineClient) -> QemuRelay:
+def _relay(uri: str, engine: EngineClient, params: Sequence[str]) -> QemuRelay:
     from corefw.cli.relay import QemuRelay
 
-    return QemuRelay(uri, engine.client)
+    return QemuRelay(uri, engine.client, params)
 
 
 def _add_defaults(changes: Changes, engine: EngineClient, route: Route) -> None:

@@ -112,6 +112,17 @@ def set_parameters(settings: Settings, params: Iterable[str]) -> None:
     settings.set_parameters({name: settings.declared_parameter(name).parse(text) for name, text in texts.items()})
 
 
+def split_for_relay(params: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Split --param of a migration that this process relays: what QEMU gets, and what only plugins here declare."""
+    of_qemu: list[str] = []
+    of_plugins: list[str] = []
+    for text in params:
+        name = text.partition("=")[0]
+        declared_here = _lookup(Settings(), name) is None and isinstance(_declared(name, plugins=True), Parameter)
+        (of_plugins if declared_here else of_qemu).append(text)
+    return of_qemu, of_plugins
+
+
 # -- changes to an engine's settings -----------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -65,9 +65,12 @@ class Route:
     return_path: bool | None
 
 
-def find_transport(uri: str) -> Transport:
-    """Find the transport of a URI in this process. Raises UriError, PluginError."""
-    return _plugins().transport(uri)
+def find_transport(uri: str, params: Iterable[str] = ()) -> Transport:
+    """Find the transport of a URI in this process; `params` are NAME=VALUE. Raises UriError, PluginError,
+    SettingsError."""
+    settings = _plugins().settings()
+    set_parameters(settings, params)
+    return _plugins().transport(uri, settings)
 
 
 @cache
@@ -273,12 +276,12 @@ class QemuRelay:
     """Relays the migration of a QEMU to `uri`. Use it as a context manager, and make the QEMU migrate to `relay.uri`.
 
     Send that command over `client`, because QEMU keeps descriptors by connection. If the relay breaks, its error is the
-    reason, not what QEMU reports. Once the guest has moved, the far side sees the stream end. Raises UriError,
-    ChannelError, QmpError.
+    reason, not what QEMU reports. Once the guest has moved, the far side sees the stream end. `params` are NAME=VALUE
+    for the transport. Raises UriError, ChannelError, QmpError, SettingsError.
     """
 
-    def __init__(self, uri: str, client: QmpClient) -> None:
-        target = find_transport(uri)
+    def __init__(self, uri: str, client: QmpClient, params: Iterable[str] = ()) -> None:
+        target = find_transport(uri, params)
         self._far = uri
         self._given_up = False
         with contextlib.ExitStack() as undo:

@@ -117,7 +117,7 @@ def _facts(document: Mapping[str, Any]) -> Iterator[Fact]:
     yield "guest", document["status"]
     if document.get("incoming", "none") != "none" or document.get("incoming-uri"):
         yield "incoming", " at ".join(part for part in (document["incoming"], document["incoming-uri"]) if part)
-    if allocated := document.get("preallocation"):
+    if (allocated := document.get("preallocation")) and allocated["total"]:  # a parked machine's RAM is not known yet
         yield "allocated RAM", f"{format_size(allocated['allocated'])} of {format_size(allocated['total'])}"
     yield from _migration(document["migration"])
     for reason in document["migration"].get("blocked-reasons", ()):

@@ -99,6 +99,43 @@ def test_what_fails_is_named_and_the_guest_goes_on(source: str, folder: Path, mo
     assert list(temporary.iterdir()) == []
 
 
+PLUGIN = """
+from corefw.channel import Transport, TransportFeatures
+from corefw.errors import ChannelError
+from corefw.hookspecs import hookimpl
+from corefw.settings import Declarations, Kind, Parameter
+
+class Spy(Transport):
+    features = TransportFeatures(return_path=False, multi_channel=False)
+
+    def connect(self, interrupt):
+        raise ChannelError(f"{self.uri}: the word is {self.context.settings.parameter('x-spy-word')}")
+
+    def listen(self):
+        raise NotImplementedError
+
+@hookimpl
+def corefw_settings():
+    word = Parameter("x-spy-word", Kind.STRING, "", "a word")
+    return Declarations(parameters=(word,), implements=frozenset({word.name}))
+"""
+
+
+def test_parameters_of_a_relayed_transport_stay_here(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU would refuse them."""
+    (tmp_path / "spy.py").write_text(PLUGIN)
+    information = tmp_path / "spy-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: spy\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[corefw.transport]\nspy = spy:Spy\n\n[corefw.plugins]\nspy = spy\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = migfw("migrate", "spy:x", "--param=x-spy-word=ahoy", "--param=downtime-limit=90ms", "--qmp", source)
+    assert "spy:x: the word is ahoy" in done.stderr
+    assert done.returncode == 1
+
+
 def test_wrong_usage_starts_nothing(source: str) -> None:
     for arguments in (
         ("carrier-pigeon:x",),
