@@ -62,6 +62,9 @@ SETUP_OR_ACTIVE: Final = frozenset(
 POSTCOPY: Final = frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.POSTCOPY_RECOVER})
 """The guest belongs to the destination, and not all of it is there yet (migration_in_postcopy)."""
 
+IN_POSTCOPY: Final = "Postcopy migration in progress, cannot cancel."
+"""What both sides say to a cancel then (QEMU 10.1, qmp_migrate_cancel)."""
+
 SENDING: Final = frozenset({*SETUP_OR_ACTIVE - {_S.SETUP}, _S.CANCELLING})
 """The guest's state is being sent: query-migrate has the figures of the moment (fill_source_migration_info)."""
 

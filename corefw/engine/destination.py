@@ -25,7 +25,7 @@ from corefw.memory.preallocation import Preallocation
 from corefw.net.channelset import ChannelSet
 from corefw.section import LoaderRegistry, SectionLoader
 from corefw.settings import Settings
-from corefw.states import MigrationStatus
+from corefw.states import IN_POSTCOPY, MigrationStatus
 from corefw.wire.frames import FrameReader
 from corefw.wire.records import CommandRecord
 
@@ -42,6 +42,7 @@ class Destination:
     stream_capabilities   see IncomingContext
     accepts_again         the listener can give more than one connection
     advised               the source may switch to postcopy
+    cancelled             the user has ended it
     guest                 the guest that runs while its RAM is still arriving; None before, and in precopy
     """
 
@@ -73,7 +74,10 @@ class Destination:
         self.preallocation = Preallocation(machine.ram_blocks())
         self.switchover_ack: SwitchoverAck | None = None
         self.advised = False
+        self.cancelled = False
         self.guest: GuestArrival | None = None
+        self._deciding = threading.Lock()  # guards the two that decide between a cancel and RUN
+        self._taken_over = False
         self._connection: Connection | None = None
         self._recovering = threading.Event()
         self._channels = ChannelSet()
@@ -118,8 +122,16 @@ class Destination:
 
     def await_listener(self) -> None:
         """In a postcopy that is paused: wait for listen_again(). Raises Interrupted."""
+        self.interrupt.check()  # stop_listening() may have cleared what abort() had set
         self._recovering.wait()
         self.interrupt.check()
+
+    def take_over(self) -> None:
+        """In postcopy, at RUN: the guest is this side's from here on, and a cancel is refused. Raises Interrupted if
+        one came before."""
+        with self._deciding:
+            self.interrupt.check()
+            self._taken_over = True
 
     def cause(self, error: MigfwError) -> MigfwError:
         """The error to report: a channel of multifd aborts the stream, and the error that follows says little."""
@@ -136,9 +148,19 @@ class Destination:
         """End the migration, wherever it is, without telling the source."""
         self.interrupt.set()
         self._recovering.set()
-        if self._connection is not None:
-            self._connection.abort()
+        if (connection := self._connection) is not None:
+            connection.abort()
         self._channels.abort()
+
+    def cancel(self) -> None:
+        """End the migration, wherever it is; the connection stays usable to tell the source. Raises StateError after
+        take_over()."""
+        with self._deciding:
+            if self._taken_over:
+                raise StateError(IN_POSTCOPY)
+            self.cancelled = True
+            self.interrupt.set()
+        self.interrupt_load()
 
     def interrupt_load(self) -> None:
         """End the migration, wherever it is; the connection stays usable to tell the source."""
@@ -155,8 +177,8 @@ class Destination:
 
     def break_connection(self) -> None:
         """Pause a postcopy on purpose."""
-        if self._connection is not None:
-            self._connection.abort()
+        if (connection := self._connection) is not None:
+            connection.abort()
 
     # -- for the loaders -------------------------------------------------------------------------------------------
 
@@ -166,9 +188,10 @@ class Destination:
 
     def send_return_message(self, message: int, body: bytes) -> None:
         """From any thread. Raises ChannelError."""
-        if self.connection.return_path is None:
-            raise ChannelError("the source has not opened the return path")
-        self.connection.return_path.send(message, body)
+        connection = self._connection
+        if connection is None or (path := connection.return_path) is None:
+            raise ChannelError("there is no return path to the source at present")
+        path.send(message, body)
 
     def figures(self) -> dict[str, dict[str, object]]:
         """The loaders' statistics by section. From any thread."""

@@ -136,6 +136,11 @@ class Engine(MigrationControl):
         if self._migration is not None and self._migration.confirmed:
             raise StateError(MOVED)
 
+    def _check_is_whole(self) -> None:
+        """Raise StateError if the guest runs here while its RAM is still arriving."""
+        if self.incoming.status in POSTCOPY:
+            raise StateError(f"The guest's RAM is still arriving in postcopy (status '{self.incoming.status}')")
+
     def _check_not_held(self) -> None:
         """Raise StateError if a migration has stopped the guest. Call it under the guest's lock."""
         if self._migration is not None and self._migration.holds_guest:
@@ -213,6 +218,7 @@ class Engine(MigrationControl):
         if self._checking is not None:
             raise StateError("a check is under way already")
         self._check_is_ours()
+        self._check_is_whole()
 
     def _check_may_leave(self) -> None:
         """Raise StateError if no migration can begin, or if the guest may be running elsewhere: a second copy of it
@@ -220,6 +226,7 @@ class Engine(MigrationControl):
         if self.outgoing.status not in IDLE:
             raise StateError(MIGRATION_ACTIVE)
         self._check_is_ours()
+        self._check_is_whole()
         if self.machine.run_state is RunState.POSTMIGRATE and not self._tail.may_leave_twice():
             raise StateError(
                 "Can't migrate the vm that was paused due to previous migration"
@@ -284,16 +291,10 @@ class Engine(MigrationControl):
         lets it wait again. A guest that has arrived stays. Raises StateError in postcopy: neither side has
         the whole guest then (QEMU 10.1, qmp_migrate_cancel).
         """
-        may_cancel = self._migration is None or self._migration.may_cancel
-        if not may_cancel or self.incoming.status in POSTCOPY:
-            raise StateError("Postcopy migration in progress, cannot cancel.")
-        self._cancel_outgoing()
-        self.inbound.cancel()
-
-    def _cancel_outgoing(self) -> None:
         with self._events.hold(), self._swap:
             if self._migration is not None:
                 self._migration.cancel()
+        self.inbound.cancel()
 
     def continue_migration(self, state: MigrationStatus) -> None:
         """Continue from pre-switchover. Raises StateError if the status is not `state`."""
@@ -377,9 +378,12 @@ class Engine(MigrationControl):
         with self._lock:
             self._closed = True
             self._end_check()
-        self._cancel_outgoing()
-        if self._migration is not None:
-            self._migration.join()
+        with self._events.hold(), self._swap:
+            migration = self._migration
+            if migration is not None:
+                migration.close()
+        if migration is not None:
+            migration.join()
         self.inbound.close()
         self.machine.close()
 

@@ -22,7 +22,7 @@ from corefw.machine import Machine, RunState
 from corefw.plugins import Plugins
 from corefw.section import LoaderRegistry
 from corefw.settings import Settings
-from corefw.states import MigrationStatus, Side, StateMachine
+from corefw.states import IN_POSTCOPY, POSTCOPY, MigrationStatus, Side, StateMachine
 
 _S = MigrationStatus
 CLOSED: Final = "the engine is closed"
@@ -117,7 +117,10 @@ class Inbound:
             arrival.join()
 
     def cancel(self) -> IncomingMigration | None:
-        """Begin to cancel the present migration, and return it; None if there is none, or if it has ended."""
+        """Begin to cancel the present migration, and return it; None if there is none, or if it has ended. Raises
+        StateError in postcopy."""
+        if self.state.status in POSTCOPY:
+            raise StateError(IN_POSTCOPY)
         arrival = self._present
         if arrival is None or self.state.status not in ARRIVING:
             return None

@@ -71,8 +71,7 @@ class IncomingMigration:
         self._destination = Destination(
             machine, settings, loaders, listener, guest_lock, autostart, accepts_again=accepts_again
         )
-        self._cancelled = False
-        self._cancelling = threading.Lock()
+        self._cancelling = threading.Lock()  # guards the start of the timer
         self._cut_off = threading.Timer(CANCEL_SECONDS, self.abort)
         self._cut_off.daemon = True
         self._thread = threading.Thread(target=self._run, name="incoming migration", daemon=True)
@@ -102,12 +101,12 @@ class IncomingMigration:
         self._destination.abort()
 
     def cancel(self) -> None:
-        """End it, unless the guest is here already, and tell the source; the status becomes `cancelled`."""
+        """End it, unless the guest is here already, and tell the source; the status becomes `cancelled`. Raises
+        StateError once a postcopy has taken the guest over."""
+        self._destination.cancel()
         with self._cancelling:
-            first, self._cancelled = not self._cancelled, True
-        self._destination.interrupt_load()
-        if first:
-            self._cut_off.start()
+            if self._cut_off.ident is None:
+                self._cut_off.start()
 
     def recover(self, listener: Listener) -> None:
         """Go on from postcopy-paused with the source that connects there (migrate-recover). Raises StateError."""
@@ -145,7 +144,7 @@ class IncomingMigration:
         self._destination.report_success()
 
     def _fail(self, reason: str) -> None:
-        if self._cancelled and self._state.status is not _S.POSTCOPY_ACTIVE:
+        if self._destination.cancelled:
             end, reason = _S.CANCELLED, "it was cancelled on the destination"
         else:
             end, self.error = _S.FAILED, f"load of migration failed: {reason}"

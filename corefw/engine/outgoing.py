@@ -22,11 +22,11 @@ from corefw.engine.guestlock import GuestLock
 from corefw.engine.phases import run_phases
 from corefw.engine.source import Source
 from corefw.engine.statistics import OutgoingStatistics
-from corefw.errors import ANYTHING, ChannelError, Interrupted, MachineError, MigfwError
+from corefw.errors import ANYTHING, ChannelError, Interrupted, MachineError, MigfwError, StateError
 from corefw.machine import Machine
 from corefw.section import SaverRegistry
 from corefw.settings import Settings
-from corefw.states import IDLE, POSTCOPY, SETUP_OR_ACTIVE, MigrationStatus, StateMachine
+from corefw.states import IDLE, IN_POSTCOPY, POSTCOPY, SETUP_OR_ACTIVE, MigrationStatus, StateMachine
 
 log = logging.getLogger(__name__)
 
@@ -112,12 +112,34 @@ class OutgoingMigration:
         return self._source.custody.held and self._state.status not in IDLE
 
     def cancel(self) -> None:
-        """Begin to end it, in whatever state; nothing happens when it is over. The caller makes sure that no other
-        migration begins meanwhile."""
+        """Begin to end it; does nothing when it is over. Raises StateError in postcopy (see `_may_cancel`). The caller
+        makes sure that no other migration begins meanwhile."""
         while (status := self._state.status) in SETUP_OR_ACTIVE:
-            if self._state.advance(status, _S.CANCELLING):
-                self._source.cancel()
+            if not self._may_cancel(status):
+                raise StateError(IN_POSTCOPY)
+            if self._begin_to_cancel(status):
                 return
+
+    def close(self) -> None:
+        """Begin to end it, in postcopy too: the engine ends. Does nothing when it is over."""
+        while (status := self._state.status) in SETUP_OR_ACTIVE:
+            if self._begin_to_cancel(status):
+                return
+
+    def _may_cancel(self, status: MigrationStatus) -> bool:
+        """Whether a cancel in this status leaves a whole guest somewhere. In postcopy it would not; but if the
+        destination never confirmed that it has the device state, it may have failed to load that, and then the guest is
+        whole here."""
+        if status is _S.POSTCOPY_PAUSED:
+            return not self._source.started_there
+        return status not in POSTCOPY
+
+    def _begin_to_cancel(self, status: MigrationStatus) -> bool:
+        """False if the status is another one by now."""
+        if not self._state.advance(status, _S.CANCELLING):
+            return False
+        self._source.cancel()
+        return True
 
     def proceed(self) -> None:
         """Go on from pre-switchover (migrate-continue)."""
@@ -126,14 +148,6 @@ class OutgoingMigration:
     def limits_changed(self) -> None:
         """A parameter has been set: let waits for the old limit look at the new one."""
         self._source.meter.wake()
-
-    @property
-    def may_cancel(self) -> bool:
-        """Whether a cancel would not leave the guest without a part of its RAM. Of a paused postcopy that is so if the
-        destination never confirmed that it has the device state: it may have failed to load that."""
-        if self._state.status is _S.POSTCOPY_PAUSED:
-            return not self._source.started_there
-        return self._state.status not in POSTCOPY
 
     def start_postcopy(self) -> None:
         """Switch to postcopy as soon as the guest can (migrate-start-postcopy)."""

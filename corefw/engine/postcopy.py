@@ -22,7 +22,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw.engine.link import Link
 from corefw.engine.pagerequests import PageRequests
 from corefw.engine.precopy import await_confirmation, send_states
 from corefw.engine.source import Source
@@ -163,9 +162,7 @@ def await_resume(source: Source) -> MigrationStatus:
     """Wait for `migrate` with resume. Meanwhile the guest stays stopped here, and what is to be sent stays known."""
     source.link.close()
     source.requests.forget()
-    transport = source.await_transport()
-    source.link = Link(transport, source.interrupt, source.meter)
-    source.resumed = True
+    source.connect_over(source.await_transport())
     return MigrationStatus.POSTCOPY_RECOVER
 
 
@@ -220,6 +217,7 @@ class ReceivedBitmaps:
         link.writer.flush()
         complaint = f"did not say which pages of RAM block '{block}' have arrived"
         await_confirmation(self._source, ReturnMessage.RECV_BITMAP, self._number, complaint)
+        self._source.note_started_there()
         return self._received
 
     def __call__(self, record: ReturnMessageRecord, reader: StreamReader) -> None:

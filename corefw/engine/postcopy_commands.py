@@ -80,7 +80,7 @@ def run(destination: Destination, frames: FrameReader, _: CommandRecord) -> Migr
     """The device state is complete: the guest may run."""
     if destination.guest is None:
         raise StreamError("expected POSTCOPY_LISTEN before it")
-    destination.interrupt.check()
+    destination.take_over()
     return MigrationStatus.POSTCOPY_ACTIVE
 
 

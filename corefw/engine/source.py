@@ -46,7 +46,6 @@ class Source:
     postcopy     set when the user has asked for postcopy (migrate-start-postcopy)
     stopped_at   time.monotonic() when the guest began to be stopped for the switchover
     left_at      time.monotonic() when it was handed over in postcopy; None before, and in precopy
-    resumed      the present link is not the first
     requests     the page requests over the present link, in postcopy
     """
 
@@ -91,7 +90,7 @@ class Source:
         self.confirmed = False
         self.stopped_at = 0.0
         self.left_at: float | None = None
-        self.resumed = False
+        self._started_there = False
         self._next_transport: Transport | None = None
 
     def check(self) -> None:
@@ -145,7 +144,11 @@ class Source:
     def started_there(self) -> bool:
         """Whether the destination has read the device state of a postcopy, with RUN at its end."""
         path = self.link.return_path
-        return self.resumed or (path is not None and path.has(ReturnMessage.PONG, PACKAGE_PING))
+        return self._started_there or (path is not None and path.has(ReturnMessage.PONG, PACKAGE_PING))
+
+    def note_started_there(self) -> None:
+        """The destination has answered something that only one that runs the guest answers."""
+        self._started_there = True
 
     # -- postcopy that pauses --------------------------------------------------------------------------------------
 
@@ -158,6 +161,11 @@ class Source:
             if transport is not None:
                 return transport
             self.proceed.wait()
+
+    def connect_over(self, transport: Transport) -> None:
+        """Replace the link. What the destination has said over the old one stays known."""
+        self._started_there = self.started_there
+        self.link = Link(transport, self.interrupt, self.meter)
 
     def resume(self, transport: Transport) -> None:
         """Go on over this transport. From any thread."""
