@@ -159,7 +159,7 @@ def test_a_package_that_was_lost_can_be_given_up_after_a_resume_that_failed(move
         move.source.migrate(NOWHERE, resume=True)
         assert wait_until(lambda: ":1:" in (move.source.report().error or "")), move.source.report()
         move.reaches(move.source, "postcopy-paused")
-    with pytest.raises(StateError, match="stopped for the switchover"):
+    with pytest.raises(StateError, match="the guest has left"):
         move.source.cont()
     move.source.cancel()
     assert ended(move.source) == "cancelled"
@@ -214,7 +214,7 @@ def test_a_paused_source_begins_no_second_migration(move: Move) -> None:
     pause(move)
     with pytest.raises(StateError, match="migration process in progress"):
         move.source.migrate(NOWHERE)
-    with pytest.raises(StateError, match="stopped for the switchover"):
+    with pytest.raises(StateError, match="the guest has left"):
         move.source.cont()
 
 
