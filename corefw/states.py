@@ -65,6 +65,9 @@ POSTCOPY: Final = frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.POSTCOPY
 IN_POSTCOPY: Final = "Postcopy migration in progress, cannot cancel."
 """What both sides say to a cancel then (QEMU 10.1, qmp_migrate_cancel)."""
 
+CONNECTED: Final = POSTCOPY - {_S.POSTCOPY_PAUSED}
+"""A postcopy that has a connection, which migrate-pause breaks (migration_postcopy_is_alive)."""
+
 SENDING: Final = frozenset({*SETUP_OR_ACTIVE - {_S.SETUP}, _S.CANCELLING})
 """The guest's state is being sent: query-migrate has the figures of the moment (fill_source_migration_info)."""
 

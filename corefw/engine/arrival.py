@@ -21,7 +21,7 @@ from corefw.engine.connection import Connection
 from corefw.engine.destination import Destination
 from corefw.engine.loader import load_beginning, load_frames
 from corefw.engine.scheduling import yielding_to_guests
-from corefw.errors import ANYTHING, FOREIGN, ChannelError, Interrupted, MigfwError, RemoteStreamError
+from corefw.errors import ANYTHING, FOREIGN, ChannelError, Interrupted, MigfwError, RemoteStreamError, StreamError
 from corefw.machine import RunState
 from corefw.section import MultiChannelLoader, RunStateLoader
 from corefw.states import MigrationStatus
@@ -136,6 +136,8 @@ def load_guest(destination: Destination) -> MigrationStatus:
         following = load_frames(destination, destination.frames)
     if following is not None:
         return following
+    if destination.guest is not None:
+        raise StreamError("expected POSTCOPY_RUN, got the end of the stream")
     destination.clean_loaders_up()
     with destination.guest_lock.unless(destination.interrupt.check):
         destination.interrupt.check()

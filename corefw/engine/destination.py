@@ -43,6 +43,7 @@ class Destination:
     accepts_again         the listener can give more than one connection
     advised               the source may switch to postcopy
     cancelled             the user has ended it
+    resuming              a source has connected again, and has not sent POSTCOPY_RESUME yet
     guest                 the guest that runs while its RAM is still arriving; None before, and in precopy
     """
 
@@ -75,6 +76,7 @@ class Destination:
         self.switchover_ack: SwitchoverAck | None = None
         self.advised = False
         self.cancelled = False
+        self.resuming = False
         self.guest: GuestArrival | None = None
         self._deciding = threading.Lock()  # guards the two that decide between a cancel and RUN
         self._taken_over = False

@@ -36,7 +36,7 @@ from corefw.machine import DEAD, Machine, RunState, VerifiableMachine
 from corefw.plugins import Plugins
 from corefw.section import SaverRegistry
 from corefw.settings import Settings
-from corefw.states import IDLE, POSTCOPY, MigrationStatus, Side, StateMachine, StatusChanged
+from corefw.states import CONNECTED, IDLE, POSTCOPY, MigrationStatus, Side, StateMachine, StatusChanged
 
 _S = MigrationStatus
 MIGRATION_ACTIVE: Final = "There's a migration process in progress"
@@ -313,10 +313,12 @@ class Engine(MigrationControl):
 
     def pause_migration(self) -> None:
         """Break the connection of a postcopy on purpose, on either side. Raises StateError."""
-        if self._migration is not None and self.outgoing.status is _S.POSTCOPY_ACTIVE:
+        if self._migration is not None and self.outgoing.status in CONNECTED:
             self._migration.pause()
         elif not self.inbound.pause():
-            raise StateError("migrate-pause is currently only supported during postcopy-active state")
+            raise StateError(
+                "migrate-pause is currently only supported during postcopy-active or postcopy-recover state"
+            )
 
     def recover(self, uri: str) -> str:
         """On a destination whose postcopy is paused: wait for the source at another address, or the same; returns the

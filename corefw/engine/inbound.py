@@ -22,7 +22,7 @@ from corefw.machine import Machine, RunState
 from corefw.plugins import Plugins
 from corefw.section import LoaderRegistry
 from corefw.settings import Settings
-from corefw.states import IN_POSTCOPY, POSTCOPY, MigrationStatus, Side, StateMachine
+from corefw.states import CONNECTED, IN_POSTCOPY, POSTCOPY, MigrationStatus, Side, StateMachine
 
 _S = MigrationStatus
 CLOSED: Final = "the engine is closed"
@@ -129,7 +129,7 @@ class Inbound:
 
     def pause(self) -> bool:
         """Break the connection of a postcopy on purpose; False if none is under way."""
-        if self._present is None or self.state.status is not _S.POSTCOPY_ACTIVE:
+        if self._present is None or self.state.status not in CONNECTED:
             return False
         self._present.pause()
         return True

@@ -64,7 +64,8 @@ def _run_first_commands(destination: Destination) -> None:
     while frames.peek_type() == SectionType.COMMAND:
         event = frames.next_event()
         assert isinstance(event, CommandItem)
-        _run(destination, frames, event.record)
+        if _run(destination, frames, event.record) is not None:
+            raise frames.reader.error("the sections before POSTCOPY_RUN", "it in the first commands")
 
 
 def _refusal_of_configuration(destination: Destination) -> RemoteStreamError | None:
@@ -145,9 +146,9 @@ def _load_package(destination: Destination, frames: FrameReader, record: Command
 
 def _await_next(destination: Destination, frames: FrameReader) -> None:
     """Wait for the first byte of the next event. Once a live section has begun the source may be silent before it: it
-    waits for its bandwidth, for migrate-continue, for its guest to stop."""
+    waits for its bandwidth, for migrate-continue, for its guest to stop. One that resumes has nothing to wait for."""
     source = destination.connection.source
-    if destination.progress.live_ids:
+    if destination.progress.live_ids and not destination.resuming:
         source.allow_pause()
     frames.peek_type()
     source.forbid_pause()

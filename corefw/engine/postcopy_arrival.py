@@ -34,6 +34,7 @@ def receive_rest(destination: Destination) -> MigrationStatus:
     destination.stop_listening()  # so that the same address can be given to migrate-recover
     check_complete(destination, destination.frames, "POSTCOPY_RUN", later=guest.sections)
     guest.start(lambda: _start(destination), destination.interrupt_load)
+    destination.resuming = False
     try:
         if load_frames(destination, destination.frames) is not None:
             raise StreamError("expected the rest of the stream, got a command that begins another phase")
@@ -94,6 +95,7 @@ def _continue_stream(destination: Destination) -> None:
     progress.opened.update(sections)
     progress.loaded -= sections.keys()
     destination.frames = destination.frames.resumed(destination.connection.reader, sections.values())
+    destination.resuming = True
 
 
 # -- postcopy-recover --------------------------------------------------------------------------------------------------

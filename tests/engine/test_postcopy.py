@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from corefw.wire.records import parse_ping
 from corefw.wire.stream import MemorySource
 from tests.golden.record import load
 from tests.helpers.cutting import Cut, CutProxy, listens
-from tests.helpers.engines import Pair, Peer, arrived, ended, query_migrate, runs_on
+from tests.helpers.engines import PATIENCE, Pair, Peer, arrived, ended, query_migrate, runs_on
 from tests.helpers.moving import LISTEN, Move
 
 
@@ -159,6 +160,52 @@ def test_a_recovery_that_fails_can_be_tried_again(move: Move) -> None:
     recover(move)
     move.hurry()
     move.completes()
+
+
+def pause(move: Move) -> None:
+    """Switch to postcopy, and break the connection."""
+    move.switch()
+    move.source.pause_migration()
+    move.reaches(move.source, "postcopy-paused")
+    move.reaches(move.destination, "postcopy-paused")
+
+
+def test_a_stranger_who_is_silent_can_be_hung_up_on(move: Move) -> None:
+    """On either side: who answers to the address of the recovery may not be the one that is waited for."""
+    pause(move)
+    with socket.create_connection(host_and_port(move.destination.recover(LISTEN))):
+        move.reaches(move.destination, "postcopy-recover")
+        move.destination.pause_migration()
+        move.reaches(move.destination, "postcopy-paused")
+    with Peer() as peer:
+        move.source.migrate(peer.uri, resume=True)
+        move.reaches(move.source, "postcopy-recover")
+        peer.accept(answer=False)
+        move.source.pause_migration()
+        move.reaches(move.source, "postcopy-paused")
+    recover(move)
+    move.hurry()
+    move.completes()
+
+
+def test_a_stranger_who_stays_silent_is_hung_up_on(move: Move) -> None:
+    pause(move)
+    move.destination.set_parameters({"x-migfw-incoming-timeout": 100})
+    with socket.create_connection(host_and_port(move.destination.recover(LISTEN))) as stranger:
+        move.reaches(move.destination, "postcopy-recover")
+        move.reaches(move.destination, "postcopy-paused")
+        stranger.settimeout(PATIENCE)
+        with contextlib.suppress(ConnectionError):
+            assert not stranger.recv(1)
+    move.destination.set_parameters({"x-migfw-incoming-timeout": 0})
+    recover(move)
+    move.hurry()
+    move.completes()
+
+
+def host_and_port(uri: str) -> tuple[str, int]:
+    host, _, port = uri.removeprefix("tcp:").rpartition(":")
+    return host, int(port)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

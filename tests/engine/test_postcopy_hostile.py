@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from corefw.wire.records import (
 )
 from corefw.wire.returnpath import PageRequest, encode_return_message, page_request_message, recv_bitmap_body
 from corefw.wire.stream import MemorySink, StreamWriter
+from tests.helpers.cutting import CutProxy
 from tests.helpers.engines import READY, Pair, Peer, arrived, ended
 from tests.helpers.moving import LISTEN, Move
 
@@ -92,8 +94,9 @@ def fails_with(move: Move, stream: bytes, words: str) -> None:
     """The destination says why, and starts no guest."""
     _, _, port = move.destination.migrate_incoming(LISTEN).rpartition(":")
     with socket.create_connection(("127.0.0.1", int(port))) as connection:
-        connection.sendall(stream)
-        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):  # it was refused before all of it was sent
+            connection.sendall(stream)
+            connection.shutdown(socket.SHUT_WR)
         assert arrived(move.destination) == "failed"
     assert words in (move.destination.report().error or "")
     assert move.destination.machine.run_state is RunState.INMIGRATE
@@ -132,6 +135,24 @@ def test_streams_whose_commands_make_no_sense(move: Move) -> None:
     move.switch()
     move.hurry()
     move.completes()
+
+
+def recorded(move: Move) -> bytes:
+    """The stream of a migration that may switch to postcopy, and does not."""
+    with CutProxy(move.destination.migrate_incoming(LISTEN), record=True) as proxy:
+        move.source.migrate(proxy.uri)
+        move.completes()
+    return bytes(proxy.recorded)
+
+
+def test_a_stream_that_is_whole_but_not_run(pair: Pair) -> None:
+    """Its guest would wait for pages that nothing brings once the migration is over."""
+    stream = recorded(Move(pair))
+    at, first = stream.index(READY), stream.index(bytes((SectionType.START, 0, 0, 0)))
+    move = Move(pair)
+    fails_with(move, stream[:at] + package(LISTENING) + stream[at:], "expected POSTCOPY_RUN")
+    run_first = package(stream[first:at], LISTENING, RUN)
+    fails_with(move, stream[:first] + run_first + stream[at:], "the sections before POSTCOPY_RUN")
 
 
 # -- a destination -----------------------------------------------------------------------------------------------------
