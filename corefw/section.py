@@ -20,7 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 from corefw.channel import Channel, Interrupt
 from corefw.errors import PluginError
@@ -83,24 +83,31 @@ class Priority:
     LATE: Final = 0
 
 
-class OutgoingContext(Protocol):
+class OutgoingContext(ABC):
     """What the engine offers to a LiveSaver on the source, from setup() to cleanup()."""
 
     settings: Settings
     interrupt: Interrupt
 
+    @abstractmethod
     def open_channel(self) -> Channel:
-        """One more channel to the destination. Raises ChannelError where the transport has only one."""
+        """Open one more channel to the destination, metered as the stream's own is. From any thread. Raises
+        ChannelError if the transport has only one. The engine aborts and closes it with the connection."""
 
+    @abstractmethod
     def send_command(self, number: int, payload: bytes) -> None:
-        """A command in front of the next section; from the migration thread. `number` is one of PLUGIN_COMMANDS that
-        the section's loader takes, or a Command of QEMU's that belongs to the section; `payload` is below 64 KiB."""
+        """Send a command in front of the next section; from the migration thread.
 
+        `number` is one of PLUGIN_COMMANDS that the section's loader takes, or a Command of QEMU's that belongs to the
+        section; `payload` is below 64 KiB.
+        """
+
+    @abstractmethod
     def throttle_guest(self, percent: int) -> None:
-        """Slow the guest down by `percent` (0 to 99) of its time. Raises MachineError where the machine cannot."""
+        """Slow the guest down by `percent` (0 to 99) of its time. Raises MachineError if the machine cannot."""
 
 
-class IncomingContext(Protocol):
+class IncomingContext(ABC):
     """What the engine offers to loaders on the destination, from setup() to cleanup().
 
     stream_capabilities   those that the stream's configuration section names, which change what sections consist of;
@@ -111,9 +118,12 @@ class IncomingContext(Protocol):
     interrupt: Interrupt
     stream_capabilities: frozenset[str]
 
+    @abstractmethod
     def accept_channel(self) -> Channel:
-        """Wait for one more channel from the source."""
+        """Wait for one more channel from the source. From any thread. Raises ChannelError, Interrupted. The engine
+        aborts it when the load fails, before cleanup(), and closes it with the connection."""
 
+    @abstractmethod
     def send_return_message(self, message: int, body: bytes) -> None:
         """Write one return-path message whole; from any thread. `message` is one of PLUGIN_MESSAGES that the section's
         saver has a handler for, `body` at most 512 bytes. Raises ChannelError."""
@@ -154,7 +164,7 @@ class Section(ABC):
         """
 
     def abandoned(self) -> None:  # noqa: B027 - optional
-        """The migration failed or was cancelled, or nobody can say how it ended: the source keeps what it has, the
+        """The migration failed or was cancelled, or its outcome is unknown: the source keeps what it has, the
         destination discards what it loaded.
 
         Called last of all, after cleanup(). Exceptions are logged.
@@ -357,8 +367,7 @@ class RunStateLoader(StateLoader):
 class MultiChannelLoader(LiveLoader):
     """A loader for which the source opens more channels: the destination goes on listening until the stream has ended.
 
-    Whoever dials in meanwhile may be anyone: what comes over such a channel is as hostile as the stream. The engine
-    aborts and closes the channels.
+    Anyone may connect meanwhile, so what comes over such a channel is as hostile as the stream.
     """
 
     @abstractmethod

@@ -35,6 +35,20 @@ def test_abort_reaches_the_channels_that_are_there_and_those_that_come_later(sta
             channel.receive_into(memoryview(bytearray(1)))
 
 
+def test_abort_others_leaves_one_channel_usable(stack: ExitStack) -> None:
+    channels = ChannelSet()
+    (kept, there), (other, _), (late, _) = pair(stack), pair(stack), pair(stack)
+    channels.add(kept)
+    channels.add(other)
+    channels.abort_others(kept)
+    channels.add(late)
+    for channel in (other, late):
+        with pytest.raises(Interrupted):
+            channel.receive_into(memoryview(bytearray(1)))
+    kept.send(b"x")
+    assert there.receive_into(memoryview(bytearray(1))) == 1
+
+
 def test_close_ends_every_channel_even_one_that_was_closed_before(stack: ExitStack) -> None:
     channels = ChannelSet()
     pairs = [pair(stack) for _ in range(2)]

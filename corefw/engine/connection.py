@@ -1,4 +1,4 @@
-"""The destination's connection to its source, and the limits that the source is held to.
+"""The destination's connection to its source: its channels, and the limits that the source is held to.
 
 While the destination waits in the middle of something, ENOUGH bytes have to come within x-migfw-incoming-timeout. Once
 the first live section has begun, the source may be silent for as long as it likes between two sections, as in
@@ -12,9 +12,10 @@ import logging
 import time
 from typing import Any, Final
 
-from corefw.channel import Channel, FileBacked, Interrupt, ReceivesMemory
+from corefw.channel import Channel, FileBacked, Interrupt, Listener, ReceivesMemory
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.errors import ANYTHING, ChannelError
+from corefw.net.channelset import ChannelSet
 from corefw.settings import Settings
 from corefw.wire.stream import BULK_BUFFER_SIZE, StreamReader
 
@@ -34,6 +35,7 @@ DRAIN_BYTES: Final = 16 << 20
 class Connection:
     """One connection. A migration that resumes gets a new one.
 
+    channel           the stream's
     reader            the stream
     source            where its bytes come from
     return_path       None before the source has asked for it
@@ -44,6 +46,9 @@ class Connection:
         self.channel: Final = channel
         self.source: Final = _watched(channel, settings, interrupt)
         self._settings = settings
+        self._interrupt = interrupt
+        self._channels = ChannelSet()
+        self._channels.add(channel)
         self.reader: Final = StreamReader(self.source, BULK_BUFFER_SIZE)
         self.return_path: ReturnPathWriter | None = None
         self.reads_reasons = False
@@ -61,14 +66,23 @@ class Connection:
     def _writer(self) -> ReturnPathWriter:
         return ReturnPathWriter(self.channel, lambda: self._settings.integer("x-migfw-incoming-timeout") / 1000)
 
+    def accept_channel(self, listener: Listener) -> Channel:
+        """Wait for one more channel from the source. Raises ChannelError, Interrupted."""
+        return self._channels.add(listener.accept(self._interrupt))
+
     def abort(self) -> None:
-        """From any thread: make every call on the channel raise Interrupted."""
-        self.channel.abort()
+        """From any thread: make every call on one of the channels raise Interrupted."""
+        self._channels.abort()
+
+    def abort_others(self) -> None:
+        """From any thread: the same for all but the stream's, over which the source can still be told the result."""
+        self._channels.abort_others(self.channel)
 
     def close(self) -> None:
+        """Close all channels."""
         if self.return_path is not None:
             self.return_path.close()
-        self.channel.close()
+        self._channels.close()
 
     # -- the result ------------------------------------------------------------------------------------------------
 

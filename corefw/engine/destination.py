@@ -22,8 +22,7 @@ from corefw.engine.tails import tail_of
 from corefw.errors import ANYTHING, ChannelError, MigfwError, StateError
 from corefw.machine import Machine
 from corefw.memory.preallocation import Preallocation
-from corefw.net.channelset import ChannelSet
-from corefw.section import LoaderRegistry, SectionLoader
+from corefw.section import IncomingContext, LoaderRegistry, SectionLoader
 from corefw.settings import Settings
 from corefw.states import IN_POSTCOPY, MigrationStatus
 from corefw.wire.frames import FrameReader
@@ -32,7 +31,7 @@ from corefw.wire.records import CommandRecord
 log = logging.getLogger(__name__)
 
 
-class Destination:
+class Destination(IncomingContext):
     """One attempt to take a guest in.
 
     frames                the frame of the stream
@@ -69,7 +68,7 @@ class Destination:
         self.autostart = autostart
         self.accepts_again = accepts_again
         self.interrupt = Interrupt()
-        self.stream_capabilities: frozenset[str] = frozenset()
+        self.stream_capabilities = frozenset()
         self.tail = tail_of(machine)
         self.progress = LoadProgress(loaders)
         self.preallocation = Preallocation(machine.ram_blocks())
@@ -82,7 +81,6 @@ class Destination:
         self._taken_over = False
         self._connection: Connection | None = None
         self._recovering = threading.Event()
-        self._channels = ChannelSet()
         self._strays: StrayChannels | None = None
         self._set_up: list[SectionLoader] = []
         self._to_clean_up: list[SectionLoader] = []
@@ -152,7 +150,6 @@ class Destination:
         self._recovering.set()
         if (connection := self._connection) is not None:
             connection.abort()
-        self._channels.abort()
 
     def cancel(self) -> None:
         """End the migration, wherever it is; the connection stays usable to tell the source. Raises StateError after
@@ -168,7 +165,8 @@ class Destination:
         """End the migration, wherever it is; the connection stays usable to tell the source."""
         self.interrupt.set()
         self._recovering.set()
-        self._channels.abort()
+        if (connection := self._connection) is not None:
+            connection.abort_others()
 
     def listen_again(self, listener: Listener) -> None:
         """In a postcopy that is paused: this listener will bring the source. Raises StateError if another one waits."""
@@ -185,8 +183,8 @@ class Destination:
     # -- for the loaders -------------------------------------------------------------------------------------------
 
     def accept_channel(self) -> Channel:
-        """Wait for one more channel from the source. Raises ChannelError, Interrupted."""
-        return self._channels.add(self.listener.accept(self.interrupt))
+        """See IncomingContext."""
+        return self.connection.accept_channel(self.listener)
 
     def send_return_message(self, message: int, body: bytes) -> None:
         """From any thread. Raises ChannelError."""
@@ -240,7 +238,6 @@ class Destination:
     def close(self) -> None:
         """Close every channel."""
         self.preallocation.close()
-        self._channels.close()
         if self._connection is not None:
             self._connection.close()
         if self.guest is not None:

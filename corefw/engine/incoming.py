@@ -129,6 +129,8 @@ class IncomingMigration:
         except ANYTHING as bug:
             log.exception("the incoming migration failed")
             reason = f"internal error: {type(bug).__name__}: {bug}"
+        if reason is not None:
+            destination.interrupt_load()  # loaders may be waiting for their channels in threads that cleanup() joins
         destination.clean_loaders_up()
         destination.stop_listening()
         if reason is None:

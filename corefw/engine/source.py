@@ -24,7 +24,7 @@ from corefw.engine.statistics import OutgoingStatistics
 from corefw.engine.tails import tail_of
 from corefw.errors import MachineError, PluginError
 from corefw.machine import DEAD, Machine, ThrottlableMachine
-from corefw.section import LiveSaver, SaverRegistry
+from corefw.section import LiveSaver, OutgoingContext, SaverRegistry
 from corefw.settings import Settings
 from corefw.wire.constants import PACKAGE_PING, PLUGIN_MESSAGES, Command, ReturnMessage
 from corefw.wire.records import write_command
@@ -36,7 +36,7 @@ def _pass_body(handler: Callable[[bytes], None], message: ReturnMessageRecord, _
     handler(message.body)
 
 
-class Source:
+class Source(OutgoingContext):
     """One attempt to send the guest away.
 
     live         the live savers whose setup() was called: those to iterate, to complete and to clean up

@@ -31,9 +31,16 @@ class ChannelSet:
 
     def abort(self) -> None:
         """Make every send and receive on a channel of the set raise Interrupted. Idempotent."""
+        self._abort(None)
+
+    def abort_others(self, kept: Channel) -> None:
+        """As abort(), but leave one channel of the set alone."""
+        self._abort(kept)
+
+    def _abort(self, kept: Channel | None) -> None:
         with self._lock:
             self._aborted = True
-            channels = tuple(self._channels)
+            channels = [channel for channel in self._channels if channel is not kept]
         for channel in channels:
             channel.abort()
 

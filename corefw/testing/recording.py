@@ -13,7 +13,17 @@ from typing import Any, Final, Literal
 
 from corefw.channel import Channel, Interrupt
 from corefw.errors import ChannelError, MachineError
-from corefw.section import LiveSaver, Pending, RamSaver, Section, SectionLoader, SectionSaver, StateSaver
+from corefw.section import (
+    IncomingContext,
+    LiveSaver,
+    OutgoingContext,
+    Pending,
+    RamSaver,
+    Section,
+    SectionLoader,
+    SectionSaver,
+    StateSaver,
+)
 from corefw.settings import Settings
 from corefw.wire.constants import BE32, SectionType
 from corefw.wire.stream import MemorySink, StreamReader, StreamWriter
@@ -50,13 +60,13 @@ class SectionCase:
     memory: int = 64 << 20
 
 
-class KitContext:
+class KitContext(OutgoingContext, IncomingContext):
     """What the kit offers on either side: one channel, a guest that cannot be throttled."""
 
     def __init__(self, settings: Settings, interrupt: Interrupt) -> None:
         self.settings = settings
         self.interrupt = interrupt
-        self.stream_capabilities: frozenset[str] = frozenset()
+        self.stream_capabilities = frozenset()
         self.messages: list[tuple[int, bytes]] = []
         self.commands: list[tuple[int, bytes]] = []
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from corefw.channel import Channel, receive_exactly
+from corefw.errors import Interrupted, MachineError
 from corefw.plugins import Plugins
 from corefw.section import IncomingContext, MultiChannelLoader, OutgoingContext, Pending
 from corefw.wire.stream import StreamReader, StreamWriter
 from tests.engine.test_plugin_sections import Loader, Plugin, Saver
-from tests.helpers.engines import Pair, arrived, ended, query_migrate
+from tests.helpers.engines import Pair, arrived, ended, query_migrate, runs_on
 
 CHANNELS = 2
 CHUNK = 32 << 10
@@ -70,8 +72,9 @@ class StripedLoader(Loader, MultiChannelLoader):
 
     def _receive(self, channel: Channel) -> None:
         view = memoryview(bytearray(1 + CHUNKS * CHUNK))
-        receive_exactly(channel, view)
-        StripedLoader.received.append(bytes(view))
+        with suppress(Interrupted):
+            receive_exactly(channel, view)
+            StripedLoader.received.append(bytes(view))
 
     def cleanup(self) -> None:
         for thread in self._receiving:
@@ -103,3 +106,22 @@ def test_channels_beside_the_stream_are_counted_and_paced_with_it(pair: Pair, fo
     assert ram["mbps"] == pytest.approx(ram["transferred"] * 8 / info["total-time"] / 1000)
     assert info["total-time"] >= 1000 * BYTES / limit * 0.95, "they share one limit"
     assert info["x-migfw"]["sections"]["side"]["sent"] < BYTES, "in the stream itself"
+
+
+class FailingLoader(StripedLoader):
+    """Fails while its threads wait for the channels; its cleanup() joins them."""
+
+    def load(self, reader: StreamReader, version_id: int) -> None:
+        super().load(reader, version_id)
+        raise MachineError("no room for this section")
+
+
+def test_a_load_that_fails_ends_the_channels_before_the_cleanup() -> None:
+    plugins = Plugins.load()
+    plugins.register(Plugin(StripedSaver, FailingLoader), "striped")
+    with Pair(plugins) as pair:
+        source, destination = pair.source(), pair.destination()
+        source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+        assert (ended(source), arrived(destination)) == ("failed", "failed")
+        assert "no room for this section" in (source.report().error or "")
+        runs_on(source)
