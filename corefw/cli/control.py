@@ -146,11 +146,12 @@ def continue_migration(name: str | None, qmp: str | None, as_json: bool) -> None
 def postcopy(name: str | None, qmp: str | None, as_json: bool) -> None:
     """Start the guest on the destination now; the remaining RAM follows.
 
-    The migration must have been started with the capability postcopy-ram.
+    The migration must have been started with the capability postcopy-ram. 'migfw migrate --postcopy' switches by itself.
 
     \b
     Example:
-      migfw postcopy --name heat
+      migfw migrate tcp:other:4444 --cap postcopy-ram --detach
+      migfw postcopy
     """
     with connect(name, qmp) as engine:
         engine.call("migrate-start-postcopy")

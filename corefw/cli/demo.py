@@ -40,11 +40,23 @@ _libc: Final = ctypes.CDLL(None)
 
 
 @click.command()
-@click.option("--ram", default="512M", show_default=True, help="RAM of the guest, filled with incompressible bytes.")
 @click.option(
-    "--dirty-rate", default="100M", show_default=True, help="Bytes of pages that the guest dirties per second."
+    "--ram",
+    metavar="SIZE",
+    default="512M",
+    show_default=True,
+    help="RAM of the guest, filled with incompressible bytes.",
 )
-@click.option("--working-set", default="64M", show_default=True, help="How much of its RAM the guest writes to.")
+@click.option(
+    "--dirty-rate",
+    metavar="RATE",
+    default="100M",
+    show_default=True,
+    help="Bytes of pages that the guest dirties per second.",
+)
+@click.option(
+    "--working-set", metavar="SIZE", default="64M", show_default=True, help="How much of its RAM the guest writes to."
+)
 def demo(ram: str, dirty_rate: str, working_set: str) -> None:
     """Move a running guest from one process to another on this host, and verify that no write was lost.
 

@@ -101,7 +101,11 @@ def migrate(
     With --to, the command starts the destination for you. HOST needs this version of migfw and the program's files. The
     remote engine stays in the background after a successful migration, and is ended after a failed one.
 
-    Ctrl-C cancels the migration and waits until the guest runs here again; a second one exits at once. With --qmp the
+    With --postcopy the guest starts on the destination after the first pass, even if it writes faster than the link can
+    send. If the connection breaks then, 'migfw recover' and --resume continue over another one.
+
+    Ctrl-C cancels the migration and waits until the guest runs here again; a second one exits at once. In postcopy it
+    is too late to cancel. With --qmp the
     command also moves a real QEMU; it relays over transports that QEMU does not support.
 
     \b
@@ -113,7 +117,7 @@ def migrate(
       migfw migrate tcp:other:4444 --timeout 5m --on-timeout switchover
       migfw migrate zmq:tcp://other:4444 --qmp unix:/run/qemu.sock
     """
-    _check_where(uri, to, remote_migfw, detach=detach, resume=resume)
+    _check_where(uri, to, remote_migfw, detach=detach, resume=resume, postcopy=postcopy)
     with connect(name, qmp) as engine, contextlib.ExitStack() as stack:
         destination = stack.enter_context(_start(engine, to, remote_migfw, caps, params)) if to is not None else None
         uri = destination.uri if destination is not None else uri
@@ -160,7 +164,14 @@ def migrate(
             note(unread.before("the guest has moved"))
 
 
-def _check_where(uri: str | None, to: str | None, remote_migfw: str | None, *, detach: bool, resume: bool) -> None:
+def _check_where(
+    uri: str | None, to: str | None, remote_migfw: str | None, *, detach: bool, resume: bool, postcopy: bool
+) -> None:
+    if detach and postcopy:
+        raise UsageError(
+            "--postcopy needs this process to stay and switch over: leave out --detach, or use --cap postcopy-ram"
+            " --detach and then 'migfw postcopy'"
+        )
     if uri is not None and to is not None:
         raise UsageError(f"'{uri}' and --to {to} both name a destination: use one of them")
     if uri is None and to is None:

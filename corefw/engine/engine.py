@@ -124,6 +124,8 @@ class Engine(MigrationControl):
             if self.machine.run_state is RunState.INMIGRATE:
                 raise StateError(WAITS)
             self._check_not_held()
+            if self.incoming.status in (_S.POSTCOPY_PAUSED, _S.POSTCOPY_RECOVER):
+                raise StateError("a part of the guest's RAM is missing until the postcopy migration is recovered")
             return self.machine.verify()
 
     def _check_is_ours(self) -> None:

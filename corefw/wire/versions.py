@@ -85,7 +85,7 @@ SWITCHOVER_START: Final = Difference(
     Version(10, 0),
     None,
     "The source sends command 11 when the guest has stopped, before the END sections. QEMU 9.2 and older fail on it.",
-    "Takes it in. A parked machine sends it on where it came, and nowhere else; `convert` leaves it out.",
+    "Accepts it. A parked machine sends it on if it arrived with it, and only then; `convert` removes it.",
 )
 SWITCHOVER_ACK: Final = Difference(
     "SWITCHOVER_ACK",
@@ -93,10 +93,10 @@ SWITCHOVER_ACK: Final = Difference(
     Depends.PROGRAM,
     Version(8, 1),
     None,
-    "With the capability `switchover-ack` the source goes on sending until return-path message 7 has come. QEMU 8.0 and"
+    "With the capability `switchover-ack` the source keeps sending until return-path message 7 has come. QEMU 8.0 and"
     " older fail on the message.",
-    "Has the capability on both sides. A parked machine sends the message without it too if the machine type says that"
-    " the source understands it, or if the source evidently waits for it.",
+    "Supports the capability on both sides. A parked machine sends the message without it too if the machine type says"
+    " that the source understands it, or if the source evidently waits for it.",
 )
 UNASKED_ACK: Final = Difference(
     "SWITCHOVER_ACK without a request",
@@ -105,8 +105,8 @@ UNASKED_ACK: Final = Difference(
     None,
     Version(11, 0),
     "The destination decides which devices need `switchover-ack`; if none does, it sends one SWITCHOVER_ACK as soon as"
-    " there is a return path. From 11.1 on the source's devices ask for it, and one that none asked for is an error.",
-    "Sends none for machine types from 11.1 on, nor for those without a version unless the source waits for it.",
+    " there is a return path. From 11.1 on, the source's devices request it, and an unrequested one is an error.",
+    "Sends none for machine types from 11.1 on, and for those without a version only if the source waits for it.",
 )
 
 DIFFERENCES: Final = (
@@ -119,9 +119,9 @@ DIFFERENCES: Final = (
         Depends.MACHINE_TYPE,
         Version(8, 1),
         None,
-        "The stream marks with a RAM record where the channels of multifd have to be in step; older types do so at the"
-        " end of every section.",
-        "Refused with the capability `multifd`, by name; `inspect` reads it, `convert` leaves it out.",
+        "A RAM record in the stream marks where the multifd channels have to synchronize; older types synchronize at"
+        " the end of every section.",
+        "Refused, naming the capability `multifd`; `inspect` reads it, `convert` removes it.",
     ),
     Difference(
         "COMPRESS_PAGE",
@@ -129,8 +129,8 @@ DIFFERENCES: Final = (
         Depends.PROGRAM,
         None,
         Version(9, 0),
-        "The capability `compress` sends pages packed by zlib. QEMU 9.1 removed it.",
-        "Refused by the capability's name; `inspect` reads the pages, `convert` unpacks them.",
+        "The capability `compress` sends pages compressed with zlib. QEMU 9.1 removed it.",
+        "Refused, naming the capability; `inspect` reads the pages, `convert` decompresses them.",
     ),
     Difference(
         "section block",
@@ -139,7 +139,7 @@ DIFFERENCES: Final = (
         None,
         Version(9, 0),
         "The capability `block` sends disks in the stream. QEMU 9.1 removed it.",
-        "Refused by the capability's name.",
+        "Refused, naming the capability.",
     ),
     Difference(
         "configuration/target-page-bits",
@@ -156,8 +156,8 @@ DIFFERENCES: Final = (
         Depends.PROGRAM,
         Version(4, 0),
         None,
-        "The configuration section names the capabilities `x-ignore-shared` and `mapped-ram` (9.0) where they are on.",
-        "`x-ignore-shared` is refused by name, `mapped-ram` read.",
+        "The configuration section names the capabilities `x-ignore-shared` and `mapped-ram` (9.0) if they are on.",
+        "`x-ignore-shared` is refused by name, `mapped-ram` is read.",
     ),
     Difference(
         "configuration/uuid",
@@ -175,7 +175,7 @@ DIFFERENCES: Final = (
         Version(6, 0),
         None,
         "A stream of the capability `background-snapshot` has no END section for the RAM.",
-        "Parks it, and sends the machine on as an ordinary stream.",
+        "Parks the machine, and sends it on as an ordinary stream.",
     ),
     Difference(
         "devices before the RAM",
@@ -183,8 +183,9 @@ DIFFERENCES: Final = (
         Depends.MACHINE_TYPE,
         Version(8, 0),
         None,
-        "virtio-mem sends a part of its state before the RAM: behind the RAM's START in 10.0, before it in 11.1.",
-        "Refused by the device's name. The device's property `x-early-migration=off` sends it behind the RAM.",
+        "virtio-mem sends a part of its state before the RAM: after the RAM's START in 10.0, before it in 11.1.",
+        "Refused, naming the device. With the device's property `x-early-migration=off`, the state is sent after the"
+        " RAM.",
     ),
     Difference(
         "COLO without ENABLE_COLO",
@@ -193,7 +194,7 @@ DIFFERENCES: Final = (
         Version(11, 1),
         None,
         "A source with the capability `x-colo` no longer says so in the stream; until 10.0 it sends ENABLE_COLO.",
-        "Refuses ENABLE_COLO by the capability's name. A later stream is parked as any other, and the source stays in"
+        "Refuses ENABLE_COLO, naming the capability. A newer stream is parked like any other, and the source stays in"
         " status `colo`, stopped, until `x-colo-lost-heartbeat`.",
     ),
 )

@@ -59,6 +59,8 @@ def test_a_connection_that_was_paused_is_recovered(engines: Engines) -> None:
         shown = engine.call("status").stdout
         assert "'migfw recover URI' on the destination" in shown
         assert "warning" not in shown
+    unverified = destination.call("verify")
+    assert unverified.returncode == 1 and "until the postcopy migration is recovered" in unverified.stderr
     nowhere = source.call("migrate", f"tcp:127.0.0.1:{free_port()}", "--resume")
     assert nowhere.returncode == 1
     assert "migfw recover URI" in nowhere.stderr and "refused" in nowhere.stderr
@@ -70,6 +72,12 @@ def test_a_connection_that_was_paused_is_recovered(engines: Engines) -> None:
     assert moved.returncode == 0, moved.stderr
     verified = destination.call("verify")
     assert verified.returncode == 0, verified.stderr
+
+
+def test_a_switch_needs_a_process_that_watches() -> None:
+    refused = migfw("migrate", "tcp:localhost:1", "--postcopy", "--detach")
+    assert refused.returncode == 2
+    assert "'migfw postcopy'" in refused.stderr
 
 
 def test_the_commands_are_in_the_help() -> None:

@@ -210,6 +210,13 @@ def test_a_tick_that_takes_too_long(make: Make) -> None:
     assert int(str(field(machine, "steps"))) >= 1
 
 
+def test_the_first_question_comes_during_a_long_tick(make: Make) -> None:
+    """The fields are what they were when the guest started."""
+    machine = make("Slow", seconds="30")
+    machine.start()
+    assert machine.information()["fields"] == {"steps": 0}
+
+
 def test_a_program_that_refuses_to_stop_runs_on(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     machine = make("Refuses")
     machine.start()

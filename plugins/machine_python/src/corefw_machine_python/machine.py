@@ -180,7 +180,7 @@ class PythonMachine(PostcopyMachine, VerifiableMachine, ThrottlableMachine):
 
     def _look(self) -> None:
         """Ask the guest for its values and its undeclared state."""
-        if self._run_state is not RunState.RUNNING:
+        if self._run_state is not RunState.RUNNING or not self._last_values:
             self._last_values = get_values(self._device, self._loaded["fields"])
         if self._run_state in DEAD or self._closed:
             return
