@@ -18,10 +18,21 @@ from corefw.inspection import SUBSECTIONS, SectionInfo, device_fields, document,
 from corefw.inspection.fields import MAX_VALUES, NOT_DECODED
 from corefw.inspection.model import Inspection
 from corefw.wire import items
-from corefw.wire.constants import RamFlag, SectionType
+from corefw.wire.constants import PLUGIN_COMMANDS, RamFlag, SectionType
 from corefw.wire.decoder import decode
 from corefw.wire.description import DeviceDescription, FieldDescription, StateDescription
-from corefw.wire.records import BlockEntry, RamRecord, SectionHeader, write_description, write_package
+from corefw.wire.records import (
+    BlockEntry,
+    RamRecord,
+    SectionHeader,
+    write_command,
+    write_description,
+    write_footer,
+    write_header,
+    write_package,
+    write_part_header,
+    write_section_header,
+)
 from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
 from tests.golden.record import RECORDINGS, load
 from tests.helpers.cli import MIGFW, migfw, start
@@ -99,6 +110,27 @@ def test_parts_of_one_section_are_one_line() -> None:
     (parts,) = [entry for entry in found.sections if entry.type == "part"]
     assert parts.count > 1
     assert [entry.type for entry in found.sections[:3]] == ["start", "part", "end"]
+
+
+def test_a_live_section_of_a_plugin_and_its_command() -> None:
+    """Nothing says where its bodies end but the footers, and what follows the first of them is a plugin's command."""
+    sink = MemorySink()
+    writer = StreamWriter(sink)
+    write_header(writer)
+    write_section_header(writer, SectionHeader(SectionType.START, 1, "note", 0, 1))
+    writer.be32(2)
+    write_footer(writer, 1)
+    write_command(writer, PLUGIN_COMMANDS[5], b"a note follows")
+    for kind, body in ((SectionType.PART, b"hi"), (SectionType.END, b"")):
+        write_part_header(writer, kind, 1)
+        writer.write(body)
+        write_footer(writer, 1)
+    writer.u8(SectionType.EOF)
+    writer.flush()
+    found = inspect(MemorySource(bytes(sink.data)))
+    assert found.damage is None
+    assert [(one.type, one.size) for one in found.sections] == [("start", 27), ("part", 12), ("end", 10)]
+    assert [one.record.payload for one in found.commands] == [b"a note follows"]
 
 
 def test_commands_and_the_package() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
-from corefw.wire.constants import BE16, BE32, COMMAND_LENGTHS, MAX_DESCRIPTION, Command, SectionType
+from corefw.wire.constants import BE16, BE32, COMMAND_LENGTHS, MAX_DESCRIPTION, PLUGIN_COMMANDS, Command, SectionType
 from corefw.wire.description import Description, DeviceDescription
 from corefw.wire.records import SectionHeader
 
@@ -85,6 +85,8 @@ class Cutter:
         if at + 4 > len(self._data):
             return False
         (number,), (length,) = BE16.unpack_from(self._data, at), BE16.unpack_from(self._data, at + 2)
+        if number in PLUGIN_COMMANDS:
+            return at + 4 + length <= len(self._data)
         if number not in Command._value2member_map_:
             return False
         allowed = COMMAND_LENGTHS[Command(number)]
