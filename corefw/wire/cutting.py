@@ -86,7 +86,7 @@ class Cutter:
             return False
         (number,), (length,) = BE16.unpack_from(self._data, at), BE16.unpack_from(self._data, at + 2)
         if number in PLUGIN_COMMANDS:
-            return at + 4 + length <= len(self._data)
+            return len(self._data) >= at + 4 + int(length)
         if number not in Command._value2member_map_:
             return False
         allowed = COMMAND_LENGTHS[Command(number)]
