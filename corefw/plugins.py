@@ -30,7 +30,8 @@ from corefw.errors import (
 )
 from corefw.hookcalls import PluginCommand, call, guarded, passed_over
 from corefw.machine import Machine, MachineConfig
-from corefw.section import LoaderRegistry, SaverRegistry, SectionLoader, SectionSaver
+from corefw.registry import LoaderRegistry, SaverRegistry
+from corefw.section import SectionLoader, SectionSaver
 from corefw.settings import Declarations, Settings
 from corefw.states import MigrationStatus, Side
 from corefw.uri import MigrationUri

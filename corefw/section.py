@@ -1,4 +1,4 @@
-"""Section savers and loaders: who writes and who reads the body of a section, and the registries that find them.
+"""Section savers and loaders: what writes and what reads the body of a section.
 
 The engine frames sections (type, id, name, version, footer). A saver writes bodies on the source, a loader reads them
 on the destination, and neither knows anything of the frame. The callbacks are those of QEMU's SaveVMHandlers
@@ -7,8 +7,7 @@ on the destination, and neither knows anything of the frame. The callbacks are t
     LiveSaver    LiveLoader     START/PART/END: sent in passes while the guest runs (RAM, dirty bitmaps, storage)
     StateSaver   StateLoader    FULL: sent once, when the guest has stopped (devices)
 
-What is optional is a class to inherit from: RamSaver, RunStateSaver, PostcopySaver, and RunStateLoader,
-MultiChannelLoader, PostcopyLoader.
+What is optional is a class to inherit from: RamSaver, RunStateSaver, PostcopySaver, and likewise for loaders.
 
 Threads: a saver's callbacks run in the migration thread, a loader's in the incoming thread; statistics() may be called
 from any. An exception from a callback fails the migration. Then, as after a success, cleanup() is called, and last of
@@ -18,12 +17,11 @@ all exactly one of committed() and abandoned().
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from corefw.channel import Channel, Interrupt
-from corefw.errors import PluginError
 from corefw.settings import Settings
 from corefw.wire.stream import StreamReader, StreamWriter
 
@@ -158,10 +156,8 @@ class Section(ABC):
         return {}
 
     def committed(self) -> None:  # noqa: B027 - optional
-        """The migration took place: the guest belongs to the destination, or to the file it was sent to.
-
-        Called last of all, after cleanup(). Exceptions are logged.
-        """
+        """The migration took place: the guest belongs to the destination, or to the file it was sent to. Called last of
+        all, after cleanup(). Exceptions are logged."""
 
     def abandoned(self) -> None:  # noqa: B027 - optional
         """The migration failed or was cancelled, or its outcome is unknown: the source keeps what it has, the
@@ -401,45 +397,3 @@ class PostcopyLoader(LiveLoader):
     @abstractmethod
     def received(self, block: str) -> NDArray[np.bool_]:
         """For each page of the block, whether it has arrived. Raises StreamError if the section has no such block."""
-
-
-_AnySection = TypeVar("_AnySection", bound=Section)
-
-
-class _Registry(Generic[_AnySection]):
-    def __init__(self, sections: Iterable[_AnySection] = ()) -> None:
-        self._by_key: dict[SectionKey, _AnySection] = {}
-        for section in sections:
-            self.add(section)
-
-    def add(self, section: _AnySection) -> None:
-        """Raises PluginError if another one has its key."""
-        if section.key in self._by_key:
-            raise PluginError(f"two plugins claim section {section.key}: give one of them another instance_id")
-        self._by_key[section.key] = section
-
-    def find(self, key: SectionKey) -> _AnySection | None:
-        return self._by_key.get(key)
-
-
-class SaverRegistry(_Registry[SectionSaver]):
-    """The savers of one migration, in the order of the stream."""
-
-    def __iter__(self) -> Iterator[SectionSaver]:
-        return iter(sorted(self._by_key.values(), key=lambda saver: -saver.priority))
-
-    def live(self) -> list[LiveSaver]:
-        return [saver for saver in self if isinstance(saver, LiveSaver)]
-
-    def state(self) -> list[StateSaver]:
-        return [saver for saver in self if isinstance(saver, StateSaver)]
-
-
-class LoaderRegistry(_Registry[SectionLoader]):
-    """The loaders of one migration, in the order in which they were registered."""
-
-    def __iter__(self) -> Iterator[SectionLoader]:
-        return iter(self._by_key.values())
-
-    def live(self) -> list[LiveLoader]:
-        return [loader for loader in self if isinstance(loader, LiveLoader)]

@@ -37,6 +37,7 @@ CORE: Final[dict[str, set[str]]] = {
     "inspection": {"closing", "errors", "channel", "jsontext", "net", "wire"},
     "conversion": {"errors", "channel", "jsontext", "wire"},
     "section": {"errors", "channel", "settings", "wire"},
+    "registry": {"errors", "section"},
     "machine": {"errors"},
     "control": {"dispatch", "machine", "settings", "states"},
     "memory": {"errors", "quantities", "net", "machine"},
@@ -44,12 +45,12 @@ CORE: Final[dict[str, set[str]]] = {
     "entrypoints": {"errors"},
     "hookcalls": {"errors", "settings", "channel", "section", "hookspecs"},
     "plugins": {
-        *("errors", "uri", "states", "settings", "channel", "section", "machine", "hookspecs"),
+        *("errors", "uri", "states", "settings", "channel", "section", "registry", "machine", "hookspecs"),
         *("entrypoints", "hookcalls"),
     },
     "engine": {
         *("errors", "uri", "jsontext", "quantities", "dispatch", "states", "settings", "channel", "net", "wire"),
-        *("section", "machine", "control", "memory", "plugins"),
+        *("section", "registry", "machine", "control", "memory", "plugins"),
     },
     "qmp": {
         *("closing", "errors", "uri", "jsontext", "quantities", "dispatch", "states", "settings", "channel", "net"),

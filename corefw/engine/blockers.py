@@ -17,7 +17,7 @@ from corefw.engine.coverage import uncovered
 from corefw.errors import ANYTHING, FOREIGN, MigfwError, StateError, UsageError
 from corefw.machine import Machine
 from corefw.plugins import Plugins
-from corefw.section import SaverRegistry
+from corefw.registry import SaverRegistry
 from corefw.settings import Settings
 
 log = logging.getLogger(__name__)

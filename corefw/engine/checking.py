@@ -36,7 +36,8 @@ from corefw.machine import Machine, RunState
 from corefw.memory.host import spare_memory
 from corefw.memory.preallocation import allocated_bytes
 from corefw.quantities import format_size
-from corefw.section import LoaderRegistry, SaverRegistry, Section
+from corefw.registry import LoaderRegistry, SaverRegistry
+from corefw.section import Section
 from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED, Settings
 from corefw.wire.constants import BE32
 from corefw.wire.stream import StreamReader

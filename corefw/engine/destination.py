@@ -22,7 +22,8 @@ from corefw.engine.tails import tail_of
 from corefw.errors import ANYTHING, ChannelError, MigfwError, StateError
 from corefw.machine import Machine
 from corefw.memory.preallocation import Preallocation
-from corefw.section import IncomingContext, LoaderRegistry, SectionLoader
+from corefw.registry import LoaderRegistry
+from corefw.section import IncomingContext, SectionLoader
 from corefw.settings import Settings
 from corefw.states import IN_POSTCOPY, MigrationStatus
 from corefw.wire.frames import FrameReader

@@ -34,12 +34,13 @@ from corefw.errors import (
 )
 from corefw.machine import DEAD, Machine, RunState, VerifiableMachine
 from corefw.plugins import Plugins
-from corefw.section import SaverRegistry
+from corefw.registry import SaverRegistry
 from corefw.settings import Settings
 from corefw.states import CONNECTED, IDLE, POSTCOPY, MigrationStatus, Side, StateMachine, StatusChanged
 
 _S = MigrationStatus
 MIGRATION_ACTIVE: Final = "There's a migration process in progress"
+NOTHING_PAUSED: Final = "Cannot resume if there is no paused migration"
 NOT_PAUSED: Final = frozenset(MigrationStatus) - {_S.POSTCOPY_PAUSED}
 RESUME_WAIT: Final = 1.0
 """Seconds that a resumed migration has to leave postcopy-paused, so that the next query-migrate says how it goes."""
@@ -179,8 +180,12 @@ class Engine(MigrationControl):
 
     def _resume(self, uri: str) -> None:
         if self._migration is None or self.outgoing.status is not _S.POSTCOPY_PAUSED:
-            raise StateError("Cannot resume if there is no paused migration")
-        self._migration.resume(self._outgoing_transport(uri))
+            raise StateError(NOTHING_PAUSED)
+        transport = self._outgoing_transport(uri)
+        with self._lock:
+            if self.outgoing.status is not _S.POSTCOPY_PAUSED:
+                raise StateError(NOTHING_PAUSED)
+            self._migration.resume(transport)
         self.outgoing.wait(NOT_PAUSED, RESUME_WAIT)
 
     def check(self, uri: str | None = None) -> CheckReport:
@@ -294,8 +299,10 @@ class Engine(MigrationControl):
         the whole guest then (QEMU 10.1, qmp_migrate_cancel).
         """
         with self._events.hold(), self._swap:
-            if self._migration is not None:
-                self._migration.cancel()
+            migration = self._migration
+            begun = migration is not None and migration.begin_to_cancel()
+        if migration is not None and begun:
+            migration.interrupt()
         self.inbound.cancel()
 
     def continue_migration(self, state: MigrationStatus) -> None:
@@ -384,9 +391,10 @@ class Engine(MigrationControl):
             self._end_check()
         with self._events.hold(), self._swap:
             migration = self._migration
-            if migration is not None:
-                migration.close()
+            begun = migration is not None and migration.begin_to_close()
         if migration is not None:
+            if begun:
+                migration.interrupt()
             migration.join()
         self.inbound.close()
         self.machine.close()

@@ -20,7 +20,7 @@ from corefw.engine.tails import tail_of
 from corefw.errors import BlockedError, MigfwError, StateError
 from corefw.machine import Machine, RunState
 from corefw.plugins import Plugins
-from corefw.section import LoaderRegistry
+from corefw.registry import LoaderRegistry
 from corefw.settings import Settings
 from corefw.states import CONNECTED, IN_POSTCOPY, POSTCOPY, MigrationStatus, Side, StateMachine
 

@@ -23,7 +23,7 @@ from corefw.engine.guestlock import GuestLock
 from corefw.engine.phases import run_phases
 from corefw.errors import ANYTHING, Interrupted, MigfwError
 from corefw.machine import Machine, RamMakingMachine
-from corefw.section import LoaderRegistry
+from corefw.registry import LoaderRegistry
 from corefw.settings import Settings
 from corefw.states import MigrationStatus, StateMachine
 

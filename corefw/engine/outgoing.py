@@ -24,7 +24,7 @@ from corefw.engine.source import Source
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.errors import ANYTHING, ChannelError, Interrupted, MachineError, MigfwError, StateError
 from corefw.machine import Machine
-from corefw.section import SaverRegistry
+from corefw.registry import SaverRegistry
 from corefw.settings import Settings
 from corefw.states import IDLE, IN_POSTCOPY, POSTCOPY, SETUP_OR_ACTIVE, MigrationStatus, StateMachine
 
@@ -111,20 +111,26 @@ class OutgoingMigration:
         To be asked under the guest lock."""
         return self._source.custody.held and self._state.status not in IDLE
 
-    def cancel(self) -> None:
-        """Begin to end it; does nothing when it is over. Raises StateError in postcopy (see `_may_cancel`). The caller
-        makes sure that no other migration begins meanwhile."""
+    def begin_to_cancel(self) -> bool:
+        """Enter cancelling; interrupt() has to follow. False if there is nothing to cancel any more. Raises StateError
+        in postcopy (see `_may_cancel`). The caller makes sure that no other migration begins meanwhile."""
         while (status := self._state.status) in SETUP_OR_ACTIVE:
             if not self._may_cancel(status):
                 raise StateError(IN_POSTCOPY)
-            if self._begin_to_cancel(status):
-                return
+            if self._state.advance(status, _S.CANCELLING):
+                return True
+        return False
 
-    def close(self) -> None:
-        """Begin to end it, in postcopy too: the engine ends. Does nothing when it is over."""
+    def begin_to_close(self) -> bool:
+        """The same for an engine that ends, in postcopy too."""
         while (status := self._state.status) in SETUP_OR_ACTIVE:
-            if self._begin_to_cancel(status):
-                return
+            if self._state.advance(status, _S.CANCELLING):
+                return True
+        return False
+
+    def interrupt(self) -> None:
+        """Wake the migration thread wherever it waits. With no lock held: channels belong to plugins."""
+        self._source.cancel()
 
     def _may_cancel(self, status: MigrationStatus) -> bool:
         """Whether a cancel in this status leaves a whole guest somewhere. In postcopy it would not; but if the
@@ -133,13 +139,6 @@ class OutgoingMigration:
         if status is _S.POSTCOPY_PAUSED:
             return not self._source.started_there
         return status not in POSTCOPY
-
-    def _begin_to_cancel(self, status: MigrationStatus) -> bool:
-        """False if the status is another one by now."""
-        if not self._state.advance(status, _S.CANCELLING):
-            return False
-        self._source.cancel()
-        return True
 
     def proceed(self) -> None:
         """Go on from pre-switchover (migrate-continue)."""
@@ -158,7 +157,8 @@ class OutgoingMigration:
         self._source.link.abort()
 
     def resume(self, transport: Transport) -> None:
-        """Go on from postcopy-paused over another connection (migrate with resume)."""
+        """Go on from postcopy-paused over another connection (migrate with resume). Raises StateError if it is about
+        to."""
         self._source.resume(transport)
 
     # -- the thread ------------------------------------------------------------------------------------------------

@@ -154,6 +154,7 @@ def _pause(source: Source, error: ChannelError | StreamError) -> MigrationStatus
     except MigfwError as cause:
         reason = str(cause)
     source.statistics.error = reason
+    source.expect_resume()
     log.warning("postcopy is paused: %s", reason)
     return MigrationStatus.POSTCOPY_PAUSED
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from corefw.section import LoaderRegistry, SectionKey, SectionLoader
+from corefw.registry import LoaderRegistry
+from corefw.section import SectionKey, SectionLoader
 from corefw.wire.records import Configuration, SectionHeader
 
 

@@ -22,9 +22,10 @@ from corefw.engine.passes import Passes
 from corefw.engine.returnpath import Handler
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.engine.tails import tail_of
-from corefw.errors import MachineError, PluginError
+from corefw.errors import MachineError, PluginError, StateError
 from corefw.machine import DEAD, Machine, ThrottlableMachine
-from corefw.section import LiveSaver, OutgoingContext, SaverRegistry
+from corefw.registry import SaverRegistry
+from corefw.section import LiveSaver, OutgoingContext
 from corefw.settings import Settings
 from corefw.wire.constants import PACKAGE_PING, PLUGIN_MESSAGES, Command, ReturnMessage
 from corefw.wire.records import write_command
@@ -152,13 +153,16 @@ class Source(OutgoingContext):
 
     # -- postcopy that pauses --------------------------------------------------------------------------------------
 
+    def expect_resume(self) -> None:
+        """The migration is about to pause: from now on resume() may come, once."""
+        self._next_transport = None
+
     def await_transport(self) -> Transport:
         """Wait for resume(). Raises Interrupted."""
         while True:
             self.proceed.clear()
             self.interrupt.check()
-            transport, self._next_transport = self._next_transport, None
-            if transport is not None:
+            if (transport := self._next_transport) is not None:
                 return transport
             self.proceed.wait()
 
@@ -168,7 +172,10 @@ class Source(OutgoingContext):
         self.link = Link(transport, self.interrupt, self.meter)
 
     def resume(self, transport: Transport) -> None:
-        """Go on over this transport. From any thread."""
+        """Go on over this transport. From any thread, one at a time. Raises StateError if that was said already since
+        the migration paused."""
+        if self._next_transport is not None:
+            raise StateError("A migration is being resumed already")
         self._next_transport = transport
         self.proceed.set()
 

@@ -244,10 +244,6 @@ def section_figures(sections: Iterable[Section]) -> dict[str, dict[str, object]]
     return found
 
 
-def with_blockers(info: dict[str, Any], reasons: Sequence[str]) -> dict[str, Any]:
-    return info | {"blocked-reasons": list(reasons)} if reasons else info
-
-
 def milliseconds_since(moment: float) -> int:
     """Milliseconds since a moment of time.monotonic()."""
     return int((time.monotonic() - moment) * 1000)

@@ -17,7 +17,8 @@ from corefw.engine.progress import LoadProgress
 from corefw.engine.switchover import AckPolicy
 from corefw.errors import RemoteStreamError
 from corefw.machine import Machine, ParkingMachine, RunState, StreamFormat, WaitReadable
-from corefw.section import LoaderRegistry, SaverRegistry, SectionKey
+from corefw.registry import LoaderRegistry, SaverRegistry
+from corefw.section import SectionKey
 from corefw.settings import Settings
 from corefw.wire.constants import SectionType
 from corefw.wire.frames import FrameReader

@@ -124,7 +124,7 @@ def test_a_cancel_from_the_moment_of_postcopy_active_on_is_refused(move: Move, s
 
 @pytest.mark.parametrize("seed", range(2))
 def test_cancels_that_race_with_the_switch(move: Move, seed: int) -> None:
-    """Whoever wins, the guest is whole on one side."""
+    """Whatever happens first, the guest is whole on one side."""
     choice, over = random.Random(seed), threading.Event()
 
     def cancel(engine: Engine) -> None:
@@ -208,6 +208,27 @@ def test_a_guest_that_is_still_arriving_does_not_leave(move: Move) -> None:
     move.hurry()
     move.completes()
     move.destination.check()
+
+
+def test_a_paused_source_resumes_once(move: Move) -> None:
+    """A second transport would be left over, and resume the migration unasked when it pauses again."""
+    pause(move)
+    resumed = []
+
+    def resume(uri: str) -> None:
+        with suppress(StateError):
+            move.source.migrate(uri, resume=True)
+            resumed.append(uri)
+
+    address = move.destination.recover(LISTEN)
+    threads = [threading.Thread(target=resume, args=(address,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(resumed) == 1
+    move.hurry()
+    move.completes()
 
 
 def test_a_paused_source_begins_no_second_migration(move: Move) -> None:

@@ -15,7 +15,8 @@ from corefw_devices.globalstate import GlobalStateLoader, GlobalStateSaver
 from corefw.errors import MachineError, RemoteStreamError
 from corefw.machine import Device, Machine, ParkingMachine, RamBlock, RunState, StreamFormat, WaitReadable
 from corefw.plugins import Plugins
-from corefw.section import LoaderRegistry, Priority, RunStateLoader, RunStateSaver, SaverRegistry, SectionKey
+from corefw.registry import LoaderRegistry, SaverRegistry
+from corefw.section import Priority, RunStateLoader, RunStateSaver, SectionKey
 from corefw.settings import Settings
 from corefw.testing.section import CHECKS, SectionCase, check_section
 from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
