@@ -1,7 +1,7 @@
-"""What the ram section carries: the list of blocks that MEM_SIZE announces, and records of single pages.
+"""The records of the ram section: their headers, the list of blocks in MEM_SIZE, and the bodies of single pages.
 
-The records are here for whoever takes a stream apart one by one (inspect); the ram plugin reads and writes runs of
-them.
+Every reader of RAM parses headers with read_ram_header(). `inspect` reads one record at a time; the ram plugin also
+stores runs of records of one kind without reading their headers one by one.
 
 Source: QEMU 7.2's ram_save_setup and ram_load_precopy (migration/ram.c).
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from corefw.errors import StreamError
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
@@ -158,28 +158,65 @@ MARKS: Final = frozenset({RamFlag.EOS, RamFlag.MULTIFD_FLUSH})
 """Records that are a word and nothing else."""
 
 
+OBSOLETE: Final = frozenset({RamFlag.FULL, RamFlag.HOOK})
+"""Records whose bodies cannot be read here: an old kind of page, and RDMA's own."""
+
 _FLAGS: Final[Mapping[int, tuple[RamFlag, RamFlag]]] = {
-    **{int(kind): (kind, kind) for kind in (RamFlag.MEM_SIZE, *MARKS, *PAGE_BODIES)},
-    **{int(kind | RamFlag.CONTINUE): (kind | RamFlag.CONTINUE, kind) for kind in PAGE_BODIES},
+    **{int(kind): (kind, kind) for kind in (RamFlag.MEM_SIZE, *MARKS, *OBSOLETE, *PAGE_BODIES)},
+    **{
+        int(kind | RamFlag.CONTINUE): (kind | RamFlag.CONTINUE, kind)
+        for kind in (RamFlag.MULTIFD_FLUSH, *OBSOLETE, *PAGE_BODIES)
+    },
 }
-"""What may stand below the page size -> the flags, and the kind. A table, for IntFlag's own arithmetic takes longer
-than all the rest of a record."""
+"""Bits below the page size -> the flags, and the kind. A table, because the arithmetic of IntFlag takes longer than the
+rest of a record."""
+
+
+class RamHeader(NamedTuple):
+    """The header of a record.
+
+    flags     the flags as sent
+    kind      the flags without CONTINUE
+    address   offset in the block in bytes; for MEM_SIZE the sum of the blocks' lengths; otherwise 0
+    named     the name of a block follows; a page record without one continues the block of the previous record
+    """
+
+    flags: RamFlag
+    kind: RamFlag
+    address: int
+    named: bool
+
+
+def read_ram_header(reader: StreamReader, page_size: int = TARGET_PAGE_SIZE) -> RamHeader:
+    """Read the header of a record. The caller checks whether the block exists and has such an offset.
+
+    Raises RemoteStreamError for unknown flags, ChannelError.
+    """
+    word = reader.be64("a RAM record's header")
+    raw, address = word & (page_size - 1), word & ~(page_size - 1)
+    if raw not in _FLAGS:
+        raise reader.error("a RAM record", f"one with the flags {raw:#x}")
+    flags, kind = _FLAGS[raw]
+    return RamHeader(flags, kind, address, kind in PAGE_BODIES and not raw & CONTINUE)
+
+
+def read_block_name(reader: StreamReader) -> str:
+    """Read the name behind the header of a record that has one."""
+    return reader.string("a RAM block's name")
 
 
 def read_ram_record(reader: StreamReader, layout: RamLayout) -> RamRecord:
-    """One record, EOS included. Whether its block exists is left to the caller."""
-    word = reader.be64("a RAM record")
-    raw, address = word & (layout.page_size - 1), word & ~(layout.page_size - 1)
-    if raw not in _FLAGS:
-        raise reader.error("a RAM record of a kind that is known", f"flags {raw:#x}")
-    flags, kind = _FLAGS[raw]
+    """Read a whole record, EOS included. Raises as read_ram_header() does."""
+    flags, kind, address, named = read_ram_header(reader, layout.page_size)
     if kind in PAGE_BODIES:
-        idstr = None if raw & CONTINUE else reader.string("the name of a RAM block")
+        idstr = read_block_name(reader) if named else None
         return RamRecord(flags, address, idstr, PAGE_BODIES[kind](reader, layout))
     if kind is RamFlag.MEM_SIZE:
         entries = read_block_list(reader, address, page_sizes=layout.page_sizes, addresses=layout.addresses)
         blocks = tuple(_count_mapped(reader, layout, entry) if layout.mapped else entry for entry in entries)
         return RamRecord(flags, address, blocks=blocks)
+    if kind in OBSOLETE or flags != kind:
+        raise reader.error("a RAM record", f"one with the flags {int(flags):#x}")
     return RamRecord(flags, address)
 
 

@@ -20,7 +20,7 @@ from corefw.machine import Machine, RamBlock, RamMakingMachine
 from corefw.quantities import format_size
 from corefw.section import IncomingContext
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
-from corefw.wire.records import MAPPED_RAM, BlockEntry, read_block_list
+from corefw.wire.records import MAPPED_RAM, BlockEntry, read_block_list, read_block_name, read_ram_header
 from corefw.wire.stream import StreamReader
 from corefw_ram.direct import DirectReceiver
 from corefw_ram.mapped import load_mapped_pages
@@ -96,24 +96,21 @@ class PageLoader:
                     pass
                 direct = reader.receives_memory and self._block.direct.expects
                 reader.read_ahead = LITTLE if direct else len(reader.buffer)
-            word = reader.be64("a RAM record's header")
-            flags = RamFlag(word & FLAGS)
-            if flags is RamFlag.EOS:
+            header = read_ram_header(reader)
+            if header.kind is RamFlag.EOS:
                 if self._block is not None:
                     self._block.direct.end_body()
                 return
-            kind = flags if flags & RamFlag.MEM_SIZE or not flags & RamFlag.CONTINUE else flags ^ RamFlag.CONTINUE
-            load = self._records.get(kind)
+            load = self._records.get(header.kind)
             if load is None:
-                raise reader.error("a RAM record", REFUSED.get(kind, f"one with the flags {int(flags):#x}"))
-            if kind is not RamFlag.MEM_SIZE and not flags & RamFlag.CONTINUE:
-                self._block = self._named_block(reader)
-            load(reader, word & ~FLAGS)
+                raise reader.error("a RAM record", REFUSED[header.kind])
+            if header.named:
+                self._block = self._named_block(reader, read_block_name(reader))
+            load(reader, header.address)
 
     # -- one record ------------------------------------------------------------------------------------------------
 
-    def _named_block(self, reader: StreamReader) -> LoadedBlock:
-        name = reader.string("a RAM block's name")
+    def _named_block(self, reader: StreamReader, name: str) -> LoadedBlock:
         block = self._blocks.get(name)
         if block is None:
             raise reader.error(f"one of the RAM blocks {', '.join(self._blocks) or '(none)'}", f"block '{name}'")
