@@ -33,7 +33,7 @@ from corefw.errors import MigfwError, one_line
 from corefw.machine import DEAD, RunState
 from corefw.qmp.address import QmpAddress
 from corefw.qmp.server import QmpServer
-from corefw.states import MigrationStatus, Side, StatusChanged
+from corefw.states import POSTCOPY, MigrationStatus, Side, StatusChanged
 from corefw.uri import UnixAddress
 
 if TYPE_CHECKING:
@@ -186,6 +186,8 @@ def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: Arrivals) -> 
                 endings.put(Ending.MOVED)
             else:
                 announce(UNCONFIRMED)
+        if side is Side.SOURCE and new in (MigrationStatus.FAILED, MigrationStatus.CANCELLED):
+            _note_end(engine, endings)
         if side is Side.DESTINATION and new is MigrationStatus.FAILED:
             if plan.stay or not engine.inbound.exit_on_error:
                 note(f"{_why_not_arrived(engine)}; waiting for migrate-incoming")
@@ -200,10 +202,21 @@ def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: Arrivals) -> 
         match event:
             case StatusChanged():
                 status_changed(event.side, event.new)
-            case RunStateChanged() if event.new in DEAD:
-                endings.put(Ending.GUEST_ENDED if event.new is RunState.SHUTDOWN else Ending.GUEST_FAILED)
+            case RunStateChanged():
+                _note_end(engine, endings)
 
     engine.observe(happened)
+
+
+def _note_end(engine: Engine, endings: Endings) -> None:
+    """Put a reason into the queue if the guest has ended here; but what a postcopy has still to send is needed."""
+    state = engine.machine.run_state
+    if state not in DEAD:
+        return
+    if engine.outgoing.status in POSTCOPY:
+        note("the process of the guest that has left has ended; its RAM is still sent to the destination")
+    else:
+        endings.put(Ending.GUEST_ENDED if state is RunState.SHUTDOWN else Ending.GUEST_FAILED)
 
 
 def _handle_signals(endings: Endings, address: QmpAddress) -> None:

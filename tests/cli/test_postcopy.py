@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 
 from corefw.testing.tasks import wait_until
@@ -78,6 +80,21 @@ def test_a_switch_needs_a_process_that_watches() -> None:
     refused = migfw("migrate", "tcp:localhost:1", "--postcopy", "--detach")
     assert refused.returncode == 2
     assert "'migfw postcopy'" in refused.stderr
+
+
+def kill_guest(engine: Engine) -> None:
+    os.kill(int(engine.ask("x-migfw-status")["machine"]["information"]["pid"]), signal.SIGKILL)
+
+
+def test_the_process_that_the_guest_has_left_is_not_needed(engines: Engines) -> None:
+    """The kernel may end it when memory runs out; what is still to be sent is the engine's as well."""
+    source, destination = start_postcopy(engines)
+    kill_guest(source)
+    assert wait_until(lambda: "internal-error" in source.call("status").stdout)
+    assert source.call("set", "max-postcopy-bandwidth=0").returncode == 0
+    assert wait_until(lambda: status(destination) == "completed")
+    verified = destination.call("verify")
+    assert verified.returncode == 0, verified.stderr
 
 
 def test_the_commands_are_in_the_help() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import migfw_zstd
@@ -135,6 +137,25 @@ def test_a_bomb_is_decompressed_as_it_is_asked_for(ends: tuple[Channel, Channel]
     assert isinstance(channel, ZstdChannel)
     assert len(channel._ready) <= migfw_zstd.ROOM
     receive_exactly(channel, memoryview(bytearray(1 << 20)))
+
+
+def test_frames_without_content_do_not_make_a_wait_longer(ends: tuple[Channel, Channel]) -> None:
+    """A peer that sends them without end is as silent as one that sends nothing."""
+    plain, channel = ends
+
+    def flood() -> None:
+        with suppress(ChannelError):
+            while True:
+                plain.send(END * 1000)
+
+    sender = threading.Thread(target=flood)
+    sender.start()
+    try:
+        assert not any(channel.wait_readable(seconds) for seconds in (0.0, 0.1))
+    finally:
+        channel.abort()
+        plain.abort()
+        sender.join()
 
 
 def test_a_window_that_needs_much_memory_is_refused(ends: tuple[Channel, Channel]) -> None:

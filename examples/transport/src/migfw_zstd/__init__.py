@@ -33,6 +33,11 @@ STEP: Final = 1 << 20
 ROOM: Final = 1 << 16
 """Compressed bytes to receive at a time, and plain bytes to decompress when asked whether there are any."""
 
+LATE_READS: Final = 8
+"""Receives after the time that wait_readable() was given: enough for the largest block of zstd, 128 KiB, so that a
+block that is there is found even by a caller that does not wait. A peer that sends frames without content gets no more.
+"""
+
 WINDOW: Final = 8 << 20
 """The largest window, in bytes, that a peer may ask for; level 19 needs that much."""
 
@@ -139,7 +144,7 @@ class ZstdChannel(Channel):
             view[:count] = self._ready[:count]
             self._ready = self._ready[count:]
             return count
-        self._source.deadline = None
+        self._source.wait_forever()
         return self._decompress(view)
 
     def wait_readable(self, seconds: float) -> bool:
@@ -148,7 +153,7 @@ class ZstdChannel(Channel):
         It takes as much as a receive does, not a single byte, because a destination asks before each receive.
         """
         if not self._ready and not self._ended:
-            self._source.deadline = time.monotonic() + seconds
+            self._source.wait_for(seconds)
             room = memoryview(bytearray(ROOM))
             try:
                 self._ready = room[: self._decompress(room)]
@@ -181,23 +186,36 @@ class ZstdChannel(Channel):
 
 
 class _Compressed:
-    """What the decompressor reads from: the inner channel, until the end mark.
-
-    deadline   when read() gives up, by time.monotonic(); None: never
-    """
+    """What the decompressor reads from: the inner channel, until the end mark."""
 
     def __init__(self, inner: Channel) -> None:
         self._inner = inner
         self._room = memoryview(bytearray(ROOM))
         self._last = b""
-        self.deadline: float | None = None
+        self._deadline: float | None = None
+        self._late_reads = 0
+
+    def wait_forever(self) -> None:
+        """From now on read() waits for as long as it takes."""
+        self._deadline = None
+
+    def wait_for(self, seconds: float) -> None:
+        """From now on read() raises TimeoutError when this time is over."""
+        self._deadline = time.monotonic() + seconds
+        self._late_reads = LATE_READS
 
     def read(self, size: int) -> memoryview:
-        """Up to `size` bytes; none at the end. Raises ChannelError, and TimeoutError after the deadline."""
-        if self.deadline is not None and not self._inner.wait_readable(self.deadline - time.monotonic()):
-            raise TimeoutError
+        """Up to `size` bytes; none at the end. Raises ChannelError, TimeoutError."""
+        if self._deadline is not None:
+            self._check_time(self._deadline - time.monotonic())
         got = self._room[: self._inner.receive_into(self._room[:size])]
         if not got and self._last != END:
             raise ChannelError(f"{self._inner.peer}: the connection ended in the middle of the stream")
         self._last = (self._last + got[-len(END) :])[-len(END) :]
         return got
+
+    def _check_time(self, left: float) -> None:
+        if left <= 0:
+            self._late_reads -= 1
+        if self._late_reads < 0 or not self._inner.wait_readable(max(left, 0)):
+            raise TimeoutError
