@@ -2,7 +2,7 @@
 ;
 ;     nasm -f bin -D END=0x40000000 -D PAGES=16384 -D BURST=122 -D MARK=1024 guest.asm -o guest.bin
 ;
-; The law: it fills memory from 1 MiB up to END with a xorshift32 sequence of little-endian words and prints 'F'. Then,
+; It fills memory from 1 MiB up to END with a xorshift32 sequence of little-endian words and prints 'F'. Then,
 ; 200 times a second, it adds 1 to the first byte of the next BURST of the PAGES pages from 1 MiB on, round and round, and
 ; sleeps (hlt) in between, as `stress` does: neither guest takes processor time from its engine that the other leaves.
 ; It prints a 'B' for every MARK pages, so that the rate can be measured from outside. It never writes elsewhere.

@@ -1,6 +1,6 @@
 """How `make docs` builds the site.
 
-The law: the pages are plain Markdown that reads well where it lies; what only the site needs is added here. Sphinx runs
+The pages are plain Markdown that also reads well without Sphinx; what only the site needs is added here. Sphinx runs
 with -W, so a link or an anchor that leads nowhere is an error.
 """
 

@@ -1,4 +1,4 @@
-"""A block that closes, and nobody who writes that again."""
+"""Objects with close() end with a `with` block, and no class defines that a second time."""
 
 from __future__ import annotations
 

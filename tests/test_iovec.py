@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from corefw.net import iovec
-from corefw.net.sockets import IOV_MAX
+from corefw.net import IOV_MAX, iovec
 
 
 def pieces(*arrays: NDArray[np.uint8]) -> iovec.Iovecs:

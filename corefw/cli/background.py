@@ -69,7 +69,7 @@ class Background:
 def go_to_background(*, as_json: bool, tied: bool = False) -> Background:
     """Fork and return in the child. The parent waits until the child is ready, then raises Finished or MigfwError.
 
-    If `tied`, the end of standard input counts as Ctrl-C: whoever started the command from another host has gone.
+    If `tied`, the end of standard input counts as Ctrl-C: the user who started the command from another host has gone.
     Call this while the process has one thread and has not created anything yet.
     """
     sys.stdout.flush()

@@ -149,7 +149,7 @@ class Claim(Closing):
             path, fd = self._lock
             self._lock = None
             with contextlib.suppress(OSError):
-                path.unlink()  # before unlocking: whoever gets the lock next sees that the file has been unlinked
+                path.unlink()  # before unlocking: the next one to lock it sees that the file has been unlinked
             os.close(fd)
 
 

@@ -159,7 +159,7 @@ class Changes:
             raise
 
     def revert(self, engine: EngineClient, before: Changes) -> None:
-        """Restore `before`, except for what somebody else has changed since. Does nothing if the engine has gone."""
+        """Restore `before`, except for what another client has changed since. Does nothing if the engine has gone."""
         with contextlib.suppress(MigfwError):
             now = self._before(engine)
             Changes(

@@ -36,7 +36,7 @@ from corefw.wire.stream import MemorySink, StreamReader, StreamWriter
 log = logging.getLogger(__name__)
 
 BUDGET: Final = 512 << 10
-"""Bytes of a PART: a page that the guest waits for queues behind as many, and behind what the socket holds."""
+"""Bytes of a PART, at most: a page that the guest waits for is sent after them, and after what the socket holds."""
 
 
 # -- postcopy-active ---------------------------------------------------------------------------------------------------

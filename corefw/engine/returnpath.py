@@ -51,7 +51,7 @@ it raises ends the return path."""
 class ReturnPathReader:
     """The source's end: a thread that reads messages until SHUT 0, or until something is wrong.
 
-    Each message is passed to its handler; one without a handler fails the migration. Messages that somebody waits for
+    Each message is passed to its handler; one without a handler fails the migration. Messages that are waited for
     are announced with `expect`, so that a destination cannot make the source collect others.
 
     `on_failure` is called from that thread, once, if the path ends in anything but SHUT 0.

@@ -1,7 +1,7 @@
 """How the kernel shares the processor between a migration and the guest that it moves.
 
 Only the calling thread changes, only while it moves bytes (a guest that it starts must not inherit the policy), and
-only if nobody has chosen a policy for it. No privilege is needed. If the kernel refuses, everything works as before.
+only if it has the default policy. No privilege is needed. If the kernel refuses, everything works as before.
 """
 
 from __future__ import annotations

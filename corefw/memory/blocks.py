@@ -2,7 +2,7 @@
 
 Invariant: the file is the RAM. The engine's mapping, the guest's mapping and the descriptor are three ways to the same
 pages, and nothing about the contents is remembered here. The kernel knows what was never touched (SEEK_DATA and
-SEEK_HOLE), so the answer stays right whoever wrote: the guest, a channel that received into `view`, or store(). A
+SEEK_HOLE), so the answer is right whatever wrote: the guest, a channel that received into `view`, or store(). A
 memfd's size is sealed: a process that holds the descriptor cannot shrink it and so make another's access fail. (A file
 of huge pages cannot be sealed; it is in the hands of the same user.)
 

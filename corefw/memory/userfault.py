@@ -108,7 +108,7 @@ def read_faults(fd: int, most: int) -> NDArray[np.int64]:
 
 
 def map_existing(fd: int, address: int, length: int) -> int:
-    """Map pages that are in the page cache, in a range registered for MINOR, and wake whoever waits for them.
+    """Map pages that are in the page cache, in a range registered for MINOR, and wake the threads that wait for them.
 
     The bytes mapped, fewer than `length` where a page is in the way and 0 when the kernel was busy. EEXIST: the first
     page is mapped already; EFAULT: it is in a hole; ESRCH: the process has ended.
@@ -132,5 +132,5 @@ def _fill(request: int, fd: int, address: int, length: int) -> int:
 
 
 def wake(fd: int, address: int, length: int) -> None:
-    """Let whoever waits for a page in this range look again whether it is mapped."""
+    """Have threads that wait for a page in this range check again whether it is mapped."""
     fcntl.ioctl(fd, _UFFDIO_WAKE, _RangeArgument.pack(address, length))

@@ -1,1 +1,7 @@
 """Plumbing below the transports: sockets, dialing and listening, iovecs, descriptors, sets of channels, relays."""
+
+import os
+from typing import Final
+
+IOV_MAX: Final = os.sysconf("SC_IOV_MAX")
+"""Pieces of memory that one system call takes: 1024 on every Linux."""

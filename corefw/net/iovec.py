@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw.net.sockets import IOV_MAX
+from corefw.net import IOV_MAX
 
 IOVEC_SIZE: Final = 16
 

@@ -9,15 +9,12 @@ itself has to show where it ends.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import logging
 import os
 import select
 import socket
 import struct
-import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +22,8 @@ from typing import TYPE_CHECKING, Final
 
 from corefw.channel import Buffer, Channel, Interrupt, Listener, ReceivesMemory, SendsMemory
 from corefw.errors import ChannelError, Interrupted
+from corefw.net import IOV_MAX
+from corefw.net.lingering import close_now, end_politely
 from corefw.uri import MigrationUri, join_host_port
 
 if TYPE_CHECKING:
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
-
-IOV_MAX: Final = os.sysconf("SC_IOV_MAX")
-"""Pieces of memory that one system call takes: 1024 on every Linux."""
 
 SEND_TICK: Final = 0.1
 """Seconds after which a blocked send checks whether it was aborted. A blocked *receive* ends when the reading side is
@@ -46,13 +42,6 @@ RECEIVE_TICK: Final = 0.001
 CLOSE_TICK: Final = 0.1
 """Seconds after which a wait that close() cannot wake notices it. (A receive, for one: shutting down the reading side
 would wake it, but close() still reads what the peer sends.)"""
-
-LINGER: Final = 60.0
-"""Seconds that close() goes on, in the background, to read what the peer sends until our last bytes have arrived."""
-
-LINGER_TICK: Final = 0.02
-DRAIN: Final = 16 << 20
-"""Bytes discarded at a time, more than the kernel buffers for a connection."""
 
 KEEPALIVE: Final = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6}
 """A peer that does not answer is found dead after 90 seconds instead of two hours."""
@@ -239,8 +228,8 @@ class SocketChannel(Channel, SendsMemory, ReceivesMemory):
             if self._closed:
                 return
             self._closed = True
-        if self._aborted or self._failure or not _end_politely(self._socket, self._tcp):
-            _close(self._socket)
+        if self._aborted or self._failure or not end_politely(self._socket, self._tcp):
+            close_now(self._socket)
 
     # -- what went wrong -------------------------------------------------------------------------------------------
 
@@ -289,53 +278,6 @@ def _prepare(sock: socket.socket, tcp: bool) -> None:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, UNPACED)
     except OSError:
         pass  # if the peer has gone, the first send or receive shows it
-
-
-def _end_politely(sock: socket.socket, tcp: bool) -> bool:
-    """End our direction, and read what the peer has sent: closing a socket with unread bytes resets the connection, and
-    our own last bytes would be lost. True if a thread goes on with that and closes the socket itself."""
-    try:
-        sock.shutdown(socket.SHUT_WR)
-        sock.setblocking(False)
-        if not tcp or _drain(sock) or _unsent(sock) == 0:
-            return False
-    except OSError:
-        return False
-    threading.Thread(target=_linger, args=(sock,), name="migfw-linger", daemon=True).start()
-    return True
-
-
-def _close(sock: socket.socket) -> None:
-    """Close the socket. Closing alone does not wake a thread that is blocked in a receive."""
-    with sock, contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RD)
-
-
-def _drain(sock: socket.socket) -> bool:
-    """Discard what is there, up to DRAIN bytes: a peer that goes on sending has to find out that the channel is closed.
-    True at the end of the stream."""
-    scrap = bytearray(65536)
-    try:
-        for _ in range(DRAIN // len(scrap)):
-            if sock.recv_into(scrap) == 0:
-                return True
-    except BlockingIOError:
-        pass
-    return False
-
-
-def _unsent(sock: socket.socket) -> int:
-    """Bytes that the peer's kernel has not acknowledged."""
-    count = fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0\0\0\0")
-    return int(struct.unpack("i", count)[0])
-
-
-def _linger(sock: socket.socket) -> None:
-    deadline = time.monotonic() + LINGER
-    with contextlib.suppress(OSError):
-        while not _drain(sock) and _unsent(sock) and time.monotonic() < deadline:
-            time.sleep(LINGER_TICK)
-    _close(sock)
 
 
 class SocketListener(Listener):

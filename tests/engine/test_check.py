@@ -23,7 +23,7 @@ def dialled(uri: str) -> socket.socket:
 
 
 def ask(uri: str, document: dict[str, object]) -> bytes:
-    """What a destination answers to somebody who says this of himself."""
+    """What a destination answers to a source with these facts."""
     with dialled(uri) as connection:
         connection.sendall(checking.MAGIC + checking.pack(document))
         connection.shutdown(socket.SHUT_WR)

@@ -1,7 +1,7 @@
 """Records the golden streams from a real QEMU: python tests/golden/record.py, in the repository's root.
 
-The law: a stream here is what QEMU sent, byte for byte, compressed with gzip. RECORDINGS says how each was made; a test
-reads its names from there. The machines have next to no RAM and rom.asm for firmware, so a stream takes a few
+Invariant: a stream here is what QEMU sent, byte for byte, compressed with gzip. RECORDINGS says how each was made;
+a test reads its names from there. The machines have next to no RAM and rom.asm for firmware, so a stream takes a few
 kilobytes.
 """
 

@@ -9,7 +9,7 @@
     forking        what becomes of the arrays in a process that the guest forks
     protocol       the messages between the engine and the guest's process
     guestmain      the guest's process: maps the arrays, runs the program
-    undeclared     finds state that nobody declared
+    undeclared     finds state that the program has not declared
     process        the engine's end of it: spawns, asks, hears of its death
     table          a program's fields and sections as VMStates
     machine        PythonMachine, put together from these

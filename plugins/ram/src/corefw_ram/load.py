@@ -1,7 +1,7 @@
 """The destination's half: records into guest RAM.
 
 Invariant: nothing of a record stays in RAM unless its block, its offset and its flags are right. Runs of records of one
-kind are told from the receive buffer with NumPy and stored in one go, or received straight into RAM (direct.py);
+kind are recognised in the receive buffer with NumPy and stored in one go, or received straight into RAM (direct.py);
 whatever is not such a run is read one record at a time.
 
 Threads: the incoming thread.

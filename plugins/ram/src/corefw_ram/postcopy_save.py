@@ -22,7 +22,7 @@ from corefw.wire.stream import StreamWriter
 from corefw_ram.save import BlockState, PageSaver
 
 
-class PageRequests:
+class RequestQueue:
     """The pages that the destination has asked for, in the order of its requests.
 
     A page is kept once however often it is asked for, so a destination that floods the source with requests makes it
@@ -37,7 +37,7 @@ class PageRequests:
         self._queued = [np.zeros(len(state.dirty), dtype=np.bool_) for state in states]
 
     def add(self, idstr: str, start: int, length: int) -> None:
-        """Pages from byte `start` on. Raises StreamError for what is not whole pages of a block."""
+        """Add the pages from byte `start` on. Raises StreamError for anything but whole pages of a block."""
         index = self._index.get(idstr)
         if index is None:
             raise StreamError(f"page request: expected one of the RAM blocks {', '.join(self._index)}, got '{idstr}'")
@@ -80,7 +80,7 @@ class PostcopyPageSaver(PageSaver):
 
     def __init__(self, blocks: Sequence[RamBlock], statistics: RamStatistics) -> None:
         super().__init__(blocks, statistics)
-        self._requests = PageRequests(self._states)
+        self._requests = RequestQueue(self._states)
 
     def begin_postcopy(self, writer: StreamWriter) -> None:
         """The guest is stopped: have the destination forget every page that is still to be sent (QEMU 10.0,

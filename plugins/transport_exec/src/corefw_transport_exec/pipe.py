@@ -16,7 +16,8 @@ from typing import Final
 
 from corefw.channel import Buffer, Channel, Interrupt, Listener
 from corefw.errors import ChannelError, Interrupted
-from corefw.net.sockets import CLOSE_TICK, IOV_MAX, reason
+from corefw.net import IOV_MAX
+from corefw.net.sockets import CLOSE_TICK, reason
 from corefw.uri import MigrationUri
 
 PIPE_SIZE: Final = 1 << 20
