@@ -28,7 +28,8 @@ _WORDS: Final = 2
 
 
 class HashLog(ComparingLog):
-    """The dirty log of a block that the engine maps, whichever process writes to it (the engine's own writes are seen too)."""
+    """The dirty log of a block that the engine maps, whichever process writes to it, the engine
+    included."""
 
     def __init__(self, block: RamBlock) -> None:
         self._block = block

@@ -4,8 +4,8 @@ Invariant: the kernel remembers the writes. A page of a registered range is writ
 the first write clears the mark, and nothing waits; one ioctl finds the pages without the mark and sets it again, page
 by page under the page table's lock, so a write is in this harvest or in the next.
 
-The process that is watched calls open_tracker() and passes the two descriptors on. A process that holds them can watch it, and
-needs no other permission. A guest that is not being migrated pays nothing: start() registers its memory, stop()
+The process that is watched calls open_tracker() and passes the two descriptors on. A process that holds them can watch
+it, and needs no other permission. A guest that is not being migrated pays nothing: start() registers its memory, stop()
 unregisters it.
 
 Source: Documentation/admin-guide/mm/pagemap.rst, include/uapi/linux/fs.h. What a harvest costs: docs/performance.md.
