@@ -213,7 +213,7 @@ def open_display(title: str, *, as_json: bool) -> Display:
 
 _WHEREABOUTS: Final[Mapping[str, str]] = {
     "stored": "stored in the file; it no longer runs here",
-    "unconfirmed": "stopped here: nobody confirmed that it arrived (if it did, 'migfw quit'; if not, 'migfw cont')",
+    "unconfirmed": "stopped here: its arrival was not confirmed (if it arrived, 'migfw quit'; if not, 'migfw cont')",
 }
 """Where the guest is, unless it has simply moved."""
 

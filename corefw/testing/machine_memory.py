@@ -116,7 +116,7 @@ def _follow(bench: Bench, machine: Machine, blocks: Sequence[RamBlock]) -> None:
         )
         again = block.dirty_log.harvest()
         assert len(again) == 0, (
-            f"the dirty log of '{block.idstr}' names pages again that nobody wrote: {again.tolist()[:3]}"
+            f"the dirty log of '{block.idstr}' names pages again that were not written: {again.tolist()[:3]}"
         )
         block.dirty_log.stop()
 

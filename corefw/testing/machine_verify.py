@@ -46,7 +46,7 @@ def _verify_finds_lost_writes(bench: Bench) -> None:
     machine = bench.running()
     if not isinstance(machine, VerifiableMachine):
         _warn(
-            f"machine '{machine.kind}' has no verify(), so nobody knows whether its guest continues correctly after a"
+            f"machine '{machine.kind}' has no verify(), so no test shows whether its guest continues correctly after a"
             " migration: make it a VerifiableMachine"
         )
         return
@@ -63,7 +63,7 @@ def _verify_finds_lost_writes(bench: Bench) -> None:
         if not _fails(machine):
             _warn(
                 f"verify() of machine '{machine.kind}' does not notice that page {page} of '{block.idstr}' is older"
-                " than the rest of the guest, so nobody knows whether migrations lose writes: check all of its state"
+                " than the rest of the guest, so it would not notice lost writes: check all of its state"
             )
         block.pages[page] = now
     machine.verify()

@@ -148,7 +148,7 @@ def _sending_to_nobody_fails(bench: Workbench) -> None:
         flood = Flood(sender, f"sending {way} to a peer that has gone", MIB, 4 * UNREAD_LIMIT)
         error = flood.task.error()
         assert isinstance(error, ChannelError), f"{flood.task.what}: expected ChannelError, got {described(error)}"
-        assert not isinstance(error, Interrupted), f"nobody aborted this end, yet it raised {described(error)}"
+        assert not isinstance(error, Interrupted), f"this end was not aborted, yet it raised {described(error)}"
 
 
 @check(Need.LIVE | Need.RETURN_PATH)

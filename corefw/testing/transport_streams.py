@@ -176,7 +176,7 @@ def _holds_back_a_fast_sender(bench: Workbench) -> None:
             f"expected it to block before {UNREAD_LIMIT // MIB} MiB"
         )
         grown = private_memory() - before
-        assert grown <= MEMORY_LIMIT, f"{way}: {grown / MIB:.0f} MiB of memory hold what nobody has read"
+        assert grown <= MEMORY_LIMIT, f"{way}: {grown / MIB:.0f} MiB of memory hold data that was not read"
         total = Task(f"receiving {way}", _count_flood, receiver, 256 << 10).result(CHECK_DEADLINE)
         flood.task.result()
         assert total == flood.sent, f"{way}: sent {flood.sent} bytes and received {total} after a pause"

@@ -372,7 +372,7 @@ class Leaks(Good):
         (with_block(_NoHoles), "holes-read-as-zero", "pages 0 to 16 of 'counters' are no hole"),
         (with_log(_BrokenLog), "the-dirty-log-finds-every-write", "the dirty log of 'counters' lost writes to"),
         (with_log(_Unsorted), "the-dirty-log-finds-every-write", "has runs that are not ascending and apart"),
-        (with_log(_Forever), "the-dirty-log-finds-every-write", "names pages again that nobody wrote"),
+        (with_log(_Forever), "the-dirty-log-finds-every-write", "names pages again that were not written"),
         (ForgetsState, "start-and-stop-can-be-repeated", r"after stop\(FINISH_MIGRATE\) of a stopped guest is paused"),
         (RunsOn, "nothing-changes-while-stopped", "block 'counters' changed while the guest was stopped"),
         (DeviceMoves, "nothing-changes-while-stopped", "a device's state changed while the guest was stopped"),
@@ -406,7 +406,7 @@ class Believing(Good):
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        (Unverified, r"machine 'count' has no verify\(\), so nobody knows .*: make it a VerifiableMachine"),
+        (Unverified, r"machine 'count' has no verify\(\), so no test shows .*: make it a VerifiableMachine"),
         (Believing, r"verify\(\) of machine 'count' does not notice that page \d of 'counters' is older than the rest"),
     ],
 )

@@ -73,7 +73,7 @@ def _load_folder(name: str, uri: object) -> frozenset[bytes]:
         raise UriError(f"'{uri}': authorized={name} is not a directory")
     found = frozenset(_load(str(file), uri)[0] for file in sorted(folder.glob("*.key")))
     if not found:
-        raise UriError(f"'{uri}': there is no *.key file in {name}, so that nobody could dial")
+        raise UriError(f"'{uri}': there is no *.key file in {name}, so no peer could connect")
     return found
 
 
