@@ -8,6 +8,7 @@
     loading        from "heat.py:Heat" to the class
     forking        what becomes of the arrays in a process that the guest forks
     protocol       the messages between the engine and the guest's process
+    handover       the values of fields and sections, to and from the engine
     guestmain      the guest's process: maps the arrays, runs the program
     undeclared     finds state that the program has not declared
     process        the engine's end of it: spawns, asks, hears of its death

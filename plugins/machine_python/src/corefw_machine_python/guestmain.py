@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import mmap
 import os
 import select
@@ -16,8 +17,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NoReturn
+from collections.abc import Callable
+from typing import Final, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,21 +26,17 @@ from numpy.typing import NDArray
 from corefw.errors import MigfwError, UsageError
 from corefw.memory import pagemap
 from corefw.memory.faults import open_faults
-from corefw.quantities import format_size
 from corefw_machine_python import blame, requirements
-from corefw_machine_python.declarations import Declarations, Stored
+from corefw_machine_python.declarations import Declarations
 from corefw_machine_python.forking import Mapped, watch_forks
 from corefw_machine_python.guest import Program
+from corefw_machine_python.handover import Handover, Unmovable, reason
 from corefw_machine_python.loading import load_program
 from corefw_machine_python.protocol import Link, Message
 from corefw_machine_python.undeclared import Watch
 from corefw_machine_python.undeclared import message as undeclared_message
-from corefw_machine_python.values import OwnSection, Unsavable
 
 Answer = tuple[Message, list[int]]
-
-MAX_VALUES: Final = 192 << 20
-"""Maximum characters of all values together; a message has at most 256 MiB."""
 
 F_SETSIG: Final = 10
 
@@ -51,16 +48,13 @@ class _Stranger(MigfwError):
     """A request that is not in the protocol, or that came at the wrong time."""
 
 
-class _Unmovable(MigfwError):
-    """The program has state that would not move."""
-
-
 class Guest:
     """The program and its run state."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
         self._program_made: Program | None = None
+        self._handover_made: Handover | None = None
         self._declared = Declarations((), (), ())
         self._mappings: list[mmap.mmap] = []
         self._memory: list[NDArray[np.uint8]] = []  # of each mapping
@@ -73,7 +67,6 @@ class Guest:
         self._watch_made: Watch | None = None
         self._only_migratable = False
         self._ticked = False  # since the process began
-        self._kept: list[Any] = []  # the fields' values as they were last handed over
         self._percent = 0
         self._nap = 0.0
         self._commands: dict[str, Callable[[Message, list[int]], Answer]] = {
@@ -93,6 +86,12 @@ class Guest:
         if self._program_made is None:
             raise _Stranger("there is no program yet")
         return self._program_made
+
+    @property
+    def _handover(self) -> Handover:
+        if self._handover_made is None:
+            raise _Stranger("there is no program yet")
+        return self._handover_made
 
     @property
     def _watch(self) -> Watch:
@@ -152,10 +151,10 @@ class Guest:
             self._program.after_start()
 
     def _undeclared(self) -> list[str]:
-        """Return the names of undeclared state. Raises _Unmovable if the guest may have none."""
+        """Return the names of undeclared state. Raises Unmovable if the guest may have none."""
         names = self._watch.found()
         if names and self._only_migratable:
-            raise _Unmovable(f"only-migratable was asked for, but {undeclared_message(self._program_name, names)}")
+            raise Unmovable(f"only-migratable was asked for, but {undeclared_message(self._program_name, names)}")
         return names
 
     @property
@@ -180,10 +179,10 @@ class Guest:
             self._end_of_fork(error)
         finished = error is None or (isinstance(error, SystemExit) and not error.code)
         message: Message = {"event": "ended", "values": None, "reason": None, "traceback": ""}
-        with contextlib.suppress(_Unmovable):
-            message["values"] = self._values()
+        with contextlib.suppress(Unmovable):
+            message["values"] = self._handover.values()
         if error is not None and not finished:
-            message |= {"reason": _reason(error), "traceback": blame.traceback_of(error)}
+            message |= {"reason": reason(error), "traceback": blame.traceback_of(error)}
         sys.stdout.flush()
         self._link.send(message)
         return 0 if finished else 1
@@ -201,7 +200,7 @@ class Guest:
             usage = isinstance(error, UsageError)
             return identity | {"error": str(error), "usage": usage, "traceback": blame.traceback_of(error)}, []
         except Exception as error:  # noqa: BLE001 - a user's code may raise anything; it is reported to the engine
-            return identity | {"error": _reason(error), "usage": False, "traceback": blame.traceback_of(error)}, []
+            return identity | {"error": reason(error), "usage": False, "traceback": blame.traceback_of(error)}, []
         return identity | {"ok": True} | answer, sent
 
     def _load(self, request: Message, _fds: list[int]) -> Answer:
@@ -213,6 +212,7 @@ class Guest:
         _check_requirements(kind)
         options = self._declared.parse_options(request["options"])
         self._program_made = kind(options)
+        self._handover_made = Handover(self._program, self._declared.fields)
         self._only_migratable = request["only_migratable"]
         sizes = [(array, array.shape(options)) for array in self._declared.arrays]
         return {
@@ -227,12 +227,12 @@ class Guest:
                     "dtype": array.dtype.descr,
                     "type": str(array.dtype),
                     "shape": shape,
-                    "length": _length(array.dtype, shape),
+                    "length": array.dtype.itemsize * math.prod(map(int, shape)),
                 }
                 for array, shape in sizes
             ],
-            "fields": [_describe(one) for one in self._declared.fields],
-            "values": self._values(),
+            "fields": self._handover.described(),
+            "values": self._handover.values(),
             "requires": dict(kind.requires),
             "versions": {name: requirements.installed(name) for name in {"python": "", "numpy": "", **kind.requires}},
         }, []
@@ -265,7 +265,7 @@ class Guest:
         return {}, [self._userfaultfd]
 
     def _start(self, request: Message, _fds: list[int]) -> Answer:
-        self._set_values(request)
+        self._take_over(request)
         if self._set_up and not self._started:
             self._after_start()
         self._running = True
@@ -282,9 +282,9 @@ class Guest:
         try:
             undeclared = self._watch.found() if self._set_up else []
             if undeclared and request["whole"]:
-                raise _Unmovable(undeclared_message(self._program_name, undeclared))
-            values = self._values()
-        except _Unmovable:
+                raise Unmovable(undeclared_message(self._program_name, undeclared))
+            values = self._handover.values()
+        except Unmovable:
             if self._running and self._set_up:
                 self._after_start()
             raise
@@ -316,8 +316,8 @@ class Guest:
     def _look(self, _request: Message, _fds: list[int]) -> Answer:
         answer: Message = {"undeclared": self._watch.found() if self._set_up else [], "values": None, "unmovable": ""}
         try:
-            answer["values"] = self._values_to_show()
-        except _Unmovable as error:
+            answer["values"] = self._handover.shown()
+        except Unmovable as error:
             answer["unmovable"] = str(error)
         return answer, []
 
@@ -327,65 +327,20 @@ class Guest:
         if self._running:
             self._begin()
         else:
-            self._set_values(request)
+            self._take_over(request)
         if not self._set_up:
             return {"facts": {"set-up": False}}, []  # nothing to verify before setup()
         return {"facts": dict(self._program.verify() or {})}, []
+
+    def _take_over(self, request: Message) -> None:
+        """Set the values that the engine has passed."""
+        self._handover.restore(request["values"])
+        self._set_up = request["set_up"]
 
     def _throttle(self, request: Message, _fds: list[int]) -> Answer:
         self._percent = min(99, max(0, int(request["percent"])))
         self._nap = 0.0
         return {}, []
-
-    # -- fields ----------------------------------------------------------------------------------------------------
-
-    def _values(self) -> list[Any]:
-        """Everything to hand over. Raises _Unmovable if something cannot move."""
-        self._kept = [
-            self._saved(one) if isinstance(one, OwnSection) else self._stored(one) for one in self._declared.fields
-        ]
-        if sum(len(value) for value in self._kept if isinstance(value, str)) > MAX_VALUES:
-            raise _Unmovable(f"its values and sections take more than {format_size(MAX_VALUES)} together")
-        return list(self._kept)
-
-    def _values_to_show(self) -> list[Any]:
-        """The same without the sections (null), which may take long to save. Raises _Unmovable."""
-        return [None if isinstance(one, OwnSection) else self._stored(one) for one in self._declared.fields]
-
-    def _stored(self, one: Stored) -> object:
-        try:
-            return one.stored(self._program)
-        except (TypeError, ValueError) as error:
-            raise _Unmovable(str(error)) from None
-
-    def _saved(self, one: OwnSection) -> str:
-        try:
-            return one.stored(self._program)
-        except Unsavable as error:
-            raise _Unmovable(str(error)) from None
-        except Exception as error:
-            raise _Unmovable(f"section '{one.name}' cannot be saved: {_reason(error)}") from error
-
-    def _restore(self, one: Stored, value: Any) -> None:
-        try:
-            one.restore(self._program, value)
-        except Exception as error:
-            if not isinstance(one, OwnSection):
-                raise
-            raise _Unmovable(f"section '{one.name}' cannot be loaded: {_reason(error)}") from error
-
-    def _set_values(self, request: Message) -> None:
-        """Keep the object of a value that did not change: the program may hold a reference to it."""
-        kept = self._kept or [None] * len(self._declared.fields)
-        for one, value, before in zip(self._declared.fields, request["values"], kept, strict=True):
-            if value != before or isinstance(value, float):  # 0.0 == -0.0
-                self._restore(one, value)
-        self._set_up = request["set_up"]
-
-
-def _describe(one: Stored) -> Message:
-    described: Message = {"name": one.name, "type": one.type_name, "since": one.since}
-    return described | ({"versions": one.versions} if isinstance(one, OwnSection) else {})
 
 
 def _check_requirements(kind: type[Program]) -> None:
@@ -396,17 +351,6 @@ def _check_requirements(kind: type[Program]) -> None:
         raise UsageError(f"program '{kind.__name__}': requires: {error}") from None
     if unmet:
         raise UsageError(f"program '{kind.__name__}' requires {unmet[0]}")
-
-
-def _length(dtype: np.dtype[Any], shape: Sequence[int]) -> int:
-    length = dtype.itemsize
-    for size in shape:
-        length *= int(size)
-    return length
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, _Unmovable) else blame.describe(error)
 
 
 # -- the process -------------------------------------------------------------------------------------------------------
