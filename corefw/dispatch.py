@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from corefw.errors import FOREIGN
+from corefw.errors import ANYTHING
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class EventDispatcher:
         for observer in tuple(self._observers):
             try:
                 observer(event)
-            except FOREIGN:
+            except ANYTHING:  # an observer that is cancelled must not end the migration whose thread it runs in
                 log.exception("an observer of %s failed", type(event).__name__)
 
 

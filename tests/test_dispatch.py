@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from asyncio import CancelledError
 from dataclasses import dataclass
 
 import pytest
@@ -85,7 +86,9 @@ def test_another_thread_delivers_although_one_holds() -> None:
         assert heard == [1]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no"), SystemExit("no")], ids=["a bug", "sys.exit"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no"), SystemExit("no"), CancelledError()], ids=["a bug", "sys.exit", "cancelled"]
+)
 def test_an_observer_that_fails_is_logged_and_the_others_still_hear(
     caplog: pytest.LogCaptureFixture, error: BaseException
 ) -> None:

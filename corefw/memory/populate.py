@@ -72,10 +72,10 @@ def _work(allocator: Allocator) -> None:
 
 
 def main() -> None:
+    files = json.loads(sys.stdin.buffer.readline() or b"[]")  # before it becomes idle: the engine waits for a long line
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         Path("/proc/self/oom_score_adj").write_text(WORST_OOM_SCORE)
-    files = json.loads(sys.stdin.buffer.readline() or b"[]")
     allocator = Allocator(step for fd, runs in files for step in steps(fd, runs))
     count = min(MOST_THREADS, len(os.sched_getaffinity(0)))
     threads = [threading.Thread(target=_work, args=(allocator,), daemon=True) for _ in range(count)]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Final
 
-from corefw.errors import FOREIGN, MigfwError, did_you_mean
+from corefw.errors import ANYTHING, MigfwError, did_you_mean
 from corefw.qmp import protocol
 from corefw.qmp.commands import Command
 from corefw.qmp.commands.context import Context
@@ -67,7 +67,7 @@ class Session:
             return protocol.encode(protocol.success(self._result(item, handed), id_))
         except MigfwError as error:
             return protocol.encode(protocol.failure(error, id_))
-        except FOREIGN as error:
+        except ANYTHING as error:
             log.exception("a QMP command failed with an internal error")
             bug = QmpError(f"internal error, please report it: {type(error).__name__}: {error}")
             return protocol.encode(protocol.failure(bug, id_))

@@ -10,6 +10,7 @@ import os
 import socket
 import stat
 import threading
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -53,13 +54,23 @@ class Plugin:
         def crash() -> None:
             raise RuntimeError("not a MigfwError")
 
+        def give_up() -> None:
+            raise CancelledError
+
         def refuse() -> None:
             raise MigfwError("no, because")
 
         def unspeakable() -> object:
             return {"set": {1, 2}}
 
-        return {"x-wait": wait, "x-add": add, "x-crash": crash, "x-refuse": refuse, "x-unspeakable": unspeakable}
+        return {
+            "x-wait": wait,
+            "x-add": add,
+            "x-crash": crash,
+            "x-refuse": refuse,
+            "x-unspeakable": unspeakable,
+            "x-give-up": give_up,
+        }
 
 
 @pytest.fixture
@@ -263,6 +274,7 @@ def test_a_command_that_crashes_ends_nothing(client: RawClient, caplog: pytest.L
     assert "RuntimeError: not a MigfwError" in str(reply["error"])
     assert "RuntimeError" in caplog.text
     assert "TypeError" in str(client.ask(b'{"execute": "x-unspeakable", "id": 2}')["error"])
+    assert "CancelledError" in str(client.ask(b'{"execute": "x-give-up"}')["error"])
     refused = client.ask(b'{"execute": "x-refuse", "id": 3}')
     assert refused == {"error": {"class": "GenericError", "desc": "no, because"}, "id": 3}
 
