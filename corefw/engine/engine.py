@@ -22,6 +22,7 @@ from corefw.engine.guestlock import GuestLock
 from corefw.engine.inbound import CLOSED, Inbound
 from corefw.engine.launch import Launch
 from corefw.engine.outgoing import OutgoingMigration
+from corefw.engine.source import Source
 from corefw.engine.tails import tail_of
 from corefw.errors import (
     BlockedError,
@@ -263,15 +264,15 @@ class Engine(MigrationControl):
             raise SettingsError(f"'{uri}': '{uri.scheme}:' has no return path (switch capability 'return-path' off)")
 
     def _begin_outgoing(self, transport: Transport, savers: SaverRegistry) -> None:
-        migration = OutgoingMigration(
+        source = Source(
             self.machine,
             self.settings,
             savers,
             transport,
-            self.outgoing,
             self._guest_lock,
             lambda number: self._events.publish(PassBegan(number)),
         )
+        migration = OutgoingMigration(source, self.outgoing)
         with self._swap:
             self._migration = migration
             self.outgoing.advance(self.outgoing.status, _S.SETUP)

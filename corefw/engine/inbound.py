@@ -14,6 +14,7 @@ from corefw.channel import Listener
 from corefw.control import AllocationReport, MigrationReport
 from corefw.dispatch import EventDispatcher
 from corefw.engine.coverage import uncovered
+from corefw.engine.destination import Destination
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.incoming import IncomingMigration
 from corefw.engine.tails import tail_of
@@ -88,16 +89,16 @@ class Inbound:
             raise StateError("The incoming migration has already been started")
 
     def _begin(self, listener: Listener, loaders: LoaderRegistry, *, again: bool) -> None:
-        self._present = arrival = IncomingMigration(
+        destination = Destination(
             self._machine,
             self._settings,
             loaders,
             listener,
-            self.state,
             self._guest_lock,
             self._autostart,
             accepts_again=again,
         )
+        self._present = arrival = IncomingMigration(destination, self.state)
         self.uri = str(listener.uri)
         self.state.advance(self.state.status, _S.SETUP)
         try:

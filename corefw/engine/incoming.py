@@ -19,12 +19,9 @@ from corefw.channel import Listener
 from corefw.control import AllocationReport
 from corefw.engine import arrival, postcopy_arrival
 from corefw.engine.destination import Destination
-from corefw.engine.guestlock import GuestLock
 from corefw.engine.phases import run_phases
 from corefw.errors import ANYTHING, Interrupted, MigfwError
-from corefw.machine import Machine, RamMakingMachine
-from corefw.registry import LoaderRegistry
-from corefw.settings import Settings
+from corefw.machine import RamMakingMachine
 from corefw.states import MigrationStatus, StateMachine
 
 log = logging.getLogger(__name__)
@@ -51,26 +48,12 @@ CANCEL_SECONDS: Final = 5.0
 
 
 class IncomingMigration:
-    """One attempt to take a guest in."""
+    """Takes a guest in: runs the phases of a destination."""
 
-    def __init__(
-        self,
-        machine: Machine,
-        settings: Settings,
-        loaders: LoaderRegistry,
-        listener: Listener,
-        state: StateMachine,
-        guest_lock: GuestLock,
-        autostart: Callable[[], bool],
-        *,
-        accepts_again: bool,
-    ) -> None:
+    def __init__(self, destination: Destination, state: StateMachine) -> None:
         self.error: str | None = None
-        self._machine = machine
+        self._destination = destination
         self._state = state
-        self._destination = Destination(
-            machine, settings, loaders, listener, guest_lock, autostart, accepts_again=accepts_again
-        )
         self._cancelling = threading.Lock()  # guards the start of the timer
         self._cut_off = threading.Timer(CANCEL_SECONDS, self.abort)
         self._cut_off.daemon = True
@@ -151,8 +134,9 @@ class IncomingMigration:
         else:
             end, self.error = _S.FAILED, f"load of migration failed: {reason}"
             log.warning("%s", self.error)
-        if isinstance(self._machine, RamMakingMachine):
-            self._machine.discard_loaded()
+        machine = self._destination.machine
+        if isinstance(machine, RamMakingMachine):
+            machine.discard_loaded()
         if self._destination.guest is None or not self._destination.guest.may_run:
             self._destination.report_failure(reason)
         self._destination.abandon_loaders()

@@ -18,14 +18,10 @@ from typing import Final
 from corefw.channel import Transport
 from corefw.engine import postcopy, precopy
 from corefw.engine.custody import tell_outcome
-from corefw.engine.guestlock import GuestLock
 from corefw.engine.phases import run_phases
 from corefw.engine.source import Source
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.errors import ANYTHING, ChannelError, Interrupted, MachineError, MigfwError, StateError
-from corefw.machine import Machine
-from corefw.registry import SaverRegistry
-from corefw.settings import Settings
 from corefw.states import IDLE, IN_POSTCOPY, POSTCOPY, SETUP_OR_ACTIVE, MigrationStatus, StateMachine
 
 log = logging.getLogger(__name__)
@@ -51,21 +47,11 @@ returns the status in which the migration is paused; its successor puts a new Li
 
 
 class OutgoingMigration:
-    """One attempt to send the guest away."""
+    """Sends the guest away: runs the phases of a source."""
 
-    def __init__(
-        self,
-        machine: Machine,
-        settings: Settings,
-        savers: SaverRegistry,
-        transport: Transport,
-        state: StateMachine,
-        guest_lock: GuestLock,
-        on_pass: Callable[[int], None],
-    ) -> None:
-        self._transport = transport
+    def __init__(self, source: Source, state: StateMachine) -> None:
+        self._source = source
         self._state = state
-        self._source = Source(machine, settings, savers, transport, guest_lock, on_pass)
         self._thread = threading.Thread(target=self._run, name="migration", daemon=True)
 
     # -- from other threads ----------------------------------------------------------------------------------------
@@ -189,7 +175,7 @@ class OutgoingMigration:
 
     def _arrived(self) -> bool:
         """Whether it is known, after the migration has completed, that the guest is elsewhere."""
-        return self.confirmed or self._transport.features.atomic
+        return self.confirmed or self._source.link.transport.features.atomic
 
     def _whereabouts(self) -> str:
         """Where the guest is after the migration has completed, for query-migrate's x-migfw.guest."""
