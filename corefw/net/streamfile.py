@@ -24,6 +24,7 @@ from typing import Final
 from corefw.channel import FileBacked
 from corefw.errors import StreamError, UsageError
 from corefw.quantities import parse_size
+from corefw.wire.stream import MAX_FILE
 
 OFFSET: Final = ",offset="
 
@@ -50,9 +51,12 @@ def split_offset(text: str) -> tuple[str, int]:
     if not option:
         return path, 0
     try:
-        return path, int(number, 16) if number.lower().startswith("0x") else parse_size(number)
+        offset = int(number, 16) if number.lower().startswith("0x") else parse_size(number)
     except (UsageError, ValueError):
         raise UsageError(f"'{number}' is not an offset: expected bytes, as in offset=4096, 0x1000 or 64K") from None
+    if offset > MAX_FILE:
+        raise UsageError(f"'{number}' is not an offset: no file is longer than 4 EiB")
+    return path, offset
 
 
 @dataclass(frozen=True, slots=True)

@@ -316,8 +316,9 @@ def test_an_offset_and_a_link(tmp_path: Path) -> None:
 
 
 def test_an_offset_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(UriError, match="'x' is not an offset: expected bytes"):
-        FileTransport(MigrationUri("file", f"{tmp_path}/guest,offset=x"), TransportContext())
+    for number, why in [("x", "expected bytes"), (str(1 << 64), "no file is longer")]:
+        with pytest.raises(UriError, match=f"'{number}' is not an offset: {why}"):
+            FileTransport(MigrationUri("file", f"{tmp_path}/guest,offset={number}"), TransportContext())
     os.mkfifo(tmp_path / "fifo")
     transport = FileTransport(MigrationUri("file", f"{tmp_path}/fifo,offset=3"), TransportContext())
     for use in (lambda: transport.connect(NEVER), transport.listen):
