@@ -24,15 +24,7 @@ from corefw.engine.launch import Launch
 from corefw.engine.outgoing import OutgoingMigration
 from corefw.engine.source import Source
 from corefw.engine.tails import tail_of
-from corefw.errors import (
-    BlockedError,
-    Interrupted,
-    MigfwError,
-    SettingsError,
-    StateError,
-    UriError,
-    UsageError,
-)
+from corefw.errors import BlockedError, Interrupted, MigfwError, SettingsError, StateError, UriError, UsageError
 from corefw.machine import DEAD, Machine, RunState, VerifiableMachine
 from corefw.plugins import Plugins
 from corefw.registry import SaverRegistry
@@ -41,7 +33,6 @@ from corefw.states import CONNECTED, IDLE, POSTCOPY, MigrationStatus, Side, Stat
 
 _S = MigrationStatus
 MIGRATION_ACTIVE: Final = "There's a migration process in progress"
-NOTHING_PAUSED: Final = "Cannot resume if there is no paused migration"
 NOT_PAUSED: Final = frozenset(MigrationStatus) - {_S.POSTCOPY_PAUSED}
 RESUME_WAIT: Final = 1.0
 """Seconds that a resumed migration has to leave postcopy-paused, so that the next query-migrate says how it goes."""
@@ -180,14 +171,16 @@ class Engine(MigrationControl):
             self._begin_outgoing(transport, savers)
 
     def _resume(self, uri: str) -> None:
-        if self._migration is None or self.outgoing.status is not _S.POSTCOPY_PAUSED:
-            raise StateError(NOTHING_PAUSED)
+        self._check_paused()
         transport = self._outgoing_transport(uri)
         with self._lock:
-            if self.outgoing.status is not _S.POSTCOPY_PAUSED:
-                raise StateError(NOTHING_PAUSED)
-            self._migration.resume(transport)
+            self._check_paused().resume(transport)
         self.outgoing.wait(NOT_PAUSED, RESUME_WAIT)
+
+    def _check_paused(self) -> OutgoingMigration:
+        if self._migration is None or self.outgoing.status is not _S.POSTCOPY_PAUSED:
+            raise StateError("Cannot resume if there is no paused migration")
+        return self._migration
 
     def check(self, uri: str | None = None) -> CheckReport:
         """Find out whether a migration to `uri` would succeed, and what it would be like. It changes nothing and takes
