@@ -319,9 +319,7 @@ class Engine(MigrationControl):
         if self._migration is not None and self.outgoing.status in CONNECTED:
             self._migration.pause()
         elif not self.inbound.pause():
-            raise StateError(
-                "migrate-pause is currently only supported during postcopy-active or postcopy-recover state"
-            )
+            raise StateError("migrate-pause is currently only supported during postcopy-active state")
 
     def recover(self, uri: str) -> str:
         """On a destination whose postcopy is paused: wait for the source at another address, or the same; returns the

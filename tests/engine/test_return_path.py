@@ -59,6 +59,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 def test_no_ram_is_sent_before_the_destination_has_answered(pair: Pair, peer: Peer) -> None:
     source = pair.source(marked())
+    source.set_parameters({"max-bandwidth": 64 << 10})  # so that it can still be cancelled when the first page is there
     source.migrate(peer.uri)
     connection = peer.accept(answer=False)
     begun = peer.read_all(lambda data: READY in data)
