@@ -133,8 +133,9 @@ class Qemu:
                 self.events.append(answer)
             elif "error" in answer:
                 raise QmpError(answer["error"]["desc"])
-            else:
+            elif "return" in answer:
                 return answer["return"]
+            # Anything else is a greeting again: QEMU may repeat it to a client that connects while it starts.
 
     def capabilities(self, *names: str) -> None:
         self.command("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in names])
