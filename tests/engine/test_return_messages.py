@@ -19,7 +19,7 @@ from corefw.wire.records import (
 )
 from corefw.wire.stream import MemorySink, StreamReader, StreamWriter
 from tests.engine.test_plugin_sections import Loader, Saver, pair_with
-from tests.helpers.engines import Pair, arrived, ended, query_migrate, runs_on
+from tests.helpers.engines import arrived, outcome, query_migrate
 
 PROGRESS = PLUGIN_MESSAGES[1]
 HEARD = b"what has been loaded"
@@ -43,18 +43,6 @@ class Saying(Loader):
 
     def load(self, reader: StreamReader, version_id: int) -> None:
         self._context.send_return_message(PROGRESS, HEARD)
-
-
-def outcome(pair: Pair) -> str:
-    """Of a migration whose source runs on if it failed; "" or the source's error."""
-    source, destination = pair.source(), pair.destination()
-    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
-    if ended(source) == "completed":
-        assert arrived(destination) == "completed"
-        runs_on(destination)
-        return ""
-    runs_on(source)
-    return str(query_migrate(source)["error-desc"])
 
 
 def test_a_saver_hears_what_its_loader_sends() -> None:

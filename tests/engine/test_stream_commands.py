@@ -10,7 +10,7 @@ from corefw.section import OutgoingContext
 from corefw.wire.constants import PLUGIN_COMMANDS, Command
 from corefw.wire.stream import StreamWriter
 from tests.engine.test_plugin_sections import Loader, Saver, pair_with
-from tests.helpers.engines import Pair, arrived, ended, query_migrate, runs_on
+from tests.helpers.engines import arrived, ended, outcome, query_migrate, runs_on
 
 MARK = PLUGIN_COMMANDS[5]
 PAYLOAD = b"between two sections"
@@ -39,18 +39,6 @@ class Obeying(Loader):
 
     def commands(self) -> Mapping[int, Callable[[bytes], None]]:
         return {MARK: self.taken.append}
-
-
-def outcome(pair: Pair) -> str:
-    """Of a migration whose source runs on if it failed; "" or the source's error."""
-    source, destination = pair.source(), pair.destination()
-    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
-    if ended(source) == "completed":
-        assert arrived(destination) == "completed"
-        runs_on(destination)
-        return ""
-    runs_on(source)
-    return str(query_migrate(source)["error-desc"])
 
 
 def test_a_loader_takes_the_commands_of_its_saver() -> None:

@@ -135,6 +135,19 @@ def answer_pings(connection: socket.socket) -> None:
             connection.sendall(encode_return_message(ReturnMessage.PONG, came[at + 5 : at + 9]))
 
 
+def outcome(pair: Pair) -> str:
+    """Migrate from a new source to a new destination. Returns "" if that completed, else the error of the source, whose
+    guest has to run on."""
+    source, destination = pair.source(), pair.destination()
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    if ended(source) == "completed":
+        assert arrived(destination) == "completed"
+        runs_on(destination)
+        return ""
+    runs_on(source)
+    return str(query_migrate(source)["error-desc"])
+
+
 class Peer:
     """A destination that the test drives by hand. Listens on loopback and accepts one connection."""
 

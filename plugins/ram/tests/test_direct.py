@@ -6,7 +6,8 @@ from typing import Final
 
 import numpy as np
 import pytest
-from corefw_ram.direct import FIRST, MOST, RECORD, RUN
+from corefw_ram.direct import FIRST, MOST, RUN
+from corefw_ram.records import PAGE_RECORD as RECORD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 from corefw.machine import RamBlock
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
 from corefw.wire.stream import StreamReader
+from corefw_ram.records import HEADER, PAGE_RECORD
 
-HEADER: Final = 8
-RECORD: Final = HEADER + TARGET_PAGE_SIZE
 MOST: Final = 512
 """Pages in a call: with their headers the 1024 pieces that it takes."""
 FIRST: Final = 32
@@ -105,7 +104,7 @@ class DirectReceiver:
             return reader.fill(BOUNDARY)
         if not held:
             return self._receive_run(reader, self._next)
-        if held < HEADER or held >= RECORD or reader.buffer[start : start + HEADER] != _header_of(self._next):
+        if held < HEADER or held >= PAGE_RECORD or reader.buffer[start : start + HEADER] != _header_of(self._next):
             return False
         reader.skip(HEADER)
         self._finish_page(reader, self._next, 0)
@@ -114,14 +113,14 @@ class DirectReceiver:
 
     def _receive_run(self, reader: StreamReader, first: int) -> bool:
         ram = self._block.pages  # held on to while the kernel writes there; empty when the block was closed
-        count = min(self._count, len(ram) - first, len(reader.buffer) // RECORD)
+        count = min(self._count, len(ram) - first, len(reader.buffer) // PAGE_RECORD)
         if self._in_body < self._last_body:
             count = min(count, self._last_body - self._in_body, max(FIRST, self._last_body // SHARE))
         if count <= 0:
             return False
         np.add(OFFSETS[:count], np.uint64(self._base + first * TARGET_PAGE_SIZE), out=self._places[:count])
         received = reader.receive_memory(self._pieces[: 2 * count])
-        records, part = divmod(received, RECORD)
+        records, part = divmod(received, PAGE_RECORD)
         right = self._count_right(first, records)
         if right == records and 0 < part < HEADER:
             # Behind a page's record there is always a header. Behind anything else there may be nothing at all.
@@ -131,7 +130,7 @@ class DirectReceiver:
         if part and right == records:
             right = self._count_right(first, begun)
         if right < begun:
-            self._take_out(reader, ram[first + right : first + begun], right, (records - right) * RECORD + part)
+            self._take_out(reader, ram[first + right : first + begun], right, (records - right) * PAGE_RECORD + part)
             self._count = FIRST
             self._advance(right)
             return False
@@ -158,7 +157,7 @@ class DirectReceiver:
     def _take_out(self, reader: StreamReader, pages: NDArray[np.uint8], right: int, count: int) -> None:
         """Give the records from the number `right` on, `count` bytes with these pages, back to the reader, and leave
         zeros in the pages."""
-        rows = np.empty((len(pages), RECORD), dtype=np.uint8)
+        rows = np.empty((len(pages), PAGE_RECORD), dtype=np.uint8)
         rows[:, :HEADER] = self._headers[right : right + len(pages)].view(np.uint8).reshape(-1, HEADER)
         rows[:, HEADER:] = pages
         pages[:] = 0

@@ -24,10 +24,8 @@ from corefw.wire.records import MAPPED_RAM, BlockEntry, read_block_list, read_bl
 from corefw.wire.stream import StreamReader
 from corefw_ram.direct import DirectReceiver
 from corefw_ram.mapped import load_mapped_pages
+from corefw_ram.records import HEADER, PAGE_RECORD, ZERO_RECORD
 
-HEADER: Final = 8
-PAGE_RECORD: Final = HEADER + TARGET_PAGE_SIZE
-ZERO_RECORD: Final = HEADER + 1
 FLAGS: Final = TARGET_PAGE_SIZE - 1
 LITTLE: Final = 1 << 14
 """Bytes that are read ahead where pages are received past the reader's buffer: what is in it has to be copied."""

@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 
 from corefw.machine import ComparingLog, RamBlock
 from corefw.section import RamStatistics
-from corefw.wire.constants import RamFlag
+from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
 from corefw.wire.stream import StreamWriter
 
 HEADER: Final = 8
-ZERO_RECORD: Final = 9
+PAGE_RECORD: Final = HEADER + TARGET_PAGE_SIZE
+ZERO_RECORD: Final = HEADER + 1
 STAGED: Final = 128
 """Pages copied and sent at once: 513 KiB, half of a usual L2 cache."""
 GATHERED: Final = 8192
