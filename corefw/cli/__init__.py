@@ -5,26 +5,40 @@ and the table of commands, but neither NumPy nor a plugin.
 
     group.py        `migfw` itself and the table of its commands
     console.py      stdout, stderr, and how an exception becomes a message and an exit status
-    signals.py      what Ctrl-C does
     options.py      options that several commands share; how --cap and --param are read and applied
     completion.py   Tab completion
-    engines.py      find an engine and talk to it over QMP; claim the name of a new one
     progress.py     follow a migration, show its progress, sum it up
     control.py      the commands that send a single QMP command each, and `ps`
-    run.py          `run`: hosting.py is the life of the engine's process, background.py runs it detached
+    show.py         `status` and `plugins`
+    run.py          `run`, also detached; hosting.py is the life of the engine's process
     migrate.py      `migrate` and `check`: destination.py starts the other side over ssh
     relay.py        `relay`, and how a real QEMU migrates over a transport that it does not support
 
 Each of the others is a command of that name.
+
+Ctrl-C and SIGTERM mean something else in each of a command's three states:
+
+- While there is nothing to undo (importing, parsing the command line), Ctrl-C ends the process at once. Raising an
+  exception there would print a traceback from inside an import or from the interpreter's shutdown, or be swallowed by a
+  module that catches every exception.
+- While a command has something to undo, Ctrl-C raises KeyboardInterrupt, as Python does by default.
+- `Interrupts` defers the signal: the command checks a flag at a convenient point.
+
+This file is executed before everything else, so it imports as little as possible.
 """
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
 
-from corefw.cli.signals import leave_at_once
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+    from typing import Final, Self
 
-leave_at_once()
+_DEFERRED: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 def main() -> int:
@@ -38,3 +52,77 @@ def main() -> int:
         register_shells()
     open_streams()
     return run_command(lambda: migfw.main(prog_name="migfw", standalone_mode=False))
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+def leave_at_once() -> None:
+    """Make Ctrl-C end this process with status 130. Does nothing if the process is not `migfw` itself, or if SIGINT is
+    ignored or handled by other code."""
+    if _is_program() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def raise_interrupts() -> None:
+    """Make Ctrl-C raise KeyboardInterrupt again: there may be something to undo."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
+def _is_program() -> bool:
+    """Whether this process is `migfw` or `python -m corefw.cli`, and not a program that uses the package."""
+    started = sys.argv[0] if sys.argv else ""
+    return os.path.basename(started) in ("migfw", "__main__.py") or (  # noqa: PTH119 - pathlib takes long to import
+        started == "-m" and "corefw.cli" in sys.orig_argv
+    )
+
+
+class LeavingAtOnce:
+    """`with LeavingAtOnce():` around the imports of a command that has not created anything yet."""
+
+    def __enter__(self) -> None:
+        leave_at_once()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        raise_interrupts()
+
+
+class Interrupts:
+    """Defers Ctrl-C and SIGTERM: the first one sets `requested`, a second one raises KeyboardInterrupt.
+
+    Use it as a context manager in the main thread, and check `requested` regularly.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._handle) for number in _DEFERRED}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """Signals that end an engine cleanly: SIGINT, SIGTERM, and SIGHUP unless it is ignored (nohup)."""
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGINT, signal.SIGTERM, *hangup)
+
+
+leave_at_once()

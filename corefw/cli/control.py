@@ -12,11 +12,11 @@ import click
 
 from corefw.cli import completion
 from corefw.cli.console import print_facts, print_json, print_table
-from corefw.cli.engines import EngineClient, connect
 from corefw.cli.options import engine_options, json_option, read_mixed, split_pairs
 from corefw.cli.progress import cancelled
 from corefw.errors import MigfwError, one_line
 from corefw.qmp.address import EngineInfo, find_engines
+from corefw.qmp.engines import EngineClient, connect
 from corefw.uri import MigrationUri
 
 QUIT_SECONDS: Final = 30.0

@@ -17,10 +17,10 @@ from typing import Any, Final
 
 from corefw.channel import Interrupt, RemoteHost
 from corefw.cli.console import ExitStatus, note
-from corefw.cli.engines import EngineClient
 from corefw.cli.relay import find_transport
 from corefw.closing import Closing
 from corefw.errors import ChannelError, MigfwError, UsageError
+from corefw.qmp.engines import EngineClient
 
 START_SECONDS: Final = 180.0
 """Seconds that a destination may take until it listens. By then it has imported its program and allocated its RAM."""

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from corefw.cli import ending_signals
 from corefw.cli.console import ExitStatus, Finished, StdoutError, discard_output, note
-from corefw.cli.signals import ending_signals
 from corefw.control import RunStateChanged
 from corefw.dispatch import Event
 from corefw.engine import Engine
@@ -37,7 +37,7 @@ from corefw.states import POSTCOPY, MigrationStatus, Side, StatusChanged
 from corefw.uri import UnixAddress
 
 if TYPE_CHECKING:
-    from corefw.cli.background import Background
+    from corefw.cli.run import Background
 
 LINGER: Final = 10.0
 """Seconds that a source waits, at most, for clients to disconnect after its guest has moved."""

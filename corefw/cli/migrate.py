@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from corefw.cli import completion
+from corefw.cli import Interrupts, completion
 from corefw.cli.completion import WithInstalled
 from corefw.cli.console import ExitStatus, Finished, note, print_facts, print_json, unread_is_fine
-from corefw.cli.engines import EngineClient, connect
 from corefw.cli.options import (
     CAPABILITY,
     NO_LIMITS,
@@ -31,9 +30,9 @@ from corefw.cli.options import (
 )
 from corefw.cli.progress import Follower, cancelled, open_display, summary
 from corefw.cli.relay import Route, find_route
-from corefw.cli.signals import Interrupts
 from corefw.errors import MigfwError, UsageError, one_line
 from corefw.machine import RunState
+from corefw.qmp.engines import EngineClient, connect
 from corefw.quantities import format_milliseconds, format_size
 from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED
 from corefw.states import MigrationStatus

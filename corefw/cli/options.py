@@ -22,7 +22,7 @@ from corefw.quantities import parse_milliseconds, parse_size, parse_switch
 from corefw.settings import Capability, Parameter, Settings, Value
 
 if TYPE_CHECKING:
-    from corefw.cli.engines import EngineClient
+    from corefw.qmp.engines import EngineClient
 
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])

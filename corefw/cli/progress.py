@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import click
 
-from corefw.cli.engines import POLL, EngineClient
-from corefw.cli.signals import Interrupts
+from corefw.cli import Interrupts
 from corefw.closing import Closing
 from corefw.errors import ChannelError, MigfwError, UsageError
 from corefw.machine import RunState
+from corefw.qmp.engines import POLL, EngineClient
 from corefw.quantities import format_duration, format_milliseconds, format_size
 from corefw.states import POSTCOPY, MigrationStatus
 

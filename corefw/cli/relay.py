@@ -24,15 +24,14 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import click
 
 from corefw.channel import Transport
-from corefw.cli import completion
+from corefw.cli import Interrupts, completion
 from corefw.cli.console import ExitStatus, Finished, note, print_json, unread_is_fine
-from corefw.cli.engines import EngineClient
 from corefw.cli.options import json_option, param_option, set_parameters
-from corefw.cli.signals import Interrupts
 from corefw.errors import ChannelError, Interrupted, one_line
 from corefw.net import descriptors
 from corefw.net.relay import Phase, Relay, RelayProgress
 from corefw.qmp.client import QmpClient, QmpError
+from corefw.qmp.engines import EngineClient
 from corefw.quantities import format_milliseconds, format_size
 from corefw.states import MigrationStatus
 from corefw.uri import MigrationUri, UnixAddress, check_dialled_port, split_host_port

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from corefw.cli.engines import EngineClient
 from corefw.cli.migrate import migrate
 from corefw.cli.options import Changes
 from corefw.qmp.client import QmpClient
+from corefw.qmp.engines import EngineClient
 from tests.cli.conftest import SMALL, Engine, Engines
 from tests.helpers.cli import MIGFW, TIMEOUT, check_refused, environment, start
 from tests.helpers.engines import answer_pings

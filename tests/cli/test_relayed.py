@@ -8,8 +8,8 @@ from typing import cast
 import pytest
 
 from corefw.channel import Channel, Interrupt, Listener, receive_exactly
+from corefw.cli import Interrupts
 from corefw.cli.relay import QemuRelay
-from corefw.cli.signals import Interrupts
 from corefw.plugins import Plugins
 from corefw.qmp.client import QmpClient
 from corefw.testing.ends import receive_all, same
