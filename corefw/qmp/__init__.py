@@ -10,6 +10,7 @@
     connection.py   one client's socket, threads and queues
     server.py       listens, and serves all clients
     client.py       the client
+    engines.py      find an engine of this user and talk to it; claim the name of a new one
 
-The client's side (address, json_stream, protocol, client) imports neither NumPy nor the engine.
+The client's side (address, json_stream, protocol, client, engines) imports neither NumPy nor the engine.
 """
