@@ -11,7 +11,7 @@ from corefw.cli.console import ExitStatus, Finished, note, print_facts, print_js
 from corefw.cli.options import json_option
 
 if TYPE_CHECKING:
-    from corefw.inspection import CommandInfo, Inspection, SectionInfo, ValueBudget
+    from corefw.inspection import BitmapInfo, CommandInfo, Inspection, SectionInfo, ValueBudget
 
 MOST_TEXT: Final = 60
 """Characters of a list that are shown."""
@@ -92,6 +92,9 @@ def _print(found: Inspection, devices: frozenset[str] | None, budget: ValueBudge
     if found.blocks:
         click.echo()
         _print_ram(found)
+    if found.bitmaps:
+        click.echo()
+        _print_bitmaps(found)
     if found.entries:
         click.echo()
         _print_entries(found)
@@ -157,6 +160,28 @@ def _print_ram(found: Inspection) -> None:
         for name, block in found.blocks.items()
     ]
     _print_aligned(headings, rows, numbers=len(headings) - 1)
+
+
+def _print_bitmaps(found: Inspection) -> None:
+    from corefw.quantities import format_size
+
+    headings = ("LENGTH", "DIRTY", "GRANULARITY", "BLOCK NODE", "BITMAP")
+    rows = [
+        (
+            format_size(one.length),
+            format_size(one.dirty),
+            format_size(one.granularity),
+            _text(one.node),
+            _text(one.name) + ", ".join(["", *_marks(one)]),
+        )
+        for one in found.bitmaps
+    ]
+    _print_aligned(headings, rows, numbers=4)
+
+
+def _marks(bitmap: BitmapInfo) -> list[str]:
+    marks = {"disabled": not bitmap.enabled, "persistent": bitmap.persistent, "incomplete": not bitmap.complete}
+    return [mark for mark, shown in marks.items() if shown]
 
 
 def _print_entries(found: Inspection) -> None:

@@ -7,10 +7,11 @@ document(inspection) -> dict        the result as JSON values
 from corefw.inspection.collect import inspect
 from corefw.inspection.document import command_meaning, command_name, document
 from corefw.inspection.fields import SUBSECTIONS, ValueBudget, device_fields
-from corefw.inspection.model import BlockInfo, CommandInfo, Inspection, SectionInfo
+from corefw.inspection.model import BitmapInfo, BlockInfo, CommandInfo, Inspection, SectionInfo
 
 __all__ = [
     "SUBSECTIONS",
+    "BitmapInfo",
     "BlockInfo",
     "CommandInfo",
     "Inspection",

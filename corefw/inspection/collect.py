@@ -10,12 +10,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from corefw.errors import RemoteStreamError
-from corefw.inspection.model import BlockInfo, CommandInfo, Inspection, SectionInfo
+from corefw.inspection.model import BitmapInfo, BlockInfo, CommandInfo, Inspection, SectionInfo
 from corefw.wire import items
 from corefw.wire.constants import RAM_IDSTR, TARGET_PAGE_SIZE, RamFlag, SectionType
 from corefw.wire.decoder import decode
 from corefw.wire.items import Item
-from corefw.wire.records import BlockEntry, SectionHeader, configuration_capabilities, configuration_page_size
+from corefw.wire.records import (
+    SECTOR,
+    BitmapFlag,
+    BlockEntry,
+    SectionHeader,
+    StartFlag,
+    configuration_capabilities,
+    configuration_page_size,
+)
 from corefw.wire.stream import Source, StreamReader
 
 MAX_LISTED: Final = 100_000
@@ -43,6 +51,7 @@ def inspect(source: Source) -> Inspection:
 class _Collector:
     def __init__(self) -> None:
         self.inspection = Inspection()
+        self._bitmaps: dict[tuple[str, str], BitmapInfo] = {}
         self._open: SectionInfo | None = None
         self._open_at = 0
         self._page: tuple[BlockInfo, int] | None = None
@@ -55,6 +64,7 @@ class _Collector:
             items.Section: self._section,
             items.Part: self._part,
             items.Ram: self._ram,
+            items.Bitmap: self._bitmap,
             items.Layout: lambda _: None,
             items.Body: self._body,
             items.Footer: self._footer,
@@ -176,6 +186,26 @@ class _Collector:
         entry = self.inspection.entries[-1] if not self.inspection.omitted else None
         if isinstance(entry, CommandInfo):
             entry.package = inner.inspection
+
+    # -- dirty bitmaps ---------------------------------------------------------------------------------------------
+
+    def _bitmap(self, item: items.Bitmap) -> None:
+        record = item.record
+        if item.node is None or item.bitmap is None:
+            return
+        key = item.node, item.bitmap
+        if record.kind is BitmapFlag.START and key not in self._bitmaps and len(self._bitmaps) < MAX_LISTED:
+            flags = record.start_flags
+            self._bitmaps[key] = BitmapInfo(
+                *key, record.granularity, StartFlag.ENABLED in flags, StartFlag.PERSISTENT in flags
+            )
+            self.inspection.bitmaps.append(self._bitmaps[key])
+        if (info := self._bitmaps.get(key)) is None:
+            return
+        if record.kind is BitmapFlag.BITS:
+            info.length = max(info.length, (record.sector + record.sectors) * SECTOR)
+            info.dirty += int.from_bytes(record.data or b"").bit_count() * info.granularity
+        info.complete |= record.kind is BitmapFlag.COMPLETE
 
     # -- pages -----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from corefw.errors import StreamError
 from corefw.inspection.fields import ValueBudget, device_fields
-from corefw.inspection.model import BlockInfo, CommandInfo, Inspection, SectionInfo
+from corefw.inspection.model import BitmapInfo, BlockInfo, CommandInfo, Inspection, SectionInfo
 from corefw.net.streamfile import SaveImage
 from corefw.wire.constants import BE32, Command
 from corefw.wire.records import (
@@ -36,6 +36,7 @@ def document(inspection: Inspection, budget: ValueBudget | None = None) -> dict[
         "description": inspection.description,
         "page-size": inspection.page_size,
         "ram": {name: _block(block) for name, block in inspection.blocks.items()},
+        "bitmaps": [_bitmap(bitmap) for bitmap in inspection.bitmaps],
         "sections": [_section(entry, budget) for entry in inspection.sections],
         "commands": [_command(entry, budget) for entry in inspection.commands],
         "omitted": inspection.omitted,
@@ -62,6 +63,19 @@ def _block(block: BlockInfo) -> dict[str, object]:
         "duplicates": block.again,
         "absent": block.absent,
         "bytes": block.bytes,
+    }
+
+
+def _bitmap(bitmap: BitmapInfo) -> dict[str, object]:
+    return {
+        "node": bitmap.node,
+        "name": bitmap.name,
+        "granularity": bitmap.granularity,
+        "enabled": bitmap.enabled,
+        "persistent": bitmap.persistent,
+        "length": bitmap.length,
+        "dirty": bitmap.dirty,
+        "complete": bitmap.complete,
     }
 
 

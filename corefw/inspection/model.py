@@ -73,6 +73,26 @@ class BlockInfo:
 
 
 @dataclass(slots=True)
+class BitmapInfo:
+    """A dirty bitmap of a block node, sizes in bytes.
+
+    granularity, enabled, persistent   as its START says
+    length     of the node, as far as the bits that came reach
+    dirty      what the bits that came mark as dirty
+    complete   all of it came
+    """
+
+    node: str
+    name: str
+    granularity: int
+    enabled: bool
+    persistent: bool
+    length: int = 0
+    dirty: int = 0
+    complete: bool = False
+
+
+@dataclass(slots=True)
 class Inspection:
     """A stream, as far as it could be read.
 
@@ -93,6 +113,7 @@ class Inspection:
     description: int | None = None
     entries: list[SectionInfo | CommandInfo] = field(default_factory=list)
     blocks: dict[str, BlockInfo] = field(default_factory=dict)
+    bitmaps: list[BitmapInfo] = field(default_factory=list)
     uncut: tuple[int, int] | None = None
     origin: int = 0
     image: SaveImage | None = None

@@ -23,9 +23,11 @@ from corefw.wire.description import Description, parse_description
 from corefw.wire.frames import FrameReader
 from corefw.wire.items import Item
 from corefw.wire.records import (
+    BITMAPS_IDSTR,
     LAYOUT_IDSTR,
     MAPPED_RAM,
     PAGE_BODIES,
+    BitmapFlag,
     CommandRecord,
     Configuration,
     RamLayout,
@@ -34,6 +36,7 @@ from corefw.wire.records import (
     configuration_capabilities,
     configuration_page_size,
     parse_postcopy_advise,
+    read_bitmap_record,
     read_layout,
     read_package,
     read_ram_record,
@@ -51,6 +54,8 @@ class _State:
     layout: RamLayout = field(default_factory=RamLayout)
     blocks: dict[str, int] = field(default_factory=dict)
     block: str | None = None
+    node: str | None = None
+    bitmap: str | None = None
     packaged: int = 0
 
 
@@ -145,6 +150,22 @@ class _Decoder:
             raise RemoteStreamError(at, where, expected, f"one at {record.address:#x}")
         return state.block
 
+    def _bitmaps(self, _: SectionType) -> Iterator[Item]:
+        reader, state = self._reader, self._state
+        while True:
+            at = reader.offset
+            record = read_bitmap_record(reader)
+            state.node = state.node if record.node is None else record.node
+            state.bitmap = state.bitmap if record.bitmap is None else record.bitmap
+            if record.kind is None:
+                yield items.Bitmap(at, record, None, None)
+            elif state.node is None or state.bitmap is None:
+                raise RemoteStreamError(at, reader.where, "the name of a block node and of its bitmap", "neither")
+            else:
+                yield items.Bitmap(at, record, state.node, state.bitmap)
+            if BitmapFlag.EOS in record.flags:
+                return
+
     def _layout(self, kind: SectionType) -> Iterator[Item]:
         at = self._reader.offset
         if kind is SectionType.START:
@@ -202,6 +223,7 @@ class _Decoder:
 _BODIES: Final[Mapping[str, Callable[[_Decoder, SectionType], Iterator[Item]]]] = {
     RAM_IDSTR: _Decoder._ram,
     LAYOUT_IDSTR: _Decoder._layout,
+    BITMAPS_IDSTR: _Decoder._bitmaps,
 }
 """Sections whose bodies say themselves where they end. All others are devices."""
 

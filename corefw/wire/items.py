@@ -26,8 +26,10 @@ from corefw.wire.frames import (
     Section,
 )
 from corefw.wire.records import (
+    BitmapRecord,
     RamRecord,
     SectionHeader,
+    write_bitmap_record,
     write_command,
     write_configuration,
     write_description,
@@ -47,6 +49,16 @@ class Ram(Item):
 
     record: RamRecord
     block: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap(Item):
+    """One record of a dirty-bitmap section's body. `node` and `bitmap` are the names that it is about, written in it or
+    in a record before; None for one that only ends the body."""
+
+    record: BitmapRecord
+    node: str | None
+    bitmap: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +99,7 @@ _WRITERS: Final[Mapping[type[Item], Callable[[StreamWriter, Any], None]]] = {
     Section: lambda writer, item: write_section_header(writer, item.header),
     Part: lambda writer, item: write_part_header(writer, item.type, item.header.section_id),
     Ram: lambda writer, item: write_ram_record(writer, item.record),
+    Bitmap: lambda writer, item: write_bitmap_record(writer, item.record),
     Layout: lambda writer, item: write_layout(writer, item.text),
     Body: lambda writer, item: writer.write(item.data),
     Footer: lambda writer, item: write_footer(writer, item.section_id),
@@ -106,6 +119,7 @@ def encode(writer: StreamWriter, items: Iterable[Item]) -> None:
 
 
 __all__ = [
+    "Bitmap",
     "Body",
     "CommandItem",
     "ConfigurationItem",

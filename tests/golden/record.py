@@ -32,6 +32,8 @@ class Recording:
     both_ends       a real QEMU takes the stream in, as the return path needs one; the stream is copied on its way
     passes          the guest runs and writes until there were that many passes; 0: it is paused
     postcopy        the switch-over happens while pages are missing
+    bitmaps         a dirty bitmap to add: node, name, granularity, and what follows in block-dirty-bitmap-add
+    writes          what the monitor's qemu-io does to a node: ("disk", "write 0 64k")
     """
 
     machine: str = "pc"
@@ -41,6 +43,8 @@ class Recording:
     both_ends: bool = False
     passes: int = 0
     postcopy: bool = False
+    bitmaps: tuple[tuple[str, str, int, dict[str, bool]], ...] = ()
+    writes: tuple[tuple[str, str], ...] = ()
 
 
 NO_CONFIGURATION: Final = ("-global", "migration.send-configuration=off")
@@ -73,6 +77,11 @@ DEVICES: Final = (
     *("-device", "virtio-blk-pci,drive=d", "-drive", "if=none,id=d,driver=null-co"),
 )
 
+DISKS: Final = (
+    *("-blockdev", "driver=null-co,node-name=disk,size=10000000"),
+    *("-drive", "if=none,id=drive,driver=null-co,size=1048576"),
+)
+
 RECORDINGS: Final[dict[str, Recording]] = {
     "pc": Recording(),
     "pc-no-configuration": Recording(arguments=NO_CONFIGURATION),
@@ -88,6 +97,17 @@ RECORDINGS: Final[dict[str, Recording]] = {
     "pc-uuid": Recording(arguments=("-uuid", UUID), capabilities=("validate-uuid",)),
     "pc-return-path": Recording(capabilities=("return-path",), both_ends=True),
     "pc-postcopy": Recording(capabilities=("postcopy-ram",), both_ends=True, passes=1, postcopy=True),
+    "pc-bitmaps": Recording(
+        arguments=DISKS,
+        capabilities=("dirty-bitmaps",),
+        bitmaps=(
+            ("disk", "coarse", 65536, {}),
+            ("disk", "fine", 512, {}),
+            ("disk", "off", 4096, {"disabled": True}),
+            ("drive", "empty", 4096, {}),
+        ),
+        writes=(("disk", "write 1M 128k"), ("disk", "write 9999360 512")),
+    ),
     "isapc": Recording("isapc"),
     "microvm": Recording("microvm"),
     "q35": Recording("q35", "2M"),
@@ -101,6 +121,10 @@ def record(recording: Recording, rom: Path) -> bytes:
     paused = not recording.passes
     with temporary_folder() as folder, Qemu(*common, machine=machine, memory=memory, paused=paused) as source:
         source.capabilities(*recording.capabilities)
+        for node, name, granularity, more in recording.bitmaps:
+            source.command("block-dirty-bitmap-add", node=node, name=name, granularity=granularity, **more)
+        for node, write in recording.writes:
+            source.command("human-monitor-command", command_line=f'qemu-io {node} "{write}"')
         if recording.passes:
             source.wait_printed("A")
         if recording.both_ends:
@@ -117,7 +141,9 @@ def record(recording: Recording, rom: Path) -> bytes:
 
 
 def _migrate(source: Qemu, uri: str, recording: Recording) -> None:
-    if not recording.passes:
+    if recording.bitmaps:
+        source.migrate(uri, bandwidth=256 << 10)  # with bitmaps QEMU sends passes until it has measured the bandwidth
+    elif not recording.passes:
         source.migrate(uri)
     else:
         # At this rate the guest dirties its 16 pages faster than they go, and they do not fit into a downtime of 1 ms.

@@ -10,6 +10,19 @@ docs/stream.md describes the format. Threads: those of the reader and the writer
 
 from __future__ import annotations
 
+from corefw.wire.records.bitmaps import (
+    BITMAPS_IDSTR,
+    BITMAPS_VERSION,
+    SECTOR,
+    BitmapFlag,
+    BitmapRecord,
+    StartFlag,
+    bits_size,
+    chunk_sectors,
+    padded_size,
+    read_bitmap_record,
+    write_bitmap_record,
+)
 from corefw.wire.records.commands import (
     CommandRecord,
     parse_ping,
@@ -82,15 +95,20 @@ from corefw.wire.records.ram import (
 )
 
 __all__ = [
+    "BITMAPS_IDSTR",
+    "BITMAPS_VERSION",
     "CONFIGURATION_SUBSECTIONS",
     "LAYOUT_IDSTR",
     "MAPPED_RAM",
     "MAX_BLOCKS",
     "MAX_LAYOUT",
     "PAGE_BODIES",
+    "SECTOR",
     "UUID_SIZE",
     "WITHOUT_NAME",
     "WITH_NAME",
+    "BitmapFlag",
+    "BitmapRecord",
     "BlockEntry",
     "CommandRecord",
     "Configuration",
@@ -100,12 +118,16 @@ __all__ = [
     "RamLayout",
     "RamRecord",
     "SectionHeader",
+    "StartFlag",
+    "bits_size",
+    "chunk_sectors",
     "configuration_capabilities",
     "configuration_page_size",
     "configuration_subsections",
     "discard_payload",
     "discards",
     "pad_description",
+    "padded_size",
     "parse_discard",
     "parse_ping",
     "parse_postcopy_advise",
@@ -113,6 +135,7 @@ __all__ = [
     "ping_payload",
     "postcopy_advise_payload",
     "read_bitmap",
+    "read_bitmap_record",
     "read_block_list",
     "read_block_name",
     "read_command",
@@ -130,6 +153,7 @@ __all__ = [
     "read_section_header",
     "select_subsections",
     "without_capabilities",
+    "write_bitmap_record",
     "write_block_list",
     "write_command",
     "write_configuration",
