@@ -1,7 +1,7 @@
 """The contract for machines: what a migration moves, with RAM blocks and devices, and can be stopped and started.
 
 The engine knows no more about a machine than this module says. A machine that can do more inherits from
-VerifiableMachine, ThrottlableMachine, PostcopyMachine, RamMakingMachine or ParkingMachine.
+VerifiableMachine, ThrottlableMachine, PostcopyMachine, BlockMachine, RamMakingMachine or ParkingMachine.
 
 Threads: whatever only reads (`name`, `run_state`, `ram_blocks`, `devices`, `information`) may be called from any thread
 at any time. Everything else is called from the engine's threads, one call at a time.
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from corefw.block import BlockNode
     from corefw.section import SectionKey
     from corefw.wire.stream import StreamReader
     from corefw.wire.vmstate import VMState
@@ -258,6 +259,21 @@ class PostcopyMachine(Machine):
     def watch_faults(self) -> FaultSource:
         """Have the guest wait whenever it accesses a page that is not installed; at first none is. Called on a
         destination, before start(). Raises MachineError."""
+
+
+class BlockMachine(Machine):
+    """A machine with disks. Their contents do not move with it: both sides have access to them. Their dirty bitmaps do,
+    with capability dirty-bitmaps."""
+
+    @abstractmethod
+    def block_nodes(self) -> Sequence[BlockNode]:
+        """The disks, in the order of their declaration. May be called from any thread; the nodes outlive the guest."""
+
+    def find_node(self, name: str) -> BlockNode | None:
+        """The node of the device with this name, or else the node with this name; None if there is none."""
+        nodes = self.block_nodes()
+        by_device = (node for node in nodes if node.device == name and name)
+        return next(by_device, None) or next((node for node in nodes if node.name == name), None)
 
 
 class VerifiableMachine(Machine):

@@ -38,6 +38,7 @@ CORE: Final[dict[str, set[str]]] = {
     "conversion": {"errors", "channel", "jsontext", "wire"},
     "section": {"errors", "channel", "settings", "wire"},
     "registry": {"errors", "section"},
+    "block": {"errors"},
     "machine": {"errors"},
     "control": {"dispatch", "machine", "settings", "states"},
     "memory": {"errors", "quantities", "net", "machine"},
@@ -54,7 +55,7 @@ CORE: Final[dict[str, set[str]]] = {
     },
     "qmp": {
         *("closing", "errors", "uri", "jsontext", "quantities", "dispatch", "states", "settings", "channel", "net"),
-        *("machine", "control", "plugins", "engine"),
+        *("block", "machine", "control", "plugins", "engine"),
     },
     "testing": {
         *("errors", "uri", "quantities", "dispatch", "states", "settings", "channel", "wire", "section", "machine"),
@@ -65,7 +66,7 @@ CORE: Final[dict[str, set[str]]] = {
 
 TYPES: Final[dict[str, set[str]]] = {
     "section": {"machine"},
-    "machine": {"section", "wire"},
+    "machine": {"block", "section", "wire"},
     "control": {"section"},
     "hookspecs": {"uri", "states", "settings", "channel", "section", "machine", "control"},
     "plugins": {"control"},
@@ -77,13 +78,13 @@ LIBRARIES: Final[dict[str, set[str]]] = {
     "stevedore": {"entrypoints"},
     "click": {"cli"},
     "rich": {"cli"},
-    "numpy": {"channel", "net", "wire", "section", "machine", "memory", "testing", "engine"},
+    "numpy": {"block", "channel", "net", "wire", "section", "machine", "memory", "testing", "engine"},
 }
 """Library -> the parts of the core that may import it."""
 
 PUBLIC: Final = {
     *("errors", "uri", "jsontext", "quantities", "states", "settings", "channel", "net", "wire"),
-    *("section", "machine", "control", "dispatch", "memory", "hookspecs", "testing"),
+    *("section", "block", "machine", "control", "dispatch", "memory", "hookspecs", "testing"),
 }
 """What plugins may import; docs/plugins.md says the same."""
 
