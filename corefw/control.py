@@ -85,6 +85,36 @@ class TransferReport:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocktimeReport:
+    """How long a guest has waited for its pages in postcopy (capability postcopy-blocktime). Times are nanoseconds.
+
+    Threads are in the order in which they first waited. Only faults whose page had to be requested count.
+
+    blocktime              in which all of these threads waited at once
+    blocktime_of_threads   in which each of them waited
+    faults                 number of faults that are over
+    waiting                number of faults that are not
+    average                of the latency of a fault
+    average_of_threads     the same for each thread
+    average_of_others      the same for threads that are not the guest's own, together
+    distribution           number of faults by latency: element n has those of 2**n to 2**(n+1) microseconds
+    median, p99, longest   of the latencies
+    """
+
+    blocktime: int
+    blocktime_of_threads: tuple[int, ...]
+    faults: int
+    waiting: int
+    average: int
+    average_of_threads: tuple[int, ...]
+    average_of_others: int
+    distribution: tuple[int, ...]
+    median: int
+    p99: int
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
 class MigrationReport:
     """How a migration goes, or went.
 
@@ -94,6 +124,7 @@ class MigrationReport:
     blocked_reasons   why a migration away from here would be refused; empty while one runs
     sections          what each section reports of itself (Section.statistics), by name
     transfer          figures of the source; None on a destination
+    blocktime         how long the guest has waited for pages; None on a source, and without postcopy-blocktime
     """
 
     side: Side
@@ -102,6 +133,7 @@ class MigrationReport:
     blocked_reasons: tuple[str, ...] = ()
     sections: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     transfer: TransferReport | None = None
+    blocktime: BlocktimeReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,8 +129,11 @@ class FaultSource(ABC):
 
     @abstractmethod
     def poll(self) -> Mapping[str, NDArray[np.int64]]:
-        """Return the pages that the guest has begun to wait for since the last call: ascending numbers, by block. Does
-        not block."""
+        """Return the pages that threads of the guest have begun to wait for since the last call, by block.
+
+        Shape (n, 2): rows (page number, id of the thread) in ascending order, without repetitions. The id is 0 for a
+        thread that is not the guest's own, or not known. Does not block.
+        """
 
     @abstractmethod
     def install(self, block: RamBlock, runs: NDArray[np.int64]) -> None:

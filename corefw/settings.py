@@ -240,6 +240,7 @@ PARAMETERS: Final = (
 IMPLEMENTED_BY_CORE: Final = frozenset(
     {
         *("events", "return-path", "pause-before-switchover", "switchover-ack", "max-bandwidth", "downtime-limit"),
+        "postcopy-blocktime",
         *("x-migfw-confirm-timeout", "x-migfw-incoming-timeout", "x-migfw-prealloc"),
         *("x-migfw-timeout", "x-migfw-max-passes", "x-migfw-on-timeout"),
     }

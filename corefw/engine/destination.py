@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 from corefw.channel import Channel, Interrupt, Listener
+from corefw.engine.blocktime import Blocktime
 from corefw.engine.connection import Connection
 from corefw.engine.custody import tell_outcome
 from corefw.engine.guestarrival import GuestArrival
@@ -45,6 +46,7 @@ class Destination(IncomingContext):
     cancelled             the user has ended it
     resuming              a source has connected again, and has not sent POSTCOPY_RESUME yet
     guest                 the guest that runs while its RAM is still arriving; None before, and in precopy
+    blocktime             how long that guest waits for pages; None without the capability postcopy-blocktime
     """
 
     frames: FrameReader
@@ -78,6 +80,7 @@ class Destination(IncomingContext):
         self.cancelled = False
         self.resuming = False
         self.guest: GuestArrival | None = None
+        self.blocktime: Blocktime | None = None
         self._deciding = threading.Lock()  # guards the two that decide between a cancel and RUN
         self._taken_over = False
         self._connection: Connection | None = None

@@ -165,7 +165,14 @@ class Inbound:
         arrival, status = self._present, self.state.status
         if arrival is None:
             return MigrationReport(Side.DESTINATION, status, blocked_reasons=blocked_reasons)
-        return MigrationReport(Side.DESTINATION, status, arrival.error, blocked_reasons, arrival.figures())
+        return MigrationReport(
+            Side.DESTINATION,
+            status,
+            arrival.error,
+            blocked_reasons,
+            arrival.figures(),
+            blocktime=arrival.blocktime(),
+        )
 
     def close(self) -> None:
         """Abort the present migration and wait for its end; none begins afterwards."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from corefw.channel import Listener
-from corefw.control import AllocationReport
+from corefw.control import AllocationReport, BlocktimeReport
 from corefw.engine import arrival, postcopy_arrival
 from corefw.engine.destination import Destination
 from corefw.engine.phases import run_phases
@@ -74,6 +74,11 @@ class IncomingMigration:
     def figures(self) -> dict[str, dict[str, object]]:
         """What the loaders report of themselves, by section."""
         return self._destination.figures()
+
+    def blocktime(self) -> BlocktimeReport | None:
+        """How long the guest has waited for pages; None where that is not measured."""
+        measured = self._destination.blocktime
+        return measured.report() if measured is not None else None
 
     def preallocation(self) -> AllocationReport:
         """How much of the guest's RAM is allocated."""

@@ -72,8 +72,8 @@ class PageFaults:
         while True:
             try:
                 self._interrupt.wait_for(self._source.fileno(), select.POLLIN)
-                for block, pages in self._source.poll().items():
-                    self._request(block, self._loaders[block].wait_for(block, pages))
+                for block, waiting in self._source.poll().items():
+                    self._request(block, self._loaders[block].wait_for(block, np.unique(waiting[:, 0])))
             except Interrupted:
                 return
             except ANYTHING:

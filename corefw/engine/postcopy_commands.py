@@ -15,6 +15,7 @@ from __future__ import annotations
 import mmap
 from typing import Final
 
+from corefw.engine.blocktime import Blocktime, MeasuredFaults
 from corefw.engine.destination import Destination
 from corefw.engine.guestarrival import GuestArrival
 from corefw.engine.pagefaults import PageFaults
@@ -69,6 +70,9 @@ def listen(destination: Destination, frames: FrameReader, _: CommandRecord) -> N
     if not later:
         raise StreamError("expected a live section that has begun and not ended")
     source = machine.watch_faults()
+    if destination.settings.capability("postcopy-blocktime"):
+        destination.blocktime = Blocktime()
+        source = MeasuredFaults(source, destination.blocktime)
     faults = PageFaults(source, later, machine.ram_blocks())
     destination.guest = GuestArrival(faults, {loader.key: progress.opened[loader.key] for loader in later})
     for loader in later:

@@ -31,6 +31,7 @@ from corefw.memory.runs import Runs
 log = logging.getLogger(__name__)
 
 SYSCTL: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
+FEATURES: Final = userfault.Feature.MISSING_SHMEM | userfault.Feature.MINOR_SHMEM | userfault.Feature.THREAD_ID
 EVENTS: Final = 256
 """Faults that one read(2) takes."""
 
@@ -38,7 +39,7 @@ EVENTS: Final = 256
 def open_faults() -> int:
     """A userfaultfd of this process for FaultQueue. Raises MachineError that says what the host lacks."""
     try:
-        return userfault.create(userfault.Feature.MISSING_SHMEM | userfault.Feature.MINOR_SHMEM)
+        return userfault.create(FEATURES)
     except OSError as error:
         raise MachineError(f"page faults cannot be served here: {_explain(error)}") from None
 
@@ -64,14 +65,19 @@ def _sysctl() -> str:
 
 
 class FaultQueue(FaultSource):
-    """The faults of the process behind `userfaultfd`, which maps each of `blocks` at the address in `addresses`.
+    """The faults in the memory of a process, which maps each of `blocks` at the address in `addresses`.
+
+    userfaultfd   what open_faults() returned in that process
+    process       its id
 
     Owns the descriptor when this returns. Raises MachineError where the memory cannot be registered.
     Threads: install() may run in several threads at once, also beside poll().
     """
 
-    def __init__(self, userfaultfd: int, blocks: Sequence[RamBlock], addresses: Sequence[int]) -> None:
+    def __init__(self, userfaultfd: int, blocks: Sequence[RamBlock], addresses: Sequence[int], process: int) -> None:
         self._fd = userfaultfd
+        self._process = process
+        self._threads = {0: 0}  # id as the kernel reports it -> id as poll() returns it
         self._addresses: dict[str, int] = {}
         try:
             for block, address in zip(blocks, addresses, strict=True):
@@ -91,14 +97,22 @@ class FaultQueue(FaultSource):
         return self._fd
 
     def poll(self) -> Mapping[str, NDArray[np.int64]]:
-        places = userfault.read_faults(self._fd, EVENTS)
+        faults = userfault.read_faults(self._fd, EVENTS)
         found: dict[str, NDArray[np.int64]] = {}
         for idstr, address in self._addresses.items():
             block = self._blocks[idstr]
-            inside = places[(places >= address) & (places < address + block.length)]
+            inside = faults[(faults[:, 0] >= address) & (faults[:, 0] < address + block.length)]
             if len(inside):
-                found[idstr] = np.unique((inside - address) // block.page_size)
+                pages = ((inside[:, 0] - address) // block.page_size).tolist()
+                threads = map(self._own_thread, inside[:, 1].tolist())
+                found[idstr] = np.array(sorted(set(zip(pages, threads, strict=True))), dtype=np.int64)
         return found
+
+    def _own_thread(self, thread: int) -> int:
+        """The thread's id if it is one of the process; otherwise 0 (a debugger that reads its memory, for example)."""
+        if thread not in self._threads:
+            self._threads[thread] = thread if Path(f"/proc/{self._process}/task/{thread}").exists() else 0
+        return self._threads[thread]
 
     def install(self, block: RamBlock, runs: Runs) -> None:
         address = self._addresses[block.idstr]

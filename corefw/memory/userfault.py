@@ -39,7 +39,9 @@ _RangeArgument: Final = Struct("=QQ")  # start, length
 _WriteProtectArgument: Final = Struct("=QQQ")  # start, length, mode
 _FillArgument: Final = Struct("=QQQq")  # start, length, mode, bytes filled or a negative errno
 
-_MESSAGE: Final = np.dtype({"names": ["event", "address"], "formats": ["u1", "u8"], "offsets": [0, 16], "itemsize": 32})
+_MESSAGE: Final = np.dtype(
+    {"names": ["event", "address", "thread"], "formats": ["u1", "u8", "u4"], "offsets": [0, 16, 24], "itemsize": 32}
+)
 _PAGE_FAULT: Final = 0x12
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -50,6 +52,7 @@ class Feature(IntFlag):
     """What to ask for in the handshake; the kernel refuses what it does not know."""
 
     MISSING_SHMEM = 1 << 5
+    THREAD_ID = 1 << 8
     MINOR_SHMEM = 1 << 10
     WP_HUGETLBFS_SHMEM = 1 << 12
     WP_UNPOPULATED = 1 << 13
@@ -97,14 +100,17 @@ def write_protect(fd: int, address: int, length: int) -> None:
 
 
 def read_faults(fd: int, most: int) -> NDArray[np.int64]:
-    """The addresses of up to `most` faults that no call has returned before; none is no error. Does not block."""
+    """Up to `most` faults that no call has returned before, as rows (address, thread id); none is no error.
+
+    The thread id is 0 without Feature.THREAD_ID. Does not block.
+    """
     try:
         data = os.read(fd, most * _MESSAGE.itemsize)
     except BlockingIOError:
-        return np.empty(0, dtype=np.int64)
+        return np.empty((0, 2), dtype=np.int64)
     messages = np.frombuffer(data, dtype=_MESSAGE)
-    addresses: NDArray[np.int64] = messages["address"][messages["event"] == _PAGE_FAULT].astype(np.int64)
-    return addresses
+    messages = messages[messages["event"] == _PAGE_FAULT]
+    return np.stack([messages["address"].astype(np.int64), messages["thread"].astype(np.int64)], axis=1)
 
 
 def map_existing(fd: int, address: int, length: int) -> int:

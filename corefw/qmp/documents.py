@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NotRequired, TypedDict, cast
 
-from corefw.control import AllocationReport, CheckReport, MigrationReport, PassBegan, RunStateChanged, TransferReport
+from corefw.control import (
+    AllocationReport,
+    BlocktimeReport,
+    CheckReport,
+    MigrationReport,
+    PassBegan,
+    RunStateChanged,
+    TransferReport,
+)
 from corefw.dispatch import Event
 from corefw.machine import RunState
 from corefw.qmp.forms import NOTHING, Enumeration, Form, Member, Structure
@@ -118,6 +126,12 @@ MigrationInfo = TypedDict(
         "setup-time": NotRequired[int],
         "error-desc": NotRequired[str],
         "blocked-reasons": NotRequired[list[str]],
+        "postcopy-blocktime": NotRequired[int],
+        "postcopy-vcpu-blocktime": NotRequired[list[int]],
+        "postcopy-latency": NotRequired[int],
+        "postcopy-latency-dist": NotRequired[list[int]],
+        "postcopy-vcpu-latency": NotRequired[list[int]],
+        "postcopy-non-vcpu-latency": NotRequired[int],
         "x-migfw": NotRequired[dict],  # type: ignore[type-arg]  # an object of any members
     },
 )
@@ -250,8 +264,10 @@ def migration_info(report: MigrationReport) -> MigrationInfo:
         if transfer is not None:
             info |= _figures(status, transfer)
             info["x-migfw"] = _own_figures(report, transfer)
-        elif report.sections:
-            info["x-migfw"] = {"sections": dict(report.sections)}
+        elif own := _arriving_figures(report):
+            info["x-migfw"] = own
+        if report.blocktime is not None and status is MigrationStatus.COMPLETED:
+            info |= _blocktime(report.blocktime)
         if report.error is not None and status in _BROKEN:
             info["error-desc"] = report.error
     if report.blocked_reasons:
@@ -323,6 +339,39 @@ def _own_figures(report: MigrationReport, transfer: TransferReport) -> dict[str,
         "warnings": list(transfer.warnings),
         "sections": {name: dict(figures) for name, figures in report.sections.items()},
     }
+
+
+def _blocktime(report: BlocktimeReport) -> dict[str, Any]:
+    """Blocktimes in milliseconds, latencies in nanoseconds (QEMU 11.1; the latencies since 10.1). QEMU leaves them out
+    until the migration has completed."""
+    return {
+        "postcopy-blocktime": report.blocktime // _MILLISECOND,
+        "postcopy-vcpu-blocktime": [one // _MILLISECOND for one in report.blocktime_of_threads],
+        "postcopy-latency": report.average,
+        "postcopy-latency-dist": list(report.distribution),
+        "postcopy-vcpu-latency": list(report.average_of_threads),
+        "postcopy-non-vcpu-latency": report.average_of_others,
+    }
+
+
+def _arriving_figures(report: MigrationReport) -> dict[str, Any]:
+    """What a destination reports beside QEMU's members."""
+    own: dict[str, Any] = {"sections": dict(report.sections)} if report.sections else {}
+    if (measured := report.blocktime) is not None:
+        own["page-faults"] = {
+            "count": measured.faults,
+            "waiting": measured.waiting,
+            "blocktime": measured.blocktime,
+            "latency-average": measured.average,
+            "latency-p50": measured.median,
+            "latency-p99": measured.p99,
+            "latency-max": measured.longest,
+        }
+    return own
+
+
+_MILLISECOND: Final = 1_000_000
+"""Nanoseconds."""
 
 
 def _plain(value: float | bool) -> int | bool:

@@ -52,7 +52,8 @@ def _serve(machine: Machine, faults: FaultSource) -> int:
         ready, _, _ = select.select([faults], [], [], 0.1)
         if not ready and machine.run_state is RunState.RUNNING:
             break
-        for idstr, pages in faults.poll().items():
+        for idstr, waiting in faults.poll().items():
+            pages = np.unique(waiting[:, 0])
             served += len(pages)
             faults.install(blocks[idstr], runs_of_pages(pages))
     return served

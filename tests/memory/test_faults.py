@@ -50,7 +50,7 @@ class Guest:
         self.process.start()
         theirs.close()
         address, (fd,), _, _ = socket.recv_fds(self.link, 64, 1)
-        self.faults = FaultQueue(fd, [self.block], [int(address)])
+        self.faults = FaultQueue(fd, [self.block], [int(address)], self.process.pid or 0)
 
     def run(self) -> None:
         self.link.send(b".")
@@ -58,7 +58,9 @@ class Guest:
     def next_faults(self) -> list[int]:
         ready, _, _ = select.select([self.faults], [], [], PATIENCE)
         assert ready, "the guest does not wait for a page"
-        return [int(page) for page in self.faults.poll()["ram"]]
+        waiting = self.faults.poll()["ram"]
+        assert (waiting[:, 1] == self.process.pid).all(), "the process has one thread"
+        return [int(page) for page in waiting[:, 0]]
 
     def install(self, *pages: int) -> None:
         self.faults.install(self.block, runs_of_pages(np.array(pages)))

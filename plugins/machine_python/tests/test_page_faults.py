@@ -36,7 +36,7 @@ def machine() -> Iterator[PythonMachine]:
 def next_faults(source: FaultSource) -> dict[str, list[int]]:
     ready, _, _ = select.select([source], [], [], PATIENCE)
     assert ready, "the guest does not wait for a page"
-    return {name: pages.tolist() for name, pages in source.poll().items()}
+    return {name: waiting[:, 0].tolist() for name, waiting in source.poll().items()}
 
 
 def test_a_guest_goes_on_page_by_page(machine: PythonMachine) -> None:

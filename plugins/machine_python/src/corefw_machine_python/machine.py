@@ -308,7 +308,7 @@ class PythonMachine(PostcopyMachine, VerifiableMachine, ThrottlableMachine):
 
     def watch_faults(self) -> FaultSource:
         _, (fd,) = self._guest.ask("faults", ORDER_TIMEOUT)
-        self._faults = FaultQueue(fd, self._blocks, self._addresses)
+        self._faults = FaultQueue(fd, self._blocks, self._addresses, self.pid)
         return self._faults
 
     @property
