@@ -16,7 +16,7 @@ from corefw.cli.options import engine_options, json_option
 from corefw.cli.progress import Progress, summary
 from corefw.errors import ChannelError, UsageError, one_line
 from corefw.qmp.engines import EngineClient, connect
-from corefw.quantities import format_duration, format_size
+from corefw.quantities import format_duration, format_milliseconds, format_size
 from corefw.states import MigrationStatus
 
 if TYPE_CHECKING:
@@ -161,8 +161,28 @@ def _migration(answer: Mapping[str, Any]) -> Iterator[Fact]:
         (_, first), *rest = summary(answer)
         yield "migration", first
         yield from rest
+    yield from _page_faults(answer)
     if progress.phase == MigrationStatus.POSTCOPY_PAUSED:
         yield "to recover", "'migfw recover URI' on the destination, then 'migfw migrate URI --resume' on the source"
+
+
+def _page_faults(answer: Mapping[str, Any]) -> Iterator[Fact]:
+    """How long the guest has waited for pages in postcopy; with capability postcopy-blocktime alone."""
+    if found := answer.get("x-migfw", {}).get("page-faults"):
+        median, p99, longest = (_fine(found[f"latency-{which}"]) for which in ("p50", "p99", "max"))
+        over = f"{found['count']:,}, latency p50 {median}, p99 {p99}, max {longest}"
+        yield "page faults", f"{over}; {found['waiting']} waiting" if found["waiting"] else over
+    elif (average := answer.get("postcopy-latency")) is not None:  # a real QEMU
+        yield "page faults", f"average latency {_fine(average)}"
+    if (blocktime := answer.get("postcopy-blocktime")) is not None:
+        each = ", ".join(format_milliseconds(one) for one in answer.get("postcopy-vcpu-blocktime", ()))
+        yield "blocked", f"{format_milliseconds(blocktime)} as a whole; by virtual CPU or thread: {each or 'none'}"
+
+
+def _fine(nanoseconds: float) -> str:
+    """A short time: "0.214 ms", "12 ms"."""
+    milliseconds = nanoseconds / 1e6
+    return f"{milliseconds:.3f} ms" if milliseconds < 10 else format_milliseconds(milliseconds)
 
 
 # -- --watch -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 
@@ -40,7 +41,7 @@ def start_postcopy(engines: Engines) -> tuple[Engine, Engine]:
 
 def test_it_switches_after_the_first_pass(engines: Engines) -> None:
     source = engines(*BUSY, "--name=from")
-    destination = engines(*BUSY, "--name=to", "--incoming=tcp:127.0.0.1:0")
+    destination = engines(*BUSY, "--name=to", "--incoming=tcp:127.0.0.1:0", "--cap=postcopy-blocktime")
     moved = source.call("migrate", destination.uri, "--postcopy", f"--param=max-bandwidth={SLOW}", "--json")
     assert moved.returncode == 0, moved.stderr
     ram = json.loads(moved.stdout)["ram"]
@@ -48,6 +49,11 @@ def test_it_switches_after_the_first_pass(engines: Engines) -> None:
     assert ram["precopy-bytes"] > ram["total"]
     verified = destination.call("verify")
     assert verified.returncode == 0, verified.stderr
+    shown = destination.call("status").stdout
+    assert re.search(r"^page faults: +[\d,]+, latency p50 \S+ ms, p99 \S+ m?s, max", shown, re.MULTILINE), shown
+    assert re.search(r"^blocked: +\S+ m?s as a whole", shown, re.MULTILINE), shown
+    faults = json.loads(destination.call("status", "--json").stdout)["migration"]["x-migfw"]["page-faults"]
+    assert faults["latency-p50"] <= faults["latency-p99"] <= faults["latency-max"]
 
 
 def test_a_connection_that_was_paused_is_recovered(engines: Engines) -> None:
