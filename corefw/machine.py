@@ -333,10 +333,11 @@ class StreamFormat:
 WaitReadable = Callable[[float], bool]
 
 
-class ParkingMachine(Machine):
+class ParkingMachine(PostcopyMachine):
     """A machine that cannot run here: its RAM is loaded, and its devices stay in the bytes that their emulator sent.
 
-    As a destination it takes any machine; as a source it sends on what it took (corefw.engine.tails.StoredTail).
+    As a destination it takes any machine; as a source it sends on what it took (corefw.engine.tails.StoredTail). It
+    takes part in postcopy on either side: nothing here accesses the RAM that is still arriving.
     """
 
     def devices(self) -> Sequence[Device]:
@@ -354,9 +355,18 @@ class ParkingMachine(Machine):
         """
 
     @abstractmethod
+    def adopt_package(self, name: str, stream_format: StreamFormat, sections: bytes) -> None:
+        """Take the device sections of a postcopy's package: no EOF byte, no description. The live sections are still to
+        end. `name` as for adopt_sections(). Raises RemoteStreamError."""
+
+    @abstractmethod
     def stored_format(self) -> StreamFormat | None:
         """How to frame the stream when the machine is sent on; None to follow the settings."""
 
     @abstractmethod
     def stored_sections(self) -> Sequence[bytes]:
-        """What adopt_sections() took, byte for byte, to be sent after the live sections."""
+        """The device sections that were taken, byte for byte."""
+
+    @abstractmethod
+    def stored_end(self) -> bytes:
+        """EOF byte and description as they came behind the device sections; b"" if these came in a package."""

@@ -244,8 +244,6 @@ class Engine(MigrationControl):
 
     def _check_settings(self, transport: Transport) -> None:
         """Raise SettingsError for a capability that this machine or this transport cannot have."""
-        if self.settings.capability("postcopy-ram") and (obstacle := self._tail.obstacle_to_postcopy()) is not None:
-            raise SettingsError(f"{obstacle} (switch capability 'postcopy-ram' off)")
         if self.settings.capability("postcopy-ram") and not transport.features.return_path:
             uri = transport.uri
             raise SettingsError(

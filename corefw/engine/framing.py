@@ -69,6 +69,10 @@ class SectionWriter:
         self._whole(SectionType.FULL, saver, lambda: saver.save(self._writer))
         self._devices.append({"name": saver.idstr, "instance_id": saver.instance_id} | saver.describe())
 
+    def stored(self, section: bytes) -> None:
+        """A whole FULL section, as it came."""
+        self._writer.write(section)
+
     def description(self) -> dict[str, Any]:
         """Describe the FULL sections written so far."""
         return {"page_size": TARGET_PAGE_SIZE, "devices": self._devices}

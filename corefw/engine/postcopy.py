@@ -59,6 +59,8 @@ def send_rest(source: Source) -> MigrationStatus:
 def _hand_over(source: Source) -> None:
     """The guest is stopped. Send what it needs to run on the destination, and have it run there."""
     writer, later = source.link.writer, _later(source)
+    if source.tail.stream_format(source.settings).switchover_start:
+        write_command(writer, Command.SWITCHOVER_START)
     for saver in source.live:
         if saver not in later:
             source.sections.end(saver)

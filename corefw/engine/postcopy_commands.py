@@ -12,9 +12,6 @@ Source: QEMU 10.0, loadvm_postcopy_handle_* and loadvm_handle_recv_bitmap (migra
 
 from __future__ import annotations
 
-import mmap
-from typing import Final
-
 from corefw.engine.blocktime import Blocktime, MeasuredFaults
 from corefw.engine.destination import Destination
 from corefw.engine.guestarrival import GuestArrival
@@ -24,12 +21,10 @@ from corefw.errors import MachineError, StreamError
 from corefw.machine import PostcopyMachine
 from corefw.section import PostcopyLoader
 from corefw.states import MigrationStatus
-from corefw.wire.constants import RESUMED, TARGET_PAGE_SIZE, ReturnMessage
+from corefw.wire.constants import RESUMED, ReturnMessage
 from corefw.wire.frames import FrameReader
-from corefw.wire.records import CommandRecord, PostcopyAdvice, parse_discard, parse_postcopy_advise
+from corefw.wire.records import CommandRecord, parse_discard, parse_postcopy_advise
 from corefw.wire.returnpath import number_body, parse_recv_bitmap
-
-PAGES: Final = PostcopyAdvice(page_sizes=mmap.PAGESIZE, target_page_size=TARGET_PAGE_SIZE)
 
 
 def advise(destination: Destination, frames: FrameReader, record: CommandRecord) -> None:
@@ -48,8 +43,7 @@ def advise(destination: Destination, frames: FrameReader, record: CommandRecord)
     if (reason := machine.postcopy_unsupported()) is not None:
         raise MachineError(f"{reason} (or switch capability 'postcopy-ram' off on the source)")
     _return_path(destination)
-    if advice != PAGES:
-        raise StreamError(f"expected pages of {PAGES.target_page_size} bytes on both hosts, got {advice}")
+    destination.tail.check_pages(advice)
     destination.advised = True
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
@@ -188,7 +187,8 @@ def switch_over(source: Source) -> MigrationStatus:
     source.limits.end()
     if source.link.return_path is not None:
         source.link.return_path.expect(ReturnMessage.SHUT, 0)
-    _send_end(source, closing)
+    source.link.writer.write(closing)
+    source.link.writer.flush()
     if source.link.return_path is None:
         source.link.channel.send_eof()
         return MigrationStatus.COMPLETED
@@ -214,10 +214,5 @@ def send_states(source: Source, sections: SectionWriter) -> None:
         if saver.needed():
             sections.full(saver)
     sections.write_commands()
-
-
-def _send_end(source: Source, closing: Sequence[bytes]) -> None:
-    writer = source.link.writer
-    for piece in closing:
-        writer.write(piece)
-    writer.flush()
+    for section in source.tail.stored():
+        sections.stored(section)

@@ -8,29 +8,37 @@ Everything that the engine does differently for the two is in these classes.
 
 from __future__ import annotations
 
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from struct import Struct
 from typing import Final
 
 from corefw.engine.framing import SectionWriter
 from corefw.engine.progress import LoadProgress
 from corefw.engine.switchover import AckPolicy
-from corefw.errors import RemoteStreamError
+from corefw.errors import RemoteStreamError, StreamError
 from corefw.machine import Machine, ParkingMachine, RunState, StreamFormat, WaitReadable
 from corefw.registry import LoaderRegistry, SaverRegistry
 from corefw.section import SectionKey
 from corefw.settings import Settings
-from corefw.wire.constants import SectionType
+from corefw.wire.constants import TARGET_PAGE_SIZE, Command, SectionType
 from corefw.wire.frames import FrameReader
 from corefw.wire.records import (
     MAPPED_RAM,
     Configuration,
+    PostcopyAdvice,
     SectionHeader,
     without_capabilities,
     write_description,
 )
-from corefw.wire.stream import MemorySink, StreamWriter
+from corefw.wire.stream import MemorySink, StreamReader, StreamWriter
 from corefw.wire.versions import SWITCHOVER_ACK, UNASKED_ACK, machine_version
+
+_COMMAND: Final = Struct(">BHH")  # type, number, length of the payload
+_RUN: Final = _COMMAND.pack(SectionType.COMMAND, Command.POSTCOPY_RUN, 0)
+_PING: Final = _COMMAND.pack(SectionType.COMMAND, Command.PING, 4)
+_PING_SIZE: Final = len(_PING) + 4
 
 ONE_FILE_ONLY: Final = frozenset({MAPPED_RAM})
 """Capabilities that describe how a stream lies in its file: a machine that is sent on does not name them again."""
@@ -66,10 +74,6 @@ class StreamTail(ABC):
         """Whether the guest may be sent again although it may be running elsewhere."""
 
     @abstractmethod
-    def obstacle_to_postcopy(self) -> str | None:
-        """Why the machine cannot run on a destination before all of it is there; None if it can."""
-
-    @abstractmethod
     def obstacle_to_checking(self) -> str | None:
         """Why a destination cannot be asked whether it would take the machine; None if it can."""
 
@@ -78,8 +82,12 @@ class StreamTail(ABC):
         """How the stream is framed."""
 
     @abstractmethod
-    def closing(self, sections: SectionWriter, settings: Settings) -> Sequence[bytes]:
-        """What follows the sections that savers wrote. Once its first byte has been sent the destination may run the
+    def stored(self) -> Sequence[bytes]:
+        """Device sections as they came, to follow those that savers write."""
+
+    @abstractmethod
+    def closing(self, sections: SectionWriter, settings: Settings) -> bytes:
+        """The end of the stream, behind all sections. Once its first byte has been sent the destination may run the
         guest, so all of it is made before: plugins may raise here."""
 
     # -- the destination -------------------------------------------------------------------------------------------
@@ -93,6 +101,10 @@ class StreamTail(ABC):
         """Raise RemoteStreamError if the stream is another machine's. `at` is the offset behind the header."""
 
     @abstractmethod
+    def check_pages(self, advice: PostcopyAdvice) -> None:
+        """Raise StreamError if pages of such sizes cannot be taken in postcopy."""
+
+    @abstractmethod
     def ack_policy(self, configuration: Configuration | None, settings: Settings) -> AckPolicy:
         """When to send SWITCHOVER_ACK."""
 
@@ -104,7 +116,8 @@ class StreamTail(ABC):
     def load_rest(
         self, frames: FrameReader, progress: LoadProgress, check: Callable[[str], None], live: WaitReadable
     ) -> bool:
-        """Take the rest of the stream if the tail begins here; whether it did.
+        """Take the rest of the stream if the tail begins here; whether it did. In a package, take the device sections:
+        commands follow, so that is not the rest.
 
         `check(came)` raises RemoteStreamError if something is missing of what has to come before. `live` is that of
         ParkingMachine.adopt_sections().
@@ -132,23 +145,17 @@ class DeviceTail(StreamTail):
     def may_leave_twice(self) -> bool:
         return False
 
-    def obstacle_to_postcopy(self) -> str | None:
-        return None
-
     def obstacle_to_checking(self) -> str | None:
         return None
 
     def stream_format(self, settings: Settings) -> StreamFormat:
         return _format_by_settings(settings)
 
-    def closing(self, sections: SectionWriter, settings: Settings) -> Sequence[bytes]:
-        made = MemorySink()
-        writer = StreamWriter(made)
-        writer.u8(SectionType.EOF)
-        if settings.property("send-vmdescription"):
-            write_description(writer, sections.description())
-        writer.flush()
-        return (bytes(made.data),)
+    def stored(self) -> Sequence[bytes]:
+        return ()
+
+    def closing(self, sections: SectionWriter, settings: Settings) -> bytes:
+        return _end_of(sections, settings)
 
     def footers(self, settings: Settings) -> bool | None:
         return settings.property("send-section-footer")
@@ -161,6 +168,11 @@ class DeviceTail(StreamTail):
         elif configuration.name != self._machine.name:
             expected = f"a machine '{self._machine.name}'"
             raise RemoteStreamError(at, "configuration", expected, f"'{configuration.name}'")
+
+    def check_pages(self, advice: PostcopyAdvice) -> None:
+        """Pages are installed in the size in which they come."""
+        if advice != PostcopyAdvice(mmap.PAGESIZE, TARGET_PAGE_SIZE):
+            raise StreamError(f"expected pages of {TARGET_PAGE_SIZE} bytes on both hosts, got {advice}")
 
     def ack_policy(self, configuration: Configuration | None, settings: Settings) -> AckPolicy:
         """No device here has a say in it, and the source is a migfw, which knows the message."""
@@ -201,18 +213,18 @@ class StoredTail(StreamTail):
         """It is only stored and sent on, which runs nothing."""
         return True
 
-    def obstacle_to_postcopy(self) -> str | None:
-        return "a parked machine cannot be sent in postcopy"
-
     def obstacle_to_checking(self) -> str | None:
         return "a waiting QEMU would exit when a peer connects and disconnects; only this side was checked"
 
     def stream_format(self, settings: Settings) -> StreamFormat:
         return self._machine.stored_format() or _format_by_settings(settings)
 
-    def closing(self, sections: SectionWriter, settings: Settings) -> Sequence[bytes]:
-        del sections, settings
+    def stored(self) -> Sequence[bytes]:
         return self._machine.stored_sections()
+
+    def closing(self, sections: SectionWriter, settings: Settings) -> bytes:
+        """As it came; the stream of a postcopy has none that could be kept."""
+        return self._machine.stored_end() or _end_of(sections, settings)
 
     def footers(self, settings: Settings) -> bool | None:
         del settings
@@ -220,6 +232,12 @@ class StoredTail(StreamTail):
 
     def check_configuration(self, configuration: Configuration | None, settings: Settings, at: int) -> None:
         """Any machine can be parked, with or without a configuration section."""
+
+    def check_pages(self, advice: PostcopyAdvice) -> None:
+        """Nothing here waits for a page, so the source may have huge pages."""
+        if advice.target_page_size != TARGET_PAGE_SIZE:
+            expected = f"target pages of {TARGET_PAGE_SIZE} bytes"
+            raise StreamError(f"expected {expected}, got {advice.target_page_size} bytes")
 
     def ack_policy(self, configuration: Configuration | None, settings: Settings) -> AckPolicy:
         """The source is a QEMU, and its machine type says whether it understands the message."""
@@ -244,27 +262,63 @@ class StoredTail(StreamTail):
     ) -> bool:
         """The tail begins with the first section that no loader knows, once passes have been loaded. A device that goes
         before the RAM is not part of it, and is refused."""
-        if not progress.passes_began and not progress.loaded:
+        if self._machine.stored_format() is not None:
+            return False
+        if not (progress.passes_began or progress.loaded or frames.is_package):
             return False
         name = frames.peek_section()
         if name is None or progress.is_known(key := SectionKey(*name)):
             return False
+        configuration = progress.configuration or Configuration("", b"")
+        if frames.is_package:
+            self._machine.adopt_package(configuration.name, _format_of(frames, progress), _packaged(frames.reader))
+            return False
         progress.end_live_sections()
         check(f"section {key}")
-        configuration = progress.configuration or Configuration("", b"")
-        form = StreamFormat(
-            configuration=progress.configuration is not None,
-            footers=bool(frames.footers),
-            configuration_tail=without_capabilities(configuration, ONE_FILE_ONLY).tail,
-            section_ids=progress.live_ids,
-            switchover_start=progress.switchover_started,
-        )
-        self._machine.adopt_sections(configuration.name, form, frames.reader, live)
+        self._machine.adopt_sections(configuration.name, _format_of(frames, progress), frames.reader, live)
         return True
 
     def run_state(self, sent: RunState) -> RunState:
         del sent
         return RunState.PAUSED
+
+
+def _format_of(frames: FrameReader, progress: LoadProgress) -> StreamFormat:
+    """How the stream is framed that is being loaded."""
+    configuration = progress.configuration or Configuration("", b"")
+    return StreamFormat(
+        configuration=progress.configuration is not None,
+        footers=bool(frames.footers),
+        configuration_tail=without_capabilities(configuration, ONE_FILE_ONLY).tail,
+        section_ids=progress.live_ids,
+        switchover_start=progress.switchover_started,
+    )
+
+
+def _packaged(reader: StreamReader) -> bytes:
+    """The device sections of a package, read up to the commands behind them: RUN, and in front of it PINGs: one if the
+    RAM follows, two since QEMU 10.2 (postcopy_start)."""
+    sections = bytearray()
+    while not reader.at_end():
+        start, end = reader.span()
+        sections += reader.buffer[start:end]
+        reader.skip(end - start)
+    end = len(sections) - (len(_RUN) if sections.endswith(_RUN) else 0)
+    while sections.startswith(_PING, end - _PING_SIZE, end):
+        end -= _PING_SIZE
+    reader.unread(sections[end:])
+    return bytes(sections[:end])
+
+
+def _end_of(sections: SectionWriter, settings: Settings) -> bytes:
+    """The EOF byte, and a description of what savers have written."""
+    made = MemorySink()
+    writer = StreamWriter(made)
+    writer.u8(SectionType.EOF)
+    if settings.property("send-vmdescription"):
+        write_description(writer, sections.description())
+    writer.flush()
+    return bytes(made.data)
 
 
 def _format_by_settings(settings: Settings) -> StreamFormat:

@@ -64,10 +64,15 @@ def decode(reader: StreamReader) -> Iterator[Item]:
     return _Decoder(FrameReader(reader), _State()).decode()
 
 
-def decode_sections(data: bytes, *, base: int = 0, footers: bool | None = None) -> Iterator[Item]:
-    """The items of device sections alone, EOF and description included. `base` is the offset of `data` in its stream;
-    `footers`: whether the sections end with one, None where that is not known. Raises RemoteStreamError."""
-    return _decode_held(data, FrameReader.of_sections(_reading(data, base), footers=footers), _State())
+def decode_sections(
+    data: bytes, *, base: int = 0, footers: bool | None = None, package: bool = False
+) -> Iterator[Item]:
+    """The items of device sections alone, EOF and description included, which those of a `package` do not have. `base`
+    is the offset of `data` in its stream; `footers`: whether the sections end with one, None where that is not known.
+    Raises RemoteStreamError."""
+    frames = FrameReader.of_sections(_reading(data, base), footers=footers)
+    frames.is_package = package
+    return _decode_held(data, frames, _State())
 
 
 class _Decoder:

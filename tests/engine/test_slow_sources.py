@@ -62,4 +62,5 @@ def test_silence_on_a_one_way_stream_is_not_its_end(
         way.write(stream[cut:])
     assert arrived(parking) == "completed"
     assert isinstance(parking.machine, ParkingMachine)
-    assert stream.endswith(b"".join(parking.machine.stored_sections()))
+    machine = parking.machine
+    assert stream.endswith(b"".join(machine.stored_sections()) + machine.stored_end())

@@ -13,7 +13,7 @@ from corefw_devices.device import DeviceLoader, DeviceSaver
 from corefw_devices.globalstate import GlobalStateLoader, GlobalStateSaver
 
 from corefw.errors import MachineError, RemoteStreamError
-from corefw.machine import Device, Machine, ParkingMachine, RamBlock, RunState, StreamFormat, WaitReadable
+from corefw.machine import Device, FaultSource, Machine, ParkingMachine, RamBlock, RunState, StreamFormat, WaitReadable
 from corefw.plugins import Plugins
 from corefw.registry import LoaderRegistry, SaverRegistry
 from corefw.section import Priority, RunStateLoader, RunStateSaver, SectionKey
@@ -82,11 +82,23 @@ class ParkedPanel(Panel, ParkingMachine):
     def adopt_sections(self, name: str, stream_format: StreamFormat, reader: StreamReader, live: WaitReadable) -> None:
         raise MachineError("nothing is parked in this test")
 
+    def adopt_package(self, name: str, stream_format: StreamFormat, sections: bytes) -> None:
+        raise MachineError("nothing is parked in this test")
+
     def stored_format(self) -> StreamFormat | None:
         return None
 
     def stored_sections(self) -> Sequence[bytes]:
         return ()
+
+    def stored_end(self) -> bytes:
+        return b""
+
+    def postcopy_unsupported(self) -> str | None:
+        return "no postcopy in this test"
+
+    def watch_faults(self) -> FaultSource:
+        raise MachineError("no postcopy in this test")
 
 
 def only_devices() -> Plugins:

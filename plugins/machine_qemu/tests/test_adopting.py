@@ -59,13 +59,13 @@ def test_everything_is_taken(name: str, ends: bool, chunk: int) -> None:
     source = Source(data, chunk=chunk, ends=ends)
     reader = StreamReader(source)
     state = take_device_state(reader, FOOTERS[name], source.live)
-    assert b"".join(state.pieces) == data
+    assert b"".join(state.pieces) + state.end == data
     assert reader.offset == len(data)
     if name == "pc-bare":
-        assert state.pieces == (data,)
+        assert (state.pieces, state.end) == ((data[:-1],), b"\0")
         assert not state.devices
     else:
-        assert [len(piece) for piece in state.pieces[:-1]] == [device.size for device in state.devices]
+        assert [len(piece) for piece in state.pieces] == [device.size for device in state.devices]
         assert state.devices[-1].name == "globalstate"
 
 
@@ -120,7 +120,8 @@ def test_a_pause_where_the_bytes_look_like_an_end_is_none() -> None:
     """In the middle of a section: 0x7e, any four bytes, and a zero."""
     data = b"\4\0\0\0\2\3clk\0\0\0\0\0\0\0\1" + b"abc\x7e\1\2\3\4\0def" + b"\x7e\0\0\0\2" + b"\0"
     source = Pausing(data, data.index(b"def"))
-    assert b"".join(take_device_state(StreamReader(source), True, source.live).pieces) == data
+    state = take_device_state(StreamReader(source), True, source.live)
+    assert b"".join(state.pieces) + state.end == data
     assert source.waits[:2] == [adopting.QUIET_WITH_FOOTERS, adopting.STALLED]
 
 

@@ -14,7 +14,7 @@ Threads: the incoming thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -50,12 +50,14 @@ class StoredDevice:
 class DeviceState:
     """Everything from the first device section to the end of the stream.
 
-    pieces    the bytes: a piece for each section if they could be cut, then EOF and description
+    pieces    the sections' bytes: a piece for each if they could be cut, else one for all of them
     devices   what the pieces are; empty if they could not be cut
+    end       EOF and description; b"" in a package, which has neither
     """
 
-    pieces: tuple[bytes, ...]
-    devices: tuple[StoredDevice, ...]
+    pieces: tuple[bytes, ...] = ()
+    devices: tuple[StoredDevice, ...] = ()
+    end: bytes = b""
 
 
 def take_device_state(reader: StreamReader, footers: bool, live: WaitReadable) -> DeviceState:
@@ -107,23 +109,36 @@ def _is_whole(held: bytearray, footers: bool) -> bool:
 def cut_device_state(data: bytes, base: int, footers: bool) -> DeviceState:
     """Tell the sections apart, and check that they are complete. `base` is the offset of `data` in its stream. Raises
     RemoteStreamError."""
+    return _cut(data, decode_sections(data, base=base, footers=footers), base, ends=True)
+
+
+def cut_package(data: bytes, footers: bool) -> DeviceState:
+    """The same for the device sections of a postcopy's package."""
+    return _cut(data, decode_sections(data, footers=footers, package=True), 0, ends=False)
+
+
+def _cut(data: bytes, found: Iterable[items.Item], base: int, *, ends: bool) -> DeviceState:
+    """`ends`: the last section is followed by EOF."""
     starts: list[items.Section] = []
-    tail: int | None = None
-    for item in decode_sections(data, base=base, footers=footers):
+    tail, uncut = len(data), False
+    for item in found:
         match item:
             case items.Section():
                 starts.append(item)
             case items.Eof():
                 tail = item.offset - base
-            case items.Body() | items.Footer() | items.DescriptionItem() | items.Uncut():
+            case items.Uncut():
+                uncut = True
+            case items.Body() | items.Footer() | items.DescriptionItem():
                 pass
             case _:
                 raise RemoteStreamError(item.offset, "device state", "device sections", type(item).__name__)
-    if tail is None:  # not cut; its last byte is EOF
-        return DeviceState((data,), ())
+    if uncut:
+        tail -= len(_EOF) if ends else 0
+        return DeviceState((data[:tail],), (), data[tail:])
     bounds = [section.offset - base for section in starts] + [tail]
     pieces = [data[first:end] for first, end in pairwise(bounds)]
-    return DeviceState((*pieces, data[tail:]), _devices(starts, pieces))
+    return DeviceState(tuple(pieces), _devices(starts, pieces), data[tail:])
 
 
 def _devices(starts: Sequence[items.Section], pieces: Sequence[bytes]) -> tuple[StoredDevice, ...]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from corefw.errors import MachineError, UsageError
 from corefw.machine import (
+    FaultSource,
     MachineConfig,
     ParkingMachine,
     RamBlock,
@@ -23,7 +24,8 @@ from corefw.machine import (
 from corefw.memory.blocks import MemfdBlock
 from corefw.wire.constants import TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader
-from corefw_machine_qemu.adopting import DeviceState, take_device_state
+from corefw_machine_qemu.adopting import DeviceState, cut_package, take_device_state
+from corefw_machine_qemu.faults import NoFaults
 from corefw_machine_qemu.limits import Limits
 
 
@@ -46,7 +48,7 @@ class ParkedMachine(ParkingMachine, RamMakingMachine):
         self._state = RunState.INMIGRATE
         self._blocks: dict[str, MemfdBlock] = {}
         self._format: StreamFormat | None = None
-        self._stored = DeviceState((), ())
+        self._stored = DeviceState()
         self._observers: list[Callable[[RunState, RunState], None]] = []
 
     @property
@@ -111,7 +113,7 @@ class ParkedMachine(ParkingMachine, RamMakingMachine):
         while self._blocks:
             _, block = self._blocks.popitem()
             block.close()
-        self._stored = DeviceState((), ())
+        self._stored = DeviceState()
         self._format = None
         self._name = ""
 
@@ -123,11 +125,28 @@ class ParkedMachine(ParkingMachine, RamMakingMachine):
         self._format = stream_format
         self._name = name
 
+    def adopt_package(self, name: str, stream_format: StreamFormat, sections: bytes) -> None:
+        """See ParkingMachine."""
+        self._stored = cut_package(sections, stream_format.footers)
+        self._format = stream_format
+        self._name = name
+
     def stored_format(self) -> StreamFormat | None:
         return self._format
 
     def stored_sections(self) -> Sequence[bytes]:
         return self._stored.pieces
+
+    def stored_end(self) -> bytes:
+        return self._stored.end
+
+    # -- postcopy --------------------------------------------------------------------------------------------------
+
+    def postcopy_unsupported(self) -> str | None:
+        return None
+
+    def watch_faults(self) -> FaultSource:
+        return NoFaults()
 
     # -- the rest --------------------------------------------------------------------------------------------------
 
@@ -141,7 +160,7 @@ class ParkedMachine(ParkingMachine, RamMakingMachine):
                 {"name": one.name, "instance-id": one.instance_id, "version": one.version, "size": one.size}
                 for one in self._stored.devices
             ],
-            "device-state": sum(len(piece) for piece in self._stored.pieces),
+            "device-state": sum(len(piece) for piece in self._stored.pieces) + len(self._stored.end),
         }
 
     def close(self) -> None:
