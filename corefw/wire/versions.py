@@ -183,8 +183,8 @@ DIFFERENCES: Final = (
         Depends.PROGRAM,
         Version(10, 2),
         None,
-        "Behind the devices a second PING asks whether they are loaded; until its PONG has come, the status of the source"
-        " is `postcopy-device`, and the source takes its guest back if the connection breaks.",
+        "Behind the devices a second PING asks whether they are loaded; until its PONG has come, the status of the"
+        " source is `postcopy-device`, and the source takes its guest back if the connection breaks.",
         "Answers every PING. A parked machine keeps none of them; a package that it sends has PING 3 alone.",
     ),
     Difference(
