@@ -13,7 +13,7 @@ import pytest
 from corefw.errors import MachineError, SettingsError, StateError
 from corefw.inspection import inspect
 from corefw.inspection.model import Inspection
-from corefw.machine import MachineConfig, RunState
+from corefw.machine import RunState
 from corefw.memory import userfault
 from corefw.testing.tasks import wait_until
 from corefw.wire.constants import MIGFW_PING, PACKAGE_PING, READY_PING, Command, ReturnMessage, SectionType
@@ -268,14 +268,6 @@ def test_a_transport_without_a_return_path_is_refused(move: Move, folder: Path) 
     move.source.settings.set_capabilities({"return-path": False})
     with pytest.raises(SettingsError, match="which postcopy needs"):
         move.source.migrate(f"file:{folder / 'guest'}")
-
-
-def test_a_parked_machine_does_not_leave_in_postcopy(pair: Pair) -> None:
-    engine = pair.engine(pair.plugins.machine("qemu", MachineConfig(incoming=True)), {})
-    engine.machine.set_run_state(RunState.PAUSED)
-    engine.settings.set_capabilities({"postcopy-ram": True})
-    with pytest.raises(SettingsError, match="parked machine cannot be sent in postcopy"):
-        engine.migrate("tcp:127.0.0.1:1")
 
 
 def test_precopy_completes_if_nobody_asks_for_postcopy(move: Move) -> None:
