@@ -1,7 +1,8 @@
 # The tasks of a developer; `make` without a goal lists them.
 #
 # Every goal works on a fresh clone with Python, make and a C library, and installs what it needs into .venv. Only
-# `make peers` also needs Debian's apt. Outside this folder, only two caches are written: stevedore's entry points and
+# `make peers` also needs Debian's apt. A C compiler is used if there is one: plugins/ram_kernel is left out without it,
+# and everything works, somewhat slower. Outside this folder, only two caches are written: stevedore's entry points and
 # the peers, which survive `make clean`.
 
 PYTHON ?= python3
@@ -11,10 +12,17 @@ JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 7 ? n + 1 : 8)))
 
 VENV     := .venv
 BIN      := $(VENV)/bin
+# Whether a program that needs the C library's headers can be compiled.
+COMPILES := $(shell printf '\043include <sys/socket.h>\n' | $(CC) -fPIC -shared -x c -o /dev/null - 2>/dev/null && echo yes)
+COMPILED := plugins/ram_kernel
 PLUGINS  := $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml)))
+ifneq ($(COMPILES),yes)
+PLUGINS  := $(filter-out $(COMPILED),$(PLUGINS))
+endif
 PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
+SOURCES  := $(foreach plugin,$(filter $(COMPILED),$(PLUGINS)),$(wildcard $(plugin)/compile.py $(plugin)/src/*/*.c))
 PIP      := $(BIN)/python -m pip --disable-pip-version-check -qq
-DEV      := $(VENV)/.dev-installed
+DEV      := $(VENV)/.dev-installed$(if $(COMPILES),,-without-compiler)
 DOCS     := $(VENV)/.docs-installed
 
 .DEFAULT_GOAL := help
@@ -81,6 +89,7 @@ docs: $(DOCS) ## Build the documentation into site/; a broken link is an error
 
 clean: ## Remove .venv, caches and everything that was built
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist site
+	@rm -f $(COMPILED:%=%/src/*/*.so)
 	@find . -name .git -prune -o \( -name __pycache__ -o -name '*.egg-info' \) -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -91,8 +100,9 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 # Development requirements first: they include hatchling, which the projects below are built with.
-$(DEV): $(PROJECTS) requirements-dev.txt | $(BIN)/python
+$(DEV): $(PROJECTS) $(SOURCES) requirements-dev.txt | $(BIN)/python
 	@echo "Installing migfw, its plugins and the tools into $(VENV) ..."
+	@test "$(COMPILES)" || echo "Without $(COMPILED), since '$(CC)' does not compile C here (Debian: gcc and libc6-dev)."
 	@$(PIP) install -r requirements-dev.txt
 	@$(PIP) install --no-build-isolation -e . $(PLUGINS:%=-e ./%)
 	@rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/python-entrypoints"

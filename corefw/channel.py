@@ -175,6 +175,20 @@ class ReceivesMemory(ABC):
         order. It may wait some milliseconds for more bytes, so use it if many are expected."""
 
 
+class ReceivesFromSocket(ABC):
+    """A base class for channels where the stream's bytes come from a connected stream socket as they are, for compiled
+    code that receives many pieces by itself."""
+
+    @abstractmethod
+    def receive_from_socket(self, receive: Callable[[int], int]) -> int:
+        """Call `receive(descriptor)`, and return how many bytes it received; 0 at the end of the stream.
+
+        `receive` does not wait for long and raises OSError as recvmsg(2) does: it is called again after BlockingIOError
+        (no byte came), and other errors are translated. It must not use the descriptor once it has returned. Waits for
+        the first byte, and raises, as Channel.receive_into().
+        """
+
+
 class FileBacked(ABC):
     """A base class for channels that read a file, for streams that refer to places in it (mapped-ram).
 

@@ -18,7 +18,8 @@ from corefw.errors import FOREIGN, PluginError, described, did_you_mean
 TRANSPORTS: Final = "corefw.transport"
 MACHINES: Final = "corefw.machine"
 PLUGINS: Final = "corefw.plugins"
-GROUPS: Final = (TRANSPORTS, MACHINES, PLUGINS)
+KERNELS: Final = "corefw.kernel"
+GROUPS: Final = (TRANSPORTS, MACHINES, PLUGINS, KERNELS)
 
 Factory = Callable[..., object]
 

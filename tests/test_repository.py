@@ -210,9 +210,10 @@ def test_a_plugin_is_set_up_like_the_others(path: Path) -> None:
     assert plugin["build-system"] == core["build-system"]
     assert "migfw>=0.1,<0.2" in plugin["project"]["dependencies"]
     package = path / "src" / f"corefw_{path.name}"
-    assert plugin["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == [str(package.relative_to(path))]
+    wheel = plugin["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == [str(package.relative_to(path))]
     assert (ROOT / package / "py.typed").exists()
-    assert name in core["project"]["optional-dependencies"]["all"]
+    assert name in core["project"]["optional-dependencies"]["compiled" if "hooks" in wheel else "all"]
     assert list((ROOT / path / "tests").glob("test_*.py")), "a plugin has tests"
 
 

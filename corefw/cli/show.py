@@ -303,6 +303,7 @@ def plugins(show_settings: bool, as_json: bool) -> None:
       transport   a URI scheme
       machine     a kind of guest, for 'migfw run --machine'
       plugins     sections, blockers, settings, QMP commands
+      kernel      compiled code for a plugin, which works without it
 
     \b
     Examples:

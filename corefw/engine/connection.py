@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
-from corefw.channel import Channel, FileBacked, Interrupt, Listener, ReceivesMemory
+from corefw.channel import Channel, FileBacked, Interrupt, Listener, ReceivesFromSocket, ReceivesMemory
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.errors import ANYTHING, ChannelError
 from corefw.net.channelset import ChannelSet
@@ -206,6 +207,17 @@ class WatchedMemoryChannel(WatchedChannel, ReceivesMemory):
         return self._count(self.channel.receive_memory(pieces))
 
 
+class WatchedSocketChannel(WatchedMemoryChannel, ReceivesFromSocket):
+    """A channel that lends its socket."""
+
+    def receive_from_socket(self, receive: Callable[[int], int]) -> int:
+        """See ReceivesFromSocket."""
+        assert isinstance(self.channel, ReceivesFromSocket)
+        while not self._wait_tick(TICK):
+            pass
+        return self._count(self.channel.receive_from_socket(receive))
+
+
 class WatchedFileChannel(WatchedChannel, FileBacked):
     """A channel that reads a file."""
 
@@ -222,6 +234,7 @@ class WatchedFileChannel(WatchedChannel, FileBacked):
 
 def _watched(channel: Channel, settings: Settings, interrupt: Interrupt) -> WatchedChannel:
     if isinstance(channel, ReceivesMemory):
-        return WatchedMemoryChannel(channel, settings, interrupt)
+        lends = isinstance(channel, ReceivesFromSocket)
+        return (WatchedSocketChannel if lends else WatchedMemoryChannel)(channel, settings, interrupt)
     kind = WatchedFileChannel if isinstance(channel, FileBacked) else WatchedChannel
     return kind(channel, settings, interrupt)

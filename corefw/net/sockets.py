@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from corefw.channel import Buffer, Channel, Interrupt, Listener, ReceivesMemory, SendsMemory
+from corefw.channel import Buffer, Channel, Interrupt, Listener, ReceivesFromSocket, ReceivesMemory, SendsMemory
 from corefw.errors import ChannelError, Interrupted
 from corefw.net import IOV_MAX
 from corefw.net.lingering import close_now, end_politely
@@ -86,7 +86,7 @@ def check_peer_user(sock: socket.socket) -> str | None:
     return f"it is from user {uid}, expected user {os.geteuid()} or root (--allow-any-user admits every user)"
 
 
-class SocketChannel(Channel, SendsMemory, ReceivesMemory):
+class SocketChannel(Channel, SendsMemory, ReceivesMemory, ReceivesFromSocket):
     """A channel over a connected stream socket, which it owns.
 
     abort() ends a receive at once and a send within SEND_TICK; the peer notices when the channel is closed.
@@ -152,7 +152,11 @@ class SocketChannel(Channel, SendsMemory, ReceivesMemory):
         from corefw.net import iovec  # noqa: PLC0415 - as above
 
         assert len(pieces), "receive_memory into no pieces"
-        return self._receive(lambda: iovec.receive_some(self._socket.fileno(), pieces))
+        return self.receive_from_socket(lambda descriptor: iovec.receive_some(descriptor, pieces))
+
+    def receive_from_socket(self, receive: Callable[[int], int]) -> int:
+        """See ReceivesFromSocket."""
+        return self._receive(lambda: receive(self._socket.fileno()))
 
     def _receive(self, receive: Callable[[], int]) -> int:
         while (count := self._try_receive(receive)) is None:  # RECEIVE_TICK is over

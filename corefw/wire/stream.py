@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from corefw.channel import Buffer, FileBacked, ReceivesMemory, SendsMemory
+from corefw.channel import Buffer, FileBacked, ReceivesFromSocket, ReceivesMemory, SendsMemory
 from corefw.errors import RemoteStreamError, StreamError
 from corefw.wire.constants import BE16, BE32, BE64
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -83,6 +85,7 @@ class StreamReader:
         """`size`: bytes of the buffer. `base`: the offset of the source's first byte in the stream."""
         self._source = source
         self._memory_source = source if isinstance(source, ReceivesMemory) else None
+        self._socket_source = source if isinstance(source, ReceivesFromSocket) else None
         self._file = source if isinstance(source, FileBacked) else None
         self._buffer = bytearray(size)
         self._view = memoryview(self._buffer)
@@ -169,6 +172,19 @@ class StreamReader:
         assert self._memory_source is not None
         assert self._start == self._end, "bytes in the buffer come first"
         count = self._memory_source.receive_memory(pieces)
+        self._base += count
+        return count
+
+    @property
+    def receives_from_socket(self) -> bool:
+        """Whether the source can do receive_from_socket()."""
+        return self._socket_source is not None
+
+    def receive_from_socket(self, receive: Callable[[int], int]) -> int:
+        """As receive_memory(), with a function that receives from the socket: see ReceivesFromSocket."""
+        assert self._socket_source is not None
+        assert self._start == self._end, "bytes in the buffer come first"
+        count = self._socket_source.receive_from_socket(receive)
         self._base += count
         return count
 

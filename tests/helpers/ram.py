@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Final, NamedTuple, Self
@@ -14,12 +15,13 @@ import numpy as np
 from corefw_ram.section import RamSectionLoader, RamSectionSaver
 from numpy.typing import NDArray
 
-from corefw.channel import Buffer, Interrupt, ReceivesMemory, SendsMemory
+from corefw.channel import Buffer, Interrupt, ReceivesFromSocket, ReceivesMemory, SendsMemory
 from corefw.errors import MachineError
 from corefw.machine import Device, DirtyLog, Machine, RamBlock, RamMakingMachine, RunState
 from corefw.memory.blocks import MemfdBlock
 from corefw.memory.hashes import HashLog
 from corefw.memory.runs import runs_of_pages
+from corefw.net import iovec
 from corefw.section import Pending
 from corefw.settings import Settings
 from corefw.testing.recording import KitContext
@@ -238,6 +240,9 @@ class Portions:
         self._turn += 1
         return self._source.receive_into(view[:size])
 
+    def close(self) -> None:
+        """There is nothing to close."""
+
 
 class MemoryPortions(Portions, ReceivesMemory):
     """The same for a channel that receives into guest memory, as a socket does."""
@@ -252,6 +257,45 @@ class MemoryPortions(Portions, ReceivesMemory):
             ctypes.memmove(address, part, len(part))
             at -= len(part)
         return count
+
+
+class SocketPortions(ReceivesMemory, ReceivesFromSocket):
+    """The same over a real socket, where compiled code can receive if it is installed. Nothing waits: a receive gets
+    what is left of a portion."""
+
+    def __init__(self, data: bytes, sizes: Sequence[int]) -> None:
+        self._portions = MemoryPortions(data, sizes)
+        self._room = memoryview(bytearray(max(sizes)))
+        self._waiting = self._room[:0]
+        self._unread = 0
+        self._out, self._into = socket.socketpair()
+        self._into.setblocking(False)
+
+    def receive_into(self, view: memoryview, /) -> int:
+        return self.receive_from_socket(lambda _: self._into.recv_into(view))
+
+    def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
+        return self.receive_from_socket(lambda descriptor: iovec.receive_some(descriptor, pieces))
+
+    def receive_from_socket(self, receive: Callable[[int], int]) -> int:
+        if not self._unread:
+            self._send()
+        count = receive(self._into.fileno())
+        self._unread -= count
+        return count
+
+    def _send(self) -> None:
+        if not self._waiting:
+            self._waiting = self._room[: self._portions.receive_into(self._room)]
+        if not self._waiting:
+            self._out.shutdown(socket.SHUT_WR)
+            return
+        self._unread = self._out.send(self._waiting, socket.MSG_DONTWAIT)
+        self._waiting = self._waiting[self._unread :]
+
+    def close(self) -> None:
+        self._out.close()
+        self._into.close()
 
 
 class Receiver:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -24,7 +25,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DISTRIBUTIONS = [ROOT, *sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))]
+COMPILED = ROOT / "plugins" / "ram_kernel"
+
+
+def compiles() -> bool:
+    """Whether programs that need the C library's headers can be compiled here, as the Makefile asks too."""
+    cc = [*shlex.split(os.environ.get("CC") or "cc"), "-fPIC", "-shared", "-x", "c", "-o", "/dev/null", "-"]
+    try:
+        return subprocess.run(cc, input=b"#include <sys/socket.h>\n", stderr=subprocess.DEVNULL).returncode == 0
+    except OSError:
+        return False
+
+
+COMPILES = compiles()
+DISTRIBUTIONS = [
+    ROOT,
+    *sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml") if COMPILES or path.parent != COMPILED),
+]
 EXAMPLES = sorted(path.parent for path in ROOT.glob("examples/*/pyproject.toml"))
 NO_REGISTRY = re.compile(r"NewConnectionError|NameResolutionError|ConnectTimeoutError|Network is unreachable")
 
@@ -108,6 +125,28 @@ def test_everything_that_is_installed_loads(clean: Path, wheels: dict[str, Path]
     assert {row["distribution"] for row in listed} == wheels.keys() - {"migfw"}
     version = about(wheels["migfw"])[1]["Version"]
     assert version in run(clean / "migfw", "--version")
+
+
+@pytest.mark.skipif(not COMPILES, reason="needs a C compiler (cc)")
+def test_compiled_code_is_a_wheel_for_every_python_and_is_used(clean: Path, wheels: dict[str, Path]) -> None:
+    names, _ = about(wheels["migfw-ram-kernel"])
+    assert re.search(r"-py3-none-linux_\w+\.whl$", wheels["migfw-ram-kernel"].name)
+    assert "corefw_ram_kernel/kernel.so" in names
+    assert not [name for name in names if name.endswith(".c")]
+    assert "migfw-ram-kernel" in str(about(wheels["migfw"])[1].get_all("Requires-Dist"))
+    used = run(clean / "python", "-c", "from corefw_ram.lists import find_kernel; print(find_kernel().__module__)")
+    assert used == "corefw_ram_kernel\n"
+
+
+def test_without_a_compiler_the_build_says_that_compiled_code_can_be_left_out(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, COMPILED],
+        env={**os.environ, "CC": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "install a C compiler, Debian: gcc and libc6-dev; or leave migfw-ram-kernel out" in done.stdout + done.stderr
 
 
 def test_nothing_of_it_comes_from_the_source_tree(clean: Path) -> None:

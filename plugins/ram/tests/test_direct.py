@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Final
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.helpers.ram import (
     PAGE,
     MemoryPortions,
     Portions,
+    SocketPortions,
     StillMachine,
     allocated,
     block,
@@ -33,9 +35,13 @@ WHOLE: Final = 1 << 22
 """Bytes: everything at once."""
 
 Outcome = tuple[dict[str, bytes], str, int]
+Way = type[Portions | SocketPortions]
+
+WAYS: Final = pytest.mark.parametrize("way", [MemoryPortions, SocketPortions])
+"""How bytes come straight into memory: through the loop in NumPy, and through compiled code where it is installed."""
 
 
-def outcome(stream: bytes, sizes: list[int], *, direct: bool, bodies: int = 1, touched: bool = False) -> Outcome:
+def outcome(stream: bytes, sizes: list[int], way: Way, *, bodies: int = 1, touched: bool = False) -> Outcome:
     """RAM afterwards (of a load that failed, only what the stream did not touch counts: nothing), the error, the
     offset."""
     with StillMachine(block("one", PAGES), block("two", RUN)) as machine:
@@ -43,8 +49,7 @@ def outcome(stream: bytes, sizes: list[int], *, direct: bool, bodies: int = 1, t
             one.huge = True  # it is too small for that, and works without
             if touched:
                 one.pages[::7] = 0x5A
-        source = MemoryPortions(stream, sizes) if direct else Portions(stream, sizes)
-        with receiving(machine, source) as receiver:
+        with closing(way(stream, sizes)) as source, receiving(machine, source) as receiver:
             try:
                 receiver.load(bodies)
             except RemoteStreamError as error:
@@ -82,53 +87,59 @@ def streams(draw: st.DrawFn) -> tuple[bytes, int]:
 portions = st.lists(st.integers(1, 20 * RECORD), min_size=1, max_size=5) | st.just([WHOLE]) | st.just([RECORD - 3])
 
 
+@WAYS
 @settings(max_examples=150)
 @given(stream=streams(), sizes=portions, touched=st.booleans())
-def test_records_mean_the_same(stream: tuple[bytes, int], sizes: list[int], touched: bool) -> None:
+def test_records_mean_the_same(way: Way, stream: tuple[bytes, int], sizes: list[int], touched: bool) -> None:
     data, bodies = stream
-    expected = outcome(data, [WHOLE], direct=False, bodies=bodies, touched=touched)
+    expected = outcome(data, [WHOLE], Portions, bodies=bodies, touched=touched)
     assert expected[1] == ""
-    assert outcome(data, sizes, direct=True, bodies=bodies, touched=touched) == expected
+    assert outcome(data, sizes, way, bodies=bodies, touched=touched) == expected
 
 
+@WAYS
 @settings(max_examples=80)
 @given(data=st.data(), sizes=portions)
-def test_a_stream_that_ends_early_fails_at_the_same_place(data: st.DataObject, sizes: list[int]) -> None:
+def test_a_stream_that_ends_early_fails_at_the_same_place(way: Way, data: st.DataObject, sizes: list[int]) -> None:
     whole = run(0, PAGES, "one") + EOS
     cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
-    assert outcome(cut, sizes, direct=True) == outcome(cut, sizes, direct=False)
+    assert outcome(cut, sizes, way) == outcome(cut, sizes, Portions)
 
 
+@WAYS
 @settings(max_examples=150)
 @given(data=st.data(), sizes=portions)
-def test_a_changed_header_means_the_same(data: st.DataObject, sizes: list[int]) -> None:
+def test_a_changed_header_means_the_same(way: Way, data: st.DataObject, sizes: list[int]) -> None:
     stream = bytearray(run(0, PAGES, "one") + EOS)
     at = 4 + data.draw(st.integers(0, PAGES - 1)) * RECORD + data.draw(st.integers(0, 7))
     stream[at] ^= data.draw(st.sampled_from([1, 2, 0x10, 0x80, 0xFF]))
-    assert outcome(bytes(stream), sizes, direct=True) == outcome(bytes(stream), sizes, direct=False)
+    assert outcome(bytes(stream), sizes, way) == outcome(bytes(stream), sizes, Portions)
 
 
+@WAYS
 @pytest.mark.parametrize("extra", range(RECORD - 12, RECORD + 5))
-def test_what_follows_the_body_is_not_waited_for(extra: int) -> None:
+def test_what_follows_the_body_is_not_waited_for(way: Way, extra: int) -> None:
     """A guess that the run goes on takes in what is behind the body too, and a few bytes of that look like a header
     that has begun; but they are the last, for the source waits for an answer."""
     stream = run(0, 2 * RUN, "one") + EOS + bytes(range(1, 8)) * (RECORD // 7 + 1)
     stream = stream[: stream.index(EOS) + len(EOS) + extra]
     sizes = [4 + 2 * RUN * RECORD, WHOLE]
-    assert outcome(stream, sizes, direct=True) == outcome(stream, sizes, direct=False)
+    assert outcome(stream, sizes, way) == outcome(stream, sizes, Portions)
 
 
-def test_what_was_guessed_wrongly_is_zero_again() -> None:
+@WAYS
+def test_what_was_guessed_wrongly_is_zero_again(way: Way) -> None:
     """The first guess after the run is that it goes on; what comes is the same pages once more."""
     stream = run(0, 2 * RUN, "one") + run(0, 2 * RUN) + EOS
-    contents, error, offset = outcome(stream, [4 + 2 * RUN * RECORD, WHOLE], direct=True)
+    contents, error, offset = outcome(stream, [4 + 2 * RUN * RECORD, WHOLE], way)
     assert (error, offset) == ("", len(stream))
     assert contents["one"] == CONTENT[: 2 * RUN].tobytes() + bytes((PAGES - 2 * RUN) * PAGE)
 
 
-def test_a_block_that_had_contents_keeps_what_no_record_says() -> None:
+@WAYS
+def test_a_block_that_had_contents_keeps_what_no_record_says(way: Way) -> None:
     stream = run(0, 2 * RUN, "one") + run(0, 2 * RUN) + EOS
-    contents, _, _ = outcome(stream, [4 + 2 * RUN * RECORD, WHOLE], direct=True, touched=True)
+    contents, _, _ = outcome(stream, [4 + 2 * RUN * RECORD, WHOLE], way, touched=True)
     rest = np.frombuffer(contents["one"], dtype=np.uint8).reshape(-1, PAGE)[2 * RUN :]
     assert (rest[:, 0] == np.where(np.arange(2 * RUN, PAGES) % 7, 0, 0x5A)).all()
 

@@ -1,7 +1,8 @@
 """Receives runs of pages straight from the socket into guest RAM: one copy, and one system call for 512 pages.
 
 A stream does not announce what comes next, but in the first pass it nearly always is the next page. So the kernel is
-given the places of a run that goes on, header, page, header, page; then the headers are compared with those expected.
+given the places of a run that goes on, header, page, header, page; then the headers are compared with those expected
+(lists.py).
 
 Invariant: an expectation that was wrong changes no contents. Only pages known to be zero are received into: those of a
 block that held nothing but zeros when the migration began, behind the last page that was stored since. Anything else
@@ -23,29 +24,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corefw.machine import RamBlock
-from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
+from corefw.wire.constants import TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader
+from corefw_ram.lists import FLAGS, MOST, ListReceiver
 from corefw_ram.records import HEADER, PAGE_RECORD
 
-MOST: Final = 512
-"""Pages in a call: with their headers the 1024 pieces that it takes."""
 FIRST: Final = 32
-"""Pages in the first call of a run, and after a wrong expectation; each time it was right, twice as many."""
+"""Pages in the first list of a run, and after a wrong expectation; each time it was right, twice as many."""
 
 RUN: Final = 4
 """Consecutive pages after which more are expected."""
 
 SHARE: Final = 4
-"""No call receives more than this fraction of the last body: what it receives behind the end is copied twice."""
+"""No list has more than this fraction of the last body: what it receives behind the end is copied twice."""
 
 BOUNDARY: Final = 64
 """Bytes read where a body is expected to end: enough for its end, the header of the next section and of a record."""
-
-FLAGS: Final = int(RamFlag.PAGE | RamFlag.CONTINUE)
-
-OFFSETS: Final = np.arange(MOST, dtype=np.uint64) * np.uint64(TARGET_PAGE_SIZE)
-HEADERS: Final = OFFSETS | np.uint64(FLAGS)
-"""The headers of a run from page 0 on."""
 
 
 class DirectReceiver:
@@ -62,13 +56,7 @@ class DirectReceiver:
         self._count = FIRST
         self._in_body = 0  # pages received in place since the body of the section began
         self._last_body = 0  # and in the one before
-        self._base = block.pages.ctypes.data
-        self._headers = np.empty(MOST, dtype=">u8")
-        self._pieces = np.empty((2 * MOST, 2), dtype=np.uint64)
-        self._pieces[0::2, 0] = self._headers.ctypes.data + HEADER * np.arange(MOST)
-        self._pieces[0::2, 1] = HEADER
-        self._pieces[1::2, 1] = TARGET_PAGE_SIZE
-        self._places = self._pieces[1::2, 0]
+        self._lists = ListReceiver(block)
 
     @property
     def expects(self) -> bool:
@@ -113,37 +101,41 @@ class DirectReceiver:
 
     def _receive_run(self, reader: StreamReader, first: int) -> bool:
         ram = self._block.pages  # held on to while the kernel writes there; empty when the block was closed
-        count = min(self._count, len(ram) - first, len(reader.buffer) // PAGE_RECORD)
+        most = min(MOST, len(reader.buffer) // PAGE_RECORD)
+        total = len(ram) - first
         if self._in_body < self._last_body:
-            count = min(count, self._last_body - self._in_body, max(FIRST, self._last_body // SHARE))
-        if count <= 0:
+            most = min(most, max(FIRST, self._last_body // SHARE))
+            total = min(total, self._last_body - self._in_body)
+        if total <= 0 or most <= 0:
             return False
-        np.add(OFFSETS[:count], np.uint64(self._base + first * TARGET_PAGE_SIZE), out=self._places[:count])
-        received = reader.receive_memory(self._pieces[: 2 * count])
+        whole, _, received = self._lists.receive(reader, ram, first, self._count, most, total)
+        self._count = min(self._count + whole, MOST)  # as if it had doubled with each list
+        self._advance(whole)
+        return self._take_list(reader, ram[first + whole :], first + whole, received) or whole > 0
+
+    def _take_list(self, reader: StreamReader, ram: NDArray[np.uint8], first: int, received: int) -> bool:
+        """Deal with a list of pages from `first` on, of which so many bytes came into `ram`. False where something else
+        came, or nothing."""
         records, part = divmod(received, PAGE_RECORD)
-        right = self._count_right(first, records)
+        right = self._lists.count_right(first, records)
         if right == records and 0 < part < HEADER:
             # Behind a page's record there is always a header. Behind anything else there may be nothing at all.
-            reader.read_into(self._header(records), "a RAM record's header", part)
+            reader.read_into(self._lists.header(records), "a RAM record's header", part)
             part = HEADER
         begun = records + (part > 0)
         if part and right == records:
-            right = self._count_right(first, begun)
+            right = self._lists.count_right(first, begun)
         if right < begun:
-            self._take_out(reader, ram[first + right : first + begun], right, (records - right) * PAGE_RECORD + part)
+            self._take_out(reader, ram[right:begun], right, (records - right) * PAGE_RECORD + part)
             self._count = FIRST
             self._advance(right)
             return False
         if part:
             self._finish_page(reader, first + records, part - HEADER)
-        self._count = min(2 * self._count, MOST)
-        self._advance(begun)
+        if begun:
+            self._count = min(2 * self._count, MOST)
+            self._advance(begun)
         return begun > 0
-
-    def _count_right(self, first: int, count: int) -> int:
-        """How many of the first `count` headers are those expected, up to the first that is not."""
-        right = self._headers[:count] == HEADERS[:count] + np.uint64(first * TARGET_PAGE_SIZE)
-        return count if right.all() else int(right.argmin())
 
     def _advance(self, pages: int) -> None:
         self._in_body += pages
@@ -158,13 +150,10 @@ class DirectReceiver:
         """Give the records from the number `right` on, `count` bytes with these pages, back to the reader, and leave
         zeros in the pages."""
         rows = np.empty((len(pages), PAGE_RECORD), dtype=np.uint8)
-        rows[:, :HEADER] = self._headers[right : right + len(pages)].view(np.uint8).reshape(-1, HEADER)
+        rows[:, :HEADER] = self._lists.headers[right : right + len(pages)].view(np.uint8).reshape(-1, HEADER)
         rows[:, HEADER:] = pages
         pages[:] = 0
         reader.unread(rows.data.cast("B")[:count])
-
-    def _header(self, number: int) -> memoryview:
-        return self._headers[number : number + 1].data.cast("B")
 
 
 def _header_of(page: int) -> bytes:
