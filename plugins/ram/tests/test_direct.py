@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import closing
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 import pytest
-from corefw_ram.direct import FIRST, MOST, RUN
+from corefw_ram.direct import FIRST, RUN
+from corefw_ram.lists import MOST
 from corefw_ram.records import PAGE_RECORD as RECORD
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -195,3 +200,20 @@ def test_small_pages_are_stored_from_the_buffer(huge: bool) -> None:
             receiver.load()
         assert (source.calls > 0) is huge
         assert allocated(machine.blocks[0]) == PAGES
+
+
+def test_a_compiled_loop_that_does_not_load_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    about = tmp_path / "a_broken_kernel-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: a-broken-kernel\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[corefw.kernel]\nram = nowhere_to_be_found:receive_lists\n")
+    script = "from corefw_ram.lists import find_kernel; print(getattr(find_kernel(), '__module__', None))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "nowhere_to_be_found:receive_lists does not load, and is not used: No module named" in done.stderr
+    assert done.stdout in ("None\n", "corefw_ram_kernel\n")
