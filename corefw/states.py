@@ -27,6 +27,7 @@ class MigrationStatus(StrEnum):
     ACTIVE = "active"
     POSTCOPY_ACTIVE = "postcopy-active"
     POSTCOPY_PAUSED = "postcopy-paused"
+    POSTCOPY_RECOVER_SETUP = "postcopy-recover-setup"
     POSTCOPY_RECOVER = "postcopy-recover"
     COMPLETED = "completed"
     FAILING = "failing"
@@ -52,6 +53,7 @@ SETUP_OR_ACTIVE: Final = frozenset(
         _S.ACTIVE,
         _S.POSTCOPY_ACTIVE,
         _S.POSTCOPY_PAUSED,
+        _S.POSTCOPY_RECOVER_SETUP,
         _S.POSTCOPY_RECOVER,
         _S.PRE_SWITCHOVER,
         _S.DEVICE,
@@ -59,14 +61,14 @@ SETUP_OR_ACTIVE: Final = frozenset(
 )
 """A migration runs, and can be cancelled (migration_is_setup_or_active)."""
 
-POSTCOPY: Final = frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.POSTCOPY_RECOVER})
+POSTCOPY: Final = frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.POSTCOPY_RECOVER_SETUP, _S.POSTCOPY_RECOVER})
 """The guest belongs to the destination, and not all of it is there yet (migration_in_postcopy)."""
 
 IN_POSTCOPY: Final = "Postcopy migration in progress, cannot cancel."
 """What both sides say to a cancel then (QEMU 10.1, qmp_migrate_cancel)."""
 
 CONNECTED: Final = POSTCOPY - {_S.POSTCOPY_PAUSED}
-"""A postcopy that has a connection, which migrate-pause breaks (migration_postcopy_is_alive)."""
+"""A postcopy that has a connection or dials one, which migrate-pause breaks (migration_postcopy_is_alive)."""
 
 SENDING: Final = frozenset({*SETUP_OR_ACTIVE - {_S.SETUP}, _S.CANCELLING})
 """The guest's state is being sent: query-migrate has the figures of the moment (fill_source_migration_info)."""
@@ -80,8 +82,9 @@ SOURCE_TRANSITIONS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] 
     _S.PRE_SWITCHOVER: frozenset({_S.DEVICE, _S.POSTCOPY_ACTIVE, _S.CANCELLING, _S.FAILING}),
     _S.DEVICE: frozenset({_S.COMPLETED, _S.CANCELLING, _S.FAILING}),
     _S.POSTCOPY_ACTIVE: frozenset({_S.POSTCOPY_PAUSED, _S.COMPLETED, _S.CANCELLING, _S.FAILING}),
-    _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER, _S.CANCELLING, _S.FAILING}),
-    _S.POSTCOPY_RECOVER: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.CANCELLING, _S.FAILING}),
+    _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER_SETUP, _S.CANCELLING, _S.FAILING}),
+    _S.POSTCOPY_RECOVER_SETUP: frozenset({_S.POSTCOPY_RECOVER, _S.POSTCOPY_PAUSED, _S.CANCELLING, _S.FAILING}),
+    _S.POSTCOPY_RECOVER: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.COMPLETED, _S.CANCELLING, _S.FAILING}),
     _S.COLO: frozenset({_S.COMPLETED, _S.FAILING}),
     _S.CANCELLING: frozenset({_S.CANCELLED, _S.COMPLETED}),
     _S.FAILING: frozenset({_S.FAILED}),
@@ -91,7 +94,8 @@ SOURCE_TRANSITIONS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] 
 }
 """A finished migration goes straight to SETUP of the next (QEMU resets to NONE and says nothing). A cancel that comes
 when the destination has the guest already is too late: the migration completes. In FAILING (since QEMU 11.0) the guest
-is taken back and everything is closed; FAILED says that this is done."""
+is taken back and everything is closed; FAILED says that this is done. POSTCOPY_RECOVER_SETUP (since QEMU 9.1) is a
+source that dials; a recovery completes the migration if the destination had everything already."""
 
 DESTINATION_TRANSITIONS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] = {
     _S.NONE: frozenset({_S.SETUP}),

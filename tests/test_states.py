@@ -25,7 +25,8 @@ S = MigrationStatus
 PAGE = Path(__file__).parents[1] / "docs" / "states.md"
 
 SURFACE = [
-    *("none", "setup", "cancelling", "cancelled", "active", "postcopy-active", "postcopy-paused", "postcopy-recover"),
+    *("none", "setup", "cancelling", "cancelled", "active", "postcopy-active", "postcopy-paused"),
+    *("postcopy-recover-setup", "postcopy-recover"),
     *("completed", "failing", "failed", "colo", "pre-switchover", "device"),
 ]
 

@@ -43,11 +43,13 @@ class Link:
         self.transport: Final = transport
         self.return_path: ReturnPathReader | None = None
         self._interrupt = interrupt
+        self._aborted = Interrupt()
         self._meter = meter
         self._channels = ChannelSet()
 
     def connect(self) -> None:
-        """Raises ChannelError, Interrupted."""
+        """Dial, and begin a stream. Raises ChannelError, Interrupted."""
+        self._interrupt.check()
         self.channel = self._connect()
         self.writer = StreamWriter(self.channel)
 
@@ -59,7 +61,7 @@ class Link:
         return self._connect()
 
     def _connect(self) -> Channel:
-        return self._channels.add(metered(self.transport.connect(self._interrupt), self._meter))
+        return self._channels.add(metered(self.transport.connect(self._aborted), self._meter))
 
     # -- the return path -------------------------------------------------------------------------------------------
 
@@ -111,7 +113,9 @@ class Link:
             self.channel.send_eof()
 
     def abort(self) -> None:
-        """Make every call on one of its channels raise Interrupted, on those that are opened later too."""
+        """Make every call on one of its channels raise Interrupted, on those that are opened later too, and end a
+        connect."""
+        self._aborted.set()
         self._channels.abort()
 
     def close(self) -> None:

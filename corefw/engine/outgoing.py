@@ -16,7 +16,7 @@ from functools import partial
 from typing import Final
 
 from corefw.channel import Transport
-from corefw.engine import postcopy, precopy
+from corefw.engine import postcopy, precopy, recovery
 from corefw.engine.custody import tell_outcome
 from corefw.engine.phases import run_phases
 from corefw.engine.source import Source
@@ -34,8 +34,9 @@ PHASES: Final[Mapping[MigrationStatus, Callable[[Source], MigrationStatus]]] = {
     _S.PRE_SWITCHOVER: precopy.await_continue,
     _S.DEVICE: precopy.switch_over,
     _S.POSTCOPY_ACTIVE: postcopy.send_rest,
-    _S.POSTCOPY_PAUSED: postcopy.await_resume,
-    _S.POSTCOPY_RECOVER: postcopy.recover,
+    _S.POSTCOPY_PAUSED: recovery.await_resume,
+    _S.POSTCOPY_RECOVER_SETUP: recovery.reconnect,
+    _S.POSTCOPY_RECOVER: recovery.recover,
 }
 """The phase of each status. To add one, write a function and give it a row; SOURCE_TRANSITIONS has to allow the status
 changes that it makes.

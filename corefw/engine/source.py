@@ -25,7 +25,7 @@ from corefw.engine.tails import tail_of
 from corefw.errors import MachineError, PluginError, StateError
 from corefw.machine import DEAD, Machine, ThrottlableMachine
 from corefw.registry import SaverRegistry
-from corefw.section import LiveSaver, OutgoingContext
+from corefw.section import LiveSaver, OutgoingContext, PostcopySaver
 from corefw.settings import Settings
 from corefw.wire.constants import PACKAGE_PING, PLUGIN_MESSAGES, Command, ReturnMessage
 from corefw.wire.records import write_command
@@ -150,6 +150,18 @@ class Source(OutgoingContext):
     def note_started_there(self) -> None:
         """The destination has answered something that only one that runs the guest answers."""
         self._started_there = True
+
+    # -- postcopy ----------------------------------------------------------------------------------------------------
+
+    def later(self) -> list[PostcopySaver]:
+        """The savers of what may follow once the guest runs on the destination."""
+        return [saver for saver in self.live if isinstance(saver, PostcopySaver) and saver.follows_later()]
+
+    def serve_requests(self) -> None:
+        """From now on the destination may ask for pages."""
+        self.requests = PageRequests(self.later(), self.meter)
+        for message in (ReturnMessage.REQ_PAGES, ReturnMessage.REQ_PAGES_ID):
+            self.link.answers.handle(message, self.requests)
 
     # -- postcopy that pauses --------------------------------------------------------------------------------------
 

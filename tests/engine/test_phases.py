@@ -54,11 +54,12 @@ def test_a_phase_may_be_entered_again() -> None:
         _S.SETUP: step("setup", _S.ACTIVE),
         _S.ACTIVE: step("precopy", _S.POSTCOPY_ACTIVE),
         _S.POSTCOPY_ACTIVE: lambda log: step("postcopy", next(outcomes))(log),
-        _S.POSTCOPY_PAUSED: step("pause", _S.POSTCOPY_RECOVER),
+        _S.POSTCOPY_PAUSED: step("pause", _S.POSTCOPY_RECOVER_SETUP),
+        _S.POSTCOPY_RECOVER_SETUP: step("dial", _S.POSTCOPY_RECOVER),
         _S.POSTCOPY_RECOVER: step("recover", _S.POSTCOPY_ACTIVE),
     }
     assert run_phases(state, phases, log) is _S.COMPLETED
-    assert log == ["setup", "precopy", *["postcopy", "pause", "recover"] * 2, "postcopy"]
+    assert log == ["setup", "precopy", *["postcopy", "pause", "dial", "recover"] * 2, "postcopy"]
 
 
 def test_a_cancel_from_another_thread_ends_it() -> None:
