@@ -78,4 +78,4 @@ def test_a_cancel_from_another_thread_ends_it() -> None:
 
 def test_every_status_in_which_a_migration_runs_has_a_phase() -> None:
     assert outgoing.PHASES.keys() == SETUP_OR_ACTIVE
-    assert incoming.PHASES.keys() == SETUP_OR_ACTIVE - {_S.PRE_SWITCHOVER, _S.DEVICE}
+    assert incoming.PHASES.keys() == SETUP_OR_ACTIVE - {_S.PRE_SWITCHOVER, _S.DEVICE, _S.POSTCOPY_RECOVER_SETUP}
