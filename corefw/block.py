@@ -273,6 +273,7 @@ class BlockNode:
         self.length: Final = length
         self.filename: Final = filename
         self._lock = threading.RLock()
+        self._settled = False  # inside settled()
         self._bitmaps: list[DirtyBitmap] = []
 
     def __repr__(self) -> str:
@@ -292,15 +293,22 @@ class BlockNode:
     def settled(self) -> Iterator[None]:
         """Hold the node's lock during the block, with every write that completed before in the bitmaps. Re-entrant.
 
-        Inside of it, several bitmaps are seen and changed at one moment. Do not lock a second node inside.
+        All that happens inside is one operation: writes that complete meanwhile come after it. So `runs()` and then
+        `clear()` lose nothing. Do not lock a second node inside.
         """
         with self._lock:
-            written = self.collect()
-            if len(written):
-                for bitmap in self._bitmaps:
-                    if bitmap.enabled:
-                        bitmap._mark(written)
-            yield
+            if not self._settled:
+                self._mark_written(self.collect())
+            outer, self._settled = self._settled, True
+            try:
+                yield
+            finally:
+                self._settled = outer
+
+    def _mark_written(self, written: ByteRuns) -> None:
+        for bitmap in self._bitmaps:
+            if bitmap.enabled:
+                bitmap._mark(written)
 
     @property
     def bitmaps(self) -> Sequence[DirtyBitmap]:

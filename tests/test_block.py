@@ -134,6 +134,17 @@ def test_every_operation_comes_after_the_writes_before_it() -> None:
     assert [bitmap.name for bitmap in disk.bitmaps] == ["late", "off", "early"]
 
 
+def test_what_is_written_during_an_operation_comes_after_it() -> None:
+    disk = Disk()
+    bitmap = disk.add_bitmap("one", 512)
+    disk.write(0, 1)
+    with disk.settled():
+        disk.write(512, 1)
+        assert marked(bitmap) == {0}
+        bitmap.clear()
+    assert marked(bitmap) == {1}
+
+
 def test_bits_beyond_the_end_are_dropped() -> None:
     disk = Disk(length=512 * 3)
     bitmap = disk.add_bitmap("one", 512)

@@ -1,6 +1,6 @@
 """The machine "python": an ordinary Python program as the guest.
 
-    guest          what a program's author writes against: Program, array, field, value, rng, section, option
+    guest          what a program's author writes against: Program, array, field, value, rng, section, disk, option
     declarations   what a program class declares, checked; nothing here runs user code
     values         guest.value, guest.rng and guest.section; jsonlike is the text form of the first two
     layout         what a program consists of, compared between two sides; layoutsection sends it
@@ -8,6 +8,7 @@
     loading        from "heat.py:Heat" to the class
     forking        what becomes of the arrays in a process that the guest forks
     protocol       the messages between the engine and the guest's process
+    disks          guest.disk; writelog tells the engine what was written, disknode is the engine's half
     handover       the values of fields and sections, to and from the engine
     guestmain      the guest's process: maps the arrays, runs the program
     undeclared     finds state that the program has not declared

@@ -23,8 +23,9 @@ from numpy.typing import DTypeLike
 
 from corefw_machine_python import values
 from corefw_machine_python.declarations import Array, Field, Option, Options, Shape, Value, size
+from corefw_machine_python.disks import DeclaredDisk, DiskPath, DiskSize
 
-__all__ = ["Options", "Program", "array", "field", "option", "rng", "section", "size", "value"]
+__all__ = ["Options", "Program", "array", "disk", "field", "option", "rng", "section", "size", "value"]
 
 
 def array(name: str, shape: Shape | Callable[[Any], Shape], dtype: DTypeLike = "float64") -> Array:
@@ -101,6 +102,21 @@ def section(
     """
     oldest = version if minimum_version is None else minimum_version
     return values.OwnSection(make, save, load, (oldest, version), limit, since)
+
+
+def disk(name: str, path: DiskPath, size: DiskSize = None) -> DeclaredDisk:
+    """A disk: a raw file, or a block device, that the program reads and writes with `self.NAME.pread(length, offset)`,
+    `pwrite(data, offset)` and `flush()`. What it writes sets the disk's dirty bitmaps.
+
+    The file does not move with the program. A destination needs the same file, on shared storage or as a copy. It is
+    open only while the program runs.
+
+    name   of the block node and its device
+    path   or a function of the program's options that returns it
+    size   bytes, a multiple of 512, or a function of the options; a file that does not exist is created with it where
+           the program begins. None: as large as the file is
+    """
+    return DeclaredDisk(name, path, size)
 
 
 def option(

@@ -27,7 +27,8 @@ from corefw.errors import MigfwError, UsageError
 from corefw.memory import pagemap
 from corefw.memory.faults import open_faults
 from corefw_machine_python import blame, requirements
-from corefw_machine_python.declarations import Declarations
+from corefw_machine_python.declarations import Declarations, Options
+from corefw_machine_python.disks import Disks
 from corefw_machine_python.forking import Mapped, watch_forks
 from corefw_machine_python.guest import Program
 from corefw_machine_python.handover import Handover, Unmovable, reason
@@ -56,6 +57,7 @@ class Guest:
         self._program_made: Program | None = None
         self._handover_made: Handover | None = None
         self._declared = Declarations((), (), ())
+        self._disks = Disks(Program, Options({}), incoming=False)
         self._mappings: list[mmap.mmap] = []
         self._memory: list[NDArray[np.uint8]] = []  # of each mapping
         self._pagemap: int | None = None
@@ -71,6 +73,7 @@ class Guest:
         self._nap = 0.0
         self._commands: dict[str, Callable[[Message, list[int]], Answer]] = {
             "load": self._load,
+            "disks": self._take_disks,
             "map": self._map,
             "faults": self._faults,
             "start": self._start,
@@ -215,6 +218,7 @@ class Guest:
         self._handover_made = Handover(self._program, self._declared.fields)
         self._only_migratable = request["only_migratable"]
         sizes = [(array, array.shape(options)) for array in self._declared.arrays]
+        self._disks = Disks(kind, options, incoming=request["incoming"])
         return {
             "name": kind.__name__,
             "version": kind.version,
@@ -231,11 +235,16 @@ class Guest:
                 }
                 for array, shape in sizes
             ],
+            "disks": self._disks.described(),
             "fields": self._handover.described(),
             "values": self._handover.values(),
             "requires": dict(kind.requires),
             "versions": {name: requirements.installed(name) for name in {"python": "", "numpy": "", **kind.requires}},
         }, []
+
+    def _take_disks(self, _request: Message, fds: list[int]) -> Answer:
+        self._disks.bind(self._program, fds)
+        return {}, []
 
     def _map(self, _request: Message, fds: list[int]) -> Answer:
         mapped: list[Mapped] = []
@@ -248,7 +257,7 @@ class Guest:
             array.bind(self._program, self._memory[-1])
             mapped.append(Mapped(fd, self._memory[-1].ctypes.data))
         watch_forks(self._program, self._declared.arrays, mapped, self._leave_the_engine)
-        self._watch_made = Watch(self._program, self._declared.attributes)
+        self._watch_made = Watch(self._program, self._declared.attributes | self._disks.attributes)
         addresses = [memory.address for memory in mapped]
         if reason := pagemap.unsupported():
             return {"addresses": addresses, "reason": reason}, []
@@ -266,14 +275,16 @@ class Guest:
 
     def _start(self, request: Message, _fds: list[int]) -> Answer:
         self._take_over(request)
-        if self._set_up and not self._started:
-            self._after_start()
-        self._running = True
-        return {}, []
+        return self._resume(request, [])
 
     def _resume(self, _request: Message, _fds: list[int]) -> Answer:
-        if self._set_up and not self._started:
-            self._after_start()
+        self._disks.open()
+        try:
+            if self._set_up and not self._started:
+                self._after_start()
+        except BaseException:
+            self._disks.close()
+            raise
         self._running = True
         return {}, []
 
@@ -284,9 +295,12 @@ class Guest:
             if undeclared and request["whole"]:
                 raise Unmovable(undeclared_message(self._program_name, undeclared))
             values = self._handover.values()
-        except Unmovable:
-            if self._running and self._set_up:
-                self._after_start()
+            self._disks.close()
+        except MigfwError:
+            if self._running:
+                self._disks.open()
+                if self._set_up:
+                    self._after_start()
             raise
         self._running = False
         sys.stdout.flush()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from corefw.jsontext import JsonError, parse_json
@@ -43,6 +43,7 @@ class Layout:
 
     fields     name, type and since, in the order of the stream
     arrays     name -> shape and dtype, as text
+    disks      name -> length in bytes, as text; empty in the document of an earlier migfw
     versions   of "python", "numpy", "migfw", and of what `requires` names
     """
 
@@ -53,6 +54,7 @@ class Layout:
     arrays: Mapping[str, str]
     requires: Mapping[str, str]
     versions: Mapping[str, str]
+    disks: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, loaded: Mapping[str, Any]) -> Layout:
@@ -65,6 +67,7 @@ class Layout:
             arrays={one["name"]: f"{tuple(one['shape'])} of {one['type']}" for one in loaded["arrays"]},
             requires=loaded["requires"],
             versions={**loaded["versions"], "migfw": requirements.installed("migfw") or "?"},
+            disks={one["name"]: f"{one['length']} bytes" for one in loaded["disks"]},
         )
 
     def pack(self) -> bytes:
@@ -78,7 +81,7 @@ class Layout:
     @classmethod
     def unpack(cls, data: bytes) -> Layout:
         """Decode a document. Raises ValueError if it is malformed; unknown members, from a later migfw, are ignored."""
-        document = parse(data)
+        document = {"disks": {}, **parse(data)}
         for name, kind in _KINDS.items():
             if not kind(document.get(name)):
                 raise ValueError(f"{name} {document.get(name)!r:.80}")
@@ -112,6 +115,7 @@ _KINDS: Final = {
     "arrays": _is_table,
     "requires": _is_table,
     "versions": _is_table,
+    "disks": _is_table,
 }
 
 
@@ -147,8 +151,10 @@ def compare(here: Layout, there: Layout) -> Comparison:
         )
     elif different := compare_fields(here.fields, there.fields, there.version):
         refusals.append(f"this program has different fields: {'; '.join(different)} ({RAISE_VERSION})")
-    if different := _compare_arrays(here.arrays, there.arrays):
+    if different := _compare_tables(here.arrays, there.arrays):
         refusals.append(f"this program has different arrays: {'; '.join(different)} (give both sides the same options)")
+    if different := _compare_tables(here.disks, there.disks):
+        refusals.append(f"this program has different disks: {'; '.join(different)} (both sides need the same files)")
     refusals += _compare_requirements(here, there)
     return Comparison(tuple(refusals), tuple(_notes(here, there)))
 
@@ -172,7 +178,7 @@ def compare_fields(
     return found
 
 
-def _compare_arrays(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
+def _compare_tables(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
     found = _missing(here, there)
     return found + [
         f"'{name}' is {there[name]} at the source and {kind} at the destination"

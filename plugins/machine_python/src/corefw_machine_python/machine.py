@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+from corefw.block import BlockNode
 from corefw.errors import MachineError, UsageError
 from corefw.machine import (
     DEAD,
+    BlockMachine,
     Device,
     FaultSource,
     MachineConfig,
@@ -32,6 +34,7 @@ from corefw.memory.logs import LogKind, best_dirty_log
 from corefw.memory.pagemap import PagemapLog, Tracker
 from corefw.quantities import format_milliseconds, format_size
 from corefw_machine_python import undeclared
+from corefw_machine_python.disknode import DiskNode
 from corefw_machine_python.layout import Layout, compare
 from corefw_machine_python.loading import BUNDLED, EXPECTED
 from corefw_machine_python.process import START_TIMEOUT, Ending, GuestProcess, GuestTimeout
@@ -61,7 +64,7 @@ class StopCost:
         return f"{took} and wrote {format_size(self.written)}" if self.written else took
 
 
-class PythonMachine(PostcopyMachine, VerifiableMachine, ThrottlableMachine):
+class PythonMachine(PostcopyMachine, BlockMachine, VerifiableMachine, ThrottlableMachine):
     """A machine that runs a Python program; see corefw.machine.Machine for the contract of each method.
 
     `config.program` is the name of a program (see loading), `config.options` are the options that its class declares.
@@ -83,6 +86,7 @@ class PythonMachine(PostcopyMachine, VerifiableMachine, ThrottlableMachine):
         self._no_order = threading.Event()  # cleared while start() or stop() is under way
         self._no_order.set()
         self._blocks: list[MemfdBlock] = []
+        self._disks: list[DiskNode] = []
         self._tracker: Tracker | None = None
         self._faults: FaultQueue | None = None
         self._allow_undeclared = config.allow_undeclared
@@ -105,6 +109,7 @@ class PythonMachine(PostcopyMachine, VerifiableMachine, ThrottlableMachine):
             START_TIMEOUT,
             program=config.program,
             options=dict(config.options),
+            incoming=config.incoming,
             only_migratable=config.only_migratable and not config.allow_undeclared,
         )
         try:
@@ -114,8 +119,12 @@ class PythonMachine(PostcopyMachine, VerifiableMachine, ThrottlableMachine):
         for array in self._loaded["arrays"]:
             length = -(-array["length"] // PAGE_SIZE) * PAGE_SIZE
             self._blocks.append(MemfdBlock(array["name"], length, PAGE_SIZE))
+        for disk in self._loaded["disks"]:
+            self._disks.append(DiskNode(disk))
 
     def _map(self) -> None:
+        if self._disks:
+            self._guest.ask("disks", START_TIMEOUT, fds=[disk.log_fd for disk in self._disks])
         answer, fds = self._guest.ask("map", START_TIMEOUT, fds=[block.fd for block in self._blocks])
         if fds:
             self._tracker = Tracker(*fds)
@@ -157,6 +166,9 @@ class PythonMachine(PostcopyMachine, VerifiableMachine, ThrottlableMachine):
     def ram_blocks(self) -> Sequence[RamBlock]:
         return tuple(self._blocks)
 
+    def block_nodes(self) -> Sequence[BlockNode]:
+        return tuple(self._disks)
+
     def devices(self) -> Sequence[Device]:
         return self._devices
 
@@ -166,6 +178,7 @@ class PythonMachine(PostcopyMachine, VerifiableMachine, ThrottlableMachine):
             "pid": self._guest.pid,
             "ram": {block.idstr: block.length for block in self._blocks},
             "dirty-log": {block.idstr: _log_kind(block) for block in self._blocks},
+            **({"disks": {disk.name: disk.filename for disk in self._disks}} if self._disks else {}),
             **self._shown_fields(),
             **({"before-stop": str(self.stop_cost)} if self.stop_cost else {}),
             **({"error": self._reason} if self._reason else {}),
@@ -223,6 +236,8 @@ class PythonMachine(PostcopyMachine, VerifiableMachine, ThrottlableMachine):
         self._no_order.wait(ORDER_TIMEOUT)
         if ending.values is not None:
             set_values(self._device, self._loaded["fields"], ending.values)
+        for disk in self._disks:
+            disk.guest_ended()
         self._reason = ending.reason
         if ending.reason is None:
             log.info("the program has finished")
@@ -354,6 +369,8 @@ class PythonMachine(PostcopyMachine, VerifiableMachine, ThrottlableMachine):
             self._call_before_stop()
         self._closed = True
         self._guest.close()
+        for disk in self._disks:
+            disk.close()
         for block in self._blocks:
             block.close()
         if self._tracker is not None:

@@ -5,8 +5,10 @@ sends two events by itself: "undeclared" after its first tick, and "ended", once
 u32 length (host byte order) and JSON; file descriptors travel with the first byte.
 
     request     fields                        answer
-    load        program, options,             name, version, minimum_version, stop_timeout, arrays, fields
+    load        program, options, incoming,   name, version, minimum_version, stop_timeout, arrays, fields, disks
                 only_migratable           has_before_stop, values, requires, versions
+    disks       (descriptors of the logs of   -
+                writes)
     map         (descriptors of the memfds)   addresses, reason (why the memory cannot be watched, or "")
                                               (descriptors: userfaultfd, pagemap, unless there is a reason)
     faults      -                             (descriptor: a userfaultfd for page faults; nothing is mapped any more)
