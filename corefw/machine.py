@@ -258,6 +258,10 @@ class PostcopyMachine(Machine):
         """Why the guest's page faults cannot be served on this host, and what to do about it; None if they can. Called
         on a destination."""
 
+    def postcopy_notes(self) -> Sequence[str]:
+        """What else matters for postcopy on this host, as sentences. Called after postcopy_unsupported()."""
+        return ()
+
     @abstractmethod
     def watch_faults(self) -> FaultSource:
         """Have the guest wait whenever it accesses a page that is not installed; at first none is. Called on a

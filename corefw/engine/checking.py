@@ -29,10 +29,11 @@ from corefw import __version__
 from corefw.channel import Channel, Interrupt, Transport
 from corefw.control import CheckReport
 from corefw.engine.estimate import Estimate, Rates, estimate
+from corefw.engine.guestarrival import obstacle_to_postcopy
 from corefw.engine.tails import tail_of
 from corefw.errors import ChannelError, Interrupted, StreamError, one_line
 from corefw.jsontext import JsonError, parse_json
-from corefw.machine import Machine, RunState
+from corefw.machine import Machine, PostcopyMachine, RunState
 from corefw.memory.host import spare_memory
 from corefw.memory.preallocation import allocated_bytes
 from corefw.quantities import format_size
@@ -247,6 +248,7 @@ def facts_of(machine: Machine, settings: Settings, sections: Iterable[Section]) 
         "layout": machine.layout_document().decode(),
         "sections": [str(section.key) for section in sections],
         "properties": {name: settings.property(name) for name in _COMPARED},
+        "postcopy": settings.capability("postcopy-ram"),
         "memory": spare_memory() + (allocated_bytes(machine.ram_blocks()) if waits else 0),
     }
 
@@ -306,6 +308,10 @@ def _compare(here: Mapping[str, Any], there: Mapping[str, Any], machine: Machine
     for name, value in here["properties"].items():
         if isinstance(properties, dict) and properties.get(name, value) != value:
             problems.append(f"property {name} is {'on' if value else 'off'} here and must be the same on both sides")
+    if there.get("postcopy") is True:
+        obstacle = obstacle_to_postcopy(machine)
+        problems += [obstacle] if obstacle is not None else []
+        notes += machine.postcopy_notes() if obstacle is None and isinstance(machine, PostcopyMachine) else ()
     needed = sum(here["ram"].values())
     if needed > here["memory"]:
         problems.append(

@@ -12,10 +12,23 @@ from collections.abc import Callable, Mapping
 
 from corefw.engine.pagefaults import PageFaults
 from corefw.errors import ANYTHING, MigfwError
+from corefw.machine import Machine, PostcopyMachine
 from corefw.section import SectionKey
 from corefw.wire.records import SectionHeader
 
 log = logging.getLogger(__name__)
+
+
+def obstacle_to_postcopy(machine: Machine) -> str | None:
+    """Why a guest cannot arrive in this machine in postcopy, and what to do; None if it can."""
+    if not isinstance(machine, PostcopyMachine):
+        return (
+            f"a machine of kind '{machine.kind}' cannot run while its RAM is still arriving"
+            " (switch capability 'postcopy-ram' off on the source)"
+        )
+    if (reason := machine.postcopy_unsupported()) is not None:
+        return f"{reason} (or switch capability 'postcopy-ram' off on the source)"
+    return None
 
 
 class GuestArrival:

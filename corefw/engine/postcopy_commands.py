@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from corefw.engine.blocktime import Blocktime, MeasuredFaults
 from corefw.engine.destination import Destination
-from corefw.engine.guestarrival import GuestArrival
+from corefw.engine.guestarrival import GuestArrival, obstacle_to_postcopy
 from corefw.engine.pagefaults import PageFaults
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.errors import MachineError, StreamError
@@ -35,13 +35,8 @@ def advise(destination: Destination, frames: FrameReader, record: CommandRecord)
             "expected page sizes, got none, which belongs to the source's capability 'dirty-bitmaps' (switch it off"
             " there: no installed plugin supports it)"
         )
-    if not isinstance(machine, PostcopyMachine):
-        raise MachineError(
-            f"a machine of kind '{machine.kind}' cannot run while its RAM is still arriving"
-            " (switch capability 'postcopy-ram' off on the source)"
-        )
-    if (reason := machine.postcopy_unsupported()) is not None:
-        raise MachineError(f"{reason} (or switch capability 'postcopy-ram' off on the source)")
+    if (obstacle := obstacle_to_postcopy(machine)) is not None:
+        raise MachineError(obstacle)
     _return_path(destination)
     destination.tail.check_pages(advice)
     destination.advised = True

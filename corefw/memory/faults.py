@@ -7,8 +7,8 @@ installed still faults, so the guest never sees half a page, nor an old one that
 The process that is watched calls open_faults() and passes the descriptor on. It keeps its own copy open, so that
 pages that have not arrived are never seen if the engine is killed: its accesses wait until it is killed too.
 
-Needs Linux 5.14 (minor faults on shared memory), and no privilege: UFFD_USER_MODE_ONLY. With that flag a system call of
-the guest fails with EFAULT on a page that has not arrived.
+Needs Linux 5.14 (minor faults on shared memory). Without a permission a system call of the guest fails with EFAULT on a
+page that has not arrived (UFFD_USER_MODE_ONLY).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import errno
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -36,10 +37,27 @@ EVENTS: Final = 256
 """Faults that one read(2) takes."""
 
 
-def open_faults() -> int:
-    """A userfaultfd of this process for FaultQueue. Raises MachineError that says what the host lacks."""
+@dataclass(frozen=True, slots=True)
+class OpenedFaults:
+    """A userfaultfd of this process.
+
+    fd             for FaultQueue
+    system_calls   whether a system call waits for missing pages, too; otherwise it fails with EFAULT
+    """
+
+    fd: int
+    system_calls: bool
+
+
+def open_faults() -> OpenedFaults:
+    """A userfaultfd of this process, one that serves system calls where that is permitted. Raises MachineError that
+    says what the host lacks."""
     try:
-        return userfault.create(FEATURES)
+        return OpenedFaults(userfault.create_unrestricted(FEATURES), system_calls=True)
+    except OSError as error:
+        log.debug("page faults of system calls cannot be served: %s", error)
+    try:
+        return OpenedFaults(userfault.create(FEATURES), system_calls=False)
     except OSError as error:
         raise MachineError(f"page faults cannot be served here: {_explain(error)}") from None
 
@@ -52,7 +70,8 @@ def _explain(error: OSError) -> str:
     if error.errno == errno.EPERM:
         return (
             "userfaultfd is not permitted: allow it in the container's seccomp profile, give the process"
-            f" CAP_SYS_PTRACE, or set the sysctl vm.unprivileged_userfaultfd to 1{_sysctl()}"
+            f" CAP_SYS_PTRACE or access to {userfault.DEVICE}, or set the sysctl vm.unprivileged_userfaultfd to 1"
+            f"{_sysctl()}"
         )
     return f"userfaultfd failed ({error.strerror})"
 
@@ -67,7 +86,7 @@ def _sysctl() -> str:
 class FaultQueue(FaultSource):
     """The faults in the memory of a process, which maps each of `blocks` at the address in `addresses`.
 
-    userfaultfd   what open_faults() returned in that process
+    userfaultfd   the descriptor that open_faults() returned in that process
     process       its id
 
     Owns the descriptor when this returns. Raises MachineError where the memory cannot be registered.

@@ -1,7 +1,8 @@
 """The userfaultfd of Linux: as much of it as the dirty log and postcopy need.
 
-A userfaultfd belongs to the memory of the process that made it, and works from any process that holds it. It is made
-with UFFD_USER_MODE_ONLY, so an ordinary user may make one whatever vm.unprivileged_userfaultfd says.
+A userfaultfd belongs to the memory of the process that made it, and works from any process that holds it. Any user
+may make one with UFFD_USER_MODE_ONLY: it serves the faults of the program itself, and a system call on a missing page
+fails with EFAULT. One without that flag has system calls wait as well, and takes a permission.
 
 Source: include/uapi/linux/userfaultfd.h. Raises OSError; the callers know what to do without it.
 """
@@ -22,9 +23,12 @@ from numpy.typing import NDArray
 SYSCALL: Final = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "loongarch64": 282}
 """The number of userfaultfd(2), by os.uname().machine."""
 
+DEVICE: Final = "/dev/userfaultfd"
 USER_MODE_ONLY: Final = 1
 API: Final = 0xAA
 
+_FLAGS: Final = os.O_CLOEXEC | os.O_NONBLOCK
+_USERFAULTFD_IOC_NEW: Final = 0xAA00
 _UFFDIO_API: Final = 0xC018AA3F
 _UFFDIO_REGISTER: Final = 0xC020AA00
 _UFFDIO_UNREGISTER: Final = 0x8010AA01
@@ -68,13 +72,40 @@ class Mode(IntFlag):
 
 
 def create(features: Feature) -> int:
-    """A userfaultfd for this process's memory, close-on-exec, not blocking, with the handshake done."""
+    """A userfaultfd for this process's memory that serves no faults of system calls (UFFD_USER_MODE_ONLY).
+
+    It is close-on-exec and not blocking, and the handshake is done.
+    """
+    return _shake_hands(_system_call(_FLAGS | USER_MODE_ONLY), features)
+
+
+def create_unrestricted(features: Feature) -> int:
+    """The same, but it serves the faults of system calls, too.
+
+    Needs CAP_SYS_PTRACE, or the sysctl vm.unprivileged_userfaultfd set to 1, or access to /dev/userfaultfd (Linux 6.1).
+    """
+    try:
+        fd = _system_call(_FLAGS)
+    except PermissionError:
+        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fd = fcntl.ioctl(device, _USERFAULTFD_IOC_NEW, _FLAGS)
+        finally:
+            os.close(device)
+    return _shake_hands(fd, features)
+
+
+def _system_call(flags: int) -> int:
     number = SYSCALL.get(os.uname().machine)
     if number is None:
         raise OSError(errno.ENOSYS, f"the number of userfaultfd(2) on {os.uname().machine} is not known here")
-    fd = int(_libc.syscall(ctypes.c_long(number), ctypes.c_int(os.O_CLOEXEC | os.O_NONBLOCK | USER_MODE_ONLY)))
+    fd = int(_libc.syscall(ctypes.c_long(number), ctypes.c_int(flags)))
     if fd < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return fd
+
+
+def _shake_hands(fd: int, features: Feature) -> int:
     try:
         fcntl.ioctl(fd, _UFFDIO_API, bytearray(_ApiArgument.pack(API, features, 0)), True)
     except OSError:

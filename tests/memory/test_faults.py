@@ -32,7 +32,7 @@ def run_guest(ram: int, link: socket.socket, touch: Callable[[np.ndarray[Any, An
     """The guest's process: pass the userfaultfd to the engine, wait for its word, then use the memory."""
     memory = mmap.mmap(ram, os.fstat(ram).st_size)
     pages = np.frombuffer(memory, dtype=np.uint8).reshape(-1, PAGE)
-    fd = open_faults()
+    fd = open_faults().fd
     socket.send_fds(link, [str(pages.ctypes.data).encode()], [fd])
     link.recv(1)
     link.send(repr(touch(pages)).encode())
@@ -168,12 +168,14 @@ def test_a_host_that_denies_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(userfault, "create", deny)
+    monkeypatch.setattr(userfault, "create_unrestricted", deny)
     with pytest.raises(MachineError, match=r"not permitted.*vm\.unprivileged_userfaultfd"):
         open_faults()
 
 
 def test_a_kernel_without_minor_faults_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    create = userfault.create
-    monkeypatch.setattr(userfault, "create", lambda features: create(features | 1 << 60))
+    for name in ("create", "create_unrestricted"):
+        create = getattr(userfault, name)
+        monkeypatch.setattr(userfault, name, lambda features, create=create: create(features | 1 << 60))
     with pytest.raises(MachineError, match=r"Linux 5\.14"):
         open_faults()

@@ -8,6 +8,7 @@ is closed, whatever it is doing (PR_SET_PDEATHSIG would depend on the thread tha
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import math
 import mmap
@@ -185,10 +186,16 @@ class Guest:
         with contextlib.suppress(Unmovable):
             message["values"] = self._handover.values()
         if error is not None and not finished:
-            message |= {"reason": reason(error), "traceback": blame.traceback_of(error)}
+            message |= {"reason": reason(error) + self._hint(error), "traceback": blame.traceback_of(error)}
         sys.stdout.flush()
         self._link.send(message)
         return 0 if finished else 1
+
+    def _hint(self, error: BaseException) -> str:
+        """What to do about an error that missing pages may have caused; "" for any other."""
+        if self._userfaultfd is None or not isinstance(error, OSError) or error.errno != errno.EFAULT:
+            return ""
+        return " (its pages may not have arrived yet in postcopy: give the array to guest.touch() first)"
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -268,10 +275,11 @@ class Guest:
     def _faults(self, _request: Message, _fds: list[int]) -> Answer:
         if self._userfaultfd is not None:
             os.close(self._userfaultfd)
-        self._userfaultfd = open_faults()  # stays open: see corefw.memory.faults
+        opened = open_faults()
+        self._userfaultfd = opened.fd  # stays open: see corefw.memory.faults
         for mapping in self._mappings:
             mapping.madvise(mmap.MADV_DONTNEED)  # what was mapped before would be seen without a fault
-        return {}, [self._userfaultfd]
+        return {"system_calls": opened.system_calls}, [opened.fd]
 
     def _start(self, request: Message, _fds: list[int]) -> Answer:
         self._take_over(request)

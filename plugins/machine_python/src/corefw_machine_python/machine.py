@@ -49,6 +49,11 @@ ORDER_TIMEOUT: Final = 60.0
 LOOK_TIMEOUT: Final = 1.0
 """Seconds to wait for the answer of a running guest, which may be in the middle of a tick."""
 
+SYSTEM_CALLS: Final = (
+    "in postcopy a system call on an array fails with EFAULT while its pages are missing: the program has to call"
+    " guest.touch() first, or give the engine's user access to /dev/userfaultfd"
+)
+
 Observer = Callable[[RunState, RunState], None]
 
 
@@ -89,6 +94,7 @@ class PythonMachine(PostcopyMachine, BlockMachine, VerifiableMachine, Throttlabl
         self._disks: list[DiskNode] = []
         self._tracker: Tracker | None = None
         self._faults: FaultQueue | None = None
+        self._serves_system_calls = True
         self._allow_undeclared = config.allow_undeclared
         self._undeclared: Sequence[str] = ()
         self._warned: set[str] = set()
@@ -321,8 +327,12 @@ class PythonMachine(PostcopyMachine, BlockMachine, VerifiableMachine, Throttlabl
             return str(error)
         return None
 
+    def postcopy_notes(self) -> Sequence[str]:
+        return () if self._serves_system_calls else (SYSTEM_CALLS,)
+
     def watch_faults(self) -> FaultSource:
-        _, (fd,) = self._guest.ask("faults", ORDER_TIMEOUT)
+        answer, (fd,) = self._guest.ask("faults", ORDER_TIMEOUT)
+        self._serves_system_calls = answer["system_calls"]
         self._faults = FaultQueue(fd, self._blocks, self._addresses, self.pid)
         return self._faults
 
