@@ -10,7 +10,7 @@ from corefw.machine import MachineConfig, RunState
 from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
 from tests.helpers.engines import query_migrate
-from tests.helpers.qemu import Guest, Qemu
+from tests.helpers.qemu import Guest, Qemu, wait_until
 
 PATIENCE = 60.0
 
@@ -33,6 +33,12 @@ def wait_parked(engine: Engine) -> None:
     status = engine.wait_incoming(PATIENCE)
     assert status is MigrationStatus.COMPLETED, query_migrate(engine)
     assert engine.machine.run_state is RunState.PAUSED
+
+
+def wait_status(engine: Engine, status: str, *, incoming: bool = False) -> None:
+    """Wait until the migration has this status."""
+    machine = engine.incoming if incoming else engine.outgoing
+    wait_until(lambda: machine.status == status, f"the {machine.side} to be {status}, not {machine.status}")
 
 
 def send(engine: Engine, uri: str) -> None:

@@ -52,7 +52,7 @@ class Qemu:
     """A QEMU process with `-nodefaults`, a QMP socket, and the guest's serial port as a file.
 
     `incoming` is a URI or "defer"; `boot` a raw image of a disk; `extra` more arguments; `within` a command that
-    runs it; `peer` says which QEMU.
+    runs it; `peer` says which QEMU; with `out_of_band`, urgent() may be called.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Qemu:
         memory: str = "32M",
         incoming: str | None = None,
         paused: bool = False,
+        out_of_band: bool = False,
         pass_fds: Sequence[int] = (),
         within: Sequence[str] = (),
         peer: Peer | None = None,
@@ -94,12 +95,12 @@ class Qemu:
             env=os.environ | peer.environment,
         )
         try:
-            self._negotiate()
+            self._negotiate(["oob"] if out_of_band else [])
         except BaseException:
             self.close()
             raise
 
-    def _negotiate(self) -> None:
+    def _negotiate(self, enable: Sequence[str]) -> None:
         def connected() -> bool:
             assert self.process.poll() is None, f"{PROGRAM} ended: {self.output()}"
             with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
@@ -110,7 +111,7 @@ class Qemu:
         wait_until(connected, "QEMU's QMP socket")
         self._lines = self._socket.makefile("rb")
         self._next()  # the greeting
-        self.command("qmp_capabilities")
+        self.command("qmp_capabilities", enable=list(enable))
 
     def _next(self) -> dict[str, Any]:
         line = self._lines.readline()
@@ -121,7 +122,14 @@ class Qemu:
     def command(self, execute: str, /, *, fd: int | None = None, **arguments: object) -> Any:
         """Execute a QMP command and return its result. "_" in a keyword stands for "-". Raises QmpError."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
-        data = json.dumps({"execute": execute, "arguments": named}).encode()
+        return self._exchange({"execute": execute, "arguments": named}, fd)
+
+    def urgent(self, execute: str, /, **arguments: object) -> Any:
+        """The same out of band: QEMU's main loop may be waiting for a page of the guest."""
+        return self._exchange({"exec-oob": execute, "id": execute, "arguments": arguments}, None)
+
+    def _exchange(self, request: dict[str, Any], fd: int | None) -> Any:
+        data = json.dumps(request).encode()
         if fd is None:
             self._socket.sendall(data)
         else:
@@ -148,8 +156,19 @@ class Qemu:
     def listen(self) -> str:
         """Make a QEMU started with `incoming="defer"` listen on a free TCP port. Returns the URI to dial."""
         self.command("migrate-incoming", uri="tcp:127.0.0.1:0")
-        (listening,) = self.command("query-migrate")["socket-address"]
-        return f"tcp:{listening['host']}:{listening['port']}"
+        (listening,) = self._addresses()
+        return listening
+
+    def listen_again(self) -> str:
+        """Make a QEMU whose postcopy is paused listen on another TCP port; needs `out_of_band`. Returns the URI."""
+        before = self._addresses()  # QEMU 5.2 still lists it afterwards
+        self.urgent("migrate-recover", uri="tcp:127.0.0.1:0")
+        (listening,) = self._addresses() - before
+        return listening
+
+    def _addresses(self) -> set[str]:
+        listening = self.command("query-migrate").get("socket-address", [])
+        return {f"tcp:{address['host']}:{address['port']}" for address in listening}
 
     def status(self) -> str:
         """The status of the migration: "active", "completed", ..."""

@@ -14,7 +14,7 @@ from corefw.engine import Engine
 from corefw.machine import RunState
 from corefw.states import MigrationStatus
 from tests.helpers.engines import query_migrate
-from tests.helpers.parking import PATIENCE, parking, prove, wait_parked
+from tests.helpers.parking import PATIENCE, parking, prove, wait_parked, wait_status
 from tests.helpers.qemu import Guest, Qemu, needs_qemu, wait_until
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
@@ -32,11 +32,6 @@ def park_in_postcopy(source: Qemu, engine: Engine, uri: str) -> None:
     wait_status(engine, "postcopy-active", incoming=True)
     wait_until(lambda: engine.machine.run_state is RunState.PAUSED, "the guest to be the parked machine's")
     source.command("migrate-set-parameters", max_postcopy_bandwidth=0)
-
-
-def wait_status(engine: Engine, status: str, *, incoming: bool = False) -> None:
-    machine = engine.incoming if incoming else engine.outgoing
-    wait_until(lambda: machine.status == status, f"{machine.side} to be {status}")
 
 
 def wake_in_postcopy(engine: Engine, uri: str, destination: Qemu) -> None:
