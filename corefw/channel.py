@@ -137,6 +137,10 @@ class Channel(Closing, ABC):
     def wait_readable(self, seconds: float) -> bool:
         """True once receive_into() would not block, because of bytes or the end; False after `seconds`."""
 
+    def limit_unsent(self, count: int) -> None:
+        """From now on let send() wait while the network has still to take about `count` bytes, so that what is sent
+        next arrives soon. A transport without such a limit ignores it. Does not raise."""
+
     @abstractmethod
     def send_eof(self) -> None:
         """End this direction; receiving goes on. Every byte sent before still arrives."""

@@ -251,6 +251,23 @@ class PostcopySaver(LiveSaver):
         destination which of a RAM block's pages have arrived, and raises ChannelError."""
 
 
+class PreemptSaver(PostcopySaver):
+    """A PostcopySaver that can also send requested pages over a channel of their own (capability postcopy-preempt).
+
+    Where there is such a channel, send_requested() is called instead of request_pages(), in the return path's thread
+    and while iterate() may be under way in the migration thread. Each page goes over one of the two channels, once.
+    """
+
+    @abstractmethod
+    def send_requested(self, writer: StreamWriter, block: str, start: int, length: int) -> None:
+        """Write those of these bytes of a RAM block that are still to be sent. Raises StreamError for anything but
+        whole pages, ChannelError."""
+
+    @abstractmethod
+    def end_requested(self, writer: StreamWriter) -> None:
+        """Everything was sent: write the end mark. Nothing is written to this channel afterwards."""
+
+
 class StateSaver(SectionSaver):
     """A section that is sent whole when the guest has stopped. committed() or abandoned() follows in any migration that
     was started, whether the section was needed() or not."""
@@ -397,3 +414,12 @@ class PostcopyLoader(LiveLoader):
     @abstractmethod
     def received(self, block: str) -> NDArray[np.bool_]:
         """For each page of the block, whether it has arrived. Raises StreamError if the section has no such block."""
+
+
+class PreemptLoader(PostcopyLoader):
+    """Reads what a PreemptSaver writes."""
+
+    @abstractmethod
+    def load_requested(self, reader: StreamReader) -> None:
+        """After listen(): read the channel of requested pages up to its end mark, while load() may be under way in the
+        incoming thread. Raises StreamError, ChannelError."""

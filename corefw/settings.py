@@ -272,7 +272,13 @@ def _ack_without_return_path(capabilities: Mapping[str, bool], _: Mapping[str, V
     return None
 
 
-CHECKS: Final[tuple[Check, ...]] = (_postcopy_with_compress, _ack_without_return_path)
+def _preempt_without_postcopy(capabilities: Mapping[str, bool], _: Mapping[str, Value]) -> str | None:
+    if capabilities["postcopy-preempt"] and not capabilities["postcopy-ram"]:
+        return "Postcopy preempt requires postcopy-ram"
+    return None
+
+
+CHECKS: Final[tuple[Check, ...]] = (_postcopy_with_compress, _preempt_without_postcopy, _ack_without_return_path)
 
 
 class Settings:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from corefw.channel import Channel, FileBacked, Interrupt, Listener, ReceivesFromSocket, ReceivesMemory
+from corefw.engine.preempt import RequestedReceiver
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.errors import ANYTHING, ChannelError
 from corefw.net.channelset import ChannelSet
@@ -40,6 +41,7 @@ class Connection:
     reader            the stream
     source            where its bytes come from
     return_path       None before the source has asked for it
+    requested         the channel of requested pages; None if they have none of their own
     reads_reasons     the source is a migfw, which reads why a migration failed (MIGFW_PING)
     """
 
@@ -52,6 +54,7 @@ class Connection:
         self._channels.add(channel)
         self.reader: Final = StreamReader(self.source, BULK_BUFFER_SIZE)
         self.return_path: ReturnPathWriter | None = None
+        self.requested: RequestedReceiver | None = None
         self.reads_reasons = False
 
     def open_return_path(self) -> ReturnPathWriter:
@@ -71,6 +74,13 @@ class Connection:
         """Wait for one more channel from the source. Raises ChannelError, Interrupted."""
         return self._channels.add(listener.accept(self._interrupt))
 
+    def take_channel(self, channel: Channel) -> bool:
+        """From any thread: have this channel if it can be that of requested pages; whether it was taken."""
+        if self.requested is None or not self.requested.offer(channel):
+            return False
+        self._channels.add(channel)
+        return True
+
     def abort(self) -> None:
         """From any thread: make every call on one of the channels raise Interrupted."""
         self._channels.abort()
@@ -81,6 +91,8 @@ class Connection:
 
     def close(self) -> None:
         """Close all channels."""
+        if self.requested is not None:
+            self.requested.close()
         if self.return_path is not None:
             self.return_path.close()
         self._channels.close()

@@ -15,6 +15,8 @@ from corefw.engine.connection import Connection
 from corefw.engine.custody import tell_outcome
 from corefw.engine.guestarrival import GuestArrival
 from corefw.engine.guestlock import GuestLock
+from corefw.engine.preempt import CAPABILITY as PREEMPT
+from corefw.engine.preempt import RequestedReceiver
 from corefw.engine.progress import LoadProgress
 from corefw.engine.statistics import section_figures
 from corefw.engine.strays import StrayChannels
@@ -100,6 +102,8 @@ class Destination(IncomingContext):
     def accept(self) -> Connection:
         """Wait for the next one, which becomes `connection`. Raises ChannelError, Interrupted."""
         self._connection = Connection(self.listener.accept(self.interrupt), self.settings, self.interrupt)
+        if self.settings.capability(PREEMPT):
+            self._connection.requested = RequestedReceiver(self._connection.abort)
         self.interrupt.check()
         return self._connection
 
@@ -114,8 +118,9 @@ class Destination(IncomingContext):
         connection.close()
 
     def turn_others_away(self) -> None:
-        """Close every further connection; a source that opens channels for multifd fails the migration."""
-        self._strays = StrayChannels(self.listener, self.connection.abort)
+        """Close every further connection but the channel of requested pages; a source that opens channels for multifd
+        fails the migration."""
+        self._strays = StrayChannels(self.listener, self.connection.take_channel, self.connection.abort)
 
     def stop_listening(self) -> None:
         """Idempotent; does not raise."""
@@ -138,12 +143,15 @@ class Destination(IncomingContext):
             self._taken_over = True
 
     def cause(self, error: MigfwError) -> MigfwError:
-        """The error to report: a channel of multifd aborts the stream, and the error that follows says little."""
-        if self._strays is not None:
-            try:
+        """The error to report: what comes over another channel aborts the stream, and the error that follows says
+        little."""
+        try:
+            if self._strays is not None:
                 self._strays.check()
-            except MigfwError as first:
-                return first
+            if self._connection is not None and self._connection.requested is not None:
+                self._connection.requested.check()
+        except MigfwError as first:
+            return first
         return error
 
     # -- from any thread -------------------------------------------------------------------------------------------
@@ -213,6 +221,8 @@ class Destination(IncomingContext):
 
     def clean_loaders_up(self) -> None:
         """Run every loader's cleanup, even if one fails. Idempotent."""
+        if self._connection is not None and self._connection.requested is not None:
+            self._connection.requested.close()
         while self._to_clean_up:
             loader = self._to_clean_up.pop(0)
             try:

@@ -22,6 +22,7 @@ from corefw.engine.guestlock import GuestLock
 from corefw.engine.inbound import CLOSED, Inbound
 from corefw.engine.launch import Launch
 from corefw.engine.outgoing import OutgoingMigration
+from corefw.engine.preempt import check_channels
 from corefw.engine.source import Source
 from corefw.engine.tails import tail_of
 from corefw.errors import BlockedError, Interrupted, MigfwError, SettingsError, StateError, UriError, UsageError
@@ -253,6 +254,7 @@ class Engine(MigrationControl):
         if self.settings.capability("return-path") and not transport.features.return_path:
             uri = transport.uri
             raise SettingsError(f"'{uri}': '{uri.scheme}:' has no return path (switch capability 'return-path' off)")
+        check_channels(self.settings, transport)
 
     def _begin_outgoing(self, transport: Transport, savers: SaverRegistry) -> None:
         source = Source(

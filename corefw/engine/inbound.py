@@ -17,6 +17,7 @@ from corefw.engine.coverage import uncovered
 from corefw.engine.destination import Destination
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.incoming import IncomingMigration
+from corefw.engine.preempt import check_channels
 from corefw.engine.tails import tail_of
 from corefw.errors import BlockedError, MigfwError, StateError
 from corefw.machine import Machine, RunState
@@ -64,6 +65,7 @@ class Inbound:
         """Begin to wait for a source; the URI that it has to dial. See Engine.migrate_incoming."""
         transport = self._plugins.transport(uri, self._settings)
         transport.check_incoming()  # a wrong URI cancels nothing
+        check_channels(self._settings, transport)
         self._cancel_present()
         self._check_may_wait()
         loaders = tail_of(self._machine).loaders(self._plugins.section_loaders(self._machine, self._settings))
@@ -139,6 +141,7 @@ class Inbound:
         """Have a postcopy that is paused wait for its source. See Engine.recover."""
         transport = self._plugins.transport(uri, self._settings)
         transport.check_incoming()
+        check_channels(self._settings, transport)
         self._check_paused()
         listener = transport.listen()
         try:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Final
 
 from corefw.channel import Channel, Interrupt, Transport
-from corefw.engine.meter import Meter, metered
+from corefw.engine.meter import CountedChannel, Meter, metered
 from corefw.engine.returnpath import Handler, ReturnPathReader
 from corefw.errors import ChannelError
 from corefw.net.channelset import ChannelSet
@@ -59,6 +59,10 @@ class Link:
         if not self.transport.features.multi_channel:
             raise ChannelError(f"{self.transport.uri}: '{self.transport.uri.scheme}' has only one channel")
         return self._connect()
+
+    def open_urgent_channel(self) -> Channel:
+        """One more channel, which no limit of the bandwidth holds back. Raises ChannelError."""
+        return self._channels.add(CountedChannel(self.transport.connect(self._interrupt), self._meter))
 
     def _connect(self) -> Channel:
         return self._channels.add(metered(self.transport.connect(self._aborted), self._meter))

@@ -133,6 +133,11 @@ class Meter:
             else:
                 self._ahead = 0.0
 
+    def sent_urgently(self, count: int) -> None:
+        """So many more bytes went out, which count against no limit."""
+        with self._changed:
+            self.total += count
+
     def rest(self) -> float:
         """Seconds until what went out is due."""
         with self._changed:
@@ -202,8 +207,8 @@ class Meter:
         return count
 
 
-class MeteredChannel(Channel):
-    """A channel that counts and paces what it sends. All else is the inner channel's."""
+class CountedChannel(Channel):
+    """A channel that counts what it sends, and lets no limit hold it back. All else is the inner channel's."""
 
     def __init__(self, channel: Channel, meter: Meter) -> None:
         self.peer = channel.peer
@@ -212,8 +217,8 @@ class MeteredChannel(Channel):
         self._meter = meter
 
     def send(self, *parts: Buffer) -> None:
-        for portion in portions(parts, self._meter.limit):
-            self._meter.carry_out(partial(self._channel.send, *portion), sum(map(len, portion)))
+        self._channel.send(*parts)
+        self._meter.sent_urgently(sum(map(len, parts)))
 
     def receive_into(self, view: memoryview) -> int:
         return self._channel.receive_into(view)
@@ -224,6 +229,9 @@ class MeteredChannel(Channel):
     def wait_readable(self, seconds: float) -> bool:
         return self._channel.wait_readable(seconds)
 
+    def limit_unsent(self, count: int) -> None:
+        self._channel.limit_unsent(count)
+
     def send_eof(self) -> None:
         self._channel.send_eof()
 
@@ -232,6 +240,14 @@ class MeteredChannel(Channel):
 
     def close(self) -> None:
         self._channel.close()
+
+
+class MeteredChannel(CountedChannel):
+    """A channel that paces what it sends, too."""
+
+    def send(self, *parts: Buffer) -> None:
+        for portion in portions(parts, self._meter.limit):
+            self._meter.carry_out(partial(self._channel.send, *portion), sum(map(len, portion)))
 
 
 class MeteredMemoryChannel(MeteredChannel, SendsMemory):

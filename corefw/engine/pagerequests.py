@@ -10,22 +10,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from corefw.engine.meter import Meter
+from corefw.engine.preempt import RequestedSender
 from corefw.errors import StreamError
-from corefw.section import PostcopySaver
+from corefw.section import PostcopySaver, PreemptSaver
 from corefw.wire.returnpath import ReturnMessageRecord, parse_page_request
 from corefw.wire.stream import StreamReader
 
 
 class PageRequests:
-    """The requests over one connection: passes each to the saver of its RAM block, and lets nothing be held back by a
-    limit while one is waiting.
+    """The requests over one connection: passes each to the saver of its RAM block. If the pages have a channel of their
+    own they are sent at once; otherwise nothing is held back by a limit while one is waiting.
 
     Called with a message in the return path's thread; everything else is the migration thread's.
     """
 
-    def __init__(self, savers: Sequence[PostcopySaver], meter: Meter) -> None:
+    def __init__(self, savers: Sequence[PostcopySaver], meter: Meter, sender: RequestedSender | None) -> None:
         self._savers = {block: saver for saver in savers for block in saver.covers().ram_blocks}
         self._meter = meter
+        self._sender = sender
         self._block = ""  # a request without a name is for the block of the one before
         self._lock = threading.Lock()
         self._waiting = 0
@@ -37,7 +39,11 @@ class PageRequests:
         if block not in self._savers:
             raise StreamError(f"page request: expected one of the RAM blocks {', '.join(self._savers)}, got '{block}'")
         self._block = block
-        self._savers[block].request_pages(block, request.start, request.length)
+        saver = self._savers[block]
+        if self._sender is not None and isinstance(saver, PreemptSaver):
+            self._sender.send(saver, block, request.start, request.length)
+            return
+        saver.request_pages(block, request.start, request.length)
         with self._lock:
             self._waiting += 1
         self._meter.urgent_begins()

@@ -59,6 +59,8 @@ def _hand_over(source: Source) -> None:
     source.link.ping(2)
     package = _package(source)
     writer.flush()
+    if source.requested is not None:
+        source.requested.check()
     source.serve_requests()
     source.custody.hand_over_at_run(source.check)
     source.limits.end()
@@ -98,6 +100,8 @@ def _send_pages(source: Source) -> None:
                 source.statistics.section(saver.key).update(saver.pending_estimate().total)
             writer.flush()
         source.meter.measure()
+    if source.requested is not None:
+        source.requested.end(source.later())
     for saver in source.later():
         sections.end(saver)
     sections.write_commands()

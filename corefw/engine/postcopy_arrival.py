@@ -31,18 +31,28 @@ log = logging.getLogger(__name__)
 def receive_rest(destination: Destination) -> MigrationStatus:
     """Start the guest, unless this is a migration that goes on, and load what is still to come."""
     guest = _guest(destination)
-    destination.stop_listening()  # so that the same address can be given to migrate-recover
+    if destination.connection.requested is None:
+        destination.stop_listening()  # so that the same address can be given to migrate-recover
     check_complete(destination, destination.frames, "POSTCOPY_RUN", later=guest.sections)
     guest.start(lambda: _start(destination), destination.interrupt_load)
     destination.resuming = False
     try:
         if load_frames(destination, destination.frames) is not None:
             raise StreamError("expected the rest of the stream, got a command that begins another phase")
+        _await_requested(destination)
         guest.faults.check_complete()
     except MigfwError as error:
         return _pause(destination, error)
     guest.complete()
     return MigrationStatus.COMPLETED
+
+
+def _await_requested(destination: Destination) -> None:
+    """The stream has ended, but pages may still come over their own channel."""
+    requested = destination.connection.requested
+    if requested is not None:
+        requested.await_rest(lambda: destination.settings.integer("x-migfw-incoming-timeout") / 1000)
+        requested.close()
 
 
 def _guest(destination: Destination) -> GuestArrival:
@@ -64,9 +74,10 @@ def _pause(destination: Destination, error: MigfwError) -> MigrationStatus:
     if destination.interrupt.is_set():
         guest.check()
         raise error
-    log.warning("postcopy: the connection broke, and the guest goes on with what it has: %s", error)
+    log.warning("postcopy: the connection broke, and the guest goes on with what it has: %s", destination.cause(error))
     guest.faults.request_over(None)
     destination.connection.abort()
+    destination.stop_listening()
     destination.hang_up()
     return MigrationStatus.POSTCOPY_PAUSED
 
@@ -82,9 +93,12 @@ def await_recovery(destination: Destination) -> MigrationStatus:
             raise
         except ChannelError as error:
             log.warning("postcopy: no source could connect: %s", error)
-            continue
-        finally:
             destination.stop_listening()
+            continue
+        if connection.requested is None:
+            destination.stop_listening()
+        else:
+            destination.turn_others_away()
         _continue_stream(destination)
         return MigrationStatus.POSTCOPY_RECOVER
 

@@ -12,6 +12,8 @@ Source: QEMU 10.0, loadvm_postcopy_handle_* and loadvm_handle_recv_bitmap (migra
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from corefw.engine.blocktime import Blocktime, MeasuredFaults
 from corefw.engine.destination import Destination
 from corefw.engine.guestarrival import GuestArrival, obstacle_to_postcopy
@@ -19,7 +21,7 @@ from corefw.engine.pagefaults import PageFaults
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.errors import MachineError, StreamError
 from corefw.machine import PostcopyMachine
-from corefw.section import PostcopyLoader
+from corefw.section import PostcopyLoader, PreemptLoader, SectionLoader
 from corefw.states import MigrationStatus
 from corefw.wire.constants import RESUMED, ReturnMessage
 from corefw.wire.frames import FrameReader
@@ -66,6 +68,7 @@ def listen(destination: Destination, frames: FrameReader, _: CommandRecord) -> N
     destination.guest = GuestArrival(faults, {loader.key: progress.opened[loader.key] for loader in later})
     for loader in later:
         loader.listen(source)
+    _read_requested(destination, later)
     faults.request_over(_return_path(destination))
 
 
@@ -87,8 +90,17 @@ def resume(destination: Destination, _: FrameReader, _record: CommandRecord) -> 
         raise StreamError("expected a postcopy that was interrupted")
     path = _return_path(destination)
     path.send(ReturnMessage.RESUME_ACK, number_body(RESUMED))
+    _read_requested(destination, destination.loaders)
     destination.guest.faults.request_over(path)
     return MigrationStatus.POSTCOPY_ACTIVE
+
+
+def _read_requested(destination: Destination, loaders: Iterable[SectionLoader]) -> None:
+    """Read the channel of requested pages, if they have one."""
+    requested = destination.connection.requested
+    reader = next((loader for loader in loaders if isinstance(loader, PreemptLoader)), None)
+    if requested is not None and reader is not None:
+        requested.start(reader)
 
 
 def _machine(destination: Destination) -> PostcopyMachine:

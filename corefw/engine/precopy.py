@@ -51,6 +51,7 @@ def set_up(source: Source) -> MigrationStatus:
     began = time.monotonic()
     savers = _active_savers(source)
     _write_head(source)
+    source.open_requested()
     for saver in savers:
         source.live.append(saver)  # from here on it is cleaned up
         with source.passes.reporting():

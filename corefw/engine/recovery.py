@@ -99,6 +99,7 @@ def reconnect(source: Source) -> MigrationStatus:
 def recover(source: Source) -> MigrationStatus:
     """Learn what has arrived, and have the destination go on."""
     try:
+        source.reopen_requested()
         bitmaps = ReceivedBitmaps(source)
         for saver in source.later():
             saver.prepare_resume(bitmaps.ask)

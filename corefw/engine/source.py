@@ -19,6 +19,8 @@ from corefw.engine.link import LAST_WORDS, Link
 from corefw.engine.meter import Meter
 from corefw.engine.pagerequests import PageRequests
 from corefw.engine.passes import Passes
+from corefw.engine.preempt import CAPABILITY as PREEMPT
+from corefw.engine.preempt import RequestedSender, open_requested
 from corefw.engine.returnpath import Handler
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.engine.tails import tail_of
@@ -48,10 +50,12 @@ class Source(OutgoingContext):
     stopped_at   time.monotonic() when the guest began to be stopped for the switchover
     left_at      time.monotonic() when it was handed over in postcopy; None before, and in precopy
     requests     the page requests over the present link, in postcopy
+    requested    the channel of requested pages over the present link; None if they have none of their own
     """
 
     sections: SectionWriter
     requests: PageRequests
+    requested: RequestedSender | None = None
 
     def __init__(
         self,
@@ -117,6 +121,18 @@ class Source(OutgoingContext):
         another one has, or that is not for plugins."""
         self.link.read_return_path(self._plugin_messages(), self.return_path_failed)
 
+    def open_requested(self) -> None:
+        """Open the channel of requested pages, if they are to have one; a PING 1 was sent. Raises ChannelError."""
+        if self.settings.capability(PREEMPT):
+            self.requested = open_requested(self.link)
+
+    def reopen_requested(self) -> None:
+        """The same over another connection, in which nothing was sent yet."""
+        if self.settings.capability(PREEMPT):
+            self.link.ping(1)
+            self.link.writer.flush()
+            self.open_requested()
+
     def _plugin_messages(self) -> dict[int, Handler]:
         found: dict[int, Handler] = {}
         for saver in self.savers:
@@ -159,7 +175,7 @@ class Source(OutgoingContext):
 
     def serve_requests(self) -> None:
         """From now on the destination may ask for pages."""
-        self.requests = PageRequests(self.later(), self.meter)
+        self.requests = PageRequests(self.later(), self.meter, self.requested)
         for message in (ReturnMessage.REQ_PAGES, ReturnMessage.REQ_PAGES_ID):
             self.link.answers.handle(message, self.requests)
 

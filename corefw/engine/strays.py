@@ -1,7 +1,7 @@
 """What else dials in while a stream is loaded.
 
-A source with the capability multifd sends its pages over channels of its own. Nothing here reads them, so the load has
-to fail and name the capability. All other connections are closed.
+The channel of requested pages is passed on. A source with the capability multifd sends its pages over channels of its
+own. Nothing here reads them, so the load has to fail and name the capability. All other connections are closed.
 
 Threads: one of its own.
 """
@@ -24,10 +24,15 @@ FIRST_WORDS: Final = 1.0
 
 
 class StrayChannels:
-    """Watches a listener until `stop()`. `on_multifd` is called from its thread, once."""
+    """Watches a listener until `stop()`.
 
-    def __init__(self, listener: Listener, on_multifd: Callable[[], None]) -> None:
+    Threads: both functions are called from its own, `take` with each channel (it returns whether it has taken that),
+    `on_multifd` once.
+    """
+
+    def __init__(self, listener: Listener, take: Callable[[Channel], bool], on_multifd: Callable[[], None]) -> None:
         self._listener = listener
+        self._take = take
         self._on_multifd = on_multifd
         self._interrupt = Interrupt()
         self._multifd = threading.Event()
@@ -51,7 +56,10 @@ class StrayChannels:
     def _run(self) -> None:
         try:
             while True:
-                with self._listener.accept(self._interrupt) as channel:
+                channel = self._listener.accept(self._interrupt)
+                if self._take(channel):
+                    continue
+                with channel:
                     if not self._multifd.is_set() and self._is_multifd(channel):
                         self._multifd.set()
                         self._on_multifd()

@@ -9,6 +9,7 @@ itself has to show where it ends.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -202,6 +203,12 @@ class SocketChannel(Channel, SendsMemory, ReceivesMemory, ReceivesFromSocket):
             self._check_aborted()
             if ready or (deadline is not None and time.monotonic() >= deadline):
                 return ready
+
+    def limit_unsent(self, count: int) -> None:
+        """See Channel. A UNIX socket's buffer is small as it is."""
+        if self._tcp:
+            with contextlib.suppress(OSError):  # the next send shows what is wrong
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, count)
 
     def send_eof(self) -> None:
         self._check()

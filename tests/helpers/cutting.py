@@ -53,8 +53,13 @@ class CutProxy:
         before = self._passed
         return lambda: self._passed >= before + count
 
+    def inject(self, data: bytes) -> None:
+        """Send bytes to the destination over the newest connection, as if they were the source's."""
+        assert self._pair is not None, "there is no connection"
+        self._pair[1].sendall(data)
+
     def cut(self, how: Cut) -> None:
-        """Break the present connection."""
+        """Break the newest connection."""
         assert self._pair is not None, "there is no connection"
         source, destination = self._pair
         match how:

@@ -1,19 +1,23 @@
 """The destination's half of postcopy: pages arrive while the guest runs, some of them because it waits for them.
 
 Invariant: a page that has arrived is never stored again, for the guest may have written to it since. It may come twice,
-when it was asked for while the background stream had it on the way, or when a connection broke.
+when it was asked for while the background stream had it on the way, or when a connection broke. So a page belongs to
+the thread that claims it first, and counts as arrived when that one has stored it.
 
-Threads: storing in the incoming thread, `wait_for` in the thread that serves page faults.
+Threads: storing in the incoming thread and in that of requested pages, `wait_for` in the thread that serves page
+faults.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw.errors import StreamError
+from corefw.errors import ANYTHING, StreamError
 from corefw.machine import FaultSource, Machine, RamBlock
 from corefw.memory.runs import Runs, runs_of_mask, runs_of_pages
 from corefw.section import IncomingContext
@@ -35,29 +39,49 @@ class ArrivingBlock(LoadedBlock):
         super().__init__(block)
         self.direct.stop()
         self._faults = faults
-        self._lock = threading.Lock()  # guards both marks
+        self._lock = threading.Lock()  # guards the marks
+        self._claimed = ~discarded
         self._received = ~discarded
         self._awaited = np.zeros_like(discarded)
 
     # -- what arrives ----------------------------------------------------------------------------------------------
 
     def store(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
-        new = ~self._received[pages]
+        new = self._claim(pages)
         if not new.all():
             pages, data = pages[new], data[new]
-        self.block.store(pages, data)
+        with self._storing(pages):
+            self.block.store(pages, data)
         with self._lock:
             self._received[pages] = True
         self._install(runs_of_pages(np.unique(pages)))
 
     def fill(self, pages: NDArray[np.int64], value: int) -> None:
         """Zeros stay where nothing is allocated until the guest touches them."""
-        pages = pages[~self._received[pages]]
-        self.block.fill(pages, value)
+        pages = pages[self._claim(pages)]
+        with self._storing(pages):
+            self.block.fill(pages, value)
         with self._lock:
             self._received[pages] = True
             seen = pages if value else pages[self._awaited[pages]]
         self._install(runs_of_pages(np.unique(seen)))
+
+    def _claim(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these pages the caller is to store."""
+        with self._lock:
+            new = ~self._claimed[pages]
+            self._claimed[pages] = True
+            return new
+
+    @contextmanager
+    def _storing(self, pages: NDArray[np.int64]) -> Iterator[None]:
+        """Give up the claim to these pages if they cannot be stored: they may come again after a recovery."""
+        try:
+            yield
+        except ANYTHING:
+            with self._lock:
+                self._claimed[pages] = False
+            raise
 
     def _install(self, runs: Runs) -> None:
         self._faults.install(self.block, runs)

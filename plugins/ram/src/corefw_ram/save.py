@@ -65,14 +65,14 @@ class PageSaver:
     def __init__(self, blocks: Sequence[RamBlock], statistics: RamStatistics) -> None:
         self._states = [BlockState(block) for block in blocks]
         self._statistics = statistics
-        self._pages = self._page_writer()
+        self._pages = self._page_writer(statistics)
         self._at = (0, 0)  # the block and page where the pass goes on
         self._rate_since = 0.0
         self._rate_pages = 0
 
-    def _page_writer(self) -> PageWriter:
+    def _page_writer(self, statistics: RamStatistics) -> PageWriter:
         """For a stream in which no block has been named yet."""
-        return PageWriter(max((state.block.page_size for state in self._states), default=4096), self._statistics)
+        return PageWriter(max((state.block.page_size for state in self._states), default=4096), statistics)
 
     def setup(self, writer: StreamWriter) -> None:
         blocks = [state.block for state in self._states]

@@ -14,8 +14,8 @@ from corefw.section import (
     IncomingContext,
     OutgoingContext,
     Pending,
-    PostcopyLoader,
-    PostcopySaver,
+    PreemptLoader,
+    PreemptSaver,
     Priority,
     RamSaver,
     RamStatistics,
@@ -24,9 +24,11 @@ from corefw.wire.constants import RAM_IDSTR, RAM_VERSION, TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader, StreamWriter
 from corefw_ram.postcopy_load import PostcopyPageLoader
 from corefw_ram.postcopy_save import PostcopyPageSaver
+from corefw_ram.requested import load_requested
+from corefw_ram.save import EOS
 
 
-class RamSectionSaver(RamSaver, PostcopySaver):
+class RamSectionSaver(RamSaver, PreemptSaver):
     """The source's half of QEMU's savevm_ram_handlers, for any machine's RAM blocks."""
 
     idstr = RAM_IDSTR
@@ -81,6 +83,12 @@ class RamSectionSaver(RamSaver, PostcopySaver):
     def request_pages(self, block: str, start: int, length: int) -> None:
         self._saving.request(block, start, length)
 
+    def send_requested(self, writer: StreamWriter, block: str, start: int, length: int) -> None:
+        self._saving.send_requested(writer, block, start, length)
+
+    def end_requested(self, writer: StreamWriter) -> None:
+        writer.write(EOS)
+
     def prepare_resume(self, received: Callable[[str, int], NDArray[np.bool_]]) -> None:
         self._saving.prepare_resume(received)
 
@@ -93,7 +101,7 @@ class RamSectionSaver(RamSaver, PostcopySaver):
         return self._pages
 
 
-class RamSectionLoader(PostcopyLoader):
+class RamSectionLoader(PreemptLoader):
     """The destination's half of QEMU's savevm_ram_handlers, for any machine's RAM blocks."""
 
     idstr = RAM_IDSTR
@@ -132,6 +140,9 @@ class RamSectionLoader(PostcopyLoader):
 
     def listen(self, faults: FaultSource) -> None:
         self._loading.listen(faults)
+
+    def load_requested(self, reader: StreamReader) -> None:
+        load_requested(reader, self._loading.arriving)
 
     def wait_for(self, block: str, pages: NDArray[np.int64]) -> NDArray[np.int64]:
         return self._loading.arriving(block).wait_for(pages)

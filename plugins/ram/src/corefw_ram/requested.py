@@ -1,0 +1,44 @@
+"""The destination's half of postcopy-preempt: requested pages, which come over a channel of their own.
+
+Each page comes in a record like those of the stream, and nothing frames them. The channel ends with EOS; QEMU from 8.0
+on leaves that out, unless its machine type is older than 8.0.
+
+Source: QEMU 7.2 and 10.0, postcopy_preempt_thread, ram_load_postcopy (migration/ram.c). Threads: one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
+from corefw.wire.records import read_block_name, read_ram_header
+from corefw.wire.stream import StreamReader
+from corefw_ram.postcopy_load import ArrivingBlock
+
+
+def load_requested(reader: StreamReader, find_block: Callable[[str], ArrivingBlock]) -> None:
+    """Store and install pages up to EOS. `find_block` raises StreamError for a name that is no RAM block's.
+
+    Raises RemoteStreamError for anything but records of single pages, ChannelError.
+    """
+    arriving: ArrivingBlock | None = None
+    while (header := read_ram_header(reader)).kind is not RamFlag.EOS:
+        if header.kind not in (RamFlag.PAGE, RamFlag.ZERO):
+            raise reader.error("a page or a zero page", f"a RAM record with the flags {int(header.flags):#x}")
+        if header.named:
+            arriving = find_block(read_block_name(reader))
+        if arriving is None:
+            raise reader.error("a record that names its RAM block", "one that goes on with the block before")
+        block = arriving.block
+        if header.address >= block.length:
+            raise reader.error(
+                f"an offset below {block.length:#x} in RAM block '{block.idstr}'", f"{header.address:#x}"
+            )
+        page = np.array([header.address // TARGET_PAGE_SIZE])
+        if header.kind is RamFlag.ZERO:
+            arriving.fill(page, reader.u8("a page's fill byte"))
+        else:
+            data = np.frombuffer(reader.read(TARGET_PAGE_SIZE, "a page"), dtype=np.uint8)
+            arriving.store(page, data.reshape(1, TARGET_PAGE_SIZE))
