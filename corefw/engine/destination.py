@@ -103,7 +103,7 @@ class Destination(IncomingContext):
         """Wait for the next one, which becomes `connection`. Raises ChannelError, Interrupted."""
         self._connection = Connection(self.listener.accept(self.interrupt), self.settings, self.interrupt)
         if self.settings.capability(PREEMPT):
-            self._connection.requested = RequestedReceiver(self._connection.abort)
+            self._connection.requested = RequestedReceiver(self._refuse_requested)
         self.interrupt.check()
         return self._connection
 
@@ -179,6 +179,17 @@ class Destination(IncomingContext):
         self._recovering.set()
         if (connection := self._connection) is not None:
             connection.abort_others()
+
+    def _refuse_requested(self) -> None:
+        """What came over the channel of requested pages cannot be loaded. Before RUN that ends the migration, and the
+        source is told why; later it pauses."""
+        with self._deciding:
+            if not self._taken_over:
+                self.interrupt.set()
+        if self.interrupt.is_set():
+            self.interrupt_load()
+        else:
+            self.break_connection()
 
     def listen_again(self, listener: Listener) -> None:
         """In a postcopy that is paused: this listener will bring the source. Raises StateError if another one waits."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from corefw.engine import strays
 from corefw.errors import SettingsError
+from corefw.machine import RunState
 from corefw.testing.tasks import wait_until
 from tests.helpers.cutting import Cut, CutProxy
-from tests.helpers.engines import Pair, query_migrate
+from tests.helpers.engines import Pair, ended, query_migrate
 from tests.helpers.moving import LISTEN, Move
+from tests.helpers.ram import EOS
 
 
 @pytest.fixture
@@ -27,22 +31,25 @@ def requests(move: Move) -> int:
     return int(query_migrate(move.source).get("ram", {}).get("postcopy-requests", 0))
 
 
+def asks_again(move: Move, before: int) -> bool:
+    return requests(move) > before
+
+
 @pytest.mark.parametrize("scheme", ["tcp", "unix", "zmq"])
 def test_the_guest_runs_before_its_pages_are_there(move: Move, folder: Path, scheme: str) -> None:
     address = {"tcp": LISTEN, "unix": f"unix:{folder / 'a'}", "zmq": "zmq:tcp://127.0.0.1:0"}[scheme]
     move.limit()
     move.source.migrate(move.destination.migrate_incoming(address))
     move.source.start_postcopy()
-    assert wait_until(lambda: requests(move) > 0), "no page was asked for"
+    assert wait_until(partial(asks_again, move, 0)), "no page was asked for"
     move.hurry()
     move.completes()
 
 
 def switch(move: Move) -> None:
     """Begin, and have the guest wait for pages on the destination."""
-    before = requests(move)
     move.switch()
-    assert wait_until(lambda: requests(move) > before), "no page was asked for"
+    assert wait_until(partial(asks_again, move, 0)), "no page was asked for"
 
 
 def pauses(move: Move) -> None:
@@ -51,9 +58,9 @@ def pauses(move: Move) -> None:
 
 
 def recover(move: Move) -> None:
+    """Go on, and as fast as possible."""
     move.source.migrate(move.destination.recover(LISTEN), resume=True)
-    move.reaches(move.source, "postcopy-active")
-    move.reaches(move.destination, "postcopy-active")
+    move.hurry()
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
@@ -64,8 +71,8 @@ def test_a_connection_that_is_broken_on_purpose(move: Move, side: str) -> None:
         (move.source if side == "source" else move.destination).pause_migration()
         pauses(move)
         before = requests(move)
-        recover(move)
-        assert wait_until(lambda: requests(move) > before), "no page was asked for"
+        move.source.migrate(move.destination.recover(LISTEN), resume=True)
+        assert wait_until(partial(asks_again, move, before)), "no page was asked for"
     move.hurry()
     move.completes()
 
@@ -77,12 +84,17 @@ def test_a_channel_of_requested_pages_that_is_cut(move: Move, how: Cut) -> None:
         move.limit()
         move.source.migrate(proxy.uri)
         move.source.start_postcopy()
-        assert wait_until(lambda: requests(move) > 0), "no page was asked for"
+        assert wait_until(partial(asks_again, move, 0)), "no page was asked for"
         proxy.cut(how)
         pauses(move)
         recover(move)
-        move.hurry()
         move.completes()
+
+
+def stays(move: Move) -> None:
+    """The guest runs where it was."""
+    assert wait_until(lambda: move.source.machine.run_state is RunState.RUNNING)
+    assert move.destination.machine.run_state is not RunState.RUNNING
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -96,7 +108,9 @@ def test_it_needs_postcopy(pair: Pair) -> None:
 def test_a_transport_with_one_channel_is_refused(move: Move) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        with pytest.raises(SettingsError, match="'fd:' has only one channel .*'postcopy-preempt'"):
+        for one in (ours, theirs):
+            one.set_inheritable(True)
+        with pytest.raises(SettingsError, match=r"'fd:' has only one channel .*'postcopy-preempt'"):
             move.source.migrate(f"fd:{ours.fileno()}")
         with pytest.raises(SettingsError, match="'fd:' has only one channel"):
             move.destination.migrate_incoming(f"fd:{theirs.fileno()}")
@@ -112,33 +126,47 @@ def test_a_destination_without_it_is_found_out_before_the_guest_leaves(
     move.source.start_postcopy()
     assert ended(move.source) == "failed"
     assert "switch capability 'postcopy-preempt' on there too" in (move.source.report().error or "")
-    runs_on(move.source)
+    stays(move)
 
 
 # -- what may come over the channel ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "words"),
     [
-        pytest.param(header(0, RamFlag.PAGE | RamFlag.CONTINUE), id="no-block"),
-        pytest.param(header(0, RamFlag.PAGE) + name("rom"), id="other-block"),
-        pytest.param(header(1 << 40, RamFlag.ZERO) + name("ram") + b"\0", id="outside"),
-        pytest.param(header(1 << 20, RamFlag.MEM_SIZE), id="no-page"),
-        pytest.param(b"\xff" * 8, id="garbage"),
-        pytest.param(EOS, id="end"),
+        (b"\xff" * 8, "expected a RAM record"),
+        (EOS, "expected all pages of RAM block 'ram', got the end without"),
     ],
+    ids=["garbage", "end"],
 )
-def test_what_is_no_requested_page_pauses_both_sides(move: Move, data: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    """The guest goes on, and nothing of it is in its memory."""
+def test_what_is_no_requested_page_pauses_both_sides(
+    move: Move, data: bytes, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The guest, which is stopped so that it requests nothing meanwhile, goes on."""
+    move.source.stop()
+    with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
+        move.limit()
+        move.source.migrate(proxy.uri)
+        move.source.start_postcopy()
+        move.reaches(move.destination, "postcopy-active")
+        assert wait_until(lambda: move.destination.machine.run_state is RunState.PAUSED)
+        proxy.inject(data)
+        move.destination.cont()
+        pauses(move)
+        assert words in caplog.text
+        recover(move)
+        move.completes()
+
+
+def test_what_comes_before_the_guest_has_left_ends_the_migration(move: Move) -> None:
+    """No page can have been requested yet. The guest stays where it was."""
     with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
         move.limit()
         move.source.migrate(proxy.uri)
         assert wait_until(lambda: proxy.connections == 2)
-        proxy.inject(data)
+        proxy.inject(b"GET / HTTP/1.0\r\n\r\n")
         move.source.start_postcopy()
-        pauses(move)
-        assert "requested pages: expected" in caplog.text
-        recover(move)
-        move.hurry()
-        move.completes()
+        assert ended(move.source) == "failed"
+        assert "requested pages: expected a RAM record" in (move.source.report().error or "")
+        stays(move)

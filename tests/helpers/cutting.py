@@ -29,11 +29,13 @@ class Cut(StrEnum):
 class CutProxy:
     """Listens on loopback at `uri`, and leads each connection to the address of a URI.
 
-    recorded   what went to the destination, if `record` was asked for
+    recorded      what went to the destination, if `record` was asked for
+    connections   how many there have been
     """
 
     def __init__(self, target: str, *, record: bool = False) -> None:
         self.recorded = bytearray()
+        self.connections = 0
         self._record = record
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -90,6 +92,7 @@ class CutProxy:
                 for one in (source, destination):
                     one.settimeout(TICK)
                 self._pair = source, destination
+                self.connections += 1
                 self._run(self._pump, source, destination, True)
                 self._run(self._pump, destination, source, False)
 

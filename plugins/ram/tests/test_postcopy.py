@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -25,9 +26,11 @@ from tests.helpers.ram import (
     StillMachine,
     ToldLog,
     block,
+    fill_record,
     header,
     name,
     noise,
+    page_record,
     page_records,
     receiving,
 )
@@ -245,3 +248,80 @@ def test_a_discard_of_anything_but_whole_pages_is_refused(idstr: str, start: int
 def test_no_bitmap_of_a_block_that_is_not_there() -> None:
     with listening() as (_, receiver, _faults), pytest.raises(StreamError, match="got 'rom'"):
         receiver.loader.received("rom")
+
+
+# -- requested pages over a channel of their own -----------------------------------------------------------------------
+
+
+def load_requested(receiver: Receiver, data: bytes) -> None:
+    receiver.loader.load_requested(StreamReader(MemorySource(data), where="requested pages"))
+
+
+def test_pages_over_their_own_channel_are_installed() -> None:
+    with listening(5, 6, 7) as (ram, receiver, faults):
+        receiver.loader.wait_for("ram", np.array([6]))
+        load_requested(
+            receiver, page_record(5, b"a" * PAGE, "ram") + fill_record(6) + page_record(7, b"b" * PAGE) + EOS
+        )
+        assert faults.pages == [5, 6, 7]
+        assert [ram.pages[page, 0] for page in (5, 6, 7)] == [ord("a"), 0, ord("b")]
+        assert receiver.loader.received("ram").all()
+
+
+def test_a_page_that_comes_over_both_channels_is_stored_once() -> None:
+    with listening(5, 6) as (ram, receiver, faults):
+        load_requested(receiver, page_record(5, b"a" * PAGE, "ram") + EOS)
+        load(receiver, (5, 2), (6, 3))
+        load_requested(receiver, page_record(6, b"a" * PAGE, "ram") + EOS)
+        assert ram.pages[5, 0] == ord("a") and ram.pages[6, 0] == 3
+        assert faults.pages == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (page_record(0, b"a" * PAGE), "expected a record that names its RAM block"),
+        (fill_record(0, 0, "rom"), "expected one of the RAM blocks ram, got 'rom'"),
+        (fill_record(PAGES, 0, "ram"), "expected an offset below 0x100000"),
+        (header(PAGES, RamFlag.MEM_SIZE), "expected a page or a zero page"),
+        (header(0, RamFlag.XBZRLE) + name("ram"), "expected a page or a zero page"),
+        (b"\xff" * 8, "expected a RAM record"),
+        (page_record(5, b"a" * PAGE, "ram")[:-1], "the end of the stream after 4095"),
+        (page_record(5, b"a" * PAGE, "ram"), "the end of the stream after 0"),
+    ],
+)
+def test_what_is_no_requested_page_is_refused(data: bytes, words: str) -> None:
+    with listening(5) as (_, receiver, _faults), pytest.raises(StreamError, match=words):
+        load_requested(receiver, data)
+
+
+def test_every_page_goes_over_one_of_the_two_channels(machine: StillMachine) -> None:
+    """Requested in one thread while another sends the rest; nothing is lost, nothing is sent twice."""
+    with stopped(machine) as sender:
+        requested = MemorySink()
+        writer = StreamWriter(requested)
+
+        def request() -> None:
+            for page in [*range(0, PAGES, 3), *range(0, PAGES, 7)]:
+                sender.saver.send_requested(writer, "ram", page * PAGE, PAGE)
+            sender.saver.send_requested(writer, "small", 0, 8 * PAGE)
+            sender.saver.end_requested(writer)
+            writer.flush()
+
+        thread = threading.Thread(target=request)
+        thread.start()
+        parts = Parts(sender)
+        found: list[tuple[str, int]] = []
+        while sender.saver.pending_estimate().total:
+            found += parts.next(2)
+        thread.join()
+        found += [(record.block, record.page) for record in page_records(bytes(requested.data))]
+        assert sorted(found) == [("ram", page) for page in range(PAGES)] + [("small", page) for page in range(8)]
+        assert page_records(sender.end()) == []
+        assert sender.statistics.normal == PAGES + 8
+
+
+def test_the_stream_goes_on_behind_what_was_sent_over_the_other_channel(machine: StillMachine) -> None:
+    with stopped(machine) as sender:
+        sender.saver.send_requested(StreamWriter(MemorySink()), "ram", 100 * PAGE, PAGE)
+        assert Parts(sender).next(1)[0] == ("ram", 101)
