@@ -111,24 +111,32 @@ class RequestedReceiver:
         self._thread: threading.Thread | None = None
 
     def offer(self, channel: Channel) -> bool:
-        """Take this channel, if the source's has not come yet. The source's is silent before the guest runs here:
-        another one that is not, or that has ended, is replaced."""
+        """Take this channel, if the source's has not come yet."""
         with self._changed:
-            if self._closed or (self._channel is not None and not self._is_stranger(self._channel)):
+            self._dismiss_stranger()
+            if self._closed or self._channel is not None:
                 return False
             self._channel = channel
             self._changed.notify_all()
             return True
 
-    def _is_stranger(self, channel: Channel) -> bool:
+    def _dismiss_stranger(self) -> None:
+        """The source's channel is silent until pages are requested: close one that is not, or that has ended."""
+        channel = self._channel
+        if channel is None or self._loader is not None:
+            return
         try:
-            return self._loader is None and channel.wait_readable(0)
+            strange = channel.wait_readable(0)
         except ChannelError:
-            return True
+            strange = True
+        if strange:
+            channel.close()
+            self._channel = None
 
     def start(self, loader: PreemptLoader) -> None:
         """From now on pages may be requested."""
         with self._changed:
+            self._dismiss_stranger()
             self._loader = loader
         self._thread = threading.Thread(target=self._run, args=(loader,), name="requested pages", daemon=True)
         self._thread.start()

@@ -159,14 +159,22 @@ def test_what_is_no_requested_page_pauses_both_sides(
         move.completes()
 
 
-def test_what_comes_before_the_guest_has_left_ends_the_migration(move: Move) -> None:
-    """No page can have been requested yet. The guest stays where it was."""
-    with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
+@pytest.mark.parametrize("words", [b"", b"GET / HTTP/1.0\r\n\r\n"])
+def test_a_stranger_who_connects_first_is_dismissed(move: Move, words: bytes) -> None:
+    """The source's channel comes after the stranger's, and takes its place."""
+    address = move.destination.migrate_incoming(LISTEN)
+
+    def come_first() -> None:
+        if proxy.connections == 1:
+            with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as stranger:
+                stranger.sendall(words)
+
+    with CutProxy(address) as proxy:
+        proxy.before_each = come_first
         move.limit()
         move.source.migrate(proxy.uri)
-        assert wait_until(lambda: proxy.connections == 2)
-        proxy.inject(b"GET / HTTP/1.0\r\n\r\n")
         move.source.start_postcopy()
-        assert ended(move.source) == "failed"
-        assert "requested pages: expected a RAM record" in (move.source.report().error or "")
-        stays(move)
+        assert wait_until(partial(asks_again, move, 0)), "no page was asked for"
+        move.hurry()
+        move.completes()
+        assert proxy.connections == 2

@@ -31,11 +31,13 @@ class CutProxy:
 
     recorded      what went to the destination, if `record` was asked for
     connections   how many there have been
+    before_each   called before the proxy connects to the destination
     """
 
     def __init__(self, target: str, *, record: bool = False) -> None:
         self.recorded = bytearray()
         self.connections = 0
+        self.before_each: Callable[[], object] = lambda: None
         self._record = record
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -87,6 +89,7 @@ class CutProxy:
                 source, _ = self._listener.accept()
                 host, _, port = self._target.removeprefix("tcp:").rpartition(":")
                 self._sockets.append(source)
+                self.before_each()
                 destination = socket.create_connection((host, int(port)))
                 self._sockets.append(destination)
                 for one in (source, destination):
