@@ -22,6 +22,7 @@ from corefw.section import (
 )
 from corefw.wire.constants import RAM_IDSTR, RAM_VERSION, TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader, StreamWriter
+from corefw_ram.lists import find_kernel
 from corefw_ram.postcopy_load import PostcopyPageLoader
 from corefw_ram.postcopy_save import PostcopyPageSaver
 from corefw_ram.requested import load_requested
@@ -112,6 +113,7 @@ class RamSectionLoader(PreemptLoader):
         self._machine = machine
         self._pages: PostcopyPageLoader | None = None
         self._loaded = False
+        find_kernel()  # reads the entry points of everything installed, so not while a migration waits for it
 
     def covers(self) -> Coverage:
         """All of the machine's RAM; none of it if a source has sent bodies without the list of blocks."""
