@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.sampling import processor_seconds
 from bench.warming import MIB
 from corefw.errors import ChannelError
 from corefw.qmp.client import QmpClient, QmpError
@@ -35,6 +40,15 @@ HERTZ: Final = 200
 """Bursts a second, of both guests."""
 MARK: Final = 1024
 """Pages between two marks that QEMU's guest prints."""
+STRIDE: Final = 10_007
+"""Pages from one touch to the next, in a scattered order: a prime, so that all pages have their turn."""
+
+BASE: Final = 0x100000
+NOTES: Final = 0x10000
+NOTES_END: Final = 0x90000
+NOTES_HEADER: Final = struct.Struct("<IIQQII")
+"""Where and how guest.asm notes what waited."""
+TIMER_PERIOD: Final = (1193182 // HERTZ) / 1193182
 
 UNLIMITED_QEMU: Final = 1 << 40
 
@@ -48,15 +62,20 @@ class BenchError(Exception):
 @dataclass(frozen=True, slots=True)
 class Guest:
     """What runs: `ram` bytes that do not compress, `rate` bytes of pages dirtied in a second within the first
-    `working_set` bytes; a rate of 0 for a guest that is paused."""
+    `working_set` bytes; a rate of 0 for a guest that is paused.
+
+    With `touches` it touches so many pages of its working set in a burst, in a scattered order, and notes what waited;
+    only the working set is filled then.
+    """
 
     ram: int
     rate: int = 0
     working_set: int = 64 * MIB
+    touches: int = 0
 
     @property
     def live(self) -> bool:
-        return self.rate > 0
+        return self.rate > 0 or self.touches > 0
 
 
 class Process:
@@ -65,7 +84,7 @@ class Process:
     def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
         """`folder` is its own: it is removed with it, and `folder/qmp` is the socket that `command` makes.
         `environment` is added to ours."""
-        self._folder = folder
+        self.folder: Final = folder
         self._log = (folder / "log").open("w+b")
         self._process = subprocess.Popen(
             command,
@@ -89,7 +108,7 @@ class Process:
         def connected() -> QmpClient | None:
             self.check()
             with contextlib.suppress(ChannelError):
-                return QmpClient(f"unix:{self._folder}/qmp")
+                return QmpClient(f"unix:{self.folder}/qmp")
             return None
 
         return wait_for("an engine to answer", connected)
@@ -110,14 +129,14 @@ class Process:
     def said(self) -> str:
         """Its output's last line."""
         self._log.flush()
-        lines = (self._folder / "log").read_text(errors="replace").strip().splitlines()
+        lines = (self.folder / "log").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
 
     def _end(self) -> None:
         self._process.kill()
         self._process.wait()
         self._log.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -135,10 +154,12 @@ class Side(ABC):
     name          for people
     unlimited     the max-bandwidth that limits nothing
     environment   what its processes need besides ours
+    postcopy_capabilities   what is switched on for a guest that touches pages
     """
 
     name: str
     unlimited: int
+    postcopy_capabilities: Sequence[str]
     environment: Mapping[str, str] = {}
 
     @abstractmethod
@@ -175,6 +196,15 @@ class Side(ABC):
     def await_allocation(self, process: Process) -> None:
         """Wait until a destination has allocated its RAM."""
 
+    @abstractmethod
+    def slow_touches(self, source: Process, destination: Process) -> NDArray[np.float64]:
+        """What a guest that touches pages has noted on the destination, which is stopped: rows (when a touch began,
+        how long it took), in seconds from some moment on."""
+
+    @abstractmethod
+    def processor_seconds(self, process: Process) -> float:
+        """What an engine has used so far, without its guest."""
+
     def measure_rate(self, guest: Guest, seconds: float) -> float:
         """Bytes a second that such a guest really dirties."""
         with self._start(guest, incoming=False) as (process, folder):
@@ -189,13 +219,14 @@ class Side(ABC):
         folder = Path(tempfile.mkdtemp(prefix="migfw-bench-", dir="/tmp"))
         try:
             with Process(self.command(guest, folder, incoming=incoming), folder, self.environment) as process:
-                self._configure(process)
+                self._configure(process, guest)
                 yield process, folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _configure(self, process: Process) -> None:
-        wanted = [{"capability": name, "state": True} for name in ("events", "return-path")]
+    def _configure(self, process: Process, guest: Guest) -> None:
+        names = ("events", "return-path", *(self.postcopy_capabilities if guest.touches else ()))
+        wanted = [{"capability": name, "state": True} for name in names]
         process.call("migrate-set-capabilities", capabilities=wanted)
         process.call("migrate-set-parameters", max_bandwidth=self.unlimited)
 
@@ -205,11 +236,19 @@ class Ours(Side):
 
     name = "migfw"
     unlimited = 0
+    postcopy_capabilities = ("postcopy-ram", "postcopy-blocktime")
 
     def command(self, guest: Guest, folder: Path, *, incoming: bool) -> list[str]:
-        options = {"ram": guest.ram, "dirty-rate": guest.rate or PAGE, "working-set": min(guest.working_set, guest.ram)}
+        working_set = min(guest.working_set, guest.ram)
+        options: dict[str, object] = {"ram": guest.ram}
+        if guest.touches:
+            program = f"{Path(__file__).with_name('touching.py')}:Touching"
+            options |= {"filled": working_set, "burst": guest.touches, "stride": STRIDE, "notes": folder / "notes"}
+        else:
+            program = "stress"
+            options |= {"dirty-rate": guest.rate or PAGE, "working-set": working_set}
         return [
-            *(sys.executable, "-m", "corefw.cli", "run", "stress", "--stay", f"--qmp=unix:{folder}/qmp"),
+            *(sys.executable, "-m", "corefw.cli", "run", program, "--stay", f"--qmp=unix:{folder}/qmp"),
             *(f"--opt={name}={value}" for name, value in options.items()),
             *(["--incoming=defer"] if incoming else []),
         ]
@@ -233,6 +272,13 @@ class Ours(Side):
         wait_for("the guest to fill its RAM", stopped)
         source.call("cont")
 
+    def slow_touches(self, source: Process, destination: Process) -> NDArray[np.float64]:
+        notes = destination.folder / "notes"
+        return np.fromfile(notes).reshape(-1, 2) if notes.exists() else np.empty((0, 2))
+
+    def processor_seconds(self, process: Process) -> float:
+        return processor_seconds(process.pid)
+
     def dirtied(self, source: Process, folder: Path) -> int:
         source.call("stop")
         writes: int = source.call("x-migfw-status")["machine"]["information"]["fields"]["writes"]
@@ -249,6 +295,7 @@ class Qemu(Side):
 
     name = "QEMU"
     unlimited = UNLIMITED_QEMU
+    postcopy_capabilities = ("postcopy-ram", "postcopy-preempt", "postcopy-blocktime")
 
     def __init__(self, images: Path, *, shared: bool = False) -> None:
         """`images` is a folder for the guests' boot sectors."""
@@ -279,6 +326,9 @@ class Qemu(Side):
     def _image(self, guest: Guest) -> Path:
         burst = max(1, round(guest.rate / PAGE / HERTZ))
         values = {"END": guest.ram, "PAGES": guest.working_set // PAGE, "BURST": burst, "MARK": MARK}
+        if guest.touches:
+            end = min(guest.working_set, guest.ram)
+            values |= {"END": end, "PAGES": (end - BASE) // PAGE, "BURST": guest.touches, "STRIDE": STRIDE}
         image = self._images / f"{'-'.join(str(value) for value in values.values())}.bin"
         if not image.exists():
             defined = [f"-D{name}={value:#x}" for name, value in values.items()]
@@ -296,8 +346,30 @@ class Qemu(Side):
     def await_allocation(self, process: Process) -> None:
         """QEMU has done that before it answered (prealloc=on)."""
 
+    def slow_touches(self, source: Process, destination: Process) -> NDArray[np.float64]:
+        before, _ = read_notes(self._memory(source))
+        notes, frequency = read_notes(self._memory(destination))
+        return notes[len(before) :] / frequency
+
+    def _memory(self, process: Process) -> bytes:
+        place = process.folder / "notes"
+        process.call("pmemsave", val=NOTES, size=NOTES_END - NOTES, filename=str(place))
+        return place.read_bytes()
+
+    def processor_seconds(self, process: Process) -> float:
+        """The guest is a thread of the emulator."""
+        guests = [one["thread-id"] for one in process.call("query-cpus-fast")]
+        return processor_seconds(process.pid) - sum(processor_seconds(process.pid, thread) for thread in guests)
+
     def dirtied(self, source: Process, folder: Path) -> int:
         return (folder / "serial").read_bytes().count(b"B") * MARK * PAGE
+
+
+def read_notes(memory: bytes) -> tuple[NDArray[np.float64], float]:
+    """What guest.asm has noted, in cycles, and how many cycles a second has."""
+    ticks, _, first, last, end, _ = NOTES_HEADER.unpack_from(memory)
+    notes = np.frombuffer(memory[NOTES_HEADER.size : end - NOTES], dtype="<u8").reshape(-1, 2)
+    return notes.astype(np.float64), (last - first) / (max(1, ticks - 1) * TIMER_PERIOD)
 
 
 def find_qemu() -> Peer | None:

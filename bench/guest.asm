@@ -7,6 +7,16 @@
 ; sleeps (hlt) in between, as `stress` does: neither guest takes processor time from its engine that the other leaves.
 ; It prints a 'B' for every MARK pages, so that the rate can be measured from outside. It never writes elsewhere.
 ;
+; With -D STRIDE=n it touches its pages in a scattered order instead, and notes what waited for a page: the page after
+; page p is p + STRIDE (less PAGES). From NOTES on there are then
+;
+;     u32 number of timer interrupts, at most TICKS    u32 0
+;     u64 time stamp counter at the first of them      u64 at the last of them
+;     u32 address of the end of the notes              u32 0
+;     for each touch that took SLOW cycles or more, up to NOTES_END: u64 time stamp counter before it, u64 cycles
+;
+; so that both can be read from outside, and cycles be turned into seconds.
+;
 ; Before each burst it flips CR0.WP, which means nothing here but empties the emulated TLB. QEMU 7.2's TCG needs that: when
 ; it fetches the dirty log it leaves the TLB alone, so a later write to a page that is in there would go unlogged.
 
@@ -17,6 +27,10 @@ SERIAL  equ 0x3f8
 WP      equ 1 << 16
 IDT     equ 0x1000
 DIVISOR equ 1193182 / 200               ; of the timer: 200 Hz
+NOTES   equ 0x10000
+NOTES_END equ 0x90000
+TICKS   equ 200
+SLOW    equ 1 << 15                     ; 10 to 15 us: longer than a touch that waits for nothing
 
         org     0x7c00
         bits    16
@@ -74,6 +88,55 @@ next:   mov     edx, eax                ; x ^= x << 13; x ^= x >> 17; x ^= x << 
         mov     al, 'F'
         out     dx, al
 
+%ifdef STRIDE
+        xor     edi, edi                ; the page
+        mov     esi, NOTES + 32         ; where the next note goes
+        mov     [NOTES], edi
+        mov     [NOTES + 24], esi
+burst:  sti
+        hlt
+        cli
+        mov     eax, cr0
+        xor     eax, WP
+        mov     cr0, eax
+        rdtsc
+        mov     ebx, NOTES
+        cmp     dword [ebx], TICKS
+        jae     counted
+        inc     dword [ebx]
+        mov     [ebx + 16], eax
+        mov     [ebx + 20], edx
+        cmp     dword [ebx], 1
+        jne     counted
+        mov     [ebx + 8], eax
+        mov     [ebx + 12], edx
+counted:
+        mov     ecx, BURST
+touch:  rdtsc
+        mov     ebp, eax
+        mov     ebx, edx
+        mov     eax, edi
+        shl     eax, 12
+        inc     byte [eax + BASE]
+        rdtsc
+        sub     eax, ebp
+        cmp     eax, SLOW
+        jb      quick
+        cmp     esi, NOTES_END
+        jae     quick
+        mov     [esi], ebp
+        mov     [esi + 4], ebx
+        mov     [esi + 8], eax
+        and     dword [esi + 12], 0
+        add     esi, 16
+        mov     [NOTES + 24], esi
+quick:  add     edi, STRIDE
+        cmp     edi, PAGES
+        jb      inside
+        sub     edi, PAGES
+inside: loop    touch
+        jmp     burst
+%else
         mov     edi, BASE
         mov     ebx, MARK
 burst:  sti
@@ -95,6 +158,7 @@ same:   cmp     edi, BASE + PAGES * PAGE
         mov     edi, BASE
 inside: loop    count
         jmp     burst
+%endif
 
 tick:   push    eax
         mov     al, 0x20                ; end of interrupt

@@ -79,12 +79,12 @@ def migrate_between(source: Process, destination: Process, uri: str) -> Migratio
     both = (source, destination)
     before = [processor_seconds(process.pid) for process in both]
     for process in both:
-        _forget_events(process)
+        forget_events(process)
     began = time.monotonic()
     source.call("migrate", uri=uri)
-    left = _follow(source)
+    left = follow(source)
     wall = time.monotonic() - began
-    arrived = _follow(destination)
+    arrived = follow(destination)
     used = [processor_seconds(process.pid) - then for process, then in zip(both, before, strict=True)]
     answer = source.call("query-migrate")
     if answer["status"] != "completed":
@@ -102,12 +102,12 @@ def migrate_between(source: Process, destination: Process, uri: str) -> Migratio
     )
 
 
-def _forget_events(process: Process) -> None:
+def forget_events(process: Process) -> None:
     while process.client.wait_event(0) is not None:
         pass
 
 
-def _follow(process: Process) -> dict[str, float]:
+def follow(process: Process) -> dict[str, float]:
     """Wait for the end of the migration: the events and when they happened, in seconds since 1970."""
     seen: dict[str, float] = {}
     for event in process.client.events(END_SECONDS):

@@ -47,7 +47,11 @@ def at_most(limit: float) -> Goal:
 
 
 def no_more_than_qemu() -> Goal:
-    return Goal(Of.RATIO, Bound.AT_MOST, 1.0)
+    return at_most_qemu_times(1.0)
+
+
+def at_most_qemu_times(factor: float) -> Goal:
+    return Goal(Of.RATIO, Bound.AT_MOST, factor)
 
 
 def at_least_qemu_times(factor: float) -> Goal:
@@ -72,10 +76,11 @@ class Row:
 
 
 class Shape(StrEnum):
-    """How a chart's points are drawn. DOTS are numbered runs, a LINE is a course."""
+    """How a chart's points are drawn. DOTS are numbered runs, a LINE is a course, a SCATTER has many points."""
 
     LINE = "line"
     DOTS = "dots"
+    SCATTER = "scatter"
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,9 +53,14 @@ def median(values: Iterable[float]) -> float:
     return float(statistics.median(values))
 
 
-def processor_seconds(pid: int) -> float:
-    """What a process has used so far, in user and in kernel mode."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+def processor_seconds(pid: int, thread: int | None = None) -> float:
+    """What a process, or a thread of it, has used so far, in user and in kernel mode."""
+    fields = (
+        Path(f"/proc/{pid}/stat" if thread is None else f"/proc/{pid}/task/{thread}/stat")
+        .read_text()
+        .rpartition(")")[2]
+        .split()
+    )
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 

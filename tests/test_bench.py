@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -11,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.engines import NOTES, TIMER_PERIOD, read_notes
 from bench.facts import kernel
+from bench.postcopying import Postcopy
 from bench.report import document, page
 from bench.report.svg import draw
 from bench.report.table import number
 from bench.results import Chart, Outcome, Row, Shape, at_least_qemu_times, at_most, no_more_than_qemu
 from bench.sampling import Pairs, in_turns
+from bench.scenarios import postcopy, switch
 from bench.scenarios.bandwidth import Found, _middle, _worst, _worst_run
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +77,45 @@ def test_a_bad_run_is_shown_and_the_median_one_is_drawn() -> None:
     row = _worst_run(Pairs([good, bad, fair], []))
     assert (row.ours, row.qemu, row.met) == (99.0, None, None)
     assert _worst_run(Pairs([good], [fair])).qemu == 4.0
+
+
+def moved(*waits: float, blackout: float = 0.01) -> Postcopy:
+    """A migration in postcopy with a page fault a millisecond, which took so many seconds."""
+    touches = np.array([(number / 1e3, wait) for number, wait in enumerate(waits)]).reshape(-1, 2)
+    return Postcopy(blackout, 0.5, 0.01, 0.2, touches, [0] * 7 + [len(waits)] + [0] * 16)
+
+
+def test_page_faults_of_all_runs_count_together() -> None:
+    ours = [moved(0.001, 0.001, 0.001), moved(0.009)]
+    found = postcopy.outcome(Pairs(ours, [moved(0.002), moved(0.002)]), 1 << 30, ["note"])
+    rows = {row.what: row for row in found.rows}
+    p50 = rows["page fault seen by the guest, p50"]
+    assert (p50.ours, p50.qemu, p50.ratio, p50.met) == (1.0, 2.0, 0.5, False)
+    assert rows["the same, as times QEMU's"].met
+    assert rows["page fault as the destination reports it, p50"].ours == pytest.approx(0.192)
+    assert rows["page faults of a run"].ours == 2
+    (chart,) = found.charts
+    assert len(chart.series["migfw"]) == 4
+    alone = postcopy.outcome(Pairs([moved()], []), 1 << 30, [])
+    assert all(row.met is not False for row in alone.rows), "no page fault is no long one"
+
+
+def test_a_standstill_that_grows_with_the_guest_is_found() -> None:
+    runs = {1 << 29: Pairs([moved(blackout=0.01)], [moved(blackout=0.02)]), 1 << 32: Pairs([moved(blackout=0.03)], [])}
+    found = switch.outcome(runs, [])
+    assert [row.met for row in found.rows] == [True, None, False]
+    assert found.rows[2].ours == pytest.approx(3.0)
+
+
+def test_what_qemus_guest_notes_is_read_in_cycles_of_its_clock() -> None:
+    """50 interrupts of the timer are 49 periods."""
+    notes = np.array([[5000, 700], [6000, 900]], dtype="<u8").tobytes()
+    memory = (
+        struct.pack("<IIQQII", 50, 0, 1000, 1000 + round(49 * TIMER_PERIOD * 2e9), NOTES + 32 + len(notes), 0) + notes
+    )
+    found, frequency = read_notes(memory + bytes(64))
+    assert found.tolist() == [[5000, 700], [6000, 900]]
+    assert frequency == pytest.approx(2e9)
 
 
 @pytest.mark.parametrize(("value", "text"), [(2345.6, "2346"), (23.46, "23.5"), (2.346, "2.35"), (0.23456, "0.235")])

@@ -93,7 +93,11 @@ def _series(chart: Chart, across: _Scale, up: _Scale) -> Iterator[str]:
         if chart.shape is Shape.LINE:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
             yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        if chart.shape is Shape.DOTS or len(pixels) < 10:
+        if chart.shape is Shape.SCATTER:
+            yield from (
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.5" fill="{colour}" fill-opacity="0.6"/>' for x, y in pixels
+            )
+        elif chart.shape is Shape.DOTS or len(pixels) < 10:
             yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in pixels)
         yield from _legend(number, name, colour, list(chart.series))
 

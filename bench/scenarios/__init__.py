@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from bench.results import Outcome
-from bench.scenarios import bandwidth, harvest, live, memory, scaling, startup, throughput
+from bench.scenarios import bandwidth, harvest, live, memory, postcopy, scaling, startup, switch, throughput
 from bench.setting import Bench
 
 SCENARIOS: Final[Mapping[str, Callable[[Bench], Outcome]]] = {
     throughput.NAME: throughput.measure,
     live.NAME: live.measure,
+    postcopy.NAME: postcopy.measure,
+    switch.NAME: switch.measure,
     harvest.NAME: harvest.measure,
     memory.NAME: memory.measure,
     scaling.NAME: scaling.measure,
