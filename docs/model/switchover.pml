@@ -331,8 +331,8 @@ proctype Faults() {
 	:: quiet = true; break
 	:: atomic { forward_up -> cut(forward, forward_up) }
 	:: atomic { back_up -> cut(back, back_up) }
-	:: atomic { source_lives = false; source_runs = false; hang_up() }
-	:: atomic { destination_lives = false; destination_runs = false; hang_up() }
+	:: atomic { source_lives = false; source_runs = false; hang_up(); break }
+	:: atomic { destination_lives = false; destination_runs = false; hang_up(); break }
 	od
 }
 
