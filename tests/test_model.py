@@ -17,8 +17,8 @@ from corefw.states import TRANSITIONS, MigrationStatus, Side
 MODEL: Final = Path(__file__).parents[1] / "docs" / "model" / "switchover.pml"
 SECONDS: Final = 120.0
 
-S = MigrationStatus
-IDLE_AGAIN: Final = frozenset({(old, S.SETUP) for old in (S.NONE, S.CANCELLED, S.COMPLETED, S.FAILED)})
+_S = MigrationStatus
+IDLE_AGAIN: Final = frozenset({(old, _S.SETUP) for old in (_S.NONE, _S.CANCELLED, _S.COMPLETED, _S.FAILED)})
 """The model is of one migration: it begins in setup and ends once."""
 STEPS: Final[Mapping[Side, str]] = {
     Side.SOURCE: r"\b(?:SOURCE|source_goes)\((\w+), (\w+)\)",
@@ -124,15 +124,19 @@ def test_a_model_that_is_wrong_fails(mutant: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", Side)
 def test_the_model_changes_its_statuses_as_the_code_does(side: Side) -> None:
-    found = {(S[old], S[new]) for old, new in re.findall(STEPS[side], MODEL.read_text()) if old.isupper()}
-    table = {
-        (old, new) for old, following in TRANSITIONS[side].items() for new in following if S.COLO not in (old, new)
+    found = {
+        (MigrationStatus[old], MigrationStatus[new])
+        for old, new in re.findall(STEPS[side], MODEL.read_text())
+        if old.isupper()
     }
-    assert found == {step for step in table if S.COLO not in step} - IDLE_AGAIN
+    table = {
+        (old, new) for old, following in TRANSITIONS[side].items() for new in following if _S.COLO not in (old, new)
+    }
+    assert found == {step for step in table if _S.COLO not in step} - IDLE_AGAIN
 
 
 @pytest.mark.parametrize("side", Side)
 def test_the_model_has_the_phases_of_the_code(side: Side) -> None:
     pattern, phases = PHASES[side]
-    found = {S[name] for name in re.findall(pattern, MODEL.read_text(), re.MULTILINE)}
-    assert found - {S.CANCELLING} == phases
+    found = {MigrationStatus[name] for name in re.findall(pattern, MODEL.read_text(), re.MULTILINE)}
+    assert found - {_S.CANCELLING} == phases
