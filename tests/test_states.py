@@ -146,7 +146,7 @@ def test_of_many_threads_that_want_the_same_change_one_makes_it() -> None:
             if machine.advance(S.ACTIVE, new):
                 won.append(new)
 
-        wishes = [S.CANCELLING, S.FAILING, S.DEVICE, S.COMPLETED] * 2
+        wishes = [S.CANCELLING, S.FAILING, S.DEVICE, S.PRE_SWITCHOVER] * 2
         threads = [threading.Thread(target=contend, args=(wish,)) for wish in wishes]
         for thread in threads:
             thread.start()
