@@ -1,7 +1,8 @@
 """The contract for machines: what a migration moves, with RAM blocks and devices, and can be stopped and started.
 
 The engine knows no more about a machine than this module says. A machine that can do more inherits from
-VerifiableMachine, ThrottlableMachine, PostcopyMachine, BlockMachine, RamMakingMachine or ParkingMachine.
+VerifiableMachine, ThrottlableMachine, PostcopyMachine, BlockMachine, BlockMakingMachine,
+RamMakingMachine or ParkingMachine.
 
 Threads: whatever only reads (`name`, `run_state`, `ram_blocks`, `devices`, `information`) may be called from any thread
 at any time. Everything else is called from the engine's threads, one call at a time.
@@ -281,6 +282,14 @@ class BlockMachine(Machine):
         nodes = self.block_nodes()
         by_device = (node for node in nodes if node.device == name and name)
         return next(by_device, None) or next((node for node in nodes if node.name == name), None)
+
+
+class BlockMakingMachine(BlockMachine):
+    """A machine that, as a destination, takes whatever block nodes the bitmaps in the stream belong to."""
+
+    @abstractmethod
+    def make_block_node(self, name: str, length: int) -> BlockNode:
+        """Make a node of `length` bytes without data beside those that the machine has. Raises MachineError."""
 
 
 class VerifiableMachine(Machine):

@@ -17,9 +17,10 @@ from enum import StrEnum
 from typing import Any, Final
 
 from corefw.errors import SettingsError, UsageError, did_you_mean
+from corefw.jsontext import JsonError, parse_json
 from corefw.quantities import parse_milliseconds, parse_size, parse_switch
 
-Value = int | bool | str | tuple[object, ...]
+Value = int | bool | str | tuple[object, ...] | None
 
 
 class Kind(StrEnum):
@@ -33,6 +34,8 @@ class Kind(StrEnum):
     STRING = "string"
     CHOICE = "choice"
     LIST = "list"
+    OBJECTS = "objects"
+    """A list of JSON objects; None as long as it is not set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,8 @@ class Parameter:
     def _check_type(self, value: object) -> Value:
         if self.kind is Kind.STRING and value is None:
             return ""
+        if self.kind is Kind.OBJECTS and value is None:
+            return None
         kind, phrase = _PLAIN_TYPES[self.kind]
         if not isinstance(value, kind):
             raise SettingsError(f"parameter '{self.name}' expects {phrase}, got {value!r}")
@@ -93,6 +98,8 @@ class Parameter:
             return self.check(text)
         if self.kind is Kind.LIST:
             return tuple(text.split())
+        if self.kind is Kind.OBJECTS:
+            return self.check(_parse_json(self.name, text))
         try:
             if self.kind is Kind.BOOLEAN:
                 return parse_switch(text)
@@ -119,7 +126,16 @@ _PLAIN_TYPES: Final[Mapping[Kind, tuple[Any, str]]] = {
     Kind.BOOLEAN: (bool, "true or false"),
     Kind.STRING: (str, "a string"),
     Kind.LIST: ((list, tuple), "a list"),
+    Kind.OBJECTS: ((list, tuple), "a list of objects"),
 }
+
+
+def _parse_json(name: str, text: str) -> object:
+    try:
+        return parse_json(text)
+    except JsonError as error:
+        raise SettingsError(f"parameter '{name}' expects a list of objects in JSON, got '{text}' ({error})") from None
+
 
 Check = Callable[[Mapping[str, bool], Mapping[str, Value]], str | None]
 """A function of the capabilities and parameters as they would be; returns what is wrong with them, or None."""
@@ -203,7 +219,7 @@ PARAMETERS: Final = (
     Parameter("multifd-zstd-level", Kind.INTEGER, 1, "0 is zstd's own default, 20 compresses best", maximum=20),
     Parameter("multifd-qatzip-level", Kind.INTEGER, 1, "9 compresses best", 1, 9),
     Parameter("xbzrle-cache-size", Kind.SIZE, 64 << 20, "size of the XBZRLE cache", minimum=4096, power_of_two=True),
-    Parameter("block-bitmap-mapping", Kind.LIST, (), "names of block nodes and bitmaps in the stream"),
+    Parameter("block-bitmap-mapping", Kind.OBJECTS, None, "names of block nodes and bitmaps in the stream"),
     Parameter("x-vcpu-dirty-limit-period", Kind.MILLISECONDS, 1000, "interval of dirty-limit's measurements", 1, 1000),
     Parameter("vcpu-dirty-limit", Kind.INTEGER, 1, "MB/s that a virtual CPU may dirty under dirty-limit", 1),
     Parameter("mode", Kind.CHOICE, "normal", "normal, or one of QEMU's live update modes", choices=_MODES),

@@ -30,7 +30,7 @@ CORE: Final[dict[str, set[str]]] = {
     "quantities": {"errors"},
     "dispatch": {"errors"},
     "states": {"errors", "dispatch"},
-    "settings": {"errors", "quantities"},
+    "settings": {"errors", "jsontext", "quantities"},
     "channel": {"closing", "errors", "uri", "settings"},
     "wire": {"errors", "channel", "jsontext"},
     "net": {"closing", "errors", "uri", "quantities", "channel", "wire"},

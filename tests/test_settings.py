@@ -67,7 +67,7 @@ FURTHER: dict[str, Value] = {
     "cpu-throttle-tailslow": False,
     "tls-authz": "",
     "multifd-compression": "none",
-    "block-bitmap-mapping": (),
+    "block-bitmap-mapping": None,
     "mode": "normal",
     "zero-page-detection": "multifd",
     "direct-io": False,
@@ -421,6 +421,8 @@ def _default(one: Parameter) -> str:
         return "on" if one.default else "off"
     if one.kind is Kind.LIST:
         return "empty"
+    if one.default is None:
+        return "not set"
     return format_size(one.default) if isinstance(one.default, int) and one.kind in SIZES else str(one.default)
 
 
@@ -434,7 +436,7 @@ def _range(one: Parameter) -> str:
 
 
 SIZES = (Kind.SIZE, Kind.RATE)
-TEXTS = {Kind.BOOLEAN: "on or off", Kind.STRING: "text", Kind.LIST: "a list"}
+TEXTS = {Kind.BOOLEAN: "on or off", Kind.STRING: "text", Kind.LIST: "a list", Kind.OBJECTS: "a list of objects"}
 
 
 def test_the_page_has_every_setting() -> None:

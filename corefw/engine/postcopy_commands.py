@@ -33,10 +33,7 @@ def advise(destination: Destination, frames: FrameReader, record: CommandRecord)
     """Refuse postcopy before any RAM was sent, if it cannot be done here."""
     machine, advice = destination.machine, parse_postcopy_advise(record.payload)
     if advice is None:
-        raise StreamError(
-            "expected page sizes, got none, which belongs to the source's capability 'dirty-bitmaps' (switch it off"
-            " there: no installed plugin supports it)"
-        )
+        return  # the source has the capability dirty-bitmaps alone, and sends this whether it switches or not
     if (obstacle := obstacle_to_postcopy(machine)) is not None:
         raise MachineError(obstacle)
     _return_path(destination)

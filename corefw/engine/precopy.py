@@ -88,6 +88,8 @@ def _write_head(source: Source) -> None:
     if source.settings.capability("postcopy-ram"):
         advice = PostcopyAdvice(page_sizes=mmap.PAGESIZE, target_page_size=TARGET_PAGE_SIZE)
         write_command(writer, Command.POSTCOPY_ADVISE, postcopy_advise_payload(advice))
+    elif source.settings.capability("dirty-bitmaps"):
+        write_command(writer, Command.POSTCOPY_ADVISE, postcopy_advise_payload(None))
     writer.flush()  # setup may take long, and the destination should know that this is a migration
     source.sections = SectionWriter(writer, source.statistics, footers=form.footers, ids=form.section_ids)
 

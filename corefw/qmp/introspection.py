@@ -60,7 +60,7 @@ def _arguments(command: Command) -> Form:
 
 def _settings_forms(settings: Settings) -> dict[str, Form]:
     parameters = [settings.declared_parameter(name) for name in settings.parameters()]
-    values = tuple(Member(one.name, _value(one)) for one in parameters)
+    values = tuple(Member(one.name, _value(one), optional=one.default is None) for one in parameters)
     changes = tuple(
         Member(name, _changed(one), optional=True) for one in parameters for name in (one.name, *one.aliases)
     )
@@ -75,10 +75,25 @@ _BY_KIND: Final[Mapping[Kind, Form]] = {
     Kind.BOOLEAN: BOOLEAN,
     Kind.STRING: STRING,
     Kind.LIST: ArrayOf(ANYTHING),
+    Kind.OBJECTS: ArrayOf(ANYTHING),
 }
+
+_TRANSFORM: Final = Structure("BitmapMigrationBitmapAliasTransform", (Member("persistent", BOOLEAN, optional=True),))
+_BITMAP_ALIAS: Final = Structure(
+    "BitmapMigrationBitmapAlias",
+    (Member("name", STRING), Member("alias", STRING), Member("transform", _TRANSFORM, optional=True)),
+)
+_NODE_ALIAS: Final = Structure(
+    "BitmapMigrationNodeAlias",
+    (Member("node-name", STRING), Member("alias", STRING), Member("bitmaps", ArrayOf(_BITMAP_ALIAS))),
+)
+_BY_NAME: Final[Mapping[str, Form]] = {"block-bitmap-mapping": ArrayOf(_NODE_ALIAS)}
+"""Parameters of QEMU's that have a type of their own."""
 
 
 def _value(parameter: Parameter) -> Form:
+    if parameter.name in _BY_NAME:
+        return _BY_NAME[parameter.name]
     if parameter.kind is Kind.CHOICE:
         return Enumeration(f"{parameter.name}-enum", parameter.choices)
     return _BY_KIND.get(parameter.kind, INTEGER)

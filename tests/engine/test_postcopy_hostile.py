@@ -106,7 +106,7 @@ FIRST_COMMANDS = [
     (command(Command.POSTCOPY_RAM_DISCARD, DISCARD), "POSTCOPY_ADVISE before it"),
     (package(LISTENING), "POSTCOPY_ADVISE before it"),
     (RUN, "POSTCOPY_LISTEN before it"),
-    (command(Command.POSTCOPY_ADVISE), "dirty-bitmaps"),
+    (command(Command.POSTCOPY_ADVISE) + package(LISTENING), "POSTCOPY_ADVISE before it"),
     (command(Command.POSTCOPY_ADVISE, HUGE), "pages of 4096 bytes"),
     (command(Command.POSTCOPY_ADVISE, ADVICE) + package(LISTENING), "a live section"),
     (command(Command.PACKAGED, struct.pack(">I", 1 << 31)), "at most 67108864 bytes"),

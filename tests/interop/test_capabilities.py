@@ -56,7 +56,7 @@ OUTCOMES: Final[Mapping[str, Outcome]] = {
     "return-path": WORKS,
     "pause-before-switchover": WORKS,
     "multifd": Outcome(names="capability 'multifd'"),
-    "dirty-bitmaps": Outcome(names="capability 'dirty-bitmaps'"),
+    "dirty-bitmaps": WORKS,
     "postcopy-blocktime": WORKS,
     "late-block-activate": WORKS,
     "x-ignore-shared": Outcome(names="capability 'x-ignore-shared'"),

@@ -119,8 +119,8 @@ def migrate_set_parameters(context: Context, **parameters: ParameterChange) -> N
 
 
 def query_migrate_parameters(context: Context) -> ParameterValues:
-    """The value of every parameter."""
-    return context.engine.settings.parameters()
+    """The value of every parameter that has one: block-bitmap-mapping may have none."""
+    return {name: value for name, value in context.engine.settings.parameters().items() if value is not None}
 
 
 _MAX_DOWNTIME_SECONDS: Final = MAX_DOWNTIME // 1000

@@ -197,6 +197,8 @@ def _shown(value: Value) -> str:
         return "on" if value else "off"
     if isinstance(value, tuple):
         return " ".join(map(str, value))
+    if value is None:
+        return "not set"
     return str(value) or "''"
 
 

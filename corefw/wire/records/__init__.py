@@ -13,6 +13,8 @@ from __future__ import annotations
 from corefw.wire.records.bitmaps import (
     BITMAPS_IDSTR,
     BITMAPS_VERSION,
+    CHUNK_BYTES,
+    MAX_CHUNK_BYTES,
     SECTOR,
     BitmapFlag,
     BitmapRecord,
@@ -97,10 +99,12 @@ from corefw.wire.records.ram import (
 __all__ = [
     "BITMAPS_IDSTR",
     "BITMAPS_VERSION",
+    "CHUNK_BYTES",
     "CONFIGURATION_SUBSECTIONS",
     "LAYOUT_IDSTR",
     "MAPPED_RAM",
     "MAX_BLOCKS",
+    "MAX_CHUNK_BYTES",
     "MAX_LAYOUT",
     "PAGE_BODIES",
     "SECTOR",

@@ -11,7 +11,7 @@ import pytest
 from corefw_machine_qemu import ParkedMachine
 
 from corefw.engine import Engine
-from corefw.errors import MachineError, UsageError
+from corefw.errors import BlockedError, MachineError, UsageError
 from corefw.inspection import inspect
 from corefw.machine import MachineConfig, ParkingMachine, RamMakingMachine, RunState
 from corefw.plugins import Plugins
@@ -114,7 +114,7 @@ def take_in(engine: Engine, data: bytes, folder: Path) -> MigrationStatus:
 def devices(data: bytes) -> bytes:
     """All from the first device section on."""
     for item in decode(StreamReader(MemorySource(data))):
-        if isinstance(item, items.Uncut) or (isinstance(item, items.Section) and item.header.idstr != "ram"):
+        if isinstance(item, items.Uncut) or (isinstance(item, items.Section) and item.header.type is SectionType.FULL):
             return data[item.offset :]
     raise AssertionError("no device")
 
@@ -133,6 +133,7 @@ def memory(data: bytes) -> dict[tuple[str, int], bytes]:
 def test_a_stream_comes_out_as_it_went_in(name: str, tmp_path: Path) -> None:
     data = load(name)
     with parking() as engine:
+        engine.set_capabilities({"dirty-bitmaps": bool(RECORDINGS[name].bitmaps)})
         assert take_in(engine, data, tmp_path) is MigrationStatus.COMPLETED, query_migrate(engine)
         engine.migrate(f"file:{tmp_path}/out")
         assert engine.wait_outgoing(PATIENCE) is MigrationStatus.COMPLETED, query_migrate(engine)
@@ -146,6 +147,14 @@ def test_a_stream_comes_out_as_it_went_in(name: str, tmp_path: Path) -> None:
     assert {name: block.entry for name, block in after.blocks.items()} == {
         name: block.entry for name, block in before.blocks.items()
     }
+    assert sorted(map(repr, after.bitmaps)) == sorted(map(repr, before.bitmaps))
+
+
+def test_bitmaps_are_not_left_behind(tmp_path: Path) -> None:
+    with parking() as engine:
+        assert take_in(engine, load("pc-bitmaps"), tmp_path) is MigrationStatus.COMPLETED
+        with pytest.raises(BlockedError, match="bitmap 'empty' of block node 'drive' would be lost"):
+            engine.migrate(f"file:{tmp_path}/out")
 
 
 @pytest.mark.parametrize("name", ["pc-compress", "pc-xbzrle", "pc-postcopy", "pc-return-path"])

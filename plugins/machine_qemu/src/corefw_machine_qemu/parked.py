@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from corefw.block import SECTOR, BlockNode
 from corefw.errors import MachineError, UsageError
 from corefw.machine import (
+    BlockMakingMachine,
     FaultSource,
     MachineConfig,
     ParkingMachine,
@@ -29,7 +31,7 @@ from corefw_machine_qemu.faults import NoFaults
 from corefw_machine_qemu.limits import Limits
 
 
-class ParkedMachine(ParkingMachine, RamMakingMachine):
+class ParkedMachine(ParkingMachine, RamMakingMachine, BlockMakingMachine):
     """The machine "qemu". Options: see limits.OPTIONS. It begins as a destination: `migfw run --machine qemu --incoming
     URI`."""
 
@@ -47,6 +49,7 @@ class ParkedMachine(ParkingMachine, RamMakingMachine):
         self._name = ""
         self._state = RunState.INMIGRATE
         self._blocks: dict[str, MemfdBlock] = {}
+        self._nodes: dict[str, BlockNode] = {}
         self._format: StreamFormat | None = None
         self._stored = DeviceState()
         self._observers: list[Callable[[RunState, RunState], None]] = []
@@ -109,13 +112,26 @@ class ParkedMachine(ParkingMachine, RamMakingMachine):
         return [self._blocks[idstr] for idstr in lengths]
 
     def discard_loaded(self) -> None:
-        """See RamMakingMachine: RAM, device state and the machine's name."""
+        """See RamMakingMachine: RAM, block nodes, device state and the machine's name."""
+        self._nodes.clear()
         while self._blocks:
             _, block = self._blocks.popitem()
             block.close()
         self._stored = DeviceState()
         self._format = None
         self._name = ""
+
+    # -- block nodes -----------------------------------------------------------------------------------------------
+
+    def block_nodes(self) -> Sequence[BlockNode]:
+        """Those whose dirty bitmaps came. QEMU has their contents."""
+        return tuple(self._nodes.values())
+
+    def make_block_node(self, name: str, length: int) -> BlockNode:
+        if not name.isprintable() or length % SECTOR:
+            raise MachineError(f"cannot make block node {name!r} of {length} bytes")
+        self._nodes[name] = BlockNode(name, length)
+        return self._nodes[name]
 
     # -- devices ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,289 @@
+"""The destination's half: collects the bits of every bitmap, and sets them when all have come.
+
+A bitmap of a machine with disks is created at its START, busy, and records what the guest writes from its start on, so
+its bits may also come afterwards. A parked machine has no disks: the node and the bitmap are made when all
+bits have come, because only then the node's length is known.
+
+Invariant: a bitmap that can be used is complete. What has come of one that is not, is dropped with it, or the bitmap is
+marked inconsistent if the guest may have run.
+
+Source: QEMU 10.0, dirty_bitmap_load (migration/block-dirty-bitmap.c), which drops all bitmaps and goes on where this
+refuses the migration. Threads: as corefw.section says.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+from corefw.block import BlockNode, DirtyBitmap
+from corefw.errors import MigfwError
+from corefw.machine import BlockMachine, BlockMakingMachine
+from corefw.section import IncomingContext, LiveLoader
+from corefw.settings import Settings
+from corefw.wire.records import (
+    BITMAPS_IDSTR,
+    BITMAPS_VERSION,
+    MAX_CHUNK_BYTES,
+    SECTOR,
+    BitmapFlag,
+    BitmapRecord,
+    StartFlag,
+    bits_size,
+    padded_size,
+    read_bitmap_record,
+)
+from corefw.wire.stream import StreamReader
+from corefw_dirty_bitmap.mapping import BitmapAlias, NodeAlias, mapping_of
+
+log = logging.getLogger(__name__)
+
+MAX_BITMAPS: Final = 10_000
+MAX_BITS: Final = 1 << 30
+"""Bytes of bits of all bitmaps of a migration together."""
+MAX_CHUNKS: Final = 1 << 20
+"""Records of BITS for all of them, but for those that came again."""
+
+ADVICE: Final = "remove it with block-dirty-bitmap-remove, and make a full backup"
+
+
+class IncomingBitmap:
+    """A bitmap that is arriving.
+
+    node      the machine's node; None in a parked machine until the bitmap is complete
+    bitmap    the machine's bitmap; None likewise
+    end       bytes of the node up to the last bit that has come
+    chunks    what has come: offset -> length, both in bytes, and bits (None: zeros)
+    """
+
+    def __init__(self, node_name: str, name: str, granularity: int, *, enabled: bool, persistent: bool) -> None:
+        self.node_name = node_name
+        self.name = name
+        self.granularity = granularity
+        self.enabled = enabled
+        self.persistent = persistent
+        self.node: BlockNode | None = None
+        self.bitmap: DirtyBitmap | None = None
+        self.end = 0
+        self.complete = False
+        self.chunks: dict[int, tuple[int, bytes | None]] = {}
+
+    def __str__(self) -> str:
+        return f"bitmap '{self.name}' of block node '{self.node_name}'"
+
+    def bits(self, length: int) -> int:
+        """Bytes of bits for so many bytes of its node."""
+        return bits_size(length // SECTOR, self.granularity)
+
+    def create(self, node: BlockNode) -> None:
+        """Add the bitmap to its node. Raises UsageError."""
+        self.node = node
+        self.bitmap = node.add_bitmap(
+            self.name, self.granularity, enabled=self.enabled, persistent=self.persistent, busy=True
+        )
+
+    def gap(self, length: int) -> int | None:
+        """The first byte, of so many in its node, of which the bit has not come; None if all have."""
+        end = 0
+        for offset, (chunk, _) in sorted(self.chunks.items()):
+            if offset > end:
+                return end
+            end = max(end, offset + chunk)
+        return end if end < length else None
+
+    def finish(self) -> None:
+        """All bits have come: set them, beside those that the guest has set meanwhile. Raises ValueError for chunks
+        that are no whole words."""
+        assert self.bitmap is not None
+        for offset, (length, data) in self.chunks.items():
+            if data:
+                self.bitmap.merge_bits(offset, length, data)
+        self.chunks.clear()
+        self.bitmap.set_busy(False)
+        self.complete = True
+
+    def remove(self) -> None:
+        """Take it from the machine again."""
+        if self.bitmap is not None and self.node is not None:
+            self.node.remove_bitmap(self.bitmap)
+        self.chunks.clear()
+
+
+class BitmapLoader(LiveLoader):
+    """QEMU's savevm_dirty_bitmap_handlers."""
+
+    idstr = BITMAPS_IDSTR
+    version_id = BITMAPS_VERSION
+    minimum_version = BITMAPS_VERSION
+
+    def __init__(self, machine: BlockMachine, settings: Settings) -> None:
+        self._machine = machine
+        self._settings = settings
+        self._mapping: tuple[NodeAlias, ...] | None = None
+        self._bitmaps: dict[tuple[str, str], IncomingBitmap] = {}  # by their names in the stream
+        self._named: tuple[str | None, str | None] = (None, None)
+        self._size = 0  # bytes of bits of all bitmaps
+        self._chunks = 0
+
+    def required(self) -> bool:
+        return False
+
+    def setup(self, context: IncomingContext) -> None:
+        self._mapping = mapping_of(self._settings)
+
+    def load(self, reader: StreamReader, version_id: int) -> None:
+        if version_id != BITMAPS_VERSION:
+            raise reader.error(f"version {BITMAPS_VERSION} of section '{BITMAPS_IDSTR}'", f"version {version_id}")
+        while True:
+            record = read_bitmap_record(reader)
+            self._note_names(record)
+            match record.kind:
+                case BitmapFlag.START:
+                    self._start(reader, record)
+                case BitmapFlag.BITS:
+                    self._bits(reader, self._current(reader), record)
+                case BitmapFlag.COMPLETE:
+                    self._complete(reader, self._current(reader))
+            if BitmapFlag.EOS in record.flags:
+                return
+
+    def cleanup(self) -> None:
+        for one in self._bitmaps.values():
+            if one.bitmap is not None and not one.complete:
+                log.warning("%s did not arrive whole, and is inconsistent: %s", one, ADVICE)
+                one.bitmap.mark_inconsistent()
+
+    def abandoned(self) -> None:
+        for one in self._bitmaps.values():
+            one.remove()
+
+    # -- names -----------------------------------------------------------------------------------------------------
+
+    def _note_names(self, record: BitmapRecord) -> None:
+        node, bitmap = self._named
+        self._named = (
+            node if record.node is None else record.node,
+            bitmap if record.bitmap is None else record.bitmap,
+        )
+
+    def _key(self, reader: StreamReader) -> tuple[str, str]:
+        node, bitmap = self._named
+        if node is None or bitmap is None:
+            raise reader.error("the name of a block node and of its bitmap", "neither")
+        return node, bitmap
+
+    def _current(self, reader: StreamReader) -> IncomingBitmap:
+        """The bitmap that is named; its START has come and its COMPLETE has not."""
+        key = self._key(reader)
+        found = self._bitmaps.get(key)
+        if found is None or found.complete:
+            raise reader.error("a bitmap that has begun and not ended", f"'{key[1]}' of block node '{key[0]}'")
+        return found
+
+    # -- records ---------------------------------------------------------------------------------------------------
+
+    def _start(self, reader: StreamReader, record: BitmapRecord) -> None:
+        key = self._key(reader)
+        if key in self._bitmaps:
+            raise reader.error("each bitmap once", f"'{key[1]}' of block node '{key[0]}' again")
+        if len(self._bitmaps) == MAX_BITMAPS:
+            raise reader.error(f"at most {MAX_BITMAPS} bitmaps", "more")
+        node_name, mapped = self._translate(reader, *key)
+        persistent = StartFlag.PERSISTENT in record.start_flags
+        one = IncomingBitmap(
+            node_name,
+            mapped.name,
+            record.granularity,
+            enabled=StartFlag.ENABLED in record.start_flags,
+            persistent=persistent if mapped.persistent is None else mapped.persistent,
+        )
+        if not isinstance(self._machine, BlockMakingMachine):
+            self._create(reader, one, self._find_node(reader, node_name))
+        self._bitmaps[key] = one
+
+    def _translate(self, reader: StreamReader, node: str, bitmap: str) -> tuple[str, BitmapAlias]:
+        """The node's name and the bitmap's, for their names in the stream."""
+        if self._mapping is None:
+            return node, BitmapAlias(bitmap, bitmap)
+        found = next((one for one in self._mapping if one.alias == node), None)
+        if found is None:
+            raise reader.error("a node alias of block-bitmap-mapping", f"Unknown node alias '{node}'")
+        mapped = next((one for one in found.bitmaps if one.alias == bitmap), None)
+        if mapped is None:
+            got = f"Unknown bitmap alias '{bitmap}' on node '{found.node}' (alias '{node}')"
+            raise reader.error("a bitmap alias of block-bitmap-mapping", got)
+        return found.node, mapped
+
+    def _find_node(self, reader: StreamReader, name: str) -> BlockNode:
+        nodes = self._machine.block_nodes()
+        if self._mapping is None:
+            node = self._machine.find_node(name)
+        else:
+            node = next((one for one in nodes if one.name == name), None)
+        if node is None:
+            known = ", ".join(f"'{one.name}'" for one in nodes) or "none"
+            expected = (
+                f"the name of a block node of this machine ({known}; block-bitmap-mapping renames those of the stream)"
+            )
+            raise reader.error(expected, f"'{name}'")
+        return node
+
+    def _create(self, reader: StreamReader, one: IncomingBitmap, node: BlockNode) -> None:
+        if node.find_bitmap(one.name) is not None:
+            raise reader.error(f"no {one} here", "it: Bitmap with the same name already exists on destination")
+        self._reserve(reader, one.bits(node.length))
+        try:
+            one.create(node)
+        except MigfwError as error:
+            raise reader.error(f"{one} to be created", str(error)) from error
+
+    def _bits(self, reader: StreamReader, one: IncomingBitmap, record: BitmapRecord) -> None:
+        offset, length = record.sector * SECTOR, record.sectors * SECTOR
+        if offset % (64 * one.granularity):
+            raise reader.error(f"bits of {one} from the beginning of a word on", f"those from byte {offset} on")
+        if one.node is not None and offset + length > one.node.length:
+            raise reader.error(f"bits of {one} within its {one.node.length} bytes", f"{length} from {offset} on")
+        size, data = one.bits(length), record.data
+        if size > MAX_CHUNK_BYTES:
+            raise reader.error(f"at most {MAX_CHUNK_BYTES} bytes of bits in a record", f"{size}")
+        if data is not None:
+            if not size <= len(data) <= padded_size(size):
+                raise reader.error(f"{size} bytes of bits, padded to {padded_size(size)}", f"{len(data)}")
+            data = data[:size]
+        end = max(one.end, offset + length)
+        if one.node is None:
+            self._reserve(reader, one.bits(end) - one.bits(one.end))
+        if offset not in one.chunks:
+            self._chunks += 1
+            if self._chunks > MAX_CHUNKS:
+                raise reader.error(f"at most {MAX_CHUNKS} records of bits", "more")
+        one.end = end
+        one.chunks[offset] = length, data
+
+    def _reserve(self, reader: StreamReader, size: int) -> None:
+        """Check the limit before as many bytes of bits are allocated."""
+        self._size += size
+        if self._size > MAX_BITS:
+            raise reader.error(f"at most {MAX_BITS} bytes of bits in all bitmaps", f"{self._size}")
+
+    def _complete(self, reader: StreamReader, one: IncomingBitmap) -> None:
+        """All bits are here; a parked machine gets the bitmap now."""
+        node = self._parked_node(one) if one.node is None else one.node
+        length = one.end if node is None else node.length
+        gap = one.gap(length)
+        if gap is not None or one.end != length:
+            raise reader.error(f"the bits of {one} for {length} bytes", f"those for {one.end if gap is None else gap}")
+        try:
+            if one.node is None:
+                one.create(self._make_node(one) if node is None else node)
+            one.finish()
+        except (MigfwError, ValueError) as error:
+            raise reader.error(f"{one} to be created", str(error)) from error
+
+    def _parked_node(self, one: IncomingBitmap) -> BlockNode | None:
+        """The node of a parked machine, if it was made for another bitmap already."""
+        return next((node for node in self._machine.block_nodes() if node.name == one.node_name), None)
+
+    def _make_node(self, one: IncomingBitmap) -> BlockNode:
+        assert isinstance(self._machine, BlockMakingMachine), "others have their nodes from the start"
+        return self._machine.make_block_node(one.node_name, one.end)

@@ -1,0 +1,155 @@
+"""The parameter block-bitmap-mapping: names of block nodes and bitmaps in the stream.
+
+Unset, a node is called by its device or else by its own name, and a bitmap by its name. Once it is set, nodes and
+bitmaps have the aliases that it gives them; those that it leaves out are not sent.
+
+Source: QEMU 10.0, construct_alias_map (migration/block-dirty-bitmap.c) and qapi/migration.json.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from corefw.block import MAX_BITMAP_NAME
+from corefw.settings import Settings, Value
+
+MAPPING: Final = "block-bitmap-mapping"
+MAX_ALIAS: Final = 255
+"""Bytes: what a name in the stream can have."""
+MAX_NODE_NAME: Final = 31
+
+_WELL_FORMED: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapAlias:
+    """`persistent`: what the bitmap becomes; None: what it was."""
+
+    name: str
+    alias: str
+    persistent: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAlias:
+    """A node, and those of its bitmaps that are sent or taken."""
+
+    node: str
+    alias: str
+    bitmaps: tuple[BitmapAlias, ...]
+
+
+class MappingError(Exception):
+    """What is wrong with a mapping."""
+
+
+def mapping_of(settings: Settings) -> tuple[NodeAlias, ...] | None:
+    """None if the parameter is not set."""
+    value = settings.parameter(MAPPING)
+    return None if value is None else parse(value)
+
+
+def wrong_mapping(value: Value) -> str | None:
+    """What is wrong with the parameter's value, with QEMU's texts; None if nothing is."""
+    if value is None:
+        return None
+    try:
+        nodes = parse(value)
+        _check_lengths(nodes)
+        _check_directions(nodes)
+    except MappingError as error:
+        return str(error)
+    return None
+
+
+# -- types -------------------------------------------------------------------------------------------------------------
+
+
+def parse(value: Value) -> tuple[NodeAlias, ...]:
+    """The mapping as typed values. Raises MappingError."""
+    return tuple(_node(_members(one, MAPPING, "node-name", "alias", "bitmaps")) for one in _list(value, MAPPING))
+
+
+def _node(members: Mapping[str, object]) -> NodeAlias:
+    bitmaps = _list(members["bitmaps"], "bitmaps")
+    return NodeAlias(
+        _text(members, "node-name"),
+        _text(members, "alias"),
+        tuple(_bitmap(_members(one, "bitmaps", "name", "alias", optional="transform")) for one in bitmaps),
+    )
+
+
+def _bitmap(members: Mapping[str, object]) -> BitmapAlias:
+    persistent = _members(members.get("transform", {}), "transform", optional="persistent").get("persistent")
+    if persistent is not None and not isinstance(persistent, bool):
+        raise MappingError(f"Invalid parameter type for 'persistent', expected: boolean, got {persistent!r}")
+    return BitmapAlias(_text(members, "name"), _text(members, "alias"), persistent)
+
+
+def _list(value: object, name: str) -> Sequence[object]:
+    if not isinstance(value, list | tuple):
+        raise MappingError(f"Invalid parameter type for '{name}', expected: array, got {value!r}")
+    return value
+
+
+def _members(value: object, name: str, *needed: str, optional: str = "") -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        raise MappingError(f"Invalid parameter type for '{name}', expected: object, got {value!r}")
+    for key in needed:
+        if key not in value:
+            raise MappingError(f"Parameter '{key}' is missing")
+    if unknown := [key for key in value if key not in needed and key != optional]:
+        raise MappingError(f"Parameter '{unknown[0]}' is unexpected")
+    return value
+
+
+def _text(members: Mapping[str, object], name: str) -> str:
+    value = members[name]
+    if not isinstance(value, str):
+        raise MappingError(f"Invalid parameter type for '{name}', expected: string, got {value!r}")
+    return value
+
+
+# -- what a mapping has to be in both directions -----------------------------------------------------------------------
+
+
+def _check_lengths(nodes: Iterable[NodeAlias]) -> None:
+    for node in nodes:
+        if not _WELL_FORMED.fullmatch(node.alias):
+            raise MappingError(f"The node alias '{node.alias}' is not well-formed")
+        _check_length("node alias", node.alias, MAX_ALIAS)
+        _check_length("node name", node.node, MAX_NODE_NAME)
+        for bitmap in node.bitmaps:
+            _check_length("bitmap alias", bitmap.alias, MAX_ALIAS)
+            _check_length("bitmap name", bitmap.name, MAX_BITMAP_NAME)
+
+
+def _check_length(what: str, name: str, limit: int) -> None:
+    if len(name.encode()) > limit:
+        raise MappingError(f"The {what} '{name}' is longer than {limit} bytes")
+
+
+def _check_directions(nodes: Sequence[NodeAlias]) -> None:
+    """A name has one alias, for the source; and an alias one name, for the destination."""
+    if (name := _repeated(node.node for node in nodes)) is not None:
+        raise MappingError(f"The node name '{name}' is mapped twice")
+    if (alias := _repeated(node.alias for node in nodes)) is not None:
+        raise MappingError(f"The node alias '{alias}' is used twice")
+    for node in nodes:
+        if (name := _repeated(bitmap.name for bitmap in node.bitmaps)) is not None:
+            raise MappingError(f"The bitmap '{node.node}'/'{name}' is mapped twice")
+        if (alias := _repeated(bitmap.alias for bitmap in node.bitmaps)) is not None:
+            raise MappingError(f"The bitmap alias '{node.alias}'/'{alias}' is used twice")
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that comes twice; None if none does."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None

@@ -1,0 +1,224 @@
+"""The source's half: sends the bits of every bitmap in chunks of 1024 bytes, and again the chunks that have changed.
+
+QEMU sends no bits while the guest runs. What was sent before is no part of the downtime, and a destination takes
+a chunk as often as it comes. From setup() to cleanup() the bitmaps are busy: no command changes or removes them.
+
+Source: QEMU 10.0, migration/block-dirty-bitmap.c. Threads: as corefw.section says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from corefw.block import BlockNode, DirtyBitmap
+from corefw.errors import BlockedError, StateError
+from corefw.machine import BlockMachine
+from corefw.section import LiveSaver, OutgoingContext, Pending, Priority
+from corefw.settings import Settings
+from corefw.wire.records import (
+    BITMAPS_IDSTR,
+    BITMAPS_VERSION,
+    CHUNK_BYTES,
+    SECTOR,
+    BitmapFlag,
+    BitmapRecord,
+    StartFlag,
+    chunk_sectors,
+    padded_size,
+    write_bitmap_record,
+)
+from corefw.wire.stream import StreamWriter
+from corefw_dirty_bitmap.mapping import MAX_ALIAS, mapping_of
+
+
+class OutgoingBitmap:
+    """A bitmap on its way.
+
+    persistent   what it becomes on the destination
+    complete     its COMPLETE was sent
+    """
+
+    def __init__(self, bitmap: DirtyBitmap, node_alias: str, alias: str, *, persistent: bool) -> None:
+        self.bitmap = bitmap
+        self.node_alias = node_alias
+        self.alias = alias
+        self.persistent = persistent
+        self.complete = False
+        self._length = bitmap.node.length
+        self._step = chunk_sectors(bitmap.granularity) * SECTOR
+        size = bitmap.serialized_size(0, self._length) if self._length else 0
+        self._sent = np.zeros(-(-size // CHUNK_BYTES) * CHUNK_BYTES, dtype=np.uint8).reshape(-1, CHUNK_BYTES)
+        self._dirty = np.ones(len(self._sent), dtype=np.bool_)
+
+    @property
+    def left(self) -> int:
+        """Bytes of bits that are known to be unsent."""
+        return int(np.count_nonzero(self._dirty)) * CHUNK_BYTES
+
+    def harvest(self) -> None:
+        """Find the chunks that have changed since they were sent."""
+        if self._length:
+            now = np.zeros_like(self._sent)
+            bits = self.bitmap.serialize(0, self._length)
+            now.reshape(-1)[: len(bits)] = np.frombuffer(bits, dtype=np.uint8)
+            self._dirty |= (now != self._sent).any(axis=1)
+
+    def next_chunk(self) -> BitmapRecord | None:
+        """The next chunk, which counts as sent; None when nothing is left."""
+        if not self._dirty.any():
+            return None
+        number = int(self._dirty.argmax())
+        self._dirty[number] = False
+        at = number * self._step
+        length = min(self._step, self._length - at)
+        bits = self.bitmap.serialize(at, length)
+        self._sent[number, : len(bits)] = np.frombuffer(bits, dtype=np.uint8)
+        sector, sectors = at // SECTOR, length // SECTOR
+        if not self._sent[number].any():
+            return BitmapRecord(BitmapFlag.BITS | BitmapFlag.ZEROES, sector=sector, sectors=sectors)
+        data = bits.ljust(padded_size(len(bits)), b"\0")
+        return BitmapRecord(BitmapFlag.BITS, sector=sector, sectors=sectors, data=data)
+
+
+def bitmaps_to_send(machine: BlockMachine, settings: Settings) -> list[OutgoingBitmap]:
+    """In the order of the nodes; within a node the oldest last, as QEMU sends them."""
+    return [one for node in machine.block_nodes() for one in _of_node(node, settings)]
+
+
+def _of_node(node: BlockNode, settings: Settings) -> Iterator[OutgoingBitmap]:
+    mapping = mapping_of(settings)
+    if mapping is None:
+        for bitmap in node.bitmaps:
+            yield OutgoingBitmap(bitmap, node.device or node.name, bitmap.name, persistent=bitmap.persistent)
+        return
+    for mapped in mapping:
+        if mapped.node != node.name:
+            continue
+        aliases = {one.name: one for one in mapped.bitmaps}
+        for bitmap in node.bitmaps:
+            if (found := aliases.get(bitmap.name)) is not None:
+                persistent = bitmap.persistent if found.persistent is None else found.persistent
+                yield OutgoingBitmap(bitmap, mapped.alias, found.alias, persistent=persistent)
+
+
+def unusable(machine: BlockMachine, settings: Settings) -> list[str]:
+    """Why bitmaps that would be sent cannot be."""
+    return [reason for one in bitmaps_to_send(machine, settings) if (reason := _unusable(one)) is not None]
+
+
+def _unusable(one: OutgoingBitmap) -> str | None:
+    node = one.bitmap.node.name
+    try:
+        one.bitmap.check()
+    except StateError as error:
+        return f"block node '{node}': {error}"
+    if len(one.alias.encode()) > MAX_ALIAS:
+        return (
+            f"block node '{node}': the name of bitmap '{one.alias}' is longer than {MAX_ALIAS} bytes"
+            " (give it an alias with block-bitmap-mapping)"
+        )
+    return None
+
+
+def left_behind(machine: BlockMachine) -> list[str]:
+    """The bitmaps of a parked machine that is sent on without them."""
+    return [
+        f"bitmap '{bitmap.name}' of block node '{node.name}' would be lost (switch capability 'dirty-bitmaps' on, or"
+        " remove it with block-dirty-bitmap-remove)"
+        for node in machine.block_nodes()
+        for bitmap in node.bitmaps
+    ]
+
+
+class BitmapSaver(LiveSaver):
+    """QEMU's savevm_dirty_bitmap_handlers."""
+
+    idstr = BITMAPS_IDSTR
+    version_id = BITMAPS_VERSION
+    priority = Priority.DEVICES
+
+    def __init__(self, machine: BlockMachine, settings: Settings) -> None:
+        self._machine = machine
+        self._settings = settings
+        self._bitmaps: list[OutgoingBitmap] = []
+        self._named: tuple[str | None, str | None] = (None, None)  # what the last record with names was about
+        self._busy: list[DirtyBitmap] = []
+
+    def active(self) -> bool:
+        """Raises BlockedError if a bitmap cannot be sent."""
+        return self._settings.capability("dirty-bitmaps") and bool(self._usable())
+
+    def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
+        self._bitmaps = self._usable()
+        for one in self._bitmaps:
+            one.bitmap.set_busy(True)
+            self._busy.append(one.bitmap)
+        for one in self._bitmaps:
+            flags = StartFlag.ENABLED if one.bitmap.enabled else StartFlag(0)
+            flags |= StartFlag.PERSISTENT if one.persistent else StartFlag(0)
+            granularity = one.bitmap.granularity
+            self._write(writer, one, BitmapRecord(BitmapFlag.START, granularity=granularity, start_flags=flags))
+        _end_body(writer)
+
+    def pending_estimate(self) -> Pending:
+        return Pending(0, sum(one.left for one in self._bitmaps))
+
+    def pending_exact(self) -> Pending:
+        for one in self._bitmaps:
+            one.harvest()
+        return self.pending_estimate()
+
+    def iterate(self, writer: StreamWriter, budget: int) -> bool:
+        through = self._send(writer, budget)
+        _end_body(writer)
+        return through
+
+    def complete(self, writer: StreamWriter) -> None:
+        self.pending_exact()
+        self._send(writer, None)
+        for one in self._bitmaps:
+            if not one.complete:
+                self._write(writer, one, BitmapRecord(BitmapFlag.COMPLETE))
+                one.complete = True
+        _end_body(writer)
+
+    def cleanup(self) -> None:
+        for bitmap in self._busy:
+            bitmap.set_busy(False)
+        self._busy.clear()
+
+    def _usable(self) -> list[OutgoingBitmap]:
+        bitmaps = bitmaps_to_send(self._machine, self._settings)
+        if reasons := [reason for one in bitmaps if (reason := _unusable(one)) is not None]:
+            raise BlockedError(reasons)
+        return bitmaps
+
+    # -- records ---------------------------------------------------------------------------------------------------
+
+    def _send(self, writer: StreamWriter, budget: int | None) -> bool:
+        """Send chunks of about `budget` bytes, or all; whether nothing is left."""
+        begin = writer.position
+        for one in self._bitmaps:
+            while (record := one.next_chunk()) is not None:
+                self._write(writer, one, record)
+                if budget is not None and writer.position - begin >= budget:
+                    return not any(other.left for other in self._bitmaps)
+        return True
+
+    def _write(self, writer: StreamWriter, one: OutgoingBitmap, record: BitmapRecord) -> None:
+        """Write a record about this bitmap; names are left out if they are those of the record before."""
+        node, bitmap = one.node_alias, one.alias
+        node_before, bitmap_before = self._named
+        self._named = node, bitmap
+        if node != node_before:
+            record = replace(record, flags=record.flags | BitmapFlag.NODE_NAME, node=node)
+        if (node, bitmap) != (node_before, bitmap_before):
+            record = replace(record, flags=record.flags | BitmapFlag.BITMAP_NAME, bitmap=bitmap)
+        write_bitmap_record(writer, record)
+
+
+def _end_body(writer: StreamWriter) -> None:
+    write_bitmap_record(writer, BitmapRecord(BitmapFlag.EOS))

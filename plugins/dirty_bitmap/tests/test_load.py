@@ -1,0 +1,132 @@
+"""What a hostile or broken stream brings: a clear error, and no bitmap that could be taken for a complete one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+from corefw_dirty_bitmap import corefw_settings
+from corefw_dirty_bitmap.load import BitmapLoader
+
+from corefw.channel import Interrupt
+from corefw.errors import RemoteStreamError
+from corefw.machine import BlockMachine
+from corefw.settings import Settings
+from corefw.testing.recording import KitContext
+from corefw.wire.records import BitmapFlag, BitmapRecord, StartFlag, write_bitmap_record
+from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWriter
+from tests.helpers.disks import MIB, Disk, DiskMachine, DiskMakingMachine, state_of
+
+EOS = BitmapRecord(BitmapFlag.EOS)
+COMPLETE = BitmapRecord(BitmapFlag.COMPLETE)
+ZEROES = BitmapFlag.BITS | BitmapFlag.ZEROES
+
+
+def start(
+    node: str = "disk", bitmap: str = "b", granularity: int = 65536, flags: StartFlag = StartFlag.ENABLED
+) -> BitmapRecord:
+    named = BitmapFlag.START | BitmapFlag.NODE_NAME | BitmapFlag.BITMAP_NAME
+    return BitmapRecord(named, node, bitmap, granularity=granularity, start_flags=flags)
+
+
+def bits(first: int, sectors: int, data: bytes | None = None) -> BitmapRecord:
+    return BitmapRecord(ZEROES if data is None else BitmapFlag.BITS, sector=first, sectors=sectors, data=data)
+
+
+def load(machine: BlockMachine, records: Iterable[BitmapRecord]) -> BitmapLoader:
+    sink = MemorySink()
+    writer = StreamWriter(sink)
+    for record in records:
+        write_bitmap_record(writer, record)
+    writer.flush()
+    settings = Settings([corefw_settings()])
+    loader = BitmapLoader(machine, settings)
+    loader.setup(KitContext(settings, Interrupt()))
+    loader.load(StreamReader(MemorySource(bytes(sink.data))), 1)
+    return loader
+
+
+def word(bit: int) -> bytes:
+    return (1 << bit).to_bytes(8, "little").ljust(32, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("records", "error"),
+    [
+        ([bits(0, 8)], "the name of a block node and of its bitmap"),
+        ([COMPLETE], "the name of a block node and of its bitmap"),
+        ([start("other")], "the name of a block node of this machine"),
+        ([start(), start()], "each bitmap once"),
+        ([start(), bits(8, 8)], "from the beginning of a word on"),
+        ([start(), bits(0, 2 * MIB // 512)], "within its 1048576 bytes"),
+        ([start(granularity=512), bits(0, 2048, b"x")], "256 bytes of bits"),
+        ([start(granularity=512), bits(0, 64, bytes(64))], "8 bytes of bits, padded to 32"),
+        ([start(), COMPLETE], "the bits of bitmap 'b' of block node 'disk' for 1048576 bytes"),
+        ([start(granularity=512), bits(0, 64), bits(128, 1920), COMPLETE], "those for 32768"),
+        ([start(), bits(0, 2048), COMPLETE, COMPLETE], "a bitmap that has begun and not ended"),
+        ([start(), bits(0, 2048), COMPLETE, bits(0, 2048)], "a bitmap that has begun and not ended"),
+        ([start(granularity=512), bits(0, 1), bits(0, 1), bits(64, 1984), COMPLETE], "those for 512"),
+    ],
+)
+def test_records_out_of_place_are_refused(records: list[BitmapRecord], error: str) -> None:
+    with DiskMachine(Disk("disk", MIB), incoming=True) as machine, pytest.raises(RemoteStreamError, match=error):
+        load(machine, records)
+
+
+@pytest.mark.parametrize(
+    ("records", "error"),
+    [
+        ([start(granularity=512), bits(0, 1 << 31)], "at most 10240 bytes of bits in a record"),
+        ([start(granularity=512), bits(1 << 41, 64)], "at most 1073741824 bytes of bits"),
+        ([start(), bits(0, 8), COMPLETE, start(bitmap="c"), bits(0, 16), COMPLETE], "for 4096 bytes"),
+        ([start(), bits(1 << 14, 8), COMPLETE], "those for 0"),
+        ([start(node=""), bits(0, 8), COMPLETE], "to be created"),
+        ([start(bitmap=""), bits(0, 8), COMPLETE], "name cannot be empty"),
+    ],
+)
+def test_a_parked_machine_allocates_nothing_for_what_did_not_come(records: list[BitmapRecord], error: str) -> None:
+    with DiskMakingMachine() as machine, pytest.raises(RemoteStreamError, match=error):
+        load(machine, records)
+
+
+def test_a_chunk_that_comes_again_replaces_the_first() -> None:
+    with DiskMachine(Disk("disk", MIB), incoming=True) as machine:
+        load(machine, [start(), bits(0, 2048, word(3)), bits(0, 2048, word(5)), COMPLETE, EOS])
+        assert machine.disks[0].bitmap("b").runs().tolist() == [[5 * 65536, 6 * 65536]]
+
+
+def test_what_the_guest_writes_meanwhile_is_kept() -> None:
+    """As with QEMU's successors, a bitmap may arrive after the guest runs. One that is disabled records nothing."""
+    with DiskMachine(disk := Disk("disk", MIB), incoming=True) as machine:
+        loader = load(machine, [start(), start(bitmap="off", flags=StartFlag(0)), EOS])
+        assert all(one.busy for one in disk.bitmaps)
+        disk.write(0, 1)
+        sink = MemorySink()
+        writer = StreamWriter(sink)
+        for name in ("b", "off"):
+            named = BitmapFlag.BITS | BitmapFlag.BITMAP_NAME
+            write_bitmap_record(writer, BitmapRecord(named, bitmap=name, sectors=2048, data=word(9)))
+            write_bitmap_record(writer, COMPLETE)
+        write_bitmap_record(writer, EOS)
+        writer.flush()
+        loader.load(StreamReader(MemorySource(bytes(sink.data))), 1)
+        assert disk.bitmap("b").runs().tolist() == [[0, 65536], [9 * 65536, 10 * 65536]]
+        assert disk.bitmap("off").runs().tolist() == [[9 * 65536, 10 * 65536]]
+        assert [one.enabled for one in disk.bitmaps] == [False, True]
+        assert not any(one.busy for one in disk.bitmaps)
+
+
+def test_a_bitmap_that_is_not_complete_is_inconsistent_and_removed_if_the_guest_does_not_come() -> None:
+    with DiskMachine(disk := Disk("disk", MIB), incoming=True) as machine:
+        loader = load(machine, [start(), start(bitmap="c"), bits(0, 2048), COMPLETE, EOS])
+        loader.cleanup()
+        assert {one.name: one.inconsistent for one in disk.bitmaps} == {"b": True, "c": False}
+        loader.abandoned()
+        assert not disk.bitmaps
+
+
+def test_an_empty_disk_has_empty_bitmaps() -> None:
+    """QEMU sends a record of no sectors for it."""
+    with DiskMakingMachine() as machine:
+        load(machine, [start(), bits(0, 0), COMPLETE, EOS])
+        assert [(key, state[4]) for key, state in state_of(machine).items()] == [(("disk", "b"), 0)]

@@ -1,0 +1,85 @@
+"""Dirty bitmaps go with a machine from one QEMU through migfw into another, bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from corefw.machine import BlockMachine
+from tests.helpers.parking import park, parking, send, wait_parked
+from tests.helpers.qemu import Qemu, needs_qemu
+
+pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(240)]
+
+DISKS: Final = (
+    *("-blockdev", "driver=null-co,node-name=disk,size=100000000,read-zeroes=on"),
+    *("-drive", "if=none,id=drive,driver=null-co,size=1048576,read-zeroes=on"),
+)
+BITMAPS: Final[tuple[dict[str, Any], ...]] = (
+    {"node": "disk", "name": "coarse"},
+    {"node": "disk", "name": "fine", "granularity": 512},
+    {"node": "disk", "name": "off", "granularity": 4096, "disabled": True},
+    {"node": "drive", "name": "coarse", "granularity": 8192},
+)
+WRITES: Final = (
+    *('disk "write 1M 128k"', 'disk "write 70000k 3M"', 'disk "write 99999744 256"'),
+    *('drive "write 512 512"', 'drive "write 1040384 8192"'),
+)
+
+
+def with_bitmaps(source: Qemu) -> list[str]:
+    """Make the bitmaps, write, and return their digests."""
+    for bitmap in BITMAPS:
+        source.command("block-dirty-bitmap-add", **bitmap)
+    for write in WRITES:
+        source.command("human-monitor-command", command_line=f"qemu-io {write}")
+    return digests(source)
+
+
+def digests(qemu: Qemu) -> list[str]:
+    return [
+        qemu.command("x-debug-block-dirty-bitmap-sha256", node=one["node"], name=one["name"])["sha256"]
+        for one in BITMAPS
+    ]
+
+
+def digests_here(machine: object) -> list[str]:
+    assert isinstance(machine, BlockMachine)
+    found = []
+    for one in BITMAPS:
+        node = machine.find_node(one["node"])
+        assert node is not None
+        found.append(node.bitmap(one["name"]).sha256())
+    return found
+
+
+@pytest.mark.parametrize("way", ["tcp", "file"])
+def test_bitmaps_are_parked_and_arrive_in_precopy(way: str, folder: Path, every_qemu: str) -> None:
+    with (
+        Qemu(*DISKS, paused=True) as source,
+        parking("dirty-bitmaps") as engine,
+        Qemu(*DISKS, incoming="defer") as destination,
+    ):
+        source.capabilities("dirty-bitmaps")
+        expected = with_bitmaps(source)
+        assert len(set(expected)) == len(expected)
+        park(source, engine, "tcp:127.0.0.1:0")
+        assert digests_here(engine.machine) == expected
+        if way == "file":
+            send(engine, f"file:{folder}/stored")
+            with parking("dirty-bitmaps") as other:
+                other.migrate_incoming(f"file:{folder}/stored")
+                wait_parked(other)
+                send(other, destination.listen())
+        else:
+            send(engine, destination.listen())
+        assert digests(destination) == expected
+        recording = {
+            (node["node-name"], one["name"]): one.get("recording", one.get("status") == "active")
+            for node in destination.command("query-named-block-nodes")
+            for one in node.get("dirty-bitmaps", ())
+        }
+        assert recording["disk", "fine"]
+        assert not recording["disk", "off"]
