@@ -32,6 +32,22 @@ class RunStateChanged(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class PostcopySwitch:
+    """How a migration came to switch to postcopy.
+
+    reason      a phrase
+    after       milliseconds since the migration began
+    passes      the number of the pass that was being sent, or was about to be
+    remaining   bytes of state that were still to be sent
+    """
+
+    reason: str
+    after: int
+    passes: int
+    remaining: int
+
+
+@dataclass(frozen=True, slots=True)
 class TransferReport:
     """The figures of a migration away from here, at one moment.
 
@@ -59,6 +75,7 @@ class TransferReport:
     converges           False: passes do not get smaller, and what is left does not fit into the downtime limit
     guest               once completed: "moved" (confirmed), "stored" (whole in a file) or "unconfirmed"; "" before
     warnings            sentences: what the user who started the migration should know
+    switch              when and why it switched to postcopy; None before, and in precopy
     """
 
     total_time: int
@@ -82,6 +99,7 @@ class TransferReport:
     converges: bool | None
     guest: str
     warnings: tuple[str, ...]
+    switch: PostcopySwitch | None = None
 
 
 @dataclass(frozen=True, slots=True)

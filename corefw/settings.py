@@ -242,6 +242,13 @@ PARAMETERS: Final = (
         maximum=MAX_WAIT,
     ),
     Parameter("x-migfw-prealloc", Kind.BOOLEAN, True, "allocate the guest's RAM while the destination waits"),
+    Parameter(
+        "x-migfw-postcopy-start",
+        Kind.CHOICE,
+        "on-command",
+        "when a migration with postcopy-ram switches to postcopy",
+        choices=("on-command", "now", "after-first-pass", "when-stuck"),
+    ),
     Parameter("x-migfw-timeout", Kind.MILLISECONDS, 0, "how long a migration may take; 0 means no limit"),
     Parameter("x-migfw-max-passes", Kind.INTEGER, 0, "how many passes a migration may take; 0 means no limit"),
     Parameter(
@@ -258,7 +265,7 @@ IMPLEMENTED_BY_CORE: Final = frozenset(
         *("events", "return-path", "pause-before-switchover", "switchover-ack", "max-bandwidth", "downtime-limit"),
         "postcopy-blocktime",
         *("x-migfw-confirm-timeout", "x-migfw-incoming-timeout", "x-migfw-prealloc"),
-        *("x-migfw-timeout", "x-migfw-max-passes", "x-migfw-on-timeout"),
+        *("x-migfw-timeout", "x-migfw-max-passes", "x-migfw-on-timeout", "x-migfw-postcopy-start"),
     }
 )
 

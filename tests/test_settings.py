@@ -77,6 +77,7 @@ OWN: dict[str, Value] = {
     "x-migfw-timeout": 0,
     "x-migfw-max-passes": 0,
     "x-migfw-on-timeout": "cancel",
+    "x-migfw-postcopy-start": "on-command",
     "x-migfw-confirm-timeout": 300_000,
     "x-migfw-incoming-timeout": 60_000,
     "x-migfw-prealloc": True,

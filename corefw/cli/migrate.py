@@ -28,7 +28,7 @@ from corefw.cli.options import (
     settings_options,
     split_for_relay,
 )
-from corefw.cli.progress import Follower, cancelled, open_display, summary
+from corefw.cli.progress import SWITCHES, Follower, cancelled, open_display, summary
 from corefw.cli.relay import Route, find_route
 from corefw.errors import MigfwError, UsageError, one_line
 from corefw.machine import RunState
@@ -42,7 +42,14 @@ if TYPE_CHECKING:
     from corefw.cli.relay import QemuRelay
 
 
-@click.command(cls=WithInstalled)
+class _Migrate(WithInstalled):
+    """Takes --postcopy without a value, too, also in front of the URI."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, ["--postcopy=after-first-pass" if one == "--postcopy" else one for one in args])
+
+
+@click.command(cls=_Migrate)
 @click.argument("uri", required=False, shell_complete=completion.uris)
 @click.option(
     "--to",
@@ -60,7 +67,12 @@ if TYPE_CHECKING:
     help="What to do when --timeout or --max-passes is reached: cancel, and keep the guest running here; or stop the"
     " guest and send the rest, even if that takes longer than downtime-limit.  [default: cancel]",
 )
-@click.option("--postcopy", is_flag=True, help="Switch to postcopy once everything has been sent once.")
+@click.option(
+    "--postcopy",
+    type=click.Choice(["after-first-pass", "when-stuck", "now"]),
+    help="Switch to postcopy: once everything has been sent once, once precopy does not converge, or at once."
+    " --postcopy alone means --postcopy=after-first-pass.",
+)
 @click.option("--detach", is_flag=True, help="Start the migration and return; 'migfw status' shows its progress.")
 @click.option("--resume", is_flag=True, help="Resume a postcopy migration whose connection broke.")
 @json_option
@@ -75,7 +87,7 @@ def migrate(
     timeout: str | None,
     max_passes: int | None,
     on_timeout: str | None,
-    postcopy: bool,
+    postcopy: str | None,
     detach: bool,
     resume: bool,
     as_json: bool,
@@ -100,12 +112,13 @@ def migrate(
     With --to, the command starts the destination for you. HOST needs this version of migfw and the program's files. The
     remote engine stays in the background after a successful migration, and is ended after a failed one.
 
-    With --postcopy the guest starts on the destination after the first pass, even if it writes faster than the link can
-    send. If the connection breaks then, 'migfw recover' and --resume continue over another one.
+    With --postcopy the guest starts on the destination before its RAM has arrived, even if it writes faster than the
+    link can send. The engine decides when, also with --detach, and the output says when and why. If the connection
+    breaks then, 'migfw recover' and --resume continue over another one.
 
     Ctrl-C cancels the migration and waits until the guest runs here again; a second one exits at once. In postcopy it
-    is too late to cancel. With --qmp the
-    command also moves a real QEMU; it relays over transports that QEMU does not support.
+    is too late to cancel. With --qmp the command also moves a real QEMU; it relays over transports that QEMU does not
+    support.
 
     \b
     Examples:
@@ -114,9 +127,10 @@ def migrate(
       migfw migrate ssh://other.example.org/tcp:localhost:4444 --param downtime-limit=50ms
       migfw migrate tcp:other:4444 --param max-bandwidth=200M --json
       migfw migrate tcp:other:4444 --timeout 5m --on-timeout switchover
+      migfw migrate tcp:other:4444 --postcopy=when-stuck
       migfw migrate zmq:tcp://other:4444 --qmp unix:/run/qemu.sock
     """
-    _check_where(uri, to, remote_migfw, detach=detach, resume=resume, postcopy=postcopy)
+    _check_where(uri, to, remote_migfw, detach=detach, resume=resume)
     with connect(name, qmp) as engine, contextlib.ExitStack() as stack:
         destination = stack.enter_context(_start(engine, to, remote_migfw, caps, params)) if to is not None else None
         uri = destination.uri if destination is not None else uri
@@ -124,11 +138,12 @@ def migrate(
         route = find_route(engine, uri)
         of_engine, of_relay = split_for_relay(params) if route.relayed else (params, ())
         changes = read_changes(caps, of_engine, plugins=engine.is_migfw)
-        if postcopy:
+        if postcopy is not None:
+            _check_switch(engine, postcopy, detach=detach)
             changes.capabilities.setdefault("postcopy-ram", True)
         if not resume:
             _add_defaults(changes, engine, route)
-            add_limits(changes, engine, timeout, max_passes, on_timeout)
+            add_limits(changes, engine, timeout, max_passes, on_timeout, postcopy)
         if detach and route.relayed:
             raise UsageError(f"'{uri}': this process has to stay and relay for QEMU, so --detach is not possible")
         relay = stack.enter_context(_relay(uri, engine, of_relay)) if route.relayed else None
@@ -148,7 +163,8 @@ def migrate(
             return
         has_failed = relay.has_failed if relay else None
         with open_display(f"migrating to {one_line(uri)}", as_json=as_json) as display:
-            answer = Follower(engine, display, interrupts, postcopy=postcopy, has_failed=has_failed).wait()
+            switch = None if engine.is_migfw else postcopy
+            answer = Follower(engine, display, interrupts, switch=switch, has_failed=has_failed).wait()
         problem = relay.finish(answer, changes.capabilities, interrupts) if relay else None
         _revert(changes, engine, before, answer)
         if destination is not None:
@@ -163,14 +179,22 @@ def migrate(
             note(unread.before("the guest has moved"))
 
 
-def _check_where(
-    uri: str | None, to: str | None, remote_migfw: str | None, *, detach: bool, resume: bool, postcopy: bool
-) -> None:
-    if detach and postcopy:
+def _check_switch(engine: EngineClient, postcopy: str, *, detach: bool) -> None:
+    """Refuse what a real QEMU cannot do."""
+    if engine.is_migfw:
+        return
+    if detach:
         raise UsageError(
-            "--postcopy needs this process to stay and switch over: leave out --detach, or use --cap postcopy-ram"
+            "--postcopy needs this process to stay and have QEMU switch: leave out --detach, or use --cap postcopy-ram"
             " --detach and then 'migfw postcopy'"
         )
+    if postcopy not in SWITCHES:
+        raise UsageError(
+            f"--postcopy={postcopy} is decided by the engine, and a QEMU does not (use {' or '.join(SWITCHES)})"
+        )
+
+
+def _check_where(uri: str | None, to: str | None, remote_migfw: str | None, *, detach: bool, resume: bool) -> None:
     if uri is not None and to is not None:
         raise UsageError(f"'{uri}' and --to {to} both name a destination: use one of them")
     if uri is None and to is None:

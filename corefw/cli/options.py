@@ -276,16 +276,23 @@ NO_LIMITS: Final[Mapping[str, Value]] = {
     "x-migfw-timeout": 0,
     "x-migfw-max-passes": 0,
     "x-migfw-on-timeout": "cancel",
+    "x-migfw-postcopy-start": "on-command",
 }
-"""The parameters that limit a migration, and their values without a limit."""
+"""The parameters that hold for a single migration, and their values without a limit."""
 
 
 def add_limits(
-    changes: Changes, engine: EngineClient, timeout: str | None, max_passes: int | None, on_timeout: str | None
+    changes: Changes,
+    engine: EngineClient,
+    timeout: str | None,
+    max_passes: int | None,
+    on_timeout: str | None,
+    postcopy: str | None,
 ) -> None:
-    """Add --timeout, --max-passes and --on-timeout of `migfw migrate`, as parameters of the engine. Raises UsageError.
+    """Add --timeout, --max-passes, --on-timeout and --postcopy of `migfw migrate`, as parameters of the engine. Raises
+    UsageError.
 
-    Limits hold for a single migration: those that neither these options nor --param give are reset.
+    They hold for a single migration: those that neither these options nor --param give are reset.
     """
     if on_timeout is not None and timeout is None and max_passes is None:
         raise UsageError("--on-timeout says what happens at a limit: give --timeout or --max-passes as well")
@@ -301,6 +308,7 @@ def add_limits(
         _parse_duration(timeout) if timeout is not None else None,
         max_passes,
         on_timeout,
+        postcopy,
     )
     for (name, none), value in zip(NO_LIMITS.items(), options, strict=True):
         changes.parameters.setdefault(name, none if value is None else value)

@@ -231,6 +231,15 @@ def cancelled(answer: Mapping[str, Any], run_state: str) -> str:
     return f"{status} ({reason})" if reason and run_state == RunState.POSTMIGRATE else status
 
 
+def switched(answer: Mapping[str, Any]) -> str | None:
+    """When and why the migration switched to postcopy, as a phrase; None if it has not, or if that is not known."""
+    how = answer.get("x-migfw", {}).get("postcopy-switch")
+    if how is None:
+        return None
+    when = f"after {format_milliseconds(how['time'])} in pass {how['pass']}, with {format_size(how['remaining'])} left"
+    return f"{when}: {how['reason']}"
+
+
 def _live_sections(answer: Mapping[str, Any]) -> dict[str, int]:
     """Bytes that each live section has sent. A destination reports only what the plugins' loaders say of themselves."""
     if "ram" not in answer:
@@ -254,6 +263,8 @@ def summary(answer: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("passes", str(ram["dirty-sync-count"])))
     if "transferred" in ram:
         facts.append(("sent", f"{format_size(ram['transferred'])} for {format_size(ram.get('total', 0))} of RAM"))
+    if how := switched(answer):
+        facts.append(("switched", how))
     if after := ram.get("postcopy-bytes"):
         facts.append(("postcopy", f"{format_size(after)} sent while the guest ran on the destination"))
     if len(live := _live_sections(answer)) > 1:
@@ -281,15 +292,16 @@ OVER: Final = frozenset(
 )
 """Statuses in which nothing more happens by itself."""
 
-_FIRST_PASS: Final = 2
-"""Passes (dirty-sync-count) at which everything has been sent once: the time to switch to postcopy."""
+SWITCHES: Final[Mapping[str, int]] = {"now": 0, "after-first-pass": 2}
+"""When this process can have a real QEMU switch to postcopy: the passes (dirty-sync-count) of which that takes note.
+With the second everything has been sent once."""
 
 
 class Follower:
     """Watches one migration of an engine until it is over, and shows it on a display.
 
-    It may act, once each: cancel the migration after Ctrl-C or if `has_failed` returns True (a relay that broke),
-    switch to postcopy, and explain pre-switchover.
+    It may act, once each: cancel the migration after Ctrl-C or if `has_failed` returns True (a relay that broke), have
+    a QEMU switch to postcopy when `switch` says so (a migfw does that by itself), and explain pre-switchover.
     """
 
     def __init__(
@@ -298,16 +310,17 @@ class Follower:
         display: Display,
         interrupts: Interrupts | None = None,
         *,
-        postcopy: bool = False,
+        switch: str | None = None,
         has_failed: Callable[[], bool] | None = None,
     ) -> None:
         self._engine = engine
         self._display = display
         self._interrupts = interrupts or Interrupts()
-        self._postcopy = postcopy
+        self._switch_at = None if switch is None else SWITCHES[switch]
         self._has_failed = has_failed
         self._cancelling = False
         self._explained = False
+        self._switched = False
 
     def wait(self) -> dict[str, Any]:
         """Wait until the migration is over; the last answer of query-migrate. Raises MigfwError if the engine ends."""
@@ -322,6 +335,9 @@ class Follower:
             if progress.phase in OVER:
                 return answer
             self._display.update(progress)
+            if not self._switched and (text := switched(answer)):
+                self._switched = True
+                self._display.say(f"switched to postcopy {text}")
             self._act(progress)
             time.sleep(POLL)
 
@@ -330,10 +346,11 @@ class Follower:
         if not self._cancelling and (self._interrupts.requested or failed):
             self._cancelling = True
             self._cancel(progress)
-        elif self._postcopy and progress.passes >= _FIRST_PASS:
-            self._postcopy = False
+        elif self._switch_at is not None and progress.passes >= self._switch_at:
+            self._switch_at = None
             with suppress(UsageError):  # it has begun to switch over by itself
                 self._engine.call("migrate-start-postcopy")
+                self._display.say(f"told QEMU to switch to postcopy, in pass {progress.passes}")
         if progress.phase == MigrationStatus.PRE_SWITCHOVER and not self._explained:
             self._explained = True
             self._display.say("the guest is stopped before the switchover: 'migfw continue' or 'migfw cancel'")

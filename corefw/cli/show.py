@@ -13,7 +13,7 @@ import click
 
 from corefw.cli.console import note, print_facts, print_json, print_table
 from corefw.cli.options import engine_options, json_option
-from corefw.cli.progress import Progress, summary
+from corefw.cli.progress import Progress, summary, switched
 from corefw.errors import ChannelError, UsageError, one_line
 from corefw.qmp.engines import EngineClient, connect
 from corefw.quantities import format_duration, format_milliseconds, format_size
@@ -155,6 +155,8 @@ def _migration(answer: Mapping[str, Any]) -> Iterator[Fact]:
     progress = Progress.of(answer)
     if "expected-downtime" in answer:
         yield "migration", f"{progress.line()}, running for {format_duration(progress.elapsed)}"
+        if how := switched(answer):
+            yield "switched", how
         for warning in progress.warnings:
             yield "warning", warning
     else:

@@ -244,7 +244,12 @@ class Engine(MigrationControl):
         return transport
 
     def _check_settings(self, transport: Transport) -> None:
-        """Raise SettingsError for a capability that this machine or this transport cannot have."""
+        """Raise SettingsError for a setting that makes no sense, or that this machine or transport cannot have."""
+        start = self.settings.parameter("x-migfw-postcopy-start")
+        if start != "on-command" and not self.settings.capability("postcopy-ram"):
+            raise SettingsError(
+                f"parameter 'x-migfw-postcopy-start' is '{start}', which needs capability 'postcopy-ram'"
+            )
         if self.settings.capability("postcopy-ram") and not transport.features.return_path:
             uri = transport.uri
             raise SettingsError(

@@ -60,14 +60,8 @@ class Outlook:
     def advice(self, max_bandwidth: int) -> str | None:
         """Why it does not converge, and what to do; None if there is no need. `max_bandwidth` is the limit in force, 0
         for none."""
-        if self.converges is not False or not self.send_rate:
+        if (what := self.problem()) is None:
             return None
-        sent = f"{format_size(self.send_rate)}/s"
-        dirtied = f"{format_size(self.dirty_rate or 0)}/s"
-        if (self.dirty_rate or 0) > self.send_rate / STUCK:
-            what = f"the guest dirties {dirtied}, the link carries {sent}"
-        else:
-            what = f"the guest dirties memory as fast as the link carries it ({sent})"
         remedies = []
         if (limit := self._sufficient_limit()) <= MAX_DOWNTIME:
             remedies.append(f"raise downtime-limit to {format_milliseconds(limit).replace('.00', '')}")
@@ -75,6 +69,16 @@ class Outlook:
             remedies.append("max-bandwidth" if remedies else "raise max-bandwidth")
         remedies.append("stop the guest ('migfw stop')")
         return f"will not converge: {what}; {_either(remedies)}"
+
+    def problem(self) -> str | None:
+        """Why it does not converge, as a phrase; None if it does, or if that is not known."""
+        if self.converges is not False or not self.send_rate:
+            return None
+        sent = f"{format_size(self.send_rate)}/s"
+        dirtied = f"{format_size(self.dirty_rate or 0)}/s"
+        if (self.dirty_rate or 0) > self.send_rate / STUCK:
+            return f"the guest dirties {dirtied}, the link carries {sent}"
+        return f"the guest dirties memory as fast as the link carries it ({sent})"
 
     def _sufficient_limit(self) -> int:
         """Milliseconds of downtime that the next pass would fit into, rounded up."""

@@ -137,7 +137,7 @@ class OutgoingMigration:
 
     def start_postcopy(self) -> None:
         """Switch to postcopy as soon as the guest can (migrate-start-postcopy)."""
-        self._source.postcopy.set()
+        self._source.postcopy.request()
 
     def pause(self) -> None:
         """Break the connection of a postcopy on purpose (migrate-pause)."""

@@ -21,6 +21,7 @@ from corefw.engine.forecast import Forecast
 from corefw.engine.framing import SectionWriter
 from corefw.engine.limits import Limits
 from corefw.engine.meter import Meter
+from corefw.engine.postcopy_start import PostcopyStart
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.machine import Machine, RunState
 from corefw.quantities import format_size
@@ -54,7 +55,7 @@ class Passes:
         limits: Limits,
         check: Callable[[], None],
         on_pass: Callable[[int], None],
-        wants_postcopy: Callable[[], bool],
+        postcopy: PostcopyStart,
     ) -> None:
         self._machine = machine
         self._live = live
@@ -64,7 +65,7 @@ class Passes:
         self._limits = limits
         self._check = check
         self._on_pass = on_pass
-        self._wants_postcopy = wants_postcopy
+        self._postcopy = postcopy
         self._clock = meter.clock
         self._forecast = Forecast(self._clock())
         self._harvest_time = 0.0  # seconds that the last harvest took
@@ -84,7 +85,7 @@ class Passes:
             if self._limits.reached():
                 self._warn_of_limit()
                 return
-            if self._wants_postcopy() and convergence.fits(self._needed_first()):
+            if self._switches_to_postcopy(convergence):
                 return
             if self._forecast.wants_sample and self._harvest_time < CHEAP:
                 self._sample(convergence)
@@ -97,6 +98,13 @@ class Passes:
                 through = self._send_parts(writer, sections, budget)
             self._count(convergence)
             finishing = finishing and not through and self._is_still_soon_sent(convergence)
+
+    def _switches_to_postcopy(self, convergence: Convergence) -> bool:
+        """Whether to hand the guest over now, and send the rest of its RAM afterwards."""
+        passes = max(0, self._statistics.ram.dirty_sync_count - self._samples - 1)
+        if not self._postcopy.decide(passes, self._statistics.outlook):
+            return False
+        return convergence.fits(self._needed_first())
 
     def _decide(self, convergence: Convergence) -> _Decision:
         """Look at what is left, and harvest if that fits into the downtime limit."""

@@ -10,6 +10,7 @@ Source: QEMU 10.0, migration_thread, migration_completion_precopy. Threads: the 
 
 from __future__ import annotations
 
+import logging
 import mmap
 import time
 from functools import partial
@@ -33,6 +34,8 @@ from corefw.wire.records import (
     write_configuration,
     write_header,
 )
+
+log = logging.getLogger(__name__)
 
 ACK_PATIENCE: Final = 30.0
 """Seconds to wait for SWITCHOVER_ACK when everything else is ready."""
@@ -128,7 +131,11 @@ def send_passes(source: Source) -> MigrationStatus:
 
 
 def _after_stop(source: Source) -> MigrationStatus:
-    return MigrationStatus.POSTCOPY_ACTIVE if source.postcopy.is_set() else MigrationStatus.DEVICE
+    if (reason := source.postcopy.reason) is None:
+        return MigrationStatus.DEVICE
+    source.statistics.switched_to_postcopy(reason)
+    log.info("switched to postcopy: %s", reason)
+    return MigrationStatus.POSTCOPY_ACTIVE
 
 
 def _await_switchover_ack(source: Source) -> bool:

@@ -19,6 +19,7 @@ from corefw.engine.link import LAST_WORDS, Link
 from corefw.engine.meter import Meter
 from corefw.engine.pagerequests import PageRequests
 from corefw.engine.passes import Passes
+from corefw.engine.postcopy_start import PostcopyStart
 from corefw.engine.preempt import CAPABILITY as PREEMPT
 from corefw.engine.preempt import RequestedSender, open_requested
 from corefw.engine.returnpath import Handler
@@ -46,7 +47,7 @@ class Source(OutgoingContext):
     link         the present connection; a migration that resumes gets a new one
     proceed      set to leave pre-switchover, and to end any other wait of the migration thread for a command
     confirmed    the destination said that it has the guest
-    postcopy     set when the user has asked for postcopy (migrate-start-postcopy)
+    postcopy     whether and why to switch to postcopy
     stopped_at   time.monotonic() when the guest began to be stopped for the switchover
     left_at      time.monotonic() when it was handed over in postcopy; None before, and in precopy
     requests     the page requests over the present link, in postcopy
@@ -79,7 +80,7 @@ class Source(OutgoingContext):
         self.custody = Custody(machine, guest_lock, self.tail.advice)
         self.live: list[LiveSaver] = []
         self.limits = Limits(settings)
-        self.postcopy = threading.Event()
+        self.postcopy = PostcopyStart(settings)
         self.passes = Passes(
             machine,
             self.live,
@@ -89,7 +90,7 @@ class Source(OutgoingContext):
             self.limits,
             self.check,
             on_pass,
-            self.postcopy.is_set,
+            self.postcopy,
         )
         self.proceed = threading.Event()
         self.confirmed = False

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from corefw.control import TransferReport
+from corefw.control import PostcopySwitch, TransferReport
 from corefw.engine.forecast import Outlook
 from corefw.engine.meter import Meter
 from corefw.errors import ANYTHING
@@ -57,6 +57,7 @@ class OutgoingStatistics:
     stop_time       milliseconds that it took to stop the guest
     downtime_limit  as it was when the guest was stopped; None before
     warnings        sentences for the user who started the migration
+    switch          when and why the migration switched to postcopy; None before, and in precopy
     savers          add figures of their own
     """
 
@@ -74,6 +75,7 @@ class OutgoingStatistics:
     outlook: Outlook = field(default_factory=Outlook)
     advice: str | None = None
     warnings: list[str] = field(default_factory=list)
+    switch: PostcopySwitch | None = None
     stop_time: int = 0
     downtime_limit: int | None = None
     _before_stop: int = 0  # bytes that had been sent when the guest was stopped
@@ -120,6 +122,10 @@ class OutgoingStatistics:
     def postcopy_bytes(self) -> int:
         """Bytes sent after the guest was handed over in postcopy."""
         return 0 if self._before_postcopy is None else self.transferred - self._before_postcopy
+
+    def switched_to_postcopy(self, reason: str) -> None:
+        """The guest is stopped, to go on at the destination while the rest follows."""
+        self.switch = PostcopySwitch(reason, self.elapsed(), self.ram.dirty_sync_count, self._left_now())
 
     def handed_over(self) -> None:
         """The guest runs on the destination, and the rest of it follows."""
@@ -217,6 +223,7 @@ class OutgoingStatistics:
             converges=outlook.converges,
             guest=self.guest,
             warnings=(*self.warnings, *(warning for warning in now if warning)),
+            switch=self.switch,
         )
 
     def section_reports(self) -> dict[str, dict[str, object]]:

@@ -14,6 +14,7 @@ from corefw.control import (
     CheckReport,
     MigrationReport,
     PassBegan,
+    PostcopySwitch,
     RunStateChanged,
     TransferReport,
 )
@@ -336,8 +337,18 @@ def _own_figures(report: MigrationReport, transfer: TransferReport) -> dict[str,
         **{name: _plain(value) for name, value in known.items() if value is not None},
         **({"guest": transfer.guest} if status is MigrationStatus.COMPLETED else {}),
         **({"reason": report.error} if report.error is not None and status is MigrationStatus.CANCELLED else {}),
+        **({"postcopy-switch": _switch(transfer.switch)} if transfer.switch is not None else {}),
         "warnings": list(transfer.warnings),
         "sections": {name: dict(figures) for name, figures in report.sections.items()},
+    }
+
+
+def _switch(switch: PostcopySwitch) -> dict[str, Any]:
+    return {
+        "reason": switch.reason,
+        "time": switch.after,
+        "pass": switch.passes,
+        "remaining": switch.remaining,
     }
 
 

@@ -42,9 +42,10 @@ def start_postcopy(engines: Engines) -> tuple[Engine, Engine]:
 def test_it_switches_after_the_first_pass(engines: Engines) -> None:
     source = engines(*BUSY, "--name=from")
     destination = engines(*BUSY, "--name=to", "--incoming=tcp:127.0.0.1:0", "--cap=postcopy-blocktime")
-    moved = source.call("migrate", destination.uri, "--postcopy", f"--param=max-bandwidth={SLOW}", "--json")
+    moved = source.call("migrate", "--postcopy", destination.uri, f"--param=max-bandwidth={SLOW}", "--json")
     assert moved.returncode == 0, moved.stderr
-    ram = json.loads(moved.stdout)["ram"]
+    ram, own = (json.loads(moved.stdout)[name] for name in ("ram", "x-migfw"))
+    assert own["postcopy-switch"]["reason"] == "everything has been sent once"
     assert ram["postcopy-bytes"] > 0
     assert ram["precopy-bytes"] > ram["total"]
     verified = destination.call("verify")
@@ -82,10 +83,19 @@ def test_a_connection_that_was_paused_is_recovered(engines: Engines) -> None:
     assert verified.returncode == 0, verified.stderr
 
 
-def test_a_switch_needs_a_process_that_watches() -> None:
-    refused = migfw("migrate", "tcp:localhost:1", "--postcopy", "--detach")
-    assert refused.returncode == 2
-    assert "'migfw postcopy'" in refused.stderr
+def test_the_engine_switches_by_itself(engines: Engines) -> None:
+    """Without a command that watches, and at once; the option may stand before the URI."""
+    source = engines(*BUSY, "--name=from", "--stay")
+    destination = engines(*BUSY, "--name=to", "--incoming=tcp:127.0.0.1:0")
+    detached = source.call("migrate", "--postcopy=now", destination.uri, "--detach")
+    assert detached.returncode == 0, detached.stderr
+    assert wait_until(lambda: status(source) == "completed")
+    shown = source.call("status").stdout
+    assert re.search(
+        r"^switched: +after .* in pass 1, with 16.0 MiB left: it was to switch at once$", shown, re.MULTILINE
+    )
+    wrong = source.call("migrate", "--postcopy=sometimes", destination.uri)
+    assert wrong.returncode == 2 and "after-first-pass" in wrong.stderr
 
 
 def kill_guest(engine: Engine) -> None:

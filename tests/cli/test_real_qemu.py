@@ -47,6 +47,25 @@ def test_a_uri_that_qemu_knows_is_passed_on(source: str, guest: Guest, folder: P
         guest.check(destination)
 
 
+def test_a_qemu_is_told_to_switch_to_postcopy(source: str, guest: Guest, folder: Path) -> None:
+    uri = f"unix:{folder}/late"
+    with Qemu(boot=guest.image, incoming="defer") as destination:
+        destination.capabilities("postcopy-ram")
+        destination.command("migrate-incoming", uri=uri)
+        done = migfw("migrate", uri, "--postcopy=now", "--qmp", source)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "told QEMU to switch to postcopy" in done.stdout
+        destination.wait_running()
+        guest.check(destination)
+
+
+def test_what_a_qemu_does_not_decide_is_refused(source: str) -> None:
+    for options, words in [(("--detach", "--postcopy"), "'migfw postcopy'"), (("--postcopy=when-stuck",), "or after-")]:
+        refused = migfw("migrate", "tcp:localhost:1", *options, "--qmp", source)
+        assert refused.returncode == 2
+        assert words in refused.stderr, refused.stderr
+
+
 def test_any_other_is_relayed_with_the_return_path(source: str, guest: Guest, folder: Path) -> None:
     # QEMU cannot use abstract sockets, so the destination needs a relay as well.
     far, near = f"unix:@{folder.name}", f"unix:{folder}/near"

@@ -13,6 +13,7 @@ from corefw.engine.forecast import Outlook
 from corefw.engine.limits import Limits
 from corefw.engine.meter import Meter
 from corefw.engine.passes import Passes
+from corefw.engine.postcopy_start import PostcopyStart
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.machine import RunState
 from corefw.section import Pending, SectionKey
@@ -45,10 +46,14 @@ class World:
         self.dirty_sync_count, self.dirty_pages_rate, self.page_size, self.dirtied = 1, 0, 1, 0
         self.key = SectionKey("world", 0)
         self.settings: dict[str, Any] = {"x-migfw-on-timeout": "cancel"}
-        configuration: Any = SimpleNamespace(integer=self._setting, parameter=self.settings.get)
+        configuration: Any = SimpleNamespace(
+            integer=self._setting, parameter=self.settings.get, capability=self.settings.get
+        )
         self.meter = Meter(configuration, clock=lambda: self.now)
         self.limits = Limits(configuration, self.meter.clock)
         self.configuration: Settings = configuration
+        self.postcopy = PostcopyStart(self.configuration)
+        self.switched: str | None = None
         self.statistics = OutgoingStatistics(self.meter)
         self.looks: list[tuple[float, Outlook, str | None]] = []  # (time, forecast, advice), at each check
         self._harvested = 0.0
@@ -69,11 +74,11 @@ class World:
     # -- the saver -----------------------------------------------------------------------------------------------
 
     def pending_estimate(self) -> Pending:
-        return Pending(self.left, 0)
+        return Pending(0, self.left)
 
     def pending_exact(self) -> Pending:
         self.harvest()
-        return Pending(self.left, 0)
+        return Pending(0, self.left)
 
     def iterate(self, _writer: object, budget: int) -> bool:
         count = min(self.left, budget)
@@ -114,9 +119,10 @@ class World:
             self.limits,
             check,
             lambda _: None,
-            lambda: False,
+            self.postcopy,
         )
         passes.run(world, sections)
+        self.switched = self.postcopy.reason
         self.harvest()
         return self.left / self.bandwidth
 
@@ -186,3 +192,52 @@ def test_a_guest_that_stops_in_the_middle_of_a_pass() -> None:
     world = World(GIB, rate=500 * MIB)
     world.ends_at = 0.3
     assert world.downtime() < 0.3
+
+
+# -- when it switches to postcopy --------------------------------------------------------------------------------------
+
+
+def switching(when: str, **guest: int) -> World:
+    """A migration of 4 GiB at 1 GiB/s with this x-migfw-postcopy-start, until its guest is stopped."""
+    world = World(4 * GIB, bandwidth=GIB, **guest)
+    world.settings |= {"postcopy-ram": True, "x-migfw-postcopy-start": when}
+    world.downtime()
+    return world
+
+
+def test_a_switch_at_once_sends_nothing_first() -> None:
+    world = switching("now", rate=4 * GIB)
+    assert world.now == 0
+    assert world.switched == "it was to switch at once"
+
+
+def test_a_switch_after_the_first_pass() -> None:
+    world = switching("after-first-pass", rate=4 * GIB, working_set=2 * GIB)
+    assert world.now == pytest.approx(4, rel=0.1)
+    assert world.switched == "everything has been sent once"
+
+
+def test_no_switch_after_the_first_pass_if_the_rest_fits() -> None:
+    world = switching("after-first-pass", rate=MIB, working_set=MIB)
+    assert world.switched is None
+
+
+def test_a_switch_when_precopy_does_not_converge() -> None:
+    world = switching("when-stuck", rate=4 * GIB, working_set=2 * GIB)
+    assert 4 < world.now < 30, "not before it was seen that passes do not get smaller"
+    assert world.switched is not None
+    assert "does not converge, because the guest dirties" in world.switched
+
+
+def test_no_switch_when_precopy_converges() -> None:
+    world = switching("when-stuck", rate=300 * MIB, working_set=2 * GIB)
+    assert world.switched is None
+
+
+@pytest.mark.parametrize("when", ["on-command", "when-stuck"])
+def test_a_switch_on_command(when: str) -> None:
+    world = World(4 * GIB, rate=4 * GIB, working_set=2 * GIB, bandwidth=GIB)
+    world.settings |= {"postcopy-ram": True, "x-migfw-postcopy-start": when}
+    world.postcopy.request()
+    world.downtime()
+    assert (world.now, world.switched) == (0, "migrate-start-postcopy asked for it")

@@ -99,6 +99,18 @@ def test_other_transports(pair: Pair, folder: Path, scheme: str) -> None:
     move.completes()
 
 
+def test_a_switch_at_once(move: Move) -> None:
+    move.source.set_parameters({"x-migfw-postcopy-start": "now"})
+    move.begin(precopy=0)
+    move.reaches(move.source, "postcopy-active")
+    assert query_migrate(move.source)["ram"]["precopy-bytes"] < 1 << 20
+    move.hurry()
+    move.completes()
+    switch = query_migrate(move.source)["x-migfw"]["postcopy-switch"]
+    assert switch["reason"] == "it was to switch at once"
+    assert switch["remaining"] == 32 << 20
+
+
 # -- a connection that breaks ------------------------------------------------------------------------------------------
 
 
@@ -262,6 +274,13 @@ def test_a_machine_without_page_faults_refuses(pair: Pair) -> None:
     assert ended(source) == "failed"
     assert "while its RAM is still arriving" in (source.report().error or "")
     runs_on(source)
+
+
+def test_a_switch_needs_the_capability(move: Move) -> None:
+    move.source.set_capabilities({"postcopy-ram": False})
+    move.source.set_parameters({"x-migfw-postcopy-start": "when-stuck"})
+    with pytest.raises(SettingsError, match="needs capability 'postcopy-ram'"):
+        move.source.migrate("tcp:127.0.0.1:1")
 
 
 def test_a_transport_without_a_return_path_is_refused(move: Move, folder: Path) -> None:
