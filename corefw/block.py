@@ -25,9 +25,6 @@ from numpy.typing import NDArray
 from corefw.errors import StateError, UsageError
 
 SECTOR: Final = 512
-DEFAULT_GRANULARITY: Final = 65536
-"""Bytes: what QEMU chooses for an image without clusters, such as a raw file."""
-
 MAX_GRANULARITY: Final = 1 << 31
 MAX_BITMAP_NAME: Final = 1023
 """Bytes."""
@@ -330,7 +327,7 @@ class BlockNode:
     def add_bitmap(
         self,
         name: str,
-        granularity: int = DEFAULT_GRANULARITY,
+        granularity: int,
         *,
         enabled: bool = True,
         persistent: bool = False,
@@ -341,7 +338,7 @@ class BlockNode:
         if not name:
             raise UsageError("Bitmap name cannot be empty")
         if len(name.encode()) > MAX_BITMAP_NAME:
-            raise UsageError(f"Bitmap name is longer than {MAX_BITMAP_NAME} bytes")
+            raise UsageError(f"Bitmap name too long: {name}")
         if not SECTOR <= granularity <= MAX_GRANULARITY or granularity & (granularity - 1):
             raise UsageError("Granularity must be power of 2 and at least 512")
         with self.settled():

@@ -151,7 +151,7 @@ def test_bits_beyond_the_end_are_dropped() -> None:
     bitmap.merge_bits(0, 512 * 3, b"\xff" * 8)
     assert bitmap.count() == 512 * 3
     assert bitmap.runs().tolist() == [[0, 512 * 3]]
-    empty = Disk(length=0).add_bitmap("one")
+    empty = Disk(length=0).add_bitmap("one", 65536)
     assert (empty.count(), empty.sha256()) == (0, hashlib.sha256(bytes(8)).hexdigest())
 
 
@@ -202,8 +202,12 @@ def test_states() -> None:
 
 def test_a_merge_that_fails_changes_nothing() -> None:
     disk = Disk()
-    target, good, busy = disk.add_bitmap("target"), disk.add_bitmap("good"), disk.add_bitmap("busy", busy=True)
-    other = Disk("other", 512).add_bitmap("other")
+    target, good, busy = (
+        disk.add_bitmap("target", 65536),
+        disk.add_bitmap("good", 65536),
+        disk.add_bitmap("busy", 65536, busy=True),
+    )
+    other = Disk("other", 512).add_bitmap("other", 65536)
     good.mark(runs([(0, 1)]))
     with pytest.raises(StateError, match="in use"):
         target.merge([good, busy])
@@ -220,10 +224,14 @@ def test_a_wrong_granularity_is_refused(granularity: int) -> None:
 
 def test_wrong_names_are_refused() -> None:
     disk = Disk()
-    disk.add_bitmap("one")
-    for name, reason in (("", "empty"), ("x" * 1024, "1023"), ("one", "Bitmap already exists: one")):
+    disk.add_bitmap("one", 65536)
+    for name, reason in (
+        ("", "empty"),
+        ("x" * 1024, "Bitmap name too long: xx"),
+        ("one", "Bitmap already exists: one"),
+    ):
         with pytest.raises(UsageError, match=reason):
-            disk.add_bitmap(name)
+            disk.add_bitmap(name, 65536)
     with pytest.raises(UsageError, match="Dirty bitmap 'two' not found"):
         disk.bitmap("two")
 

@@ -45,6 +45,14 @@ class Optional:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternate:
+    """A value of one of these types, which differ in their JSON type."""
+
+    name: str
+    forms: tuple[Form, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     name: str
     form: Form
@@ -61,7 +69,7 @@ class Structure:
     variants: Mapping[str, Form] = field(default_factory=dict)
 
 
-Form = Builtin | Enumeration | ArrayOf | Optional | Structure
+Form = Builtin | Enumeration | ArrayOf | Optional | Alternate | Structure
 
 NOTHING: Final = Structure("Empty")
 
@@ -93,6 +101,9 @@ class SchemaInfos:
                 of = self.name_of(inner, where)
                 members = [{"type": of}, {"type": self.name_of(NULL, where)}]
                 return self._add(f"{of}OrNull", {"meta-type": "alternate", "members": members})
+            case Alternate(name, forms):
+                members = [{"type": self.name_of(one, where)} for one in forms]
+                return self._add(name, {"meta-type": "alternate", "members": members})
             case Enumeration(name, values):
                 names = [{"name": value} for value in values]
                 return self._add(

@@ -6,6 +6,7 @@ function is called. The errors have QEMU's texts: missing, wrong type (with the 
     str  int  bool  float              string, integer, boolean, number (an integer too)
     dict  list  object                 object, array, anything
     list[T]  Sequence[T]  T | None     array of T; T or null
+    str | a TypedDict                  string or object
     a StrEnum, Literal["a", "b"]       one of these strings
     a TypedDict                        object with these members
     Annotated[dict, Variants(...)]     object with a tag that selects its other members
@@ -44,6 +45,7 @@ from corefw.qmp.forms import (
     NOTHING,
     NUMBER,
     STRING,
+    Alternate,
     ArrayOf,
     Enumeration,
     Form,
@@ -172,6 +174,8 @@ def shape(annotation: object) -> Shape:
         return _array(shape(arguments[0]))
     if origin in (Union, types.UnionType) and len(arguments) == 2 and types.NoneType in arguments:
         return _nullable(shape(next(one for one in arguments if one is not types.NoneType)))
+    if origin in (Union, types.UnionType) and len(arguments) == 2 and str in arguments:
+        return _string_or(next(one for one in arguments if one is not str))
     raise TypeError(f"{annotation!r} is not a JSON type")
 
 
@@ -224,6 +228,21 @@ def _nullable(inner: Shape) -> Shape:
         lambda value, path: None if value is None else inner.check(value, path),
         Optional(inner.form),
     )
+
+
+def _string_or(kind: Any) -> Shape:
+    if not is_typeddict(kind):
+        raise TypeError(f"a string or {kind!r} is not a JSON type")
+    inner = _object(kind)
+
+    def check(value: object, path: str) -> object:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, dict):
+            raise _wrong_type(path, f"{kind.__name__}OrStr")
+        return inner.check(value, path)
+
+    return Shape(f"string | {inner.text}", check, Alternate(f"{kind.__name__}OrStr", (STRING, inner.form)))
 
 
 def _array(item: Shape) -> Shape:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from corefw.errors import FOREIGN, PluginError
-from corefw.qmp.commands import control, guest, migration, monitor, queries
+from corefw.qmp.commands import block, control, guest, migration, monitor, queries
 from corefw.qmp.commands.context import Context
 from corefw.qmp.schema import Signature, signature
 
@@ -61,6 +61,15 @@ CORE: Final[Mapping[str, Callable[..., object]]] = {
     "x-migfw-status": guest.x_migfw_status,
     "x-migfw-verify": guest.x_migfw_verify,
     "x-migfw-check": migration.x_migfw_check,
+    "query-block": block.query_block,
+    "query-named-block-nodes": block.query_named_block_nodes,
+    "block-dirty-bitmap-add": block.block_dirty_bitmap_add,
+    "block-dirty-bitmap-remove": block.block_dirty_bitmap_remove,
+    "block-dirty-bitmap-clear": block.block_dirty_bitmap_clear,
+    "block-dirty-bitmap-enable": block.block_dirty_bitmap_enable,
+    "block-dirty-bitmap-disable": block.block_dirty_bitmap_disable,
+    "block-dirty-bitmap-merge": block.block_dirty_bitmap_merge,
+    "x-debug-block-dirty-bitmap-sha256": block.x_debug_block_dirty_bitmap_sha256,
     "migrate": migration.migrate,
     "migrate-incoming": migration.migrate_incoming,
     "x-migfw-transport": migration.x_migfw_transport,

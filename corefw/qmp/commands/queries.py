@@ -1,6 +1,6 @@
 """Commands about the machine around the guest, for tools that ask a QEMU for it.
 
-A guest here has no disks, network cards or virtual CPUs that QMP could list.
+A guest here has no network cards or virtual CPUs that QMP could list; for its disks see block.py.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def query_nothing(_: Context) -> list[Any]:
 
 
 EMPTY: Final = (
-    *("query-block", "query-blockstats", "query-named-block-nodes", "query-block-jobs", "query-jobs"),
+    *("query-blockstats", "query-block-jobs", "query-jobs"),
     *("query-cpus-fast", "query-iothreads", "query-chardev", "query-memory-devices", "query-pci"),
     *("query-mice", "query-rx-filter", "query-tpm", "query-fdsets"),
 )
