@@ -224,6 +224,30 @@ def test_the_types_of_the_bitmaps_to_merge(ours: Execute) -> None:
     assert (item["meta-type"], [one["type"] for one in item["members"]]) == ("alternate", ["str", "BlockDirtyBitmap"])
 
 
+def test_dirty_ranges(machine: MachineWithDisks, ours: Execute) -> None:
+    disk = machine.disks[0]
+    bitmap = disk.add_bitmap("one", 512)
+    assert ours("x-migfw-dirty-ranges", node="disk", name="one") == {"ranges": []}
+    disk.write(1000, 600)
+    disk.write(1 << 20, 1)
+    first, second = {"offset": 512, "length": 1536}, {"offset": 1 << 20, "length": 512}
+    assert ours("x-migfw-dirty-ranges", node="disk", name="one") == {"ranges": [first, second]}
+    cut = {"offset": 1024, "length": 1024}
+    assert ours("x-migfw-dirty-ranges", node="disk", name="one", start=1024) == {"ranges": [cut, second]}
+    for sector in range(0, LENGTH // 512, 2):
+        disk.write(sector * 512, 1)
+    found: list[dict[str, int]] = []
+    start: int | None = 0
+    while start is not None:
+        answer = ours("x-migfw-dirty-ranges", node="disk", name="one", start=start)
+        found += answer["ranges"]
+        start = answer.get("next")
+    assert len(found) > 10_000
+    assert [(one["offset"], one["offset"] + one["length"]) for one in found] == list(map(tuple, bitmap.runs().tolist()))
+    bitmap.mark_inconsistent()
+    assert "inconsistent" in ours("x-migfw-dirty-ranges", node="disk", name="one")
+
+
 def test_a_guest_without_disks(client_of_tiny: QmpClient) -> None:
     assert client_of_tiny.execute("query-block") == client_of_tiny.execute("query-named-block-nodes") == []
     with pytest.raises(ClientError, match="Cannot find device='disk' nor node-name='disk'"):

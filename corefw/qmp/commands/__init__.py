@@ -70,6 +70,7 @@ CORE: Final[Mapping[str, Callable[..., object]]] = {
     "block-dirty-bitmap-disable": block.block_dirty_bitmap_disable,
     "block-dirty-bitmap-merge": block.block_dirty_bitmap_merge,
     "x-debug-block-dirty-bitmap-sha256": block.x_debug_block_dirty_bitmap_sha256,
+    "x-migfw-dirty-ranges": block.x_migfw_dirty_ranges,
     "migrate": migration.migrate,
     "migrate-incoming": migration.migrate_incoming,
     "x-migfw-transport": migration.x_migfw_transport,

@@ -79,6 +79,17 @@ class BlockDirtyBitmapSha256(TypedDict):
     sha256: str
 
 
+class Range(TypedDict):
+    offset: int
+    length: int
+
+
+class DirtyRanges(TypedDict):
+    ranges: list[Range]
+    next: NotRequired[int]
+
+
+MAX_RANGES: Final = 10_000
 ELSEWHERE: Final = frozenset({RunState.INMIGRATE, RunState.POSTMIGRATE})
 """The run states of a guest that is not here: it may be writing to its disks on another host."""
 
@@ -228,6 +239,17 @@ def block_dirty_bitmap_merge(
 def x_debug_block_dirty_bitmap_sha256(context: Context, node: str, name: str) -> BlockDirtyBitmapSha256:
     """The SHA-256 digest of a dirty bitmap's bits, to compare it with another."""
     return {"sha256": _bitmap(context, node, name).sha256()}
+
+
+def x_migfw_dirty_ranges(context: Context, node: str, name: str, start: int = 0) -> DirtyRanges:
+    """The dirty ranges of a disk from an offset on, to copy them; at most 10000."""
+    bitmap = _bitmap(context, node, name)
+    bitmap.check()
+    runs = [(max(first, start), end) for first, end in bitmap.runs().tolist() if end > start]
+    answer: DirtyRanges = {"ranges": [{"offset": first, "length": end - first} for first, end in runs[:MAX_RANGES]]}
+    if len(runs) > MAX_RANGES:
+        answer["next"] = runs[MAX_RANGES][0]
+    return answer
 
 
 def _nodes(context: Context) -> Sequence[BlockNode]:

@@ -17,6 +17,7 @@ from corefw.block import DirtyBitmap
 from corefw.errors import MachineError, UsageError
 from corefw.machine import MachineConfig, RunState
 from corefw.testing.tasks import wait_until
+from tests.helpers.qemu import Qemu, needs_qemu
 
 PROGRAMS = Path(__file__).parent / "programs" / "disks.py"
 SECTOR = 512
@@ -140,6 +141,18 @@ def test_the_file_is_open_and_locked_while_the_guest_runs(make: Make) -> None:
     other.stop(RunState.PAUSED)
     one.start()
     one.verify()
+
+
+@pytest.mark.qemu
+@needs_qemu
+def test_a_guest_and_a_qemu_keep_out_of_each_others_images(make: Make, tmp_path: Path) -> None:
+    machine = make("Writer")
+    drive = ("-drive", f"file={tmp_path}/disk.raw,format=raw,if=none,id=disk")
+    with contextlib.closing(Qemu(*drive, paused=True)), pytest.raises(MachineError, match="disk 'disk0' is in use"):
+        machine.start()
+    machine.start()
+    with pytest.raises(AssertionError, match='Failed to get .*"write" lock'):
+        Qemu(*drive, paused=True)
 
 
 def test_a_program_that_is_stopped_cannot_write(make: Make) -> None:
