@@ -147,12 +147,17 @@ def test_the_file_is_open_and_locked_while_the_guest_runs(make: Make) -> None:
 @needs_qemu
 def test_a_guest_and_a_qemu_keep_out_of_each_others_images(make: Make, tmp_path: Path) -> None:
     machine = make("Writer")
-    drive = ("-drive", f"file={tmp_path}/disk.raw,format=raw,if=none,id=disk")
-    with contextlib.closing(Qemu(*drive, paused=True)), pytest.raises(MachineError, match="disk 'disk0' is in use"):
+    writing = ("-drive", f"file={tmp_path}/disk.raw,format=raw,if=none,id=disk")
+    image = f"driver=raw,file.driver=file,file.filename={tmp_path}/disk.raw,node-name=disk"
+    sharing = ("-blockdev", f"{image},read-only=on,force-share=on")
+    with contextlib.closing(Qemu(*writing, paused=True)), pytest.raises(MachineError, match="disk 'disk0' is in use"):
         machine.start()
     machine.start()
-    with pytest.raises(AssertionError, match='Failed to get .*"write" lock'):
-        Qemu(*drive, paused=True)
+    with pytest.raises(AssertionError, match=r'Failed to get .*"write" lock'):
+        Qemu(*writing, paused=True)
+    with contextlib.closing(Qemu(*sharing, paused=True)):
+        machine.stop(RunState.PAUSED)
+        machine.start()
 
 
 def test_a_program_that_is_stopped_cannot_write(make: Make) -> None:

@@ -36,7 +36,11 @@ DiskSize = int | None | Callable[[Any], int | None]
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,30}\Z")
 """What QEMU takes for the name of a node."""
 
-_WHOLE_FILE: Final = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+_LOCKS: Final = tuple(struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, start, 3, 0) for start in (101, 201))
+"""The bytes that a QEMU locks when it writes to an image, and when it lets nobody else do so (QEMU 10.0,
+block/file-posix.c). Readers that share the image (force-share) need neither."""
+
+_COPIED: Final = 1 << 20
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 
 
@@ -110,7 +114,7 @@ class Disk:
                 if error.errno != errno.EFAULT:
                     raise
                 # Pages of an array that are still on their way (postcopy). Copying them waits for them.
-                count = os.pwrite(self._fd, bytes(view), offset)
+                count = os.pwrite(self._fd, bytes(view[:_COPIED]), offset)
             view, offset = view[count:], offset + count
 
     def flush(self) -> None:
@@ -150,7 +154,8 @@ class Disk:
 
     def _take_lock(self, fd: int) -> None:
         try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+            for lock in _LOCKS:
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise MachineError(
