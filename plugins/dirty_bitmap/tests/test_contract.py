@@ -34,7 +34,7 @@ class OwningLoader(BitmapLoader):
 
 def source() -> OwningSaver:
     system, data = Disk("system", 40 * MIB), Disk("data", 3 * MIB + 512)
-    system.add_bitmap("backup")
+    system.add_bitmap("backup", 65536)
     system.add_bitmap("fine", 512)
     system.add_bitmap("off", 4096, enabled=False, persistent=True)
     data.add_bitmap("backup", 1024, persistent=True)

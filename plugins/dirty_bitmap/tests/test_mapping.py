@@ -86,8 +86,8 @@ def test_names_are_translated_and_what_is_not_mapped_stays() -> None:
     """Both aliases, a transformation on each side, and a bitmap and a node that are not mapped."""
     system, data = Disk("system", MIB, device="drive0"), Disk("data", MIB)
     for name in ("daily", "weekly", "other"):
-        system.add_bitmap(name)
-    data.add_bitmap("daily")
+        system.add_bitmap(name, 65536)
+    data.add_bitmap("daily", 65536)
     system.write(0, 1)
     source, arrived = DiskMachine(system, data), DiskMachine(Disk("root", MIB), incoming=True)
     persistent = {"persistent": True}
@@ -105,7 +105,7 @@ def test_names_are_translated_and_what_is_not_mapped_stays() -> None:
 
 def test_an_empty_mapping_sends_nothing_and_none_sends_all_by_their_devices_names() -> None:
     disk = Disk("node", MIB, device="drive0")
-    disk.add_bitmap("b")
+    disk.add_bitmap("b", 65536)
     with DiskMachine(disk) as source, DiskMachine(Disk("drive0", MIB), incoming=True) as arrived:
         assert not BitmapSaver(source, settings()).active()
         unset = settings(mapped=False)
@@ -125,8 +125,8 @@ def test_an_empty_mapping_sends_nothing_and_none_sends_all_by_their_devices_name
 )
 def test_a_bitmap_that_has_no_place_here_is_refused_at_its_start(here: Settings, error: str) -> None:
     there, target = Disk("disk", MIB), Disk("disk", MIB)
-    there.add_bitmap("b")
-    target.add_bitmap("taken")
+    there.add_bitmap("b", 65536)
+    target.add_bitmap("taken", 65536)
     with DiskMachine(there) as source, DiskMachine(target, incoming=True) as arrived:
         with pytest.raises(RemoteStreamError, match=error):
             moved(source, arrived, settings(mapped=False), here)
@@ -135,7 +135,11 @@ def test_a_bitmap_that_has_no_place_here_is_refused_at_its_start(here: Settings,
 
 def test_bitmaps_that_cannot_be_used_block_a_migration() -> None:
     disk = Disk("disk", MIB)
-    broken, busy, long = disk.add_bitmap("broken"), disk.add_bitmap("busy"), disk.add_bitmap("l" * 300)
+    broken, busy, long = (
+        disk.add_bitmap("broken", 65536),
+        disk.add_bitmap("busy", 65536),
+        disk.add_bitmap("l" * 300, 65536),
+    )
     broken.mark_inconsistent()
     busy.set_busy(True)
     with DiskMachine(disk) as machine:
