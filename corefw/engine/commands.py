@@ -69,7 +69,7 @@ def _ping(destination: Destination, frames: FrameReader, record: CommandRecord) 
     if connection.return_path is None:
         raise frames.reader.error("OPEN_RETURN_PATH before PING", "PING")
     number = parse_ping(record.payload)
-    connection.reads_reasons |= number == MIGFW_PING
+    connection.from_migfw |= number == MIGFW_PING
     connection.return_path.pong(number)
 
 

@@ -42,7 +42,7 @@ class Connection:
     source            where its bytes come from
     return_path       None before the source has asked for it
     requested         the channel of requested pages; None if they have none of their own
-    reads_reasons     the source is a migfw, which reads why a migration failed (MIGFW_PING)
+    from_migfw        the source is a migfw (MIGFW_PING): it reads more than QEMU's messages
     """
 
     def __init__(self, channel: Channel, settings: Settings, interrupt: Interrupt) -> None:
@@ -55,7 +55,7 @@ class Connection:
         self.reader: Final = StreamReader(self.source, BULK_BUFFER_SIZE)
         self.return_path: ReturnPathWriter | None = None
         self.requested: RequestedReceiver | None = None
-        self.reads_reasons = False
+        self.from_migfw = False
 
     def open_return_path(self) -> ReturnPathWriter:
         """The source asked for it. Raises ChannelError where bytes flow one way only."""
@@ -111,7 +111,7 @@ class Connection:
             # guest; one that does not never reads this.
             self.return_path = self._writer()
         if self.return_path is not None:
-            self._report(self.return_path, 1, reason if self.reads_reasons else "")
+            self._report(self.return_path, 1, reason if self.from_migfw else "")
 
     def _report(self, path: ReturnPathWriter, status: int, reason: str = "") -> None:
         """Send the result, then read what the source still sends: closing a socket with unread bytes discards SHUT."""

@@ -18,6 +18,7 @@ from corefw.engine.guestlock import GuestLock
 from corefw.engine.preempt import CAPABILITY as PREEMPT
 from corefw.engine.preempt import RequestedReceiver
 from corefw.engine.progress import LoadProgress
+from corefw.engine.readmission import Readmission, Relisten
 from corefw.engine.statistics import section_figures
 from corefw.engine.strays import StrayChannels
 from corefw.engine.switchover import SwitchoverAck
@@ -46,6 +47,8 @@ class Destination(IncomingContext):
     accepts_again         the listener can give more than one connection
     advised               the source may switch to postcopy
     cancelled             the user has ended it
+    secret                what the source knows of this migration (identity.py); None if it is a QEMU
+    readmission           waits for the source to come back, in postcopy
     resuming              a source has connected again, and has not sent POSTCOPY_RESUME yet
     guest                 the guest that runs while its RAM is still arriving; None before, and in precopy
     blocktime             how long that guest waits for pages; None without the capability postcopy-blocktime
@@ -63,7 +66,7 @@ class Destination(IncomingContext):
         guest_lock: GuestLock,
         autostart: Callable[[], bool],
         *,
-        accepts_again: bool,
+        relisten: Relisten | None,
     ) -> None:
         self.machine = machine
         self.settings = settings
@@ -71,8 +74,10 @@ class Destination(IncomingContext):
         self.listener = listener
         self.guest_lock = guest_lock
         self.autostart = autostart
-        self.accepts_again = accepts_again
+        self.accepts_again = relisten is not None
         self.interrupt = Interrupt()
+        self.secret: bytes | None = None
+        self.readmission = Readmission(settings, self.interrupt, self._take_channel, self._abort_connection)
         self.stream_capabilities = frozenset()
         self.tail = tail_of(machine)
         self.progress = LoadProgress(loaders)
@@ -86,7 +91,7 @@ class Destination(IncomingContext):
         self._deciding = threading.Lock()  # guards the two that decide between a cancel and RUN
         self._taken_over = False
         self._connection: Connection | None = None
-        self._recovering = threading.Event()
+        self._relisten = relisten
         self._strays: StrayChannels | None = None
         self._set_up: list[SectionLoader] = []
         self._to_clean_up: list[SectionLoader] = []
@@ -101,11 +106,14 @@ class Destination(IncomingContext):
 
     def accept(self) -> Connection:
         """Wait for the next one, which becomes `connection`. Raises ChannelError, Interrupted."""
-        self._connection = Connection(self.listener.accept(self.interrupt), self.settings, self.interrupt)
+        return self._adopt(Connection(self.listener.accept(self.interrupt), self.settings, self.interrupt))
+
+    def _adopt(self, connection: Connection) -> Connection:
         if self.settings.capability(PREEMPT):
-            self._connection.requested = RequestedReceiver(self._refuse_requested)
+            connection.requested = RequestedReceiver(self._refuse_requested)
+        self._connection = connection
         self.interrupt.check()
-        return self._connection
+        return connection
 
     def allocate_ram(self) -> None:
         """Begin to allocate the guest's RAM, which ends when a source connects. From any thread; does not raise."""
@@ -126,14 +134,37 @@ class Destination(IncomingContext):
         """Idempotent; does not raise."""
         if self._strays is not None:
             self._strays.stop()
+        self.readmission.close()
         self.listener.close()
-        self._recovering.clear()
 
-    def await_listener(self) -> None:
-        """In a postcopy that is paused: wait for listen_again(). Raises Interrupted."""
-        self.interrupt.check()  # stop_listening() may have cleared what abort() had set
-        self._recovering.wait()
+    def expect_return(self, *, paused: bool) -> None:
+        """In postcopy: wait for the source to come back, over another connection."""
+        if self._strays is not None:
+            self._strays.stop()
+            self._strays = None
+            if self._relisten is not None:
+                self.readmission.listen_at(self.listener, self._relisten)
+            else:
+                self.listener.close()
+        self.readmission.begin(self.secret, paused=paused)
+
+    def readmit(self) -> Connection:
+        """In a postcopy that is paused: wait until the source has come back. Raises Interrupted, and ChannelError for a
+        connection over which a migration cannot go on."""
         self.interrupt.check()
+        connection = self._adopt(self.readmission.await_source())
+        connection.open_return_path()
+        return connection
+
+    def _take_channel(self, channel: Channel) -> bool:
+        """Have this channel if it belongs to the present connection; whether it was taken."""
+        connection = self._connection
+        return connection is not None and connection.take_channel(channel)
+
+    def _abort_connection(self) -> None:
+        """Of one that breaks, or has broken without having been noticed."""
+        if (connection := self._connection) is not None:
+            connection.abort()
 
     def take_over(self) -> None:
         """In postcopy, at RUN: the guest is this side's from here on, and a cancel is refused. Raises Interrupted if
@@ -159,7 +190,7 @@ class Destination(IncomingContext):
     def abort(self) -> None:
         """End the migration, wherever it is, without telling the source."""
         self.interrupt.set()
-        self._recovering.set()
+        self.readmission.end()
         if (connection := self._connection) is not None:
             connection.abort()
 
@@ -176,7 +207,7 @@ class Destination(IncomingContext):
     def interrupt_load(self) -> None:
         """End the migration, wherever it is; the connection stays usable to tell the source."""
         self.interrupt.set()
-        self._recovering.set()
+        self.readmission.end()
         if (connection := self._connection) is not None:
             connection.abort_others()
 
@@ -189,25 +220,18 @@ class Destination(IncomingContext):
         if self.interrupt.is_set():
             self.interrupt_load()
         else:
-            self.break_connection()
-
-    def listen_again(self, listener: Listener) -> None:
-        """In a postcopy that is paused: this listener will bring the source. Raises StateError if another one waits."""
-        if self._recovering.is_set():
-            raise StateError("Migrate recovery is triggered already")
-        self.listener = listener
-        self._recovering.set()
+            self._abort_connection()
 
     def break_connection(self) -> None:
-        """Pause a postcopy on purpose."""
-        if (connection := self._connection) is not None:
-            connection.abort()
+        """Pause a postcopy on purpose. The source cannot come back before migrate-recover."""
+        self.readmission.suspend()
+        self._abort_connection()
 
     # -- for the loaders -------------------------------------------------------------------------------------------
 
     def accept_channel(self) -> Channel:
         """See IncomingContext."""
-        return self.connection.accept_channel(self.listener)
+        return self.connection.accept_channel(self.readmission.listener or self.listener)
 
     def send_return_message(self, message: int, body: bytes) -> None:
         """From any thread. Raises ChannelError."""

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from corefw.channel import Listener
+from corefw.channel import Listener, Transport
 from corefw.control import AllocationReport, MigrationReport
 from corefw.dispatch import EventDispatcher
 from corefw.engine.coverage import uncovered
@@ -18,6 +18,7 @@ from corefw.engine.destination import Destination
 from corefw.engine.guestlock import GuestLock
 from corefw.engine.incoming import IncomingMigration
 from corefw.engine.preempt import check_channels
+from corefw.engine.readmission import Relisten
 from corefw.engine.tails import tail_of
 from corefw.errors import BlockedError, MigfwError, StateError
 from corefw.machine import Machine, RunState
@@ -76,7 +77,7 @@ class Inbound:
             with self._events.hold(), self._lock:
                 self._check_may_wait()
                 self.exit_on_error = exit_on_error
-                self._begin(listener, loaders, again=transport.features.multi_channel)
+                self._begin(listener, loaders, self._relisten(transport, listener))
         except MigfwError:
             listener.close()
             raise
@@ -90,7 +91,7 @@ class Inbound:
         if self.state.status not in (_S.NONE, _S.CANCELLED, _S.FAILED):
             raise StateError("The incoming migration has already been started")
 
-    def _begin(self, listener: Listener, loaders: LoaderRegistry, *, again: bool) -> None:
+    def _begin(self, listener: Listener, loaders: LoaderRegistry, relisten: Relisten | None) -> None:
         destination = Destination(
             self._machine,
             self._settings,
@@ -98,7 +99,7 @@ class Inbound:
             listener,
             self._guest_lock,
             self._autostart,
-            accepts_again=again,
+            relisten=relisten,
         )
         self._present = arrival = IncomingMigration(destination, self.state)
         self.uri = str(listener.uri)
@@ -142,16 +143,29 @@ class Inbound:
         transport = self._plugins.transport(uri, self._settings)
         transport.check_incoming()
         check_channels(self._settings, transport)
-        self._check_paused()
-        listener = transport.listen()
+        readmission = self._check_paused().readmission
+        readmission.suspend()  # the address may be the one at which it listens already
         try:
-            with self._events.hold(), self._lock:
-                self._check_paused().recover(listener)
-                self.uri = str(listener.uri)
+            listener = transport.listen()
+            try:
+                with self._events.hold(), self._lock:
+                    self._check_paused()
+                    readmission.listen_at(listener, self._relisten(transport, listener))
+                    self.uri = str(listener.uri)
+            except MigfwError:
+                listener.close()
+                raise
         except MigfwError:
-            listener.close()
+            readmission.resume()
             raise
         return str(listener.uri)
+
+    def _relisten(self, transport: Transport, listener: Listener) -> Relisten | None:
+        """Listens again where `listener` did; None if only one connection can come there."""
+        if not transport.features.multi_channel:
+            return None
+        uri = str(listener.uri)
+        return lambda: self._plugins.transport(uri, self._settings).listen()
 
     def _check_paused(self) -> IncomingMigration:
         if self._present is None or self.state.status is not _S.POSTCOPY_PAUSED:

@@ -15,11 +15,11 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from corefw.channel import Listener
 from corefw.control import AllocationReport, BlocktimeReport
 from corefw.engine import arrival, postcopy_arrival
 from corefw.engine.destination import Destination
 from corefw.engine.phases import run_phases
+from corefw.engine.readmission import Readmission
 from corefw.errors import ANYTHING, Interrupted, MigfwError
 from corefw.machine import RamMakingMachine
 from corefw.states import MigrationStatus, StateMachine
@@ -96,9 +96,10 @@ class IncomingMigration:
             if self._cut_off.ident is None:
                 self._cut_off.start()
 
-    def recover(self, listener: Listener) -> None:
-        """Go on from postcopy-paused with the source that connects there (migrate-recover). Raises StateError."""
-        self._destination.listen_again(listener)
+    @property
+    def readmission(self) -> Readmission:
+        """In postcopy: where the source may come back to (migrate-recover)."""
+        return self._destination.readmission
 
     def pause(self) -> None:
         """Break the connection of a postcopy on purpose (migrate-pause)."""

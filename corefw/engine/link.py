@@ -34,6 +34,7 @@ class Link:
     """One connection. `channel` and `writer` exist once connect() has returned; `abort` works at any time.
 
     return_path   None before read_return_path(), and in a migration without that capability
+    paused        the user has broken it on purpose
     """
 
     channel: Channel
@@ -42,6 +43,7 @@ class Link:
     def __init__(self, transport: Transport, interrupt: Interrupt, meter: Meter) -> None:
         self.transport: Final = transport
         self.return_path: ReturnPathReader | None = None
+        self.paused = False
         self._interrupt = interrupt
         self._aborted = Interrupt()
         self._meter = meter
@@ -115,6 +117,11 @@ class Link:
         """Nothing more will be sent. Relays wait for this; a destination that has closed already does not mind."""
         with suppress(ChannelError):
             self.channel.send_eof()
+
+    def pause(self) -> None:
+        """Break it on purpose."""
+        self.paused = True
+        self.abort()
 
     def abort(self) -> None:
         """Make every call on one of its channels raise Interrupted, on those that are opened later too, and end a

@@ -141,7 +141,7 @@ class OutgoingMigration:
 
     def pause(self) -> None:
         """Break the connection of a postcopy on purpose (migrate-pause)."""
-        self._source.link.abort()
+        self._source.link.pause()
 
     def resume(self, transport: Transport) -> None:
         """Go on from postcopy-paused over another connection (migrate with resume). Raises StateError if it is about

@@ -19,7 +19,7 @@ from corefw.engine.arrival import start_guest
 from corefw.engine.destination import Destination
 from corefw.engine.guestarrival import GuestArrival
 from corefw.engine.loader import check_complete, load_frames
-from corefw.errors import ChannelError, Interrupted, MigfwError, StreamError
+from corefw.errors import ChannelError, MigfwError, StreamError
 from corefw.states import MigrationStatus
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,7 @@ log = logging.getLogger(__name__)
 def receive_rest(destination: Destination) -> MigrationStatus:
     """Start the guest, unless this is a migration that goes on, and load what is still to come."""
     guest = _guest(destination)
-    if destination.connection.requested is None:
-        destination.stop_listening()  # so that the same address can be given to migrate-recover
+    destination.expect_return(paused=False)
     check_complete(destination, destination.frames, "POSTCOPY_RUN", later=guest.sections)
     guest.start(lambda: _start(destination), destination.interrupt_load)
     destination.resuming = False
@@ -77,30 +76,19 @@ def _pause(destination: Destination, error: MigfwError) -> MigrationStatus:
     log.warning("postcopy: the connection broke, and the guest goes on with what it has: %s", destination.cause(error))
     guest.faults.request_over(None)
     destination.connection.abort()
-    destination.stop_listening()
     destination.hang_up()
+    destination.expect_return(paused=True)
     return MigrationStatus.POSTCOPY_PAUSED
 
 
 def await_recovery(destination: Destination) -> MigrationStatus:
-    """Wait until the source has connected to the address that migrate-recover gave."""
-    while True:
-        destination.await_listener()
-        try:
-            connection = destination.accept()
-            connection.open_return_path()
-        except Interrupted:
-            raise
-        except ChannelError as error:
-            log.warning("postcopy: no source could connect: %s", error)
-            destination.stop_listening()
-            continue
-        if connection.requested is None:
-            destination.stop_listening()
-        else:
-            destination.turn_others_away()
-        _continue_stream(destination)
-        return MigrationStatus.POSTCOPY_RECOVER
+    """Wait until the source has come back (readmission.py)."""
+    try:
+        destination.readmit()
+    except ChannelError as error:
+        return _pause(destination, error)
+    _continue_stream(destination)
+    return MigrationStatus.POSTCOPY_RECOVER
 
 
 def _continue_stream(destination: Destination) -> None:

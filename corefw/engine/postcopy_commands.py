@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from corefw.engine.blocktime import Blocktime, MeasuredFaults
 from corefw.engine.destination import Destination
 from corefw.engine.guestarrival import GuestArrival, obstacle_to_postcopy
+from corefw.engine.identity import new_secret
 from corefw.engine.pagefaults import PageFaults
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.errors import MachineError, StreamError
@@ -36,9 +37,12 @@ def advise(destination: Destination, frames: FrameReader, record: CommandRecord)
         return  # the source has the capability dirty-bitmaps alone, and sends this whether it switches or not
     if (obstacle := obstacle_to_postcopy(machine)) is not None:
         raise MachineError(obstacle)
-    _return_path(destination)
+    path = _return_path(destination)
     destination.tail.check_pages(advice)
     destination.advised = True
+    if destination.connection.from_migfw and destination.secret is None:
+        destination.secret = new_secret()
+        path.send(ReturnMessage.MIGFW_SECRET, destination.secret)
 
 
 def discard(destination: Destination, _: FrameReader, record: CommandRecord) -> None:

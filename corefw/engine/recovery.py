@@ -16,6 +16,7 @@ import logging
 import numpy as np
 from numpy.typing import NDArray
 
+from corefw.engine.identity import prove_source
 from corefw.engine.precopy import await_confirmation
 from corefw.engine.source import Source
 from corefw.errors import ANYTHING, ChannelError, Interrupted, MigfwError, PeerError, StreamError, described
@@ -61,13 +62,12 @@ def _reason(source: Source, error: BaseException) -> str:
         source.link.check()
     except PeerError:
         raise
-    except Interrupted:  # so it was not the return path that broke
-        if isinstance(error, Interrupted):
-            return "its connection was closed by migrate-pause"
+    except Interrupted:
+        pass  # so it was not the return path that broke
     except MigfwError as cause:
         if isinstance(error, ChannelError):  # it follows from the other
             return str(cause)
-    return str(error)
+    return "its connection was closed by migrate-pause" if source.link.paused else str(error)
 
 
 def await_resume(source: Source) -> MigrationStatus:
@@ -82,10 +82,13 @@ def await_resume(source: Source) -> MigrationStatus:
 
 
 def reconnect(source: Source) -> MigrationStatus:
-    """Dial. The stream will go on where it was: it has no second header, and the return path is taken to be open."""
+    """Dial the destination, and make sure that it is the same one. The stream will go on where it was: it has no second
+    header, and the return path is taken to be open."""
     try:
         source.link.connect()
         source.interrupt.check()
+        if source.secret is not None:
+            prove_source(source.link.channel, source.secret)
     except ChannelError as error:
         return pause(source, error)
     source.read_return_path()

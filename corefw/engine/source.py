@@ -52,6 +52,7 @@ class Source(OutgoingContext):
     left_at      time.monotonic() when it was handed over in postcopy; None before, and in precopy
     requests     the page requests over the present link, in postcopy
     requested    the channel of requested pages over the present link; None if they have none of their own
+    secret       what the destination, a migfw, knows of this migration in postcopy (identity.py); else None
     """
 
     sections: SectionWriter
@@ -96,6 +97,7 @@ class Source(OutgoingContext):
         self.confirmed = False
         self.stopped_at = 0.0
         self.left_at: float | None = None
+        self.secret: bytes | None = None
         self._started_there = False
         self._next_transport: Transport | None = None
 
@@ -115,7 +117,11 @@ class Source(OutgoingContext):
         """Ask the destination for a return path, and begin to read it. Raises PluginError; see
         read_return_path()."""
         self.read_return_path()
+        self.link.answers.handle(ReturnMessage.MIGFW_SECRET, self._note_secret)
         write_command(self.link.writer, Command.OPEN_RETURN_PATH)
+
+    def _note_secret(self, message: ReturnMessageRecord, _: StreamReader) -> None:
+        self.secret = message.body
 
     def read_return_path(self) -> None:
         """Begin to read the return path of the present link. Raises PluginError if a saver claims a message that

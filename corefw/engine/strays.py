@@ -48,10 +48,9 @@ class StrayChannels:
             )
 
     def stop(self) -> None:
-        """Close the listener and wait for the thread. Idempotent; does not raise."""
+        """Accept nothing more. The listener stays open. Idempotent; does not raise."""
         self._interrupt.set()
         self._thread.join()
-        self._listener.close()
 
     def _run(self) -> None:
         try:

@@ -88,6 +88,7 @@ class ReturnMessage(IntEnum):
     RESUME_ACK = 6
     SWITCHOVER_ACK = 7
     MIGFW_REASON = 0x6D01
+    MIGFW_SECRET = 0x6D02
 
 
 PLUGIN_MESSAGES: Final = range(0x7000, 0x8000)
@@ -103,6 +104,7 @@ RETURN_MESSAGE_LENGTHS: Final[dict[ReturnMessage, int | None]] = {
     ReturnMessage.RESUME_ACK: 4,
     ReturnMessage.SWITCHOVER_ACK: 0,
     ReturnMessage.MIGFW_REASON: None,
+    ReturnMessage.MIGFW_SECRET: 16,
 }
 RETURN_MESSAGE_LIMIT: Final = 512
 """The source accepts at most this many bytes of body (QEMU's source_return_path_thread)."""
@@ -111,6 +113,9 @@ MIGFW_PING: Final = 0x6D696766  # "migf"
 """The number of a PING by which a source says that it is a migfw: a QEMU only echoes it. A destination that saw it may
 send MIGFW_REASON before SHUT: why it could not load the guest, at most REASON_LIMIT bytes of UTF-8. QEMU never gets
 that message."""
+SECRET_LENGTH: Final = 16
+"""Bytes of MIGFW_SECRET, which a destination that saw MIGFW_PING sends when postcopy is announced: what both sides show
+to know when a connection is replaced."""
 PACKAGE_PING: Final = 3
 """The number of the PING in a postcopy package, right before RUN, as QEMU has it. Until its PONG has come the
 destination cannot have started the guest."""

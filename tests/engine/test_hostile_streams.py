@@ -90,7 +90,7 @@ def load(plugins: Plugins, machine: Machine, data: bytes) -> None:
     loaders = tail_of(machine).loaders(plugins.section_loaders(machine, settings))
     listener = OneChannel(Bytes(data))
     guest_lock = GuestLock(EventDispatcher())
-    destination = Destination(machine, settings, loaders, listener, guest_lock, lambda: False, accepts_again=False)
+    destination = Destination(machine, settings, loaders, listener, guest_lock, lambda: False, relisten=None)
     try:
         set_up(destination)
         load_guest(destination)

@@ -154,26 +154,6 @@ def test_a_connection_that_is_cut(move: Move, direction: Cut) -> None:
         move.completes()
 
 
-def test_a_recovery_that_fails_can_be_tried_again(move: Move) -> None:
-    move.switch()
-    move.source.pause_migration()
-    move.reaches(move.source, "postcopy-paused")
-    move.reaches(move.destination, "postcopy-paused")
-    move.source.migrate("tcp:127.0.0.1:1", resume=True)
-    assert wait_until(lambda: "127.0.0.1:1:" in (move.source.report().error or "")), move.source.report()
-    move.reaches(move.source, "postcopy-paused")
-    address = move.destination.recover(LISTEN)
-    with pytest.raises(StateError, match="already"):
-        move.destination.recover(LISTEN)
-    stranger = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])))
-    stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
-    assert wait_until(lambda: move.destination.incoming.status == "postcopy-paused" and not listens(address))
-    stranger.close()
-    recover(move)
-    move.hurry()
-    move.completes()
-
-
 def pause(move: Move) -> None:
     """Switch to postcopy, and break the connection."""
     move.switch()
@@ -182,37 +162,132 @@ def pause(move: Move) -> None:
     move.reaches(move.destination, "postcopy-paused")
 
 
-def test_a_stranger_who_is_silent_can_be_hung_up_on(move: Move) -> None:
-    """On either side: who answers to the address of the recovery may not be the one that is waited for."""
+def test_a_resume_that_fails_can_be_tried_again(move: Move) -> None:
     pause(move)
-    with socket.create_connection(host_and_port(move.destination.recover(LISTEN))):
-        move.reaches(move.destination, "postcopy-recover")
-        move.destination.pause_migration()
-        move.reaches(move.destination, "postcopy-paused")
-    with Peer() as peer:
-        move.source.migrate(peer.uri, resume=True)
-        move.reaches(move.source, "postcopy-recover")
-        peer.accept(answer=False)
+    move.source.migrate("tcp:127.0.0.1:1", resume=True)
+    assert wait_until(lambda: "127.0.0.1:1:" in (move.source.report().error or "")), move.source.report()
+    move.reaches(move.source, "postcopy-paused")
+    address = move.destination.recover(LISTEN)
+    recover(move)
+    assert not listens(address), "migrate-recover replaces the address that another one gave"
+    move.hurry()
+    move.completes()
+
+
+def test_a_resume_needs_no_migrate_recover(move: Move) -> None:
+    """The destination still listens where the guest came from, and its user may say so once more."""
+    address = move.destination.migrate_incoming(LISTEN)
+    move.limit()
+    for _ in range(2):
+        if move.source.outgoing.status == "postcopy-paused":
+            move.source.migrate(address, resume=True)
+        else:
+            move.source.migrate(address)
+            move.source.start_postcopy()
+        move.reaches(move.source, "postcopy-active")
+        move.reaches(move.destination, "postcopy-active")
         move.source.pause_migration()
         move.reaches(move.source, "postcopy-paused")
+        move.reaches(move.destination, "postcopy-paused")
+    assert move.destination.recover(address) == address
+    move.source.migrate(address, resume=True)
+    move.hurry()
+    move.completes()
+
+
+def test_a_destination_that_paused_on_purpose_waits_for_migrate_recover(move: Move) -> None:
+    address = move.destination.migrate_incoming(LISTEN)
+    move.limit()
+    move.source.migrate(address)
+    move.source.start_postcopy()
+    move.reaches(move.source, "postcopy-active")
+    move.reaches(move.destination, "postcopy-active")
+    move.destination.pause_migration()
+    move.reaches(move.source, "postcopy-paused")
+    move.reaches(move.destination, "postcopy-paused")
+    assert not listens(address)
     recover(move)
     move.hurry()
     move.completes()
+
+
+def test_a_source_may_be_back_before_the_break_was_noticed(move: Move) -> None:
+    """What tells the destination is that its source has come back."""
+    address = move.destination.migrate_incoming(LISTEN)
+    with CutProxy(address) as proxy:
+        move.limit()
+        move.source.migrate(proxy.uri)
+        move.source.start_postcopy()
+        move.reaches(move.source, "postcopy-active")
+        move.reaches(move.destination, "postcopy-active")
+        proxy.cut(Cut.BACKWARD)
+        move.reaches(move.source, "postcopy-paused")
+        move.source.migrate(address, resume=True)
+        move.hurry()
+        move.completes()
+
+
+# -- strangers ---------------------------------------------------------------------------------------------------------
+
+
+def test_strangers_at_the_recovery_keep_nobody_out(move: Move) -> None:
+    """One says nothing, one sends garbage, one pretends to be a QEMU that resumes."""
+    pause(move)
+    where = move.destination.recover(LISTEN)
+    with contextlib.ExitStack() as stack:
+        silent, *others = [stack.enter_context(socket.create_connection(host_and_port(where))) for _ in range(3)]
+        others[0].sendall(b"GET / HTTP/1.0\r\n\r\n")
+        others[1].sendall(bytes((SectionType.COMMAND, 0, Command.POSTCOPY_RESUME, 0, 0)))
+        for one in others:
+            one.settimeout(PATIENCE)
+            with contextlib.suppress(ConnectionError):
+                assert not one.recv(1), "it was answered"
+        assert move.destination.incoming.status == "postcopy-paused"
+        move.source.migrate(where, resume=True)
+        move.hurry()
+        move.completes()
+        silent.settimeout(PATIENCE)
+        with contextlib.suppress(ConnectionError):
+            assert not silent.recv(1)
 
 
 def test_a_stranger_who_stays_silent_is_hung_up_on(move: Move) -> None:
     pause(move)
     move.destination.set_parameters({"x-migfw-incoming-timeout": 100})
-    with socket.create_connection(host_and_port(move.destination.recover(LISTEN))) as stranger:
-        move.reaches(move.destination, "postcopy-recover")
-        move.reaches(move.destination, "postcopy-paused")
+    where = move.destination.recover(LISTEN)
+    with socket.create_connection(host_and_port(where)) as stranger:
         stranger.settimeout(PATIENCE)
         with contextlib.suppress(ConnectionError):
             assert not stranger.recv(1)
-    move.destination.set_parameters({"x-migfw-incoming-timeout": 0})
-    recover(move)
-    move.hurry()
-    move.completes()
+    assert move.destination.incoming.status == "postcopy-paused" and listens(where)
+
+
+def test_a_silent_stranger_at_the_address_can_be_hung_up_on(move: Move) -> None:
+    pause(move)
+    with Peer() as peer:
+        move.source.migrate(peer.uri, resume=True)
+        move.reaches(move.source, "postcopy-recover-setup")
+        peer.accept(answer=False)
+        move.source.pause_migration()
+        move.reaches(move.source, "postcopy-paused")
+    assert move.source.report().error == "its connection was closed by migrate-pause"
+
+
+def test_two_migrations_are_not_mixed(pair: Pair) -> None:
+    """Their RAM blocks have the same names, and both are paused."""
+    first, second = Move(pair), Move(pair)
+    for move in (first, second):
+        pause(move)
+    theirs = second.destination.recover(LISTEN)
+    first.source.migrate(theirs, resume=True)
+    assert wait_until(lambda: "destination of this migration" in (first.source.report().error or ""))
+    first.reaches(first.source, "postcopy-paused")
+    assert second.destination.incoming.status == "postcopy-paused"
+    second.source.migrate(theirs, resume=True)
+    recover(first)
+    for move in (first, second):
+        move.hurry()
+        move.completes()
 
 
 def host_and_port(uri: str) -> tuple[str, int]:
