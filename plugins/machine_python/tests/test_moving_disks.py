@@ -1,0 +1,123 @@
+"""A program that moves finds its disk where it arrives; where it cannot, it goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from corefw.engine import Engine
+from corefw.machine import BlockMachine, MachineConfig, RunState
+from corefw.plugins import Plugins
+from corefw.states import MigrationStatus
+from corefw.testing.tasks import wait_until
+from tests.helpers.engines import query_migrate
+
+PROGRAMS = Path(__file__).parent / "programs" / "disks.py"
+PATIENCE = 60.0
+S = MigrationStatus
+
+
+class Hosts:
+    """Engines with a program that has a disk."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+
+    def engine(self, program: str, image: Path, *, incoming: bool = False, **options: str) -> Engine:
+        plugins = Plugins.load()
+        machine = plugins.machine(
+            "python", MachineConfig(f"{PROGRAMS}:{program}", {"image": str(image), **options}, incoming)
+        )
+        engine = Engine(machine, plugins, plugins.settings())
+        engine.set_capabilities({"return-path": True})
+        self._stack.callback(engine.close)
+        return engine
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    with contextlib.ExitStack() as stack:
+        yield Hosts(stack)
+
+
+def step(engine: Engine) -> int:
+    return int(str(engine.verify()["step"]))
+
+
+def wait_for_more(engine: Engine) -> None:
+    before = step(engine)
+    assert wait_until(lambda: step(engine) > before + 100)
+
+
+def test_back_and_forth_on_one_file(hosts: Hosts, tmp_path: Path) -> None:
+    """Every verify() compares the whole disk with the steps that the program has done."""
+    image = tmp_path / "disk.raw"
+    here = hosts.engine("Writer", image)
+    here.cont()
+    for _ in range(2):
+        there = hosts.engine("Writer", image, incoming=True)
+        here.migrate(there.migrate_incoming("tcp:127.0.0.1:0"))
+        assert there.wait_incoming(PATIENCE) is S.COMPLETED
+        wait_for_more(there)
+        here.wait_outgoing(PATIENCE)
+        here.close()
+        here = there
+
+
+def test_in_postcopy_an_array_is_written_that_has_not_arrived(hosts: Hosts, tmp_path: Path) -> None:
+    image = tmp_path / "disk.raw"
+    source = hosts.engine("Grid", image)
+    destination = hosts.engine("Grid", image, incoming=True)
+    for engine in (source, destination):
+        engine.set_capabilities({"postcopy-ram": True})
+    source.cont()
+    source.set_parameters({"max-bandwidth": 1 << 20})
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    source.start_postcopy()
+    assert destination.wait_incoming(PATIENCE) is S.COMPLETED
+    assert destination.verify() == {"starts": 2}
+
+
+def test_a_disk_of_another_length_is_refused(hosts: Hosts, tmp_path: Path) -> None:
+    source = hosts.engine("Writer", tmp_path / "one.raw")
+    (tmp_path / "other.raw").write_bytes(bytes(8192 * 512))
+    destination = hosts.engine("Writer", tmp_path / "other.raw", incoming=True, sectors="8192")
+    source.cont()
+    source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    assert source.wait_outgoing(PATIENCE) is S.FAILED
+    assert (
+        "this program has different disks: 'disk0' is 2097152 bytes at the source and 4194304 bytes at the destination"
+        " (both sides need the same files)"
+    ) in query_migrate(source)["error-desc"]
+    assert source.machine.run_state is RunState.RUNNING
+    source.verify()
+
+
+def test_a_guest_whose_disk_is_in_use_there_goes_on_here(hosts: Hosts, tmp_path: Path) -> None:
+    """The destination has a copy, which another process has locked."""
+    image, copy = tmp_path / "disk.raw", tmp_path / "copy.raw"
+    source = hosts.engine("Writer", image)
+    shutil.copy(image, copy)
+    destination = hosts.engine("Writer", copy, incoming=True)
+    assert isinstance(source.machine, BlockMachine)
+    bitmap = source.machine.block_nodes()[0].add_bitmap("one", 512)
+    source.cont()
+    fd = os.open(copy, os.O_RDWR)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 101, 1, 0))
+        source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+        assert source.wait_outgoing(PATIENCE) is S.FAILED
+    finally:
+        os.close(fd)
+    assert "disk 'disk0' is in use" in query_migrate(source)["error-desc"]
+    assert wait_until(lambda: source.machine.run_state is RunState.RUNNING)
+    source.verify()
+    bitmap.clear()
+    assert wait_until(lambda: bitmap.count() > 0)
