@@ -18,6 +18,7 @@ from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
 from corefw.testing.tasks import wait_until
 from tests.helpers.engines import query_migrate
+from tests.helpers.users import run_as_an_ordinary_user
 
 PROGRAMS = Path(__file__).parent / "programs" / "disks.py"
 PATIENCE = 60.0
@@ -71,8 +72,8 @@ def test_back_and_forth_on_one_file(hosts: Hosts, tmp_path: Path) -> None:
         here = there
 
 
-def test_in_postcopy_an_array_is_written_that_has_not_arrived(hosts: Hosts, tmp_path: Path) -> None:
-    image = tmp_path / "disk.raw"
+def written_in_postcopy(hosts: Hosts, image: Path) -> object:
+    """Move a program that writes an array to its disk before the array has arrived; what verify() says there."""
     source = hosts.engine("Grid", image)
     destination = hosts.engine("Grid", image, incoming=True)
     for engine in (source, destination):
@@ -82,7 +83,23 @@ def test_in_postcopy_an_array_is_written_that_has_not_arrived(hosts: Hosts, tmp_
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     source.start_postcopy()
     assert destination.wait_incoming(PATIENCE) is S.COMPLETED
-    assert destination.verify() == {"starts": 2}
+    return destination.verify()
+
+
+def test_in_postcopy_an_array_is_written_that_has_not_arrived(hosts: Hosts, tmp_path: Path) -> None:
+    assert written_in_postcopy(hosts, tmp_path / "disk.raw") == {"starts": 2}
+
+
+def test_the_same_where_system_calls_do_not_wait() -> None:
+    """As a user whose system calls fail on pages that have not arrived."""
+    scenario = """
+import contextlib, pathlib, sys, tempfile
+sys.path.insert(0, sys.argv[1])
+from test_moving_disks import Hosts, written_in_postcopy
+with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    print(written_in_postcopy(Hosts(stack), pathlib.Path(folder) / "disk.raw"))
+"""
+    assert run_as_an_ordinary_user(scenario, str(PROGRAMS.parents[1])) == "{'starts': 2}"
 
 
 def test_a_disk_of_another_length_is_refused(hosts: Hosts, tmp_path: Path) -> None:
