@@ -41,6 +41,13 @@ def no_byte_runs() -> ByteRuns:
     return np.empty((0, 2), dtype=np.int64)
 
 
+def _set_bits(bits: NDArray[np.uint8], indices: NDArray[np.int64], masks: NDArray[np.uint8]) -> None:
+    """Or masks into the bytes with these indices, which ascend and may repeat."""
+    if len(indices):
+        new = np.flatnonzero(np.diff(indices, prepend=-1))
+        bits[indices[new]] |= np.bitwise_or.reduceat(masks, new)
+
+
 class DirtyBitmap:
     """A named dirty bitmap of one node; BlockNode.add_bitmap() creates it.
 
@@ -225,18 +232,30 @@ class DirtyBitmap:
     # -- for the node, which holds the lock ------------------------------------------------------------------------
 
     def _mark(self, runs: ByteRuns) -> None:
-        start, end = np.maximum(runs[:, 0], 0), np.minimum(runs[:, 1], self.node.length)
-        some = start < end
-        first, last = start[some] >> self._shift, (end[some] - 1) >> self._shift
+        first, last = self._granules(runs)
         low, high = first >> 3, last >> 3
         low_mask = (0xFF << (first & 7) & 0xFF).astype(np.uint8)
         high_mask = (0xFF >> (7 - (last & 7))).astype(np.uint8)
         one = low == high
-        np.bitwise_or.at(self._bits, low, np.where(one, low_mask & high_mask, low_mask))
-        np.bitwise_or.at(self._bits, high[~one], high_mask[~one])
+        _set_bits(self._bits, low, np.where(one, low_mask & high_mask, low_mask))
+        _set_bits(self._bits, high[~one], high_mask[~one])
         wide = high - low > 1
         for before, after in zip(low[wide].tolist(), high[wide].tolist(), strict=True):
             self._bits[before + 1 : after] = 0xFF
+
+    def _granules(self, runs: ByteRuns) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The first and last granules of what these ranges touch, in ascending order and apart."""
+        start, end = np.maximum(runs[:, 0], 0), np.minimum(runs[:, 1], self.node.length)
+        some = start < end
+        first, last = start[some] >> self._shift, (end[some] - 1) >> self._shift
+        if len(first) < 2:
+            return first, last
+        if (first[1:] < first[:-1]).any():
+            order = np.argsort(first, kind="stable")
+            first, last = first[order], last[order]
+        furthest = np.maximum.accumulate(last)
+        apart = np.flatnonzero(first[1:] > furthest[:-1] + 1)
+        return first[np.append(0, apart + 1)], furthest[np.append(apart, len(last) - 1)]
 
     def _runs(self) -> ByteRuns:
         found = [no_byte_runs()]

@@ -129,6 +129,24 @@ def test_a_guest_that_is_killed_leaves_bitmaps_that_have_every_write(make: Make,
         image.unlink()
 
 
+def test_a_write_that_the_guests_death_cuts_short_counts_as_done(make: Make, tmp_path: Path) -> None:
+    """The bitmap is cleared, and the guest killed, while the guest is writing its whole disk."""
+    image = tmp_path / "disk.raw"
+    machine = make("Bulk")
+    (node,) = machine.block_nodes()
+    bitmap = node.add_bitmap("one", 65536)
+    machine.start()
+    wait_for_bits(bitmap, 0)
+    with image.open("rb") as file:
+        bitmap.clear()
+        first = os.pread(file.fileno(), 1, 0)
+        while os.pread(file.fileno(), 1, 0) == first:
+            pass
+        os.kill(machine.pid, signal.SIGKILL)
+    wait_for(machine, RunState.INTERNAL_ERROR)
+    assert bitmap.count() == node.length
+
+
 def test_the_file_is_open_and_locked_while_the_guest_runs(make: Make) -> None:
     one, other = make("Writer"), make("Writer", incoming=True)
     one.start()

@@ -64,14 +64,14 @@ class WriteLog:
         except (OSError, ValueError) as error:
             os.close(fd)
             raise MachineError(f"cannot map {format_size(size)} for the log of a disk's writes: {error}") from None
-        self._header = np.frombuffer(mapping, dtype=np.uint64, count=3)
+        self._header = memoryview(mapping)[:24].cast("Q")
         self._sectors = np.frombuffer(mapping, dtype=np.uint8, offset=_HEADER)
 
     # -- the guest's side ------------------------------------------------------------------------------------------
 
     def begin(self, offset: int, end: int) -> None:
         """Note that a write to these bytes is about to begin."""
-        self._header[1:] = offset // SECTOR, -(-end // SECTOR)
+        self._header[1], self._header[2] = offset // SECTOR, -(-end // SECTOR)
         self._header[0] = 1
 
     def finish(self, offset: int, end: int) -> None:
@@ -119,5 +119,5 @@ class WriteLog:
 
     def close(self) -> None:
         """Free the memory."""
-        self._header, self._sectors = np.empty(0, np.uint64), np.empty(0, np.uint8)
+        self._header, self._sectors = memoryview(b""), np.empty(0, np.uint8)
         os.close(self.fd)

@@ -37,6 +37,18 @@ class Writer(guest.Program):
         return {"step": self.step}
 
 
+class Bulk(guest.Program):
+    """Writes its whole disk in one go, with a number that changes."""
+
+    image = guest.option("image", "disk.raw")
+    disk = guest.disk("disk0", path=lambda options: options.image, size=64 << 20)
+    step = guest.field("u64")
+
+    def tick(self) -> None:
+        self.step += 1
+        self.disk.pwrite(bytes([1 + self.step % 255]) * self.disk.length, 0)
+
+
 class Counter(guest.Program):
     """Writes where it is told to, so that a test knows what is dirty: one sector a tick, in order; then it waits."""
 
