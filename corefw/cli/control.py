@@ -75,8 +75,7 @@ def quit_engine(name: str | None, qmp: str | None) -> None:
       migfw quit --name heat
     """
     with connect(name, qmp) as engine:
-        engine.call("quit")
-        if not engine.wait_end(QUIT_SECONDS):
+        if not engine.quit(QUIT_SECONDS):
             raise MigfwError(f"the engine at {engine.address} was asked to quit, but is still running")
 
 

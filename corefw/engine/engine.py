@@ -35,6 +35,8 @@ from corefw.states import CONNECTED, IDLE, POSTCOPY, MigrationStatus, Side, Stat
 _S = MigrationStatus
 MIGRATION_ACTIVE: Final = "There's a migration process in progress"
 NOT_PAUSED: Final = frozenset(MigrationStatus) - {_S.POSTCOPY_PAUSED}
+INCOMPLETE: Final = frozenset({_S.POSTCOPY_PAUSED, _S.POSTCOPY_RECOVER})
+"""Statuses of a destination in which no page of the guest arrives."""
 RESUME_WAIT: Final = 1.0
 """Seconds that a resumed migration has to leave postcopy-paused, so that the next query-migrate says how it goes."""
 WAITS: Final = "Guest is waiting for an incoming migration"
@@ -92,15 +94,18 @@ class Engine(MigrationControl):
     # -- the guest -------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Pause the guest. Does nothing if it is not running."""
-        with self._guest_lock.held():
+        """Pause the guest. Does nothing if it is not running. Raises StateError if it waits for a page that cannot come
+        before a postcopy migration is recovered, MachineError."""
+        with self._guest_lock.unless(self._check_pages_come):
             if self.machine.run_state is RunState.RUNNING:
+                if self.incoming.status in INCOMPLETE and self.inbound.guest_waits():
+                    self._check_pages_come()
                 self.machine.stop(RunState.PAUSED)
 
     def cont(self) -> None:
         """Let the guest run. Raises StateError if it is not here yet, has ended, or has moved, which a destination has
         to have confirmed."""
-        with self._guest_lock.held():
+        with self._guest_lock.unless(self._check_pages_come):
             state = self.machine.run_state
             if state is RunState.RUNNING:
                 return
@@ -114,13 +119,18 @@ class Engine(MigrationControl):
         """Let the guest verify its own state. Raises UsageError if it cannot, MachineError if the state is wrong."""
         if not isinstance(self.machine, VerifiableMachine):
             raise UsageError(f"a machine of kind '{self.machine.kind}' cannot verify itself")
-        with self._guest_lock.held():
+        with self._guest_lock.unless(self._check_pages_come):
             if self.machine.run_state is RunState.INMIGRATE:
                 raise StateError(WAITS)
             self._check_not_held()
-            if self.incoming.status in (_S.POSTCOPY_PAUSED, _S.POSTCOPY_RECOVER):
-                raise StateError("a part of the guest's RAM is missing until the postcopy migration is recovered")
+            self._check_pages_come()
             return self.machine.verify()
+
+    def _check_pages_come(self) -> None:
+        """Raise StateError if the guest's RAM is incomplete and nothing of it arrives: whatever waits for the guest
+        might wait for ever."""
+        if self.incoming.status in INCOMPLETE:
+            raise StateError("a part of the guest's RAM is missing until the postcopy migration is recovered")
 
     def _check_is_ours(self) -> None:
         """Raise StateError if the guest is not here yet, or has moved."""

@@ -138,6 +138,10 @@ class Inbound:
         self._present.pause()
         return True
 
+    def guest_waits(self) -> bool:
+        """Whether the guest waits for a page that has not arrived."""
+        return self._present is not None and self._present.guest_waits()
+
     def recover_at(self, uri: str) -> str:
         """Have a postcopy that is paused wait for its source. See Engine.recover."""
         transport = self._plugins.transport(uri, self._settings)

@@ -80,6 +80,11 @@ class IncomingMigration:
         measured = self._destination.blocktime
         return measured.report() if measured is not None else None
 
+    def guest_waits(self) -> bool:
+        """Whether the guest waits for a page that has not arrived."""
+        guest = self._destination.guest
+        return guest is not None and guest.faults.guest_waits()
+
     def preallocation(self) -> AllocationReport:
         """How much of the guest's RAM is allocated."""
         return AllocationReport(*self._destination.preallocation.progress())

@@ -48,6 +48,10 @@ class PageFaults:
             for block, loader in self._loaders.items():
                 self._request(block, loader.outstanding(block))
 
+    def guest_waits(self) -> bool:
+        """Whether a thread of the guest waits for a page that has not arrived."""
+        return any(len(loader.outstanding(block)) for block, loader in self._loaders.items())
+
     def check_complete(self) -> None:
         """Raise StreamError if a page has not arrived."""
         for block, loader in self._loaders.items():
@@ -57,6 +61,7 @@ class PageFaults:
     def release(self) -> None:
         """Let the guest see all of its RAM, and end. Idempotent; does not raise."""
         self._stop()
+        self._loaders = {}
         self._source.release()
 
     def close(self) -> None:

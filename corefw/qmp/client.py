@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from struct import Struct
 from typing import Any, Final
 
 from corefw.closing import Closing
@@ -33,6 +34,7 @@ REPLY_SECONDS: Final = 600.0
 _CHUNK: Final = 1 << 16
 _BUSY: Final = "it sends no greeting (QEMU serves one client at a time: is another one connected?)"
 _RETRY: Final = 0.02
+_CREDENTIALS: Final = Struct("3i")  # pid, uid, gid
 _EVENTS: Final = 1 << 16
 """Events that are kept for a caller who does not ask for them; beyond that the oldest are dropped."""
 
@@ -105,6 +107,14 @@ class QmpClient(Closing):
         deadline = time.monotonic() + seconds
         while (event := self.wait_event(max(0.0, deadline - time.monotonic()))) is not None:
             yield event
+
+    def server_process(self) -> int | None:
+        """The id of the process that listens at the address; None if it is on another host or not visible here."""
+        if self._socket.family != socket.AF_UNIX:
+            return None
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid: int = _CREDENTIALS.unpack(credentials)[0]
+        return pid or None
 
     def close(self) -> None:
         """Idempotent; does not raise."""

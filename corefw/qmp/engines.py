@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import re
+import select
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,13 +95,18 @@ class EngineClient:
         """The names of all its capabilities."""
         return frozenset(entry["capability"] for entry in self.call("query-migrate-capabilities"))
 
-    def wait_end(self, seconds: float) -> bool:
-        """Wait until the engine has ended. Returns False if it still answers after `seconds`."""
-        try:
-            for _ in self.client.events(seconds):
-                pass
-        except ChannelError:
-            return True
+    def quit(self, seconds: float) -> bool:
+        """End the engine, and wait until its process has ended, or on another host until it has hung up. Returns False
+        if it has not after `seconds`. Raises UsageError, ChannelError."""
+        deadline = time.monotonic() + seconds
+        with contextlib.ExitStack() as stack:
+            process = stack.enter_context(_process_of(self.client))
+            self.call("quit")
+            try:
+                for _ in self.client.events(seconds):
+                    pass
+            except ChannelError:
+                return process is None or bool(process.poll(max(0.0, deadline - time.monotonic()) * 1000))
         return False
 
     def wait_idle(self) -> str:
@@ -108,6 +114,25 @@ class EngineClient:
         while (status := self.migration_status()) in _UNDER_WAY:
             time.sleep(POLL)
         return status
+
+
+@contextlib.contextmanager
+def _process_of(client: QmpClient) -> Iterator[select.poll | None]:
+    """Poll for the end of the process at the other end; None if it cannot be seen from here."""
+    pid = client.server_process()
+    try:
+        fd = os.pidfd_open(pid) if pid is not None else -1
+    except OSError:
+        fd = -1
+    if fd < 0:
+        yield None
+        return
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        yield poll
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ def test_it_says_where_it_is_and_quits(engines: Engines) -> None:
     assert engine.line == f"migfw: 'stress', QMP at unix:{engines.runtime}/migfw/stress.qmp; the guest is running"
     done = migfw("quit", runtime=engines.runtime)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert engine.process.poll() == 0, "the process has ended when the command returns"
     assert engine.finish() == (0, "", "")
     assert engines.sockets() == []
 

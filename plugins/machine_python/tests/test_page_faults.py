@@ -88,6 +88,20 @@ def test_a_guest_that_waits_for_a_page_before_it_runs_is_given_time() -> None:
         machine.close()
 
 
+def test_a_guest_that_does_not_start_once_its_pages_are_there() -> None:
+    machine = PythonMachine(MachineConfig(f"{PLAIN}:Dawdles", {}, incoming=True))
+    state = machine.devices()[0].state
+    setattr(state, SET_UP, True)
+    state.steps = STEPS  # type: ignore[attr-defined]
+    machine.watch_faults().release()
+    try:
+        with pytest.raises(MachineError, match="did not start within"):
+            machine.start()
+        assert machine.run_state is RunState.INMIGRATE
+    finally:
+        machine.close()
+
+
 def test_a_host_that_cannot_is_named(machine: PythonMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     def deny(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")

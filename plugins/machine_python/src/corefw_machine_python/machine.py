@@ -48,6 +48,8 @@ VERIFY_TIMEOUT: Final = 600.0
 ORDER_TIMEOUT: Final = 60.0
 LOOK_TIMEOUT: Final = 1.0
 """Seconds to wait for the answer of a running guest, which may be in the middle of a tick."""
+BRIEF_LOOK: Final = 0.1
+"""The same while it may wait for pages in postcopy."""
 
 SYSTEM_CALLS: Final = (
     "in postcopy a system call on an array fails with EFAULT while its pages are missing: the program has to call"
@@ -204,7 +206,7 @@ class PythonMachine(PostcopyMachine, BlockMachine, VerifiableMachine, Throttlabl
         if self._run_state in DEAD or self._closed:
             return
         try:
-            answer, _ = self._guest.ask("look", LOOK_TIMEOUT)
+            answer, _ = self._guest.ask("look", BRIEF_LOOK if self._awaits_pages else LOOK_TIMEOUT)
         except MachineError as error:  # keep the last known values; a stop asks again
             log.debug("the guest did not report its status: %s", error)
             return
@@ -265,8 +267,8 @@ class PythonMachine(PostcopyMachine, BlockMachine, VerifiableMachine, Throttlabl
             try:
                 # No limit for a guest that is not running until setup() has returned, nor while it may wait for pages.
                 fresh = not getattr(self._device.state, SET_UP)
-                patience = None if fresh or self._awaits_pages else self._patience
-                answer, _ = self._guest.ask("start", patience, **self._fields())
+                patience = None if fresh else self._patience
+                answer, _ = self._guest.ask("start", patience, excused=lambda: self._awaits_pages, **self._fields())
             except GuestTimeout:
                 self._guest.tell("stop", whole=False)
                 raise MachineError(
@@ -296,6 +298,11 @@ class PythonMachine(PostcopyMachine, BlockMachine, VerifiableMachine, Throttlabl
         except GuestTimeout:
             # After the tick the guest finds both requests, so it keeps running.
             self._guest.tell("resume")
+            if self._awaits_pages:
+                raise MachineError(
+                    f"the guest did not stop within {self._patience:g} s, because it waits for pages that have not"
+                    " arrived in postcopy; it keeps running"
+                ) from None
             raise MachineError(
                 f"the guest did not stop within {self._patience:g} s, because its tick() takes longer; it keeps running"
                 f" (do less in a tick, or give '{self._loaded['name']}' a larger stop_timeout)"

@@ -30,6 +30,8 @@ START_TIMEOUT = 60.0
 """Seconds that a new interpreter may take to import the program's module."""
 
 QUIT_TIMEOUT = 1.0
+POLL = 0.1
+"""Seconds between two looks at whether the guest is excused from answering."""
 
 
 class GuestTimeout(MachineError):
@@ -88,9 +90,16 @@ class GuestProcess:
     # -- asking ----------------------------------------------------------------------------------------------------
 
     def ask(
-        self, command: str, seconds: float | None, *, fds: Sequence[int] = (), **fields: object
+        self,
+        command: str,
+        seconds: float | None,
+        *,
+        fds: Sequence[int] = (),
+        excused: Callable[[], bool] | None = None,
+        **fields: object,
     ) -> tuple[Message, list[int]]:
         """Send a request and wait for the answer and its descriptors, which the caller owns. `seconds` None: no limit.
+        They begin to count once `excused()` is false.
 
         Raises UsageError or MachineError as the guest answered, MachineError when it is dead, GuestTimeout.
         """
@@ -102,7 +111,7 @@ class GuestProcess:
             self._waiting[number] = answers
         try:
             self._send({"command": command, "id": number, **fields}, fds)
-            got = answers.get(timeout=seconds)
+            got = _next(answers, seconds, excused)
         except queue.Empty:
             raise GuestTimeout(f"the guest did not answer '{command}' within {seconds:g} s") from None
         finally:
@@ -203,6 +212,20 @@ class GuestProcess:
         os.close(self._lifeline)
         os.close(self._pidfd)
         self._link.close()
+
+
+def _next(
+    answers: queue.SimpleQueue[tuple[Message, list[int]] | None],
+    seconds: float | None,
+    excused: Callable[[], bool] | None,
+) -> tuple[Message, list[int]] | None:
+    """The answer; see GuestProcess.ask(). Raises queue.Empty."""
+    while excused is not None and seconds is not None and excused():
+        try:
+            return answers.get(timeout=POLL)
+        except queue.Empty:
+            continue
+    return answers.get(timeout=seconds)
 
 
 def _how(status: int) -> str:

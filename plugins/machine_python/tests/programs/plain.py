@@ -60,6 +60,17 @@ class LooksAround(Plain):
         self.steps += int(self.small[0, 0])
 
 
+class Dawdles(Plain):
+    """Takes too long to start where it has arrived."""
+
+    stop_timeout = 0.3
+
+    def after_start(self) -> None:
+        self.began = getattr(self, "began", self.steps)
+        if self.began:
+            time.sleep(2)
+
+
 class Silent(guest.Program):
     """Has neither arrays nor verify()."""
 

@@ -1,0 +1,89 @@
+"""What can be done with a guest whose RAM is still arriving, and one that does not start."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from corefw.errors import StateError
+from corefw.machine import MachineConfig, RunState
+from corefw.testing.tasks import Task, wait_until
+from tests.helpers.engines import PATIENCE, Pair, arrived, ended
+from tests.helpers.moving import LISTEN, Move
+
+PLAIN = Path(__file__).parents[2] / "plugins" / "machine_python" / "tests" / "programs" / "plain.py"
+
+
+@pytest.fixture
+def move(pair: Pair) -> Iterator[Move]:
+    yield Move(pair)
+
+
+def pause(move: Move) -> None:
+    move.source.pause_migration()
+    move.reaches(move.source, "postcopy-paused")
+    move.reaches(move.destination, "postcopy-paused")
+
+
+def recover(move: Move) -> None:
+    move.source.migrate(move.destination.recover(LISTEN), resume=True)
+    move.hurry()
+
+
+def test_a_guest_that_waits_for_a_page_cannot_be_stopped_while_none_comes(move: Move) -> None:
+    move.switch()
+    pause(move)
+    assert wait_until(move.destination.inbound.guest_waits)
+    with pytest.raises(StateError, match="until the postcopy migration is recovered"):
+        move.destination.stop()
+    assert move.destination.machine.run_state is RunState.RUNNING
+    recover(move)
+    move.completes()
+    move.destination.stop()
+    assert str(move.destination.machine.run_state) == "paused"
+
+
+def test_a_guest_that_waits_before_it_runs_keeps_no_command_waiting(
+    move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, start = move.destination.machine, move.destination.machine.start
+    began, proceed = threading.Event(), threading.Event()
+
+    def wait_and_start() -> None:
+        began.set()
+        assert proceed.wait(PATIENCE)
+        start()
+
+    monkeypatch.setattr(machine, "start", wait_and_start)
+    move.switch()
+    assert began.wait(PATIENCE)
+    pause(move)
+    commands: list[Callable[[], object]] = [move.destination.stop, move.destination.cont, move.destination.verify]
+    for command in commands:
+        with pytest.raises(StateError, match="until the postcopy migration is recovered"):
+            Task("a command", command).result(PATIENCE)
+    proceed.set()
+    recover(move)
+    move.completes()
+
+
+def test_a_guest_that_does_not_start_in_time_goes_on_at_the_source(pair: Pair) -> None:
+    """Its after_start() takes longer than stop_timeout, although every page has arrived."""
+    source, destination = (
+        pair.engine(pair.plugins.machine("python", MachineConfig(f"{PLAIN}:Dawdles", {}, incoming)), {})
+        for incoming in (False, True)
+    )
+    source.cont()
+    assert wait_until(lambda: source.machine.run_state is RunState.RUNNING)
+    source.set_capabilities({"postcopy-ram": True})
+    source.set_parameters({"x-migfw-postcopy-start": "now"})
+    assert wait_until(lambda: int(str(source.verify()["steps"])) > 0)
+    source.migrate(destination.migrate_incoming(LISTEN))
+    assert ended(source) == "failed" and arrived(destination) == "failed"
+    assert "did not start within" in (source.report().error or "")
+    assert source.machine.run_state is RunState.RUNNING
+    source.verify()
+    assert destination.machine.run_state is RunState.INMIGRATE
