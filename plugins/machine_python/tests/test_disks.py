@@ -188,6 +188,22 @@ def test_a_program_that_is_stopped_cannot_write(make: Make) -> None:
     assert wait_until(lambda: fields(machine)["refused"] == expected)
 
 
+def test_a_forked_process_does_not_keep_the_lock(make: Make) -> None:
+    one, other = make("Forks"), make("Forks", incoming=True)
+    one.start()
+    one.stop(RunState.PAUSED)
+    other.start()
+
+
+def test_threads_may_read_at_any_time(make: Make) -> None:
+    machine = make("Readers")
+    for _ in range(20):
+        machine.start()
+        machine.stop(RunState.PAUSED)
+    machine.start()
+    assert fields(machine)["wrong"] == ""
+
+
 @pytest.mark.parametrize(
     ("what", "reason"),
     [

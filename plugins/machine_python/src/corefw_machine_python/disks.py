@@ -7,6 +7,7 @@ stale cached data, and two guests never write to one file.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -15,7 +16,8 @@ import stat
 import struct
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, overload
 
@@ -36,7 +38,10 @@ DiskSize = int | None | Callable[[Any], int | None]
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,30}\Z")
 """What QEMU takes for the name of a node."""
 
-_LOCKS: Final = tuple(struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, start, 3, 0) for start in (101, 201))
+_LOCKS, _UNLOCKS = (
+    tuple(struct.pack("hhqqi", kind, os.SEEK_SET, start, 3, 0) for start in (101, 201))
+    for kind in (fcntl.F_WRLCK, fcntl.F_UNLCK)
+)
 """The bytes that a QEMU locks when it writes to an image, and when it lets nobody else do so (QEMU 10.0,
 block/file-posix.c). Readers that share the image (force-share) need neither."""
 
@@ -57,8 +62,10 @@ class Disk:
         self.path: Final = path
         self.length: Final = length
         self._log = log
-        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._using = threading.Condition()  # of _fd and _users
         self._fd = -1
+        self._users = 0  # calls that use _fd
         self._process = os.getpid()
 
     def __repr__(self) -> str:
@@ -69,12 +76,12 @@ class Disk:
     def pread(self, length: int, offset: int) -> bytes:
         """Read exactly `length` bytes from `offset` on. Raises ValueError for bytes beyond the end, OSError."""
         self._check(length, offset)
-        fd = self._fd if self._fd >= 0 else os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return self._read(fd, length, offset)
-        finally:
-            if fd != self._fd:
-                os.close(fd)
+        if os.getpid() == self._process:
+            with self._file() as fd:
+                if fd >= 0:
+                    return self._read(fd, length, offset)
+        with Path(self.path).open("rb") as file:
+            return self._read(file.fileno(), length, offset)
 
     def _read(self, fd: int, length: int, offset: int) -> bytes:
         data = bytearray()
@@ -92,37 +99,40 @@ class Disk:
         Raises ValueError for bytes beyond the end, OSError, RuntimeError while the guest is stopped and in a forked
         process.
         """
-        view = (data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else memoryview(data)).cast("B")
-        self._check(len(view), offset)
-        if not view:
-            return
+        view = data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else memoryview(data)
+        self._check(view.nbytes, offset)
         self._check_process()
-        with self._lock:
-            if self._fd < 0:
+        if not view.nbytes:
+            return
+        view = view.cast("B")
+        with self._writing, self._file() as fd:
+            if fd < 0:
                 raise RuntimeError(f"disk '{self.name}': a program that is stopped cannot write to it")
             self._log.begin(offset, offset + len(view))
             try:
-                self._write(view, offset)
+                _write(fd, view, offset)
             finally:
                 self._log.finish(offset, offset + len(view))
-
-    def _write(self, view: memoryview, offset: int) -> None:
-        while view:
-            try:
-                count = os.pwrite(self._fd, view, offset)
-            except OSError as error:
-                if error.errno != errno.EFAULT:
-                    raise
-                # Pages of an array that are still on their way (postcopy). Copying them waits for them.
-                count = os.pwrite(self._fd, bytes(view[:_COPIED]), offset)
-            view, offset = view[count:], offset + count
 
     def flush(self) -> None:
         """Wait until everything that was written is on the disk. A stop does it by itself. Raises OSError."""
         self._check_process()
-        with self._lock:
-            if self._fd >= 0:
-                os.fdatasync(self._fd)
+        with self._file() as fd:
+            if fd >= 0:
+                os.fdatasync(fd)
+
+    @contextmanager
+    def _file(self) -> Iterator[int]:
+        """The descriptor of the file, which stays open during the block; -1 while the program is stopped."""
+        with self._using:
+            fd = self._fd
+            self._users += 1
+        try:
+            yield fd
+        finally:
+            with self._using:
+                self._users -= 1
+                self._using.notify_all()
 
     def _check(self, length: int, offset: int) -> None:
         if length < 0 or not 0 <= offset <= self.length - length:
@@ -164,17 +174,35 @@ class Disk:
             sys.stderr.write(f"migfw: disk '{self.name}' is not locked: {self.path}: {error.strerror}\n")
 
     def close(self) -> None:
-        """Wait for a write under way, flush and close the file. Does nothing if it is closed. Raises MachineError, with
-        the disk open."""
-        with self._lock:
-            if self._fd < 0:
-                return
-            try:
-                os.fdatasync(self._fd)
-            except OSError as error:
-                raise MachineError(f"cannot flush disk '{self.name}': {self.path}: {error.strerror}") from None
-            os.close(self._fd)
-            self._fd = -1
+        """Wait for calls under way, flush, unlock and close the file. Does nothing if it is closed. Raises
+        MachineError, with the disk open."""
+        with self._using:
+            fd, self._fd = self._fd, -1
+            self._using.wait_for(lambda: not self._users)
+        if fd < 0:
+            return
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            self._fd = fd
+            raise MachineError(f"cannot flush disk '{self.name}': {self.path}: {error.strerror}") from None
+        # Closing is not enough: a process that the program has forked has the file open, too.
+        with contextlib.suppress(OSError):
+            for lock in _UNLOCKS:
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
+        os.close(fd)
+
+
+def _write(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        try:
+            count = os.pwrite(fd, view, offset)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            # Pages of an array that are still on their way (postcopy). Copying them waits for them.
+            count = os.pwrite(fd, bytes(view[:_COPIED]), offset)
+        view, offset = view[count:], offset + count
 
 
 class DeclaredDisk:

@@ -144,6 +144,55 @@ class Background(guest.Program):
         self.ticks += 1
 
 
+class Forks(guest.Program):
+    """Has a child that inherits everything and lives until the guest ends."""
+
+    image = guest.option("image", "disk.raw")
+    disk = guest.disk("disk0", path=lambda options: options.image, size=SECTOR)
+    ticks = guest.field("u64")
+
+    def after_start(self) -> None:
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            os.close(writing)
+            os.read(reading, 1)
+            os._exit(0)
+
+    def tick(self) -> None:
+        self.disk.pwrite(b"x" * SECTOR, 0)
+        self.ticks += 1
+
+
+class Readers(guest.Program):
+    """Threads read all the time, also while the program is stopped, and find what is there."""
+
+    image = guest.option("image", "disk.raw")
+    disk = guest.disk("disk0", path=lambda options: options.image, size=1 << 16)
+    ticks = guest.field("u64")
+    wrong = guest.field("str[200]")
+
+    def setup(self) -> None:
+        self.disk.pwrite(b"x" * self.disk.length, 0)
+
+    def after_start(self) -> None:
+        if not hasattr(self, "threads"):
+            self.threads = [threading.Thread(target=self._read, daemon=True) for _ in range(4)]
+            for thread in self.threads:
+                thread.start()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                assert self.disk.pread(4096, 4096) == b"x" * 4096
+        except BaseException as error:
+            self.wrong = repr(error)
+            raise
+
+    def tick(self) -> None:
+        self.disk.pwrite(b"x", self.ticks % self.disk.length)
+        self.ticks += 1
+
+
 class Twice(guest.Program):
     """Two disks of one name."""
 
