@@ -236,7 +236,7 @@ class Ours(Side):
 
     name = "migfw"
     unlimited = 0
-    postcopy_capabilities = ("postcopy-ram", "postcopy-blocktime")
+    postcopy_capabilities = ("postcopy-ram", "postcopy-preempt", "postcopy-blocktime")
 
     def command(self, guest: Guest, folder: Path, *, incoming: bool) -> list[str]:
         working_set = min(guest.working_set, guest.ram)
