@@ -19,6 +19,7 @@ from corefw.channel import Interrupt
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.errors import ANYTHING, ChannelError, Interrupted, StreamError
 from corefw.machine import FaultSource, RamBlock
+from corefw.memory.runs import distinct
 from corefw.section import PostcopyLoader
 from corefw.wire.returnpath import PageRequest
 
@@ -78,7 +79,7 @@ class PageFaults:
             try:
                 self._interrupt.wait_for(self._source.fileno(), select.POLLIN)
                 for block, waiting in self._source.poll().items():
-                    self._request(block, self._loaders[block].wait_for(block, np.unique(waiting[:, 0])))
+                    self._request(block, self._loaders[block].wait_for(block, distinct(waiting[:, 0])))
             except Interrupted:
                 return
             except ANYTHING:

@@ -16,6 +16,18 @@ def no_runs() -> Runs:
     return np.empty((0, 2), dtype=np.int64)
 
 
+def distinct(pages: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Page numbers in ascending order, each once.
+
+    np.unique() imports numpy.ma when it is first called, which takes 10 to 40 ms: too long for a guest that waits for a
+    page, or stands still.
+    """
+    if not (pages[1:] > pages[:-1]).all():
+        pages = np.sort(pages)
+        pages = pages[np.concatenate(([True], pages[1:] > pages[:-1]))]
+    return pages
+
+
 def runs_of_pages(pages: NDArray[np.int64]) -> Runs:
     """Convert ascending page numbers without repetitions to runs."""
     if len(pages) == 0:

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from corefw.machine import FaultSource, Machine, PostcopyMachine, RunState, VerifiableMachine
-from corefw.memory.runs import runs_of_pages
+from corefw.memory.runs import distinct, runs_of_pages
 from corefw.testing.machine_bench import Bench, assert_state, check, load_devices, save_devices
 from corefw.testing.tasks import Task
 
@@ -53,7 +53,7 @@ def _serve(machine: Machine, faults: FaultSource) -> int:
         if not ready and machine.run_state is RunState.RUNNING:
             break
         for idstr, waiting in faults.poll().items():
-            pages = np.unique(waiting[:, 0])
+            pages = distinct(waiting[:, 0])
             served += len(pages)
             faults.install(blocks[idstr], runs_of_pages(pages))
     return served

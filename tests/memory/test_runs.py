@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corefw.memory.runs import join, no_runs, runs_of_mask, runs_of_pages
+from corefw.memory.runs import distinct, join, no_runs, runs_of_mask, runs_of_pages
 from tests.helpers.pages import pages_of
 
 PAGES = st.sets(st.integers(0, 200))
@@ -18,6 +18,11 @@ def test_pages_to_runs_and_back(pages: set[int]) -> None:
     runs = runs_of_pages(numbers)
     assert pages_of(runs) == sorted(pages)
     assert (runs[1:, 0] > runs[:-1, 1]).all()
+
+
+@given(st.lists(st.integers(0, 20)))
+def test_distinct_pages_are_in_order_and_each_is_there_once(pages: list[int]) -> None:
+    assert distinct(np.array(pages, dtype=np.int64)).tolist() == sorted(set(pages))
 
 
 @given(PAGES, st.integers(0, 5))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from corefw.errors import ANYTHING, StreamError
 from corefw.machine import FaultSource, Machine, RamBlock
-from corefw.memory.runs import Runs, runs_of_mask, runs_of_pages
+from corefw.memory.runs import Runs, distinct, runs_of_mask, runs_of_pages
 from corefw.section import IncomingContext
 from corefw_ram.load import LoadedBlock, PageLoader
 
@@ -54,7 +54,7 @@ class ArrivingBlock(LoadedBlock):
             self.block.store(pages, data)
         with self._lock:
             self._received[pages] = True
-        self._install(runs_of_pages(np.unique(pages)))
+        self._install(runs_of_pages(distinct(pages)))
 
     def fill(self, pages: NDArray[np.int64], value: int) -> None:
         """Zeros stay where nothing is allocated until the guest touches them."""
@@ -64,7 +64,7 @@ class ArrivingBlock(LoadedBlock):
         with self._lock:
             self._received[pages] = True
             seen = pages if value else pages[self._awaited[pages]]
-        self._install(runs_of_pages(np.unique(seen)))
+        self._install(runs_of_pages(distinct(seen)))
 
     def _claim(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of these pages the caller is to store."""
@@ -99,7 +99,7 @@ class ArrivingBlock(LoadedBlock):
         return runs_of_pages(missing)
 
     def _received_around(self, pages: NDArray[np.int64]) -> Runs:
-        groups = np.unique(pages // AROUND)
+        groups = distinct(pages // AROUND)
         near = (groups[:, np.newaxis] * AROUND + np.arange(AROUND)).ravel()
         near = near[near < len(self._received)]
         return runs_of_pages(near[self._received[near]])
