@@ -58,6 +58,7 @@ _SHOWN: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "dirty-log": ("dirty log", _phrase),
     "value-sizes": ("values", _sizes),
     "before-stop": ("before_stop()", _phrase),
+    "ram-arriving": ("still arriving", lambda _: "its RAM, in postcopy; it cannot be sent on before all of it is here"),
     "devices": ("devices", _devices),
     "device-state": ("device state", _size),
 }

@@ -17,6 +17,9 @@ TICK: Final = 0.05
 """Seconds that a thread may be in one system call: a socket that was closed lives on until that has returned."""
 
 
+_Pair = tuple[socket.socket, socket.socket]
+
+
 class Cut(StrEnum):
     """How a connection breaks."""
 
@@ -42,7 +45,8 @@ class CutProxy:
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.uri = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
-        self._pair: tuple[socket.socket, socket.socket] | None = None
+        self._pair: _Pair | None = None
+        self._pairs: list[_Pair] = []
         self._sockets = [self._listener]
         self._threads: list[threading.Thread] = []
         self._passed = 0
@@ -65,19 +69,13 @@ class CutProxy:
     def cut(self, how: Cut) -> None:
         """Break the newest connection."""
         assert self._pair is not None, "there is no connection"
-        source, destination = self._pair
-        match how:
-            case Cut.RESET:
-                for one in self._pair:
-                    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    one.close()
-            case Cut.END:
-                for one in self._pair:
-                    _shut(one, socket.SHUT_RDWR)
-            case Cut.FORWARD:
-                _shut(destination, socket.SHUT_WR)
-            case Cut.BACKWARD:
-                _shut(source, socket.SHUT_WR)
+        _cut(self._pair, how)
+
+    def cut_all(self, how: Cut) -> None:
+        """Break every connection."""
+        for pair in self._pairs:
+            with contextlib.suppress(OSError):  # it was broken before
+                _cut(pair, how)
 
     def _run(self, target: Callable[..., None], *arguments: object) -> None:
         self._threads.append(threading.Thread(target=target, args=arguments, daemon=True))
@@ -95,6 +93,7 @@ class CutProxy:
                 for one in (source, destination):
                     one.settimeout(TICK)
                 self._pair = source, destination
+                self._pairs.append(self._pair)
                 self.connections += 1
                 self._run(self._pump, source, destination, True)
                 self._run(self._pump, destination, source, False)
@@ -123,6 +122,22 @@ class CutProxy:
             thread.join()
         for one in self._sockets:
             one.close()
+
+
+def _cut(pair: _Pair, how: Cut) -> None:
+    source, destination = pair
+    match how:
+        case Cut.RESET:
+            for one in pair:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                one.close()
+        case Cut.END:
+            for one in pair:
+                _shut(one, socket.SHUT_RDWR)
+        case Cut.FORWARD:
+            _shut(destination, socket.SHUT_WR)
+        case Cut.BACKWARD:
+            _shut(source, socket.SHUT_WR)
 
 
 def _patiently(call: Callable[[], _T]) -> _T:

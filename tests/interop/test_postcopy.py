@@ -1,62 +1,110 @@
 """A real QEMU's machine moves in postcopy, into a migfw that parks it and out of one: every byte of its RAM is right.
 
 The guest (tests/helpers/guest.asm) goes on with its writes as soon as the destination has its devices, so it needs
-pages at once; a limit on the bandwidth makes sure that it needs them before they come by themselves.
+pages at once. The cases are those of QEMU's own tests below postcopy/ (tests/qtest/migration/postcopy-tests.c).
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import socket
 
 import pytest
 
-from corefw.engine import Engine
-from corefw.machine import RunState
-from corefw.states import MigrationStatus
-from tests.helpers.engines import query_migrate
-from tests.helpers.parking import PATIENCE, parking, prove, wait_parked, wait_status
-from tests.helpers.qemu import Guest, Qemu, needs_qemu, wait_until
+from tests.helpers.cutting import Cut, CutProxy
+from tests.helpers.peers import peer_parameters, using_peer
+from tests.helpers.postcopying import Move, there_and_back
+from tests.helpers.qemu import Guest, needs_qemu, wait_until
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
 
-SLOW = 4 << 20
-"""Bytes per second: the guest's 15 MiB take seconds."""
-
-
-def park_in_postcopy(source: Qemu, engine: Engine, uri: str) -> None:
-    """Have QEMU switch to postcopy at once, and finish."""
-    source.capabilities("postcopy-ram")
-    source.command("migrate-set-parameters", max_bandwidth=SLOW, max_postcopy_bandwidth=SLOW)
-    source.command("migrate", uri=engine.migrate_incoming(uri))
-    source.command("migrate-start-postcopy")
-    wait_status(engine, "postcopy-active", incoming=True)
-    wait_until(lambda: engine.machine.run_state is RunState.PAUSED, "the guest to be the parked machine's")
-    source.command("migrate-set-parameters", max_postcopy_bandwidth=0)
-
-
-def wake_in_postcopy(engine: Engine, uri: str, destination: Qemu) -> None:
-    """Send the machine to a QEMU that runs it before its RAM is there, and finish once it has asked for pages."""
-    engine.set_parameters({"max-bandwidth": SLOW, "max-postcopy-bandwidth": SLOW})
-    engine.migrate(uri)
-    engine.start_postcopy()
-    wait_status(engine, "postcopy-active")
-    destination.wait_running()
-    wait_until(lambda: query_migrate(engine)["ram"]["postcopy-requests"] > 0, "a page request")
-    engine.set_parameters({"max-postcopy-bandwidth": 0})
-    assert engine.wait_outgoing(PATIENCE) is MigrationStatus.COMPLETED, query_migrate(engine)
+PREEMPT = peer_parameters("7.2", "10.0", "newest")
+"""The QEMUs that have a channel for requested pages."""
 
 
 @pytest.mark.usefixtures("every_qemu")
-def test_in_and_out(guest: Guest, folder: Path) -> None:
-    with (
-        Qemu(boot=guest.image) as source,
-        parking("postcopy-ram") as engine,
-        Qemu(boot=guest.image, incoming="defer") as destination,
-    ):
-        source.wait_printed("B")
-        park_in_postcopy(source, engine, "tcp:127.0.0.1:0")
-        wait_parked(engine)
-        source.wait_migrated()
-        destination.capabilities("postcopy-ram")
-        wake_in_postcopy(engine, destination.listen(), destination)
-        prove(guest, destination)
+def test_plain(guest: Guest) -> None:
+    with there_and_back(guest) as moves:
+        for move in moves:
+            moves_at_once(move)
+
+
+@pytest.mark.parametrize("label", PREEMPT)
+def test_preempt_plain(label: str, guest: Guest) -> None:
+    with using_peer(label), there_and_back(guest, "postcopy-preempt") as moves:
+        for move in moves:
+            moves_at_once(move)
+
+
+def moves_at_once(move: Move) -> None:
+    move.begin(move.listen())
+    move.both_reach("postcopy-active")
+    move.finish()
+
+
+# -- connections that break --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("every_qemu")
+def test_recovery_plain(guest: Guest) -> None:
+    with there_and_back(guest) as moves:
+        for move in moves:
+            breaks_twice(move)
+
+
+@pytest.mark.parametrize("label", PREEMPT)
+def test_preempt_recovery_plain(label: str, guest: Guest) -> None:
+    with using_peer(label), there_and_back(guest, "postcopy-preempt") as moves:
+        for move in moves:
+            breaks_twice(move)
+
+
+def breaks_twice(move: Move) -> None:
+    with CutProxy(move.listen()) as proxy:
+        move.begin(proxy.uri)
+        for how in (Cut.RESET, Cut.END):
+            move.both_reach("postcopy-active")
+            assert wait_until(proxy.has_passed(1 << 18), "pages")
+            proxy.cut_all(how)
+            move.both_reach("postcopy-paused")
+            proxy.lead_to(move.listen_again())
+            move.resume(proxy.uri)
+        move.both_reach("postcopy-active")
+        move.finish()
+
+
+@pytest.mark.parametrize("label", peer_parameters("10.0", "newest"))  # older QEMUs do not come back from this
+def test_recovery_double_failures(label: str, guest: Guest) -> None:
+    with using_peer(label), there_and_back(guest) as moves:
+        for move in moves:
+            with CutProxy(move.listen()) as proxy:
+                move.begin(proxy.uri)
+                move.both_reach("postcopy-active")
+                proxy.cut(Cut.RESET)
+                move.both_reach("postcopy-paused")
+                handshake_fails(move)
+                reconnect_fails(move)
+                proxy.lead_to(move.listen_again())
+                move.resume(proxy.uri)
+                move.both_reach("postcopy-active")
+                move.finish()
+
+
+def handshake_fails(move: Move) -> None:
+    """Each side talks to a stranger who does not answer."""
+    source, far = socket.socketpair()
+    destination, from_far = socket.socketpair()
+    with far, from_far:
+        from_far.sendall(b"\x08")  # QEMU notices a connection only when something comes over it
+        move.listen_at(destination)
+        move.resume_over(source)
+        move.both_reach("postcopy-recover")
+        move.pause()
+        move.both_reach("postcopy-paused")
+
+
+def reconnect_fails(move: Move) -> None:
+    """The source's connection is closed at once."""
+    source, far = socket.socketpair()
+    far.close()
+    move.resume_over(source)
+    move.await_failure()

@@ -17,6 +17,11 @@ class NoFaults(FaultSource):
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # never readable
 
+    @property
+    def is_open(self) -> bool:
+        """Whether RAM is still to arrive."""
+        return self._fd >= 0
+
     def fileno(self) -> int:
         return self._fd
 

@@ -52,6 +52,7 @@ class ParkedMachine(ParkingMachine, RamMakingMachine, BlockMakingMachine):
         self._nodes: dict[str, BlockNode] = {}
         self._format: StreamFormat | None = None
         self._stored = DeviceState()
+        self._faults: NoFaults | None = None
         self._observers: list[Callable[[RunState, RunState], None]] = []
 
     @property
@@ -119,6 +120,7 @@ class ParkedMachine(ParkingMachine, RamMakingMachine, BlockMakingMachine):
             block.close()
         self._stored = DeviceState()
         self._format = None
+        self._faults = None
         self._name = ""
 
     # -- block nodes -----------------------------------------------------------------------------------------------
@@ -162,15 +164,19 @@ class ParkedMachine(ParkingMachine, RamMakingMachine, BlockMakingMachine):
         return None
 
     def watch_faults(self) -> FaultSource:
-        return NoFaults()
+        self._faults = NoFaults()
+        return self._faults
 
     # -- the rest --------------------------------------------------------------------------------------------------
 
     def information(self) -> Mapping[str, object]:
-        """The machine type (null if the stream did not name it), and the sizes of RAM blocks and devices in bytes."""
+        """The machine type (null if the stream did not name it), whether all of the machine is here, and the sizes of
+        RAM blocks and devices in bytes. "ram-arriving" is true while RAM follows in postcopy, else null."""
+        arriving = self._faults is not None and self._faults.is_open
         return {
             "machine": self._name or None,
-            "parked": self._format is not None,
+            "parked": self._format is not None and not arriving,
+            "ram-arriving": arriving or None,
             "ram": {block.idstr: block.length for block in self.ram_blocks()},
             "devices": [
                 {"name": one.name, "instance-id": one.instance_id, "version": one.version, "size": one.size}
