@@ -68,8 +68,13 @@ def check_source(reader: StreamReader, channel: Channel, secret: bytes | None) -
 
 
 def _check_first_command(reader: StreamReader) -> None:
-    head = reader.peek(3)
-    if len(head) < 3 or head[0] != SectionType.COMMAND or int.from_bytes(head[1:]) not in FIRST_COMMANDS:
+    """Look at what has come and wait for no more: what may follow the first byte is checked where it is loaded. As in
+    QEMU, the status is postcopy-recover from that byte on."""
+    reader.peek(1)
+    start, end = reader.span()
+    head = bytes(reader.buffer[start : min(end, start + 3)])
+    is_other = len(head) == 3 and int.from_bytes(head[1:]) not in FIRST_COMMANDS
+    if head[:1] != bytes((SectionType.COMMAND,)) or is_other:
         raise StreamError(f"expected a source that resumes, got {_shown(head)}")
 
 
