@@ -18,6 +18,7 @@ from typing import Final
 
 from corefw.engine.precopy import await_confirmation, send_states
 from corefw.engine.recovery import pause
+from corefw.engine.scheduling import yielding_to_requests
 from corefw.engine.source import Source
 from corefw.errors import ANYTHING
 from corefw.states import MigrationStatus
@@ -36,7 +37,8 @@ def send_rest(source: Source) -> MigrationStatus:
     try:
         if not source.custody.handed_over:
             _hand_over(source)
-        _send_pages(source)
+        with yielding_to_requests():
+            _send_pages(source)
         await_confirmation(source, ReturnMessage.SHUT, 0, "did not confirm that it has the whole guest")
     except ANYTHING as error:
         return pause(source, error)
