@@ -18,7 +18,7 @@ from typing import Final
 
 from corefw.engine.precopy import await_confirmation, send_states
 from corefw.engine.recovery import pause
-from corefw.engine.scheduling import yielding_to_requests
+from corefw.engine.scheduling import run_behind_requests
 from corefw.engine.source import Source
 from corefw.errors import ANYTHING
 from corefw.states import MigrationStatus
@@ -28,8 +28,11 @@ from corefw.wire.stream import MemorySink, StreamWriter
 
 log = logging.getLogger(__name__)
 
-BUDGET: Final = 512 << 10
-"""Bytes of a PART, at most: a page that the guest waits for is sent after them, and after what the socket holds."""
+PART: Final = 128 << 10
+"""Bytes of a PART where requested pages wait for it: at most, but for those pages themselves. As many may lie in the
+source's socket."""
+PART_BESIDE: Final = 2 << 20
+"""The same where requested pages have a channel of their own: the fewer, the less the interpreter is in their way."""
 
 
 def send_rest(source: Source) -> MigrationStatus:
@@ -37,8 +40,7 @@ def send_rest(source: Source) -> MigrationStatus:
     try:
         if not source.custody.handed_over:
             _hand_over(source)
-        with yielding_to_requests():
-            _send_pages(source)
+        run_behind_requests(partial(_send_pages, source))
         await_confirmation(source, ReturnMessage.SHUT, 0, "did not confirm that it has the whole guest")
     except ANYTHING as error:
         return pause(source, error)
@@ -91,6 +93,8 @@ def _package(source: Source) -> bytes:
 def _send_pages(source: Source) -> None:
     """PARTs until nothing is left, then the end of the stream."""
     writer, sections, through = source.link.writer, source.sections, False
+    part = PART if source.requested is None else PART_BESIDE
+    source.link.channel.limit_unsent(part)
     source.meter.hold_at("max-postcopy-bandwidth")
     source.meter.start_window()
     while not through:
@@ -98,7 +102,7 @@ def _send_pages(source: Source) -> None:
         through = True
         with source.requests.served(), source.meter.step() as budget:
             for saver in source.later():
-                through &= sections.part(saver, partial(saver.iterate, writer, min(BUDGET, budget)))
+                through &= sections.part(saver, partial(saver.iterate, writer, min(part, budget)))
                 source.statistics.section(saver.key).update(saver.pending_estimate().total)
             writer.flush()
         source.meter.measure()

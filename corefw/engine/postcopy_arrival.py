@@ -19,7 +19,7 @@ from corefw.engine.arrival import start_guest
 from corefw.engine.destination import Destination
 from corefw.engine.guestarrival import GuestArrival
 from corefw.engine.loader import check_complete, load_frames
-from corefw.engine.scheduling import yielding_to_requests
+from corefw.engine.scheduling import run_behind_requests
 from corefw.errors import ChannelError, MigfwError, StreamError
 from corefw.states import MigrationStatus
 
@@ -37,9 +37,7 @@ def receive_rest(destination: Destination) -> MigrationStatus:
     guest.start(lambda: _start(destination), destination.interrupt_load)
     destination.resuming = False
     try:
-        with yielding_to_requests():
-            following = load_frames(destination, destination.frames)
-        if following is not None:
+        if run_behind_requests(lambda: load_frames(destination, destination.frames)) is not None:
             raise StreamError("expected the rest of the stream, got a command that begins another phase")
         _await_requested(destination)
         guest.faults.check_complete()

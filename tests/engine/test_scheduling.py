@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 
-from corefw.engine.scheduling import yielding_to_guests
+import pytest
+
+from corefw.engine.scheduling import run_behind_requests, yielding_to_guests
 from tests.helpers.engines import Pair, arrived, ended
 from tests.helpers.machines import CountingMachine
 
@@ -38,3 +42,20 @@ def test_a_guest_that_arrives_is_started_as_any_other(pair: Pair) -> None:
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "completed" and arrived(destination) == "completed"
     assert policies == [os.SCHED_OTHER]
+
+
+def test_background_work_has_a_lower_priority() -> None:
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), sys.getswitchinterval()
+
+    def look() -> tuple[int, float]:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), sys.getswitchinterval()
+
+    nice, interval = run_behind_requests(look)
+    assert nice > before[0] or nice == 19
+    assert interval < before[1]
+    assert look() == before
+
+
+def test_what_it_raises_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_behind_requests(lambda: 1 // 0)

@@ -56,6 +56,18 @@ class ArrivingBlock(LoadedBlock):
             self._received[pages] = True
         self._install(runs_of_pages(distinct(pages)))
 
+    def store_page(self, page: int, data: bytes) -> None:
+        """The same for a single page, in a fraction of the time. The guest waits for it."""
+        with self._lock:
+            if self._claimed[page]:
+                return
+            self._claimed[page] = True
+        at = page * self.block.page_size
+        self.block.view[at : at + self.block.page_size] = data
+        with self._lock:
+            self._received[page] = True
+        self._install(np.array([[page, page + 1]]))
+
     def fill(self, pages: NDArray[np.int64], value: int) -> None:
         """Zeros stay where nothing is allocated until the guest touches them."""
         pages = pages[self._claim(pages)]
@@ -90,6 +102,8 @@ class ArrivingBlock(LoadedBlock):
 
     def wait_for(self, pages: NDArray[np.int64]) -> Runs:
         """The guest waits for these pages. Install those that have arrived; the others, to be asked for."""
+        if len(pages) == 1 and self._awaits(int(pages[0])):
+            return np.array([[pages[0], pages[0] + 1]])
         with self._lock:
             here = self._received[pages]
             missing = pages[~here]
@@ -97,6 +111,14 @@ class ArrivingBlock(LoadedBlock):
             near = self._received_around(pages[here])
         self._install(near)
         return runs_of_pages(missing)
+
+    def _awaits(self, page: int) -> bool:
+        """Whether this page has not arrived; then it is awaited from now on."""
+        with self._lock:
+            missing = not self._received[page]
+            if missing:
+                self._awaited[page] = True
+            return missing
 
     def _received_around(self, pages: NDArray[np.int64]) -> Runs:
         groups = distinct(pages // AROUND)

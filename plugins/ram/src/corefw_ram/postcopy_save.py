@@ -100,15 +100,16 @@ class PostcopyPageSaver(PageSaver):
         """Send what of these bytes is still to be sent, over a channel of its own. Called in the return path's thread.
         Raises StreamError, ChannelError."""
         index, first, end = self._requested(idstr, start, length)
+        state = self._states[index]
         with self._lock:
             self._statistics.postcopy_requests += 1
-            pages = np.flatnonzero(self._states[index].dirty[first:end]) + first
+            pages = np.flatnonzero(state.dirty[first:end]) + first
             self._claim(index, pages)
             self._go_on_at(index, end)
-        if not len(pages):
-            return
-        state = self._states[index]
-        self._urgent_pages.send(writer, state.block, pages, state.hole[pages], None)
+        if len(pages) == 1:
+            self._urgent_pages.send_page(writer, state.block, int(pages[0]), bool(state.hole[pages[0]]))
+        elif len(pages):
+            self._urgent_pages.send(writer, state.block, pages, state.hole[pages], None)
 
     def _requested(self, idstr: str, start: int, length: int) -> tuple[int, int, int]:
         """A block's number, and the first page and the end of these bytes of it. Raises StreamError for anything but

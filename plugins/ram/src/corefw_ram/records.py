@@ -88,6 +88,23 @@ class PageWriter:
                 self._send_staged(writer, block, pages[batch], hole[batch], notes)
         return at
 
+    def send_page(self, writer: StreamWriter, block: RamBlock, page: int, hole: bool) -> None:
+        """The same for a single page, in a fraction of the time. A guest waits for it."""
+        zero = hole or not block.pages[page].any()
+        same = self._current is block
+        flags = (RamFlag.ZERO if zero else RamFlag.PAGE) | (RamFlag.CONTINUE if same else 0)
+        at = page * self._page_size
+        writer.be64(at | flags)
+        if not same:
+            writer.string(block.idstr)
+            self._current = block
+        if zero:
+            writer.u8(0)
+            self._statistics.duplicate += 1
+        else:
+            writer.payload(block.view[at : at + self._page_size])
+            self._statistics.normal += 1
+
     def _send_gathered(
         self, writer: StreamWriter, block: RamBlock, pages: NDArray[np.int64], hole: NDArray[np.bool_]
     ) -> None:

@@ -36,9 +36,8 @@ def load_requested(reader: StreamReader, find_block: Callable[[str], ArrivingBlo
             raise reader.error(
                 f"an offset below {block.length:#x} in RAM block '{block.idstr}'", f"{header.address:#x}"
             )
-        page = np.array([header.address // TARGET_PAGE_SIZE])
+        page = header.address // TARGET_PAGE_SIZE
         if header.kind is RamFlag.ZERO:
-            arriving.fill(page, reader.u8("a page's fill byte"))
+            arriving.fill(np.array([page]), reader.u8("a page's fill byte"))
         else:
-            data = np.frombuffer(reader.read(TARGET_PAGE_SIZE, "a page"), dtype=np.uint8)
-            arriving.store(page, data.reshape(1, TARGET_PAGE_SIZE))
+            arriving.store_page(page, reader.read(TARGET_PAGE_SIZE, "a page"))
