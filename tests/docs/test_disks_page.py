@@ -1,4 +1,5 @@
-"""docs/disks.md: its program moves and finds its disk where it arrives, and its backup misses nothing."""
+"""docs/disks.md: its program moves and finds its disk where it arrives, and its backups, also of what it
+wrote on both hosts, miss nothing."""
 
 from __future__ import annotations
 
@@ -66,6 +67,11 @@ def test_the_backup_misses_nothing_and_the_program_moves(tmp_path: Path) -> None
             back_up(client, "ledger", image, copy, "5", "6")
             assert copy.read_bytes() == image.read_bytes()
             client.execute("cont")
+            source.set_capabilities({"dirty-bitmaps": True, "return-path": True})
             source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
             assert destination.wait_incoming(60) is MigrationStatus.COMPLETED
-        wait_for_more(destination, 100)
+        with QmpServer(destination, f"unix:{tmp_path}/there") as server, QmpClient(server.address) as client:
+            wait_for_more(destination, 300)
+            client.execute("stop")
+            back_up(client, "ledger", image, copy, "6", "7")
+            assert copy.read_bytes() == image.read_bytes()
