@@ -70,6 +70,7 @@ TYPES: Final[dict[str, set[str]]] = {
     "control": {"section"},
     "hookspecs": {"uri", "states", "settings", "channel", "section", "machine", "control"},
     "plugins": {"control"},
+    "testing": {"block"},
 }
 """What a part may name in annotations beside that."""
 

@@ -19,13 +19,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-from corefw.testing import machine_memory, machine_postcopy, machine_running, machine_verify
+from corefw.testing import machine_disks, machine_memory, machine_postcopy, machine_running, machine_verify
 from corefw.testing.machine_bench import KIT, Bench, MachineCase
 from corefw.testing.machine_verify import UncheckedExecution
 
 __all__ = ["CHECKS", "MachineCase", "UncheckedExecution", "check_machine"]
 
-_MODULES: Final = (machine_running, machine_memory, machine_verify, machine_postcopy)
+_MODULES: Final = (machine_running, machine_memory, machine_verify, machine_postcopy, machine_disks)
 """Imported, they have entered their checks."""
 
 CHECKS: Final = KIT.checks

@@ -6,6 +6,7 @@ Each broken machine is the good one with one thing changed; the kit has to name 
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from corefw.block import BlockNode, ByteRuns
 from corefw.errors import MachineError
 from corefw.machine import (
+    BlockMachine,
     Device,
     DirtyLog,
     FaultSource,
@@ -147,7 +150,7 @@ def test_a_good_machine_passes_every_check() -> None:
 
 
 def test_a_check_that_is_none() -> None:
-    with pytest.raises(AssertionError, match="no check is called nonsense: expected some of a-block-is-one-memory"):
+    with pytest.raises(AssertionError, match="no check is called nonsense: expected some of .*a-block-is-one-memory"):
         check_machine(case(Good), only=["nonsense"])
 
 
@@ -361,6 +364,92 @@ class Leaks(Good):
     leaked: list[int] = []  # noqa: RUF012 - the test closes them
 
 
+class _Node(BlockNode):
+    """A disk of 64 KiB in a file that goes with it."""
+
+    def __init__(self, name: str) -> None:
+        self.file = tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by the machine
+        self.file.write(bytes(1 << 16))
+        self.file.flush()
+        super().__init__(name, 1 << 16, device=name, filename=self.file.name)
+        self.written: list[tuple[int, int]] = []
+
+    def write(self, number: int) -> None:
+        at = number * 4096 % (1 << 16)
+        os.pwrite(self.file.fileno(), number.to_bytes(8, "little"), at)
+        self.written.append((at, at + 8))
+
+    def collect(self) -> ByteRuns:
+        written = self.written[:]
+        del self.written[: len(written)]
+        return np.array(written, dtype=np.int64).reshape(-1, 2)
+
+
+class _Forgetful(_Node):
+    """Notes only the writes to the first half."""
+
+    def collect(self) -> ByteRuns:
+        return np.array([run for run in super().collect().tolist() if run[1] < 1 << 15], dtype=np.int64).reshape(-1, 2)
+
+
+def with_disks(*names: str, kind: Callable[[str], _Node] = _Node) -> Callable[[bool], Machine]:
+    class WithDisks(Good, BlockMachine):
+        """Writes its count to its disks, too."""
+
+        def __init__(self, incoming: bool) -> None:
+            super().__init__(incoming)
+            self.disks = [kind(name) for name in names]
+
+        def block_nodes(self) -> Sequence[BlockNode]:
+            return self.disks
+
+        def run(self) -> None:
+            counters = self.block.pages.view(np.uint64)
+            while self.wanted.is_set():
+                counters[self.count.total % (PAGES // 2), 0] += np.uint64(1)
+                self.count.total += 1
+                for disk in self.disks:
+                    disk.write(self.count.total)
+
+        def close(self) -> None:
+            super().close()
+            for disk in self.disks:
+                disk.file.close()
+
+    return WithDisks
+
+
+class WritesOn(Good, BlockMachine):
+    """Something writes to the disk, whether the guest runs or not."""
+
+    def __init__(self, incoming: bool) -> None:
+        super().__init__(incoming)
+        self.disk = _Node("disk")
+        self.writes = True
+        self.writer = threading.Thread(target=self.write)
+        self.writer.start()
+
+    def block_nodes(self) -> Sequence[BlockNode]:
+        return [self.disk]
+
+    def write(self) -> None:
+        number = 0
+        while self.writes:
+            number += 1
+            self.disk.write(number)
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        self.writes = False
+        self.writer.join()
+        super().close()
+        self.disk.file.close()
+
+
+def test_a_good_machine_with_disks() -> None:
+    check_machine(case(with_disks("one", "two")), only=["disks-have-names", "dirty-bitmaps-find-every-write"])
+
+
 @pytest.mark.parametrize(
     ("kind", "check", "message"),
     [
@@ -387,6 +476,9 @@ class Leaks(Good):
         (StaysThrottled, "throttle-can-be-ended", "MachineError: too late"),
         (NeverWaits, "page-faults-are-served", "the guest saw pages that were not installed"),
         (with_large_pages, "a-block-is-one-memory", "pages of 'counters' have 8192 bytes, not 4096"),
+        (with_disks("one", "one"), "disks-have-names", r"find_node\('one'\) finds another"),
+        (with_disks("disk", kind=_Forgetful), "dirty-bitmaps-find-every-write", "has no writes to the granules "),
+        (WritesOn, "dirty-bitmaps-find-every-write", "disk 'disk' was written while the guest was stopped"),
         (StaysSilent, "close-can-be-repeated", r"start\(\) after close\(\) raised nothing; the machine is"),
         (ClosesOnce, "close-can-be-repeated", "MachineError: closed already"),
     ],

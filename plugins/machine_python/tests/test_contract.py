@@ -14,6 +14,7 @@ from corefw.testing.machine import CHECKS, MachineCase, check_machine
 needs_pagemap = pytest.mark.skipif(pagemap.unsupported() is not None, reason=f"PAGEMAP_SCAN: {pagemap.unsupported()}")
 
 PLAIN = Path(__file__).parent / "programs" / "plain.py"
+DISKS = Path(__file__).parent / "programs" / "disks.py"
 
 STRESS = {"ram": "2M", "working-set": "512K", "dirty-rate": "100M"}
 
@@ -41,3 +42,9 @@ def test_a_program_of_every_kind_of_field() -> None:
 
 def test_life() -> None:
     check_machine(case("life", {"size": "40x20", "fps": "500"}), only=["state-moves-to-another-machine"])
+
+
+@pytest.mark.parametrize("check", [check for check in CHECKS if "disks" in check or "bitmaps" in check])
+def test_a_program_with_a_disk(check: str, tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").write_bytes(bytes(4096 * 512))  # a destination creates none
+    check_machine(case(f"{DISKS}:Writer", {"image": str(tmp_path / "disk.raw")}), only=[check])
