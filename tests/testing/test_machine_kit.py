@@ -150,7 +150,7 @@ def test_a_good_machine_passes_every_check() -> None:
 
 
 def test_a_check_that_is_none() -> None:
-    with pytest.raises(AssertionError, match="no check is called nonsense: expected some of .*a-block-is-one-memory"):
+    with pytest.raises(AssertionError, match=r"no check is called nonsense: expected some of .*a-block-is-one-memory"):
         check_machine(case(Good), only=["nonsense"])
 
 
