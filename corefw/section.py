@@ -225,8 +225,9 @@ class PostcopySaver(LiveSaver):
     """A section whose rest may follow once the guest runs on the destination.
 
     Then begin_postcopy() is called instead of complete() when the guest has stopped, iterate() goes on until it returns
-    True, and complete() writes the END body, with nothing left to send. A ChannelError from any of them pauses the
-    migration, and prepare_resume() follows before iterate() goes on over another channel.
+    True, and complete() writes the END body, with nothing left to send. What the guest needs while it runs there is an
+    OnDemandSaver's. If there is one, a ChannelError from any of them pauses the migration, and prepare_resume() follows
+    before iterate() goes on over another channel; if not, it ends the migration.
     """
 
     @abstractmethod
@@ -240,19 +241,23 @@ class PostcopySaver(LiveSaver):
         forget. No section is open."""
 
     @abstractmethod
-    def request_pages(self, block: str, start: int, length: int) -> None:
-        """The destination's guest waits for these bytes of a RAM block that the section covers: let iterate() write
-        them before anything else. Called in the return path's thread. Raises StreamError for anything but whole
-        pages."""
-
-    @abstractmethod
     def prepare_resume(self, received: Callable[[str, int], NDArray[np.bool_]]) -> None:
         """The connection broke: find out what the destination has, to send the rest. `received(block, pages)` asks the
         destination which of a RAM block's pages have arrived, and raises ChannelError."""
 
 
-class PreemptSaver(PostcopySaver):
-    """A PostcopySaver that can also send requested pages over a channel of their own (capability postcopy-preempt).
+class OnDemandSaver(PostcopySaver):
+    """A PostcopySaver whose rest the guest may wait for on the destination: RAM."""
+
+    @abstractmethod
+    def request_pages(self, block: str, start: int, length: int) -> None:
+        """The destination's guest waits for these bytes of a RAM block that the section covers: let iterate() write
+        them before anything else. Called in the return path's thread. Raises StreamError for anything but whole
+        pages."""
+
+
+class PreemptSaver(OnDemandSaver):
+    """An OnDemandSaver that can also send requested pages over a channel of their own (capability postcopy-preempt).
 
     Where there is such a channel, send_requested() is called instead of request_pages(), in the return path's thread
     and while iterate() may be under way in the migration thread. Each page goes over one of the two channels, once.
@@ -389,7 +394,20 @@ class MultiChannelLoader(LiveLoader):
 
 
 class PostcopyLoader(LiveLoader):
-    """Reads what a PostcopySaver writes, the last of it while the guest runs.
+    """Reads what a PostcopySaver writes, the last of it while the guest runs."""
+
+    @abstractmethod
+    def listen(self, faults: FaultSource) -> None:
+        """The guest is about to run: install what load() reads from now on, and never overwrite what is here."""
+
+    @abstractmethod
+    def connection_lost(self) -> None:
+        """After listen(): the connection broke, or what came over it made no sense. load() may go on over another one
+        with the next section, or nothing more comes. Called in the incoming thread; must not raise."""
+
+
+class OnDemandLoader(PostcopyLoader):
+    """Reads what an OnDemandSaver writes.
 
     Threads: `wait_for` and `outstanding` are called while load() may be under way in the incoming thread.
     """
@@ -397,10 +415,6 @@ class PostcopyLoader(LiveLoader):
     @abstractmethod
     def discard(self, block: str, start: int, length: int) -> None:
         """Before listen(): forget these bytes of a RAM block; they come again. Raises StreamError."""
-
-    @abstractmethod
-    def listen(self, faults: FaultSource) -> None:
-        """The guest is about to run: install what load() reads from now on, and never overwrite a page that is here."""
 
     @abstractmethod
     def wait_for(self, block: str, pages: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -416,7 +430,7 @@ class PostcopyLoader(LiveLoader):
         """For each page of the block, whether it has arrived. Raises StreamError if the section has no such block."""
 
 
-class PreemptLoader(PostcopyLoader):
+class PreemptLoader(OnDemandLoader):
     """Reads what a PreemptSaver writes."""
 
     @abstractmethod

@@ -46,6 +46,7 @@ class Destination(IncomingContext):
     stream_capabilities   see IncomingContext
     accepts_again         the listener can give more than one connection
     advised               the source may switch to postcopy
+    advised_pages         so that pages of RAM follow
     cancelled             the user has ended it
     secret                what the source knows of this migration (identity.py); None if it is a QEMU
     readmission           waits for the source to come back, in postcopy
@@ -84,6 +85,7 @@ class Destination(IncomingContext):
         self.preallocation = Preallocation(machine.ram_blocks())
         self.switchover_ack: SwitchoverAck | None = None
         self.advised = False
+        self.advised_pages = False
         self.cancelled = False
         self.resuming = False
         self.guest: GuestArrival | None = None

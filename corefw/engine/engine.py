@@ -323,7 +323,7 @@ class Engine(MigrationControl):
 
     def start_postcopy(self) -> None:
         """Switch to postcopy as soon as what the guest needs to start has been sent. Raises StateError."""
-        if not self.settings.capability("postcopy-ram"):
+        if not self.settings.capability("postcopy-ram") and not self.settings.capability("dirty-bitmaps"):
             raise StateError("Enable postcopy with migrate_set_capability before the start of migration")
         if self._migration is None or self.outgoing.status in IDLE:
             raise StateError("Postcopy must be started after migration has been started")

@@ -36,11 +36,15 @@ class GuestArrival:
 
     faults     serves the guest's page faults
     sections   the live sections of which the rest is still to come: what their START said
+    is_whole   nothing that the guest may wait for is still to come
     """
 
-    def __init__(self, faults: PageFaults, sections: Mapping[SectionKey, SectionHeader]) -> None:
+    def __init__(
+        self, faults: PageFaults, sections: Mapping[SectionKey, SectionHeader], *, is_whole: bool = False
+    ) -> None:
         self.faults = faults
         self.sections = sections
+        self.is_whole = is_whole
         self._thread: threading.Thread | None = None
         self._error: MigfwError | None = None
 

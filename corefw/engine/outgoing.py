@@ -136,7 +136,11 @@ class OutgoingMigration:
         self._source.meter.wake()
 
     def start_postcopy(self) -> None:
-        """Switch to postcopy as soon as the guest can (migrate-start-postcopy)."""
+        """Switch to postcopy as soon as the guest can (migrate-start-postcopy). Raises StateError if there is no return
+        path: the destination could not ask for pages, nor say that it could not start the guest."""
+        transport = self._source.link.transport
+        if not transport.features.return_path:
+            raise StateError(f"'{transport.uri}' has no return path, which postcopy needs")
         self._source.postcopy.request()
 
     def pause(self) -> None:

@@ -20,7 +20,7 @@ from corefw.engine.returnpath import ReturnPathWriter
 from corefw.errors import ANYTHING, ChannelError, Interrupted, StreamError
 from corefw.machine import FaultSource, RamBlock
 from corefw.memory.runs import distinct
-from corefw.section import PostcopyLoader
+from corefw.section import OnDemandLoader
 from corefw.wire.returnpath import PageRequest
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ MOST: Final = 1 << 30
 class PageFaults:
     """The thread that serves the faults. Every method may be called from any thread."""
 
-    def __init__(self, source: FaultSource, loaders: Iterable[PostcopyLoader], blocks: Iterable[RamBlock]) -> None:
+    def __init__(self, source: FaultSource, loaders: Iterable[OnDemandLoader], blocks: Iterable[RamBlock]) -> None:
         self._source = source
         self._loaders = {block: loader for loader in loaders for block in loader.covers().ram_blocks}
         self._page_sizes = {block.idstr: block.page_size for block in blocks}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from corefw.engine.meter import Meter
 from corefw.engine.preempt import RequestedSender
 from corefw.errors import StreamError
-from corefw.section import PostcopySaver, PreemptSaver
+from corefw.section import OnDemandSaver, PreemptSaver
 from corefw.wire.returnpath import ReturnMessageRecord, parse_page_request
 from corefw.wire.stream import StreamReader
 
@@ -24,7 +24,7 @@ class PageRequests:
     Called with a message in the return path's thread; everything else is the migration thread's.
     """
 
-    def __init__(self, savers: Sequence[PostcopySaver], meter: Meter, sender: RequestedSender | None) -> None:
+    def __init__(self, savers: Sequence[OnDemandSaver], meter: Meter, sender: RequestedSender | None) -> None:
         self._savers = {block: saver for saver in savers for block in saver.covers().ram_blocks}
         self._meter = meter
         self._sender = sender

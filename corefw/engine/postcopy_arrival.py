@@ -21,6 +21,7 @@ from corefw.engine.guestarrival import GuestArrival
 from corefw.engine.loader import check_complete, load_frames
 from corefw.engine.scheduling import run_behind_requests
 from corefw.errors import ChannelError, MigfwError, StreamError
+from corefw.section import PostcopyLoader
 from corefw.states import MigrationStatus
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,10 @@ log = logging.getLogger(__name__)
 def receive_rest(destination: Destination) -> MigrationStatus:
     """Start the guest, unless this is a migration that goes on, and load what is still to come."""
     guest = _guest(destination)
-    destination.expect_return(paused=False)
+    if guest.is_whole:
+        destination.stop_listening()
+    else:
+        destination.expect_return(paused=False)
     check_complete(destination, destination.frames, "POSTCOPY_RUN", later=guest.sections)
     guest.start(lambda: _start(destination), destination.interrupt_load)
     destination.resuming = False
@@ -69,11 +73,19 @@ def _start(destination: Destination) -> None:
 
 
 def _pause(destination: Destination, error: MigfwError) -> MigrationStatus:
-    """The connection broke, or what came over it made no sense. Raises if the migration is to end."""
+    """The connection broke, or what came over it made no sense. The next status: a guest that is here whole has no need
+    of the source. Raises if the migration is to end."""
     guest = _guest(destination)
     if destination.interrupt.is_set():
         guest.check()
         raise error
+    for loader in destination.loaders:
+        if isinstance(loader, PostcopyLoader) and loader.key in guest.sections:
+            loader.connection_lost()
+    if guest.is_whole:
+        log.warning("postcopy: the connection broke, but the guest has arrived: %s", destination.cause(error))
+        guest.complete()
+        return MigrationStatus.COMPLETED
     log.warning("postcopy: the connection broke, and the guest goes on with what it has: %s", destination.cause(error))
     guest.faults.request_over(None)
     destination.connection.abort()

@@ -21,8 +21,9 @@ from corefw.engine.identity import new_secret
 from corefw.engine.pagefaults import PageFaults
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.errors import MachineError, StreamError
-from corefw.machine import PostcopyMachine
-from corefw.section import PostcopyLoader, PreemptLoader, SectionLoader
+from corefw.machine import FaultSource, PostcopyMachine
+from corefw.memory.faults import NoFaults
+from corefw.section import OnDemandLoader, PostcopyLoader, PreemptLoader, SectionLoader
 from corefw.states import MigrationStatus
 from corefw.wire.constants import RESUMED, ReturnMessage
 from corefw.wire.frames import FrameReader
@@ -34,19 +35,20 @@ def advise(destination: Destination, frames: FrameReader, record: CommandRecord)
     """Refuse postcopy before any RAM was sent, if it cannot be done here."""
     machine, advice = destination.machine, parse_postcopy_advise(record.payload)
     if advice is None:
-        return  # the source has the capability dirty-bitmaps alone, and sends this whether it switches or not
+        destination.advised = True  # by the capability dirty-bitmaps, which needs nothing of the machine
+        return
     if (obstacle := obstacle_to_postcopy(machine)) is not None:
         raise MachineError(obstacle)
     path = _return_path(destination)
     destination.tail.check_pages(advice)
-    destination.advised = True
+    destination.advised = destination.advised_pages = True
     if destination.connection.from_migfw and destination.secret is None:
         destination.secret = new_secret()
         path.send(ReturnMessage.MIGFW_SECRET, destination.secret)
 
 
 def discard(destination: Destination, _: FrameReader, record: CommandRecord) -> None:
-    _machine(destination)
+    _check_expected(destination, destination.advised_pages)
     one = parse_discard(record.payload)
     loader = _loader(destination, one.block)
     for start, length in one.ranges:
@@ -54,23 +56,30 @@ def discard(destination: Destination, _: FrameReader, record: CommandRecord) -> 
 
 
 def listen(destination: Destination, frames: FrameReader, _: CommandRecord) -> None:
-    """From here on the guest's accesses to what has not arrived wait, and PageFaults serves them."""
-    machine = _machine(destination)
-    progress = destination.progress
-    loaders = [loader for loader in destination.loaders if isinstance(loader, PostcopyLoader)]
-    later = [loader for loader in loaders if loader.key in progress.opened]
-    if not later:
+    """From here on the guest's accesses to what has not arrived wait, and PageFaults serves them. If all of its RAM has
+    arrived, nothing waits."""
+    machine, progress = destination.machine, destination.progress
+    later = [
+        loader for loader in destination.loaders if isinstance(loader, PostcopyLoader) and loader.key in progress.opened
+    ]
+    on_demand = [loader for loader in later if isinstance(loader, OnDemandLoader)]
+    _check_expected(destination, destination.advised_pages if on_demand else destination.advised)
+    if not later and (destination.advised_pages or not progress.loaded):
         raise StreamError("expected a live section that has begun and not ended")
-    source = machine.watch_faults()
-    if destination.settings.capability("postcopy-blocktime"):
-        destination.blocktime = Blocktime()
-        source = MeasuredFaults(source, destination.blocktime)
-    faults = PageFaults(source, later, machine.ram_blocks())
-    destination.guest = GuestArrival(faults, {loader.key: progress.opened[loader.key] for loader in later})
+    source: FaultSource = NoFaults()
+    if on_demand:
+        assert isinstance(machine, PostcopyMachine), "checked at ADVISE"
+        source = machine.watch_faults()
+        if destination.settings.capability("postcopy-blocktime"):
+            destination.blocktime = Blocktime()
+            source = MeasuredFaults(source, destination.blocktime)
+    faults = PageFaults(source, on_demand, machine.ram_blocks())
+    sections = {loader.key: progress.opened[loader.key] for loader in later}
+    destination.guest = GuestArrival(faults, sections, is_whole=not on_demand)
     for loader in later:
         loader.listen(source)
     _read_requested(destination, later)
-    faults.request_over(_return_path(destination))
+    faults.request_over(destination.connection.return_path)
 
 
 def run(destination: Destination, frames: FrameReader, _: CommandRecord) -> MigrationStatus:
@@ -104,14 +113,12 @@ def _read_requested(destination: Destination, loaders: Iterable[SectionLoader]) 
         requested.start(reader)
 
 
-def _machine(destination: Destination) -> PostcopyMachine:
-    """The machine of a migration that may switch to postcopy, and has not yet."""
-    machine = destination.machine
-    if not destination.advised or not isinstance(machine, PostcopyMachine):
+def _check_expected(destination: Destination, advised: bool) -> None:
+    """Raise StreamError unless the migration may switch to postcopy, and has not yet."""
+    if not advised:
         raise StreamError("expected POSTCOPY_ADVISE before it")
     if destination.guest is not None:
         raise StreamError("expected it before POSTCOPY_LISTEN")
-    return machine
 
 
 def _return_path(destination: Destination) -> ReturnPathWriter:
@@ -121,8 +128,8 @@ def _return_path(destination: Destination) -> ReturnPathWriter:
     return path
 
 
-def _loader(destination: Destination, block: str) -> PostcopyLoader:
+def _loader(destination: Destination, block: str) -> OnDemandLoader:
     for loader in destination.loaders:
-        if isinstance(loader, PostcopyLoader) and block in loader.covers().ram_blocks:
+        if isinstance(loader, OnDemandLoader) and block in loader.covers().ram_blocks:
             return loader
     raise StreamError(f"expected the name of a RAM block, got '{block}'")

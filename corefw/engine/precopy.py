@@ -84,7 +84,7 @@ def _write_head(source: Source) -> None:
     write_header(writer)
     if form.configuration:
         write_configuration(writer, Configuration(source.machine.name, form.configuration_tail))
-    if needs_return_path(source.settings):
+    if needs_return_path(source.settings, source.link.transport.features):
         source.open_return_path()
         source.link.ping(1)
         source.link.ping(MIGFW_PING)
@@ -131,7 +131,7 @@ def send_passes(source: Source) -> MigrationStatus:
 
 
 def _after_stop(source: Source) -> MigrationStatus:
-    if (reason := source.postcopy.reason) is None:
+    if (reason := source.postcopy.reason) is None or not source.later():
         return MigrationStatus.DEVICE
     source.statistics.switched_to_postcopy(reason)
     log.info("switched to postcopy: %s", reason)

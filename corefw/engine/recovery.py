@@ -36,8 +36,8 @@ def pause(source: Source, error: BaseException) -> MigrationStatus:
     """The connection broke, or something else went wrong after the guest was handed over. Returns the next status;
     raises if the migration is to end."""
     link = source.link
-    if not source.custody.handed_over or source.interrupt.is_set():
-        raise error
+    if not source.custody.handed_over or source.interrupt.is_set() or not source.on_demand():
+        raise error  # at the last: the guest can run on there without the rest, so the destination does not wait for it
     if isinstance(error, ChannelError | StreamError):
         link.await_last_words()
     link.abort()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from corefw.channel import Channel, Interrupt, Transport
+from corefw.channel import Channel, Interrupt, Transport, TransportFeatures
 from corefw.engine.custody import Custody
 from corefw.engine.framing import SectionWriter
 from corefw.engine.guestlock import GuestLock
@@ -28,7 +28,7 @@ from corefw.engine.tails import tail_of
 from corefw.errors import MachineError, PluginError, StateError
 from corefw.machine import DEAD, Machine, ThrottlableMachine
 from corefw.registry import SaverRegistry
-from corefw.section import LiveSaver, OutgoingContext, PostcopySaver
+from corefw.section import LiveSaver, OnDemandSaver, OutgoingContext, PostcopySaver
 from corefw.settings import Settings
 from corefw.wire.constants import PACKAGE_PING, PLUGIN_MESSAGES, Command, ReturnMessage
 from corefw.wire.records import write_command
@@ -180,9 +180,13 @@ class Source(OutgoingContext):
         """The savers of what may follow once the guest runs on the destination."""
         return [saver for saver in self.live if isinstance(saver, PostcopySaver) and saver.follows_later()]
 
+    def on_demand(self) -> list[OnDemandSaver]:
+        """Those of them whose rest the guest may wait for."""
+        return [saver for saver in self.later() if isinstance(saver, OnDemandSaver)]
+
     def serve_requests(self) -> None:
         """From now on the destination may ask for pages."""
-        self.requests = PageRequests(self.later(), self.meter, self.requested)
+        self.requests = PageRequests(self.on_demand(), self.meter, self.requested)
         for message in (ReturnMessage.REQ_PAGES, ReturnMessage.REQ_PAGES_ID):
             self.link.answers.handle(message, self.requests)
 
@@ -258,6 +262,9 @@ class Source(OutgoingContext):
         self.custody.throttle(self.machine, percent, self.check)
 
 
-def needs_return_path(settings: Settings) -> bool:
-    """Whether a migration with these settings has a return path."""
+def needs_return_path(settings: Settings, features: TransportFeatures) -> bool:
+    """Whether a migration with these settings has a return path. With dirty-bitmaps alone it has one if the transport
+    does, since it may switch to postcopy then."""
+    if settings.capability("dirty-bitmaps") and features.return_path:
+        return True
     return settings.capability("return-path") or settings.capability("postcopy-ram")

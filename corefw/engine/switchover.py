@@ -20,6 +20,9 @@ STALLED_PARTS: Final = 3000
 STALLED_SECONDS: Final = 30.0
 """So many PARTs in so short a time: each is a whole pass, and the source does not switch over. QEMU 10.0 sends 1300 a
 second while it waits for SWITCHOVER_ACK."""
+SETTLED: Final = 1.0
+"""But not in less than this: with dirty bitmaps a QEMU sends pass after pass until it has measured the bandwidth, for
+a tenth of a second."""
 
 
 class AckPolicy(Enum):
@@ -55,7 +58,10 @@ class SwitchoverAck:
         self._parts += 1
         if self._parts < STALLED_PARTS:
             return
-        if self._clock() - self._since < STALLED_SECONDS:
+        waited = self._clock() - self._since
+        if waited < SETTLED:
+            return
+        if waited < STALLED_SECONDS:
             log.warning(
                 "the source sends pass after pass and does not switch over: it seems to have the capability"
                 " 'switchover-ack', so it gets SWITCHOVER_ACK"

@@ -192,3 +192,32 @@ def _data_after(fd: int, offset: int, length: int) -> int:
         if error.errno == errno.ENXIO:
             return length
         raise
+
+
+class NoFaults(FaultSource):
+    """Those of a machine that waits for no page: all of its RAM is here, or it does not run."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # never readable
+
+    @property
+    def is_open(self) -> bool:
+        """Whether RAM is still to arrive."""
+        return self._fd >= 0
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def poll(self) -> Mapping[str, NDArray[np.int64]]:
+        return {}
+
+    def install(self, block: RamBlock, runs: NDArray[np.int64]) -> None:
+        """Nothing waits for it."""
+
+    def release(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -116,10 +116,15 @@ class _Framing:
 
     footers   whether sections end with one; None while no section has ended
     opened    the live sections that were started and have not ended, by id
+    ended     those that have ended
+    packaged  a package has come. From then on a section may end again: in a postcopy of dirty bitmaps alone, QEMU ends
+              the section 'ram' once before it and once behind it (qemu_savevm_state_complete_postcopy, 11.1)
     """
 
     footers: bool | None
     opened: dict[int, SectionHeader] = field(default_factory=dict)
+    ended: dict[int, SectionHeader] = field(default_factory=dict)
+    packaged: bool = False
 
 
 class FrameReader:
@@ -240,11 +245,15 @@ class FrameReader:
 
     def _read_part(self, at: int, kind: SectionType) -> Item:
         section_id = read_part_header(self.reader)
-        header = self._framing.opened.get(section_id)
+        framing = self._framing
+        header = framing.opened.get(section_id)
+        if header is None and kind is SectionType.END and framing.packaged:
+            header = framing.ended.get(section_id)
         if header is None:
             raise RemoteStreamError(at, "stream", "the id of a section that was started", str(section_id))
         if kind is SectionType.END:
-            del self._framing.opened[section_id]
+            framing.opened.pop(section_id, None)
+            framing.ended[section_id] = header
         self._expect_body(header)
         return Part(at, kind, header)
 
@@ -273,8 +282,10 @@ class FrameReader:
     def _read_command(self, at: int, _: SectionType) -> Item:
         self.reader.where = "command"
         record = read_command(self.reader)
-        if record.command is Command.PACKAGED and self.is_package:
-            raise self.reader.error("no package within a package", f"command {record.name}")
+        if record.command is Command.PACKAGED:
+            if self.is_package:
+                raise self.reader.error("no package within a package", f"command {record.name}")
+            self._framing.packaged = True
         return CommandItem(at, record)
 
     # -- the end ---------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from typing import Final
 
 from corefw.block import BlockNode, DirtyBitmap
 from corefw.errors import MigfwError
-from corefw.machine import BlockMachine, BlockMakingMachine
-from corefw.section import IncomingContext, LiveLoader
+from corefw.machine import BlockMachine, BlockMakingMachine, FaultSource
+from corefw.section import IncomingContext, PostcopyLoader
 from corefw.settings import Settings
 from corefw.wire.records import (
     BITMAPS_IDSTR,
@@ -109,7 +109,7 @@ class IncomingBitmap:
         self.chunks.clear()
 
 
-class BitmapLoader(LiveLoader):
+class BitmapLoader(PostcopyLoader):
     """QEMU's savevm_dirty_bitmap_handlers."""
 
     idstr = BITMAPS_IDSTR
@@ -124,6 +124,7 @@ class BitmapLoader(LiveLoader):
         self._named: tuple[str | None, str | None] = (None, None)
         self._size = 0  # bytes of bits of all bitmaps
         self._chunks = 0
+        self._cancelled = False  # what comes is read and dropped
 
     def required(self) -> bool:
         return False
@@ -136,26 +137,47 @@ class BitmapLoader(LiveLoader):
             raise reader.error(f"version {BITMAPS_VERSION} of section '{BITMAPS_IDSTR}'", f"version {version_id}")
         while True:
             record = read_bitmap_record(reader)
-            self._note_names(record)
-            match record.kind:
-                case BitmapFlag.START:
-                    self._start(reader, record)
-                case BitmapFlag.BITS:
-                    self._bits(reader, self._current(reader), record)
-                case BitmapFlag.COMPLETE:
-                    self._complete(reader, self._current(reader))
+            if not self._cancelled:
+                self._take(reader, record)
             if BitmapFlag.EOS in record.flags:
                 return
 
+    def listen(self, faults: FaultSource) -> None:
+        """What the guest writes from its start on is recorded anyway."""
+
+    def connection_lost(self) -> None:
+        self._cancelled = True
+        self._give_up()
+        self._warn()
+
     def cleanup(self) -> None:
-        for one in self._bitmaps.values():
-            if one.bitmap is not None and not one.complete:
-                log.warning("%s did not arrive whole, and is inconsistent: %s", one, ADVICE)
-                one.bitmap.mark_inconsistent()
+        self._give_up()
+
+    def committed(self) -> None:
+        self._warn()
 
     def abandoned(self) -> None:
         for one in self._bitmaps.values():
             one.remove()
+        self._bitmaps.clear()
+
+    def _give_up(self) -> None:
+        """Mark the bitmaps that have not come whole. A parked machine gets them too, so that they are missed."""
+        for one in self._bitmaps.values():
+            if one.complete:
+                continue
+            if one.bitmap is None:
+                try:
+                    one.create(self._parked_node(one) or self._make_node(one))
+                except MigfwError as error:
+                    log.warning("%s did not arrive whole, and cannot be shown: %s", one, error)
+            if one.bitmap is not None:
+                one.bitmap.mark_inconsistent()
+
+    def _warn(self) -> None:
+        for one in self._bitmaps.values():
+            if one.bitmap is not None and one.bitmap.inconsistent:
+                log.warning("%s did not arrive whole, and is inconsistent: %s", one, ADVICE)
 
     # -- names -----------------------------------------------------------------------------------------------------
 
@@ -181,6 +203,16 @@ class BitmapLoader(LiveLoader):
         return found
 
     # -- records ---------------------------------------------------------------------------------------------------
+
+    def _take(self, reader: StreamReader, record: BitmapRecord) -> None:
+        self._note_names(record)
+        match record.kind:
+            case BitmapFlag.START:
+                self._start(reader, record)
+            case BitmapFlag.BITS:
+                self._bits(reader, self._current(reader), record)
+            case BitmapFlag.COMPLETE:
+                self._complete(reader, self._current(reader))
 
     def _start(self, reader: StreamReader, record: BitmapRecord) -> None:
         key = self._key(reader)

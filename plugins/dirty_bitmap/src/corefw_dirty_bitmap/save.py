@@ -8,15 +8,16 @@ Source: QEMU 10.0, migration/block-dirty-bitmap.c. Threads: as corefw.section sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from corefw.block import BlockNode, DirtyBitmap
 from corefw.errors import BlockedError, StateError
-from corefw.machine import BlockMachine
-from corefw.section import LiveSaver, OutgoingContext, Pending, Priority
+from corefw.machine import BlockMachine, ParkingMachine
+from corefw.section import OutgoingContext, Pending, PostcopySaver, Priority
 from corefw.settings import Settings
 from corefw.wire.records import (
     BITMAPS_IDSTR,
@@ -133,7 +134,7 @@ def left_behind(machine: BlockMachine) -> list[str]:
     ]
 
 
-class BitmapSaver(LiveSaver):
+class BitmapSaver(PostcopySaver):
     """QEMU's savevm_dirty_bitmap_handlers."""
 
     idstr = BITMAPS_IDSTR
@@ -146,6 +147,7 @@ class BitmapSaver(LiveSaver):
         self._bitmaps: list[OutgoingBitmap] = []
         self._named: tuple[str | None, str | None] = (None, None)  # what the last record with names was about
         self._busy: list[DirtyBitmap] = []
+        self._final = False  # the guest has stopped: no bit changes any more
 
     def active(self) -> bool:
         """Raises BlockedError if a bitmap cannot be sent."""
@@ -164,7 +166,8 @@ class BitmapSaver(LiveSaver):
         _end_body(writer)
 
     def pending_estimate(self) -> Pending:
-        return Pending(0, sum(one.left for one in self._bitmaps))
+        left = sum(one.left for one in self._bitmaps)
+        return Pending(0, left) if self.follows_later() else Pending(left, 0)
 
     def pending_exact(self) -> Pending:
         for one in self._bitmaps:
@@ -177,13 +180,25 @@ class BitmapSaver(LiveSaver):
         return through
 
     def complete(self, writer: StreamWriter) -> None:
-        self.pending_exact()
+        if not self._final:
+            self.pending_exact()
+            self._final = True
         self._send(writer, None)
-        for one in self._bitmaps:
-            if not one.complete:
-                self._write(writer, one, BitmapRecord(BitmapFlag.COMPLETE))
-                one.complete = True
         _end_body(writer)
+
+    def follows_later(self) -> bool:
+        """Not those of a parked machine: they do not change, so they go before it. QEMU 7.2 and 10.0 abort if, in the
+        postcopy phase, bitmaps of a second node come (bdrv_lookup_bs outside the main thread)."""
+        return not isinstance(self._machine, ParkingMachine)
+
+    def begin_postcopy(self, writer: StreamWriter) -> None:
+        self.pending_exact()
+        self._final = True
+
+    def prepare_resume(self, received: Callable[[str, int], NDArray[np.bool_]]) -> None:
+        """The destination has given up every bitmap that was not complete, as QEMU does
+        (dirty_bitmap_mig_cancel_incoming), so nothing is left to send."""
+        self._bitmaps.clear()
 
     def cleanup(self) -> None:
         for bitmap in self._busy:
@@ -199,13 +214,17 @@ class BitmapSaver(LiveSaver):
     # -- records ---------------------------------------------------------------------------------------------------
 
     def _send(self, writer: StreamWriter, budget: int | None) -> bool:
-        """Send chunks of about `budget` bytes, or all; whether nothing is left."""
+        """Send chunks of about `budget` bytes, or all; whether nothing is left. A bitmap is complete with the last
+        chunk that follows once the guest has stopped."""
         begin = writer.position
         for one in self._bitmaps:
             while (record := one.next_chunk()) is not None:
                 self._write(writer, one, record)
                 if budget is not None and writer.position - begin >= budget:
-                    return not any(other.left for other in self._bitmaps)
+                    return all(other.complete if self._final else not other.left for other in self._bitmaps)
+            if self._final and not one.complete:
+                self._write(writer, one, BitmapRecord(BitmapFlag.COMPLETE))
+                one.complete = True
         return True
 
     def _write(self, writer: StreamWriter, one: OutgoingBitmap, record: BitmapRecord) -> None:

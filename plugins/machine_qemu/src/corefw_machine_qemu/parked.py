@@ -24,10 +24,10 @@ from corefw.machine import (
     WaitReadable,
 )
 from corefw.memory.blocks import MemfdBlock
+from corefw.memory.faults import NoFaults
 from corefw.wire.constants import TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader
 from corefw_machine_qemu.adopting import DeviceState, cut_package, take_device_state
-from corefw_machine_qemu.faults import NoFaults
 from corefw_machine_qemu.limits import Limits
 
 

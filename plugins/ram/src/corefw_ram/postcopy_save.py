@@ -80,12 +80,22 @@ class PostcopyPageSaver(PageSaver):
         """The guest is stopped: have the destination forget every page that is still to be sent (QEMU 10.0,
         ram_postcopy_send_discard_bitmap)."""
         self.harvest()
+        self._leave_something()
         for state in self._states:
             state.block.dirty_log.stop()
             for discard in discards(state.block.idstr, state.block.page_size, runs_of_mask(state.dirty)):
                 write_command(writer, Command.POSTCOPY_RAM_DISCARD, discard_payload(discard))
         self._in_postcopy = True
         self._restart()
+
+    def _leave_something(self) -> None:
+        """Send one page once more if all of them were sent: a QEMU that gets no RAM_DISCARD at all refuses RUN, because
+        postcopy_ram_prepare_discard resets its state (5.2 to 11.1)."""
+        if self._states and not any(state.dirty_count for state in self._states):
+            state = self._states[0]
+            state.dirty[0] = True
+            state.dirty_count = 1
+            self._count_remaining()
 
     # -- what is requested -----------------------------------------------------------------------------------------
 

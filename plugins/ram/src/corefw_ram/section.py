@@ -143,6 +143,9 @@ class RamSectionLoader(PreemptLoader):
     def listen(self, faults: FaultSource) -> None:
         self._loading.listen(faults)
 
+    def connection_lost(self) -> None:
+        """The marks of what has arrived stay."""
+
     def load_requested(self, reader: StreamReader) -> None:
         load_requested(reader, self._loading.arriving)
 
