@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -118,7 +118,7 @@ class Blocktime:
             return
         now = self._clock()
         with self._lock:
-            for place in [place for place in self._waiting if place[0] == block and _contains(runs, place[1])]:
+            for place in _among(self._waiting, block, runs):
                 for thread, since in self._waiting.pop(place).items():
                     self._end(now, thread, since, requested=requested)
 
@@ -159,10 +159,18 @@ class Blocktime:
             )
 
 
-def _contains(runs: NDArray[np.int64], page: int) -> bool:
-    """Whether a page is in one of these runs."""
-    at = int(np.searchsorted(runs[:, 0], page, side="right")) - 1
-    return at >= 0 and page < int(runs[at, 1])
+def _among(places: Iterable[tuple[str, int]], block: str, runs: NDArray[np.int64]) -> list[tuple[str, int]]:
+    """Those of the places (block, page) that are in these runs of a block."""
+    if len(runs) == 1:  # as for most requested pages; NumPy would take longer
+        first, end = runs[0].tolist()
+        return [place for place in places if place[0] == block and first <= place[1] < end]
+    candidates = [place for place in places if place[0] == block]
+    if not candidates or not len(runs):
+        return []
+    pages = np.array([place[1] for place in candidates], dtype=np.int64)
+    rows = np.searchsorted(runs[:, 0], pages, side="right") - 1
+    inside = (rows >= 0) & (pages < runs[rows, 1])
+    return [place for place, hit in zip(candidates, inside.tolist(), strict=True) if hit]
 
 
 class MeasuredFaults(FaultSource):

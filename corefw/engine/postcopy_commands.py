@@ -12,6 +12,7 @@ Source: QEMU 10.0, loadvm_postcopy_handle_* and loadvm_handle_recv_bitmap (migra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from corefw.engine.blocktime import Blocktime, MeasuredFaults
@@ -30,6 +31,8 @@ from corefw.wire.frames import FrameReader
 from corefw.wire.records import CommandRecord, parse_discard, parse_postcopy_advise
 from corefw.wire.returnpath import number_body, parse_recv_bitmap
 
+log = logging.getLogger(__name__)
+
 
 def advise(destination: Destination, frames: FrameReader, record: CommandRecord) -> None:
     """Refuse postcopy before any RAM was sent, if it cannot be done here."""
@@ -39,6 +42,9 @@ def advise(destination: Destination, frames: FrameReader, record: CommandRecord)
         return
     if (obstacle := obstacle_to_postcopy(machine)) is not None:
         raise MachineError(obstacle)
+    if isinstance(machine, PostcopyMachine):
+        for note in machine.postcopy_notes():
+            log.info("%s", note)
     path = _return_path(destination)
     destination.tail.check_pages(advice)
     destination.advised = destination.advised_pages = True

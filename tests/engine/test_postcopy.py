@@ -39,6 +39,7 @@ def test_the_guest_runs_before_its_pages_are_there(move: Move) -> None:
     move.completes()
     ram = query_migrate(move.source)["ram"]
     assert ram["postcopy-bytes"] > 0
+    assert "postcopy-blocktime" not in query_migrate(move.destination), "without the capability nothing is measured"
     assert ram["transferred"] == ram["precopy-bytes"] + ram["downtime-bytes"] + ram["postcopy-bytes"]
 
 
