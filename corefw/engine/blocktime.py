@@ -11,9 +11,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,16 @@ class _Histogram:
         return 0
 
 
+_Waiter = tuple[int, str, int]
+"""A thread of the guest that is counted by itself: (id, "", 0). Others, by what they wait for: (0, block, page)."""
+
+
+class _Wait(NamedTuple):
+    block: str
+    page: int
+    since: int
+
+
 class Blocktime:
     """The measurements of one migration. Every method may be called from any thread.
 
@@ -82,10 +92,9 @@ class Blocktime:
     def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._waiting: dict[tuple[str, int], dict[int, int]] = {}  # block, page -> thread -> since when
+        self._waiting: dict[_Waiter, _Wait] = {}
         self._threads: dict[int, _Thread] = {}
         self._others = _Thread()
-        self._blocked: Counter[int] = Counter()  # pages that each thread waits for
         self._latencies = _Histogram()
         self._all_blocked = 0
         self._all_blocked_since: int | None = None
@@ -99,18 +108,16 @@ class Blocktime:
                     self._begin(now, block, page, thread)
 
     def _begin(self, now: int, block: str, page: int, thread: int) -> None:
-        if thread not in self._threads:
-            if thread and len(self._threads) < MAX_THREADS:
-                self._threads[thread] = _Thread()
-            else:
-                thread = 0
-        waiters = self._waiting.setdefault((block, page), {})
-        if thread in waiters:
+        if thread and thread not in self._threads and len(self._threads) < MAX_THREADS:
+            self._threads[thread] = _Thread()
+        waiter = (thread, "", 0) if thread in self._threads else (0, block, page)
+        before = self._waiting.get(waiter)
+        if before is not None and (before.block, before.page) == (block, page):
             return  # it was woken, and has found the page still missing
-        waiters[thread] = now
-        if thread:
-            self._blocked[thread] += 1
-            self._note_blocked(now)
+        if before is not None:  # that page was installed, and ended() is about to say so
+            self._end(now, waiter, requested=True)
+        self._waiting[waiter] = _Wait(block, page, now)
+        self._note_blocked(now)
 
     def ended(self, block: str, runs: NDArray[np.int64], *, requested: bool) -> None:
         """These pages were installed. Those that were here before the fault do not count (`requested` is False)."""
@@ -118,21 +125,21 @@ class Blocktime:
             return
         now = self._clock()
         with self._lock:
-            for place in _among(self._waiting, block, runs):
-                for thread, since in self._waiting.pop(place).items():
-                    self._end(now, thread, since, requested=requested)
+            for waiter in _among(self._waiting, block, runs):
+                self._end(now, waiter, requested=requested)
 
-    def _end(self, now: int, thread: int, since: int, *, requested: bool) -> None:
+    def _end(self, now: int, waiter: _Waiter, *, requested: bool) -> None:
+        since = self._waiting.pop(waiter).since
         if requested:
-            (self._threads[thread] if thread else self._others).add(now - since)
+            self._threads.get(waiter[0], self._others).add(now - since)
             self._latencies.add(now - since)
-        if thread:
-            self._blocked[thread] -= 1
-            self._note_blocked(now)
+        elif self._all_blocked_since is not None and self._all_blocked_since >= since:
+            self._all_blocked_since = None
+        self._note_blocked(now)
 
     def _note_blocked(self, now: int) -> None:
         """Add up the time in which every thread that has waited so far waits."""
-        blocked = all(self._blocked[thread] for thread in self._threads)
+        blocked = bool(self._threads) and all((thread, "", 0) in self._waiting for thread in self._threads)
         if blocked and self._all_blocked_since is None:
             self._all_blocked_since = now
         elif not blocked and self._all_blocked_since is not None:
@@ -148,7 +155,7 @@ class Blocktime:
                 blocktime=self._all_blocked,
                 blocktime_of_threads=tuple(thread.total for thread in threads.values()),
                 faults=latencies.count,
-                waiting=sum(map(len, self._waiting.values())),
+                waiting=len(self._waiting),
                 average=total // latencies.count if latencies.count else 0,
                 average_of_threads=tuple(thread.average for thread in threads.values()),
                 average_of_others=self._others.average,
@@ -159,18 +166,18 @@ class Blocktime:
             )
 
 
-def _among(places: Iterable[tuple[str, int]], block: str, runs: NDArray[np.int64]) -> list[tuple[str, int]]:
-    """Those of the places (block, page) that are in these runs of a block."""
+def _among(waiting: Mapping[_Waiter, _Wait], block: str, runs: NDArray[np.int64]) -> list[_Waiter]:
+    """Those who wait for a page in these runs of a block."""
+    found = [(waiter, wait.page) for waiter, wait in waiting.items() if wait.block == block]
+    if not found or not len(runs):
+        return []
     if len(runs) == 1:  # as for most requested pages; NumPy would take longer
         first, end = runs[0].tolist()
-        return [place for place in places if place[0] == block and first <= place[1] < end]
-    candidates = [place for place in places if place[0] == block]
-    if not candidates or not len(runs):
-        return []
-    pages = np.array([place[1] for place in candidates], dtype=np.int64)
+        return [waiter for waiter, page in found if first <= page < end]
+    pages = np.array([page for _, page in found], dtype=np.int64)
     rows = np.searchsorted(runs[:, 0], pages, side="right") - 1
     inside = (rows >= 0) & (pages < runs[rows, 1])
-    return [place for place, hit in zip(candidates, inside.tolist(), strict=True) if hit]
+    return [waiter for (waiter, _), hit in zip(found, inside.tolist(), strict=True) if hit]
 
 
 class MeasuredFaults(FaultSource):

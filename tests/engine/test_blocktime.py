@@ -64,7 +64,7 @@ def test_a_page_that_was_here_already_does_not_count(bench: Bench) -> None:
     bench.now = 5
     bench.install(7, 8, requested=False)
     report = bench.blocktime.report()
-    assert (report.faults, report.waiting, sum(report.distribution)) == (0, 0, 0)
+    assert (report.faults, report.waiting, report.blocktime, sum(report.distribution)) == (0, 0, 0, 0)
 
 
 def test_threads_are_told_apart_and_the_total_is_when_all_wait(bench: Bench) -> None:
@@ -93,6 +93,19 @@ def test_two_threads_wait_for_one_page(bench: Bench) -> None:
     report = bench.blocktime.report()
     assert report.faults == 2
     assert report.blocktime_of_threads == (100 * MICROSECOND, 60 * MICROSECOND)
+
+
+def test_a_thread_that_faults_again_has_its_page(bench: Bench) -> None:
+    """It runs on as soon as the page is installed, and may fault before that is noted."""
+    bench.fault(7)
+    bench.now = 100
+    bench.fault(8)
+    bench.install(7, 8)
+    bench.now = 150
+    bench.install(8, 9)
+    report = bench.blocktime.report()
+    assert (report.faults, report.longest) == (2, 100 * MICROSECOND)
+    assert report.blocktime_of_threads == (report.blocktime,) == (150 * MICROSECOND,)
 
 
 def test_a_thread_that_is_not_the_guests_counts_for_latencies_alone(bench: Bench) -> None:
