@@ -57,19 +57,46 @@ def wait_for_more(engine: Engine) -> None:
     assert wait_until(lambda: step(engine) > before + 100)
 
 
-def test_back_and_forth_on_one_file(hosts: Hosts, tmp_path: Path) -> None:
-    """Every verify() compares the whole disk with the steps that the program has done."""
+def refresh(copy: bytearray, engine: Engine, image: Path) -> None:
+    """Copy what the bitmap has, and clear it."""
+    assert isinstance(engine.machine, BlockMachine)
+    (node,) = engine.machine.block_nodes()
+    bitmap = node.bitmap("backup")
+    with node.settled():
+        dirty = bitmap.runs()
+        bitmap.clear()
+    with image.open("rb", buffering=0) as disk:
+        for first, end in dirty.tolist():
+            disk.seek(first)
+            copy[first:end] = disk.read(end - first)
+
+
+@pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
+def test_back_and_forth_on_one_file_with_a_bitmap(hosts: Hosts, tmp_path: Path, postcopy: bool) -> None:
+    """Every verify() compares the whole disk with the steps that the program has done; a backup misses nothing."""
     image = tmp_path / "disk.raw"
     here = hosts.engine("Writer", image)
+    assert isinstance(here.machine, BlockMachine)
+    here.machine.block_nodes()[0].add_bitmap("backup", 512)
+    copy = bytearray(image.read_bytes())
     here.cont()
-    for _ in range(2):
+    for _ in range(3):
         there = hosts.engine("Writer", image, incoming=True)
+        for engine in (here, there):
+            engine.set_capabilities({"dirty-bitmaps": True, "postcopy-ram": postcopy})
         here.migrate(there.migrate_incoming("tcp:127.0.0.1:0"))
+        if postcopy:
+            here.start_postcopy()
         assert there.wait_incoming(PATIENCE) is S.COMPLETED
         wait_for_more(there)
-        here.wait_outgoing(PATIENCE)
+        refresh(copy, there, image)
+        assert here.wait_outgoing(PATIENCE) is S.COMPLETED
         here.close()
         here = there
+    wait_for_more(here)
+    here.stop()
+    refresh(copy, here, image)
+    assert copy == image.read_bytes()
 
 
 def written_in_postcopy(hosts: Hosts, image: Path) -> object:
