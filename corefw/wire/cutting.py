@@ -17,7 +17,7 @@ from corefw.wire.description import Description, DeviceDescription
 from corefw.wire.records import SectionHeader
 
 FOOTER_SIZE: Final = 5
-_DESCRIPTION_HEAD: Final = 5
+DESCRIPTION_HEAD: Final = 5
 _BRACE: Final = ord("{")
 _UNBRACE: Final = ord("}")
 
@@ -105,7 +105,7 @@ def find_description(data: bytes | bytearray, last_zero: int | None = None) -> i
     """
     zero = data.rfind(0) if last_zero is None else last_zero
     for kind_at in range(max(zero - 4, 0), zero):
-        text_at = kind_at + _DESCRIPTION_HEAD
+        text_at = kind_at + DESCRIPTION_HEAD
         if data[kind_at] == SectionType.VMDESCRIPTION and text_at < len(data):
             (length,) = BE32.unpack_from(data, kind_at + 1)
             if length == len(data) - text_at <= MAX_DESCRIPTION and data[text_at] == _BRACE and data[-1] == _UNBRACE:

@@ -18,7 +18,7 @@ from typing import Final
 from corefw.errors import RemoteStreamError, StreamError
 from corefw.wire import items
 from corefw.wire.constants import MAX_DESCRIPTION, MAX_PACKAGE, RAM_IDSTR, Command, RamFlag, SectionType
-from corefw.wire.cutting import Cutter, find_description
+from corefw.wire.cutting import DESCRIPTION_HEAD, Cutter, find_description
 from corefw.wire.description import Description, parse_description
 from corefw.wire.frames import FrameReader
 from corefw.wire.items import Item
@@ -240,10 +240,14 @@ def _reading(data: bytes, base: int = 0) -> StreamReader:
 def _decode_held(data: bytes, frames: FrameReader, state: _State) -> Iterator[Item]:
     """The items of the rest of a stream; `frames` reads it from `data`."""
     description, base = _description_of(data), frames.reader.offset
-    if description is None and frames.footers is False:
-        yield items.Uncut(base, data)
-        if not frames.is_package and data[-1:] != bytes((SectionType.EOF,)):
+    if frames.footers is False and (description is None or not description.devices):
+        # A parked machine that came in postcopy has a description of no device.
+        end = len(data) if description is None else find_description(data)
+        yield items.Uncut(base, data[:end])
+        if not frames.is_package and not data[:end].endswith(bytes((SectionType.EOF,))):
             raise RemoteStreamError(base + len(data), "stream", "the EOF byte", "the end of the stream")
+        if end is not None and end < len(data):
+            yield items.DescriptionItem(base + end, data[end + DESCRIPTION_HEAD :])
         return
     yield from _Decoder(frames, state, Cutter(data, description, frames.footers)).decode()
 
@@ -254,6 +258,6 @@ def _description_of(data: bytes) -> Description | None:
     if at is None:
         return None
     try:
-        return parse_description(data[at + 5 :])
+        return parse_description(data[at + DESCRIPTION_HEAD :])
     except StreamError:
         return None  # the decoder reads it once more where it stands, and reports what is wrong with it

@@ -128,13 +128,12 @@ def _cut(data: bytes, found: Iterable[items.Item], base: int, *, ends: bool) -> 
             case items.Eof():
                 tail = item.offset - base
             case items.Uncut():
-                uncut = True
+                uncut, tail = True, len(item.data) - (len(_EOF) if ends else 0)
             case items.Body() | items.Footer() | items.DescriptionItem():
                 pass
             case _:
                 raise RemoteStreamError(item.offset, "device state", "device sections", type(item).__name__)
     if uncut:
-        tail -= len(_EOF) if ends else 0
         return DeviceState((data[:tail],), (), data[tail:])
     bounds = [section.offset - base for section in starts] + [tail]
     pieces = [data[first:end] for first, end in pairwise(bounds)]
