@@ -27,6 +27,12 @@ class Move(ABC):
         self.capabilities = ("postcopy-ram", *capabilities)
         engine.set_capabilities(dict.fromkeys(self.capabilities, True))
 
+    def complete(self) -> None:
+        """The whole move, with nothing in between."""
+        self.begin(self.listen())
+        self.both_reach("postcopy-active")
+        self.finish()
+
     @abstractmethod
     def listen(self) -> str:
         """The URI for begin()."""

@@ -25,20 +25,14 @@ PREEMPT = peer_parameters("7.2", "10.0", "newest")
 def test_plain(guest: Guest) -> None:
     with there_and_back(guest) as moves:
         for move in moves:
-            moves_at_once(move)
+            move.complete()
 
 
 @pytest.mark.parametrize("label", PREEMPT)
 def test_preempt_plain(label: str, guest: Guest) -> None:
     with using_peer(label), there_and_back(guest, "postcopy-preempt") as moves:
         for move in moves:
-            moves_at_once(move)
-
-
-def moves_at_once(move: Move) -> None:
-    move.begin(move.listen())
-    move.both_reach("postcopy-active")
-    move.finish()
+            move.complete()
 
 
 # -- connections that break --------------------------------------------------------------------------------------------

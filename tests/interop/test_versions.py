@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers.parking import park, parking, prove, send, wait_parked
 from tests.helpers.peers import needs_peers, peer_parameters, the_peer
+from tests.helpers.postcopying import IntoMigfw, OutOfMigfw
 from tests.helpers.qemu import Guest, Qemu, needs_qemu
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(240)]
@@ -50,6 +51,26 @@ def test_switchover_start_goes_on_only_where_it_came(label: str, guest: Guest, f
             other.migrate_incoming(f"file:{folder}/stored")
             wait_parked(other)
             send(other, away)
+        prove(guest, destination)
+
+
+@pytest.mark.parametrize(
+    ("origin", "target", "machine"),
+    [
+        pytest.param(origin, target, machine, marks=needs_peers(origin, target), id=f"{origin}-to-{target}")
+        for origin, target, machine in (("5.2", "newest", "pc-i440fx-5.2"), ("newest", "7.2", "pc-q35-5.2"))
+    ],
+)
+def test_a_machine_goes_between_versions_in_postcopy(origin: str, target: str, machine: str, guest: Guest) -> None:
+    devices = Q35_DEVICES if "q35" in machine else PC_DEVICES
+    with (
+        Qemu(*devices, boot=guest.image, machine=machine, peer=the_peer(origin)) as source,
+        parking() as engine,
+        Qemu(*devices, boot=guest.image, machine=machine, peer=the_peer(target), incoming="defer") as destination,
+    ):
+        source.wait_printed("B")
+        IntoMigfw(source, engine).complete()
+        OutOfMigfw(destination, engine).complete()
         prove(guest, destination)
 
 

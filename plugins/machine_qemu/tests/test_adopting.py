@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from corefw_machine_qemu import adopting
-from corefw_machine_qemu.adopting import cut_device_state, take_device_state
+from corefw_machine_qemu.adopting import cut_device_state, cut_package, take_device_state
 
 from corefw.errors import RemoteStreamError
 from corefw.wire import items
@@ -153,3 +153,29 @@ def test_what_is_no_device_section_cannot_be_kept() -> None:
     """A command has a meaning that a copy of it would not have."""
     with pytest.raises(RemoteStreamError, match="device sections"):
         cut_device_state(b"\x08\0\2\0\4\0\0\0\1\0", 0, footers=True)
+
+
+# -- the package of a postcopy -----------------------------------------------------------------------------------------
+
+
+def packaged() -> bytes:
+    """The device sections of a real QEMU's package: what stands between LISTEN, and PING 3 and RUN."""
+    for item in decode(StreamReader(MemorySource(load("pc-postcopy")))):
+        if isinstance(item, items.Package):
+            return item.data[5:-14]
+    raise AssertionError("no package")
+
+
+def test_the_sections_of_a_package_are_told_apart() -> None:
+    data = packaged()
+    state = cut_package(data, footers=True)
+    assert (b"".join(state.pieces), state.end) == (data, b"")
+    assert {"timer", "cpu", "globalstate"} <= {device.name for device in state.devices}
+    assert cut_package(data, footers=False).pieces == (data,)
+
+
+def test_a_part_of_a_package_is_refused() -> None:
+    data = packaged()
+    for length in range(1, len(data), 101):
+        with pytest.raises(RemoteStreamError):
+            cut_package(data[:length], footers=True)

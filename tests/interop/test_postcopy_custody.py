@@ -1,0 +1,77 @@
+"""Where a machine is when its postcopy fails, and that it may go on in precopy or as a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.parking import parking, prove, send, wait_parked
+from tests.helpers.peers import peer_parameters, using_peer
+from tests.helpers.postcopying import IntoMigfw, OutOfMigfw
+from tests.helpers.qemu import Guest, Qemu, needs_qemu, wait_until
+
+pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
+
+BARE = ("-global", "migration.send-configuration=off", "-global", "migration.send-section-footer=off")
+"""Nothing in the stream says where a device section ends."""
+
+
+@pytest.mark.parametrize("label", peer_parameters("5.2", "newest"))
+def test_a_machine_that_came_in_postcopy_is_stored(label: str, guest: Guest, folder: Path) -> None:
+    with (
+        using_peer(label),
+        Qemu(*BARE, machine="pc,suppress-vmdesc=on", boot=guest.image) as source,
+        parking() as engine,
+        parking() as other,
+        Qemu(*BARE, machine="pc,suppress-vmdesc=on", boot=guest.image, incoming="defer") as destination,
+    ):
+        source.wait_printed("B")
+        IntoMigfw(source, engine).complete()
+        engine.set_capabilities({"postcopy-ram": False})
+        send(engine, f"file:{folder}/stored")
+        other.migrate_incoming(f"file:{folder}/stored")
+        wait_parked(other)
+        OutOfMigfw(destination, other).complete()
+        prove(guest, destination)
+
+
+@pytest.mark.usefixtures("every_qemu")
+def test_a_machine_that_came_in_postcopy_leaves_in_precopy(guest: Guest) -> None:
+    """With a return path, over which QEMU waits for a description before it confirms."""
+    with (
+        Qemu(boot=guest.image) as source,
+        parking() as engine,
+        Qemu(boot=guest.image, incoming="defer") as destination,
+    ):
+        source.wait_printed("B")
+        IntoMigfw(source, engine).complete()
+        destination.capabilities("return-path")
+        engine.set_capabilities({"postcopy-ram": False, "return-path": True})
+        send(engine, destination.listen())
+        prove(guest, destination)
+
+
+@pytest.mark.parametrize("label", peer_parameters("7.2", "newest"))
+def test_a_destination_that_cannot_load_the_devices(label: str, guest: Guest) -> None:
+    """It ends. QEMU from 10.0 on says why over the return path; of an older one it is only known that it has not
+    confirmed the devices, so the user decides. Then the machine may leave for another destination."""
+    device = ("-device", "virtio-rng-pci")
+    with (
+        using_peer(label),
+        Qemu(*device, boot=guest.image) as source,
+        parking() as engine,
+        Qemu(boot=guest.image, incoming="defer") as wrong,
+        Qemu(*device, boot=guest.image, incoming="defer") as right,
+    ):
+        source.wait_printed("B")
+        IntoMigfw(source, engine).complete()
+        failing = OutOfMigfw(wrong, engine)
+        failing.begin(failing.listen())
+        wait_until(lambda: engine.outgoing.status in ("postcopy-paused", "failed"), "the end of QEMU")
+        if label == "7.2":
+            engine.cancel()
+            wait_until(lambda: engine.outgoing.status == "cancelled", "the cancel")
+        assert engine.outgoing.status in ("failed", "cancelled")
+        OutOfMigfw(right, engine).complete()
+        prove(guest, right)
