@@ -1,0 +1,108 @@
+"""The points of a migration at which a fault can be placed: its messages, in both directions.
+
+A message is found by the bytes that begin it. The guest of the matrix has no such bytes in its RAM.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from corefw.wire.constants import (
+    MIGFW_PING,
+    PACKAGE_PING,
+    READY_PING,
+    Command,
+    ReturnMessage,
+    SectionType,
+)
+
+FOOTER: Final = bytes((SectionType.FOOTER,)) + b"...."
+
+
+class Stage(StrEnum):
+    """What is under way when the fault comes."""
+
+    PRECOPY = "precopy"
+    POSTCOPY = "postcopy"
+    RECOVERY = "recovery"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Right before a message, or in the middle of it.
+
+    forward       it goes to the destination
+    pattern       matches at its first byte
+    skip          bytes of the message that still pass
+    handed_over   the source may have sent what lets the destination start the guest: sockets hold a lot
+    """
+
+    stage: Stage
+    name: str
+    forward: bool
+    pattern: re.Pattern[bytes]
+    skip: int = 0
+    handed_over: bool = False
+
+
+def _bytes(pattern: bytes) -> re.Pattern[bytes]:
+    return re.compile(pattern, re.DOTALL)
+
+
+def _command(command: Command, body: bytes | None = None) -> re.Pattern[bytes]:
+    head = bytes((SectionType.COMMAND, 0, command))
+    return _bytes(re.escape(head if body is None else head + len(body).to_bytes(2) + body))
+
+
+def _ping(number: int) -> re.Pattern[bytes]:
+    return _command(Command.PING, number.to_bytes(4))
+
+
+def _message(message: ReturnMessage, body: bytes = b"") -> re.Pattern[bytes]:
+    length = len(body).to_bytes(2) if body else b""
+    return _bytes(re.escape(message.to_bytes(2) + length + body))
+
+
+def _pong(number: int) -> re.Pattern[bytes]:
+    return _message(ReturnMessage.PONG, number.to_bytes(4))
+
+
+def _section(kind: SectionType) -> re.Pattern[bytes]:
+    """A section behind another one, whose footer is not part of the match."""
+    return _bytes(b"(?<=" + FOOTER + b")" + re.escape(bytes((kind,))))
+
+
+START: Final = _bytes(re.escape(bytes((SectionType.START,))) + rb"....\x03ram")
+SHUT: Final = _message(ReturnMessage.SHUT, bytes(4))
+
+POINTS: Final[tuple[Point, ...]] = (
+    Point(Stage.PRECOPY, "header", True, _bytes(b"QEVM")),
+    Point(Stage.PRECOPY, "OPEN_RETURN_PATH", True, _command(Command.OPEN_RETURN_PATH, b"")),
+    Point(Stage.PRECOPY, "START", True, START),
+    Point(Stage.PRECOPY, "PING (ready)", True, _ping(READY_PING)),
+    Point(Stage.PRECOPY, "PONG (migfw)", False, _pong(MIGFW_PING)),
+    Point(Stage.PRECOPY, "PONG (ready)", False, _pong(READY_PING)),
+    Point(Stage.PRECOPY, "PART", True, _section(SectionType.PART)),
+    Point(Stage.PRECOPY, "END", True, _section(SectionType.END), handed_over=True),
+    Point(Stage.PRECOPY, "FULL", True, _section(SectionType.FULL), handed_over=True),
+    Point(Stage.PRECOPY, "EOF", True, _section(SectionType.EOF), handed_over=True),
+    Point(Stage.PRECOPY, "SHUT 0", False, SHUT, handed_over=True),
+    Point(Stage.POSTCOPY, "POSTCOPY_ADVISE", True, _command(Command.POSTCOPY_ADVISE)),
+    Point(Stage.POSTCOPY, "RAM_DISCARD", True, _command(Command.POSTCOPY_RAM_DISCARD)),
+    Point(Stage.POSTCOPY, "PACKAGED", True, _command(Command.PACKAGED), handed_over=True),
+    Point(Stage.POSTCOPY, "PACKAGED, half of it", True, _command(Command.PACKAGED), skip=64, handed_over=True),
+    Point(Stage.POSTCOPY, "RUN", True, _command(Command.POSTCOPY_RUN, b""), handed_over=True),
+    Point(Stage.POSTCOPY, "PONG 3", False, _pong(PACKAGE_PING), handed_over=True),
+    Point(Stage.POSTCOPY, "REQ_PAGES", False, _message(ReturnMessage.REQ_PAGES_ID), handed_over=True),
+    Point(Stage.POSTCOPY, "END", True, _section(SectionType.END), handed_over=True),
+    Point(Stage.POSTCOPY, "SHUT 0", False, SHUT, handed_over=True),
+    Point(Stage.RECOVERY, "RECV_BITMAP", True, _command(Command.RECV_BITMAP), handed_over=True),
+    Point(Stage.RECOVERY, "RECV_BITMAP (answer)", False, _message(ReturnMessage.RECV_BITMAP), handed_over=True),
+    Point(Stage.RECOVERY, "RESUME", True, _command(Command.POSTCOPY_RESUME), handed_over=True),
+    Point(Stage.RECOVERY, "RESUME_ACK", False, _message(ReturnMessage.RESUME_ACK), handed_over=True),
+    Point(Stage.RECOVERY, "END", True, _section(SectionType.END), handed_over=True),
+    Point(Stage.RECOVERY, "SHUT 0", False, SHUT, handed_over=True),
+)
