@@ -46,6 +46,11 @@ UNCONFIRMED: Final = (
     "the guest was sent, but nothing confirmed its arrival, so it is kept here, stopped: 'migfw quit' ends it"
 )
 
+UNHEARD: Final = (
+    "this engine stays, since the source starts the guest only after it has heard that: if it is paused,"
+    " 'migfw recover URI' here and 'migfw migrate URI --resume' there; then 'migfw quit'"
+)
+
 _POLL: Final = 0.02
 
 
@@ -189,10 +194,7 @@ def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: Arrivals) -> 
         if side is Side.SOURCE and new in (MigrationStatus.FAILED, MigrationStatus.CANCELLED):
             _note_end(engine, endings)
         if side is Side.DESTINATION and new is MigrationStatus.FAILED:
-            if plan.stay or not engine.inbound.exit_on_error:
-                note(f"{_why_not_arrived(engine)}; waiting for migrate-incoming")
-            else:
-                endings.put(Ending.NOT_ARRIVED)
+            _note_failed_load(engine, endings, stay=plan.stay)
         if side is Side.DESTINATION and new is MigrationStatus.CANCELLED:
             note("the incoming migration was cancelled; waiting for migrate-incoming")
         if side is Side.DESTINATION and new is MigrationStatus.COMPLETED:
@@ -206,6 +208,16 @@ def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: Arrivals) -> 
                 _note_end(engine, endings)
 
     engine.observe(happened)
+
+
+def _note_failed_load(engine: Engine, endings: Endings, *, stay: bool) -> None:
+    """End the process, unless it is needed."""
+    if engine.inbound.owes_outcome:
+        note(f"{_why_not_arrived(engine)}; {UNHEARD}")
+    elif stay or not engine.inbound.exit_on_error:
+        note(f"{_why_not_arrived(engine)}; waiting for migrate-incoming")
+    else:
+        endings.put(Ending.NOT_ARRIVED)
 
 
 def _note_end(engine: Engine, endings: Endings) -> None:

@@ -15,6 +15,7 @@ from corefw.engine.connection import Connection
 from corefw.engine.custody import tell_outcome
 from corefw.engine.guestarrival import GuestArrival
 from corefw.engine.guestlock import GuestLock
+from corefw.engine.outcome import Outcome
 from corefw.engine.preempt import CAPABILITY as PREEMPT
 from corefw.engine.preempt import RequestedReceiver
 from corefw.engine.progress import LoadProgress
@@ -174,6 +175,18 @@ class Destination(IncomingContext):
         with self._deciding:
             self.interrupt.check()
             self._taken_over = True
+
+    @property
+    def has_taken_over(self) -> bool:
+        """Whether take_over() was called: the source does not start the guest unless it hears that it is not here."""
+        return self._taken_over
+
+    def outcome(self, problem: str) -> Outcome | None:
+        """What a source is told that missed how its postcopy ended; None if it can know otherwise. `problem`: why the
+        guest is not here, empty if it is."""
+        if self.guest is None or self.secret is None:
+            return None
+        return Outcome(self.settings, self.secret, problem)
 
     def cause(self, error: MigfwError) -> MigfwError:
         """The error to report: what comes over another channel aborts the stream, and the error that follows says

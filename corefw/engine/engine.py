@@ -338,7 +338,8 @@ class Engine(MigrationControl):
 
     def recover(self, uri: str) -> str:
         """On a destination whose postcopy is paused: wait for the source at another address, or the same; returns the
-        URI that it has to dial. Raises UriError, StateError, PluginError, ChannelError."""
+        URI that it has to dial. If the postcopy has ended, the source is told how. Raises UriError, StateError,
+        PluginError, ChannelError."""
         return self.inbound.recover_at(uri)
 
     # -- in --------------------------------------------------------------------------------------------------------

@@ -116,9 +116,9 @@ class Inbound:
         may need it."""
         if self._closed or self._machine.run_state is not RunState.INMIGRATE:
             return
-        arrival = self.cancel()
-        if arrival is not None:
-            arrival.join()
+        self.cancel()
+        if self._present is not None:
+            self._present.close()
 
     def cancel(self) -> IncomingMigration | None:
         """Begin to cancel the present migration, and return it; None if there is none, or if it has ended. Raises
@@ -143,7 +143,7 @@ class Inbound:
         return self._present is not None and self._present.guest_waits()
 
     def recover_at(self, uri: str) -> str:
-        """Have a postcopy that is paused wait for its source. See Engine.recover."""
+        """Have a postcopy that is paused, or has ended, wait for its source. See Engine.recover."""
         transport = self._plugins.transport(uri, self._settings)
         transport.check_incoming()
         check_channels(self._settings, transport)
@@ -172,9 +172,16 @@ class Inbound:
         return lambda: self._plugins.transport(uri, self._settings).listen()
 
     def _check_paused(self) -> IncomingMigration:
-        if self._present is None or self.state.status is not _S.POSTCOPY_PAUSED:
+        present = self._present
+        if present is None or not (self.state.status is _S.POSTCOPY_PAUSED or present.tells_outcome):
             raise StateError("Migrate recover can only be run when postcopy is paused.")
-        return self._present
+        return present
+
+    @property
+    def owes_outcome(self) -> bool:
+        """The guest could not be started after RUN, and the source may not have heard that: it does not start the guest
+        before it has."""
+        return self._present is not None and self._present.was_taken_over
 
     def preallocation(self) -> AllocationReport | None:
         """How much of the RAM is allocated for the guest that is waited for; None if none is."""
@@ -201,4 +208,4 @@ class Inbound:
             self._closed = True
         if self._present is not None:
             self._present.abort()
-            self._present.join()
+            self._present.close()

@@ -18,6 +18,7 @@ from typing import Final
 from corefw.control import AllocationReport, BlocktimeReport
 from corefw.engine import arrival, postcopy_arrival
 from corefw.engine.destination import Destination
+from corefw.engine.outcome import Outcome
 from corefw.engine.phases import run_phases
 from corefw.engine.readmission import Readmission
 from corefw.errors import ANYTHING, Interrupted, MigfwError
@@ -58,6 +59,8 @@ class IncomingMigration:
         self._cut_off = threading.Timer(CANCEL_SECONDS, self.abort)
         self._cut_off.daemon = True
         self._thread = threading.Thread(target=self._run, name="incoming migration", daemon=True)
+        self._aborted = False
+        self._outcome: Outcome | None = None
 
     # -- from other threads ----------------------------------------------------------------------------------------
 
@@ -90,8 +93,15 @@ class IncomingMigration:
         return AllocationReport(*self._destination.preallocation.progress())
 
     def abort(self) -> None:
-        """End it, wherever it is."""
+        """End it, wherever it is, and tell the source nothing more."""
+        self._aborted = True
         self._destination.abort()
+
+    def close(self) -> None:
+        """Wait until nothing of it goes on, after abort()."""
+        self.join()
+        if self._outcome is not None:
+            self._outcome.close()
 
     def cancel(self) -> None:
         """End it, unless the guest is here already, and tell the source; the status becomes `cancelled`. Raises
@@ -103,8 +113,18 @@ class IncomingMigration:
 
     @property
     def readmission(self) -> Readmission:
-        """In postcopy: where the source may come back to (migrate-recover)."""
-        return self._destination.readmission
+        """In postcopy: where the source may come back to (migrate-recover), also to hear how it ended."""
+        return self._outcome.readmission if self._outcome is not None else self._destination.readmission
+
+    @property
+    def tells_outcome(self) -> bool:
+        """It has ended, and a source that missed how can be told."""
+        return self._outcome is not None
+
+    @property
+    def was_taken_over(self) -> bool:
+        """In postcopy, RUN was read: a source that does not hear the outcome never starts the guest again."""
+        return self._destination.has_taken_over
 
     def pause(self) -> None:
         """Break the connection of a postcopy on purpose (migrate-pause)."""
@@ -130,16 +150,19 @@ class IncomingMigration:
         if reason is None:
             self._succeed()
         else:
-            self._fail(reason)
+            reason = self._fail(reason)
         self._cut_off.cancel()
         destination.close()
+        if not self._aborted:
+            self._outcome = destination.outcome(reason or "")
 
     def _succeed(self) -> None:
         self._destination.commit_loaders()
         self._enter(_S.COMPLETED)
         self._destination.report_success()
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str) -> str:
+        """Returns what the source is told."""
         if self._destination.cancelled:
             end, reason = _S.CANCELLED, "it was cancelled on the destination"
         else:
@@ -152,6 +175,7 @@ class IncomingMigration:
             self._destination.report_failure(reason)
         self._destination.abandon_loaders()
         self._enter(end)
+        return reason
 
     def _enter(self, end: MigrationStatus) -> None:
         while (status := self._state.status) is not end:

@@ -104,6 +104,8 @@ class Link:
         """
         began = time.monotonic()
         while not self.answers.wait(message, value, LOOK):
+            if self.answers.accepted:
+                raise ChannelError(f"{self.channel.peer} has the whole guest already")
             check(time.monotonic() - began)
 
     def await_last_words(self) -> None:

@@ -111,6 +111,7 @@ def _send_pages(source: Source) -> None:
     for saver in source.later():
         sections.end(saver)
     sections.write_commands()
+    source.all_sent = True
     source.link.answers.expect(ReturnMessage.SHUT, 0)
     writer.u8(SectionType.EOF)
     writer.flush()

@@ -231,6 +231,7 @@ class Readmission:
         peer, problem = connection.channel.peer, ""
         try:
             check_source(connection.reader, connection.channel, self._secret)
+            connection.from_migfw = self._secret is not None
         except Interrupted:
             problem = f"it did not show within {PATIENCE:.0f} s that it is the source of this migration"
         except MigfwError as error:

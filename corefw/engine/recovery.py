@@ -92,6 +92,8 @@ def reconnect(source: Source) -> MigrationStatus:
     except ChannelError as error:
         return pause(source, error)
     source.read_return_path()
+    if source.all_sent:  # the confirmation may be all that was lost
+        source.link.answers.expect(ReturnMessage.SHUT, 0)
     source.sections = source.sections.onto(source.link.writer)
     return MigrationStatus.POSTCOPY_RECOVER
 

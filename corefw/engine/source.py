@@ -52,6 +52,7 @@ class Source(OutgoingContext):
     left_at      time.monotonic() when it was handed over in postcopy; None before, and in precopy
     requests     the page requests over the present link, in postcopy
     requested    the channel of requested pages over the present link; None if they have none of their own
+    all_sent     everything was sent in postcopy, over this connection or one before it
     secret       what the destination, a migfw, knows of this migration in postcopy (identity.py); else None
     """
 
@@ -98,6 +99,7 @@ class Source(OutgoingContext):
         self.stopped_at = 0.0
         self.left_at: float | None = None
         self.secret: bytes | None = None
+        self.all_sent = False
         self._started_there = False
         self._next_transport: Transport | None = None
 

@@ -66,7 +66,7 @@ def _message(message: ReturnMessage, body: bytes = b"") -> re.Pattern[bytes]:
     return _bytes(re.escape(message.to_bytes(2) + length + body))
 
 
-def _pong(number: int) -> re.Pattern[bytes]:
+def pong(number: int) -> re.Pattern[bytes]:
     return _message(ReturnMessage.PONG, number.to_bytes(4))
 
 
@@ -83,19 +83,19 @@ POINTS: Final[tuple[Point, ...]] = (
     Point(Stage.PRECOPY, "OPEN_RETURN_PATH", True, _command(Command.OPEN_RETURN_PATH, b"")),
     Point(Stage.PRECOPY, "START", True, START),
     Point(Stage.PRECOPY, "PING (ready)", True, _ping(READY_PING)),
-    Point(Stage.PRECOPY, "PONG (migfw)", False, _pong(MIGFW_PING)),
-    Point(Stage.PRECOPY, "PONG (ready)", False, _pong(READY_PING)),
+    Point(Stage.PRECOPY, "PONG (migfw)", False, pong(MIGFW_PING)),
+    Point(Stage.PRECOPY, "PONG (ready)", False, pong(READY_PING)),
     Point(Stage.PRECOPY, "PART", True, _section(SectionType.PART)),
     Point(Stage.PRECOPY, "END", True, _section(SectionType.END), handed_over=True),
     Point(Stage.PRECOPY, "FULL", True, _section(SectionType.FULL), handed_over=True),
     Point(Stage.PRECOPY, "EOF", True, _section(SectionType.EOF), handed_over=True),
     Point(Stage.PRECOPY, "SHUT 0", False, SHUT, handed_over=True),
     Point(Stage.POSTCOPY, "POSTCOPY_ADVISE", True, _command(Command.POSTCOPY_ADVISE)),
-    Point(Stage.POSTCOPY, "RAM_DISCARD", True, _command(Command.POSTCOPY_RAM_DISCARD)),
+    Point(Stage.POSTCOPY, "RAM_DISCARD", True, _command(Command.POSTCOPY_RAM_DISCARD), handed_over=True),
     Point(Stage.POSTCOPY, "PACKAGED", True, _command(Command.PACKAGED), handed_over=True),
     Point(Stage.POSTCOPY, "PACKAGED, half of it", True, _command(Command.PACKAGED), skip=64, handed_over=True),
     Point(Stage.POSTCOPY, "RUN", True, _command(Command.POSTCOPY_RUN, b""), handed_over=True),
-    Point(Stage.POSTCOPY, "PONG 3", False, _pong(PACKAGE_PING), handed_over=True),
+    Point(Stage.POSTCOPY, "PONG 3", False, pong(PACKAGE_PING), handed_over=True),
     Point(Stage.POSTCOPY, "REQ_PAGES", False, _message(ReturnMessage.REQ_PAGES_ID), handed_over=True),
     Point(Stage.POSTCOPY, "END", True, _section(SectionType.END), handed_over=True),
     Point(Stage.POSTCOPY, "SHUT 0", False, SHUT, handed_over=True),

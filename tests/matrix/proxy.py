@@ -1,4 +1,4 @@
-"""A proxy for tcp and unix sockets that stops at a message of the migration, or at a byte, and breaks the connection."""
+"""A proxy for tcp and unix sockets that stops at a message of the migration, or at a byte, and breaks there."""
 
 from __future__ import annotations
 

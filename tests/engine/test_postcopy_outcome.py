@@ -1,0 +1,121 @@
+"""A postcopy that ends while its source cannot hear it: the source learns it when it comes back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from corefw.errors import StateError
+from corefw.machine import RunState
+from corefw.testing.tasks import wait_until
+from corefw.wire.constants import PACKAGE_PING
+from tests.helpers.engines import PATIENCE, Pair, ended
+from tests.helpers.moving import LISTEN, Move
+from tests.matrix.points import SHUT, pong
+from tests.matrix.proxy import Cut, Proxy, Watch
+
+
+@pytest.fixture
+def move(pair: Pair) -> Iterator[Move]:
+    yield Move(pair)
+
+
+def begin(move: Move, proxy: Proxy) -> None:
+    move.limit()
+    move.source.migrate(proxy.uri)
+    move.source.start_postcopy()
+
+
+def resume(move: Move) -> None:
+    move.source.migrate(move.destination.recover(LISTEN), resume=True)
+
+
+def test_a_source_that_missed_the_confirmation_completes(move: Move, tmp_path: Path) -> None:
+    with Proxy(tmp_path, move.destination.migrate_incoming(LISTEN)) as proxy:
+        proxy.stop_at(Watch(False, SHUT, 0, lambda: proxy.cut(Cut.RESET)))
+        begin(move, proxy)
+        move.hurry()
+        move.reaches(move.destination, "completed")
+        move.reaches(move.source, "postcopy-paused")
+    assert wait_until(lambda: _recovers(move))
+    move.completes()
+    assert move.source.machine.run_state is RunState.POSTMIGRATE
+
+
+def _recovers(move: Move) -> bool:
+    try:
+        resume(move)
+    except StateError:  # the destination is still waiting for its source to hang up
+        return False
+    return True
+
+
+def test_a_source_that_missed_the_refusal_takes_the_guest_back(
+    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The destination has sent PONG 3, so the source must not start the guest before it hears that it does not run."""
+    told = Watch(False, pong(PACKAGE_PING + 1), 0, lambda: None)
+    with Proxy(tmp_path, move.destination.migrate_incoming(LISTEN)) as proxy:
+        proxy.stop_at(told)
+
+        def fail() -> None:
+            assert told.done.wait(PATIENCE)
+            proxy.cut(Cut.END)
+            move.reaches(move.source, "postcopy-paused")
+            raise RuntimeError("no licence on this host")
+
+        monkeypatch.setattr(move.destination.machine, "start", fail)
+        begin(move, proxy)
+        move.reaches(move.destination, "failed")
+    with pytest.raises(StateError, match="cannot cancel"):
+        move.source.cancel()
+    assert wait_until(lambda: _recovers(move))
+    assert ended(move.source) == "failed"
+    assert "no licence on this host" in (move.source.report().error or "")
+    assert move.source.machine.run_state is RunState.RUNNING
+    move.source.verify()
+
+
+def test_a_guest_that_does_not_start_after_a_recovery_runs_on_the_source(
+    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recovered = threading.Event()
+    told = Watch(False, pong(PACKAGE_PING + 1), 0, lambda: None)
+    with Proxy(tmp_path, move.destination.migrate_incoming(LISTEN)) as proxy:
+        proxy.stop_at(told)
+
+        def fail() -> None:
+            assert recovered.wait(PATIENCE)
+            raise RuntimeError("no licence on this host")
+
+        monkeypatch.setattr(move.destination.machine, "start", fail)
+        begin(move, proxy)
+        assert told.done.wait(PATIENCE)
+        proxy.cut(Cut.END)
+        move.reaches(move.source, "postcopy-paused")
+        move.reaches(move.destination, "postcopy-paused")
+    resume(move)
+    move.reaches(move.destination, "postcopy-active")
+    recovered.set()
+    assert ended(move.source) == "failed"
+    assert "no licence on this host" in (move.source.report().error or "")
+    assert move.source.machine.run_state is RunState.RUNNING
+
+
+def test_a_destination_that_is_told_to_wait_again_forgets_the_outcome(
+    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("no licence on this host")
+
+    monkeypatch.setattr(move.destination.machine, "start", fail)
+    move.begin()
+    move.source.start_postcopy()
+    move.reaches(move.destination, "failed")
+    assert ended(move.source) == "failed"
+    move.destination.migrate_incoming(LISTEN)
+    with pytest.raises(StateError, match="when postcopy is paused"):
+        move.destination.recover(LISTEN)
