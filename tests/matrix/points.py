@@ -76,7 +76,8 @@ def _section(kind: SectionType) -> re.Pattern[bytes]:
 
 
 START: Final = _bytes(re.escape(bytes((SectionType.START,))) + rb"....\x03ram")
-SHUT: Final = _message(ReturnMessage.SHUT, bytes(4))
+SHUT: Final = _bytes(re.escape(ReturnMessage.SHUT.to_bytes(2) + b"\0\4" + bytes(4)) + rb"\Z")
+"""SHUT 0. It comes last; page requests may have the same bytes in the middle."""
 
 POINTS: Final[tuple[Point, ...]] = (
     Point(Stage.PRECOPY, "header", True, _bytes(b"QEVM")),
