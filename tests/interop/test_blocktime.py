@@ -1,0 +1,67 @@
+"""postcopy-blocktime: a python guest's figures have the members, types and units of the newest QEMU's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corefw.engine.blocktime import BUCKETS
+from corefw.plugins import Plugins
+from tests.helpers.cli import migfw
+from tests.helpers.engines import Pair, query_migrate
+from tests.helpers.moving import Move
+from tests.helpers.peers import find_peer, needs_peers
+from tests.helpers.qemu import Guest, Qemu, needs_qemu, wait_until
+
+pytestmark = [pytest.mark.qemu, needs_qemu]
+
+
+@needs_peers("newest")
+def test_the_members_are_qemus(guest: Guest, folder: Path) -> None:
+    theirs, shown = measured_by_qemu(guest, folder)
+    ours = measured_here()
+    members = {name for name in theirs if name.startswith("postcopy-")}
+    assert members == {name for name in ours if name.startswith("postcopy-")}
+    assert {name: type(theirs[name]) for name in members} == {name: type(ours[name]) for name in members}
+    for answer in (theirs, ours):
+        assert len(answer["postcopy-latency-dist"]) == BUCKETS
+        faults = sum(answer["postcopy-latency-dist"])
+        assert faults > 0
+        in_milliseconds = sum(answer["postcopy-vcpu-blocktime"])
+        assert in_milliseconds == pytest.approx(faults * answer["postcopy-latency"] / 1e6, abs=2), answer
+    assert "page faults:" in shown and "blocked:" in shown, "migfw status reads those of a QEMU as well"
+
+
+def measured_by_qemu(guest: Guest, folder: Path) -> tuple[dict[str, Any], str]:
+    """What a destination says of a guest that came in postcopy, and what `migfw status` shows of it."""
+    peer, uri, control = find_peer("newest"), f"unix:{folder}/in", f"unix:{folder}/qmp"
+    with (
+        Qemu(boot=guest.image, peer=peer) as source,
+        Qemu("-qmp", f"{control},server=on,wait=off", boot=guest.image, peer=peer, incoming="defer") as destination,
+    ):
+        source.wait_printed("B")
+        source.capabilities("postcopy-ram")
+        destination.capabilities("postcopy-ram", "postcopy-blocktime")
+        destination.command("migrate-incoming", uri=uri)
+        source.command("migrate-set-parameters", max_postcopy_bandwidth=8 << 20)
+        source.migrate(uri, bandwidth=1 << 20)  # so slowly that the guest is faster than the background stream
+        source.command("migrate-start-postcopy")
+        wait_until(lambda: source.status() == "postcopy-active", "the switch to postcopy")
+        destination.wait_running()
+        source.wait_migrated()
+        destination.wait_running()
+        answer: dict[str, Any] = destination.command("query-migrate")
+        return answer, migfw("status", "--qmp", control).stdout
+
+
+def measured_here() -> dict[str, Any]:
+    """The same of a python guest."""
+    with Pair(Plugins.load()) as pair:
+        move = Move(pair)
+        move.destination.set_capabilities({"postcopy-blocktime": True})
+        move.switch()
+        move.hurry()
+        move.completes()
+        return query_migrate(move.destination)
