@@ -1,0 +1,57 @@
+"""A program with a disk from the command line: the commands of the page on disks, engines that are processes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from corefw.testing.tasks import wait_until
+from tests.cli.conftest import Engine, Engines
+
+PAGE = Path(__file__).parents[2] / "docs" / "disks.md"
+
+
+def bitmaps(engine: Engine) -> dict[str, dict[str, Any]]:
+    (disk,) = engine.ask("query-block")
+    return {one["name"]: one for one in disk["inserted"].get("dirty-bitmaps", ())}
+
+
+def qmp(engine: Engine, command: str, **arguments: str) -> Any:
+    done = engine.call("qmp", command, "node=ledger", *(f"{name}={value}" for name, value in arguments.items()))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_disk_and_its_bitmaps_move(engines: Engines, tmp_path: Path) -> None:
+    program = tmp_path / "ledger.py"
+    program.write_text(re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)[0])
+    ledger = (f"{program}:Ledger", f"--opt=image={tmp_path / 'ledger.raw'}")
+    early = engines(*ledger, "--name=to", "--incoming=tcp:127.0.0.1:0")
+    status, _, error = early.finish()
+    assert status == 2, error
+    assert re.fullmatch(
+        r"migfw: disk 'ledger': .*ledger\.raw: No such file or directory \(a destination needs the file too: shared"
+        r" storage, or a copy\)\n",
+        error,
+    )
+
+    source = engines(*ledger, "--name=from")
+    destination = engines(*ledger, "--name=to", "--incoming=tcp:127.0.0.1:0")
+    qmp(source, "block-dirty-bitmap-add", name="monday", granularity="4096")
+    assert wait_until(lambda: bitmaps(source)["monday"]["count"] > 0)
+    qmp(source, "block-dirty-bitmap-add", name="tuesday", disabled="true")
+    qmp(source, "block-dirty-bitmap-merge", target="tuesday", bitmaps='["monday"]')
+    digest = qmp(source, "x-debug-block-dirty-bitmap-sha256", name="tuesday")
+    shown = source.call("status").stdout
+    assert re.search(r"^disks: +ledger /.*/ledger\.raw$", shown, re.MULTILINE), shown
+
+    moved = source.call("migrate", destination.uri, "--cap=dirty-bitmaps")
+    assert moved.returncode == 0, moved.stderr
+    assert {name: one["recording"] for name, one in bitmaps(destination).items()} == {"monday": True, "tuesday": False}
+    assert qmp(destination, "x-debug-block-dirty-bitmap-sha256", name="tuesday") == digest
+    qmp(destination, "block-dirty-bitmap-clear", name="monday")
+    assert wait_until(lambda: bitmaps(destination)["monday"]["count"] > 0)
+    verified = destination.call("verify")
+    assert verified.returncode == 0, verified.stderr
