@@ -331,9 +331,8 @@ class Engine(MigrationControl):
 
     def pause_migration(self) -> None:
         """Break the connection of a postcopy on purpose, on either side. Raises StateError."""
-        if self._migration is not None and self.outgoing.status in CONNECTED:
-            self._migration.pause()
-        elif not self.inbound.pause():
+        leaving = self._migration if self.outgoing.status in CONNECTED else None
+        if not (self.inbound.pause() if leaving is None else leaving.pause()):
             raise StateError("migrate-pause is currently only supported during postcopy-active state")
 
     def recover(self, uri: str) -> str:

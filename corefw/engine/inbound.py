@@ -135,8 +135,7 @@ class Inbound:
         """Break the connection of a postcopy on purpose; False if none is under way."""
         if self._present is None or self.state.status not in CONNECTED:
             return False
-        self._present.pause()
-        return True
+        return self._present.pause()
 
     def guest_waits(self) -> bool:
         """Whether the guest waits for a page that has not arrived."""

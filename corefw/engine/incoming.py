@@ -126,9 +126,13 @@ class IncomingMigration:
         """In postcopy, RUN was read: a source that does not hear the outcome never starts the guest again."""
         return self._destination.has_taken_over
 
-    def pause(self) -> None:
-        """Break the connection of a postcopy on purpose (migrate-pause)."""
+    def pause(self) -> bool:
+        """Break the connection of a postcopy on purpose (migrate-pause); False if the guest is here whole already."""
+        guest = self._destination.guest
+        if guest is None or guest.is_whole:
+            return False
         self._destination.break_connection()
+        return True
 
     # -- the thread ------------------------------------------------------------------------------------------------
 

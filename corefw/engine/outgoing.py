@@ -143,9 +143,13 @@ class OutgoingMigration:
             raise StateError(f"'{transport.uri}' has no return path, which postcopy needs")
         self._source.postcopy.request()
 
-    def pause(self) -> None:
-        """Break the connection of a postcopy on purpose (migrate-pause)."""
+    def pause(self) -> bool:
+        """Break the connection of a postcopy on purpose (migrate-pause); False if it could not be replaced, because
+        only dirty bitmaps follow the guest."""
+        if not self._source.on_demand():
+            return False
         self._source.link.pause()
+        return True
 
     def resume(self, transport: Transport) -> None:
         """Go on from postcopy-paused over another connection (migrate with resume). Raises StateError if it is about
