@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from corefw.qmp.client import QmpClient
 from corefw.testing.tasks import wait_until
 from tests.cli.conftest import Engine, Engines
 
@@ -18,10 +18,9 @@ def bitmaps(engine: Engine) -> dict[str, dict[str, Any]]:
     return {one["name"]: one for one in disk["inserted"].get("dirty-bitmaps", ())}
 
 
-def qmp(engine: Engine, command: str, **arguments: str) -> Any:
-    done = engine.call("qmp", command, "node=ledger", *(f"{name}={value}" for name, value in arguments.items()))
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def execute(engine: Engine, command: str, **arguments: object) -> Any:
+    with QmpClient(engine.address) as client:
+        return client.execute(command, {"node": "ledger", **arguments})
 
 
 def test_a_disk_and_its_bitmaps_move(engines: Engines, tmp_path: Path) -> None:
@@ -39,19 +38,20 @@ def test_a_disk_and_its_bitmaps_move(engines: Engines, tmp_path: Path) -> None:
 
     source = engines(*ledger, "--name=from")
     destination = engines(*ledger, "--name=to", "--incoming=tcp:127.0.0.1:0")
-    qmp(source, "block-dirty-bitmap-add", name="monday", granularity="4096")
+    execute(source, "block-dirty-bitmap-add", name="monday", granularity=4096)
     assert wait_until(lambda: bitmaps(source)["monday"]["count"] > 0)
-    qmp(source, "block-dirty-bitmap-add", name="tuesday", disabled="true")
-    qmp(source, "block-dirty-bitmap-merge", target="tuesday", bitmaps='["monday"]')
-    digest = qmp(source, "x-debug-block-dirty-bitmap-sha256", name="tuesday")
+    execute(source, "block-dirty-bitmap-add", name="tuesday", disabled=True)
+    merged = source.call("qmp", "block-dirty-bitmap-merge", "node=ledger", "target=tuesday", 'bitmaps=["monday"]')
+    assert (merged.returncode, merged.stdout) == (0, "{}\n"), merged.stderr
+    digest = execute(source, "x-debug-block-dirty-bitmap-sha256", name="tuesday")
     shown = source.call("status").stdout
     assert re.search(r"^disks: +ledger /.*/ledger\.raw$", shown, re.MULTILINE), shown
 
     moved = source.call("migrate", destination.uri, "--cap=dirty-bitmaps")
     assert moved.returncode == 0, moved.stderr
     assert {name: one["recording"] for name, one in bitmaps(destination).items()} == {"monday": True, "tuesday": False}
-    assert qmp(destination, "x-debug-block-dirty-bitmap-sha256", name="tuesday") == digest
-    qmp(destination, "block-dirty-bitmap-clear", name="monday")
+    assert execute(destination, "x-debug-block-dirty-bitmap-sha256", name="tuesday") == digest
+    execute(destination, "block-dirty-bitmap-clear", name="monday")
     assert wait_until(lambda: bitmaps(destination)["monday"]["count"] > 0)
     verified = destination.call("verify")
     assert verified.returncode == 0, verified.stderr
