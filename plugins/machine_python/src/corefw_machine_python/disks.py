@@ -46,7 +46,6 @@ _LOCKS, _UNLOCKS = (
 block/file-posix.c). Readers that share the image (force-share) need neither."""
 
 _COPIED: Final = 1 << 20
-_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 
 
 class Disk:
@@ -167,9 +166,9 @@ class Disk:
             for lock in _LOCKS:
                 fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise MachineError(
-                    f"disk '{self.name}' is in use: another guest, or a QEMU, has {self.path} open ({error.strerror})"
+                    f"disk '{self.name}' is in use: another guest, or a QEMU, has {self.path} open"
                 ) from None
             sys.stderr.write(f"migfw: disk '{self.name}' is not locked: {self.path}: {error.strerror}\n")
 

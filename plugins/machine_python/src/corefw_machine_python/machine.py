@@ -298,13 +298,14 @@ class PythonMachine(PostcopyMachine, BlockMachine, VerifiableMachine, Throttlabl
         except GuestTimeout:
             # After the tick the guest finds both requests, so it keeps running.
             self._guest.tell("resume")
+            slow = "its tick() or flushing its disks takes" if self._disks else "its tick() takes"
             if self._awaits_pages:
                 raise MachineError(
                     f"the guest did not stop within {self._patience:g} s, because it waits for pages that have not"
                     " arrived in postcopy; it keeps running"
                 ) from None
             raise MachineError(
-                f"the guest did not stop within {self._patience:g} s, because its tick() takes longer; it keeps running"
+                f"the guest did not stop within {self._patience:g} s, because {slow} longer; it keeps running"
                 f" (do less in a tick, or give '{self._loaded['name']}' a larger stop_timeout)"
             ) from None
         return answer
