@@ -116,6 +116,11 @@ class RamBlock(ABC):
     def fill(self, pages: NDArray[np.int64], value: int) -> None:
         """Set every byte of these pages to one value. Zero never allocates a page, and may free some."""
 
+    @abstractmethod
+    def release(self, runs: NDArray[np.int64]) -> None:
+        """Give the memory of the pages in these runs (rows first, end) back to the host. They are zero afterwards, in
+        every process that maps them. Raises MachineError."""
+
 
 class FaultSource(ABC):
     """The page faults of a guest that runs while its RAM is still arriving (postcopy).

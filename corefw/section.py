@@ -273,6 +273,27 @@ class PreemptSaver(OnDemandSaver):
         """Everything was sent: write the end mark. Nothing is written to this channel afterwards."""
 
 
+class ReleasingSaver(PostcopySaver):
+    """A PostcopySaver that gives the guest's memory back to the host as it arrives (capability release-ram).
+
+    The engine asks the destination from time to time whether it has what was sent: mark() is called when it asks,
+    release() when the answer has come. After a broken connection what the destination has counts as written anew.
+    prepare_resume() raises StreamError if that lacks anything that was released.
+    """
+
+    @abstractmethod
+    def mark(self) -> None:
+        """The destination is asked about everything that iterate() has written. One question is open at a time."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """The destination has it: give its memory back."""
+
+    @abstractmethod
+    def release_all(self) -> None:
+        """The destination has everything."""
+
+
 class StateSaver(SectionSaver):
     """A section that is sent whole when the guest has stopped. committed() or abandoned() follows in any migration that
     was started, whether the section was needed() or not."""

@@ -70,7 +70,11 @@ def _ping(destination: Destination, frames: FrameReader, record: CommandRecord) 
         raise frames.reader.error("OPEN_RETURN_PATH before PING", "PING")
     number = parse_ping(record.payload)
     connection.from_migfw |= number == MIGFW_PING
-    connection.return_path.pong(number)
+    path = connection.return_path
+    if destination.guest is None:
+        path.pong(number)
+    else:  # until the guest has started, the source keeps what it has sent
+        destination.guest.when_started(partial(path.pong, number))
 
 
 def _note_switchover(destination: Destination, frames: FrameReader, _: CommandRecord) -> None:

@@ -141,6 +141,11 @@ class Engine(MigrationControl):
         # No migration begins after one that moved the guest, so that one stays the last.
         if self._migration is not None and self._migration.confirmed:
             raise StateError(MOVED)
+        if self._migration is not None and self._migration.released:
+            raise StateError(
+                "the guest cannot run or leave here again: its RAM was given back to the host as it arrived elsewhere"
+                " (capability 'release-ram')"
+            )
 
     def _check_is_whole(self) -> None:
         """Raise StateError if the guest runs here while its RAM is still arriving."""

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 from corefw.engine.pagefaults import PageFaults
-from corefw.errors import ANYTHING, MigfwError
+from corefw.errors import ANYTHING, ChannelError, MigfwError
 from corefw.machine import Machine, PostcopyMachine
 from corefw.section import SectionKey
 from corefw.wire.records import SectionHeader
@@ -47,6 +47,9 @@ class GuestArrival:
         self.is_whole = is_whole
         self._thread: threading.Thread | None = None
         self._error: MigfwError | None = None
+        self._lock = threading.Lock()  # guards the two below
+        self._started = False
+        self._waiting: list[Callable[[], None]] = []
 
     def start(self, start: Callable[[], None], on_failure: Callable[[], None]) -> None:
         """Call `start` in a thread, which raises if the guest does not run; then `on_failure`. Only once: nothing
@@ -65,6 +68,21 @@ class GuestArrival:
             self._error = MigfwError(f"internal error: {type(bug).__name__}: {bug}")
         if self._error is not None:
             on_failure()
+            return
+        with self._lock:
+            self._started = True
+            waiting, self._waiting = self._waiting, []
+        for answer in waiting:
+            _try(answer)
+
+    def when_started(self, answer: Callable[[], None]) -> None:
+        """Call this, which sends an answer to the source, at once if the guest has started or is not about to, else
+        when it has. Raises ChannelError only if it is called at once."""
+        with self._lock:
+            if self._thread is not None and not self._started:
+                self._waiting.append(answer)
+                return
+        answer()
 
     @property
     def may_run(self) -> bool:
@@ -89,3 +107,10 @@ class GuestArrival:
             self.faults.close()
         else:
             self.faults.release()
+
+
+def _try(answer: Callable[[], None]) -> None:
+    try:
+        answer()
+    except ChannelError as error:
+        log.debug("the source was not answered: %s", error)

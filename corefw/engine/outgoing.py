@@ -88,6 +88,11 @@ class OutgoingMigration:
         return self._source.confirmed
 
     @property
+    def released(self) -> bool:
+        """Whether some of the guest's memory was given back to the host, so that it cannot run here again."""
+        return self._source.released
+
+    @property
     def is_safe_elsewhere(self) -> bool:
         """Whether it is known that the guest is elsewhere, whole: the destination said so, or a file has it."""
         return self.confirmed or (self._state.status is _S.COMPLETED and self._arrived())

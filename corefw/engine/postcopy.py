@@ -18,6 +18,7 @@ from typing import Final
 
 from corefw.engine.precopy import await_confirmation, send_states
 from corefw.engine.recovery import pause
+from corefw.engine.release import MemoryRelease
 from corefw.engine.scheduling import run_behind_requests
 from corefw.engine.source import Source
 from corefw.errors import ANYTHING
@@ -46,6 +47,7 @@ def send_rest(source: Source) -> MigrationStatus:
         return pause(source, error)
     source.confirmed = True
     source.link.finish()
+    MemoryRelease(source).finish()
     return MigrationStatus.COMPLETED
 
 
@@ -93,6 +95,7 @@ def _package(source: Source) -> bytes:
 def _send_pages(source: Source) -> None:
     """PARTs until nothing is left, then the end of the stream."""
     writer, sections, through = source.link.writer, source.sections, False
+    release = MemoryRelease(source)
     part = PART if source.requested is None else PART_BESIDE
     source.link.channel.limit_unsent(part)
     source.meter.hold_at("max-postcopy-bandwidth")
@@ -104,6 +107,7 @@ def _send_pages(source: Source) -> None:
             for saver in source.later():
                 through &= sections.part(saver, partial(saver.iterate, writer, min(part, budget)))
                 source.statistics.section(saver.key).update(saver.pending_estimate().total)
+            release.step()
             writer.flush()
         source.meter.measure()
     if source.requested is not None:

@@ -51,6 +51,7 @@ class Source(OutgoingContext):
     stopped_at   time.monotonic() when the guest began to be stopped for the switchover
     left_at      time.monotonic() when it was handed over in postcopy; None before, and in precopy
     requests     the page requests over the present link, in postcopy
+    released     some of the guest's memory was given back to the host: it cannot run here again
     requested    the channel of requested pages over the present link; None if they have none of their own
     all_sent     everything was sent in postcopy, over this connection or one before it
     secret       what the destination, a migfw, knows of this migration in postcopy (identity.py); else None
@@ -96,6 +97,7 @@ class Source(OutgoingContext):
         )
         self.proceed = threading.Event()
         self.confirmed = False
+        self.released = False
         self.stopped_at = 0.0
         self.left_at: float | None = None
         self.secret: bytes | None = None
@@ -164,6 +166,8 @@ class Source(OutgoingContext):
         reason never started the guest.
         """
         path = self.link.return_path
+        if self.released:  # a destination that lies; nothing of the guest is here to be started again
+            return False
         return path is not None and path.refused and (path.explained or not self.started_there)
 
     @property

@@ -169,6 +169,14 @@ class MemfdBlock(RamBlock):
                 first = stop // size
         self.pages[first:end] = value
 
+    def release(self, runs: Runs) -> None:
+        """See RamBlock."""
+        try:
+            for first, end in runs.tolist():
+                self._mapping.madvise(mmap.MADV_REMOVE, first * self.page_size, (end - first) * self.page_size)
+        except OSError as error:
+            raise _failed(self.idstr, self.length, "cannot give back", error) from None
+
     def _touched(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return those of the pages that are not in a hole.
 

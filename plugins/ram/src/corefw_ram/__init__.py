@@ -18,7 +18,9 @@ from corefw_ram.section import RamSectionLoader, RamSectionSaver
 
 @hookimpl
 def corefw_settings() -> Declarations:
-    return Declarations(implements=frozenset({"postcopy-ram", "postcopy-preempt", "max-postcopy-bandwidth"}))
+    return Declarations(
+        implements=frozenset({"postcopy-ram", "postcopy-preempt", "release-ram", "max-postcopy-bandwidth"})
+    )
 
 
 @hookimpl

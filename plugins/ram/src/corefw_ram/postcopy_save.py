@@ -24,6 +24,7 @@ from corefw.wire.constants import Command
 from corefw.wire.records import discard_payload, discards, write_command
 from corefw.wire.stream import StreamWriter
 from corefw_ram.records import PAGE_RECORD
+from corefw_ram.release import Releasable
 from corefw_ram.save import EOS, WINDOW, BlockState, PageSaver
 
 
@@ -72,6 +73,7 @@ class PostcopyPageSaver(PageSaver):
         self._lock = threading.Lock()  # guards the marks, what is counted of them, the queue, and where to go on
         self._requests = RequestQueue(self._states)
         self._in_postcopy = False
+        self._releasable: Releasable | None = None
         self._urgent_statistics = RamStatistics()
         self._urgent_counted = (0, 0)
         self._urgent_pages = self._page_writer(self._urgent_statistics)
@@ -81,10 +83,12 @@ class PostcopyPageSaver(PageSaver):
         ram_postcopy_send_discard_bitmap)."""
         self.harvest()
         self._leave_something()
-        for state in self._states:
+        for index, state in enumerate(self._states):
             state.block.dirty_log.stop()
             for discard in discards(state.block.idstr, state.block.page_size, runs_of_mask(state.dirty)):
                 write_command(writer, Command.POSTCOPY_RAM_DISCARD, discard_payload(discard))
+            if self._releasable is not None:
+                self._releasable.note_sent(index, np.flatnonzero(~state.dirty & ~state.hole))
         self._in_postcopy = True
         self._restart()
 
@@ -96,6 +100,12 @@ class PostcopyPageSaver(PageSaver):
             state.dirty[0] = True
             state.dirty_count = 1
             self._count_remaining()
+
+    def releasing(self) -> Releasable:
+        """What of the memory can be given back; from the first call on it is noted what was sent."""
+        if self._releasable is None:
+            self._releasable = Releasable(self._states)
+        return self._releasable
 
     # -- what is requested -----------------------------------------------------------------------------------------
 
@@ -167,6 +177,8 @@ class PostcopyPageSaver(PageSaver):
     def _write(self, writer: StreamWriter, index: int, pages: NDArray[np.int64]) -> None:
         state = self._states[index]
         self._pages.send(writer, state.block, pages, state.hole[pages], None)
+        if self._releasable is not None:
+            self._releasable.note_sent(index, pages)
 
     def _next_requested(self) -> tuple[int, NDArray[np.int64]] | None:
         """Claim the pages of the next request: a block's number and its pages. None if all were served."""
@@ -208,8 +220,11 @@ class PostcopyPageSaver(PageSaver):
         """What the destination has not received is to be sent, and nothing else (QEMU 10.0, ram_dirty_bitmap_reload).
         It asks again for the pages that its guest waits for."""
         self._requests.clear()
-        for state in self._states:
-            state.dirty = ~received(state.block.idstr, len(state.dirty))
+        for index, state in enumerate(self._states):
+            here = received(state.block.idstr, len(state.dirty))
+            if self._releasable is not None:
+                self._releasable.note_received(index, here)
+            state.dirty = ~here
             state.dirty_count = int(np.count_nonzero(state.dirty))
         self._count_remaining()
         self._restart()

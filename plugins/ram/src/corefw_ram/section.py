@@ -19,6 +19,7 @@ from corefw.section import (
     Priority,
     RamSaver,
     RamStatistics,
+    ReleasingSaver,
 )
 from corefw.wire.constants import RAM_IDSTR, RAM_VERSION, TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader, StreamWriter
@@ -29,7 +30,7 @@ from corefw_ram.requested import load_requested
 from corefw_ram.save import EOS
 
 
-class RamSectionSaver(RamSaver, PreemptSaver):
+class RamSectionSaver(RamSaver, PreemptSaver, ReleasingSaver):
     """The source's half of QEMU's savevm_ram_handlers, for any machine's RAM blocks."""
 
     idstr = RAM_IDSTR
@@ -54,6 +55,8 @@ class RamSectionSaver(RamSaver, PreemptSaver):
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
         self._follows_later = context.settings.capability("postcopy-ram")
         self._pages = PostcopyPageSaver(_checked(self._machine.ram_blocks()), self._statistics)
+        if context.settings.capability("release-ram"):
+            self._pages.releasing()
         self._pages.setup(writer)
 
     def pending_estimate(self) -> Pending:
@@ -89,6 +92,15 @@ class RamSectionSaver(RamSaver, PreemptSaver):
 
     def end_requested(self, writer: StreamWriter) -> None:
         writer.write(EOS)
+
+    def mark(self) -> None:
+        self._saving.releasing().mark()
+
+    def release(self) -> None:
+        self._saving.releasing().release()
+
+    def release_all(self) -> None:
+        self._saving.releasing().release_all()
 
     def prepare_resume(self, received: Callable[[str, int], NDArray[np.bool_]]) -> None:
         self._saving.prepare_resume(received)
