@@ -14,6 +14,7 @@ from tests.helpers.cutting import Cut, CutProxy
 from tests.helpers.peers import peer_parameters, using_peer
 from tests.helpers.postcopying import Move, there_and_back
 from tests.helpers.qemu import Guest, needs_qemu, wait_until
+from tests.helpers.ram import allocated
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
 
@@ -33,6 +34,20 @@ def test_preempt_plain(label: str, guest: Guest) -> None:
     with using_peer(label), there_and_back(guest, "postcopy-preempt") as moves:
         for move in moves:
             move.complete()
+
+
+@pytest.mark.parametrize("label", peer_parameters("7.2", "newest"))
+def test_release_ram(label: str, guest: Guest) -> None:
+    """A QEMU answers the questions about what has arrived as well."""
+    with using_peer(label), there_and_back(guest, "release-ram") as (arriving, leaving):
+        moves_at_once(arriving)
+        leaving.begin(leaving.listen())
+        leaving.both_reach("postcopy-active")
+        blocks = leaving.engine.machine.ram_blocks()
+        before = sum(map(allocated, blocks))
+        assert wait_until(lambda: sum(map(allocated, blocks)) < before, "memory to be given back")
+        leaving.finish()
+        assert sum(map(allocated, blocks)) == 0
 
 
 # -- connections that break --------------------------------------------------------------------------------------------

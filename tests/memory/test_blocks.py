@@ -198,3 +198,11 @@ def test_nothing_is_ever_dirty_in_a_parked_block(block: MemfdBlock) -> None:
     assert log.harvest().shape == (0, 2)
     log.stop()
     log.stop()
+
+
+def test_memory_that_is_given_back_is_zero(block: MemfdBlock) -> None:
+    block.pages[:] = 7
+    block.release(np.array([[0, 8], [20, 21]]))
+    assert allocated(block) == PAGES - 9
+    assert not block.pages[0:8].any() and not block.pages[20].any()
+    assert (block.pages[8:20] == 7).all() and (block.pages[21:] == 7).all()
