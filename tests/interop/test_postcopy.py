@@ -40,7 +40,7 @@ def test_preempt_plain(label: str, guest: Guest) -> None:
 def test_release_ram(label: str, guest: Guest) -> None:
     """A QEMU answers the questions about what has arrived as well."""
     with using_peer(label), there_and_back(guest, "release-ram") as (arriving, leaving):
-        moves_at_once(arriving)
+        arriving.complete()
         leaving.begin(leaving.listen())
         leaving.both_reach("postcopy-active")
         blocks = leaving.engine.machine.ram_blocks()
