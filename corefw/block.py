@@ -352,8 +352,8 @@ class BlockNode:
         persistent: bool = False,
         busy: bool = False,
     ) -> DirtyBitmap:
-        """Create an empty bitmap, which records from now on if it is `enabled`. Raises UsageError, with QEMU's texts,
-        for a name that is empty, too long or taken, and for a wrong granularity."""
+        """Create an empty bitmap, which records from now on if it is `enabled`. Raises UsageError: with QEMU's texts
+        for a name that is empty, too long or taken, and for a wrong granularity; and if the host has no memory."""
         if not name:
             raise UsageError("Bitmap name cannot be empty")
         if len(name.encode()) > MAX_BITMAP_NAME:
@@ -363,7 +363,13 @@ class BlockNode:
         with self.settled():
             if self.find_bitmap(name) is not None:
                 raise UsageError(f"Bitmap already exists: {name}")
-            bitmap = DirtyBitmap(self, name, granularity, enabled=enabled, persistent=persistent)
+            try:
+                bitmap = DirtyBitmap(self, name, granularity, enabled=enabled, persistent=persistent)
+            except MemoryError:
+                raise UsageError(
+                    f"no memory for the bits of '{name}', one for each {granularity} of {self.length} bytes"
+                    " (use a larger granularity)"
+                ) from None
             bitmap._busy = busy
             self._bitmaps.insert(0, bitmap)
             return bitmap

@@ -222,6 +222,13 @@ def test_a_wrong_granularity_is_refused(granularity: int) -> None:
         Disk().add_bitmap("one", granularity)
 
 
+def test_a_bitmap_too_large_for_the_host_is_refused() -> None:
+    disk = Disk(length=1 << 62)
+    with pytest.raises(UsageError, match=r"no memory for the bits of 'one', one for each 512 of .*larger granularity"):
+        disk.add_bitmap("one", 512)
+    assert disk.bitmaps == ()
+
+
 def test_wrong_names_are_refused() -> None:
     disk = Disk()
     disk.add_bitmap("one", 65536)
