@@ -83,6 +83,8 @@ class RamBlock(ABC):
     view        writable memoryview of the engine's mapping
     pages       the same as an array of shape (pages, page_size), dtype uint8
     dirty_log   the log of what the guest has written; what the engine writes is not in it
+    host_page_size   bytes of the pages that the guest's host has mapped the block with: page_size, or a huge page's. In
+                postcopy a destination like that host needs whole ones. Set by the loader where the stream says so
     huge        the memory is in huge pages: a first write through the mapping costs little
     known_zero  runs (first, end) of pages that are zero although some of them were allocated in advance; None where
                 only the holes are known to be zero. What loads the block counts on it, so it is set before and reset
@@ -96,6 +98,7 @@ class RamBlock(ABC):
     view: memoryview
     pages: NDArray[np.uint8]
     dirty_log: DirtyLog
+    host_page_size: int = 4096
     huge: bool = False
     known_zero: NDArray[np.int64] | None = None
 

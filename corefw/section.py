@@ -108,8 +108,8 @@ class OutgoingContext(ABC):
 class IncomingContext(ABC):
     """What the engine offers to loaders on the destination, from setup() to cleanup().
 
-    stream_capabilities   those that the stream's configuration section names, which change what sections consist of;
-                          known once load() is called
+    stream_capabilities   those that change what sections consist of: named by the stream's configuration section, and
+                          postcopy-ram if POSTCOPY_ADVISE announced pages; known once load() is called
     """
 
     settings: Settings

@@ -48,6 +48,7 @@ def advise(destination: Destination, frames: FrameReader, record: CommandRecord)
     path = _return_path(destination)
     destination.tail.check_pages(advice)
     destination.advised = destination.advised_pages = True
+    destination.stream_capabilities |= {"postcopy-ram"}
     if destination.connection.from_migfw and destination.secret is None:
         destination.secret = new_secret()
         path.send(ReturnMessage.MIGFW_SECRET, destination.secret)

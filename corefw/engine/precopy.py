@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import mmap
 import time
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Final
 
 from corefw.engine.coverage import uncovered
@@ -89,7 +90,8 @@ def _write_head(source: Source) -> None:
         source.link.ping(1)
         source.link.ping(MIGFW_PING)
     if source.settings.capability("postcopy-ram"):
-        advice = PostcopyAdvice(page_sizes=mmap.PAGESIZE, target_page_size=TARGET_PAGE_SIZE)
+        sizes = reduce(or_, {block.host_page_size for block in source.machine.ram_blocks()}, 0) or mmap.PAGESIZE
+        advice = PostcopyAdvice(page_sizes=sizes, target_page_size=TARGET_PAGE_SIZE)
         write_command(writer, Command.POSTCOPY_ADVISE, postcopy_advise_payload(advice))
     elif source.settings.capability("dirty-bitmaps"):
         write_command(writer, Command.POSTCOPY_ADVISE, postcopy_advise_payload(None))

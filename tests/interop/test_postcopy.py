@@ -6,14 +6,16 @@ pages at once. The cases are those of QEMU's own tests below postcopy/ (tests/qt
 
 from __future__ import annotations
 
+import re
 import socket
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.cutting import Cut, CutProxy
 from tests.helpers.peers import peer_parameters, using_peer
 from tests.helpers.postcopying import Move, there_and_back
-from tests.helpers.qemu import Guest, needs_qemu, wait_until
+from tests.helpers.qemu import Guest, assemble, needs_qemu, wait_until
 from tests.helpers.ram import allocated
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
@@ -48,6 +50,26 @@ def test_release_ram(label: str, guest: Guest) -> None:
         assert wait_until(lambda: sum(map(allocated, blocks)) < before, "memory to be given back")
         leaving.finish()
         assert sum(map(allocated, blocks)) == 0
+
+
+HUGE = (
+    *("-object", "memory-backend-memfd,id=ram0,size=32M,hugetlb=on,hugetlbsize=2M,share=off"),
+    *("-machine", "memory-backend=ram0"),
+)
+
+
+def _free_huge_pages() -> int:
+    found = re.search(r"HugePages_Free: +(\d+)", Path("/proc/meminfo").read_text())
+    return int(found[1]) if found else 0
+
+
+@pytest.mark.skipif(_free_huge_pages() < 32, reason="needs 32 huge pages of 2 MiB (sysctl vm.nr_hugepages=32)")
+@pytest.mark.parametrize("label", peer_parameters("5.2", "newest"))
+def test_huge_pages(label: str, tmp_path: Path) -> None:
+    guest = assemble(tmp_path, pages=2048, delay=200)  # it writes to four huge pages
+    with using_peer(label), there_and_back(guest, arguments=HUGE) as moves:
+        for move in moves:
+            move.complete()
 
 
 # -- connections that break --------------------------------------------------------------------------------------------

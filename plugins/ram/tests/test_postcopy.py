@@ -159,6 +159,44 @@ def test_what_is_still_to_be_sent_is_discarded(machine: StillMachine) -> None:
         assert sorted(Parts(sender).next(10)) == [("ram", 4), ("ram", 5), ("ram", 9)]
 
 
+HUGE = 16
+"""Pages in one page of the guest's host, in these tests."""
+
+
+def test_a_huge_page_of_the_host_goes_as_a_whole(machine: StillMachine) -> None:
+    """A destination with such pages takes no other in between (QEMU, ram_load_postcopy)."""
+    machine.blocks[0].host_page_size = HUGE * PAGE
+    with stopped(machine) as sender:
+        parts = Parts(sender)
+        sender.saver.request_pages("ram", 100 * PAGE, PAGE)
+        found = parts.next(1)
+        assert found[0] == ("ram", 96)
+        while sender.saver.pending_estimate().total:
+            sender.saver.request_pages("ram", 200 * PAGE, PAGE)
+            found += parts.next(5)
+        pages = np.array([page for idstr, page in found if idstr == "ram"]).reshape(-1, HUGE)
+        assert (pages == pages[:, :1] + np.arange(HUGE)).all()
+        assert not (pages[:, 0] % HUGE).any()
+        assert sorted(pages.ravel().tolist()) == list(range(PAGES))
+
+
+def test_a_huge_page_of_the_host_is_discarded_as_a_whole(machine: StillMachine) -> None:
+    ram = machine.blocks[0]
+    ram.host_page_size = HUGE * PAGE
+    assert isinstance(ram.dirty_log, ToldLog)
+    with Sender(machine) as sender:
+        sender.setup()
+        sender.part()
+        ram.dirty_log.tell(20, 21)
+        sink = MemorySink()
+        writer = StreamWriter(sink)
+        sender.saver.begin_postcopy(writer)
+        writer.flush()
+        command = FrameReader.of_sections(StreamReader(MemorySource(bytes(sink.data)))).next_event()
+        assert isinstance(command, CommandItem)
+        assert parse_discard(command.record.payload).ranges == ((HUGE * PAGE, HUGE * PAGE),)
+
+
 def test_after_a_break_what_has_not_arrived_is_sent_and_nothing_else(machine: StillMachine) -> None:
     with stopped(machine) as sender:
         Parts(sender).next(60)

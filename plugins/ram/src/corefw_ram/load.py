@@ -133,7 +133,7 @@ class PageLoader:
 
     def _load_block_list(self, reader: StreamReader, total: int) -> None:
         mapped = MAPPED_RAM in self._context.stream_capabilities
-        found = read_block_list(reader, total)
+        found = read_block_list(reader, total, page_sizes="postcopy-ram" in self._context.stream_capabilities)
         entries = [self._load_mapped(reader, entry) for entry in found] if mapped else self._take(reader, list(found))
         if missing := self._blocks.keys() - {entry.idstr for entry in entries}:
             raise reader.error(f"all RAM blocks of this machine ({', '.join(self._blocks)})", f"none '{min(missing)}'")
@@ -168,11 +168,21 @@ class PageLoader:
         if loaded is None:
             raise reader.error(f"one of the RAM blocks {', '.join(self._blocks) or '(none)'}", f"block '{entry.idstr}'")
         block = loaded.block
+        if entry.page_size is not None:
+            self._check_host_pages(reader, entry)
+            block.host_page_size = entry.page_size
         if block.length != entry.length:
             raise reader.error(
                 f"RAM block '{entry.idstr}' of {block.length} bytes ({format_size(block.length)})",
                 f"one of {entry.length} bytes ({format_size(entry.length)}); start both sides with the same RAM size",
             )
+
+    def _check_host_pages(self, reader: StreamReader, entry: BlockEntry) -> None:
+        """The source's host has huge pages there."""
+        assert entry.page_size is not None
+        if not isinstance(self._machine, RamMakingMachine) or entry.length % entry.page_size:
+            got = f"one of {entry.length} bytes with pages of {entry.page_size}"
+            raise reader.error(f"RAM block '{entry.idstr}' with pages of {TARGET_PAGE_SIZE} bytes", got)
 
     # -- runs of records -------------------------------------------------------------------------------------------
 

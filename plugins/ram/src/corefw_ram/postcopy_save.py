@@ -63,6 +63,11 @@ class RequestQueue:
             queued[:] = False
 
 
+def _host_pages(block: RamBlock) -> int:
+    """Pages of the stream in one page of the guest's host."""
+    return block.host_page_size // block.page_size
+
+
 class PostcopyPageSaver(PageSaver):
     """Sends all blocks in passes; after begin_postcopy() pages that were requested first, and what follows them next:
     the guest is likely to need that too."""
@@ -83,6 +88,7 @@ class PostcopyPageSaver(PageSaver):
         ram_postcopy_send_discard_bitmap)."""
         self.harvest()
         self._leave_something()
+        self._round_out()
         for index, state in enumerate(self._states):
             state.block.dirty_log.stop()
             for discard in discards(state.block.idstr, state.block.page_size, runs_of_mask(state.dirty)):
@@ -100,6 +106,19 @@ class PostcopyPageSaver(PageSaver):
             state.dirty[0] = True
             state.dirty_count = 1
             self._count_remaining()
+
+    def _round_out(self) -> None:
+        """Mark whole pages of the host, and go on with a whole one (QEMU 10.0, postcopy_chunk_hostpages). From here on
+        they are claimed as a whole."""
+        for state in self._states:
+            if (count := _host_pages(state.block)) > 1:
+                whole = state.dirty.reshape(-1, count)
+                whole |= whole.any(axis=1, keepdims=True)
+                state.dirty_count = int(np.count_nonzero(state.dirty))
+        if self._states:
+            index, page = self._at
+            self._at = (index, page - page % _host_pages(self._states[index].block))
+        self._count_remaining()
 
     def releasing(self) -> Releasable:
         """What of the memory can be given back; from the first call on it is noted what was sent."""
@@ -143,7 +162,8 @@ class PostcopyPageSaver(PageSaver):
                 f"page request: expected whole pages within the {block.length} bytes of RAM block '{idstr}',"
                 f" got {length} bytes at {start:#x}"
             )
-        return index, start // block.page_size, (start + length) // block.page_size
+        first, end, count = start // block.page_size, (start + length) // block.page_size, _host_pages(block)
+        return index, first - first % count, end + -end % count
 
     # -- what is left ----------------------------------------------------------------------------------------------
 
@@ -195,7 +215,9 @@ class PostcopyPageSaver(PageSaver):
         with self._lock:
             while self._statistics.remaining_bytes:
                 index, page = self._at
-                end = min(page + WINDOW, len(self._states[index].dirty))
+                count = _host_pages(self._states[index].block)
+                most = max(most - most % count, count)
+                end = min(page + max(WINDOW, count), len(self._states[index].dirty))
                 pages = np.flatnonzero(self._states[index].dirty[page:end])[:most] + page
                 self._go_on_at(index, int(pages[-1]) + 1 if len(pages) == most else end)
                 if len(pages):

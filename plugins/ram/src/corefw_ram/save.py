@@ -74,12 +74,18 @@ class PageSaver:
         """For a stream in which no block has been named yet."""
         return PageWriter(max((state.block.page_size for state in self._states), default=4096), statistics)
 
-    def setup(self, writer: StreamWriter) -> None:
+    def setup(self, writer: StreamWriter, *, page_sizes: bool = False) -> None:
+        """`page_sizes`: say which blocks have huge pages, as QEMU does with postcopy-ram."""
         blocks = [state.block for state in self._states]
         self._statistics.total_bytes = sum(block.length for block in blocks)
         self._statistics.page_size = blocks[0].page_size if blocks else 4096
         writer.be64(self._statistics.total_bytes | RamFlag.MEM_SIZE)
-        write_block_list(writer, [BlockEntry(block.idstr, block.length) for block in blocks])
+        sizes = [
+            block.host_page_size if page_sizes and block.host_page_size != block.page_size else None for block in blocks
+        ]
+        write_block_list(
+            writer, [BlockEntry(block.idstr, block.length, size) for block, size in zip(blocks, sizes, strict=True)]
+        )
         for state in self._states:
             state.start()
         self._statistics.dirty_sync_count = 1

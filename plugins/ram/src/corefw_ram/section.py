@@ -57,7 +57,7 @@ class RamSectionSaver(RamSaver, PreemptSaver, ReleasingSaver):
         self._pages = PostcopyPageSaver(_checked(self._machine.ram_blocks()), self._statistics)
         if context.settings.capability("release-ram"):
             self._pages.releasing()
-        self._pages.setup(writer)
+        self._pages.setup(writer, page_sizes=self._follows_later)
 
     def pending_estimate(self) -> Pending:
         left = self._statistics.remaining_bytes
