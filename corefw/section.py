@@ -247,7 +247,8 @@ class PostcopySaver(LiveSaver):
 
 
 class OnDemandSaver(PostcopySaver):
-    """A PostcopySaver whose rest the guest may wait for on the destination: RAM."""
+    """A PostcopySaver whose rest the guest may wait for on the destination: RAM. With a budget of 0, iterate() writes
+    what was requested and nothing else."""
 
     @abstractmethod
     def request_pages(self, block: str, start: int, length: int) -> None:

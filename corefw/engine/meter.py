@@ -133,15 +133,15 @@ class Meter:
             else:
                 self._ahead = 0.0
 
-    def sent_urgently(self, count: int) -> None:
-        """So many more bytes went out, which count against no limit."""
-        with self._changed:
-            self.total += count
-
     def rest(self) -> float:
         """Seconds until what went out is due."""
         with self._changed:
             return self._rest()
+
+    def is_ahead(self) -> bool:
+        """Whether more went out than is due, since urgent work did not wait: leave everything else for later."""
+        with self._changed:
+            return self._settle() > 0 and self._ahead > 0
 
     def pace(self) -> None:
         """Wait until what went out is due, or until urgent work comes. Raises what the check raises."""
@@ -208,7 +208,8 @@ class Meter:
 
 
 class CountedChannel(Channel):
-    """A channel that counts what it sends, and lets no limit hold it back. All else is the inner channel's."""
+    """A channel that counts what it sends, and is not held back by a limit: other channels wait the longer. All else is
+    the inner channel's."""
 
     def __init__(self, channel: Channel, meter: Meter) -> None:
         self.peer = channel.peer
@@ -218,7 +219,7 @@ class CountedChannel(Channel):
 
     def send(self, *parts: Buffer) -> None:
         self._channel.send(*parts)
-        self._meter.sent_urgently(sum(map(len, parts)))
+        self._meter.sent(sum(map(len, parts)))
 
     def receive_into(self, view: memoryview) -> int:
         return self._channel.receive_into(view)

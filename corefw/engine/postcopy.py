@@ -102,10 +102,13 @@ def _send_pages(source: Source) -> None:
     source.meter.start_window()
     while not through:
         source.check()
-        through = True
+        source.meter.pace()
+        only_requested = source.meter.is_ahead()
+        through = not only_requested
         with source.requests.served(), source.meter.step() as budget:
-            for saver in source.later():
-                through &= sections.part(saver, partial(saver.iterate, writer, min(part, budget)))
+            for saver in source.on_demand() if only_requested else source.later():
+                budget = 0 if only_requested else min(part, budget)
+                through &= sections.part(saver, partial(saver.iterate, writer, budget))
                 source.statistics.section(saver.key).update(saver.pending_estimate().total)
             release.step()
             writer.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,12 @@ from corefw.errors import SettingsError
 from corefw.machine import RunState
 from corefw.testing.tasks import wait_until
 from tests.helpers.cutting import Cut, CutProxy
-from tests.helpers.engines import Pair, ended, query_migrate
+from tests.helpers.engines import PATIENCE, Pair, ended, query_migrate
 from tests.helpers.moving import LISTEN, Move
 from tests.helpers.ram import EOS
+
+RECORD = 8 + 4 + 4096 + 64
+"""Bytes of a page's record that names its block, and of the section around it, at most."""
 
 
 @pytest.fixture
@@ -42,6 +46,24 @@ def test_the_guest_runs_before_its_pages_are_there(move: Move, folder: Path, sch
     move.source.migrate(move.destination.migrate_incoming(address))
     move.source.start_postcopy()
     assert wait_until(partial(asks_again, move, 0)), "no page was asked for"
+    move.hurry()
+    move.completes()
+
+
+@pytest.mark.parametrize("preempt", [False, True])
+def test_the_limit_holds_for_what_is_not_requested_and_for_nothing_else(move: Move, preempt: bool) -> None:
+    """The guest needs more than the limit allows, and gets it; meanwhile the rest keeps to the limit."""
+    for engine in (move.source, move.destination):
+        engine.set_capabilities({"postcopy-preempt": preempt})
+    limit = 64 << 10
+    move.begin()
+    move.source.set_parameters({"max-postcopy-bandwidth": limit})
+    began = time.monotonic()
+    move.source.start_postcopy()
+    assert wait_until(partial(asks_again, move, int(2 * PATIENCE * limit) // RECORD)), "requested pages are held back"
+    ram = query_migrate(move.source)["ram"]
+    background = ram["postcopy-bytes"] - ram["postcopy-requests"] * RECORD
+    assert background <= limit * (time.monotonic() - began) + (256 << 10)
     move.hurry()
     move.completes()
 
