@@ -116,16 +116,14 @@ class FaultQueue(FaultSource):
         return self._fd
 
     def poll(self) -> Mapping[str, NDArray[np.int64]]:
-        faults = userfault.read_faults(self._fd, EVENTS)
-        found: dict[str, NDArray[np.int64]] = {}
-        for idstr, address in self._addresses.items():
-            block = self._blocks[idstr]
-            inside = faults[(faults[:, 0] >= address) & (faults[:, 0] < address + block.length)]
-            if len(inside):
-                pages = ((inside[:, 0] - address) // block.page_size).tolist()
-                threads = map(self._own_thread, inside[:, 1].tolist())
-                found[idstr] = np.array(sorted(set(zip(pages, threads, strict=True))), dtype=np.int64)
-        return found
+        found: dict[str, set[tuple[int, int]]] = {}
+        for place, thread in userfault.read_faults(self._fd, EVENTS):  # mostly one, so in plain Python
+            for idstr, address in self._addresses.items():
+                offset = place - address
+                if 0 <= offset < self._blocks[idstr].length:
+                    page = offset // self._blocks[idstr].page_size
+                    found.setdefault(idstr, set()).add((page, self._own_thread(thread)))
+        return {idstr: np.array(sorted(faults), dtype=np.int64) for idstr, faults in found.items()}
 
     def _own_thread(self, thread: int) -> int:
         """The thread's id if it is one of the process; otherwise 0 (a debugger that reads its memory, for example)."""

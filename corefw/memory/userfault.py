@@ -17,9 +17,6 @@ from enum import IntFlag
 from struct import Struct
 from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 SYSCALL: Final = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "loongarch64": 282}
 """The number of userfaultfd(2), by os.uname().machine."""
 
@@ -43,9 +40,7 @@ _RangeArgument: Final = Struct("=QQ")  # start, length
 _WriteProtectArgument: Final = Struct("=QQQ")  # start, length, mode
 _FillArgument: Final = Struct("=QQQq")  # start, length, mode, bytes filled or a negative errno
 
-_MESSAGE: Final = np.dtype(
-    {"names": ["event", "address", "thread"], "formats": ["u1", "u8", "u4"], "offsets": [0, 16, 24], "itemsize": 32}
-)
+_Message: Final = Struct("=B15xQI4x")  # event, address, thread id
 _PAGE_FAULT: Final = 0x12
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -130,18 +125,17 @@ def write_protect(fd: int, address: int, length: int) -> None:
     fcntl.ioctl(fd, _UFFDIO_WRITEPROTECT, bytearray(_WriteProtectArgument.pack(address, length, 1)), True)
 
 
-def read_faults(fd: int, most: int) -> NDArray[np.int64]:
-    """Up to `most` faults that no call has returned before, as rows (address, thread id); none is no error.
+def read_faults(fd: int, most: int) -> list[tuple[int, int]]:
+    """Up to `most` faults that no call has returned before, as (address, thread id); none is no error. Does not block.
 
-    The thread id is 0 without Feature.THREAD_ID. Does not block.
+    The thread id is 0 without Feature.THREAD_ID.
     """
     try:
-        data = os.read(fd, most * _MESSAGE.itemsize)
+        data = os.read(fd, most * _Message.size)
     except BlockingIOError:
-        return np.empty((0, 2), dtype=np.int64)
-    messages = np.frombuffer(data, dtype=_MESSAGE)
-    messages = messages[messages["event"] == _PAGE_FAULT]
-    return np.stack([messages["address"].astype(np.int64), messages["thread"].astype(np.int64)], axis=1)
+        return []
+    messages = _Message.iter_unpack(data)
+    return [(address, thread) for event, address, thread in messages if event == _PAGE_FAULT]
 
 
 def map_existing(fd: int, address: int, length: int) -> int:
