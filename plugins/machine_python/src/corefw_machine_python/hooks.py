@@ -22,7 +22,9 @@ def corefw_blockers(machine: Machine, settings: Settings) -> Iterable[str]:
 @hookimpl
 def corefw_section_savers(machine: Machine) -> Iterable[SectionSaver]:
     """Send the program's layout before everything else."""
-    return (LayoutSaver(machine.layout, lambda: machine.stop_cost),) if isinstance(machine, PythonMachine) else ()
+    if not isinstance(machine, PythonMachine):
+        return ()
+    return (LayoutSaver(machine.layout, lambda: machine.stop_cost, machine.block_nodes()),)
 
 
 @hookimpl

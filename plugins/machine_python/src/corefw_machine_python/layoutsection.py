@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
+from corefw.channel import Interrupt
 from corefw.errors import StreamError, one_line
 from corefw.quantities import format_milliseconds
 from corefw.section import IncomingContext, LiveLoader, LiveSaver, OutgoingContext, Pending, Priority
 from corefw.wire.records import LAYOUT_IDSTR, read_layout, write_layout
 from corefw.wire.stream import StreamReader, StreamWriter
+from corefw_machine_python.disknode import DiskNode
 from corefw_machine_python.layout import Layout, compare
 from corefw_machine_python.machine import StopCost
 
 log = logging.getLogger(__name__)
+
+FLUSH_LIMIT: Final = 5.0
+"""Seconds that a migration waits for the disks before its first pass."""
 
 MUCH: Final = 1 << 20
 """Bytes that before_stop() may write before it is reported as the reason for a long downtime."""
@@ -32,10 +37,17 @@ class LayoutSaver(LiveSaver):
     version_id = 1
     priority = Priority.EARLY
 
-    def __init__(self, layout: Layout, stop_cost: Callable[[], StopCost | None] = lambda: None) -> None:
-        """`stop_cost` returns the cost of the program's before_stop() at the last stop."""
+    def __init__(
+        self,
+        layout: Layout,
+        stop_cost: Callable[[], StopCost | None] = lambda: None,
+        disks: Sequence[DiskNode] = (),
+    ) -> None:
+        """`stop_cost` returns the cost of the program's before_stop() at the last stop. The `disks` are flushed while
+        the program runs, so that little is left for the stop."""
         self.layout = layout
         self._stop_cost = stop_cost
+        self._disks = disks
         self._limit = 0.0
         self._stopped: float | None = None
 
@@ -45,11 +57,24 @@ class LayoutSaver(LiveSaver):
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
         write_layout(writer, self.layout.pack())
         self._limit = context.settings.integer("downtime-limit") / 1000
+        self._flush(context.interrupt)
 
     def pending_estimate(self) -> Pending:
         return Pending(0, 0)
 
+    def _flush(self, interrupt: Interrupt) -> None:
+        self._begin_flush()
+        until = time.monotonic() + FLUSH_LIMIT
+        while any(disk.is_flushing for disk in self._disks) and time.monotonic() < until:
+            if interrupt.wait(0.01):
+                return
+
+    def _begin_flush(self) -> None:
+        for disk in self._disks:
+            disk.begin_flush()
+
     def pending_exact(self) -> Pending:
+        self._begin_flush()
         return Pending(0, 0)
 
     def iterate(self, writer: StreamWriter, budget: int) -> bool:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from corefw.block import BlockNode
 from corefw.errors import MachineError, UsageError
 from corefw.machine import (
     DEAD,
@@ -174,7 +173,7 @@ class PythonMachine(PostcopyMachine, BlockMachine, VerifiableMachine, Throttlabl
     def ram_blocks(self) -> Sequence[RamBlock]:
         return tuple(self._blocks)
 
-    def block_nodes(self) -> Sequence[BlockNode]:
+    def block_nodes(self) -> Sequence[DiskNode]:
         return tuple(self._disks)
 
     def devices(self) -> Sequence[Device]:
