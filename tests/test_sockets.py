@@ -198,6 +198,20 @@ def test_memory_that_is_not_to_be_had_does_not_end_the_connection() -> None:
         assert bytes(heard) == b"SHUT 1"
 
 
+def test_an_error_of_a_function_that_receives_is_the_channels() -> None:
+    out, into = pair()
+    with out, into:
+
+        def fail(_descriptor: int) -> int:
+            raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+        with pytest.raises(ChannelError, match="the peer reset the connection"):
+            into.receive_from_socket(fail)
+        into.abort()
+        with pytest.raises(Interrupted):
+            into.receive_from_socket(fail)
+
+
 @pytest.mark.parametrize("family", ["tcp", "unix"])
 def test_abort_ends_a_long_send_to_a_slow_reader(family: str) -> None:
     """One call, but the wait for each of its messages counts anew."""

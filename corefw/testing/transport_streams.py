@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw.channel import Channel, ReceivesMemory, SendsMemory, receive_exactly
+from corefw.channel import Channel, ReceivesFromSocket, ReceivesMemory, SendsMemory, receive_exactly
 from corefw.errors import UriError
 from corefw.testing.checks import MEMORY_LIMIT, UNREAD_LIMIT, Need, check
 from corefw.testing.ends import (
@@ -116,6 +118,30 @@ def _moves_memory_as_it_lies(bench: Workbench) -> None:
         if isinstance(receiver, ReceivesMemory):
             end = Task(f"receiving into memory at the end {way}", _receive_rows, receiver, 1, 1).result()
             assert not end, f"{way}: bytes came out of nowhere"
+
+
+@check(Need.LIVE)
+def _lends_its_socket(bench: Workbench) -> None:
+    """ReceivesFromSocket: the function is called again while no byte has come, and receives the stream's bytes as they
+    are; the end is 0."""
+    for way, sender, receiver in bench.ways():
+        if not isinstance(receiver, ReceivesFromSocket):
+            continue
+        view = memoryview(bytearray(MIB))
+        calls = itertools.count()
+
+        def receive(descriptor: int, view: memoryview = view, calls: Iterator[int] = calls) -> int:
+            if next(calls) == 0:
+                raise BlockingIOError
+            return os.readv(descriptor, [view])
+
+        sender.send(b"first ")
+        got = bytes(view[: Task(f"receiving {way}", receiver.receive_from_socket, receive).result()])
+        sender.send(b"second")
+        sender.send_eof()
+        while count := Task(f"receiving {way}", receiver.receive_from_socket, receive).result():
+            got += bytes(view[:count])
+        same(got, b"first second")
 
 
 @check(Need.LIVE)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,12 +20,14 @@ from corefw.channel import (
     Channel,
     Interrupt,
     Listener,
+    ReceivesFromSocket,
     ReceivesMemory,
     SendsMemory,
     TransportFeatures,
 )
 from corefw.errors import ChannelError
 from corefw.net import iovec
+from corefw.net.sockets import SocketChannel
 from corefw.testing import tasks
 from corefw.testing.ends import TransportFactory
 from corefw.testing.transport import CHECKS, TransportCase, applicable, check_transport
@@ -131,6 +135,26 @@ class WaitsForAllPieces(Proxy, ReceivesMemory):
             pieces = iovec.rest(pieces, count)
             got += count
         return got
+
+
+class LendsOnce(Proxy, ReceivesFromSocket):
+    """Does not wait for the first byte."""
+
+    def receive_from_socket(self, receive: Callable[[int], int]) -> int:
+        assert isinstance(self.inner, SocketChannel)
+        return receive(self.inner._socket.fileno())
+
+
+class LendsAnother(Proxy, ReceivesFromSocket):
+    """A socket that has nothing to do with the stream."""
+
+    def receive_from_socket(self, receive: Callable[[int], int]) -> int:
+        out, into = socket.socketpair()
+        with into:
+            out.close()
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    return receive(into.fileno())
 
 
 class BreaksLookLikeEnds(Proxy):
@@ -297,6 +321,8 @@ FAULTS = {
     "pieces-reversed": Fault(faulty(FillsFromTheEnd), "moves-memory-as-it-lies", "they differ from byte"),
     "waits-for-all-pieces": Fault(faulty(WaitsForAllPieces), "moves-memory-as-it-lies", "did not end within"),
     "later": Fault(faulty(SendsLater), "takes-parts-of-every-kind", ""),
+    "lends-once": Fault(faulty(LendsOnce), "lends-its-socket", "BlockingIOError"),
+    "lends-another": Fault(faulty(LendsAnother), "lends-its-socket", "sent 12 bytes and received"),
     "fills-views": Fault(faulty(WaitsForMore), "delivers-without-delay", "did not end within"),
     "queues": Fault(faulty(Queues), "holds-back-a-fast-sender", "MiB that were not read"),
     "readable": Fault(faulty(AlwaysReadable), "waits-for-bytes", "before anything was sent"),
