@@ -126,6 +126,14 @@ def split_for_relay(params: Iterable[str]) -> tuple[list[str], list[str]]:
 # -- changes to an engine's settings -----------------------------------------------------------------------------------
 
 
+def _parameters_of(engine: EngineClient) -> Mapping[str, Any]:
+    """The values of all parameters; a migfw also tells of those that are not set (None)."""
+    if engine.is_migfw:
+        found: Mapping[str, Any] = engine.call("x-migfw-status")["settings"]["parameters"]
+        return found
+    return dict(engine.call("query-migrate-parameters"))
+
+
 @dataclass(slots=True)
 class Changes:
     """Capabilities and parameters to set on an engine."""
@@ -173,7 +181,7 @@ class Changes:
 
     def _before(self, engine: EngineClient) -> Changes:
         """The engine's present values of everything that is to be set. Raises UsageError for an unknown parameter."""
-        known = engine.call("query-migrate-parameters") if self.parameters else {}
+        known = _parameters_of(engine) if self.parameters else {}
         for name in self.parameters:
             if engine.is_migfw and name not in known:
                 raise UsageError(f"unknown parameter '{name}': expected one of {', '.join(known)}")

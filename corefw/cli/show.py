@@ -53,6 +53,14 @@ def _sizes(value: Any) -> str:
     return ", ".join(f"{name} {_size(size)}" for name, size in value.items())
 
 
+def _bitmaps(value: Any) -> str:
+    if not isinstance(value, list):
+        return _phrase(value)
+    return ", ".join(
+        f"{one['node']}/{one['name']} {'inconsistent' if one['inconsistent'] else _size(one['dirty'])}" for one in value
+    )
+
+
 _SHOWN: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "pid": ("guest process", _phrase),
     "dirty-log": ("dirty log", _phrase),
@@ -60,6 +68,7 @@ _SHOWN: Final[Mapping[str, tuple[str, Callable[[Any], str]]]] = {
     "before-stop": ("before_stop()", _phrase),
     "ram-arriving": ("still arriving", lambda _: "its RAM, in postcopy; it cannot be sent on before all of it is here"),
     "devices": ("devices", _devices),
+    "bitmaps": ("dirty bitmaps", _bitmaps),
     "device-state": ("device state", _size),
 }
 """How parts of a machine's information are shown: key -> (name, formatter)."""

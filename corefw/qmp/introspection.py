@@ -100,4 +100,6 @@ def _value(parameter: Parameter) -> Form:
 
 
 def _changed(parameter: Parameter) -> Form:
-    return Optional(STRING) if parameter.kind is Kind.STRING else _value(parameter)
+    if parameter.kind is Kind.STRING or parameter.default is None:
+        return Optional(_value(parameter))
+    return _value(parameter)

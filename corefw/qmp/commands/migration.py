@@ -108,7 +108,7 @@ def query_migrate_capabilities(context: Context) -> list[MigrationCapabilityStat
 
 def migrate_set_parameters(context: Context, **parameters: ParameterChange) -> None:
     """Change parameters, all of them or none; also while a migration runs. Earlier names are accepted, and null is
-    accepted for an empty string."""
+    accepted for an empty string and for a list that is not to be set."""
     for name in parameters:
         try:
             context.engine.settings.declared_parameter(name)

@@ -70,11 +70,11 @@ def moved(source: BlockMachine, destination: BlockMachine, there: Settings, here
         ([node("n", "a", bitmap("b" * 1024, "x"))], "The bitmap name 'b*' is longer than 1023 bytes"),
         ([node("n", "a", bitmap("b", "x"), bitmap("b", "y"))], "The bitmap 'n'/'b' is mapped twice"),
         ([node("n", "a", bitmap("b", "x"), bitmap("c", "x"))], "The bitmap alias 'a'/'x' is used twice"),
-        ([{"node-name": "n", "alias": "a"}], "Parameter 'bitmaps' is missing"),
-        ([node("n", "a") | {"more": 1}], "Parameter 'more' is unexpected"),
-        ([node("n", "a", bitmap("b", "x", transform={"persistent": 1}))], "'persistent', expected: boolean"),
+        ([{"node-name": "n", "alias": "a"}], r"Parameter 'block-bitmap-mapping\[0\].bitmaps' is missing"),
+        ([node("n", "a") | {"more": 1}], "more' is unexpected"),
+        ([node("n", "a", bitmap("b", "x", transform={"persistent": 1}))], "transform.persistent', expected: boolean"),
         (["n"], "expected: object"),
-        ([node("n", 1)], "Invalid parameter type for 'alias', expected: string"),  # type: ignore[arg-type]
+        ([node("n", 1)], "alias', expected: string"),  # type: ignore[arg-type]
     ],
 )
 def test_a_wrong_mapping_is_refused_with_qemus_text(mapping: list[Any], error: str) -> None:

@@ -58,10 +58,13 @@ def wrong_mapping(value: Value) -> str | None:
         return None
     try:
         nodes = parse(value)
+    except MappingError as error:
+        return str(error)
+    try:
         _check_lengths(nodes)
         _check_directions(nodes)
     except MappingError as error:
-        return str(error)
+        return f"Invalid mapping given for {MAPPING}: {error}"
     return None
 
 
@@ -70,47 +73,55 @@ def wrong_mapping(value: Value) -> str | None:
 
 def parse(value: Value) -> tuple[NodeAlias, ...]:
     """The mapping as typed values. Raises MappingError."""
-    return tuple(_node(_members(one, MAPPING, "node-name", "alias", "bitmaps")) for one in _list(value, MAPPING))
+    return tuple(_node(one, path) for path, one in _entries(value, MAPPING))
 
 
-def _node(members: Mapping[str, object]) -> NodeAlias:
-    bitmaps = _list(members["bitmaps"], "bitmaps")
+def _node(value: object, path: str) -> NodeAlias:
+    members = _members(value, path, "node-name", "alias", "bitmaps")
+    bitmaps = _entries(members["bitmaps"], f"{path}.bitmaps")
     return NodeAlias(
-        _text(members, "node-name"),
-        _text(members, "alias"),
-        tuple(_bitmap(_members(one, "bitmaps", "name", "alias", optional="transform")) for one in bitmaps),
+        _text(members, path, "node-name"),
+        _text(members, path, "alias"),
+        tuple(_bitmap(one, bitmap_path) for bitmap_path, one in bitmaps),
     )
 
 
-def _bitmap(members: Mapping[str, object]) -> BitmapAlias:
-    persistent = _members(members.get("transform", {}), "transform", optional="persistent").get("persistent")
+def _bitmap(value: object, path: str) -> BitmapAlias:
+    members = _members(value, path, "name", "alias", optional="transform")
+    inner = f"{path}.transform"
+    persistent = _members(members.get("transform", {}), inner, optional="persistent").get("persistent")
     if persistent is not None and not isinstance(persistent, bool):
-        raise MappingError(f"Invalid parameter type for 'persistent', expected: boolean, got {persistent!r}")
-    return BitmapAlias(_text(members, "name"), _text(members, "alias"), persistent)
+        raise _wrong_type(f"{inner}.persistent", "boolean")
+    return BitmapAlias(_text(members, path, "name"), _text(members, path, "alias"), persistent)
 
 
-def _list(value: object, name: str) -> Sequence[object]:
+def _entries(value: object, path: str) -> list[tuple[str, object]]:
+    """The members of a list with their paths."""
     if not isinstance(value, list | tuple):
-        raise MappingError(f"Invalid parameter type for '{name}', expected: array, got {value!r}")
-    return value
+        raise _wrong_type(path, "array")
+    return [(f"{path}[{number}]", one) for number, one in enumerate(value)]
 
 
-def _members(value: object, name: str, *needed: str, optional: str = "") -> Mapping[str, object]:
+def _members(value: object, path: str, *needed: str, optional: str = "") -> Mapping[str, object]:
     if not isinstance(value, Mapping):
-        raise MappingError(f"Invalid parameter type for '{name}', expected: object, got {value!r}")
+        raise _wrong_type(path, "object")
     for key in needed:
         if key not in value:
-            raise MappingError(f"Parameter '{key}' is missing")
+            raise MappingError(f"Parameter '{path}.{key}' is missing")
     if unknown := [key for key in value if key not in needed and key != optional]:
-        raise MappingError(f"Parameter '{unknown[0]}' is unexpected")
+        raise MappingError(f"Parameter '{path}.{unknown[0]}' is unexpected")
     return value
 
 
-def _text(members: Mapping[str, object], name: str) -> str:
+def _text(members: Mapping[str, object], path: str, name: str) -> str:
     value = members[name]
     if not isinstance(value, str):
-        raise MappingError(f"Invalid parameter type for '{name}', expected: string, got {value!r}")
+        raise _wrong_type(f"{path}.{name}", "string")
     return value
+
+
+def _wrong_type(path: str, expected: str) -> MappingError:
+    return MappingError(f"Invalid parameter type for '{path}', expected: {expected}")
 
 
 # -- what a mapping has to be in both directions -----------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,9 @@ from corefw.wire.records import (
 )
 from corefw.wire.stream import StreamWriter
 from corefw_dirty_bitmap.mapping import MAX_ALIAS, mapping_of
+
+SHOWN: Final = 4
+"""Bitmaps that an error names."""
 
 
 class OutgoingBitmap:
@@ -126,12 +130,13 @@ def _unusable(one: OutgoingBitmap) -> str | None:
 
 def left_behind(machine: BlockMachine) -> list[str]:
     """The bitmaps of a parked machine that is sent on without them."""
-    return [
-        f"bitmap '{bitmap.name}' of block node '{node.name}' would be lost (switch capability 'dirty-bitmaps' on, or"
-        " remove it with block-dirty-bitmap-remove)"
-        for node in machine.block_nodes()
-        for bitmap in node.bitmaps
-    ]
+    lost = [f"'{node.name}/{bitmap.name}'" for node in machine.block_nodes() for bitmap in node.bitmaps]
+    if not lost:
+        return []
+    shown = ", ".join(lost[:SHOWN]) + (f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else "")
+    several = "s" if len(lost) > 1 else ""
+    advice = "(switch capability 'dirty-bitmaps' on, or use block-dirty-bitmap-remove)"
+    return [f"the dirty bitmap{several} {shown} would be lost {advice}"]
 
 
 class BitmapSaver(PostcopySaver):

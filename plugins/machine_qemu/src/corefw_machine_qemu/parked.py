@@ -170,8 +170,9 @@ class ParkedMachine(ParkingMachine, RamMakingMachine, BlockMakingMachine):
     # -- the rest --------------------------------------------------------------------------------------------------
 
     def information(self) -> Mapping[str, object]:
-        """The machine type (null if the stream did not name it), whether all of the machine is here, and the sizes of
-        RAM blocks and devices in bytes. "ram-arriving" is true while RAM follows in postcopy, else null."""
+        """The machine type (null if the stream did not name it), whether all of the machine is here, the sizes of RAM
+        blocks and devices, and what bitmaps mark as dirty, in bytes. "ram-arriving" is true while RAM follows in
+        postcopy, else null."""
         arriving = self._faults is not None and self._faults.is_open
         return {
             "machine": self._name or None,
@@ -181,6 +182,11 @@ class ParkedMachine(ParkingMachine, RamMakingMachine, BlockMakingMachine):
             "devices": [
                 {"name": one.name, "instance-id": one.instance_id, "version": one.version, "size": one.size}
                 for one in self._stored.devices
+            ],
+            "bitmaps": [
+                {"node": node.name, "name": one.name, "dirty": one.count(), "inconsistent": one.inconsistent}
+                for node in self.block_nodes()
+                for one in node.bitmaps
             ],
             "device-state": sum(len(piece) for piece in self._stored.pieces) + len(self._stored.end),
         }
