@@ -27,7 +27,7 @@ DOCS     := $(VENV)/.docs-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help dev wheels demo test peers clean-peers check format bench bench-full docs clean
+.PHONY: help dev wheels demo test matrix peers clean-peers check format bench bench-full docs clean
 
 help: ## Show this list
 	@echo "Goals of this Makefile; each installs what it needs into $(VENV) first."
@@ -58,6 +58,10 @@ demo: $(DEV) ## Watch a running program move from one process to another, with p
 
 test: $(DEV) ## Run all tests; those that need a missing program (QEMU, sshd) are skipped and name it
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+matrix: $(DEV) ## Break a migration at every point, in every way; writes docs/matrix.md. Takes about half an hour
+	@rm -f build/matrix.jsonl
+	@MIGFW_MATRIX=all $(BIN)/python -m pytest -q -n $(JOBS) tests/matrix $(ARGS); status=$$?; $(BIN)/python -m tests.matrix.page; exit $$status
 
 peers: ## Unpack QEMUs of several versions for the interop tests into ~/.cache/migfw/peers (MIGFW_PEERS=...; 1 GB)
 	@tests/peers.sh

@@ -32,20 +32,22 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Right before a message, or in the middle of it.
+    """Right before a message, or in the middle of it; behind so many bytes; or once the source has a status.
 
     forward       it goes to the destination
-    pattern       matches at its first byte
-    skip          bytes of the message that still pass
+    pattern       matches at the message's first byte
+    skip          bytes of the message that still pass; without a pattern, bytes of the connection
+    status        of the source
     handed_over   the source may have sent what lets the destination start the guest: sockets hold a lot
     """
 
     stage: Stage
     name: str
     forward: bool
-    pattern: re.Pattern[bytes]
+    pattern: re.Pattern[bytes] | None
     skip: int = 0
     handed_over: bool = False
+    status: str = ""
 
 
 def _bytes(pattern: bytes) -> re.Pattern[bytes]:
@@ -79,7 +81,7 @@ START: Final = _bytes(re.escape(bytes((SectionType.START,))) + rb"....\x03ram")
 SHUT: Final = _bytes(re.escape(ReturnMessage.SHUT.to_bytes(2) + b"\0\4" + bytes(4)) + rb"\Z")
 """SHUT 0. It comes last; page requests may have the same bytes in the middle."""
 
-POINTS: Final[tuple[Point, ...]] = (
+MESSAGES: Final[tuple[Point, ...]] = (
     Point(Stage.PRECOPY, "header", True, _bytes(b"QEVM")),
     Point(Stage.PRECOPY, "OPEN_RETURN_PATH", True, _command(Command.OPEN_RETURN_PATH, b"")),
     Point(Stage.PRECOPY, "START", True, START),
@@ -107,3 +109,33 @@ POINTS: Final[tuple[Point, ...]] = (
     Point(Stage.RECOVERY, "END", True, _section(SectionType.END), handed_over=True),
     Point(Stage.RECOVERY, "SHUT 0", False, SHUT, handed_over=True),
 )
+"""For transports whose bytes are those of the stream."""
+
+
+def _at_byte(stage: Stage, count: int, *, handed_over: bool) -> Point:
+    return Point(stage, f"byte {count}", True, None, skip=count, handed_over=handed_over)
+
+
+BYTES: Final[tuple[Point, ...]] = (
+    _at_byte(Stage.PRECOPY, 40, handed_over=False),
+    _at_byte(Stage.PRECOPY, 1 << 20, handed_over=True),
+    _at_byte(Stage.POSTCOPY, 3 << 20, handed_over=True),
+    _at_byte(Stage.RECOVERY, 5000, handed_over=True),
+)
+"""For transports that wrap or encrypt the stream."""
+
+
+def _at_status(stage: Stage, status: str, *, handed_over: bool = False) -> Point:
+    return Point(stage, f"status {status}", True, None, handed_over=handed_over, status=status)
+
+
+STATUSES: Final[tuple[Point, ...]] = (
+    _at_status(Stage.PRECOPY, "active"),
+    _at_status(Stage.PRECOPY, "pre-switchover"),
+    _at_status(Stage.POSTCOPY, "postcopy-active", handed_over=True),
+    _at_status(Stage.RECOVERY, "postcopy-active", handed_over=True),
+)
+"""For every transport."""
+
+PAUSED: Final = _at_status(Stage.RECOVERY, "postcopy-paused", handed_over=True)
+"""There is no connection that could break."""

@@ -42,14 +42,14 @@ class Watch:
     action: Callable[[], None]
     done: threading.Event = field(default_factory=threading.Event)
 
-    def find(self, data: bytes) -> int | None:
-        """How many of these bytes still pass; None for all."""
+    def find(self, before: bytes, data: bytes, passed: int) -> int | None:
+        """How many of these bytes still pass, after `passed` others that ended with `before`; None for all."""
         if self.done.is_set():
             return None
         if self.pattern is None:
-            return self.skip if len(data) > self.skip else None
-        found = self.pattern.search(data)
-        return min(found.start() + self.skip, len(data)) if found else None
+            return max(0, self.skip - passed) if passed + len(data) > self.skip else None
+        found = self.pattern.search(before + data, len(before))
+        return min(found.start() - len(before) + self.skip, len(data)) if found else None
 
 
 @dataclass(slots=True)
@@ -143,9 +143,12 @@ class Proxy:
 
     def _carry(self, pair: Pair, one: socket.socket, other: socket.socket, forward: bool) -> None:
         """Until `one` ends. Raises OSError if either breaks."""
-        held, data = bytearray(), b"more"
+        held, before, data, passed = bytearray(), b"", b"more", 0
 
         def let_pass(count: int) -> None:
+            nonlocal passed, before
+            passed += count
+            before = (before + held[:count])[-OVERLAP:]
             if forward not in pair.lost:
                 other.settimeout(None)
                 other.sendall(held[:count])
@@ -160,10 +163,12 @@ class Proxy:
                 continue
             held += data
             watch = self._watch
-            if watch is not None and watch.forward is forward and (stop := watch.find(bytes(held))) is not None:
-                let_pass(stop)
-                watch.done.set()
-                watch.action()
+            if watch is not None and watch.forward is forward:
+                stop = watch.find(before, bytes(held), passed)
+                if stop is not None:
+                    let_pass(stop)
+                    watch.done.set()
+                    watch.action()
             let_pass(max(0, len(held) - OVERLAP) if data else len(held))
 
     def __enter__(self) -> Self:

@@ -12,18 +12,19 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from corefw.errors import MigfwError
 from corefw.qmp.client import QmpClient
 from tests.helpers.cli import MIGFW, environment
+from tests.helpers.sshd import Sshd
 from tests.matrix import witness
 from tests.matrix.cases import SILENT, Blow, Case, Fault
-from tests.matrix.points import POINTS, Stage
+from tests.matrix.points import PAUSED, Stage
 from tests.matrix.proxy import Cut, Proxy, Watch
+from tests.matrix.routes import ROUTES
 
 PATIENCE: Final = 15.0
 """Seconds for one step, far beyond what it takes."""
@@ -34,7 +35,6 @@ LIMITS: Final = {"x-migfw-confirm-timeout": 2000, "x-migfw-incoming-timeout": 20
 STOPPED: Final = 3.0
 """Seconds that a process is stopped: more than the limits."""
 
-REQUEST: Final = next(point.pattern for point in POINTS if point.name == "REQ_PAGES")
 ENDED: Final = ("completed", "failed", "cancelled")
 GUEST: Final = f"{witness.__file__}:Witness"
 
@@ -42,7 +42,7 @@ GUEST: Final = f"{witness.__file__}:Witness"
 class Process:
     """A `migfw run`, and the guest that it has."""
 
-    def __init__(self, folder: Path, name: str, *arguments: str) -> None:
+    def __init__(self, folder: Path, name: str, *arguments: str, environ: Mapping[str, str]) -> None:
         self.name = name
         self._log = folder / f"{name}.log"
         temporary = folder / "tmp"
@@ -56,7 +56,7 @@ class Process:
                 stderr=log,
                 text=True,
                 cwd=folder,
-                env={**environment(folder), "TMPDIR": str(temporary)},
+                env={**environment(folder), "TMPDIR": str(temporary), **environ},
             )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -117,14 +117,14 @@ class Run:
     user_decided   the guest was started on the source by `cont`
     """
 
-    def __init__(self, case: Case, folder: Path) -> None:
+    def __init__(self, case: Case, folder: Path, sshd: Sshd | None) -> None:
         self.case = case
         self.user_decided = False
-        listen = f"unix:{folder / 'to'}" if case.transport == "unix" else "tcp:127.0.0.1:0"
-        self._again = f"unix:{folder / 'again'}" if case.transport == "unix" else "tcp:127.0.0.1:0"
-        self.source = Process(folder, "source")
-        self.destination = Process(folder, "destination", f"--incoming={listen}")
-        self.proxy = Proxy(folder, self.destination.uri)
+        self._route = ROUTES[case.transport](folder, sshd)
+        self.destination = Process(folder, "destination", f"--incoming={self._route.listen}", environ={})
+        self.proxy = Proxy(folder, self._route.target(self.destination.uri))
+        self._dialed = self._route.through(self.proxy, self.destination.uri)
+        self.source = Process(folder, "source", environ=self._route.environment)
         self._fault = Watch(case.point.forward, case.point.pattern, case.point.skip, self._strike)
 
     def close(self) -> None:
@@ -136,29 +136,47 @@ class Run:
 
     def migrate(self) -> None:
         """Up to the fault."""
-        postcopy = self.case.point.stage is not Stage.PRECOPY
-        if self.case.fault in SILENT:
-            for process in (self.source, self.destination):
-                process.ask("migrate-set-parameters", dict(LIMITS))
-        if self.case.point.stage is Stage.RECOVERY:
-            self.proxy.stop_at(Watch(False, REQUEST, 0, lambda: self.proxy.cut(Cut.END)))
-        else:
+        point = self.case.point
+        self._prepare()
+        if point.stage is not Stage.RECOVERY and not point.status:
             self.proxy.stop_at(self._fault)
-        for process in (self.source, self.destination):
-            capability = {"capability": "postcopy-ram" if postcopy else "return-path", "state": True}
-            process.ask("migrate-set-capabilities", {"capabilities": [capability]})
-        self.source.ask("migrate-set-parameters", {"max-postcopy-bandwidth": 1 << 20})
         with contextlib.suppress(MigfwError):  # the fault may have come already
-            self.source.ask("migrate", {"uri": self.proxy.uri})
-            if postcopy:
+            self.source.ask("migrate", {"uri": self._dialed})
+            if point.stage is not Stage.PRECOPY:
                 self.source.ask("migrate-start-postcopy")
-        if self.case.point.stage is Stage.RECOVERY:
-            self._wait(lambda: self.source.status() == self.destination.status() == "postcopy-paused", "the pause")
-            self.proxy.stop_at(self._fault)
-            self.recover(through_proxy=True)
-        if self.case.point.name in ("END", "SHUT 0") and postcopy:
-            self._hurry()
-        self._wait(self._fault.done.is_set, "the fault")
+        if point.stage is Stage.RECOVERY:
+            self._pause()
+            if not point.status:
+                self.proxy.stop_at(self._fault)
+            if point is not PAUSED:
+                self.recover(through_proxy=True)
+        if point.status:
+            self.wait(lambda: self.source.status() == point.status, point.status)
+            self._strike()
+        else:
+            if point.name in ("END", "SHUT 0"):
+                self._hurry()
+            self.wait(self._fault.done.is_set, "the fault")
+
+    def _prepare(self) -> None:
+        """What the case needs to reach its point, and to notice its fault."""
+        point = self.case.point
+        capabilities = ["return-path" if point.stage is Stage.PRECOPY else "postcopy-ram"]
+        if point.status == "pre-switchover":
+            capabilities.append("pause-before-switchover")
+        for process in (self.source, self.destination):
+            switched = [{"capability": name, "state": True} for name in capabilities]
+            process.ask("migrate-set-capabilities", {"capabilities": switched})
+            if self.case.fault in SILENT:
+                process.ask("migrate-set-parameters", dict(LIMITS))
+        slow = "max-bandwidth" if point.status == "active" else "max-postcopy-bandwidth"
+        self.source.ask("migrate-set-parameters", {slow: 1 << 20})
+
+    def _pause(self) -> None:
+        """Break the first connection once the guest runs on the destination."""
+        self.wait(lambda: self.destination.status() == "postcopy-active" and self.destination.runs(), "postcopy")
+        self.proxy.cut(Cut.END)
+        self.wait(lambda: self.source.status() == self.destination.status() == "postcopy-paused", "the pause")
 
     def _strike(self) -> None:
         match self.case.fault:
@@ -181,11 +199,11 @@ class Run:
     def recover(self, *, through_proxy: bool = False) -> None:
         """Recover there, resume here."""
         with contextlib.suppress(MigfwError):  # it listens already
-            self.destination.ask("migrate-recover", {"uri": self._again})
+            self.destination.ask("migrate-recover", {"uri": self._route.listen_again})
         uri = self.destination.ask("x-migfw-status")["incoming-uri"]
         if through_proxy:
-            self.proxy.lead_to(uri)
-            uri = self.proxy.uri
+            self.proxy.lead_to(self._route.target(uri))
+            uri = self._route.through(self.proxy, uri)
         self.source.ask("migrate", {"uri": uri, "resume": True})
 
     # -- how it ends -----------------------------------------------------------------------------------------------
@@ -193,7 +211,7 @@ class Run:
     def settle(self) -> str:
         """Do what the documentation asks of the user until nothing more happens. Returns where the guest is."""
         self._hurry()
-        self._wait(self._settled, "an end")
+        self.wait(self._settled, "an end")
         if self.source.lives and not self.source.runs() and not self._may_run_there():
             with contextlib.suppress(MigfwError):
                 self.source.ask("cont")
@@ -210,7 +228,7 @@ class Run:
                     self.source.ask("migrate_cancel")
                     return False
                 return True  # only that engine had the guest's latest state
-            if destination not in ("active", "postcopy-active"):
+            if destination != "active":
                 with contextlib.suppress(MigfwError):
                     self.recover()
             return False
@@ -227,7 +245,7 @@ class Run:
             "completed",
         )
 
-    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
             states = f"source {self.source.status()}, destination {self.destination.status()}"
@@ -235,13 +253,14 @@ class Run:
             time.sleep(0.05)
 
 
-def run(case: Case) -> None:
-    """Run a case. Raises AssertionError with what was wrong, and with the logs of both engines."""
+def run(case: Case, sshd: Sshd | None = None) -> str:
+    """Run a case, and return where the guest ends. `ssh` needs an sshd. Raises AssertionError with what was wrong, and
+    with the logs of both engines."""
     folder = Path(tempfile.mkdtemp(prefix="migfw-matrix-", dir="/tmp"))
     try:
-        with contextlib.closing(Run(case, folder)) as running:
+        with contextlib.closing(Run(case, folder, sshd)) as running:
             try:
-                _judge(running, folder)
+                return _judge(running, folder)
             except AssertionError as error:
                 logs = "".join(f"\n--- {one.name}\n{one.log()}" for one in (running.source, running.destination))
                 raise AssertionError(f"{case.name}: {error}{logs}") from error
@@ -249,7 +268,7 @@ def run(case: Case) -> None:
         shutil.rmtree(folder)
 
 
-def _judge(running: Run, folder: Path) -> None:
+def _judge(running: Run, folder: Path) -> str:
     case = running.case
     running.migrate()
     where = running.settle()
@@ -262,30 +281,37 @@ def _judge(running: Run, folder: Path) -> None:
         survivor = running.source if where == "source" else running.destination
         survivor.ask("x-migfw-verify")
         before = _steps(folder, survivor.guest)
-        running._wait(lambda: _steps(folder, survivor.guest) > before, "a step of the guest")
+        running.wait(lambda: _steps(folder, survivor.guest) > before, "a step of the guest")
     if not case.point.handed_over and case.fault is not Blow.KILL_SOURCE:
         assert not running.user_decided, "the source did not resume the guest by itself"
         assert where == "source" or case.fault in (Blow.STOP_SOURCE, Blow.STOP_DESTINATION), where
     _check_evidence(running, folder, killed)
     for process in (running.source, running.destination):
         process.end()
-    for process in (running.source, running.destination):
-        running._wait(partial(_has_ended, process.guest), "the end of a guest")
+    running.wait(lambda: not _processes(folder), "the end of every process")
     left = sorted(str(path.relative_to(folder)) for path in _left(folder))
     dead: dict[Fault, list[str]] = {
         Blow.KILL_SOURCE: ["migfw/source.qmp"],
         Blow.KILL_DESTINATION: ["migfw/destination.qmp", "to", "again"],
     }
     assert set(left) <= set(dead.get(case.fault, ())), f"left behind: {left}"
+    return f"{where}, by the user's cont" if running.user_decided else where
 
 
-def _has_ended(pid: int) -> bool:
-    return not Path(f"/proc/{pid}").exists()
+def _processes(folder: Path) -> list[str]:
+    """Those that an engine of this case has started, and the engines."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cwd").readlink() == folder:
+                found.append(entry.name)
+    return found
 
 
 def _left(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
-        if path.name not in ("evidence", "source.log", "destination.log", "proxy") and not path.is_dir():
+        ours = path.name in ("evidence", "source.log", "destination.log", "proxy") or folder / "home" in path.parents
+        if not ours and not path.is_dir():
             yield path
 
 

@@ -1,0 +1,102 @@
+"""docs/matrix.md: the cases of the matrix, and how they ended when `make matrix` last ran all of them.
+
+`python -m tests.matrix.page` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from tests.matrix.cases import CASES, FAULTS, SUBSET, TRANSPORTS, Case
+from tests.matrix.points import Stage
+
+PAGE: Final = Path(__file__).parents[2] / "docs" / "matrix.md"
+RESULTS: Final = Path(__file__).parents[2] / "build" / "matrix.jsonl"
+"""One line for each case that has passed."""
+
+HEAD: Final = """\
+# The matrix of faults
+
+*Written by `make matrix`; do not edit.* A guest moves between two real `migfw run` processes, and one fault comes at
+one point of its way. Afterwards a test does what [the protocol](decisions/switchover.md) asks of a user, and checks:
+
+- the guest never ran on both sides: it numbers its steps in a file that both can write, and each step is there once;
+- if both engines live, it runs on one of them, and `migfw verify` finds every write;
+- before the source has handed the guest over, the source resumes it by itself;
+- no process, and no file in `/tmp` or the runtime directory, is left.
+
+"""
+RESULTS_HEADING: Final = "## Where the guest ended"
+
+
+def note_result(case: Case, outcome: str) -> None:
+    """Keep the result of a case that has passed, for the page."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    line = json.dumps({"case": case.name, "stage": case.point.stage, "fault": case.fault, "outcome": outcome}) + "\n"
+    descriptor = os.open(RESULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def cases_part() -> str:
+    """The part of the page that follows from the code."""
+    return HEAD + "\n".join(_case_lines()) + "\n"
+
+
+def _case_lines() -> Iterator[str]:
+    yield "## The cases"
+    yield ""
+    yield f"{len(CASES)} cases; `make test` runs {len(SUBSET)} of them, `make matrix` all."
+    yield ""
+    yield "The faults: " + "; ".join(FAULTS) + "."
+    for stage in Stage:
+        yield ""
+        yield f"| {stage}: right before | goes to the | " + " | ".join(TRANSPORTS) + " |"
+        yield "|---|---|" + "---|" * len(TRANSPORTS)
+        counts = Counter(
+            (case.point.name, case.point.forward, case.transport) for case in CASES if case.point.stage is stage
+        )
+        for name, forward in dict.fromkeys((name, forward) for name, forward, _ in counts):
+            cells = " | ".join(str(counts[name, forward, transport] or "-") for transport in TRANSPORTS)
+            yield f"| {name} | {'destination' if forward else 'source'} | {cells} |"
+
+
+def results_part(results: Iterable[Mapping[str, str]]) -> str:
+    last = {one["case"]: one for one in results}
+    if not last:
+        return ""
+    counts = Counter((one["stage"], one["fault"], one["outcome"]) for one in last.values())
+    outcomes = sorted({outcome for _, _, outcome in counts})
+    lines = [
+        "",
+        RESULTS_HEADING,
+        "",
+        f"{len(last)} of {len(CASES)} cases passed when all were run last."
+        " *nowhere*: an engine was killed, and the guest with it.",
+        "",
+        "| stage | fault | " + " | ".join(outcomes) + " |",
+        "|---|---|" + "---|" * len(outcomes),
+    ]
+    for stage in Stage:
+        for fault in FAULTS:
+            cells = " | ".join(str(counts[stage, fault, outcome] or "-") for outcome in outcomes)
+            lines.append(f"| {stage} | {fault} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    PAGE.write_text(cases_part() + results_part([json.loads(line) for line in lines]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
