@@ -57,7 +57,7 @@ def test_a_source_that_missed_the_refusal_takes_the_guest_back(
     move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The destination has sent PONG 3, so the source must not start the guest before it hears that it does not run."""
-    told = Watch(False, pong(PACKAGE_PING + 1), 0, lambda: None)
+    told = Watch(False, pong(PACKAGE_PING), 8, lambda: None)  # it has passed
     with Proxy(tmp_path, move.destination.migrate_incoming(LISTEN)) as proxy:
         proxy.stop_at(told)
 
@@ -83,7 +83,7 @@ def test_a_guest_that_does_not_start_after_a_recovery_runs_on_the_source(
     move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recovered = threading.Event()
-    told = Watch(False, pong(PACKAGE_PING + 1), 0, lambda: None)
+    told = Watch(False, pong(PACKAGE_PING), 8, lambda: None)  # it has passed
     with Proxy(tmp_path, move.destination.migrate_incoming(LISTEN)) as proxy:
         proxy.stop_at(told)
 
