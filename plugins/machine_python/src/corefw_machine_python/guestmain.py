@@ -219,7 +219,7 @@ class Guest:
             self._declared = Declarations.of(kind)
         except ValueError as error:
             raise UsageError(f"program '{kind.__name__}': {error}") from None
-        _check_requirements(kind)
+        requirements.check(kind.__name__, kind.requires)
         options = self._declared.parse_options(request["options"])
         self._program_made = kind(options)
         self._handover_made = Handover(self._program, self._declared.fields)
@@ -363,16 +363,6 @@ class Guest:
         self._percent = min(99, max(0, int(request["percent"])))
         self._nap = 0.0
         return {}, []
-
-
-def _check_requirements(kind: type[Program]) -> None:
-    """Raises UsageError if the program requires a version that is not installed."""
-    try:
-        unmet = requirements.unmet(kind.requires)
-    except ValueError as error:
-        raise UsageError(f"program '{kind.__name__}': requires: {error}") from None
-    if unmet:
-        raise UsageError(f"program '{kind.__name__}' requires {unmet[0]}")
 
 
 # -- the process -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from corefw.wire.records import LAYOUT_IDSTR, read_layout, write_layout
 from corefw.wire.stream import StreamReader, StreamWriter
 from corefw_machine_python.disknode import DiskNode
 from corefw_machine_python.layout import Layout, compare
-from corefw_machine_python.machine import StopCost
+from corefw_machine_python.protocol import StopCost
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final
 
 from corefw.errors import MachineError, UsageError
@@ -31,13 +30,12 @@ from corefw.memory.blocks import MemfdBlock
 from corefw.memory.faults import FaultQueue
 from corefw.memory.logs import LogKind, best_dirty_log
 from corefw.memory.pagemap import PagemapLog, Tracker
-from corefw.quantities import format_milliseconds, format_size
 from corefw_machine_python import undeclared
 from corefw_machine_python.disknode import DiskNode
 from corefw_machine_python.layout import Layout, compare
 from corefw_machine_python.loading import BUNDLED, EXPECTED
 from corefw_machine_python.process import START_TIMEOUT, Ending, GuestProcess, GuestTimeout
-from corefw_machine_python.protocol import Message
+from corefw_machine_python.protocol import Message, StopCost
 from corefw_machine_python.table import SET_UP, get_values, make_devices, set_values, show_values, value_sizes
 
 log = logging.getLogger(__name__)
@@ -56,18 +54,6 @@ SYSTEM_CALLS: Final = (
 )
 
 Observer = Callable[[RunState, RunState], None]
-
-
-@dataclass(frozen=True, slots=True)
-class StopCost:
-    """Cost of the program's before_stop() at the last stop: seconds, and bytes of arrays written (None: unknown)."""
-
-    seconds: float
-    written: int | None
-
-    def __str__(self) -> str:
-        took = f"took {format_milliseconds(round(1000 * self.seconds))}"
-        return f"{took} and wrote {format_size(self.written)}" if self.written else took
 
 
 class PythonMachine(PostcopyMachine, BlockMachine, VerifiableMachine, ThrottlableMachine):

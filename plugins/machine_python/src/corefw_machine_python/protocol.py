@@ -37,16 +37,30 @@ import json
 import os
 import select
 import socket
+from dataclasses import dataclass
 from struct import Struct
 from typing import Any, Final
 
 from corefw.net.fdpassing import receive_with_fds, send_with_fds
+from corefw.quantities import format_milliseconds, format_size
 
 Message = dict[str, Any]
 
 _LENGTH: Final = Struct("=I")
 MAX_MESSAGE: Final = 256 << 20
 MAX_FDS: Final = 253
+
+
+@dataclass(frozen=True, slots=True)
+class StopCost:
+    """Cost of the program's before_stop() at the last stop: seconds, and bytes of arrays written (None: unknown)."""
+
+    seconds: float
+    written: int | None
+
+    def __str__(self) -> str:
+        took = f"took {format_milliseconds(round(1000 * self.seconds))}"
+        return f"{took} and wrote {format_size(self.written)}" if self.written else took
 
 
 class Link:

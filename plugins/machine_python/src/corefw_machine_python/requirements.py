@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from corefw.errors import UsageError
+
 Release = tuple[int, ...]
 
 SAME: Final = "same"
@@ -71,3 +73,13 @@ def unmet(requires: Mapping[str, str]) -> list[str]:
         elif not satisfied(version, requirement):
             found.append(f"{name} {requirement}, and {name} is {version}")
     return found
+
+
+def check(program: str, requires: Mapping[str, str]) -> None:
+    """Raise UsageError if the program requires a version that is not installed, or if a requirement is malformed."""
+    try:
+        found = unmet(requires)
+    except ValueError as error:
+        raise UsageError(f"program '{program}': requires: {error}") from None
+    if found:
+        raise UsageError(f"program '{program}' requires {found[0]}")
