@@ -292,10 +292,17 @@ def _say_detached(engine: EngineClient, uri: str, *, as_json: bool) -> None:
     "--to", metavar="[USER@]HOST[:PORT]", help="Start a destination on HOST over ssh for the check, then end it."
 )
 @click.option("--remote-migfw", metavar="PATH", help="Path of migfw on HOST.  [default: migfw, then its path here]")
+@click.option("--postcopy", is_flag=True, help="Check for a migration with --postcopy.")
 @engine_options
 @json_option
 def check(
-    uri: str | None, to: str | None, remote_migfw: str | None, name: str | None, qmp: str | None, as_json: bool
+    uri: str | None,
+    to: str | None,
+    remote_migfw: str | None,
+    postcopy: bool,
+    name: str | None,
+    qmp: str | None,
+    as_json: bool,
 ) -> None:
     """Check whether the running guest could move to URI or HOST. Nothing moves, and the guest keeps running.
 
@@ -303,6 +310,8 @@ def check(
     free memory. The bandwidth and the guest's dirty rate are measured for one second each. The result shows whether a
     migration would converge, how long it would take, and the expected downtime. The destination keeps waiting
     afterwards. Without URI or --to, only this side is checked.
+
+    With --postcopy the destination also says whether the guest's page faults can be served there.
 
     \b
     Examples:
@@ -324,7 +333,7 @@ def check(
         if not engine.is_migfw:
             raise UsageError(f"at {engine.address} is a QEMU, and only migfw can check its guest")
         with _dialled(engine, uri, to, remote_migfw) as where:
-            answer = engine.call("x-migfw-check", **({"uri": where} if where is not None else {}))
+            answer = engine.call("x-migfw-check", postcopy=postcopy, **({"uri": where} if where is not None else {}))
     if as_json:
         print_json({"uri": where, **answer})
     else:

@@ -78,12 +78,15 @@ class Check:
         settings: Settings,
         savers: SaverRegistry,
         blockers: Sequence[str],
+        *,
+        postcopy: bool,
     ) -> None:
-        """`blockers`: what keeps the guest from migrating at all."""
+        """`blockers`: what keeps the guest from migrating at all. `postcopy`: the migration may switch to postcopy."""
         self.done: Final = threading.Event()
         self._machine = machine
         self._settings = settings
         self._savers = savers
+        self._postcopy = postcopy
         self._interrupt = Interrupt()
         self._channel: Channel | None = None
         self._problems = list(blockers)
@@ -153,7 +156,8 @@ class Check:
         return None
 
     def _talk(self, channel: Channel) -> None:
-        channel.send(MAGIC, pack(facts_of(self._machine, self._settings, self._savers)))
+        here = facts_of(self._machine, self._settings, self._savers)
+        channel.send(MAGIC, pack({**here, "postcopy": self._postcopy}))
         reader = StreamReader(channel, where="the answer to the check")
         if reader.at_end():
             raise ChannelError(
@@ -218,7 +222,8 @@ class Check:
         downtime = self._settings.integer("downtime-limit")
         expected = estimate(used, self._bandwidth, rates or Rates(0.0, 0.0), downtime)
         if not expected.converges:
-            self._problems.append(
+            found = self._notes if self._postcopy else self._problems  # a migration in postcopy need not converge
+            found.append(
                 f"it will not converge: the guest writes {format_size(expected.pending)} while that much is sent at"
                 f" {format_size(self._bandwidth)}/s, and {format_size(int(self._bandwidth * downtime / 1000))} fit into"
                 f" the downtime limit of {downtime} ms (set downtime-limit to {expected.downtime} ms or more, or let it"
@@ -248,7 +253,6 @@ def facts_of(machine: Machine, settings: Settings, sections: Iterable[Section]) 
         "layout": machine.layout_document().decode(),
         "sections": [str(section.key) for section in sections],
         "properties": {name: settings.property(name) for name in _COMPARED},
-        "postcopy": settings.capability("postcopy-ram"),
         "memory": spare_memory() + (allocated_bytes(machine.ram_blocks()) if waits else 0),
     }
 

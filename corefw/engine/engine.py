@@ -198,9 +198,10 @@ class Engine(MigrationControl):
             raise StateError("Cannot resume if there is no paused migration")
         return self._migration
 
-    def check(self, uri: str | None = None) -> CheckReport:
+    def check(self, uri: str | None = None, *, postcopy: bool = False) -> CheckReport:
         """Find out whether a migration to `uri` would succeed, and what it would be like. It changes nothing and takes
-        some seconds. Without `uri` only this side is checked. If a migration begins, the check ends.
+        some seconds. Without `uri` only this side is checked. If a migration begins, the check ends. `postcopy` asks
+        about postcopy too, as the capability postcopy-ram does.
 
         Raises StateError, UriError, PluginError.
         """
@@ -213,7 +214,13 @@ class Engine(MigrationControl):
         with self._lock:
             self._check_may_check()
             reasons = self._blockers.added + found
-            self._checking = checking = Check(self.machine, self.settings, savers, reasons)
+            self._checking = checking = Check(
+                self.machine,
+                self.settings,
+                savers,
+                reasons,
+                postcopy=postcopy or self.settings.capability("postcopy-ram"),
+            )
         try:
             if transport is not None:
                 checking.ask(transport)

@@ -116,6 +116,9 @@ def test_it_will_not_converge(engines: Engines) -> None:
     [problem] = found["problems"]
     assert problem.startswith("it will not converge: ")
     assert f"set downtime-limit to {found['expected-downtime']} ms" in problem
+    status, found = check(here, there.uri, "--postcopy")
+    assert (status, found["problems"]) == (0, []), "in postcopy it need not"
+    assert any(one.startswith("it will not converge: ") for one in found["notes"])
     status, found = check(engines(*options), there.uri)
     assert (status, found["converges"]) == (0, True)
 

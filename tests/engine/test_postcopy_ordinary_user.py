@@ -39,7 +39,9 @@ if sys.argv[2] == "refused":
 with Pair(Plugins.load()) as pair:
     move = Move(pair)
     uri = move.destination.migrate_incoming(LISTEN)
-    found = move.source.check(uri)
+    move.source.set_capabilities({"postcopy-ram": False})
+    found = move.source.check(uri, postcopy=True)
+    move.source.set_capabilities({"postcopy-ram": True})
     move.source.migrate(uri)
     move.source.start_postcopy()
     print(json.dumps({

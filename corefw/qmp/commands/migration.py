@@ -38,10 +38,10 @@ def migrate(
     context.engine.migrate(uri_of(uri, channels), resume=resume)
 
 
-def x_migfw_check(context: Context, uri: str = "") -> object:
+def x_migfw_check(context: Context, uri: str = "", postcopy: bool = False) -> object:
     """Whether a migration to `uri` would succeed, and what it would be like. Changes nothing and takes some seconds.
-    Without `uri` only this side is checked."""
-    return check_document(context.engine.check(uri or None))
+    Without `uri` only this side is checked. `postcopy` asks about postcopy, too."""
+    return check_document(context.engine.check(uri or None, postcopy=postcopy))
 
 
 def migrate_incoming(
