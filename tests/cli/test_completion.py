@@ -62,7 +62,7 @@ def test_programs(folder: Path) -> None:
 
 
 def test_settings() -> None:
-    assert completed("migrate", "tcp:x:1", "--cap", "re") == ["return-path"]
+    assert completed("migrate", "tcp:x:1", "--cap", "ret") == ["return-path"]
     assert "xbzrle" not in completed("migrate", "tcp:x:1", "--cap", ""), "nobody implements that"
     assert completed("migrate", "tcp:x:1", "--param", "down") == ["downtime-limit="]
     assert completed("run", "stress", "--param", "x-migfw-on-timeout=") == [
