@@ -2,6 +2,8 @@
 ;
 ;     nasm -f bin -D END=0x1000000 -D PAGES=256 -D DELAY=2000 guest.asm -o guest.bin
 ;
+; (-D SUSPEND: it suspends to RAM behind the 'F', on a machine of type "pc".)
+;
 ; It prints 'A' when it starts, fills memory from 1 MiB up to END with a xorshift32 sequence of little-endian words, and
 ; prints 'F'. Then it keeps adding 1 to the first byte of each of the PAGES pages from 1 MiB on, in order, and prints 'B'
 ; after each pass. DELAY iterations of an empty loop between two pages determine the dirty rate.
@@ -18,6 +20,8 @@ SEED    equ 0x12345678
 PAGE    equ 4096
 SERIAL  equ 0x3f8
 WP      equ 1 << 16
+PM1_CONTROL equ 0x604                   ; the ACPI register of PIIX4, where QEMU's firmware puts it
+SLEEP   equ 1 << 13 | 1 << 10           ; S3, now
 
         org     0x7c00
         bits    16
@@ -63,6 +67,12 @@ next:   mov     edx, eax                ; x ^= x << 13; x ^= x >> 17; x ^= x << 
         mov     dx, SERIAL
         mov     al, 'F'
         out     dx, al
+
+%ifdef SUSPEND
+        mov     dx, PM1_CONTROL
+        mov     ax, SLEEP
+        out     dx, ax
+%endif
 
 again:  mov     edi, BASE
         mov     esi, PAGES

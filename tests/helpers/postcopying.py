@@ -132,7 +132,14 @@ class OutOfMigfw(Move):
     def finish(self) -> None:
         self.qemu.wait_running()
         wait_until(lambda: query_migrate(self.engine)["ram"]["postcopy-requests"] > 0, "a page request")
+        self.hurry()
+        self.completes()
+
+    def hurry(self) -> None:
+        """No limit from now on."""
         self.engine.set_parameters({"max-postcopy-bandwidth": 0})
+
+    def completes(self) -> None:
         assert self.engine.wait_outgoing(PATIENCE) is MigrationStatus.COMPLETED, query_migrate(self.engine)
 
     def listen_again(self) -> str:

@@ -261,13 +261,13 @@ class Guest:
         return check_memory(qemu.memory(BASE, self.end - BASE), self.pages)
 
 
-def assemble(folder: Path, *, end: int = 0x1000000, pages: int = 256, delay: int = 2000) -> Guest:
-    """Build the boot sector in `folder`."""
+def assemble(
+    folder: Path, *, end: int = 0x1000000, pages: int = 256, delay: int = 2000, suspend: bool = False
+) -> Guest:
+    """Build the boot sector in `folder`. With `suspend` the guest suspends to RAM once it has filled its memory."""
     image = folder / "guest.bin"
-    subprocess.run(
-        ["nasm", "-f", "bin", f"-DEND={end:#x}", f"-DPAGES={pages}", f"-DDELAY={delay}", SOURCE, "-o", image],
-        check=True,
-    )
+    defined = [f"-DEND={end:#x}", f"-DPAGES={pages}", f"-DDELAY={delay}", *(["-DSUSPEND"] if suspend else [])]
+    subprocess.run(["nasm", "-f", "bin", *defined, SOURCE, "-o", image], check=True)
     os.truncate(image, 1 << 20)  # firmware does not boot a disk of one sector on every controller
     return Guest(image, end, pages)
 

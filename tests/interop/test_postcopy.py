@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cutting import Cut, CutProxy
+from tests.helpers.parking import parking
 from tests.helpers.peers import peer_parameters, using_peer
-from tests.helpers.postcopying import Move, there_and_back
-from tests.helpers.qemu import Guest, assemble, needs_qemu, wait_until
+from tests.helpers.postcopying import IntoMigfw, Move, OutOfMigfw, there_and_back
+from tests.helpers.qemu import BASE, Guest, Qemu, assemble, needs_qemu, wait_until
 from tests.helpers.ram import allocated
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
@@ -29,6 +30,27 @@ def test_plain(guest: Guest) -> None:
     with there_and_back(guest) as moves:
         for move in moves:
             move.complete()
+
+
+@pytest.mark.parametrize("label", peer_parameters("10.0", "newest"))  # an older QEMU starts it anew
+def test_suspend(label: str, tmp_path: Path) -> None:
+    """A guest that is suspended to RAM stays so, and needs no page."""
+    guest = assemble(tmp_path, suspend=True)
+    with (
+        using_peer(label),
+        Qemu(boot=guest.image) as source,
+        parking() as engine,
+        Qemu(boot=guest.image, incoming="defer") as destination,
+    ):
+        wait_until(lambda: source.command("query-status")["status"] == "suspended", "the guest to sleep")
+        IntoMigfw(source, engine).complete()
+        leaving = OutOfMigfw(destination, engine)
+        leaving.begin(leaving.listen())
+        leaving.hurry()
+        leaving.completes()
+        wait_until(lambda: destination.command("query-status")["status"] == "suspended", "the guest to sleep on")
+        assert not destination.printed(), "it started anew"
+        assert destination.memory(BASE, guest.end - BASE) == source.memory(BASE, guest.end - BASE)
 
 
 @pytest.mark.parametrize("label", PREEMPT)
