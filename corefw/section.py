@@ -225,9 +225,9 @@ class PostcopySaver(LiveSaver):
     """A section whose rest may follow once the guest runs on the destination.
 
     Then begin_postcopy() is called instead of complete() when the guest has stopped, iterate() goes on until it returns
-    True, and complete() writes the END body, with nothing left to send. What the guest needs while it runs there is an
-    OnDemandSaver's. If there is one, a ChannelError from any of them pauses the migration, and prepare_resume() follows
-    before iterate() goes on over another channel; if not, it ends the migration.
+    True, and complete() writes the END body, with nothing left to send. What the guest may wait for while it runs there
+    is an OnDemandSaver's. A ChannelError from any of them pauses the migration, and prepare_resume() follows before
+    iterate() goes on over another channel; but if there is no OnDemandSaver, the destination does not wait for that.
     """
 
     @abstractmethod

@@ -22,7 +22,7 @@ from corefw.engine.identity import new_secret
 from corefw.engine.pagefaults import PageFaults
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.errors import MachineError, StreamError
-from corefw.machine import FaultSource, PostcopyMachine
+from corefw.machine import FaultSource, Machine, PostcopyMachine
 from corefw.memory.faults import NoFaults
 from corefw.section import OnDemandLoader, PostcopyLoader, PreemptLoader, SectionLoader
 from corefw.states import MigrationStatus
@@ -35,23 +35,34 @@ log = logging.getLogger(__name__)
 
 
 def advise(destination: Destination, frames: FrameReader, record: CommandRecord) -> None:
-    """Refuse postcopy before any RAM was sent, if it cannot be done here."""
-    machine, advice = destination.machine, parse_postcopy_advise(record.payload)
-    if advice is None:
-        destination.advised = True  # by the capability dirty-bitmaps, which needs nothing of the machine
-        return
+    """Refuse postcopy before any RAM was sent, if it cannot be done here. Without page sizes only dirty bitmaps may
+    follow the guest, which needs nothing of the machine."""
+    advice = parse_postcopy_advise(record.payload)
+    if advice is not None:
+        _check_machine(destination.machine)
+        _return_path(destination)
+        destination.tail.check_pages(advice)
+        destination.advised_pages = True
+        destination.stream_capabilities |= {"postcopy-ram"}
+    destination.advised = True
+    _give_secret(destination)
+
+
+def _check_machine(machine: Machine) -> None:
+    """Raise MachineError if the guest cannot run before its RAM has arrived."""
     if (obstacle := obstacle_to_postcopy(machine)) is not None:
         raise MachineError(obstacle)
     if isinstance(machine, PostcopyMachine):
         for note in machine.postcopy_notes():
             log.info("%s", note)
-    path = _return_path(destination)
-    destination.tail.check_pages(advice)
-    destination.advised = destination.advised_pages = True
-    destination.stream_capabilities |= {"postcopy-ram"}
-    if destination.connection.from_migfw and destination.secret is None:
+
+
+def _give_secret(destination: Destination) -> None:
+    """Let a source that is a migfw prove later that it is the same (identity.py)."""
+    connection = destination.connection
+    if connection.return_path is not None and connection.from_migfw and destination.secret is None:
         destination.secret = new_secret()
-        path.send(ReturnMessage.MIGFW_SECRET, destination.secret)
+        connection.return_path.send(ReturnMessage.MIGFW_SECRET, destination.secret)
 
 
 def discard(destination: Destination, _: FrameReader, record: CommandRecord) -> None:

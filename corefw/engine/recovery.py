@@ -36,8 +36,8 @@ def pause(source: Source, error: BaseException) -> MigrationStatus:
     """The connection broke, or something else went wrong after the guest was handed over. Returns the next status;
     raises if the migration is to end."""
     link = source.link
-    if not source.custody.handed_over or source.interrupt.is_set() or not source.on_demand():
-        raise error  # at the last: the guest can run on there without the rest, so the destination does not wait for it
+    if not source.custody.handed_over or source.interrupt.is_set():
+        raise error
     if isinstance(error, ChannelError | StreamError):
         link.await_last_words()
     link.abort()
@@ -92,7 +92,7 @@ def reconnect(source: Source) -> MigrationStatus:
     except ChannelError as error:
         return pause(source, error)
     source.read_return_path()
-    if source.all_sent:  # the confirmation may be all that was lost
+    if source.all_sent or not source.on_demand():  # the confirmation may be all that was lost, or is worth knowing
         source.link.answers.expect(ReturnMessage.SHUT, 0)
     source.sections = source.sections.onto(source.link.writer)
     return MigrationStatus.POSTCOPY_RECOVER

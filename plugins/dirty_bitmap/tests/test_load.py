@@ -125,6 +125,18 @@ def test_a_bitmap_that_is_not_complete_is_inconsistent_and_removed_if_the_guest_
         assert not disk.bitmaps
 
 
+def test_without_the_rest_a_parked_machine_has_inconsistent_bitmaps() -> None:
+    """So that they are missed: what comes over another connection is dropped, as QEMU does."""
+    with DiskMakingMachine() as machine:
+        loader = load(machine, [start(), start(bitmap="c"), bits(0, 2048), COMPLETE, start(bitmap="none"), EOS])
+        loader.connection_lost()
+        loader.cleanup()
+        loader.committed()
+        assert {one.name: one.inconsistent for one in machine.nodes[0].bitmaps} == {"b": True, "c": False, "none": True}
+        loader.load(StreamReader(MemorySource(b"\x24\x01b\x01")), 1)
+        assert machine.nodes[0].bitmap("b").inconsistent
+
+
 def test_an_empty_disk_has_empty_bitmaps() -> None:
     """QEMU sends a record of no sectors for it."""
     with DiskMakingMachine() as machine:
