@@ -193,6 +193,15 @@ class ReceivesFromSocket(ABC):
         """
 
 
+class LimitsSilence(ABC):
+    """A base class for channels that can find out whether the peer's host still answers, without sending a byte of the
+    stream."""
+
+    @abstractmethod
+    def limit_silence(self, seconds: float) -> None:
+        """Break the connection if the host has not answered for so long. Does not raise."""
+
+
 class FileBacked(ABC):
     """A base class for channels that read a file, for streams that refer to places in it (mapped-ram).
 
@@ -333,6 +342,7 @@ __all__ = [
     "CommandResult",
     "FileBacked",
     "Interrupt",
+    "LimitsSilence",
     "Listener",
     "ReceivesMemory",
     "RemoteHost",

@@ -48,6 +48,14 @@ class PostcopySwitch:
 
 
 @dataclass(frozen=True, slots=True)
+class ReconnectReport:
+    """A paused source that dials its destination again by itself: attempts so far, and their limit (None: for ever)."""
+
+    attempts: int
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class TransferReport:
     """The figures of a migration away from here, at one moment.
 
@@ -76,6 +84,7 @@ class TransferReport:
     guest               once completed: "moved" (confirmed), "stored" (whole in a file) or "unconfirmed"; "" before
     warnings            sentences: what the user who started the migration should know
     switch              when and why it switched to postcopy; None before, and in precopy
+    reconnect           set while a postcopy is paused and goes on by itself
     """
 
     total_time: int
@@ -100,6 +109,7 @@ class TransferReport:
     guest: str
     warnings: tuple[str, ...]
     switch: PostcopySwitch | None = None
+    reconnect: ReconnectReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

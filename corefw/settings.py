@@ -249,6 +249,21 @@ PARAMETERS: Final = (
         "when a migration with postcopy-ram switches to postcopy",
         choices=("on-command", "now", "after-first-pass", "when-stuck"),
     ),
+    Parameter(
+        "x-migfw-liveness",
+        Kind.INTEGER,
+        60,
+        "seconds of silence after which a connection counts as broken; 0 means no limit",
+        maximum=86_400,
+    ),
+    Parameter(
+        "x-migfw-reconnect",
+        Kind.INTEGER,
+        0,
+        "how often a source whose connection broke in postcopy dials again by itself; -1 means for ever",
+        minimum=-1,
+        maximum=2**31 - 1,
+    ),
     Parameter("x-migfw-timeout", Kind.MILLISECONDS, 0, "how long a migration may take; 0 means no limit"),
     Parameter("x-migfw-max-passes", Kind.INTEGER, 0, "how many passes a migration may take; 0 means no limit"),
     Parameter(
@@ -264,7 +279,8 @@ IMPLEMENTED_BY_CORE: Final = frozenset(
     {
         *("events", "return-path", "pause-before-switchover", "switchover-ack", "max-bandwidth", "downtime-limit"),
         "postcopy-blocktime",
-        *("x-migfw-confirm-timeout", "x-migfw-incoming-timeout", "x-migfw-prealloc"),
+        *("x-migfw-confirm-timeout", "x-migfw-incoming-timeout", "x-migfw-prealloc", "x-migfw-reconnect"),
+        "x-migfw-liveness",
         *("x-migfw-timeout", "x-migfw-max-passes", "x-migfw-on-timeout", "x-migfw-postcopy-start"),
     }
 )

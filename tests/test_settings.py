@@ -80,7 +80,9 @@ OWN: dict[str, Value] = {
     "x-migfw-postcopy-start": "on-command",
     "x-migfw-confirm-timeout": 300_000,
     "x-migfw-incoming-timeout": 60_000,
+    "x-migfw-liveness": 60,
     "x-migfw-prealloc": True,
+    "x-migfw-reconnect": 0,
 }
 """Parameters that QEMU does not have."""
 

@@ -49,6 +49,19 @@ class _Migrate(WithInstalled):
         return super().parse_args(ctx, ["--postcopy=after-first-pass" if one == "--postcopy" else one for one in args])
 
 
+class Attempts(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in newer versions of click
+    """A number of attempts, or "forever", which is -1."""
+
+    name = "attempts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "forever":
+            return -1
+        if not str(value).isdecimal():
+            self.fail(f"expected a number or 'forever', got '{value}'", param, ctx)
+        return int(value)
+
+
 @click.command(cls=_Migrate)
 @click.argument("uri", required=False, shell_complete=completion.uris)
 @click.option(
@@ -73,6 +86,12 @@ class _Migrate(WithInstalled):
     help="Switch to postcopy: once everything has been sent once, once precopy does not converge, or at once."
     " --postcopy alone means --postcopy=after-first-pass.",
 )
+@click.option(
+    "--reconnect",
+    metavar="N|forever",
+    type=Attempts(),
+    help="If the connection breaks in postcopy, dial again by itself, up to N times.",
+)
 @click.option("--detach", is_flag=True, help="Start the migration and return; 'migfw status' shows its progress.")
 @click.option("--resume", is_flag=True, help="Resume a postcopy migration whose connection broke.")
 @json_option
@@ -88,6 +107,7 @@ def migrate(
     max_passes: int | None,
     on_timeout: str | None,
     postcopy: str | None,
+    reconnect: int | None,
     detach: bool,
     resume: bool,
     as_json: bool,
@@ -114,7 +134,8 @@ def migrate(
 
     With --postcopy the guest starts on the destination before its RAM has arrived, even if it writes faster than the
     link can send. The engine decides when, also with --detach, and the output says when and why. If the connection
-    breaks then, 'migfw recover' and --resume continue over another one.
+    breaks then, --resume continues over a new one, to the same URI or to that of 'migfw recover'; with --reconnect it
+    does so by itself.
 
     Ctrl-C cancels the migration and waits until the guest runs here again; a second one exits at once. In postcopy it
     is too late to cancel. With --qmp the command also moves a real QEMU; it relays over transports that QEMU does not
@@ -141,6 +162,7 @@ def migrate(
         if postcopy is not None:
             _check_switch(engine, postcopy, detach=detach)
             changes.capabilities.setdefault("postcopy-ram", True)
+        _add_reconnect(changes, engine, reconnect)
         if not resume:
             _add_defaults(changes, engine, route)
             add_limits(changes, engine, timeout, max_passes, on_timeout, postcopy)
@@ -177,6 +199,14 @@ def migrate(
         _end(engine, uri, answer, problem, interrupted=interrupts.requested)
         if unread.error:
             note(unread.before("the guest has moved"))
+
+
+def _add_reconnect(changes: Changes, engine: EngineClient, attempts: int | None) -> None:
+    if attempts is None:
+        return
+    if not engine.is_migfw:
+        raise UsageError(f"--reconnect: at {engine.address} is a QEMU, and only migfw dials again by itself")
+    changes.parameters.setdefault("x-migfw-reconnect", attempts)
 
 
 def _check_switch(engine: EngineClient, postcopy: str, *, detach: bool) -> None:
@@ -256,7 +286,8 @@ def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str
         cause = one_line(str(answer.get("error-desc", uri)))
         raise MigfwError(
             f"the connection broke in postcopy ({cause}), and the guest runs on the destination without a part of its"
-            " RAM: run 'migfw recover URI' there, then 'migfw migrate URI --resume' here"
+            " RAM: run 'migfw migrate URI --resume' here (the destination listens where it did; 'migfw recover URI'"
+            " there changes that)"
         )
     reason = one_line(str(problem or answer.get("error-desc", status)))
     raise MigfwError(f"the migration{'' if one_line(uri) in reason else f' to {uri}'} failed: {reason}; {here}")

@@ -19,7 +19,7 @@ import click
 
 from corefw.cli import Interrupts
 from corefw.closing import Closing
-from corefw.errors import ChannelError, MigfwError, UsageError
+from corefw.errors import ChannelError, MigfwError, UsageError, one_line
 from corefw.machine import RunState
 from corefw.qmp.engines import POLL, EngineClient
 from corefw.quantities import format_duration, format_milliseconds, format_size
@@ -297,6 +297,11 @@ SWITCHES: Final[Mapping[str, int]] = {"now": 0, "after-first-pass": 2}
 With the second everything has been sent once."""
 
 
+def _goes_on(answer: Mapping[str, Any]) -> bool:
+    """Whether a migration that is paused goes on by itself."""
+    return "reconnect" in answer.get("x-migfw", {})
+
+
 class Follower:
     """Watches one migration of an engine until it is over, and shows it on a display.
 
@@ -321,6 +326,7 @@ class Follower:
         self._cancelling = False
         self._explained = False
         self._switched = False
+        self._broken = False
 
     def wait(self) -> dict[str, Any]:
         """Wait until the migration is over; the last answer of query-migrate. Raises MigfwError if the engine ends."""
@@ -332,14 +338,25 @@ class Follower:
                     f"the engine ended while its guest migrated ({error}): check the destination"
                 ) from None
             progress = Progress.of(answer)
-            if progress.phase in OVER:
+            if progress.phase in OVER and not _goes_on(answer):
                 return answer
+            self._tell_connection(answer)
             self._display.update(progress)
             if not self._switched and (text := switched(answer)):
                 self._switched = True
                 self._display.say(f"switched to postcopy {text}")
             self._act(progress)
             time.sleep(POLL)
+
+    def _tell_connection(self, answer: Mapping[str, Any]) -> None:
+        """Say when the connection of a postcopy breaks and is there again."""
+        broken = "reconnect" in answer.get("x-migfw", {})
+        if broken and not self._broken:
+            why = one_line(str(answer.get("error-desc", "no reason is known")))
+            self._display.say(f"the connection broke: {why}; dialling again")
+        elif self._broken and answer.get("status") == MigrationStatus.POSTCOPY_ACTIVE:
+            self._display.say("connected again")
+        self._broken = broken or (self._broken and answer.get("status") != MigrationStatus.POSTCOPY_ACTIVE)
 
     def _act(self, progress: Progress) -> None:
         failed = self._has_failed is not None and self._has_failed()

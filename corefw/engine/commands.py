@@ -18,7 +18,7 @@ from corefw.engine.switchover import SwitchoverAck
 from corefw.errors import MigfwError, PluginError
 from corefw.section import SectionLoader
 from corefw.states import MigrationStatus
-from corefw.wire.constants import MIGFW_PING, PLUGIN_COMMANDS, Command
+from corefw.wire.constants import ALIVE_PING, MIGFW_PING, PLUGIN_COMMANDS, Command
 from corefw.wire.frames import FrameReader
 from corefw.wire.records import CommandRecord, parse_ping, parse_postcopy_advise
 
@@ -69,9 +69,11 @@ def _ping(destination: Destination, frames: FrameReader, record: CommandRecord) 
     if connection.return_path is None:
         raise frames.reader.error("OPEN_RETURN_PATH before PING", "PING")
     number = parse_ping(record.payload)
-    connection.from_migfw |= number == MIGFW_PING
+    if number == MIGFW_PING:
+        connection.from_migfw = True
+        connection.source.expect_signs()
     path = connection.return_path
-    if destination.guest is None:
+    if destination.guest is None or number == ALIVE_PING:
         path.pong(number)
     else:  # until the guest has started, the source keeps what it has sent
         destination.guest.when_started(partial(path.pong, number))

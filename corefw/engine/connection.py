@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from corefw.channel import Channel, FileBacked, Interrupt, Listener, ReceivesFromSocket, ReceivesMemory
+from corefw.channel import Channel, FileBacked, Interrupt, LimitsSilence, Listener, ReceivesFromSocket, ReceivesMemory
+from corefw.engine.liveness import PARAMETER, limit_of
 from corefw.engine.preempt import RequestedReceiver
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.errors import ANYTHING, ChannelError
@@ -46,6 +47,8 @@ class Connection:
     """
 
     def __init__(self, channel: Channel, settings: Settings, interrupt: Interrupt) -> None:
+        if isinstance(channel, LimitsSilence) and (limit := limit_of(settings)):
+            channel.limit_silence(limit)
         self.channel: Final = channel
         self.source: Final = _watched(channel, settings, interrupt)
         self._settings = settings
@@ -68,7 +71,12 @@ class Connection:
         return self.return_path
 
     def _writer(self) -> ReturnPathWriter:
-        return ReturnPathWriter(self.channel, lambda: self._settings.integer("x-migfw-incoming-timeout") / 1000)
+        return ReturnPathWriter(self.channel, self._return_path_limit)
+
+    def _return_path_limit(self) -> tuple[float, str]:
+        patience = self._settings.integer("x-migfw-incoming-timeout") / 1000
+        limits = ((patience, "x-migfw-incoming-timeout"), (limit_of(self._settings), PARAMETER))
+        return min((limit for limit in limits if limit[0]), default=limits[0])
 
     def accept_channel(self, listener: Listener) -> Channel:
         """Wait for one more channel from the source. Raises ChannelError, Interrupted."""
@@ -99,42 +107,44 @@ class Connection:
 
     # -- the result ------------------------------------------------------------------------------------------------
 
-    def report_success(self) -> None:
-        """Tell the source that the guest is here."""
-        if self.return_path is not None:
-            self._report(self.return_path, 0)
+    def report_success(self) -> bool:
+        """Tell the source that the guest is here; whether it is known to have heard."""
+        return self.return_path is not None and self._report(self.return_path, 0)
 
-    def report_failure(self, reason: str) -> None:
-        """Tell the source that the guest is not here, and why."""
+    def report_failure(self, reason: str) -> bool:
+        """Tell the source that the guest is not here, and why; whether it is known to have heard."""
         if self.return_path is None and self.channel.has_return_path:
             # It failed before OPEN_RETURN_PATH came. A source that opens the return path learns that it may keep its
             # guest; one that does not never reads this.
             self.return_path = self._writer()
-        if self.return_path is not None:
-            self._report(self.return_path, 1, reason if self.from_migfw else "")
+        return self.return_path is not None and self._report(self.return_path, 1, reason if self.from_migfw else "")
 
-    def _report(self, path: ReturnPathWriter, status: int, reason: str = "") -> None:
-        """Send the result, then read what the source still sends: closing a socket with unread bytes discards SHUT."""
+    def _report(self, path: ReturnPathWriter, status: int, reason: str = "") -> bool:
+        """Send the result, then read what the source still sends: closing a socket with unread bytes discards SHUT.
+        True if it has ended its stream, as a source does that has read SHUT."""
         try:
             if reason:
                 path.explain(reason)
             path.shut(status)
             self.channel.send_eof()
-            self._drain()
+            return self._drain()
         except ChannelError as error:
             log.debug("the source went away: %s", error)
         except ANYTHING:  # a transport is a plugin: the migration is over, whatever it does
             log.exception("cannot report the result to the source")
+        return False
 
-    def _drain(self) -> None:
+    def _drain(self) -> bool:
+        """Whether the source has ended its stream."""
         scratch = memoryview(bytearray(1 << 16))
         taken = 0
         deadline = time.monotonic() + DRAIN_SECONDS
         while taken < DRAIN_BYTES and self.channel.wait_readable(deadline - time.monotonic()):
             count = self.channel.receive_into(scratch)
             if not count:
-                return
+                return True
             taken += count
+        return False
 
 
 class WatchedChannel:
@@ -147,8 +157,15 @@ class WatchedChannel:
         self._interrupt = interrupt
         self._next_check = 0.0
         self._may_pause = False
+        self._owes_signs = False
         self._waited = 0.0
+        self._silent = 0.0
         self._received = 0
+
+    def expect_signs(self) -> None:
+        """From now on the source gives signs of life, however little it has to send: it is a migfw, which sends PINGs,
+        or the rest of a postcopy is under way."""
+        self._owes_signs = True
 
     def allow_pause(self) -> None:
         """From now on the source may be silent."""
@@ -187,8 +204,11 @@ class WatchedChannel:
         self._check_interrupt()
         began = time.monotonic()
         readable = self.channel.wait_readable(seconds)
+        waited = time.monotonic() - began
+        self._silent = 0.0 if readable else self._silent + waited
+        self._check_signs()
         if not self._may_pause:
-            self._waited += time.monotonic() - began
+            self._waited += waited
             limit = self._settings.integer("x-migfw-incoming-timeout")
             if limit and self._waited * 1000 >= limit:
                 raise ChannelError(
@@ -196,6 +216,13 @@ class WatchedChannel:
                     f" least {ENOUGH} (parameter x-migfw-incoming-timeout)"
                 )
         return readable
+
+    def _check_signs(self) -> None:
+        limit = limit_of(self._settings)
+        if self._owes_signs and 0 < limit <= self._silent:
+            raise ChannelError(
+                f"{self.channel.peer}: the source gave no sign of life in {limit:g} s (parameter {PARAMETER})"
+            )
 
     def _count(self, count: int) -> int:
         self._received += count

@@ -181,12 +181,12 @@ class Destination(IncomingContext):
         """Whether take_over() was called: the source does not start the guest unless it hears that it is not here."""
         return self._taken_over
 
-    def outcome(self, problem: str) -> Outcome | None:
+    def outcome(self, problem: str, *, heard: bool) -> Outcome | None:
         """What a source is told that missed how its postcopy ended; None if it can know otherwise. `problem`: why the
-        guest is not here, empty if it is."""
+        guest is not here, empty if it is. `heard`: it is known not to have missed it."""
         if self.guest is None or self.secret is None:
             return None
-        return Outcome(self.settings, self.secret, problem)
+        return Outcome(self.settings, self.secret, problem, None if heard else self.readmission.relisten)
 
     def cause(self, error: MigfwError) -> MigfwError:
         """The error to report: what comes over another channel aborts the stream, and the error that follows says
@@ -290,14 +290,14 @@ class Destination(IncomingContext):
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def report_success(self) -> None:
-        """Tell the source that the guest is here."""
-        self.connection.report_success()
+    def report_success(self) -> bool:
+        """Tell the source that the guest is here; whether it is known to have heard."""
+        return self.connection.report_success()
 
-    def report_failure(self, reason: str) -> None:
-        """Tell the source, if one has connected, that the guest is not here, and why."""
-        if self._connection is not None:
-            self._connection.report_failure(reason)
+    def report_failure(self, reason: str) -> bool:
+        """Tell the source, if one has connected, that the guest is not here, and why; whether it is known to have
+        heard."""
+        return self._connection is not None and self._connection.report_failure(reason)
 
     def close(self) -> None:
         """Close every channel."""

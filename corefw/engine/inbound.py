@@ -7,6 +7,7 @@ resolved and addresses listened at before the lock is taken. Threads: any.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -20,7 +21,7 @@ from corefw.engine.incoming import IncomingMigration
 from corefw.engine.preempt import check_channels
 from corefw.engine.readmission import Relisten
 from corefw.engine.tails import tail_of
-from corefw.errors import BlockedError, MigfwError, StateError
+from corefw.errors import BlockedError, ChannelError, MigfwError, StateError
 from corefw.machine import Machine, RunState
 from corefw.plugins import Plugins
 from corefw.registry import LoaderRegistry
@@ -29,6 +30,8 @@ from corefw.states import CONNECTED, IN_POSTCOPY, POSTCOPY, MigrationStatus, Sid
 
 _S = MigrationStatus
 CLOSED: Final = "the engine is closed"
+RELEASE: Final = 2.0
+"""Seconds that a transport may take to give up an address."""
 ARRIVING: Final = frozenset({_S.SETUP, _S.ACTIVE})
 
 
@@ -149,7 +152,7 @@ class Inbound:
         readmission = self._check_paused().readmission
         readmission.suspend()  # the address may be the one at which it listens already
         try:
-            listener = transport.listen()
+            listener = self._listen_again(transport)
             try:
                 with self._events.hold(), self._lock:
                     self._check_paused()
@@ -162,6 +165,17 @@ class Inbound:
             readmission.resume()
             raise
         return str(listener.uri)
+
+    def _listen_again(self, transport: Transport) -> Listener:
+        """Listen. An address at which the destination has listened until just now may take a moment to become free."""
+        deadline = time.monotonic() + (RELEASE if str(transport.uri) == self.uri else 0.0)
+        while True:
+            try:
+                return transport.listen()
+            except ChannelError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(RELEASE / 40)
 
     def _relisten(self, transport: Transport, listener: Listener) -> Relisten | None:
         """Listens again where `listener` did; None if only one connection can come there."""
@@ -180,7 +194,7 @@ class Inbound:
     def owes_outcome(self) -> bool:
         """The guest could not be started after RUN, and the source may not have heard that: it does not start the guest
         before it has."""
-        return self._present is not None and self._present.was_taken_over
+        return self._present is not None and self._present.owes_outcome
 
     def preallocation(self) -> AllocationReport | None:
         """How much of the RAM is allocated for the guest that is waited for; None if none is."""

@@ -61,6 +61,7 @@ class IncomingMigration:
         self._thread = threading.Thread(target=self._run, name="incoming migration", daemon=True)
         self._aborted = False
         self._outcome: Outcome | None = None
+        self._heard = False  # by the source, how it ended
 
     # -- from other threads ----------------------------------------------------------------------------------------
 
@@ -122,9 +123,10 @@ class IncomingMigration:
         return self._outcome is not None
 
     @property
-    def was_taken_over(self) -> bool:
-        """In postcopy, RUN was read: a source that does not hear the outcome never starts the guest again."""
-        return self._destination.has_taken_over
+    def owes_outcome(self) -> bool:
+        """In postcopy, RUN was read, and the source may not have heard the outcome: until then it does not start the
+        guest again."""
+        return self._destination.has_taken_over and not self._heard
 
     def pause(self) -> bool:
         """Break the connection of a postcopy on purpose (migrate-pause); False if the guest is here whole already."""
@@ -158,12 +160,12 @@ class IncomingMigration:
         self._cut_off.cancel()
         destination.close()
         if not self._aborted:
-            self._outcome = destination.outcome(reason or "")
+            self._outcome = destination.outcome(reason or "", heard=self._heard)
 
     def _succeed(self) -> None:
         self._destination.commit_loaders()
         self._enter(_S.COMPLETED)
-        self._destination.report_success()
+        self._heard = self._destination.report_success()
 
     def _fail(self, reason: str) -> str:
         """Returns what the source is told."""
@@ -176,7 +178,7 @@ class IncomingMigration:
         if isinstance(machine, RamMakingMachine):
             machine.discard_loaded()
         if self._destination.guest is None or not self._destination.guest.may_run:
-            self._destination.report_failure(reason)
+            self._heard = self._destination.report_failure(reason)
         self._destination.abandon_loaders()
         self._enter(end)
         return reason

@@ -9,16 +9,18 @@ Threads: the migration thread; `abort` and `open_channel` may be called from any
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Final
 
-from corefw.channel import Channel, Interrupt, Transport
+from corefw.channel import Channel, Interrupt, LimitsSilence, Transport
+from corefw.engine.liveness import Liveness, interval_of, limit_of
 from corefw.engine.meter import CountedChannel, Meter, metered
 from corefw.engine.returnpath import Handler, ReturnPathReader
 from corefw.errors import ChannelError
 from corefw.net.channelset import ChannelSet
-from corefw.wire.constants import Command, ReturnMessage
+from corefw.settings import Settings
+from corefw.wire.constants import ALIVE_PING, Command, ReturnMessage
 from corefw.wire.records import ping_payload, write_command
 from corefw.wire.stream import StreamWriter
 
@@ -40,19 +42,26 @@ class Link:
     channel: Channel
     writer: StreamWriter
 
-    def __init__(self, transport: Transport, interrupt: Interrupt, meter: Meter) -> None:
+    def __init__(self, transport: Transport, interrupt: Interrupt, meter: Meter, settings: Settings) -> None:
         self.transport: Final = transport
         self.return_path: ReturnPathReader | None = None
         self.paused = False
         self._interrupt = interrupt
         self._aborted = Interrupt()
         self._meter = meter
+        self._settings = settings
         self._channels = ChannelSet()
+        self._liveness: Liveness | None = None
+        self._failure: ChannelError | None = None
+        self._awaits = False  # an answer that a destination gives at once
+        self._next_ping = 0.0
 
     def connect(self) -> None:
         """Dial, and begin a stream. Raises ChannelError, Interrupted."""
         self._interrupt.check()
-        self.channel = self._connect()
+        self._liveness = Liveness(self._settings, self._signs, self._owes_sign, self._give_up)
+        with self.awaiting():
+            self.channel = self._connect()
         self.writer = StreamWriter(self.channel)
 
     def open_channel(self) -> Channel:
@@ -64,10 +73,56 @@ class Link:
 
     def open_urgent_channel(self) -> Channel:
         """One more channel, which no limit of the bandwidth holds back. Raises ChannelError."""
-        return self._channels.add(CountedChannel(self.transport.connect(self._interrupt), self._meter))
+        return self._channels.add(CountedChannel(self._dial(), self._meter))
 
     def _connect(self) -> Channel:
-        return self._channels.add(metered(self.transport.connect(self._aborted), self._meter))
+        return self._channels.add(metered(self._dial(), self._meter))
+
+    def _dial(self) -> Channel:
+        channel = self.transport.connect(self._aborted)
+        if isinstance(channel, LimitsSilence) and (limit := limit_of(self._settings)):
+            channel.limit_silence(limit)
+        return channel
+
+    # -- signs of life ---------------------------------------------------------------------------------------------
+
+    def beat(self) -> None:
+        """Send a PING if it is time for one: the destination sees that this side lives, and has to answer. Between two
+        sections; does nothing without a return path."""
+        now = time.monotonic()
+        path = self.return_path
+        if path is None or path.owes_sign or now < self._next_ping:
+            return
+        self._next_ping = now + interval_of(self._settings)
+        path.expect_sign()
+        write_command(self.writer, Command.PING, ping_payload(ALIVE_PING))
+        self.writer.flush()
+
+    @contextmanager
+    def awaiting(self) -> Iterator[None]:
+        """While this goes on, the destination has to give signs of life."""
+        self._awaits = True
+        try:
+            yield
+        finally:
+            self._awaits = False
+
+    def rest(self) -> None:
+        """From now on the destination may be silent: the end of the stream is about to go out."""
+        if self._liveness is not None:
+            self._liveness.close()
+
+    def _signs(self) -> object:
+        path = self.return_path
+        return self._meter.total, path.messages if path is not None else 0
+
+    def _owes_sign(self) -> bool:
+        path = self.return_path
+        return self._awaits or self._meter.longest_send() > 0 or (path is not None and path.owes_sign)
+
+    def _give_up(self, reason: str) -> None:
+        self._failure = ChannelError(f"{self.transport.uri}: {reason}")
+        self.abort()
 
     # -- the return path -------------------------------------------------------------------------------------------
 
@@ -92,7 +147,9 @@ class Link:
         write_command(writer or self.writer, Command.PING, ping_payload(number))
 
     def check(self) -> None:
-        """Raise what ended the return path, if it failed."""
+        """Raise what ended the connection, or the return path, if it failed."""
+        if self._failure is not None:
+            raise self._failure
         if self.return_path is not None:
             self.return_path.check()
 
@@ -120,6 +177,13 @@ class Link:
         with suppress(ChannelError):
             self.channel.send_eof()
 
+    def part(self) -> None:
+        """The destination has reported that it failed, and reads on until this stream ends. Make every call on the
+        other channels raise Interrupted."""
+        self._aborted.set()
+        self._channels.abort_others(self.channel)
+        self.finish()
+
     def pause(self) -> None:
         """Break it on purpose."""
         self.paused = True
@@ -133,6 +197,7 @@ class Link:
 
     def close(self) -> None:
         """Join the return path's thread, which has to be ending (abort() or SHUT), and close all channels."""
+        self.rest()
         if self.return_path is not None:
             self.return_path.join()
         self._channels.close()

@@ -138,7 +138,7 @@ class OutgoingMigration:
 
     def limits_changed(self) -> None:
         """A parameter has been set: let waits for the old limit look at the new one."""
-        self._source.meter.wake()
+        self._source.settings_changed()
 
     def start_postcopy(self) -> None:
         """Switch to postcopy as soon as the guest can (migrate-start-postcopy). Raises StateError if there is no return
@@ -205,7 +205,10 @@ class OutgoingMigration:
         source, link = self._source, self._source.link
         if isinstance(error, ChannelError) and not source.interrupt.is_set():
             link.await_last_words()
-        link.abort()
+        if link.return_path is not None and link.return_path.refused:
+            link.part()
+        else:
+            link.abort()
         if link.return_path is not None:
             link.return_path.join()
             if link.return_path.accepted:

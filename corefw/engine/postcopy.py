@@ -102,6 +102,7 @@ def _send_pages(source: Source) -> None:
     source.meter.start_window()
     while not through:
         source.check()
+        source.link.beat()
         source.meter.pace()
         only_requested = source.meter.is_ahead()
         through = not only_requested

@@ -37,6 +37,7 @@ def receive_rest(destination: Destination) -> MigrationStatus:
         destination.stop_listening()
     else:
         destination.expect_return(paused=False)
+    destination.connection.source.expect_signs()
     check_complete(destination, destination.frames, "POSTCOPY_RUN", later=guest.sections)
     guest.start(lambda: _start(destination), destination.interrupt_load)
     destination.resuming = False
@@ -118,6 +119,7 @@ def _continue_stream(destination: Destination) -> None:
 
 def load_recovery(destination: Destination) -> MigrationStatus:
     """Run the commands of a source that resumes."""
+    destination.connection.source.expect_signs()
     try:
         following = load_frames(destination, destination.frames)
         if following is None:

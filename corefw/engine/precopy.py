@@ -13,12 +13,14 @@ from __future__ import annotations
 import logging
 import mmap
 import time
+from contextlib import nullcontext
 from functools import partial, reduce
 from operator import or_
 from typing import Final
 
 from corefw.engine.coverage import uncovered
 from corefw.engine.framing import SectionWriter
+from corefw.engine.liveness import interval_of
 from corefw.engine.scheduling import yielding_to_guests
 from corefw.engine.source import Source, needs_return_path
 from corefw.engine.statistics import milliseconds_since
@@ -114,7 +116,8 @@ def await_confirmation(source: Source, message: ReturnMessage, value: int, compl
             peer = source.link.channel.peer
             raise ChannelError(f"{peer} {complaint} within {limit:g} s (parameter x-migfw-confirm-timeout)")
 
-    source.link.await_answer(message, value, check)
+    with source.link.awaiting() if message is not ReturnMessage.SHUT else nullcontext():
+        source.link.await_answer(message, value, check)
 
 
 # -- active ------------------------------------------------------------------------------------------------------------
@@ -152,6 +155,7 @@ def _await_switchover_ack(source: Source) -> bool:
 
     def check(waited: float) -> None:
         source.check()
+        source.link.beat()
         if waited > ACK_PATIENCE:
             raise MachineError(
                 f"the destination has sent no SWITCHOVER_ACK for {ACK_PATIENCE:.0f} s: switch the capability"
@@ -183,7 +187,8 @@ def _store_run_state(source: Source, state: RunState) -> None:
 
 def await_continue(source: Source) -> MigrationStatus:
     """Wait for migrate-continue. QEMU counts this time as downtime, and so do we."""
-    source.proceed.wait()
+    while not source.proceed.wait(interval_of(source.settings)):
+        source.link.beat()
     source.check()
     return _after_stop(source)
 
@@ -197,6 +202,7 @@ def switch_over(source: Source) -> MigrationStatus:
     closing = source.tail.closing(source.sections, source.settings)
     source.custody.hand_over_at_eof(source.check, visible=not source.link.transport.features.atomic)
     source.limits.end()
+    source.link.rest()
     if source.link.return_path is not None:
         source.link.return_path.expect(ReturnMessage.SHUT, 0)
     source.link.writer.write(closing)

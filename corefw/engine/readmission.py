@@ -74,6 +74,17 @@ class Readmission:
         if before is not None and before is not listener:
             before.close()
 
+    def listen_by(self, relisten: Relisten | None) -> None:
+        """Listen where this does, as soon as it can; None: nowhere."""
+        with self._changed:
+            self._relisten = relisten
+            self._wake_up()
+
+    @property
+    def relisten(self) -> Relisten | None:
+        """Listens again at the present address; None where no second connection can come."""
+        return self._relisten
+
     def suspend(self) -> None:
         """Listen nowhere until listen_at() or resume() is called."""
         with self._changed:
@@ -211,12 +222,14 @@ class Readmission:
         if self._take_channel(channel):
             return
         with self._changed:
-            unknown = self._secret is None and not self._paused
+            unwanted = "it listens no more" if self._suspended else ""
+            if self._secret is None and not self._paused:
+                unwanted = "the one that the guest comes over has not broken"
             oldest = self._candidates.pop(0) if len(self._candidates) >= MOST else None
         if oldest is not None:
             oldest.abort()
-        if unknown:
-            log.warning("closed a connection from %s: the one that the guest comes over has not broken", channel.peer)
+        if unwanted:
+            log.warning("closed a connection from %s: %s", channel.peer, unwanted)
             channel.close()
             return
         connection = Connection(channel, self._settings, self._interrupt)
@@ -241,7 +254,8 @@ class Readmission:
             problem = f"internal error: {type(bug).__name__}"
         late.cancel()
         with self._changed:
-            wanted = connection in self._candidates and self._chosen is None and not self._ended
+            wanted = connection in self._candidates and self._chosen is None
+            wanted = wanted and not self._ended and not self._suspended
             if connection in self._candidates:
                 self._candidates.remove(connection)
             if wanted and not problem:

@@ -40,14 +40,22 @@ def pause(source: Source, error: BaseException) -> MigrationStatus:
         raise error
     if isinstance(error, ChannelError | StreamError):
         link.await_last_words()
-    link.abort()
     path = link.return_path
+    if path is not None and path.refused:
+        path.check()
+    if path is not None and path.accepted:
+        link.finish()
+    else:
+        link.abort()
     if path is not None:
         path.join()
         if path.accepted:
             source.confirmed = True
+            source.statistics.error = None
             return MigrationStatus.COMPLETED
     source.statistics.error = _reason(source, error)
+    may_help = isinstance(error, ChannelError | StreamError) and not link.paused
+    source.reconnection.broke(possible=may_help and link.transport.features.multi_channel)
     source.expect_resume()
     log.warning("postcopy is paused: %s", source.statistics.error)
     return MigrationStatus.POSTCOPY_PAUSED
@@ -88,7 +96,8 @@ def reconnect(source: Source) -> MigrationStatus:
         source.link.connect()
         source.interrupt.check()
         if source.secret is not None:
-            prove_source(source.link.channel, source.secret)
+            with source.link.awaiting():
+                prove_source(source.link.channel, source.secret)
     except ChannelError as error:
         return pause(source, error)
     source.read_return_path()
@@ -116,6 +125,7 @@ def recover(source: Source) -> MigrationStatus:
     except ANYTHING as error:
         return pause(source, error)
     source.statistics.error = None
+    source.reconnection.succeeded()
     return MigrationStatus.POSTCOPY_ACTIVE
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from corefw.channel import Channel
 from corefw.errors import ANYTHING, ChannelClosed, ChannelError, MigfwError, PeerError, StreamError
-from corefw.wire.constants import ReturnMessage
+from corefw.wire.constants import ALIVE_PING, ReturnMessage
 from corefw.wire.records import write_received_bitmap
 from corefw.wire.returnpath import (
     PageRequest,
@@ -54,6 +54,9 @@ class ReturnPathReader:
     Each message is passed to its handler; one without a handler fails the migration. Messages that are waited for
     are announced with `expect`, so that a destination cannot make the source collect others.
 
+    messages    how many have come
+    owes_sign   the destination has not answered the last PING that asks whether it lives (ALIVE_PING)
+
     `on_failure` is called from that thread, once, if the path ends in anything but SHUT 0.
     """
 
@@ -73,6 +76,8 @@ class ReturnPathReader:
         self._received: set[tuple[ReturnMessage, int]] = set()
         self._error: MigfwError | None = None
         self._reason = ""
+        self.owes_sign = False
+        self.messages = 0
         self._thread = threading.Thread(target=self._run, name="return path", daemon=True)
 
     def start(self) -> None:
@@ -101,6 +106,10 @@ class ReturnPathReader:
     def handle(self, message: int, handler: Handler) -> None:
         """From now on the destination may send this message too: a ReturnMessage, or one of PLUGIN_MESSAGES."""
         self._handlers[message] = handler
+
+    def expect_sign(self) -> None:
+        """A PING by which the destination has to show that it lives is about to be sent."""
+        self.owes_sign = True
 
     def expect(self, message: ReturnMessage, value: int) -> None:
         """From now on the destination may send this; wait() then finds it. SHUT 0 before that is an error."""
@@ -168,12 +177,17 @@ class ReturnPathReader:
         handler = self._handlers.get(message.type)
         if handler is None:
             raise StreamError(f"return path: unexpected {ReturnMessage(message.type).name}")
+        self.messages += 1
         handler(message, reader)
 
     # -- the handlers ----------------------------------------------------------------------------------------------
 
     def _pong(self, message: ReturnMessageRecord, _: StreamReader) -> None:
-        self.note(ReturnMessage.PONG, parse_number(message.body))
+        number = parse_number(message.body)
+        if number == ALIVE_PING:
+            self.owes_sign = False
+        else:
+            self.note(ReturnMessage.PONG, number)
 
     def _switchover_ack(self, _message: ReturnMessageRecord, _: StreamReader) -> None:
         self.note(ReturnMessage.SWITCHOVER_ACK, 0)
@@ -197,14 +211,15 @@ class ReturnPathWriter:
     """The destination's end. Messages go out whole, from any thread. A source that does not take one within a limit has
     its channel aborted, from a thread that runs until close()."""
 
-    def __init__(self, channel: Channel, limit: Callable[[], float]) -> None:
-        """`limit()`: the present limit in seconds, 0 for none."""
+    def __init__(self, channel: Channel, limit: Callable[[], tuple[float, str]]) -> None:
+        """`limit()`: the present limit in seconds, 0 for none, and the parameter that says so."""
         self._channel = channel
         self._limit = limit
         self._lock = threading.Lock()
         self._began: float | None = None  # when the present send did
         self._expired = ""
-        self._closed = threading.Event()
+        self._closed = False
+        self._sends = threading.Event()  # set when there may be a send to watch
         threading.Thread(target=self._watch, name="return path limit", daemon=True).start()
 
     def send(self, message: ReturnMessage | int, body: bytes = b"") -> None:
@@ -214,6 +229,8 @@ class ReturnPathWriter:
     def _send(self, *parts: bytes | bytearray) -> None:
         with self._lock:
             self._began = time.monotonic()
+            if not self._sends.is_set():
+                self._sends.set()
             try:
                 self._channel.send(*parts)
             except ChannelError:
@@ -250,16 +267,25 @@ class ReturnPathWriter:
             log.warning("could not report the result to the source: %s", error)
 
     def _watch(self) -> None:
-        while not self._closed.wait(LOOK):
-            began, limit = self._began, self._limit()
-            if began is not None and limit and time.monotonic() - began >= limit:
-                self._expired = (
-                    f"{self._channel.peer}: the source took no message of the return path in {limit:g} s"
-                    " (parameter x-migfw-incoming-timeout)"
-                )
-                self._channel.abort()
+        """Sleep until a send begins; look again when that one may have taken too long."""
+        while True:
+            self._sends.wait()
+            if self._closed:
                 return
+            self._sends.clear()
+            while (began := self._began) is not None:
+                limit, parameter = self._limit()
+                rest = began + limit - time.monotonic()
+                if limit and rest <= 0:
+                    self._expired = (
+                        f"{self._channel.peer}: the source took no message of the return path in {limit:g} s"
+                        f" (parameter {parameter})"
+                    )
+                    self._channel.abort()
+                    return
+                time.sleep(min(rest, LOOK) if limit else LOOK)
 
     def close(self) -> None:
         """Nothing more will be sent."""
-        self._closed.set()
+        self._closed = True
+        self._sends.set()

@@ -22,6 +22,7 @@ from corefw.engine.passes import Passes
 from corefw.engine.postcopy_start import PostcopyStart
 from corefw.engine.preempt import CAPABILITY as PREEMPT
 from corefw.engine.preempt import RequestedSender, open_requested
+from corefw.engine.reconnection import Reconnection
 from corefw.engine.returnpath import Handler
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.engine.tails import tail_of
@@ -45,7 +46,8 @@ class Source(OutgoingContext):
 
     live         the live savers whose setup() was called: those to iterate, to complete and to clean up
     link         the present connection; a migration that resumes gets a new one
-    proceed      set to leave pre-switchover, and to end any other wait of the migration thread for a command
+    proceed      set to leave pre-switchover
+    reconnection when a postcopy that is paused goes on by itself
     confirmed    the destination said that it has the guest
     postcopy     whether and why to switch to postcopy
     stopped_at   time.monotonic() when the guest began to be stopped for the switchover
@@ -75,7 +77,7 @@ class Source(OutgoingContext):
         self.savers = savers
         self.interrupt = Interrupt()
         self.meter = Meter(settings, self.check)
-        self.link = Link(transport, self.interrupt, self.meter)
+        self.link = Link(transport, self.interrupt, self.meter, settings)
         self.statistics = OutgoingStatistics(
             self.meter, expected_downtime=settings.integer("downtime-limit"), savers=tuple(savers)
         )
@@ -103,7 +105,11 @@ class Source(OutgoingContext):
         self.secret: bytes | None = None
         self.all_sent = False
         self._started_there = False
+        self.reconnection = Reconnection(settings)
+        self.statistics.reconnection = self.reconnection
+        self._resuming = threading.Lock()  # guards the next
         self._next_transport: Transport | None = None
+        self._resumed = threading.Event()
 
     def check(self) -> None:
         """Raise if the migration was cancelled or has already failed. Any thread."""
@@ -200,29 +206,43 @@ class Source(OutgoingContext):
 
     def expect_resume(self) -> None:
         """The migration is about to pause: from now on resume() may come, once."""
-        self._next_transport = None
+        with self._resuming:
+            self._next_transport = None
 
     def await_transport(self) -> Transport:
-        """Wait for resume(). Raises Interrupted."""
+        """Wait for resume(), or until it is time to dial again by itself. Raises Interrupted."""
+        began = time.monotonic()
         while True:
-            self.proceed.clear()
+            self._resumed.clear()
             self.interrupt.check()
-            if (transport := self._next_transport) is not None:
-                return transport
-            self.proceed.wait()
+            delay = self.reconnection.delay()
+            rest = None if delay is None else began + delay - time.monotonic()
+            with self._resuming:
+                if self._next_transport is None and rest is not None and rest <= 0:
+                    self.reconnection.begin()
+                    self._next_transport = self.link.transport
+                if self._next_transport is not None:
+                    return self._next_transport
+            self._resumed.wait(rest)
 
     def connect_over(self, transport: Transport) -> None:
         """Replace the link. What the destination has said over the old one stays known."""
         self._started_there = self.started_there
-        self.link = Link(transport, self.interrupt, self.meter)
+        self.link = Link(transport, self.interrupt, self.meter, self.settings)
 
     def resume(self, transport: Transport) -> None:
         """Go on over this transport. From any thread, one at a time. Raises StateError if that was said already since
         the migration paused."""
-        if self._next_transport is not None:
-            raise StateError("A migration is being resumed already")
-        self._next_transport = transport
-        self.proceed.set()
+        with self._resuming:
+            if self._next_transport is not None:
+                raise StateError("A migration is being resumed already")
+            self._next_transport = transport
+        self._resumed.set()
+
+    def settings_changed(self) -> None:
+        """Let waits that depend on a parameter look at it again. From any thread."""
+        self.meter.wake()
+        self._resumed.set()
 
     # -- how it is interrupted, from any thread --------------------------------------------------------------------
 
@@ -242,12 +262,19 @@ class Source(OutgoingContext):
         """Wake the migration thread wherever it waits, to end the migration."""
         self.interrupt.set()
         self.proceed.set()
+        self._resumed.set()
         self.link.abort()
         self.meter.wake()
 
     def return_path_failed(self) -> None:
-        """Wake the migration thread wherever it waits; it finds the reason in the return path."""
-        self.link.abort()
+        """Wake the migration thread wherever it waits; it finds the reason in the return path. A destination that has
+        reported a failure reads on, so it need not be cut off at once."""
+        if self.link.answers.refused:
+            late = threading.Timer(LAST_WORDS, self.link.abort)
+            late.daemon = True
+            late.start()
+        else:
+            self.link.abort()
         self.proceed.set()
         self.meter.wake()
 

@@ -15,6 +15,7 @@ from typing import Any
 from corefw.control import PostcopySwitch, TransferReport
 from corefw.engine.forecast import Outlook
 from corefw.engine.meter import Meter
+from corefw.engine.reconnection import Reconnection
 from corefw.errors import ANYTHING
 from corefw.quantities import format_milliseconds, format_size
 from corefw.section import RamStatistics, Section, SectionKey
@@ -58,6 +59,7 @@ class OutgoingStatistics:
     downtime_limit  as it was when the guest was stopped; None before
     warnings        sentences for the user who started the migration
     switch          when and why the migration switched to postcopy; None before, and in precopy
+    reconnection    when a postcopy that is paused goes on by itself
     savers          add figures of their own
     """
 
@@ -76,6 +78,7 @@ class OutgoingStatistics:
     advice: str | None = None
     warnings: list[str] = field(default_factory=list)
     switch: PostcopySwitch | None = None
+    reconnection: Reconnection | None = None
     stop_time: int = 0
     downtime_limit: int | None = None
     _before_stop: int = 0  # bytes that had been sent when the guest was stopped
@@ -224,6 +227,7 @@ class OutgoingStatistics:
             guest=self.guest,
             warnings=(*self.warnings, *(warning for warning in now if warning)),
             switch=self.switch,
+            reconnect=self.reconnection.report() if self.reconnection is not None else None,
         )
 
     def section_reports(self) -> dict[str, dict[str, object]]:

@@ -21,7 +21,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from corefw.channel import Buffer, Channel, Interrupt, Listener, ReceivesFromSocket, ReceivesMemory, SendsMemory
+from corefw.channel import (
+    Buffer,
+    Channel,
+    Interrupt,
+    LimitsSilence,
+    Listener,
+    ReceivesFromSocket,
+    ReceivesMemory,
+    SendsMemory,
+)
 from corefw.errors import ChannelError, Interrupted
 from corefw.net import IOV_MAX
 from corefw.net.lingering import close_now, end_politely
@@ -87,7 +96,7 @@ def check_peer_user(sock: socket.socket) -> str | None:
     return f"it is from user {uid}, expected user {os.geteuid()} or root (--allow-any-user admits every user)"
 
 
-class SocketChannel(Channel, SendsMemory, ReceivesMemory, ReceivesFromSocket):
+class SocketChannel(Channel, LimitsSilence, SendsMemory, ReceivesMemory, ReceivesFromSocket):
     """A channel over a connected stream socket, which it owns.
 
     abort() ends a receive at once and a send within SEND_TICK; the peer notices when the channel is closed.
@@ -209,6 +218,20 @@ class SocketChannel(Channel, SendsMemory, ReceivesMemory, ReceivesFromSocket):
         if self._tcp:
             with contextlib.suppress(OSError):  # the next send shows what is wrong
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, count)
+
+    def limit_silence(self, seconds: float) -> None:
+        """See LimitsSilence. Of TCP's keepalive, half of the time is the first wait."""
+        if not self._tcp:
+            return
+        options = {
+            socket.TCP_USER_TIMEOUT: int(seconds * 1000),
+            socket.TCP_KEEPIDLE: max(1, int(seconds / 2)),
+            socket.TCP_KEEPINTVL: max(1, int(seconds / 8)),
+            socket.TCP_KEEPCNT: 4,
+        }
+        with contextlib.suppress(OSError):  # if the peer has gone, the first send or receive shows it
+            for option, value in options.items():
+                self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def send_eof(self) -> None:
         self._check()

@@ -15,6 +15,7 @@ from corefw.control import (
     MigrationReport,
     PassBegan,
     PostcopySwitch,
+    ReconnectReport,
     RunStateChanged,
     TransferReport,
 )
@@ -337,10 +338,15 @@ def _own_figures(report: MigrationReport, transfer: TransferReport) -> dict[str,
         **{name: _plain(value) for name, value in known.items() if value is not None},
         **({"guest": transfer.guest} if status is MigrationStatus.COMPLETED else {}),
         **({"reason": report.error} if report.error is not None and status is MigrationStatus.CANCELLED else {}),
+        **({"reconnect": _reconnect(transfer.reconnect)} if transfer.reconnect is not None else {}),
         **({"postcopy-switch": _switch(transfer.switch)} if transfer.switch is not None else {}),
         "warnings": list(transfer.warnings),
         "sections": {name: dict(figures) for name, figures in report.sections.items()},
     }
+
+
+def _reconnect(report: ReconnectReport) -> dict[str, Any]:
+    return {"attempts": report.attempts, **({"limit": report.limit} if report.limit is not None else {})}
 
 
 def _switch(switch: PostcopySwitch) -> dict[str, Any]:

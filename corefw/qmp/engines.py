@@ -42,6 +42,7 @@ _UNDER_WAY: Final = frozenset(
         MigrationStatus.DEVICE,
         MigrationStatus.CANCELLING,
         MigrationStatus.POSTCOPY_ACTIVE,
+        MigrationStatus.POSTCOPY_RECOVER_SETUP,
         MigrationStatus.POSTCOPY_RECOVER,
         "wait-unplug",  # QEMU's own
     }

@@ -123,6 +123,9 @@ RESUMED: Final = 1
 """The value of RESUME_ACK (QEMU's MIGRATION_RESUME_ACK_VALUE)."""
 READY_PING: Final = 0x6D696702
 """The number of the PING behind the START sections. Its PONG says that the destination has loaded all of them."""
+ALIVE_PING: Final = 0x6D696703
+"""The number of the PINGs by which a source shows that it lives, and by which it finds out whether its destination
+does."""
 REASON_LIMIT: Final = 500
 
 

@@ -7,10 +7,12 @@ import os
 import re
 import signal
 import socket
+from threading import Thread
 
 from corefw.testing.tasks import wait_until
 from tests.cli.conftest import Engine, Engines
 from tests.helpers.cli import migfw
+from tests.helpers.cutting import Cut, CutProxy
 
 BUSY = ("stress", "--opt=ram=16M", "--opt=working-set=8M", "--opt=dirty-rate=400M")
 """Writes faster than SLOW, so precopy would not end."""
@@ -81,6 +83,29 @@ def test_a_connection_that_was_paused_is_recovered(engines: Engines) -> None:
     assert moved.returncode == 0, moved.stderr
     verified = destination.call("verify")
     assert verified.returncode == 0, verified.stderr
+
+
+def _cut_later(proxy: CutProxy) -> None:
+    assert wait_until(proxy.has_passed(1 << 20))
+    proxy.cut(Cut.RESET)
+
+
+def test_a_connection_that_breaks_is_replaced(engines: Engines) -> None:
+    source = engines(*BUSY, "--name=from")
+    destination = engines(*BUSY, "--name=to", "--incoming=tcp:127.0.0.1:0")
+    with CutProxy(destination.uri) as proxy:
+        cut = Thread(target=_cut_later, args=(proxy,))
+        cut.start()
+        how = ("--postcopy=now", "--reconnect=forever", "--param=max-bandwidth=8M", "--param=max-postcopy-bandwidth=8M")
+        moved = source.call("migrate", proxy.uri, *how)
+        cut.join()
+    assert moved.returncode == 0, moved.stderr
+    assert re.search("the connection broke: .*; dialling again", moved.stdout), moved.stdout + moved.stderr
+    assert "connected again" in moved.stdout
+    verified = destination.call("verify")
+    assert verified.returncode == 0, verified.stderr
+    wrong = source.call("migrate", "--reconnect=always", proxy.uri)
+    assert wrong.returncode == 2 and "a number or 'forever'" in wrong.stderr
 
 
 def test_the_engine_switches_by_itself(engines: Engines) -> None:

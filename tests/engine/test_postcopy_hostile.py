@@ -116,6 +116,9 @@ SWITCHOVERS = [
     (command(Command.POSTCOPY_RAM_DISCARD, b"\1"), "RAM_DISCARD: expected a version"),
     (command(Command.POSTCOPY_RAM_DISCARD, discard_payload(Discard("rom", ()))), "name of a RAM block"),
     (command(Command.POSTCOPY_RAM_DISCARD, discard_payload(Discard("ram", ((1, 4096),)))), "whole pages"),
+    (command(Command.POSTCOPY_RAM_DISCARD, discard_payload(Discard("ram", ((32 << 20, 4096),)))), "whole pages"),
+    (command(Command.POSTCOPY_RAM_DISCARD, discard_payload(Discard("ram", ((0, 33 << 20),)))), "whole pages"),
+    (command(Command.PACKAGED, struct.pack(">I", 4096)) + LISTENING, "4096 bytes of a package"),
     (command(Command.RECV_BITMAP, recv_bitmap_body("ram")), "got 'ram'"),
     (command(Command.POSTCOPY_RESUME), "a postcopy that was interrupted"),
     (package(LISTENING, LISTENING), "before POSTCOPY_LISTEN"),
@@ -189,6 +192,7 @@ BAD_MESSAGES = [
 ]
 BAD_BITMAPS = [
     (encode_return_message(ReturnMessage.RECV_BITMAP, recv_bitmap_body("rom")), "bitmap of RAM block 'ram'"),
+    (BITMAP + struct.pack("<Q", 1024) + NOTHING_ARRIVED[8:], "a received bitmap of 1024 bytes"),
     (BITMAP + struct.pack(">Q", 8) + bytes(16), "a received bitmap of 1024 bytes"),
     (BITMAP + NOTHING_ARRIVED[:-1] + b"\0", "end mark"),
 ]

@@ -12,6 +12,7 @@ from corefw.errors import StateError
 from corefw.machine import RunState
 from corefw.testing.tasks import wait_until
 from corefw.wire.constants import PACKAGE_PING
+from tests.helpers.cutting import listens
 from tests.helpers.engines import PATIENCE, Pair, ended
 from tests.helpers.moving import LISTEN, Move
 from tests.matrix.points import SHUT, pong
@@ -45,6 +46,18 @@ def test_a_source_that_missed_the_confirmation_completes(move: Move, tmp_path: P
     assert move.source.machine.run_state is RunState.POSTMIGRATE
 
 
+def test_a_source_that_dials_again_by_itself_needs_nobody(move: Move, tmp_path: Path) -> None:
+    """The destination has ended, and listens where the guest came from until its source has heard how."""
+    move.source.set_parameters({"x-migfw-reconnect": -1})
+    where = move.destination.migrate_incoming(LISTEN)
+    with Proxy(tmp_path, where) as proxy:
+        proxy.stop_at(Watch(False, SHUT, 0, lambda: proxy.cut(Cut.RESET)))
+        begin(move, proxy)
+        move.hurry()
+        move.completes()
+    assert wait_until(lambda: not listens(where)), "it goes on listening"
+
+
 def _recovers(move: Move) -> bool:
     try:
         resume(move)
@@ -74,6 +87,27 @@ def test_a_source_that_missed_the_refusal_takes_the_guest_back(
         move.source.cancel()
     assert wait_until(lambda: _recovers(move))
     assert ended(move.source) == "failed"
+    assert "no licence on this host" in (move.source.report().error or "")
+    assert move.source.machine.run_state is RunState.RUNNING
+    move.source.verify()
+
+
+def test_a_source_that_dials_again_by_itself_takes_the_guest_back(
+    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move.source.set_parameters({"x-migfw-reconnect": -1})
+    told = Watch(False, pong(PACKAGE_PING), 8, lambda: None)  # it has passed
+    with Proxy(tmp_path, move.destination.migrate_incoming(LISTEN)) as proxy:
+        proxy.stop_at(told)
+
+        def fail() -> None:
+            assert told.done.wait(PATIENCE)
+            proxy.cut(Cut.RESET)
+            raise RuntimeError("no licence on this host")
+
+        monkeypatch.setattr(move.destination.machine, "start", fail)
+        begin(move, proxy)
+        assert ended(move.source) == "failed"
     assert "no licence on this host" in (move.source.report().error or "")
     assert move.source.machine.run_state is RunState.RUNNING
     move.source.verify()

@@ -155,6 +155,7 @@ def listens(uri: str) -> bool:
     """Whether a process listens there."""
     host, _, port = uri.removeprefix("tcp:").rpartition(":")
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # former connections may be in TIME_WAIT
         try:
             probe.bind((host, int(port)))
         except OSError:

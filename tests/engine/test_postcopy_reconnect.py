@@ -1,0 +1,120 @@
+"""A postcopy whose connection breaks again and again goes on by itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from corefw.errors import SettingsError
+from corefw.testing.tasks import wait_until
+from tests.helpers.cutting import Cut, CutProxy, listens
+from tests.helpers.engines import Pair, query_migrate
+from tests.helpers.moving import LISTEN, Move
+from tests.helpers.sshd import missing_programs, running_sshd
+
+
+@pytest.fixture
+def move(pair: Pair) -> Iterator[Move]:
+    yield Move(pair)
+
+
+def begin(move: Move, uri: str, attempts: int) -> None:
+    move.source.set_parameters({"x-migfw-reconnect": attempts})
+    move.limit()
+    move.source.migrate(uri)
+    move.source.start_postcopy()
+    move.reaches(move.source, "postcopy-active")
+    move.reaches(move.destination, "postcopy-active")
+
+
+def test_each_kind_of_break(move: Move) -> None:
+    """Nothing is said to either side."""
+    with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
+        begin(move, proxy.uri, 10)
+        for how in Cut:
+            move.reaches(move.source, "postcopy-active")
+            move.reaches(move.destination, "postcopy-active")
+            assert wait_until(proxy.has_passed(1 << 20))
+            proxy.cut(how)
+        move.hurry()
+        move.completes()
+
+
+@pytest.mark.parametrize("scheme", ["unix", "zmq"])
+def test_other_transports(move: Move, folder: Path, scheme: str) -> None:
+    """The connection is broken on the destination, which listens nowhere until its user says so."""
+    where = move.destination.migrate_incoming(f"unix:{folder / 'a'}" if scheme == "unix" else "zmq:tcp://127.0.0.1:0")
+    begin(move, where, -1)
+    move.destination.pause_migration()
+    assert wait_until(lambda: query_migrate(move.source).get("x-migfw", {}).get("reconnect", {}).get("attempts", 0) > 0)
+    move.destination.recover(where)
+    move.hurry()
+    move.completes()
+
+
+def test_a_break_on_purpose_lasts(move: Move) -> None:
+    where = move.destination.migrate_incoming(LISTEN)
+    begin(move, where, -1)
+    move.source.pause_migration()
+    move.reaches(move.source, "postcopy-paused")
+    move.reaches(move.destination, "postcopy-paused")
+    time.sleep(0.5)  # more than until the first attempt
+    assert move.source.outgoing.status == "postcopy-paused"
+    assert "reconnect" not in query_migrate(move.source)["x-migfw"]
+    move.source.migrate(where, resume=True)
+    move.hurry()
+    move.completes()
+
+
+def test_the_attempts_end_and_more_can_be_allowed(move: Move) -> None:
+    where = move.destination.migrate_incoming(LISTEN)
+    begin(move, where, 1)
+    move.destination.pause_migration()
+    assert wait_until(lambda: "connection refused" in (move.source.report().error or ""))
+    move.reaches(move.source, "postcopy-paused")
+    assert "reconnect" not in query_migrate(move.source)["x-migfw"], "there was one attempt"
+    assert not listens(where)
+    assert move.destination.recover(where) == where
+    move.source.set_parameters({"x-migfw-reconnect": 2})
+    move.hurry()
+    move.completes()
+
+
+def test_a_user_may_name_another_address_meanwhile(move: Move) -> None:
+    begin(move, move.destination.migrate_incoming(LISTEN), -1)
+    move.destination.pause_migration()
+    move.reaches(move.source, "postcopy-paused")
+    elsewhere = move.destination.recover(LISTEN)
+    assert wait_until(lambda: _resumes(move, elsewhere))
+    move.hurry()
+    move.completes()
+
+
+def _resumes(move: Move, uri: str) -> bool:
+    """It may be dialling at the moment."""
+    if move.source.outgoing.status != "postcopy-paused":
+        return False
+    move.source.migrate(uri, resume=True)
+    return True
+
+
+def test_what_is_no_number_of_attempts(move: Move) -> None:
+    with pytest.raises(SettingsError, match="x-migfw-reconnect"):
+        move.source.set_parameters({"x-migfw-reconnect": -2})
+
+
+@pytest.mark.sshd
+@pytest.mark.skipif(bool(missing_programs()), reason=f"needs OpenSSH: {', '.join(missing_programs())}")
+def test_over_ssh(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What breaks is what lies behind the tunnel; a new login leads to the same address."""
+    with running_sshd(tmp_path / "sshd") as sshd, CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
+        monkeypatch.setenv("HOME", str(sshd.make_home(tmp_path / "home")))
+        monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+        begin(move, f"ssh://{sshd.address}/{proxy.uri.replace('127.0.0.1', 'localhost')}", 5)
+        assert wait_until(proxy.has_passed(1 << 20))
+        proxy.cut(Cut.RESET)
+        move.hurry()
+        move.completes()
