@@ -174,8 +174,14 @@ def _migration(answer: Mapping[str, Any]) -> Iterator[Fact]:
         yield "migration", first
         yield from rest
     yield from _page_faults(answer)
-    if progress.phase == MigrationStatus.POSTCOPY_PAUSED:
-        yield "to recover", "'migfw recover URI' on the destination, then 'migfw migrate URI --resume' on the source"
+    if (own := answer.get("x-migfw", {}).get("reconnect")) is not None:
+        yield "reconnects", f"by itself; {own['attempts']} of {own.get('limit', 'any number of')} attempts have failed"
+    elif progress.phase == MigrationStatus.POSTCOPY_PAUSED:
+        yield (
+            "to recover",
+            "'migfw migrate URI --resume' on the source; for another address, first 'migfw recover URI' on the"
+            " destination",
+        )
 
 
 def _page_faults(answer: Mapping[str, Any]) -> Iterator[Fact]:

@@ -116,7 +116,9 @@ def await_confirmation(source: Source, message: ReturnMessage, value: int, compl
             peer = source.link.channel.peer
             raise ChannelError(f"{peer} {complaint} within {limit:g} s (parameter x-migfw-confirm-timeout)")
 
-    with source.link.awaiting() if message is not ReturnMessage.SHUT else nullcontext():
+    # Loading the devices may take long in silence. In postcopy that is over, and a mistake only pauses the migration.
+    silent = message is ReturnMessage.SHUT and source.left_at is None
+    with nullcontext() if silent else source.link.awaiting():
         source.link.await_answer(message, value, check)
 
 

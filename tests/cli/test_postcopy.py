@@ -85,6 +85,16 @@ def test_a_connection_that_was_paused_is_recovered(engines: Engines) -> None:
     assert verified.returncode == 0, verified.stderr
 
 
+def test_the_status_says_that_it_goes_on_by_itself(engines: Engines) -> None:
+    source, destination = start_postcopy(engines)
+    assert source.call("set", "x-migfw-reconnect=-1").returncode == 0
+    assert destination.call("pause").returncode == 0
+    assert wait_until(lambda: "of any number of attempts have failed" in source.call("status").stdout)
+    assert destination.call("recover", destination.uri).returncode == 0
+    assert source.call("set", "max-postcopy-bandwidth=0").returncode == 0
+    assert wait_until(lambda: status(destination) == "completed")
+
+
 def _cut_later(proxy: CutProxy) -> None:
     assert wait_until(proxy.has_passed(1 << 20))
     proxy.cut(Cut.RESET)
