@@ -62,7 +62,8 @@ def test_in_precopy_the_guest_goes_on_at_the_source(engines: Engines) -> None:
     assert wait_until(lambda: status(destination) == "active")
     with stopped(destination):
         assert wait_until(lambda: status(source) == "failed")
-        assert "no sign of life" in source.ask("query-migrate")["error-desc"]
+        why = source.ask("query-migrate")["error-desc"]  # the kernel may be the first to notice
+        assert "no sign of life" in why or "no answer from the peer" in why
         assert source.ask("query-status")["running"]
 
 
