@@ -188,6 +188,15 @@ DIFFERENCES: Final = (
         "Answers every PING. A parked machine keeps none of them; a package that it sends has PING 3 alone.",
     ),
     Difference(
+        "bitmaps of several nodes in postcopy",
+        "bitmaps-of-several-nodes",
+        Depends.PROGRAM,
+        Version(7, 2),
+        Version(10, 0),
+        "A destination aborts when bits of another node's bitmap come after the guest's start.",
+        "Sends the bitmaps of a parked machine before the switch.",
+    ),
+    Difference(
         "devices before the RAM",
         "virtio-mem-device-early",
         Depends.MACHINE_TYPE,
