@@ -121,16 +121,18 @@ class Run:
         self.case = case
         self.user_decided = False
         self._route = ROUTES[case.transport](folder, sshd)
-        self.destination = Process(folder, "destination", f"--incoming={self._route.listen}", environ={})
-        self.proxy = Proxy(folder, self._route.target(self.destination.uri))
-        self._dialed = self._route.through(self.proxy, self.destination.uri)
-        self.source = Process(folder, "source", environ=self._route.environment)
+        with contextlib.ExitStack() as started:
+            self.destination = Process(folder, "destination", f"--incoming={self._route.listen}", environ={})
+            started.callback(self.destination.clean_up)
+            self.proxy = started.enter_context(Proxy(folder, self._route.target(self.destination.uri)))
+            self._dialed = self._route.through(self.proxy, self.destination.uri)
+            self.source = Process(folder, "source", environ=self._route.environment)
+            started.callback(self.source.clean_up)
+            self._started = started.pop_all()
         self._fault = Watch(case.point.forward, case.point.pattern, case.point.skip, self._strike)
 
     def close(self) -> None:
-        self.proxy.__exit__(None, None, None)
-        for process in (self.source, self.destination):
-            process.clean_up()
+        self._started.close()
 
     # -- the migration ---------------------------------------------------------------------------------------------
 
