@@ -145,8 +145,8 @@ def continue_migration(name: str | None, qmp: str | None, as_json: bool) -> None
 def postcopy(name: str | None, qmp: str | None, as_json: bool) -> None:
     """Start the guest on the destination now; the remaining RAM follows.
 
-    The migration must have been started with the capability postcopy-ram. 'migfw migrate --postcopy' switches by
-    itself.
+    The migration must have been started with the capability postcopy-ram, or with dirty-bitmaps, and then only the
+    bitmaps follow. 'migfw migrate --postcopy' switches by itself.
 
     \b
     Example:
