@@ -29,7 +29,8 @@ POINTS: Final = 2000
 def measure(bench: Bench) -> Outcome:
     ram = 256 * MIB if bench.effort is Effort.QUICK else GIB
     guest = Guest(ram, working_set=ram, touches=BURST)
-    return outcome(bench.compare(lambda side: move_in_postcopy(side, guest), _describe), ram, bench.notes())
+    times = (2 * bench.pairs + 1) // 3  # each has hundreds of page faults
+    return outcome(bench.compare(lambda side: move_in_postcopy(side, guest), _describe, times), ram, bench.notes())
 
 
 def outcome(pairs: Pairs[Postcopy], ram: int, notes: Sequence[str]) -> Outcome:
