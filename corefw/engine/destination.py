@@ -186,7 +186,8 @@ class Destination(IncomingContext):
         guest is not here, empty if it is. `heard`: it is known not to have missed it."""
         if self.guest is None or self.secret is None:
             return None
-        return Outcome(self.settings, self.secret, problem, None if heard else self.readmission.relisten)
+        relisten = self.readmission.relisten or self._relisten
+        return Outcome(self.settings, self.secret, problem, None if heard else relisten)
 
     def cause(self, error: MigfwError) -> MigfwError:
         """The error to report: what comes over another channel aborts the stream, and the error that follows says
