@@ -21,7 +21,7 @@ from corefw.quantities import format_size
 from corefw.section import IncomingContext
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
 from corefw.wire.records import MAPPED_RAM, BlockEntry, read_block_list, read_block_name, read_ram_header
-from corefw.wire.stream import StreamReader
+from corefw.wire.stream import BULK_BUFFER_SIZE, StreamReader
 from corefw_ram.direct import DirectReceiver
 from corefw_ram.mapped import load_mapped_pages
 from corefw_ram.records import HEADER, PAGE_RECORD, ZERO_RECORD
@@ -45,7 +45,12 @@ REFUSED: Final = {
 
 
 class LoadedBlock:
-    """A block of the destination, and how the next pages of it are received."""
+    """A block of the destination, and how the next pages of it are received.
+
+    read_ahead   bytes that are received and stored at once, at most
+    """
+
+    read_ahead: int = BULK_BUFFER_SIZE
 
     def __init__(self, block: RamBlock) -> None:
         """Before anything is stored in it."""
@@ -93,7 +98,7 @@ class PageLoader:
                 while self._block.direct.receive(reader) or self._load_run(reader, self._block):
                     pass
                 direct = reader.receives_memory and self._block.direct.expects
-                reader.read_ahead = LITTLE if direct else len(reader.buffer)
+                reader.read_ahead = LITTLE if direct else min(self._block.read_ahead, len(reader.buffer))
             header = read_ram_header(reader)
             if header.kind is RamFlag.EOS:
                 if self._block is not None:

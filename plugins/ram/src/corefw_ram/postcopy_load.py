@@ -32,8 +32,11 @@ class ArrivingBlock(LoadedBlock):
     """A block from the moment on when the guest may run.
 
     Every page counts as arrived that was not `discarded` (a mark per page): the source discards all that it has still
-    to send.
+    to send. Little is read ahead: a kernel without preemption lets no thread that has a requested page run before all of
+    that was stored.
     """
+
+    read_ahead = 1 << 20
 
     def __init__(self, block: RamBlock, discarded: NDArray[np.bool_], faults: FaultSource) -> None:
         super().__init__(block)
