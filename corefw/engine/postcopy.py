@@ -33,8 +33,8 @@ PART: Final = 128 << 10
 """Bytes of a PART where requested pages wait for it: at most, but for those pages themselves. As many may lie in the
 source's socket."""
 PART_BESIDE: Final = 512 << 10
-"""The same where requested pages have a channel of their own: the fewer PARTs, the less the interpreter is in their way.
-But a kernel without preemption lets no other thread run before a send has returned."""
+"""The same where requested pages have a channel of their own: the fewer PARTs, the less the interpreter is in their
+way, but a kernel without preemption lets no other thread run before a send has returned."""
 
 
 def send_rest(source: Source) -> MigrationStatus:

@@ -32,8 +32,8 @@ class ArrivingBlock(LoadedBlock):
     """A block from the moment on when the guest may run.
 
     Every page counts as arrived that was not `discarded` (a mark per page): the source discards all that it has still
-    to send. Little is read ahead: a kernel without preemption lets no thread that has a requested page run before all of
-    that was stored.
+    to send. Little is read ahead: a kernel without preemption lets no thread that has a requested page run before all
+    of that was stored.
     """
 
     read_ahead = 1 << 20
