@@ -15,8 +15,9 @@ from tests.helpers.parking import PATIENCE, parking, prove, wait_parked, wait_st
 from tests.helpers.qemu import Guest, Qemu, wait_until
 
 LISTEN = "tcp:127.0.0.1:0"
-SLOW = 4 << 20
-"""Bytes per second, until finish(): the 15 MiB of the guest (tests/helpers/guest.asm) take seconds."""
+SLOW = 1 << 20
+"""Bytes per second, until finish(): the guest (tests/helpers/guest.asm) needs the second MiB of its RAM at once, also
+where QEMU takes a second to start it."""
 
 
 class Move(ABC):
@@ -162,7 +163,9 @@ class OutOfMigfw(Move):
 
 
 @contextlib.contextmanager
-def there_and_back(guest: Guest, *capabilities: str, arguments: Sequence[str] = ()) -> Iterator[tuple[Move, Move]]:
+def there_and_back(
+    guest: Guest, *capabilities: str, arguments: Sequence[str] = ()
+) -> Iterator[tuple[IntoMigfw, OutOfMigfw]]:
     """From a QEMU into migfw, then from there into another QEMU, where the guest has to go on after the block."""
     with (
         Qemu(*arguments, boot=guest.image, out_of_band=True) as source,
