@@ -41,7 +41,7 @@ def pause(source: Source, error: BaseException) -> MigrationStatus:
     if isinstance(error, ChannelError | StreamError):
         link.await_last_words()
     path = link.return_path
-    if path is not None and path.refused:
+    if path is not None and source.has_failed_there:
         path.check()
     if path is not None and path.accepted:
         link.finish()
@@ -68,8 +68,10 @@ def _reason(source: Source, error: BaseException) -> str:
         return f"internal error: {described(error)}"
     try:
         source.link.check()
-    except PeerError:
-        raise
+    except PeerError as failure:
+        if source.has_failed_there:
+            raise
+        return str(failure)
     except Interrupted:
         pass  # so it was not the return path that broke
     except MigfwError as cause:

@@ -105,6 +105,7 @@ class Source(OutgoingContext):
         self.secret: bytes | None = None
         self.all_sent = False
         self._started_there = False
+        self._is_same_destination = True
         self.reconnection = Reconnection(settings)
         self.statistics.reconnection = self.reconnection
         self._resuming = threading.Lock()  # guards the next
@@ -174,7 +175,14 @@ class Source(OutgoingContext):
         path = self.link.return_path
         if self.released:  # a destination that lies; nothing of the guest is here to be started again
             return False
-        return path is not None and path.refused and (path.explained or not self.started_there)
+        return path is not None and self.has_failed_there and (path.explained or not self.started_there)
+
+    @property
+    def has_failed_there(self) -> bool:
+        """Whether the destination reported that it failed. What answers a resumed migration without a secret may be
+        another destination, and its failure says nothing about the guest."""
+        path = self.link.return_path
+        return path is not None and path.refused and self._is_same_destination
 
     @property
     def started_there(self) -> bool:
@@ -228,6 +236,7 @@ class Source(OutgoingContext):
     def connect_over(self, transport: Transport) -> None:
         """Replace the link. What the destination has said over the old one stays known."""
         self._started_there = self.started_there
+        self._is_same_destination = self.secret is not None  # it has to show that before anything else is read
         self.link = Link(transport, self.interrupt, self.meter, self.settings)
 
     def resume(self, transport: Transport) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from corefw.machine import RunState
+from corefw.testing.tasks import wait_until
 from corefw.wire.constants import BE64, PACKAGE_PING, RESUMED, Command, RamFlag, ReturnMessage, SectionType
 from corefw.wire.records import (
     Configuration,
@@ -22,7 +23,14 @@ from corefw.wire.records import (
     write_header,
     write_package,
 )
-from corefw.wire.returnpath import PageRequest, encode_return_message, page_request_message, recv_bitmap_body
+from corefw.wire.returnpath import (
+    PageRequest,
+    encode_return_message,
+    number_body,
+    page_request_message,
+    reason_body,
+    recv_bitmap_body,
+)
 from corefw.wire.stream import MemorySink, StreamWriter
 from tests.helpers.cutting import CutProxy
 from tests.helpers.engines import READY, Pair, Peer, arrived, ended
@@ -232,6 +240,22 @@ def test_a_recovery_that_is_not_acknowledged_pauses_again(move: Move) -> None:
         peer.say(ReturnMessage.RESUME_ACK, RESUMED + 1)
         move.reaches(move.source, "postcopy-paused")
     assert "POSTCOPY_RESUME" in (move.source.report().error or "")
+
+
+def test_a_stranger_that_reports_a_failure_does_not_end_the_migration(move: Move) -> None:
+    """It may be another destination than the one that has the guest: without a secret it cannot be recognized."""
+    with Peer() as peer:
+        takes_guest(peer, move)
+    reason = encode_return_message(ReturnMessage.MIGFW_REASON, reason_body("no such guest"))
+    for words in (b"", reason):
+        move.reaches(move.source, "postcopy-paused")
+        with Peer() as peer:
+            move.source.migrate(peer.uri, resume=True)
+            peer.accept(answer=False)
+            peer.send(words + encode_return_message(ReturnMessage.SHUT, number_body(1)))
+            assert wait_until(lambda: "failed to load" in (move.source.report().error or ""))
+            move.reaches(move.source, "postcopy-paused")
+    assert move.source.machine.run_state is RunState.FINISH_MIGRATE
 
 
 def test_a_flood_of_requests_is_served_once(move: Move) -> None:
