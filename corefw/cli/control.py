@@ -189,6 +189,8 @@ def recover(uri: str, name: str | None, qmp: str | None, as_json: bool) -> None:
     MigrationUri.parse(uri)
     with connect(name, qmp) as engine:
         engine.call("migrate-recover", uri=uri)
+        if engine.is_migfw:  # with port 0 it is another one
+            uri = engine.call("x-migfw-status")["incoming-uri"]
         _confirm(engine, f"waiting for the source to resume at {one_line(uri)}", as_json=as_json)
 
 

@@ -152,6 +152,8 @@ def migrate(
       migfw migrate zmq:tcp://other:4444 --qmp unix:/run/qemu.sock
     """
     _check_where(uri, to, remote_migfw, detach=detach, resume=resume)
+    if resume:
+        _check_resume({"--cap": caps, "--timeout": timeout, "--max-passes": max_passes, "--postcopy": postcopy})
     with connect(name, qmp) as engine, contextlib.ExitStack() as stack:
         destination = stack.enter_context(_start(engine, to, remote_migfw, caps, params)) if to is not None else None
         uri = destination.uri if destination is not None else uri
@@ -231,11 +233,17 @@ def _check_where(uri: str | None, to: str | None, remote_migfw: str | None, *, d
         raise UsageError("no destination: give a URI, as in tcp:HOST:PORT, or --to HOST")
     if to is None and remote_migfw is not None:
         raise UsageError("--remote-migfw needs --to HOST")
-    if to is not None and (detach or resume):
-        raise UsageError(
-            f"--to {to}: this process has to stay and look after the destination, so without --"
-            f"{'detach' if detach else 'resume'}"
-        )
+    if to is not None and resume:
+        raise UsageError(f"--to {to} starts a destination, and --resume needs the one that has the guest: give its URI")
+    if to is not None and detach:
+        raise UsageError(f"--to {to}: this process has to stay and look after the destination, so without --detach")
+
+
+def _check_resume(options: Mapping[str, object]) -> None:
+    """Refuse the options that only a migration which begins can have."""
+    for option, value in options.items():
+        if value:
+            raise UsageError(f"{option}: a migration resumes with the settings that it began with (leave {option} out)")
 
 
 def _start(

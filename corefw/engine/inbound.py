@@ -21,7 +21,7 @@ from corefw.engine.incoming import IncomingMigration
 from corefw.engine.preempt import check_channels
 from corefw.engine.readmission import Relisten
 from corefw.engine.tails import tail_of
-from corefw.errors import BlockedError, ChannelError, MigfwError, StateError
+from corefw.errors import BlockedError, ChannelError, MigfwError, StateError, UriError
 from corefw.machine import Machine, RunState
 from corefw.plugins import Plugins
 from corefw.registry import LoaderRegistry
@@ -148,6 +148,8 @@ class Inbound:
         """Have a postcopy that is paused, or has ended, wait for its source. See Engine.recover."""
         transport = self._plugins.transport(uri, self._settings)
         transport.check_incoming()
+        if not transport.features.return_path:
+            raise UriError(f"'{transport.uri}': '{transport.uri.scheme}:' has no return path, which postcopy needs")
         check_channels(self._settings, transport)
         readmission = self._check_paused().readmission
         readmission.suspend()  # the address may be the one at which it listens already

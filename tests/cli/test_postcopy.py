@@ -75,9 +75,12 @@ def test_a_connection_that_was_paused_is_recovered(engines: Engines) -> None:
     nowhere = source.call("migrate", f"tcp:127.0.0.1:{free_port()}", "--resume")
     assert nowhere.returncode == 1
     assert "migfw recover URI" in nowhere.stderr and "refused" in nowhere.stderr
-    uri = f"tcp:127.0.0.1:{free_port()}"
-    recovering = destination.call("recover", uri)
+    one_way = destination.call("recover", "exec:cat")
+    assert one_way.returncode == 2 and "has no return path, which postcopy needs" in one_way.stderr
+    recovering = destination.call("recover", "tcp:127.0.0.1:0")
     assert recovering.returncode == 0, recovering.stderr
+    uri = recovering.stdout.split()[-1]
+    assert not uri.endswith(":0")
     assert source.call("set", "max-postcopy-bandwidth=0").returncode == 0
     moved = source.call("migrate", uri, "--resume")
     assert moved.returncode == 0, moved.stderr
