@@ -151,9 +151,9 @@ def migrate(
       migfw migrate tcp:other:4444 --postcopy=when-stuck
       migfw migrate zmq:tcp://other:4444 --qmp unix:/run/qemu.sock
     """
+    fixed = {"--cap": caps, "--timeout": timeout, "--max-passes": max_passes, "--postcopy": postcopy}
     _check_where(uri, to, remote_migfw, detach=detach, resume=resume)
-    if resume:
-        _check_resume({"--cap": caps, "--timeout": timeout, "--max-passes": max_passes, "--postcopy": postcopy})
+    _check_resume(fixed if resume else {})
     with connect(name, qmp) as engine, contextlib.ExitStack() as stack:
         destination = stack.enter_context(_start(engine, to, remote_migfw, caps, params)) if to is not None else None
         uri = destination.uri if destination is not None else uri

@@ -169,6 +169,8 @@ def _migration(answer: Mapping[str, Any]) -> Iterator[Fact]:
             yield "switched", how
         for warning in progress.warnings:
             yield "warning", warning
+        if "error-desc" in answer:
+            yield "error", str(answer["error-desc"])
     else:
         (_, first), *rest = summary(answer)
         yield "migration", first

@@ -75,6 +75,7 @@ def test_a_connection_that_was_paused_is_recovered(engines: Engines) -> None:
     nowhere = source.call("migrate", f"tcp:127.0.0.1:{free_port()}", "--resume")
     assert nowhere.returncode == 1
     assert "migfw recover URI" in nowhere.stderr and "refused" in nowhere.stderr
+    assert re.search("^error: .* refused", source.call("status").stdout, re.MULTILINE)
     one_way = destination.call("recover", "exec:cat")
     assert one_way.returncode == 2 and "has no return path, which postcopy needs" in one_way.stderr
     recovering = destination.call("recover", "tcp:127.0.0.1:0")
