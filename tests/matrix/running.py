@@ -29,8 +29,8 @@ from tests.matrix.routes import ROUTES
 PATIENCE: Final = 15.0
 """Seconds for one step, far beyond what it takes."""
 
-LIMITS: Final = {"x-migfw-confirm-timeout": 2000, "x-migfw-incoming-timeout": 2000}
-"""Milliseconds, where the fault is silence."""
+LIMITS: Final = {"x-migfw-confirm-timeout": 2000, "x-migfw-incoming-timeout": 2000, "x-migfw-liveness": 2}
+"""Where the fault is silence. The first two are milliseconds, the last is seconds."""
 
 STOPPED: Final = 3.0
 """Seconds that a process is stopped: more than the limits."""
