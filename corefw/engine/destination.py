@@ -271,9 +271,11 @@ class Destination(IncomingContext):
             loader.setup(self)
 
     def clean_loaders_up(self) -> None:
-        """Run every loader's cleanup, even if one fails. Idempotent."""
+        """Run every loader's cleanup, even if one fails, once no thread asks one for a page. Idempotent."""
         if self._connection is not None and self._connection.requested is not None:
             self._connection.requested.close()
+        if self.guest is not None:
+            self.guest.close()
         while self._to_clean_up:
             loader = self._to_clean_up.pop(0)
             try:
@@ -305,5 +307,3 @@ class Destination(IncomingContext):
         self.preallocation.close()
         if self._connection is not None:
             self._connection.close()
-        if self.guest is not None:
-            self.guest.close()

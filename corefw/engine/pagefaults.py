@@ -62,7 +62,6 @@ class PageFaults:
     def release(self) -> None:
         """Let the guest see all of its RAM, and end. Idempotent; does not raise."""
         self._stop()
-        self._loaders = {}
         self._source.release()
 
     def close(self) -> None:
@@ -73,6 +72,7 @@ class PageFaults:
     def _stop(self) -> None:
         self._interrupt.set()
         self._thread.join()
+        self._loaders = {}
 
     def _run(self) -> None:
         while True:

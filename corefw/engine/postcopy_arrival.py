@@ -4,8 +4,8 @@
     await_recovery    postcopy-paused: the connection broke; wait for migrate-recover, and for the source
     load_recovery     postcopy-recover: answer what the source asks, until RESUME
 
-Whatever goes wrong with the connection or the stream, the guest goes on here with the pages it has, and the migration
-pauses. The commands are in postcopy_commands.py, the protocol in docs/decisions/postcopy.md.
+Whatever goes wrong, the guest goes on here with the pages it has, and the migration pauses. The commands are in
+postcopy_commands.py, the protocol in docs/decisions/postcopy.md.
 
 Source: QEMU 10.0, postcopy_ram_listen_thread, postcopy_pause_incoming (migration/savevm.c). Threads: the incoming
 thread.
@@ -20,7 +20,7 @@ from corefw.engine.destination import Destination
 from corefw.engine.guestarrival import GuestArrival
 from corefw.engine.loader import check_complete, load_frames
 from corefw.engine.scheduling import run_behind_requests
-from corefw.errors import ChannelError, MigfwError, StreamError
+from corefw.errors import ANYTHING, MigfwError, StreamError, described
 from corefw.section import PostcopyLoader
 from corefw.states import MigrationStatus
 
@@ -46,7 +46,7 @@ def receive_rest(destination: Destination) -> MigrationStatus:
             raise StreamError("expected the rest of the stream, got a command that begins another phase")
         _await_requested(destination)
         guest.faults.check_complete()
-    except MigfwError as error:
+    except ANYTHING as error:
         return _pause(destination, error)
     guest.complete()
     return MigrationStatus.COMPLETED
@@ -73,13 +73,16 @@ def _start(destination: Destination) -> None:
 # -- postcopy-paused ---------------------------------------------------------------------------------------------------
 
 
-def _pause(destination: Destination, error: MigfwError) -> MigrationStatus:
-    """The connection broke, or what came over it made no sense. The next status: a guest that is here whole has no need
-    of the source. Raises if the migration is to end."""
+def _pause(destination: Destination, error: BaseException) -> MigrationStatus:
+    """The connection broke, what came over it made no sense, or a plugin failed. The next status: a guest that is here
+    whole has no need of the source. Raises if the migration is to end."""
     guest = _guest(destination)
     if destination.interrupt.is_set():
         guest.check()
         raise error
+    if not isinstance(error, MigfwError):
+        log.error("the rest of the guest could not be loaded", exc_info=error)
+        error = MigfwError(f"internal error: {described(error)}")
     for loader in destination.loaders:
         if isinstance(loader, PostcopyLoader) and loader.key in guest.sections:
             loader.connection_lost()
@@ -99,7 +102,7 @@ def await_recovery(destination: Destination) -> MigrationStatus:
     """Wait until the source has come back (readmission.py)."""
     try:
         destination.readmit()
-    except ChannelError as error:
+    except ANYTHING as error:
         return _pause(destination, error)
     _continue_stream(destination)
     return MigrationStatus.POSTCOPY_RECOVER
@@ -124,6 +127,6 @@ def load_recovery(destination: Destination) -> MigrationStatus:
         following = load_frames(destination, destination.frames)
         if following is None:
             raise StreamError("expected POSTCOPY_RESUME, got the end of the stream")
-    except MigfwError as error:
+    except ANYTHING as error:
         return _pause(destination, error)
     return following

@@ -268,5 +268,9 @@ class Readmission:
         self._dismiss()
         self._on_found()
         with self._changed:
-            self._found = connection
-            self._changed.notify_all()
+            ended = self._ended
+            if not ended:  # close() closes it from here on
+                self._found = connection
+                self._changed.notify_all()
+        if ended:
+            connection.close()

@@ -100,12 +100,12 @@ def reconnect(source: Source) -> MigrationStatus:
         if source.secret is not None:
             with source.link.awaiting():
                 prove_source(source.link.channel, source.secret)
-    except ChannelError as error:
+        source.read_return_path()
+        if source.all_sent or not source.on_demand():  # the confirmation may be all that was lost, or is worth knowing
+            source.link.answers.expect(ReturnMessage.SHUT, 0)
+        source.sections = source.sections.onto(source.link.writer)
+    except ANYTHING as error:
         return pause(source, error)
-    source.read_return_path()
-    if source.all_sent or not source.on_demand():  # the confirmation may be all that was lost, or is worth knowing
-        source.link.answers.expect(ReturnMessage.SHUT, 0)
-    source.sections = source.sections.onto(source.link.writer)
     return MigrationStatus.POSTCOPY_RECOVER
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -44,6 +45,34 @@ def test_a_guest_that_waits_for_a_page_cannot_be_stopped_while_none_comes(move: 
     move.completes()
     move.destination.stop()
     assert str(move.destination.machine.run_state) == "paused"
+
+
+def fail(*_: object) -> NoReturn:
+    raise RuntimeError("a bug in a plugin")
+
+
+def test_a_bug_on_the_destination_pauses_and_loses_nothing(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    move.switch()
+    with monkeypatch.context() as patch:
+        for block in move.destination.machine.ram_blocks():
+            patch.setattr(block, "store", fail)
+        move.reaches(move.source, "postcopy-paused")
+        move.reaches(move.destination, "postcopy-paused")
+    recover(move)
+    move.completes()
+
+
+def test_a_bug_of_a_transport_leaves_a_paused_source_paused(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    move.switch()
+    pause(move)
+    with monkeypatch.context() as patch:
+        uri = move.destination.recover(LISTEN)
+        patch.setattr(type(move.source.plugins.transport(uri)), "connect", fail)
+        move.source.migrate(uri, resume=True)
+        assert wait_until(lambda: "a bug in a plugin" in (move.source.report().error or ""))
+        move.reaches(move.source, "postcopy-paused")
+    recover(move)
+    move.completes()
 
 
 def test_a_guest_that_waits_before_it_runs_keeps_no_command_waiting(
