@@ -16,7 +16,7 @@ from corefw.inspection.model import Inspection
 from corefw.machine import RunState
 from corefw.memory import userfault
 from corefw.testing.tasks import wait_until
-from corefw.wire.constants import MIGFW_PING, PACKAGE_PING, READY_PING, Command, ReturnMessage, SectionType
+from corefw.wire.constants import ALIVE_PING, MIGFW_PING, PACKAGE_PING, READY_PING, Command, ReturnMessage, SectionType
 from corefw.wire.records import parse_ping
 from corefw.wire.stream import MemorySource
 from tests.golden.record import load
@@ -68,6 +68,9 @@ def test_the_commands_are_those_of_qemu(move: Move) -> None:
     assert ours.description is None
 
 
+OWN_PINGS = [f"PING {number}" for number in (READY_PING, MIGFW_PING, ALIVE_PING)]
+
+
 def commands(inspection: Inspection) -> list[str]:
     """The commands in their order, those in the package too, and PINGs with their numbers. Discards that follow one
     another are one, and migfw's own PINGs are left out."""
@@ -76,7 +79,7 @@ def commands(inspection: Inspection) -> list[str]:
         record, name = entry.record, entry.record.name
         if record.command is Command.PING:
             name = f"PING {parse_ping(record.payload)}"
-        if name not in names[-1:] and name not in (f"PING {READY_PING}", f"PING {MIGFW_PING}"):
+        if name not in names[-1:] and name not in OWN_PINGS:
             names.append(name)
         names += commands(entry.package) if entry.package is not None else []
     return names
