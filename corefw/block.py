@@ -198,12 +198,6 @@ class DirtyBitmap:
         with self.node.settled():
             return self._bits[first:end].tobytes()
 
-    def is_zero(self, offset: int, length: int) -> bool:
-        """Whether no bit of this range is set. Raises ValueError as serialized_size() does."""
-        first, end = self._byte_range(offset, length)
-        with self.node.settled():
-            return not self._bits[first:end].any()
-
     def merge_bits(self, offset: int, length: int, data: bytes | bytearray | memoryview) -> None:
         """Set the bits that are set in `data`, the serialized form of this range; the others stay as they are. Bits
         beyond the node's end are ignored. Raises ValueError as serialized_size() does, or for data of another size."""

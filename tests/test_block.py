@@ -75,7 +75,6 @@ def test_what_was_written_is_dirty_and_nothing_else(writes: list[tuple[int, int]
     whole = bits(expected, bitmap)
     assert bitmap.sha256() == hashlib.sha256(whole).hexdigest()
     assert bitmap.serialize(0, LENGTH) == whole
-    assert bitmap.is_zero(0, LENGTH) is (not expected)
 
 
 @given(WRITES, WRITES, st.sampled_from([512, 1024]))
@@ -92,7 +91,6 @@ def test_bits_that_arrive_in_chunks_are_merged_with_what_is_written(
         length = min(sent.alignment, LENGTH - offset)
         chunk = sent.serialize(offset, length)
         assert len(chunk) == sent.serialized_size(offset, length)
-        assert sent.is_zero(offset, length) is (not any(chunk))
         arriving.merge_bits(offset, length, chunk)
     assert marked(arriving) == granules(there + here, granularity)
 
@@ -167,7 +165,7 @@ def test_bits_beyond_the_end_are_dropped() -> None:
 )
 def test_a_wrong_range_is_refused(offset: int, length: int, reason: str) -> None:
     bitmap = Disk().add_bitmap("one", 512)
-    for use in (bitmap.serialized_size, bitmap.serialize, bitmap.is_zero):
+    for use in (bitmap.serialized_size, bitmap.serialize):
         with pytest.raises(ValueError, match=reason):
             use(offset, length)
     with pytest.raises(ValueError, match=reason):

@@ -93,12 +93,10 @@ def test_other_transports(pair: Pair, folder: Path, scheme: str) -> None:
     first = move.destination.migrate_incoming(f"unix:{folder / 'a'}" if scheme == "unix" else "zmq:tcp://127.0.0.1:0")
     move.source.migrate(first)
     move.source.start_postcopy()
-    move.reaches(move.source, "postcopy-active")
-    move.reaches(move.destination, "postcopy-active")
+    move.both_reach("postcopy-active")
     move.destination.pause_migration()
-    move.reaches(move.source, "postcopy-paused")
-    move.reaches(move.destination, "postcopy-paused")
-    recover(move)
+    move.both_reach("postcopy-paused")
+    move.recover()
     move.hurry()
     move.completes()
 
@@ -118,22 +116,16 @@ def test_a_switch_at_once(move: Move) -> None:
 # -- a connection that breaks ------------------------------------------------------------------------------------------
 
 
-def recover(move: Move) -> None:
-    """Have the destination listen again, and the source connect there."""
-    move.source.migrate(move.destination.recover(LISTEN), resume=True)
-
-
 @pytest.mark.parametrize("side", ["source", "destination"])
 def test_a_connection_that_is_broken_on_purpose(move: Move, side: str) -> None:
     move.switch()
     (move.source if side == "source" else move.destination).pause_migration()
-    move.reaches(move.source, "postcopy-paused")
-    move.reaches(move.destination, "postcopy-paused")
+    move.both_reach("postcopy-paused")
     assert move.source.machine.run_state is RunState.FINISH_MIGRATE
     assert move.destination.machine.run_state is RunState.RUNNING
     if side == "source":
         assert move.source.report().error == "its connection was closed by migrate-pause"
-    recover(move)
+    move.recover()
     move.hurry()
     move.completes()
 
@@ -146,12 +138,10 @@ def test_a_connection_that_is_cut(move: Move, direction: Cut) -> None:
         move.source.migrate(proxy.uri)
         move.source.start_postcopy()
         for _ in range(2):
-            move.reaches(move.source, "postcopy-active")
-            move.reaches(move.destination, "postcopy-active")
+            move.both_reach("postcopy-active")
             assert wait_until(proxy.has_passed(1 << 20))
             proxy.cut(direction)
-            move.reaches(move.source, "postcopy-paused")
-            move.reaches(move.destination, "postcopy-paused")
+            move.both_reach("postcopy-paused")
             proxy.lead_to(move.destination.recover(LISTEN))
             move.source.migrate(proxy.uri, resume=True)
         move.hurry()
@@ -161,9 +151,7 @@ def test_a_connection_that_is_cut(move: Move, direction: Cut) -> None:
 def pause(move: Move) -> None:
     """Switch to postcopy, and break the connection."""
     move.switch()
-    move.source.pause_migration()
-    move.reaches(move.source, "postcopy-paused")
-    move.reaches(move.destination, "postcopy-paused")
+    move.pause()
 
 
 def test_a_resume_that_fails_can_be_tried_again(move: Move) -> None:
@@ -172,7 +160,7 @@ def test_a_resume_that_fails_can_be_tried_again(move: Move) -> None:
     assert wait_until(lambda: "127.0.0.1:1:" in (move.source.report().error or "")), move.source.report()
     move.reaches(move.source, "postcopy-paused")
     address = move.destination.recover(LISTEN)
-    recover(move)
+    move.recover()
     assert not listens(address), "migrate-recover replaces the address that another one gave"
     move.hurry()
     move.completes()
@@ -188,11 +176,8 @@ def test_a_resume_needs_no_migrate_recover(move: Move) -> None:
         else:
             move.source.migrate(address)
             move.source.start_postcopy()
-        move.reaches(move.source, "postcopy-active")
-        move.reaches(move.destination, "postcopy-active")
-        move.source.pause_migration()
-        move.reaches(move.source, "postcopy-paused")
-        move.reaches(move.destination, "postcopy-paused")
+        move.both_reach("postcopy-active")
+        move.pause()
     assert move.destination.recover(address) == address
     move.source.migrate(address, resume=True)
     move.hurry()
@@ -204,13 +189,11 @@ def test_a_destination_that_paused_on_purpose_waits_for_migrate_recover(move: Mo
     move.limit()
     move.source.migrate(address)
     move.source.start_postcopy()
-    move.reaches(move.source, "postcopy-active")
-    move.reaches(move.destination, "postcopy-active")
+    move.both_reach("postcopy-active")
     move.destination.pause_migration()
-    move.reaches(move.source, "postcopy-paused")
-    move.reaches(move.destination, "postcopy-paused")
+    move.both_reach("postcopy-paused")
     assert not listens(address)
-    recover(move)
+    move.recover()
     move.hurry()
     move.completes()
 
@@ -222,8 +205,7 @@ def test_a_source_may_be_back_before_the_break_was_noticed(move: Move) -> None:
         move.limit()
         move.source.migrate(proxy.uri)
         move.source.start_postcopy()
-        move.reaches(move.source, "postcopy-active")
-        move.reaches(move.destination, "postcopy-active")
+        move.both_reach("postcopy-active")
         proxy.cut(Cut.BACKWARD)
         move.reaches(move.source, "postcopy-paused")
         move.source.migrate(address, resume=True)
@@ -288,7 +270,7 @@ def test_two_migrations_are_not_mixed(pair: Pair) -> None:
     first.reaches(first.source, "postcopy-paused")
     assert second.destination.incoming.status == "postcopy-paused"
     second.source.migrate(theirs, resume=True)
-    recover(first)
+    first.recover()
     for move in (first, second):
         move.hurry()
         move.completes()

@@ -47,9 +47,7 @@ def pause(move: Move) -> None:
     """Have the guest run on the destination, and break the connection."""
     move.switch()
     assert wait_until(lambda: move.destination.machine.run_state is RunState.RUNNING)
-    move.source.pause_migration()
-    move.reaches(move.source, "postcopy-paused")
-    move.reaches(move.destination, "postcopy-paused")
+    move.pause()
 
 
 def stays_here(move: Move) -> None:
@@ -204,7 +202,7 @@ def test_a_guest_that_is_still_arriving_does_not_leave(move: Move) -> None:
     for call in (lambda: move.destination.migrate(NOWHERE), move.destination.check):
         with pytest.raises(StateError, match="still arriving"):
             call()
-    move.source.migrate(move.destination.recover(LISTEN), resume=True)
+    move.recover()
     move.hurry()
     move.completes()
     move.destination.check()

@@ -23,20 +23,14 @@ def move(pair: Pair) -> Iterator[Move]:
     yield Move(pair)
 
 
-def pause(move: Move) -> None:
-    move.source.pause_migration()
-    move.reaches(move.source, "postcopy-paused")
-    move.reaches(move.destination, "postcopy-paused")
-
-
 def recover(move: Move) -> None:
-    move.source.migrate(move.destination.recover(LISTEN), resume=True)
+    move.recover()
     move.hurry()
 
 
 def test_a_guest_that_waits_for_a_page_cannot_be_stopped_while_none_comes(move: Move) -> None:
     move.switch()
-    pause(move)
+    move.pause()
     assert wait_until(move.destination.inbound.guest_waits)
     with pytest.raises(StateError, match="until the postcopy migration is recovered"):
         move.destination.stop()
@@ -56,15 +50,14 @@ def test_a_bug_on_the_destination_pauses_and_loses_nothing(move: Move, monkeypat
     with monkeypatch.context() as patch:
         for block in move.destination.machine.ram_blocks():
             patch.setattr(block, "store", fail)
-        move.reaches(move.source, "postcopy-paused")
-        move.reaches(move.destination, "postcopy-paused")
+        move.both_reach("postcopy-paused")
     recover(move)
     move.completes()
 
 
 def test_a_bug_of_a_transport_leaves_a_paused_source_paused(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
     move.switch()
-    pause(move)
+    move.pause()
     with monkeypatch.context() as patch:
         uri = move.destination.recover(LISTEN)
         patch.setattr(type(move.source.plugins.transport(uri)), "connect", fail)
@@ -89,7 +82,7 @@ def test_a_guest_that_waits_before_it_runs_keeps_no_command_waiting(
     monkeypatch.setattr(machine, "start", wait_and_start)
     move.switch()
     assert began.wait(PATIENCE)
-    pause(move)
+    move.pause()
     commands: list[Callable[[], object]] = [move.destination.stop, move.destination.cont, move.destination.verify]
     for command in commands:
         with pytest.raises(StateError, match="until the postcopy migration is recovered"):

@@ -30,10 +30,6 @@ def begin(move: Move, proxy: Proxy) -> None:
     move.source.start_postcopy()
 
 
-def resume(move: Move) -> None:
-    move.source.migrate(move.destination.recover(LISTEN), resume=True)
-
-
 def test_a_source_that_missed_the_confirmation_completes(move: Move, tmp_path: Path) -> None:
     with Proxy(tmp_path, move.destination.migrate_incoming(LISTEN)) as proxy:
         proxy.stop_at(Watch(False, SHUT, 0, lambda: proxy.cut(Cut.RESET)))
@@ -60,7 +56,7 @@ def test_a_source_that_dials_again_by_itself_needs_nobody(move: Move, tmp_path: 
 
 def _recovers(move: Move) -> bool:
     try:
-        resume(move)
+        move.recover()
     except StateError:  # the destination is still waiting for its source to hang up
         return False
     return True
@@ -129,9 +125,8 @@ def test_a_guest_that_does_not_start_after_a_recovery_runs_on_the_source(
         begin(move, proxy)
         assert told.done.wait(PATIENCE)
         proxy.cut(Cut.END)
-        move.reaches(move.source, "postcopy-paused")
-        move.reaches(move.destination, "postcopy-paused")
-    resume(move)
+        move.both_reach("postcopy-paused")
+    move.recover()
     move.reaches(move.destination, "postcopy-active")
     recovered.set()
     assert ended(move.source) == "failed"

@@ -74,14 +74,9 @@ def switch(move: Move) -> None:
     assert wait_until(partial(asks_again, move, 0)), "no page was asked for"
 
 
-def pauses(move: Move) -> None:
-    move.reaches(move.source, "postcopy-paused")
-    move.reaches(move.destination, "postcopy-paused")
-
-
 def recover(move: Move) -> None:
     """Go on, and as fast as possible."""
-    move.source.migrate(move.destination.recover(LISTEN), resume=True)
+    move.recover()
     move.hurry()
 
 
@@ -91,9 +86,9 @@ def test_a_connection_that_is_broken_on_purpose(move: Move, side: str) -> None:
     switch(move)
     for _ in range(2):
         (move.source if side == "source" else move.destination).pause_migration()
-        pauses(move)
+        move.both_reach("postcopy-paused")
         before = requests(move)
-        move.source.migrate(move.destination.recover(LISTEN), resume=True)
+        move.recover()
         assert wait_until(partial(asks_again, move, before)), "no page was asked for"
     move.hurry()
     move.completes()
@@ -108,7 +103,7 @@ def test_a_channel_of_requested_pages_that_is_cut(move: Move, how: Cut) -> None:
         move.source.start_postcopy()
         assert wait_until(partial(asks_again, move, 0)), "no page was asked for"
         proxy.cut(how)
-        pauses(move)
+        move.both_reach("postcopy-paused")
         recover(move)
         move.completes()
 
@@ -175,7 +170,7 @@ def test_what_is_no_requested_page_pauses_both_sides(
         assert wait_until(lambda: move.destination.machine.run_state is RunState.PAUSED)
         proxy.inject(data)
         move.destination.cont()
-        pauses(move)
+        move.both_reach("postcopy-paused")
         assert words in caplog.text
         recover(move)
         move.completes()

@@ -26,8 +26,7 @@ def begin(move: Move, uri: str, attempts: int) -> None:
     move.limit()
     move.source.migrate(uri)
     move.source.start_postcopy()
-    move.reaches(move.source, "postcopy-active")
-    move.reaches(move.destination, "postcopy-active")
+    move.both_reach("postcopy-active")
 
 
 def test_each_kind_of_break(move: Move) -> None:
@@ -35,8 +34,7 @@ def test_each_kind_of_break(move: Move) -> None:
     with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
         begin(move, proxy.uri, 10)
         for how in Cut:
-            move.reaches(move.source, "postcopy-active")
-            move.reaches(move.destination, "postcopy-active")
+            move.both_reach("postcopy-active")
             assert wait_until(proxy.has_passed(1 << 20))
             proxy.cut(how)
         move.hurry()
@@ -58,9 +56,7 @@ def test_other_transports(move: Move, folder: Path, scheme: str) -> None:
 def test_a_break_on_purpose_lasts(move: Move) -> None:
     where = move.destination.migrate_incoming(LISTEN)
     begin(move, where, -1)
-    move.source.pause_migration()
-    move.reaches(move.source, "postcopy-paused")
-    move.reaches(move.destination, "postcopy-paused")
+    move.pause()
     time.sleep(0.5)  # more than until the first attempt
     assert move.source.outgoing.status == "postcopy-paused"
     assert "reconnect" not in query_migrate(move.source)["x-migfw"]

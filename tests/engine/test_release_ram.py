@@ -55,13 +55,11 @@ def test_nothing_is_lost_when_the_connection_breaks(move: Move) -> None:
         move.source.migrate(proxy.uri)
         move.source.start_postcopy()
         for _ in range(2):
-            move.reaches(move.source, "postcopy-active")
-            move.reaches(move.destination, "postcopy-active")
+            move.both_reach("postcopy-active")
             before = held(move)
             assert wait_until(lambda: held(move) < before), "nothing was given back"  # noqa: B023 - not kept
             proxy.cut(Cut.RESET)
-            move.reaches(move.source, "postcopy-paused")
-            move.reaches(move.destination, "postcopy-paused")
+            move.both_reach("postcopy-paused")
             proxy.lead_to(move.destination.recover(LISTEN))
             move.source.migrate(proxy.uri, resume=True)
         move.hurry()

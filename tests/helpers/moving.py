@@ -37,12 +37,24 @@ class Move:
         """Begin, and have the guest run on the destination."""
         self.begin()
         self.source.start_postcopy()
-        self.reaches(self.source, "postcopy-active")
-        self.reaches(self.destination, "postcopy-active")
+        self.both_reach("postcopy-active")
 
     def reaches(self, engine: Engine, status: str) -> None:
         machine = engine.outgoing if engine is self.source else engine.incoming
         assert wait_until(lambda: machine.status == status), f"{machine.side}: {machine.status}, not {status}"
+
+    def both_reach(self, status: str) -> None:
+        self.reaches(self.source, status)
+        self.reaches(self.destination, status)
+
+    def pause(self) -> None:
+        """Break the connection on purpose."""
+        self.source.pause_migration()
+        self.both_reach("postcopy-paused")
+
+    def recover(self) -> None:
+        """Have the destination listen elsewhere, and the source connect there."""
+        self.source.migrate(self.destination.recover(LISTEN), resume=True)
 
     def hurry(self) -> None:
         self.source.set_parameters({"max-postcopy-bandwidth": 0})

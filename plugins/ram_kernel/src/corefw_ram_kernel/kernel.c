@@ -1,6 +1,6 @@
 /*
  * Receives guest RAM: lists of page records, each a header of 8 bytes and a page, straight from a stream socket into
- * place. The same loop in NumPy is in corefw_ram/direct.py.
+ * place. The same loop in NumPy is in corefw_ram/lists.py.
  *
  * Invariant: nothing that comes from the stream is used as an address or a length. Bytes go only into the pages and the
  * header room that the caller names, and the caller's numbers are checked before any system call. A header is compared
