@@ -89,6 +89,16 @@ def test_a_parked_machine_allocates_nothing_for_what_did_not_come(records: list[
         load(machine, records)
 
 
+def test_records_that_overlap_take_no_more_memory_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each begins one word behind the one before, and has eight words."""
+    monkeypatch.setattr("corefw_dirty_bitmap.load.MAX_BITS", 100)
+    again = [bits(0, 512, bytes(64))] * 9
+    with DiskMakingMachine() as machine:
+        load(machine, [start(granularity=512), *again, EOS])
+        with pytest.raises(RemoteStreamError, match="at most 100 bytes of bits in all records, got 128"):
+            load(machine, [start(granularity=512), *again, bits(64, 512, bytes(64))])
+
+
 def test_a_chunk_that_comes_again_replaces_the_first() -> None:
     with DiskMachine(Disk("disk", MIB), incoming=True) as machine:
         load(machine, [start(), bits(0, 2048, word(3)), bits(0, 2048, word(5)), COMPLETE, EOS])

@@ -123,6 +123,7 @@ class BitmapLoader(PostcopyLoader):
         self._bitmaps: dict[tuple[str, str], IncomingBitmap] = {}  # by their names in the stream
         self._named: tuple[str | None, str | None] = (None, None)
         self._size = 0  # bytes of bits of all bitmaps
+        self._kept = 0  # bytes of those that have come: more only where records overlap
         self._chunks = 0
         self._cancelled = False  # what comes is read and dropped
 
@@ -289,6 +290,10 @@ class BitmapLoader(PostcopyLoader):
             self._chunks += 1
             if self._chunks > MAX_CHUNKS:
                 raise reader.error(f"at most {MAX_CHUNKS} records of bits", "more")
+        _, replaced = one.chunks.get(offset, (0, None))
+        self._kept += len(data or b"") - len(replaced or b"")
+        if self._kept > MAX_BITS:
+            raise reader.error(f"at most {MAX_BITS} bytes of bits in all records", f"{self._kept}")
         one.end = end
         one.chunks[offset] = length, data
 
