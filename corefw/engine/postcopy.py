@@ -103,6 +103,8 @@ def _send_pages(source: Source) -> None:
     source.meter.start_window()
     while not through:
         source.check()
+        if source.requested is not None:  # once it was closed, what is sent over it may vanish
+            source.requested.check()
         source.link.beat()
         source.meter.pace()
         only_requested = source.meter.is_ahead()

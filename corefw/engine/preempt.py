@@ -63,7 +63,7 @@ class RequestedSender:
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """Raise ChannelError if the destination has closed the channel. It sends nothing over it."""
+        """Raise ChannelError if the channel was closed on its way to the destination, which sends nothing over it."""
         if self._channel.wait_readable(0):
             raise ChannelError(
                 f"{self._channel.peer}: the destination closed the channel of requested pages (switch capability"

@@ -94,7 +94,7 @@ def test_a_connection_that_is_broken_on_purpose(move: Move, side: str) -> None:
     move.completes()
 
 
-@pytest.mark.parametrize("how", [Cut.RESET, Cut.END, Cut.FORWARD])
+@pytest.mark.parametrize("how", [Cut.RESET, Cut.END, Cut.FORWARD, Cut.BACKWARD])
 def test_a_channel_of_requested_pages_that_is_cut(move: Move, how: Cut) -> None:
     """The stream's own channel works, and still both sides pause: a page may have been lost."""
     with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
