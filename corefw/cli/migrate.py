@@ -222,7 +222,7 @@ def _check_switch(engine: EngineClient, postcopy: str, *, detach: bool) -> None:
         )
     if postcopy not in SWITCHES:
         raise UsageError(
-            f"--postcopy={postcopy} is decided by the engine, and a QEMU does not (use {' or '.join(SWITCHES)})"
+            f"--postcopy={postcopy}: a QEMU cannot decide that by itself (use {' or '.join(SWITCHES)})"
         )
 
 
@@ -294,8 +294,8 @@ def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str
         cause = one_line(str(answer.get("error-desc", uri)))
         raise MigfwError(
             f"the connection broke in postcopy ({cause}), and the guest runs on the destination without a part of its"
-            " RAM: run 'migfw migrate URI --resume' here (the destination listens where it did; 'migfw recover URI'"
-            " there changes that)"
+            " RAM: run 'migfw migrate URI --resume' here (unless the destination still listens where it did, first"
+            " 'migfw recover URI' there)"
         )
     reason = one_line(str(problem or answer.get("error-desc", status)))
     raise MigfwError(f"the migration{'' if one_line(uri) in reason else f' to {uri}'} failed: {reason}; {here}")

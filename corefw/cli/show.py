@@ -181,8 +181,8 @@ def _migration(answer: Mapping[str, Any]) -> Iterator[Fact]:
     elif progress.phase == MigrationStatus.POSTCOPY_PAUSED:
         yield (
             "to recover",
-            "'migfw migrate URI --resume' on the source; for another address, first 'migfw recover URI' on the"
-            " destination",
+            "'migfw migrate URI --resume' on the source; for another address, after 'migfw pause' on the destination,"
+            " or if that is a QEMU, first 'migfw recover URI' on the destination",
         )
 
 

@@ -69,6 +69,7 @@ def test_a_connection_that_was_paused_is_recovered(engines: Engines) -> None:
     for engine in (source, destination):
         shown = engine.call("status").stdout
         assert "'migfw recover URI' on the destination" in shown
+        assert "after 'migfw pause' on the destination" in shown
         assert "warning" not in shown
     unverified = destination.call("verify")
     assert unverified.returncode == 1 and "until the postcopy migration is recovered" in unverified.stderr
