@@ -221,9 +221,7 @@ def _check_switch(engine: EngineClient, postcopy: str, *, detach: bool) -> None:
             " --detach and then 'migfw postcopy'"
         )
     if postcopy not in SWITCHES:
-        raise UsageError(
-            f"--postcopy={postcopy}: a QEMU cannot decide that by itself (use {' or '.join(SWITCHES)})"
-        )
+        raise UsageError(f"--postcopy={postcopy}: a QEMU cannot decide that by itself (use {' or '.join(SWITCHES)})")
 
 
 def _check_where(uri: str | None, to: str | None, remote_migfw: str | None, *, detach: bool, resume: bool) -> None:
