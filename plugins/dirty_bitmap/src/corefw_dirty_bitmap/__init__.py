@@ -14,7 +14,7 @@ from corefw.section import SectionLoader, SectionSaver
 from corefw.settings import Declarations, Settings, Value
 from corefw_dirty_bitmap.load import BitmapLoader
 from corefw_dirty_bitmap.mapping import MAPPING, wrong_mapping
-from corefw_dirty_bitmap.save import BitmapSaver, left_behind, unusable
+from corefw_dirty_bitmap.save import BitmapSaver, bitmaps_to_send, left_behind, unusable
 
 CAPABILITY = "dirty-bitmaps"
 
@@ -44,5 +44,5 @@ def corefw_blockers(machine: Machine, settings: Settings) -> Iterable[str]:
     if not isinstance(machine, BlockMachine):
         return ()
     if settings.capability(CAPABILITY):
-        return unusable(machine, settings)
+        return unusable(bitmaps_to_send(machine, settings))
     return left_behind(machine) if isinstance(machine, ParkingMachine) else ()

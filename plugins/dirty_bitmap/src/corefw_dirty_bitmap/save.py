@@ -8,7 +8,7 @@ Source: QEMU 10.0, migration/block-dirty-bitmap.c. Threads: as corefw.section sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -109,9 +109,9 @@ def _of_node(node: BlockNode, settings: Settings) -> Iterator[OutgoingBitmap]:
                 yield OutgoingBitmap(bitmap, mapped.alias, found.alias, persistent=persistent)
 
 
-def unusable(machine: BlockMachine, settings: Settings) -> list[str]:
-    """Why bitmaps that would be sent cannot be."""
-    return [reason for one in bitmaps_to_send(machine, settings) if (reason := _unusable(one)) is not None]
+def unusable(bitmaps: Iterable[OutgoingBitmap]) -> list[str]:
+    """Why some of these bitmaps cannot be sent."""
+    return [reason for one in bitmaps if (reason := _unusable(one)) is not None]
 
 
 def _unusable(one: OutgoingBitmap) -> str | None:
@@ -212,7 +212,7 @@ class BitmapSaver(PostcopySaver):
 
     def _usable(self) -> list[OutgoingBitmap]:
         bitmaps = bitmaps_to_send(self._machine, self._settings)
-        if reasons := [reason for one in bitmaps if (reason := _unusable(one)) is not None]:
+        if reasons := unusable(bitmaps):
             raise BlockedError(reasons)
         return bitmaps
 
