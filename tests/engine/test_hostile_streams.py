@@ -220,7 +220,7 @@ HOSTILE: list[tuple[str, bytes, str]] = [
     ("no configuration", b"QEVM\0\0\0\3\1", "a configuration section"),
     ("unknown section type", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\x55", "the type byte 0x55"),
     ("description first", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\x06\xff\xff\xff\xff", "the type byte 0x06"),
-    ("postcopy", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\x08\0\3\0\0", "POSTCOPY_ADVISE"),
+    ("postcopy", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\x08\0\3\0\1\0", "POSTCOPY_ADVISE"),
     ("unknown command", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\x08\0\x63\0\0", "command 99"),
     ("part of nothing", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\x02\0\0\0\5", "the id of a section that was started"),
     ("nothing at all", b"QEVM\0\0\0\3\x07\0\0\0\x08counting\0", "the end of the stream"),

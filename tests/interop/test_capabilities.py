@@ -39,7 +39,6 @@ class Outcome:
 
 
 WORKS: Final = Outcome(works=True)
-POSTCOPY: Final = "capability 'postcopy-ram'"
 
 OUTCOMES: Final[Mapping[str, Outcome]] = {
     "xbzrle": Outcome(works=True, names="capability 'xbzrle'"),  # only a page that is sent again is encoded
@@ -48,7 +47,7 @@ OUTCOMES: Final[Mapping[str, Outcome]] = {
     "zero-blocks": WORKS,
     "compress": Outcome(names="capability 'compress'"),
     "events": WORKS,
-    "postcopy-ram": Outcome(names=POSTCOPY),
+    "postcopy-ram": WORKS,
     # QEMU 11.1 tells the destination nothing of it; the source then waits in `colo` for x-colo-lost-heartbeat.
     "x-colo": Outcome(works=True, names="capability 'x-colo'", needs=("return-path",)),
     "release-ram": WORKS,
@@ -63,7 +62,7 @@ OUTCOMES: Final[Mapping[str, Outcome]] = {
     "validate-uuid": WORKS,
     "background-snapshot": Outcome(works=True, refusals=("not supported by host kernel", "not compatible with guest")),
     "zero-copy-send": Outcome(names="capability 'multifd'", needs=("multifd",), refusals=("Zero copy",)),
-    "postcopy-preempt": Outcome(names=POSTCOPY, needs=("postcopy-ram",)),
+    "postcopy-preempt": Outcome(works=True, needs=("postcopy-ram",)),
     "switchover-ack": Outcome(works=True, needs=("return-path",)),
     "dirty-limit": Outcome(refusals=("requires KVM",)),
     "mapped-ram": Outcome(refusals=("seekable",)),
