@@ -1,4 +1,4 @@
-"""docs/matrix.md: the cases of the matrix, and how they ended when `make matrix` last ran all of them.
+"""docs/matrix.md: the cases of the matrix, and how they ended when they were run last.
 
 `python -m tests.matrix.page` writes it.
 """
@@ -9,7 +9,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,9 @@ from tests.matrix.points import Stage
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "matrix.md"
 RESULTS: Final = Path(__file__).parents[2] / "build" / "matrix.jsonl"
-"""One line for each case that has passed."""
+"""One line for each case that was run; the last one of a case counts."""
+FAILED: Final = "failed"
+"""The outcome of a case that has failed."""
 
 HEAD: Final = """\
 # The matrix of faults
@@ -36,9 +39,10 @@ RESULTS_HEADING: Final = "## Where the guest ended"
 
 
 def note_result(case: Case, outcome: str) -> None:
-    """Keep the result of a case that has passed, for the page."""
+    """Keep where the guest ended, or FAILED, for the page."""
     RESULTS.parent.mkdir(exist_ok=True)
-    line = json.dumps({"case": case.name, "stage": case.point.stage, "fault": case.fault, "outcome": outcome}) + "\n"
+    result = {"case": case.name, "outcome": outcome, "day": datetime.now(UTC).date().isoformat()}
+    line = json.dumps(result) + "\n"
     descriptor = os.open(RESULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode())
@@ -71,25 +75,43 @@ def _case_lines() -> Iterator[str]:
 
 def results_part(results: Iterable[Mapping[str, str]]) -> str:
     last = {one["case"]: one for one in results}
-    if not last:
+    ended = [(case, last[case.name]["outcome"]) for case in CASES if case.name in last]
+    if not ended:
         return ""
-    counts = Counter((one["stage"], one["fault"], one["outcome"]) for one in last.values())
+    return "\n".join(_result_lines(ended, sorted({one["day"] for one in last.values()}))) + "\n"
+
+
+def _result_lines(ended: Sequence[tuple[Case, str]], days: Sequence[str]) -> Iterator[str]:
+    failed = [case.name for case, outcome in ended if outcome == FAILED]
+    passed = Counter((case.transport, case.fault) for case, outcome in ended if outcome != FAILED)
+    yield ""
+    yield RESULTS_HEADING
+    yield ""
+    yield (
+        f"Run on {' and '.join(days)}: {len(ended) - len(failed)} of {len(CASES)} cases passed, {len(failed)} failed,"
+        f" {len(CASES) - len(ended)} were not run. *nowhere*: an engine was killed, and the guest with it."
+    )
+    yield from (f"- failed: {name}" for name in failed)
+    yield from _outcome_table(ended)
+    yield ""
+    yield "| passed of all | " + " | ".join(TRANSPORTS) + " |"
+    yield "|---|" + "---|" * len(TRANSPORTS)
+    cases = Counter((case.transport, case.fault) for case in CASES)
+    for fault in FAULTS:
+        cells = [f"{passed[name, fault]} of {cases[name, fault]}" if cases[name, fault] else "-" for name in TRANSPORTS]
+        yield f"| {fault} | " + " | ".join(cells) + " |"
+
+
+def _outcome_table(ended: Sequence[tuple[Case, str]]) -> Iterator[str]:
+    counts = Counter((case.point.stage, case.fault, outcome) for case, outcome in ended if outcome != FAILED)
     outcomes = sorted({outcome for _, _, outcome in counts})
-    lines = [
-        "",
-        RESULTS_HEADING,
-        "",
-        f"{len(last)} of {len(CASES)} cases passed when all were run last."
-        " *nowhere*: an engine was killed, and the guest with it.",
-        "",
-        "| stage | fault | " + " | ".join(outcomes) + " |",
-        "|---|---|" + "---|" * len(outcomes),
-    ]
+    yield ""
+    yield "| stage | fault | " + " | ".join(outcomes) + " |"
+    yield "|---|---|" + "---|" * len(outcomes)
     for stage in Stage:
         for fault in FAULTS:
             cells = " | ".join(str(counts[stage, fault, outcome] or "-") for outcome in outcomes)
-            lines.append(f"| {stage} | {fault} | {cells} |")
-    return "\n".join(lines) + "\n"
+            yield f"| {stage} | {fault} | {cells} |"
 
 
 def main() -> int:

@@ -35,6 +35,9 @@ LIMITS: Final = {"x-migfw-confirm-timeout": 2000, "x-migfw-incoming-timeout": 20
 STOPPED: Final = 3.0
 """Seconds that a process is stopped: more than the limits."""
 
+AWAITS_NOTHING: Final = ("PART", "status active")
+"""Points of precopy at which no answer is due until the handover."""
+
 ENDED: Final = ("completed", "failed", "cancelled")
 GUEST: Final = f"{witness.__file__}:Witness"
 
@@ -196,7 +199,7 @@ class Run:
 
     def _hurry(self) -> None:
         with contextlib.suppress(MigfwError):
-            self.source.ask("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+            self.source.ask("migrate-set-parameters", {"max-bandwidth": 0, "max-postcopy-bandwidth": 0})
 
     def recover(self, *, through_proxy: bool = False) -> None:
         """Recover there, resume here."""
@@ -286,7 +289,7 @@ def _judge(running: Run, folder: Path) -> str:
         running.wait(lambda: _steps(folder, survivor.guest) > before, "a step of the guest")
     if not case.point.handed_over and case.fault is not Blow.KILL_SOURCE:
         assert not running.user_decided, "the source did not resume the guest by itself"
-        assert where == "source" or case.fault in (Blow.STOP_SOURCE, Blow.STOP_DESTINATION), where
+        assert where == "source" or _may_go_on(case), where
     _check_evidence(running, folder, killed)
     for process in (running.source, running.destination):
         process.end()
@@ -298,6 +301,13 @@ def _judge(running: Run, folder: Path) -> str:
     }
     assert set(left) <= set(dead.get(case.fault, ())), f"left behind: {left}"
     return f"{where}, by the user's cont" if running.user_decided else where
+
+
+def _may_go_on(case: Case) -> bool:
+    """Whether the source can reach the handover after all: the process came back, or no answer was due."""
+    if case.fault is Cut.LOSE_BACKWARD:
+        return case.point.name in AWAITS_NOTHING
+    return case.fault in (Blow.STOP_SOURCE, Blow.STOP_DESTINATION)
 
 
 def _processes(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.sshd import Sshd, running_sshd
 from tests.matrix.cases import CASES, SUBSET, Case
-from tests.matrix.page import PAGE, cases_part, note_result
+from tests.matrix.page import FAILED, PAGE, cases_part, note_result
 from tests.matrix.running import run
 
 ALL = bool(os.environ.get("MIGFW_MATRIX"))
@@ -23,9 +23,12 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
 
 @pytest.mark.parametrize("case", CASES if ALL else SUBSET, ids=lambda case: case.name)
 def test_fault(case: Case, request: pytest.FixtureRequest) -> None:
-    outcome = run(case, request.getfixturevalue("sshd") if case.transport == "ssh" else None)
-    if ALL:
-        note_result(case, outcome)
+    outcome = FAILED
+    try:
+        outcome = run(case, request.getfixturevalue("sshd") if case.transport == "ssh" else None)
+    finally:
+        if ALL:
+            note_result(case, outcome)
 
 
 def test_the_page_lists_the_cases_of_the_code() -> None:
