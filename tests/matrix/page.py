@@ -31,7 +31,7 @@ one point of its way. Afterwards a test does what [the protocol](decisions/switc
 
 - the guest never ran on both sides: it numbers its steps in a file that both can write, and each step is there once;
 - if both engines live, it runs on one of them, and `migfw verify` finds every write;
-- before the source has handed the guest over, the source resumes it by itself;
+- after a fault that the source notices before it hands the guest over, it resumes the guest by itself;
 - no process, and no file in `/tmp` or the runtime directory, is left.
 
 """
