@@ -89,7 +89,7 @@ def _result_lines(ended: Sequence[tuple[Case, str]], days: Sequence[str]) -> Ite
     yield ""
     yield (
         f"Run on {' and '.join(days)}: {len(ended) - len(failed)} of {len(CASES)} cases passed, {len(failed)} failed,"
-        f" {len(CASES) - len(ended)} were not run. *nowhere*: an engine was killed, and the guest with it."
+        f" {len(CASES) - len(ended)} not run. *nowhere*: an engine was killed, and the guest with it."
     )
     yield from (f"- failed: {name}" for name in failed)
     yield from _outcome_table(ended)
