@@ -17,7 +17,7 @@ from typing import Final
 from corefw.channel import Interrupt
 from corefw.engine.connection import Connection
 from corefw.engine.readmission import Readmission, Relisten
-from corefw.errors import ChannelError, Interrupted
+from corefw.errors import ANYTHING, Interrupted
 from corefw.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Outcome:
             try:
                 if self._tell(connection):
                     self.readmission.suspend()
-            except ChannelError as error:
+            except ANYTHING as error:  # the next source that comes is to hear it all the same
                 log.warning("could not tell the source how its migration ended: %s", error)
             finally:
                 connection.close()
