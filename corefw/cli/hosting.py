@@ -131,13 +131,15 @@ def host(engine: Engine, address: QmpAddress, listen: Callable[[], QmpServer], p
     _handle_signals(endings, address)
     _silence_repeated_warning()
     arrivals = Arrivals()
-    _watch(engine, endings, plan, arrivals)
+    ending_now = threading.Event()
+    _watch(engine, endings, plan, arrivals, ending_now)
     dialled = engine.migrate_incoming(plan.incoming) if plan.incoming is not None else None
     server = listen()
     threading.Thread(target=_wait_quit, args=(server, endings), name="quit", daemon=True).start()
     _begin(engine, server, endings, plan, dialled)
     arrivals.begin()
     ending = endings.get()
+    ending_now.set()
     if isinstance(ending, MigfwError):
         raise ending
     _report(engine, server, ending)
@@ -182,10 +184,12 @@ def _wait_quit(server: QmpServer, endings: Endings) -> None:
     endings.put(Ending.QUIT)
 
 
-def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: Arrivals) -> None:
-    """Put every reason to end into the queue when it occurs."""
+def _watch(engine: Engine, endings: Endings, plan: Plan, arrivals: Arrivals, ending_now: threading.Event) -> None:
+    """Put every reason to end into the queue when it occurs. What happens because the process ends is none."""
 
     def status_changed(side: Side, new: MigrationStatus) -> None:
+        if ending_now.is_set():
+            return
         if side is Side.SOURCE and new is MigrationStatus.COMPLETED and not plan.stay:
             if engine.has_left:
                 endings.put(Ending.MOVED)

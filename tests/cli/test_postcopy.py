@@ -138,6 +138,16 @@ def test_the_engine_switches_by_itself(engines: Engines) -> None:
     assert wrong.returncode == 2 and "after-first-pass" in wrong.stderr
 
 
+def test_ctrl_c_ends_a_destination_that_is_paused(engines: Engines) -> None:
+    source, destination = start_postcopy(engines)
+    assert source.call("pause").returncode == 0
+    assert wait_until(lambda: status(destination) == "postcopy-paused")
+    destination.process.send_signal(signal.SIGINT)
+    assert destination.process.wait(timeout=30) == 130
+    printed = destination.process.stderr
+    assert printed is not None and "this engine stays" not in printed.read()
+
+
 def kill_guest(engine: Engine) -> None:
     os.kill(int(engine.ask("x-migfw-status")["machine"]["information"]["pid"]), signal.SIGKILL)
 
