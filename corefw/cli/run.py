@@ -293,7 +293,8 @@ def _forwarded(pid: int, mask: set[signal.Signals | int]) -> Iterator[Callable[[
         yield lambda: bool(received)
     finally:
         for number, handler in old.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is forward:
+                signal.signal(number, handler)
 
 
 def _end_with_stdin() -> None:
@@ -311,9 +312,12 @@ def _wait(pid: int, reader: int, interrupted: Callable[[], bool], *, as_json: bo
             message: dict[str, Any] = json.loads(line)
             if "log" in message:
                 log = Path(message["log"])
-            elif not interrupted():
-                _announce(message, log, as_json=as_json)
-                raise Finished(ExitStatus.DONE)
+            else:
+                for number in _SIGNALS:  # from here on the engine stays, and the command says so
+                    signal.signal(number, signal.SIG_IGN)
+                if not interrupted():
+                    _announce(message, log, as_json=as_json)
+                    raise Finished(ExitStatus.DONE)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if interrupted():
         _remove(log)

@@ -126,12 +126,16 @@ class Link:
 
     # -- the return path -------------------------------------------------------------------------------------------
 
-    def read_return_path(self, handlers: Mapping[int, Handler], on_failure: Callable[[], None]) -> None:
+    def read_return_path(
+        self, handlers: Mapping[int, Handler], on_failure: Callable[[], None], *, may_end: bool = False
+    ) -> None:
         """Begin to read the return path, with these handlers beside its own. `on_failure` is called from its thread if
-        it ends in anything but success."""
+        it ends in anything but success. `may_end`: the first message may be SHUT 0."""
         self.return_path = ReturnPathReader(self.channel, on_failure)
         for message, handler in handlers.items():
             self.return_path.handle(message, handler)
+        if may_end:
+            self.return_path.expect(ReturnMessage.SHUT, 0)
         self.return_path.start()
 
     @property

@@ -100,9 +100,8 @@ def reconnect(source: Source) -> MigrationStatus:
         if source.secret is not None:
             with source.link.awaiting():
                 prove_source(source.link.channel, source.secret)
-        source.read_return_path()
-        if source.all_sent or not source.on_demand():  # the confirmation may be all that was lost, or is worth knowing
-            source.link.answers.expect(ReturnMessage.SHUT, 0)
+        # The confirmation may be all that was lost, or is worth knowing.
+        source.read_return_path(may_end=source.all_sent or not source.on_demand())
         source.sections = source.sections.onto(source.link.writer)
     except ANYTHING as error:
         return pause(source, error)

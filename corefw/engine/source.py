@@ -134,10 +134,10 @@ class Source(OutgoingContext):
     def _note_secret(self, message: ReturnMessageRecord, _: StreamReader) -> None:
         self.secret = message.body
 
-    def read_return_path(self) -> None:
-        """Begin to read the return path of the present link. Raises PluginError if a saver claims a message that
-        another one has, or that is not for plugins."""
-        self.link.read_return_path(self._plugin_messages(), self.return_path_failed)
+    def read_return_path(self, *, may_end: bool = False) -> None:
+        """Begin to read the return path of the present link; `may_end`: the first message may be SHUT 0. Raises
+        PluginError if a saver claims a message that another one has, or that is not for plugins."""
+        self.link.read_return_path(self._plugin_messages(), self.return_path_failed, may_end=may_end)
 
     def open_requested(self) -> None:
         """Open the channel of requested pages, if they are to have one; a PING 1 was sent. Raises ChannelError."""
