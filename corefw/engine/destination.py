@@ -146,7 +146,7 @@ class Destination(IncomingContext):
             self._strays.stop()
             self._strays = None
             if self._relisten is not None:
-                self.readmission.listen_at(self.listener, self._relisten)
+                self.readmission.inherit(self.listener, self._relisten)
             else:
                 self.listener.close()
         self.readmission.begin(self.secret, paused=paused)

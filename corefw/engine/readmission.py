@@ -74,6 +74,16 @@ class Readmission:
         if before is not None and before is not listener:
             before.close()
 
+    def inherit(self, listener: Listener, relisten: Relisten) -> None:
+        """Listen where the migration did until now; if suspend() was called meanwhile, only close that."""
+        with self._changed:
+            self._relisten = relisten
+            if not self._suspended:
+                self._listener = listener
+                self._wake_up()
+                return
+        listener.close()
+
     def listen_by(self, relisten: Relisten | None) -> None:
         """Listen where this does, as soon as it can; None: nowhere."""
         with self._changed:
