@@ -30,6 +30,14 @@ def begin(move: Move, proxy: Proxy) -> None:
     move.source.start_postcopy()
 
 
+def assert_taken_back(move: Move) -> None:
+    """The source learns why the guest does not start on the destination, and runs it again."""
+    assert ended(move.source) == "failed"
+    assert "no licence on this host" in (move.source.report().error or "")
+    assert move.source.machine.run_state is RunState.RUNNING
+    move.source.verify()
+
+
 def test_a_source_that_missed_the_confirmation_completes(move: Move, tmp_path: Path) -> None:
     with Proxy(tmp_path, move.destination.migrate_incoming(LISTEN)) as proxy:
         proxy.stop_at(Watch(False, SHUT, 0, lambda: proxy.cut(Cut.RESET)))
@@ -82,10 +90,7 @@ def test_a_source_that_missed_the_refusal_takes_the_guest_back(
     with pytest.raises(StateError, match="cannot cancel"):
         move.source.cancel()
     assert wait_until(lambda: _recovers(move))
-    assert ended(move.source) == "failed"
-    assert "no licence on this host" in (move.source.report().error or "")
-    assert move.source.machine.run_state is RunState.RUNNING
-    move.source.verify()
+    assert_taken_back(move)
 
 
 def test_a_source_that_dials_again_by_itself_takes_the_guest_back(
@@ -103,10 +108,7 @@ def test_a_source_that_dials_again_by_itself_takes_the_guest_back(
 
         monkeypatch.setattr(move.destination.machine, "start", fail)
         begin(move, proxy)
-        assert ended(move.source) == "failed"
-    assert "no licence on this host" in (move.source.report().error or "")
-    assert move.source.machine.run_state is RunState.RUNNING
-    move.source.verify()
+        assert_taken_back(move)
 
 
 def test_a_guest_that_does_not_start_after_a_recovery_runs_on_the_source(
@@ -129,9 +131,7 @@ def test_a_guest_that_does_not_start_after_a_recovery_runs_on_the_source(
     move.recover()
     move.reaches(move.destination, "postcopy-active")
     recovered.set()
-    assert ended(move.source) == "failed"
-    assert "no licence on this host" in (move.source.report().error or "")
-    assert move.source.machine.run_state is RunState.RUNNING
+    assert_taken_back(move)
 
 
 def test_a_destination_that_is_told_to_wait_again_forgets_the_outcome(
