@@ -21,9 +21,9 @@ import pluggy
 
 from corefw import hookspecs
 from corefw.channel import Transport
+from corefw.declarations import Declarations
 from corefw.errors import FOREIGN, MigfwError, PluginError, described
 from corefw.section import SectionLoader, SectionSaver
-from corefw.settings import Declarations
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,10 @@ import pluggy
 if TYPE_CHECKING:
     from corefw.channel import Transport, TransportContext
     from corefw.control import MigrationControl
+    from corefw.declarations import Declarations
     from corefw.machine import Machine
     from corefw.section import SectionLoader, SectionSaver
-    from corefw.settings import Declarations, Settings
+    from corefw.settings import Settings
     from corefw.states import MigrationStatus, Side
     from corefw.uri import MigrationUri
 

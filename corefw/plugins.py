@@ -16,6 +16,7 @@ import pluggy
 
 from corefw import entrypoints, hookspecs
 from corefw.channel import Transport, TransportContext
+from corefw.declarations import Declarations
 from corefw.entrypoints import GROUPS, MACHINES, PLUGINS, TRANSPORTS, EntryPoints
 from corefw.errors import (
     FOREIGN,
@@ -32,7 +33,7 @@ from corefw.hookcalls import PluginCommand, call, guarded, passed_over
 from corefw.machine import Machine, MachineConfig
 from corefw.registry import LoaderRegistry, SaverRegistry
 from corefw.section import SectionLoader, SectionSaver
-from corefw.settings import Declarations, Settings
+from corefw.settings import Settings
 from corefw.states import MigrationStatus, Side
 from corefw.uri import MigrationUri
 

@@ -14,12 +14,13 @@ import pytest
 
 from corefw import hookspecs
 from corefw.channel import Channel, Interrupt, Listener, Transport, TransportContext, TransportFeatures
+from corefw.declarations import Capability, Declarations
 from corefw.errors import ChannelError, PluginError, SettingsError, UriError
 from corefw.hookcalls import PluginCommand
 from corefw.hookspecs import hookimpl
 from corefw.plugins import HOOKS, Plugins
 from corefw.section import IncomingContext, LiveLoader, SectionKey, StateSaver
-from corefw.settings import Capability, Declarations, Settings
+from corefw.settings import Settings
 from corefw.states import MigrationStatus, Side
 from corefw.testing.blockers import BlockersCase, check_blockers
 from corefw.testing.commands import CommandsCase, check_commands

@@ -233,7 +233,7 @@ BROKEN = {
     "clashes in settings": (
         """
         from corefw.hookspecs import hookimpl
-        from corefw.settings import Capability, Declarations
+        from corefw.declarations import Capability, Declarations
 
         @hookimpl
         def corefw_settings():

@@ -7,22 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corefw.declarations import Capability, Declarations, Kind, Parameter, Value
 from corefw.errors import SettingsError, UsageError
 from corefw.plugins import Plugins
 from corefw.quantities import format_size
-from corefw.settings import (
-    CAPABILITIES,
-    IMPLEMENTED_BY_CORE,
-    PARAMETERS,
-    PROPERTIES,
-    Capability,
-    Declarations,
-    Kind,
-    Parameter,
-    Settings,
-    Value,
-    as_json,
-)
+from corefw.settings import CAPABILITIES, IMPLEMENTED_BY_CORE, PARAMETERS, PROPERTIES, Settings, as_json
 
 SURFACE_CAPABILITIES = {
     *("xbzrle", "rdma-pin-all", "auto-converge", "zero-blocks", "compress", "events", "postcopy-ram", "x-colo"),

@@ -9,9 +9,8 @@ and the table of commands, but neither NumPy nor a plugin.
     completion.py   Tab completion
     progress.py     follow a migration, show its progress, sum it up
     control.py      the commands that send a single QMP command each, and `ps`
-    show.py         `status` and `plugins`
-    run.py          `run`, also detached; hosting.py is the life of the engine's process
-    migrate.py      `migrate` and `check`: destination.py starts the other side over ssh
+    run.py          `run`: background.py for --detach; hosting.py is the life of the engine's process
+    migrate.py      `migrate`: destination.py starts the other side over ssh
     relay.py        `relay`, and how a real QEMU migrates over a transport that it does not support
 
 Each of the others is a command of that name.

@@ -35,8 +35,8 @@ COMMANDS: Final[Mapping[str, Mapping[str, Entry]]] = {
     },
     "Migration": {
         "migrate": Entry("corefw.cli.migrate:migrate", "Move the running guest to another host."),
-        "check": Entry("corefw.cli.migrate:check", "Check whether the guest could move, and how long it would take."),
-        "status": Entry("corefw.cli.show:status", "Show the guest and its migration."),
+        "check": Entry("corefw.cli.check:check", "Check whether the guest could move, and how long it would take."),
+        "status": Entry("corefw.cli.status:status", "Show the guest and its migration."),
         "cancel": Entry("corefw.cli.control:cancel", "Cancel the migration; the guest keeps running here."),
         "set": Entry("corefw.cli.control:set_values", "Change capabilities and parameters, even during a migration."),
         "continue": Entry("corefw.cli.control:continue_migration", "Complete a migration in pre-switchover."),
@@ -46,7 +46,7 @@ COMMANDS: Final[Mapping[str, Mapping[str, Entry]]] = {
     },
     "Tools": {
         "ps": Entry("corefw.cli.control:ps", "List your engines on this host."),
-        "plugins": Entry("corefw.cli.show:plugins", "List the installed plugins, and what failed to load."),
+        "plugins": Entry("corefw.cli.plugins:plugins", "List the installed plugins, and what failed to load."),
         "inspect": Entry("corefw.cli.inspect:inspect", "Show what is in a recorded migration stream."),
         "convert": Entry("corefw.cli.convert:convert", "Rewrite a stored stream for another machine type or QEMU."),
         "relay": Entry("corefw.cli.relay:relay", "Forward a migration from one transport to another."),

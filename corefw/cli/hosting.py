@@ -37,7 +37,7 @@ from corefw.states import POSTCOPY, MigrationStatus, Side, StatusChanged
 from corefw.uri import UnixAddress
 
 if TYPE_CHECKING:
-    from corefw.cli.run import Background
+    from corefw.cli.background import Background
 
 LINGER: Final = 10.0
 """Seconds that a source waits, at most, for clients to disconnect after its guest has moved."""

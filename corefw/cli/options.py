@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from corefw.cli import completion
+from corefw.declarations import Capability, Parameter, Value
 from corefw.errors import MigfwError, SettingsError, UsageError
 from corefw.quantities import parse_milliseconds, parse_size, parse_switch
-from corefw.settings import Capability, Parameter, Settings, Value
+from corefw.settings import Settings
 
 if TYPE_CHECKING:
     from corefw.qmp.engines import EngineClient

@@ -22,10 +22,10 @@ from corefw.engine.guestlock import GuestLock
 from corefw.engine.inbound import CLOSED, Inbound
 from corefw.engine.launch import Launch
 from corefw.engine.outgoing import OutgoingMigration
-from corefw.engine.preempt import check_channels
+from corefw.engine.requirements import check_settings
 from corefw.engine.source import Source
 from corefw.engine.tails import tail_of
-from corefw.errors import BlockedError, Interrupted, MigfwError, SettingsError, StateError, UriError, UsageError
+from corefw.errors import BlockedError, Interrupted, MigfwError, StateError, UriError, UsageError
 from corefw.machine import DEAD, Machine, RunState, VerifiableMachine
 from corefw.plugins import Plugins
 from corefw.registry import SaverRegistry
@@ -180,7 +180,7 @@ class Engine(MigrationControl):
         found = self._blockers.found(savers)
         with self._events.hold(), self._lock:
             self._check_may_leave()
-            self._check_settings(transport)
+            check_settings(self.settings, transport)
             if reasons := self._blockers.added + found:
                 raise BlockedError(reasons)
             self._end_check()  # a migration needs the dirty logs for itself
@@ -262,26 +262,8 @@ class Engine(MigrationControl):
             raise UriError("'defer' is for a destination: expected the URI of one, as in tcp:HOST:PORT")
         transport = self.plugins.transport(uri, self.settings)
         transport.check_outgoing()
-        self._check_settings(transport)
+        check_settings(self.settings, transport)
         return transport
-
-    def _check_settings(self, transport: Transport) -> None:
-        """Raise SettingsError for a setting that makes no sense, or that this machine or transport cannot have."""
-        start = self.settings.parameter("x-migfw-postcopy-start")
-        if start != "on-command" and not self.settings.capability("postcopy-ram"):
-            raise SettingsError(
-                f"parameter 'x-migfw-postcopy-start' is '{start}', which needs capability 'postcopy-ram'"
-            )
-        if self.settings.capability("postcopy-ram") and not transport.features.return_path:
-            uri = transport.uri
-            raise SettingsError(
-                f"'{uri}': '{uri.scheme}:' has no return path, which postcopy needs"
-                " (switch capability 'postcopy-ram' off)"
-            )
-        if self.settings.capability("return-path") and not transport.features.return_path:
-            uri = transport.uri
-            raise SettingsError(f"'{uri}': '{uri.scheme}:' has no return path (switch capability 'return-path' off)")
-        check_channels(self.settings, transport)
 
     def _begin_outgoing(self, transport: Transport, savers: SaverRegistry) -> None:
         source = Source(
@@ -417,6 +399,3 @@ class Engine(MigrationControl):
             migration.join()
         self.inbound.close()
         self.machine.close()
-
-
-__all__ = ["Engine"]

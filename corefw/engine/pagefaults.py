@@ -20,7 +20,7 @@ from corefw.engine.returnpath import ReturnPathWriter
 from corefw.errors import ANYTHING, ChannelError, Interrupted, StreamError
 from corefw.machine import FaultSource, RamBlock
 from corefw.memory.runs import distinct
-from corefw.section import OnDemandLoader
+from corefw.postcopy import OnDemandLoader
 from corefw.wire.returnpath import PageRequest
 
 log = logging.getLogger(__name__)

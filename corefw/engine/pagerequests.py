@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from corefw.engine.meter import Meter
 from corefw.engine.preempt import RequestedSender
 from corefw.errors import StreamError
-from corefw.section import OnDemandSaver, PreemptSaver
+from corefw.postcopy import OnDemandSaver, PreemptSaver
 from corefw.wire.returnpath import ReturnMessageRecord, parse_page_request
 from corefw.wire.stream import StreamReader
 

@@ -21,7 +21,7 @@ from corefw.engine.guestarrival import GuestArrival
 from corefw.engine.loader import check_complete, load_frames
 from corefw.engine.scheduling import run_behind_requests
 from corefw.errors import ANYTHING, MigfwError, StreamError, described
-from corefw.section import PostcopyLoader
+from corefw.postcopy import PostcopyLoader
 from corefw.states import MigrationStatus
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from corefw.engine.returnpath import ReturnPathWriter
 from corefw.errors import MachineError, StreamError
 from corefw.machine import FaultSource, Machine, PostcopyMachine
 from corefw.memory.faults import NoFaults
-from corefw.section import OnDemandLoader, PostcopyLoader, PreemptLoader, SectionLoader
+from corefw.postcopy import OnDemandLoader, PostcopyLoader, PreemptLoader
+from corefw.section import SectionLoader
 from corefw.states import MigrationStatus
 from corefw.wire.constants import RESUMED, ReturnMessage
 from corefw.wire.frames import FrameReader

@@ -27,7 +27,7 @@ import numpy as np
 from corefw.channel import Channel, Transport
 from corefw.engine.link import Link
 from corefw.errors import ANYTHING, ChannelError, MigfwError, SettingsError
-from corefw.section import PostcopySaver, PreemptLoader, PreemptSaver
+from corefw.postcopy import PostcopySaver, PreemptLoader, PreemptSaver
 from corefw.settings import Settings
 from corefw.wire.constants import ReturnMessage
 from corefw.wire.stream import StreamReader, StreamWriter

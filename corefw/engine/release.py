@@ -18,7 +18,7 @@ from typing import Final
 
 from corefw.engine.source import Source
 from corefw.errors import MachineError
-from corefw.section import ReleasingSaver
+from corefw.postcopy import ReleasingSaver
 from corefw.wire.constants import ReturnMessage
 
 log = logging.getLogger(__name__)

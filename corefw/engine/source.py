@@ -28,8 +28,9 @@ from corefw.engine.statistics import OutgoingStatistics
 from corefw.engine.tails import tail_of
 from corefw.errors import MachineError, PluginError, StateError
 from corefw.machine import DEAD, Machine, ThrottlableMachine
+from corefw.postcopy import OnDemandSaver, PostcopySaver
 from corefw.registry import SaverRegistry
-from corefw.section import LiveSaver, OnDemandSaver, OutgoingContext, PostcopySaver
+from corefw.section import LiveSaver, OutgoingContext
 from corefw.settings import Settings
 from corefw.wire.constants import PACKAGE_PING, PLUGIN_MESSAGES, Command, ReturnMessage
 from corefw.wire.records import write_command

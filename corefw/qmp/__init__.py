@@ -5,7 +5,7 @@
     protocol.py     requests, replies, events and the greeting
     schema.py       checks arguments against a function's signature
     commands/       the table of commands, and the functions behind it
-    documents.py    the types of answers and events, made from the engine's reports
+    documents.py    the types of answers and events; answers.py makes them from the engine's reports
     session.py      one client's conversation: negotiation, dispatch; no I/O
     connection.py   one client's socket, threads and queues
     server.py       listens, and serves all clients

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+from corefw.declarations import Kind, Parameter
 from corefw.qmp.documents import EVENTS
 from corefw.qmp.forms import (
     ANYTHING,
@@ -23,7 +24,7 @@ from corefw.qmp.forms import (
     SchemaInfos,
     Structure,
 )
-from corefw.settings import Kind, Parameter, Settings
+from corefw.settings import Settings
 
 if TYPE_CHECKING:
     from corefw.qmp.commands import Command

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from corefw.channel import Interrupt
 from corefw.closing import Closing
 from corefw.net.dialing import listen_tcp, listen_unix
-from corefw.qmp import documents, protocol
+from corefw.qmp import answers, documents, protocol
 from corefw.qmp.address import QmpAddress, parse_address
 from corefw.qmp.admission import whom_to_disconnect
 from corefw.qmp.commands import command_table
@@ -152,7 +152,7 @@ class QmpServer(Closing):
     # -- events ----------------------------------------------------------------------------------------------------
 
     def _broadcast(self, event: Event) -> None:
-        found = documents.event_document(event)
+        found = answers.event_document(event)
         if found is None:
             return
         name, data = found

@@ -16,8 +16,9 @@ import re
 from collections.abc import Collection
 from typing import Final
 
+from corefw.declarations import Capability, Declarations, Kind, Parameter
 from corefw.errors import SettingsError
-from corefw.settings import Capability, Declarations, Kind, Parameter, Settings
+from corefw.settings import Settings
 from corefw.testing.kit import Kit, hook, one_line_of_text
 
 __all__ = ["CHECKS", "check_settings"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from corefw.cli.run import trim
+from corefw.cli.background import trim
 from tests.cli.conftest import SMALL, Engines
 from tests.helpers.cli import MIGFW, TIMEOUT, migfw, start
 from tests.helpers.qemu import wait_until

@@ -54,7 +54,7 @@ def test_a_broken_plugin_is_named_and_takes_nobody_down(tmp_path: Path) -> None:
 
 EXTRA = """
 from corefw.hookspecs import hookimpl
-from corefw.settings import Capability, Declarations, Kind, Parameter
+from corefw.declarations import Capability, Declarations, Kind, Parameter
 
 @hookimpl
 def corefw_settings():

@@ -122,7 +122,7 @@ PLUGIN = """
 from corefw.channel import Transport, TransportFeatures
 from corefw.errors import ChannelError
 from corefw.hookspecs import hookimpl
-from corefw.settings import Declarations, Kind, Parameter
+from corefw.declarations import Declarations, Kind, Parameter
 
 class Spy(Transport):
     features = TransportFeatures(return_path=False, multi_channel=False)

@@ -34,7 +34,9 @@ def test_the_guest_runs_before_its_pages_are_there(move: Move) -> None:
     move.switch()
     assert wait_until(lambda: query_migrate(move.source)["ram"]["postcopy-requests"] > 0), "no page was asked for"
     assert move.source.machine.run_state is RunState.FINISH_MIGRATE
-    assert wait_until(lambda: move.destination.machine.run_state is RunState.RUNNING), "loading the devices may fault, too"
+    assert wait_until(lambda: move.destination.machine.run_state is RunState.RUNNING), (
+        "loading the devices may fault, too"
+    )
     move.hurry()
     move.completes()
     ram = query_migrate(move.source)["ram"]

@@ -14,7 +14,7 @@ from corefw.dispatch import Event
 from corefw.engine import Engine
 from corefw.machine import Machine, RunState
 from corefw.plugins import Plugins
-from corefw.qmp.documents import migration_info
+from corefw.qmp.answers import migration_info
 from corefw.states import MigrationStatus, StatusChanged
 from corefw.wire.constants import READY_PING, Command, ReturnMessage, SectionType
 from corefw.wire.returnpath import encode_return_message, number_body

@@ -11,9 +11,10 @@ import pytest
 from corefw.control import MigrationReport, PassBegan, RunStateChanged, TransferReport
 from corefw.dispatch import Event
 from corefw.machine import RunState
+from corefw.qmp.answers import event_document, migration_info
 from corefw.qmp.commands.context import Context
 from corefw.qmp.commands.monitor import human_monitor_command
-from corefw.qmp.documents import EVENTS, event_document, migration_info
+from corefw.qmp.documents import EVENTS
 from corefw.section import RamStatistics
 from corefw.states import MigrationStatus, Side, StatusChanged
 

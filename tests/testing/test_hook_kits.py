@@ -13,10 +13,11 @@ from typing import Any, cast
 import pytest
 
 from corefw.control import MigrationControl
+from corefw.declarations import Capability, Declarations, Kind, Parameter
 from corefw.errors import StateError
 from corefw.hookspecs import hookimpl
 from corefw.machine import Machine, RunState
-from corefw.settings import Capability, Declarations, Kind, Parameter, Settings
+from corefw.settings import Settings
 from corefw.testing import blockers, commands, settings
 from corefw.testing.blockers import BlockersCase, check_blockers
 from corefw.testing.commands import CommandsCase, check_commands

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 from corefw import __version__
+from corefw.qmp.answers import launch_document, migration_info, preallocation_info, status_info
 from corefw.qmp.commands.context import Context
-from corefw.qmp.documents import StatusInfo, launch_document, migration_info, preallocation_info, status_info
+from corefw.qmp.documents import StatusInfo
 from corefw.settings import as_json
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from corefw.errors import SettingsError, did_you_mean
+from corefw.qmp.answers import check_document, migration_info
 from corefw.qmp.channels import uri_of
 from corefw.qmp.commands.context import Context
 from corefw.qmp.documents import (
@@ -14,8 +15,6 @@ from corefw.qmp.documents import (
     MigrationInfo,
     ParameterChange,
     ParameterValues,
-    check_document,
-    migration_info,
 )
 from corefw.qmp.protocol import QmpError
 from corefw.settings import MAX_DOWNTIME

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from corefw.declarations import Kind, Value
 from corefw.errors import MigfwError, SettingsError
 from corefw.qmp import protocol
 from corefw.qmp.commands import control, guest, migration, queries
 from corefw.qmp.commands.context import Context
 from corefw.quantities import parse_switch
-from corefw.settings import Kind, Value
 from corefw.states import MigrationStatus
 
 Run = Callable[[Context, Sequence[str]], str]

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+from corefw.declarations import Declarations, Kind, Parameter
 from corefw.hookspecs import hookimpl
 from corefw.section import SectionLoader, SectionSaver
-from corefw.settings import Declarations, Kind, Parameter, Settings
+from corefw.settings import Settings
 from migfw_file.loader import FileLoader
 from migfw_file.saver import FileSaver
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from corefw.declarations import Capability, Declarations
 from corefw.hookspecs import hookimpl
 from corefw.section import SectionLoader, SectionSaver
-from corefw.settings import Capability, Declarations, Settings
+from corefw.settings import Settings
 from migfw_journal.journal import journal_of
 from migfw_journal.section import CAPABILITY, JournalLoader, JournalSaver
 

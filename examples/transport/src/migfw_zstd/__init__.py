@@ -16,9 +16,9 @@ from typing import Final
 import zstandard
 
 from corefw.channel import Buffer, Channel, Interrupt, Listener, Transport, TransportContext
+from corefw.declarations import Declarations, Kind, Parameter
 from corefw.errors import ChannelError
 from corefw.hookspecs import hookimpl
-from corefw.settings import Declarations, Kind, Parameter
 from corefw.uri import MigrationUri
 
 __all__ = ["ZstdTransport", "corefw_settings"]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from corefw.declarations import Declarations, Value
 from corefw.hookspecs import hookimpl
 from corefw.machine import BlockMachine, Machine, ParkingMachine
 from corefw.section import SectionLoader, SectionSaver
-from corefw.settings import Declarations, Settings, Value
+from corefw.settings import Settings
 from corefw_dirty_bitmap.load import BitmapLoader
 from corefw_dirty_bitmap.mapping import MAPPING, wrong_mapping
 from corefw_dirty_bitmap.save import BitmapSaver, bitmaps_to_send, left_behind, unusable

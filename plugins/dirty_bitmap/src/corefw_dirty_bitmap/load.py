@@ -19,7 +19,8 @@ from typing import Final
 from corefw.block import BlockNode, DirtyBitmap
 from corefw.errors import MigfwError
 from corefw.machine import BlockMachine, BlockMakingMachine, FaultSource
-from corefw.section import IncomingContext, PostcopyLoader
+from corefw.postcopy import PostcopyLoader
+from corefw.section import IncomingContext
 from corefw.settings import Settings
 from corefw.wire.records import (
     BITMAPS_IDSTR,

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from corefw.block import MAX_BITMAP_NAME
-from corefw.settings import Settings, Value
+from corefw.declarations import Value
+from corefw.settings import Settings
 
 MAPPING: Final = "block-bitmap-mapping"
 MAX_ALIAS: Final = 255

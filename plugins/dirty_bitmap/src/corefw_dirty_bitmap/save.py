@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from corefw.block import BlockNode, DirtyBitmap
 from corefw.errors import BlockedError, StateError
 from corefw.machine import BlockMachine, ParkingMachine
-from corefw.section import OutgoingContext, Pending, PostcopySaver, Priority
+from corefw.postcopy import PostcopySaver
+from corefw.section import OutgoingContext, Pending, Priority
 from corefw.settings import Settings
 from corefw.wire.records import (
     BITMAPS_IDSTR,

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from corefw.declarations import Declarations
 from corefw.hookspecs import hookimpl
 from corefw.machine import Machine
 from corefw.section import SectionLoader, SectionSaver
-from corefw.settings import Declarations, Settings
+from corefw.settings import Settings
 from corefw_ram.section import RamSectionLoader, RamSectionSaver
 
 

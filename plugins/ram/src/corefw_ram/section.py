@@ -9,18 +9,8 @@ from numpy.typing import NDArray
 
 from corefw.errors import MachineError
 from corefw.machine import FaultSource, Machine, RamBlock, RamMakingMachine
-from corefw.section import (
-    Coverage,
-    IncomingContext,
-    OutgoingContext,
-    Pending,
-    PreemptLoader,
-    PreemptSaver,
-    Priority,
-    RamSaver,
-    RamStatistics,
-    ReleasingSaver,
-)
+from corefw.postcopy import PreemptLoader, PreemptSaver, ReleasingSaver
+from corefw.section import Coverage, IncomingContext, OutgoingContext, Pending, Priority, RamSaver, RamStatistics
 from corefw.wire.constants import RAM_IDSTR, RAM_VERSION, TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader, StreamWriter
 from corefw_ram.lists import find_kernel
