@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 class PostcopySaver(LiveSaver):
     """A section whose rest may follow once the guest runs on the destination.
 
-    Then begin_postcopy() is called instead of complete() when the guest has stopped, iterate() goes on until it returns
-    True, and complete() writes the END body, with nothing left to send. What the guest may wait for while it runs there
-    is an OnDemandSaver's. A ChannelError from any of them pauses the migration, and prepare_resume() follows before
-    iterate() goes on over another channel; but if there is no OnDemandSaver, the destination does not wait for that.
+    Then prepare_postcopy() is called while the guest still runs, and begin_postcopy() instead of complete() when it has
+    stopped; iterate() goes on until it returns True, and complete() writes the END body, with nothing left to send.
+    What the guest may wait for while it runs there is an OnDemandSaver's. A ChannelError from any of them pauses the
+    migration, and prepare_resume() follows before iterate() goes on over another channel; but if there is no
+    OnDemandSaver, the destination does not wait for that.
     """
 
     @abstractmethod
@@ -39,10 +40,15 @@ class PostcopySaver(LiveSaver):
         """Whether this migration may switch to postcopy, by its settings; known from setup() on
         (SaveVMHandlers.has_postcopy). Pending.can_postcopy counts what may follow."""
 
+    def prepare_postcopy(self, writer: StreamWriter) -> None:
+        """The guest will be stopped next: do now what would keep it stopped for longer, and write the commands that can
+        go ahead. No section is open, and no PART follows. Not called if the switch was decided after the guest had
+        stopped. This default does nothing."""
+
     @abstractmethod
     def begin_postcopy(self, writer: StreamWriter) -> None:
         """The guest has stopped: harvest for the last time, and write the commands that tell the destination what to
-        forget. No section is open."""
+        forget. What can be done later, iterate() does. No section is open."""
 
     @abstractmethod
     def prepare_resume(self, received: Callable[[str, int], NDArray[np.bool_]]) -> None:

@@ -131,10 +131,20 @@ def send_passes(source: Source) -> MigrationStatus:
         source.passes.run(source.link.writer, source.sections)
         if _await_switchover_ack(source) and not source.limits.reason:
             source.passes.run(source.link.writer, source.sections)  # what the guest has written meanwhile
+    if source.postcopy.reason is not None:
+        _prepare_postcopy(source)
     _stop_guest(source)
     if source.settings.capability("pause-before-switchover"):
         return MigrationStatus.PRE_SWITCHOVER
     return _after_stop(source)
+
+
+def _prepare_postcopy(source: Source) -> None:
+    """Do while the guest runs what would keep it stopped for longer."""
+    with source.passes.reporting():
+        for saver in source.later():
+            saver.prepare_postcopy(source.link.writer)
+    source.link.writer.flush()
 
 
 def _after_stop(source: Source) -> MigrationStatus:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corefw.machine import ComparingLog, RamBlock
-from corefw.memory.runs import no_runs, runs_of_mask
+from corefw.memory.runs import mask_of_runs, no_runs, runs_of_mask
 
 CHUNK: Final = 1024
 """Pages hashed before they are compared: bounds what a harvest allocates."""
@@ -43,16 +43,18 @@ class HashLog(ComparingLog):
 
     def harvest(self) -> NDArray[np.int64]:
         """See DirtyLog. Reads all of the RAM that was touched, releasing the interpreter lock for each page."""
+        return self.harvest_within(np.array([[0, len(self._block.pages)]]))
+
+    def harvest_within(self, runs: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See DirtyLog. Reads those of these pages that were touched."""
         if self._known is None:
             return no_runs()
-        dirty = np.zeros(len(self._known), dtype=np.bool_)
-        at = 0
-        for first, end in self._block.holes().tolist():
-            self._compare(self._known, dirty, at, first)
-            dirty[first:end] = (self._known[first:end] != self._zero).any(axis=1)
-            self._known[first:end] = self._zero
-            at = end
-        self._compare(self._known, dirty, at, len(dirty))
+        hole = mask_of_runs(self._block.holes(), len(self._known))
+        wanted = mask_of_runs(runs, len(self._known))
+        dirty = hole & (self._known != self._zero).any(axis=1)
+        self._known[hole] = self._zero
+        for first, end in runs_of_mask(wanted & ~hole).tolist():
+            self._compare(self._known, dirty, first, end)
         return runs_of_mask(dirty)
 
     def _compare(self, known: NDArray[np.uint64], dirty: NDArray[np.bool_], first: int, end: int) -> None:

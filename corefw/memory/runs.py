@@ -46,6 +46,31 @@ def runs_of_mask(mask: NDArray[np.bool_], first: int = 0) -> Runs:
     return edges.astype(np.int64).reshape(-1, 2)
 
 
+def mask_of_runs(runs: Runs, count: int) -> NDArray[np.bool_]:
+    """Convert runs to a mask of `count` pages."""
+    steps = np.zeros(count + 1, dtype=np.int8)  # runs are apart, so no two steps fall on the same page
+    steps[runs[:, 0]] = 1
+    steps[runs[:, 1]] = -1
+    return np.cumsum(steps[:count], dtype=np.int8).view(np.bool_)
+
+
+def bridge(runs: Runs, gap: int) -> Runs:
+    """Merge runs that are less than `gap` pages apart: fewer runs, which cover more."""
+    if len(runs) < 2:
+        return runs
+    wide = np.flatnonzero(runs[1:, 0] - runs[:-1, 1] >= gap)
+    bridged = np.empty((len(wide) + 1, 2), dtype=np.int64)
+    bridged[0, 0], bridged[-1, 1] = runs[0, 0], runs[-1, 1]
+    bridged[1:, 0] = runs[wide + 1, 0]
+    bridged[:-1, 1] = runs[wide, 1]
+    return bridged
+
+
+def widen(runs: Runs, size: int) -> Runs:
+    """Round runs outward to multiples of `size` pages."""
+    return runs if size == 1 else join(np.stack((runs[:, 0] // size, -(-runs[:, 1] // size)), axis=1) * size)
+
+
 def join(runs: Runs) -> Runs:
     """Merge rows in ascending order that may touch or overlap, so that they are apart."""
     if len(runs) < 2:

@@ -22,6 +22,7 @@ from corefw.memory.blocks import MemfdBlock
 from corefw.memory.hashes import HashLog
 from corefw.memory.logs import LogKind, best_dirty_log, wanted_log
 from corefw.memory.pagemap import PagemapLog, Tracker, open_tracker
+from corefw.memory.runs import no_runs
 from tests.helpers.pages import pages_of
 
 PAGE = 4096
@@ -81,6 +82,16 @@ def test_everything_dirty_and_every_other_page(guest: Guest) -> None:
     assert guest.log.harvest().tolist() == [[0, PAGES]]
     guest.pages[::2] += 1
     assert guest.harvest() == list(range(0, PAGES, 2))
+
+
+def test_only_some_pages_can_be_looked_at(guest: Guest) -> None:
+    guest.pages[:200] = 1
+    guest.log.start()
+    guest.pages[[7, 50, 60, 300], 3] += 1
+    found = set(pages_of(guest.log.harvest_within(np.array([[50, 55], [290, 310]]))))
+    assert {50, 300} <= found <= {7, 50, 60, 300}
+    assert set(guest.harvest()) == {7, 50, 60, 300} - found, "what was not reported is in the next harvest"
+    assert len(guest.log.harvest_within(no_runs())) == 0
 
 
 def test_writes_by_the_kernel_into_the_guests_mapping(guest: Guest) -> None:

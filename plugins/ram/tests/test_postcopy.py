@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -25,6 +25,7 @@ from tests.helpers.ram import (
     Sender,
     StillMachine,
     ToldLog,
+    allocated,
     block,
     fill_record,
     header,
@@ -136,6 +137,21 @@ def test_a_request_for_another_block_is_refused(machine: StillMachine) -> None:
         sender.saver.request_pages("rom", 0, PAGE)
 
 
+def discarded(write: Callable[[StreamWriter], None]) -> list[tuple[str, tuple[tuple[int, int], ...]]]:
+    """The RAM_DISCARDs that this writes, and nothing else: blocks and ranges of (start, length)."""
+    sink = MemorySink()
+    writer = StreamWriter(sink)
+    write(writer)
+    writer.flush()
+    frames = FrameReader.of_sections(StreamReader(MemorySource(bytes(sink.data) + b"\0")))
+    found = []
+    while isinstance(command := frames.next_event(), CommandItem):
+        assert command.record.command is Command.POSTCOPY_RAM_DISCARD
+        discard = parse_discard(command.record.payload)
+        found.append((discard.block, discard.ranges))
+    return found
+
+
 def test_what_is_still_to_be_sent_is_discarded(machine: StillMachine) -> None:
     log = machine.blocks[0].dirty_log
     assert isinstance(log, ToldLog)
@@ -144,19 +160,42 @@ def test_what_is_still_to_be_sent_is_discarded(machine: StillMachine) -> None:
         sender.part()
         log.tell(4, 6)
         log.tell(9, 10)
-        sink = MemorySink()
-        writer = StreamWriter(sink)
-        sender.saver.begin_postcopy(writer)
-        writer.flush()
-        frames = FrameReader.of_sections(StreamReader(MemorySource(bytes(sink.data) + b"\0")))
-        command = frames.next_event()
-        assert isinstance(command, CommandItem)
-        assert command.record.command is Command.POSTCOPY_RAM_DISCARD
-        discard = parse_discard(command.record.payload)
-        assert discard.block == "ram"
-        assert discard.ranges == ((4 * PAGE, 2 * PAGE), (9 * PAGE, PAGE))
-        assert not isinstance(frames.next_event(), CommandItem)
+        assert discarded(sender.saver.begin_postcopy) == [("ram", ((4 * PAGE, 2 * PAGE), (9 * PAGE, PAGE)))]
         assert sorted(Parts(sender).next(10)) == [("ram", 4), ("ram", 5), ("ram", 9)]
+
+
+def test_what_is_dirty_before_the_guest_stops_is_discarded_before(machine: StillMachine) -> None:
+    log = machine.blocks[0].dirty_log
+    assert isinstance(log, ToldLog)
+    with Sender(machine) as sender:
+        sender.setup()
+        sender.part()
+        log.tell(4, 6)
+        assert discarded(sender.saver.prepare_postcopy) == [("ram", ((4 * PAGE, 2 * PAGE),))]
+        log.tell(9, 10)
+        assert discarded(sender.saver.begin_postcopy) == [("ram", ((9 * PAGE, PAGE),))]
+        assert sorted(Parts(sender).next(10)) == [("ram", 4), ("ram", 5), ("ram", 9)]
+
+
+@pytest.mark.parametrize("requested", [False, True])
+def test_what_is_written_into_a_hole_before_the_guest_stops_is_sent(requested: bool) -> None:
+    """The block is still to be sent as a whole, so it is not looked through again while the guest stands still."""
+    ram = block("ram", 64, logged=True)
+    with StillMachine(ram) as machine, Sender(machine) as sender:
+        sender.setup()
+        sender.saver.prepare_postcopy(StreamWriter(MemorySink()))
+        ram.pages[7] = 3
+        sender.saver.begin_postcopy(StreamWriter(MemorySink()))
+        if requested:
+            sink = MemorySink()
+            writer = StreamWriter(sink)
+            sender.saver.send_requested(writer, "ram", 7 * PAGE, PAGE)
+            writer.flush()
+            assert bytes(sink.data) == page_record(7, bytes([3]) * PAGE, "ram")
+        records = page_records(sender.part(64 * PAGE))
+        sent = {record.page: record.data for record in records}
+        assert sent.get(7) == (None if requested else bytes([3]) * PAGE)
+        assert allocated(ram) == 1, "holes were not read"
 
 
 HUGE = 16
@@ -188,13 +227,10 @@ def test_a_huge_page_of_the_host_is_discarded_as_a_whole(machine: StillMachine) 
         sender.setup()
         sender.part()
         ram.dirty_log.tell(20, 21)
-        sink = MemorySink()
-        writer = StreamWriter(sink)
-        sender.saver.begin_postcopy(writer)
-        writer.flush()
-        command = FrameReader.of_sections(StreamReader(MemorySource(bytes(sink.data)))).next_event()
-        assert isinstance(command, CommandItem)
-        assert parse_discard(command.record.payload).ranges == ((HUGE * PAGE, HUGE * PAGE),)
+        assert discarded(sender.saver.prepare_postcopy) == [("ram", ((HUGE * PAGE, HUGE * PAGE),))]
+        ram.dirty_log.tell(40, 41)
+        assert discarded(sender.saver.begin_postcopy) == [("ram", ((2 * HUGE * PAGE, HUGE * PAGE),))]
+        assert [page for _, page in Parts(sender).next(PAGES)] == list(range(HUGE, 3 * HUGE))
 
 
 def test_after_a_break_what_has_not_arrived_is_sent_and_nothing_else(machine: StillMachine) -> None:

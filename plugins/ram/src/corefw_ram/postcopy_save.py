@@ -12,13 +12,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw.errors import StreamError
+from corefw.errors import MachineError, StreamError
 from corefw.machine import RamBlock
-from corefw.memory.runs import runs_of_mask
+from corefw.memory.runs import Runs, bridge, runs_of_mask, widen
 from corefw.section import RamStatistics
 from corefw.wire.constants import Command
 from corefw.wire.records import discard_payload, discards, write_command
@@ -26,6 +27,10 @@ from corefw.wire.stream import StreamWriter
 from corefw_ram.records import PAGE_RECORD
 from corefw_ram.release import Releasable
 from corefw_ram.save import EOS, WINDOW, BlockState, PageSaver
+
+NEAR: Final = 1 << 14
+"""Runs of pages that are less than this apart are harvested in one call, which takes no longer than another call does
+(64 MiB of guest RAM, 45 microseconds)."""
 
 
 class RequestQueue:
@@ -77,48 +82,83 @@ class PostcopyPageSaver(PageSaver):
         self._index = {state.block.idstr: index for index, state in enumerate(self._states)}
         self._lock = threading.Lock()  # guards the marks, what is counted of them, the queue, and where to go on
         self._requests = RequestQueue(self._states)
+        self._clean: list[Runs] | None = None  # of each block, what prepare_postcopy() did not have forgotten
+        self._sent_before: list[NDArray[np.bool_]] = []  # of each block, what was sent before the guest left
         self._in_postcopy = False
+        self._settled = False
         self._releasable: Releasable | None = None
         self._urgent_statistics = RamStatistics()
         self._urgent_counted = (0, 0)
         self._urgent_pages = self._page_writer(self._urgent_statistics)
 
-    def begin_postcopy(self, writer: StreamWriter) -> None:
-        """The guest is stopped: have the destination forget every page that is still to be sent (QEMU 10.0,
-        ram_postcopy_send_discard_bitmap)."""
+    # -- the switch ------------------------------------------------------------------------------------------------
+
+    def prepare_postcopy(self, writer: StreamWriter) -> None:
+        """The guest still runs, and will be stopped next: have the destination forget every page that is still to be
+        sent (QEMU 10.0, ram_postcopy_send_discard_bitmap), and find out where to look for what it writes until then."""
         self.harvest()
-        self._leave_something()
-        self._round_out()
-        for index, state in enumerate(self._states):
-            state.block.dirty_log.stop()
-            for discard in discards(state.block.idstr, state.block.page_size, runs_of_mask(state.dirty)):
-                write_command(writer, Command.POSTCOPY_RAM_DISCARD, discard_payload(discard))
-            if self._releasable is not None:
-                self._releasable.note_sent(index, np.flatnonzero(~state.dirty & ~state.hole))
+        self._clean = []
+        for state in self._states:
+            dirty = widen(runs_of_mask(state.dirty), _host_pages(state.block))
+            self._forget(writer, state, dirty)
+            self._clean.append(bridge(runs_of_mask(~state.dirty), NEAR))
+        self._count_remaining()
+
+    def begin_postcopy(self, writer: StreamWriter) -> None:
+        """The guest is stopped, so every millisecond counts: have the destination forget what was written since
+        prepare_postcopy(). Pages that were to be sent anyway are not looked at before _settle()."""
+        if self._clean is None:
+            self.prepare_postcopy(writer)
+        assert self._clean is not None
+        for state, clean in zip(self._states, self._clean, strict=True):
+            written = state.block.dirty_log.harvest_within(clean)
+            state.mark(written)
+            self._statistics.dirtied += int((written[:, 1] - written[:, 0]).sum())
+            self._forget(writer, state, widen(written, _host_pages(state.block)))
+        self._leave_something(writer)
+        self._count_remaining()
+        if self._releasable is not None:
+            self._sent_before = [~state.dirty for state in self._states]
+        if self._states:  # whole pages of the host are claimed from here on
+            index, page = self._at
+            self._at = (index, page - page % _host_pages(self._states[index].block))
         self._in_postcopy = True
         self._restart()
 
-    def _leave_something(self) -> None:
+    def _forget(self, writer: StreamWriter, state: BlockState, runs: Runs) -> None:
+        """These pages, whole ones of the host (QEMU 10.0, postcopy_chunk_hostpages), are to be sent."""
+        for first, end in runs.tolist():
+            state.dirty[first:end] = True
+        for discard in discards(state.block.idstr, state.block.page_size, runs):
+            write_command(writer, Command.POSTCOPY_RAM_DISCARD, discard_payload(discard))
+        if len(runs):
+            state.dirty_count = int(np.count_nonzero(state.dirty))
+
+    def _leave_something(self, writer: StreamWriter) -> None:
         """Send one page once more if all of them were sent: a QEMU that gets no RAM_DISCARD at all refuses RUN, because
         postcopy_ram_prepare_discard resets its state (5.2 to 11.1)."""
         if self._states and not any(state.dirty_count for state in self._states):
             state = self._states[0]
-            state.dirty[0] = True
-            state.dirty_count = 1
-            self._count_remaining()
+            self._forget(writer, state, np.array([[0, _host_pages(state.block)]]))
 
-    def _round_out(self) -> None:
-        """Mark whole pages of the host, and go on with a whole one (QEMU 10.0, postcopy_chunk_hostpages). From here on
-        they are claimed as a whole."""
-        for state in self._states:
-            if (count := _host_pages(state.block)) > 1:
-                whole = state.dirty.reshape(-1, count)
-                whole |= whole.any(axis=1, keepdims=True)
-                state.dirty_count = int(np.count_nonzero(state.dirty))
-        if self._states:
-            index, page = self._at
-            self._at = (index, page - page % _host_pages(self._states[index].block))
-        self._count_remaining()
+    def _settle(self) -> None:
+        """The guest runs on the destination: do what need not keep it stopped. Pages that were never touched when they
+        were marked may have been written since."""
+        if self._settled:
+            return
+        for index, state in enumerate(self._states):
+            log = state.block.dirty_log
+            try:
+                written = log.harvest_within(bridge(runs_of_mask(state.dirty & state.hole), NEAR))
+            except MachineError:  # the guest's process has ended, and the log with it
+                written = np.array([[0, len(state.hole)]])
+            log.stop()
+            for first, end in written.tolist():
+                state.hole[first:end] = False
+            if self._releasable is not None:
+                self._releasable.note_sent(index, np.flatnonzero(self._sent_before[index] & ~state.hole))
+        self._sent_before = []
+        self._settled = True
 
     def releasing(self) -> Releasable:
         """What of the memory can be given back; from the first call on it is noted what was sent."""
@@ -145,10 +185,11 @@ class PostcopyPageSaver(PageSaver):
             pages = np.flatnonzero(state.dirty[first:end]) + first
             self._claim(index, pages)
             self._go_on_at(index, end)
+            hole = state.hole[pages] & self._settled
         if len(pages) == 1:
-            self._urgent_pages.send_page(writer, state.block, int(pages[0]), bool(state.hole[pages[0]]))
+            self._urgent_pages.send_page(writer, state.block, int(pages[0]), bool(hole[0]))
         elif len(pages):
-            self._urgent_pages.send(writer, state.block, pages, state.hole[pages], None)
+            self._urgent_pages.send(writer, state.block, pages, hole, None)
 
     def _requested(self, idstr: str, start: int, length: int) -> tuple[int, int, int]:
         """A block's number, and the first page and the end of these bytes of it. Raises StreamError for anything but
@@ -170,6 +211,7 @@ class PostcopyPageSaver(PageSaver):
     def iterate(self, writer: StreamWriter, budget: int) -> bool:
         if not self._in_postcopy:
             return super().iterate(writer, budget)
+        self._settle()
         while (found := self._next_requested()) is not None:
             self._write(writer, *found)
         limit = writer.position + budget
@@ -183,6 +225,8 @@ class PostcopyPageSaver(PageSaver):
         return not self._statistics.remaining_bytes
 
     def complete(self, writer: StreamWriter) -> None:
+        if self._in_postcopy:
+            self._settle()
         super().complete(writer)
         self._count_urgent()
 
@@ -241,6 +285,7 @@ class PostcopyPageSaver(PageSaver):
     def prepare_resume(self, received: Callable[[str, int], NDArray[np.bool_]]) -> None:
         """What the destination has not received is to be sent, and nothing else (QEMU 10.0, ram_dirty_bitmap_reload).
         It asks again for the pages that its guest waits for."""
+        self._settle()
         self._requests.clear()
         for index, state in enumerate(self._states):
             here = received(state.block.idstr, len(state.dirty))

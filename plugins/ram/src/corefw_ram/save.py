@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corefw.machine import RamBlock
+from corefw.memory.runs import Runs
 from corefw.section import RamStatistics
 from corefw.wire.constants import BE64, RamFlag
 from corefw.wire.records import BlockEntry, write_block_list
@@ -49,14 +50,17 @@ class BlockState:
 
     def harvest(self) -> int:
         """Mark what was written since the last time; how many pages that was."""
-        written = 0
-        for first, end in self.block.dirty_log.harvest():
+        written = self.block.dirty_log.harvest()
+        self.mark(written)
+        return int((written[:, 1] - written[:, 0]).sum())
+
+    def mark(self, written: Runs) -> None:
+        """The guest has written these pages."""
+        for first, end in written.tolist():
             self.dirty[first:end] = True
             self.hole[first:end] = False
-            written += int(end - first)
-        if written:
+        if len(written):
             self.dirty_count = int(np.count_nonzero(self.dirty))
-        return written
 
 
 class PageSaver:

@@ -71,6 +71,9 @@ class RamSectionSaver(RamSaver, PreemptSaver, ReleasingSaver):
     def follows_later(self) -> bool:
         return self._follows_later
 
+    def prepare_postcopy(self, writer: StreamWriter) -> None:
+        self._saving.prepare_postcopy(writer)
+
     def begin_postcopy(self, writer: StreamWriter) -> None:
         self._saving.begin_postcopy(writer)
 
