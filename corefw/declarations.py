@@ -1,6 +1,6 @@
 """How a plugin, or the core, declares capabilities and parameters; corefw.settings has their present values.
 
-Sizes are bytes and times milliseconds, as in QMP.
+Sizes are bytes, and times milliseconds unless a parameter's kind is SECONDS, as in QMP.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from corefw.errors import SettingsError, UsageError, did_you_mean
 from corefw.jsontext import JsonError, parse_json
-from corefw.quantities import parse_milliseconds, parse_size, parse_switch
+from corefw.quantities import parse_milliseconds, parse_seconds, parse_size, parse_switch
 
 Value = int | bool | str | tuple[object, ...] | None
 
@@ -24,6 +24,7 @@ class Kind(StrEnum):
     SIZE = "size"
     RATE = "rate"
     MILLISECONDS = "milliseconds"
+    SECONDS = "seconds"
     BOOLEAN = "boolean"
     STRING = "string"
     CHOICE = "choice"
@@ -101,6 +102,8 @@ class Parameter:
                 return self.check(parse_size(text))
             if self.kind is Kind.MILLISECONDS:
                 return self.check(parse_milliseconds(text))
+            if self.kind is Kind.SECONDS:
+                return self.check(parse_seconds(text))
             return self.check(int(text))
         except SettingsError:
             raise
@@ -112,6 +115,7 @@ class Parameter:
             Kind.SIZE: "a size in bytes (K, M, G)",
             Kind.RATE: "bytes per second (K, M, G)",
             Kind.MILLISECONDS: "a time in milliseconds",
+            Kind.SECONDS: "a time in seconds (10, 10s, 2m)",
             Kind.BOOLEAN: "on or off",
         }.get(self.kind, "an integer")
 

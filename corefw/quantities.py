@@ -1,11 +1,12 @@
 """Parses and formats sizes, rates, times and switches: "1G", "32MiB", "300ms", "on".
 
-Units of bytes are powers of 1024, as in QEMU. A number without a unit means bytes or milliseconds. Anything else raises
-UsageError with an example of what is expected.
+Units of bytes are powers of 1024, as in QEMU. A number without a unit means bytes, milliseconds or seconds. Anything
+else raises UsageError with an example of what is expected.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
 from typing import Final
@@ -40,6 +41,14 @@ def parse_milliseconds(text: str) -> int:
     if match is None:
         raise UsageError(f"'{text}' is not a time: expected a number with ms, s or m, as in 300ms or 0.3s")
     return int(Decimal(match[1]) * _MILLISECONDS[(match[2] or "").lower()])
+
+
+def parse_seconds(text: str) -> int:
+    """ "10", "10s", "2m", "1500ms" -> seconds, rounded up: what is not zero does not become zero."""
+    match = _TIME.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"'{text}' is not a time: expected a number with s or m, as in 10s or 2m")
+    return math.ceil(Decimal(match[1]) * _MILLISECONDS[(match[2] or "s").lower()] / 1000)
 
 
 def parse_switch(text: str) -> bool:

@@ -116,7 +116,7 @@ PARAMETERS: Final = (
     ),
     Parameter(
         "x-migfw-liveness",
-        Kind.INTEGER,
+        Kind.SECONDS,
         60,
         "seconds of silence after which a connection counts as broken; 0 means no limit",
         maximum=86_400,

@@ -12,6 +12,7 @@ from corefw.quantities import (
     format_milliseconds,
     format_size,
     parse_milliseconds,
+    parse_seconds,
     parse_size,
     parse_switch,
 )
@@ -44,6 +45,13 @@ def test_sizes(text: str, expected: int) -> None:
 )
 def test_times(text: str, expected: int) -> None:
     assert parse_milliseconds(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("10", 10), ("10s", 10), ("2m", 120), ("1500ms", 2), ("1ms", 1), ("0", 0)]
+)
+def test_seconds(text: str, expected: int) -> None:
+    assert parse_seconds(text) == expected
 
 
 @pytest.mark.parametrize("word", ["on", "yes", "TRUE", " On "])
@@ -116,7 +124,7 @@ def test_a_size_that_is_written_reads_back_to_within_its_last_digit(count: int) 
     assert abs(read - count) <= 0.06 * max(1024, count)
 
 
-@pytest.mark.parametrize("parse", [parse_size, parse_milliseconds])
+@pytest.mark.parametrize("parse", [parse_size, parse_milliseconds, parse_seconds])
 @given(text=st.text())
 def test_any_text_is_a_quantity_or_a_usage_error(parse: Callable[[str], int], text: str) -> None:
     try:

@@ -291,6 +291,9 @@ def test_nobody_implements_what_nobody_declares() -> None:
         ("max-bandwidth", "0", 0),
         ("downtime-limit", "0.5s", 500),
         ("downtime-limit", "500", 500),
+        ("x-migfw-liveness", "10", 10),
+        ("x-migfw-liveness", "10s", 10),
+        ("x-migfw-liveness", "2m", 120),
         ("xbzrle-cache-size", "1G", 1 << 30),
         ("compress-level", "9", 9),
         ("block-incremental", "on", True),
@@ -309,6 +312,8 @@ def test_a_value_is_read_as_people_write_it(settings: Settings, name: str, text:
         ("downtime-limit", "1 day", "expects a time in milliseconds, got '1 day'"),
         ("downtime-limit", "1h", "expects a time in milliseconds, got '1h'"),
         ("downtime-limit", "40m", "expects a time in milliseconds from 0 to 2000000, got 2400000"),
+        ("x-migfw-liveness", "soon", "expects a time in seconds (10, 10s, 2m), got 'soon'"),
+        ("x-migfw-liveness", "2000m", "expects a time in seconds (10, 10s, 2m) from 0 to 86400, got 120000"),
         ("xbzrle-cache-size", "3M", "expects a power of two, got 3145728"),
         ("compress-level", "high", "expects an integer, got 'high'"),
         ("block-incremental", "1", "expects on or off, got '1'"),
@@ -423,7 +428,8 @@ def _range(one: Parameter) -> str:
         return TEXTS[one.kind]
     if one.kind is Kind.CHOICE:
         return ", ".join(one.choices)
-    unit = {Kind.SIZE: " bytes, a power of two", Kind.RATE: " bytes/s", Kind.MILLISECONDS: " ms"}.get(one.kind, "")
+    units = {Kind.SECONDS: " s", Kind.SIZE: " bytes, a power of two", Kind.RATE: " bytes/s", Kind.MILLISECONDS: " ms"}
+    unit = units.get(one.kind, "")
     return f"{one.minimum} to {one.maximum}{unit}"
 
 

@@ -132,11 +132,14 @@ def _wait(pid: int, reader: int, interrupted: Callable[[], bool], *, as_json: bo
             if "log" in message:
                 log = Path(message["log"])
             else:
-                for number in _SIGNALS:  # from here on the engine stays, and the command says so
-                    signal.signal(number, signal.SIG_IGN)
+                # A signal that came before ends the engine; one that comes from here on leaves it alone.
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
                 if not interrupted():
+                    for number in _SIGNALS:
+                        signal.signal(number, signal.SIG_IGN)
                     _announce(message, log, as_json=as_json)
                     raise Finished(ExitStatus.DONE)
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if interrupted():
         _remove(log)

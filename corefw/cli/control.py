@@ -14,7 +14,7 @@ from corefw.cli import completion
 from corefw.cli.console import print_facts, print_json, print_table
 from corefw.cli.options import engine_options, json_option, read_mixed, split_pairs
 from corefw.cli.progress import cancelled
-from corefw.errors import MigfwError, one_line
+from corefw.errors import MigfwError, UsageError, one_line
 from corefw.qmp.address import EngineInfo, find_engines
 from corefw.qmp.engines import EngineClient, connect
 from corefw.uri import MigrationUri
@@ -67,14 +67,22 @@ def cont(name: str | None, qmp: str | None, as_json: bool) -> None:
 
 @click.command("quit")
 @engine_options
-def quit_engine(name: str | None, qmp: str | None) -> None:
+@click.option("--force", is_flag=True, help="End it in postcopy, too, although the guest is lost on both hosts.")
+def quit_engine(name: str | None, qmp: str | None, force: bool) -> None:
     """End the engine and its guest. The guest's memory is lost.
+
+    In postcopy each side has a part of the guest, so ending either of them loses the guest. That needs --force.
 
     \b
     Example:
       migfw quit --name heat
     """
     with connect(name, qmp) as engine:
+        if not force and engine.has_part_of_guest():
+            raise UsageError(
+                f"the guest is in postcopy (status '{engine.migration_status()}'): a part of it is here and the rest on"
+                " the other host, and it is lost if either side ends (--force ends this one all the same)"
+            )
         if not engine.quit(QUIT_SECONDS):
             raise MigfwError(f"the engine at {engine.address} was asked to quit, but is still running")
 

@@ -51,11 +51,18 @@ UNHEARD: Final = (
     " 'migfw recover URI' here and 'migfw migrate URI --resume' there; then 'migfw quit'"
 )
 
+LOSES_GUEST: Final = (
+    "this engine goes on: in postcopy a part of the guest is here and the rest on the other host, and the guest is lost"
+    " if either side ends"
+)
+
 _POLL: Final = 0.02
 
 
 class Ending(Enum):
-    """Why the process ends."""
+    """Why the process ends; or, with DECLINED, why it does not although it got a signal."""
+
+    DECLINED = auto()
 
     QUIT = auto()
     GUEST_ENDED = auto()
@@ -128,7 +135,7 @@ def host(engine: Engine, address: QmpAddress, listen: Callable[[], QmpServer], p
     for the QMP socket to appear can migrate at once.
     """
     endings: Endings = queue.SimpleQueue()
-    _handle_signals(endings, address)
+    _handle_signals(endings, address, lambda: engine.has_part_of_guest)
     _silence_repeated_warning()
     arrivals = Arrivals()
     ending_now = threading.Event()
@@ -138,7 +145,8 @@ def host(engine: Engine, address: QmpAddress, listen: Callable[[], QmpServer], p
     threading.Thread(target=_wait_quit, args=(server, endings), name="quit", daemon=True).start()
     _begin(engine, server, endings, plan, dialled)
     arrivals.begin()
-    ending = endings.get()
+    while (ending := endings.get()) is Ending.DECLINED:
+        note(f"{LOSES_GUEST}; the same signal again ends it all the same")
     ending_now.set()
     if isinstance(ending, MigfwError):
         raise ending
@@ -235,15 +243,21 @@ def _note_end(engine: Engine, endings: Endings) -> None:
         endings.put(Ending.GUEST_ENDED if state is RunState.SHUTDOWN else Ending.GUEST_FAILED)
 
 
-def _handle_signals(endings: Endings, address: QmpAddress) -> None:
+def _handle_signals(endings: Endings, address: QmpAddress, loses_guest: Callable[[], bool]) -> None:
     """Make the first Ctrl-C, SIGTERM or SIGHUP end the process cleanly, and a second one at once, with the guest.
 
-    A second SIGHUP is ignored, because a closing terminal sends one from the kernel and one from the shell.
+    While `loses_guest()`, the first one of all is declined. A second SIGHUP is ignored, because a closing terminal
+    sends one from the kernel and one from the shell.
     """
     received: list[int] = []
+    declined: list[int] = []
 
     def handler(number: int, _frame: FrameType | None) -> None:
-        if received and number == signal.SIGHUP:
+        if number == signal.SIGHUP and (received or declined):
+            return
+        if not received and not declined and loses_guest():
+            declined.append(number)
+            endings.put(Ending.DECLINED)
             return
         if received:
             if isinstance(address, UnixAddress):
@@ -258,7 +272,7 @@ def _handle_signals(endings: Endings, address: QmpAddress) -> None:
 
 def _report(engine: Engine, server: QmpServer, ending: Ending) -> None:
     match ending:
-        case Ending.QUIT | Ending.TERMINATED:
+        case Ending.DECLINED | Ending.QUIT | Ending.TERMINATED:
             return
         case Ending.GUEST_ENDED:
             announce("the guest has ended")

@@ -33,7 +33,7 @@ from corefw.errors import MigfwError, UsageError, one_line
 from corefw.machine import RunState
 from corefw.qmp.engines import EngineClient, connect
 from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED
-from corefw.states import MigrationStatus
+from corefw.states import POSTCOPY, SETUP_OR_ACTIVE, MigrationStatus
 
 if TYPE_CHECKING:
     from corefw.cli.destination import Destination
@@ -88,7 +88,8 @@ class Attempts(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
     "--reconnect",
     metavar="N|forever",
     type=Attempts(),
-    help="If the connection breaks in postcopy, dial again by itself, up to N times.",
+    help="If the connection breaks in postcopy, dial again by itself, up to N times in a row. Still holds after"
+    " --resume, unless that has another N.",
 )
 @click.option("--detach", is_flag=True, help="Start the migration and return; 'migfw status' shows its progress.")
 @click.option("--resume", is_flag=True, help="Resume a postcopy migration whose connection broke.")
@@ -153,6 +154,7 @@ def migrate(
     _check_where(uri, to, remote_migfw, detach=detach, resume=resume)
     _check_resume(fixed if resume else {})
     with connect(name, qmp) as engine, contextlib.ExitStack() as stack:
+        _check_idle(engine, resume=resume)
         destination = stack.enter_context(_start(engine, to, remote_migfw, caps, params)) if to is not None else None
         uri = destination.uri if destination is not None else uri
         assert uri is not None
@@ -162,6 +164,7 @@ def migrate(
         if postcopy is not None:
             _check_switch(engine, postcopy, detach=detach)
             changes.capabilities.setdefault("postcopy-ram", True)
+        _check_return_path(changes)
         _add_reconnect(changes, engine, reconnect)
         if not resume:
             _add_defaults(changes, engine, route)
@@ -220,6 +223,26 @@ def _check_switch(engine: EngineClient, postcopy: str, *, detach: bool) -> None:
         )
     if postcopy not in SWITCHES:
         raise UsageError(f"--postcopy={postcopy}: a QEMU cannot decide that by itself (use {' or '.join(SWITCHES)})")
+
+
+def _check_idle(engine: EngineClient, *, resume: bool) -> None:
+    """Refuse a second migration with what to do about the first. The engine refuses it too, in QEMU's words."""
+    status = engine.outgoing_status()
+    if resume or status not in SETUP_OR_ACTIVE:
+        return
+    if status == MigrationStatus.POSTCOPY_PAUSED:
+        raise UsageError(
+            "a migration is paused in postcopy, because its connection broke: --resume continues it ('migfw status'"
+            " shows more)"
+        )
+    way_out = "wait for its end" if status in POSTCOPY else "'migfw cancel' ends it"
+    raise UsageError(f"a migration is under way (status '{status}'): 'migfw status' shows it, {way_out}")
+
+
+def _check_return_path(changes: Changes) -> None:
+    """Refuse what would have no effect: a migration with postcopy opens the return path anyway."""
+    if changes.capabilities.get("postcopy-ram") and changes.capabilities.get("return-path") is False:
+        raise UsageError("--cap return-path=off: postcopy needs the return path (leave one of the two out)")
 
 
 def _check_where(uri: str | None, to: str | None, remote_migfw: str | None, *, detach: bool, resume: bool) -> None:

@@ -31,7 +31,7 @@ from corefw.control import CheckReport
 from corefw.engine.estimate import Estimate, Rates, estimate
 from corefw.engine.guestarrival import obstacle_to_postcopy
 from corefw.engine.tails import tail_of
-from corefw.errors import ChannelError, Interrupted, StreamError, one_line
+from corefw.errors import ChannelError, Interrupted, StateError, StreamError, one_line
 from corefw.jsontext import JsonError, parse_json
 from corefw.machine import Machine, PostcopyMachine, RunState
 from corefw.memory.host import spare_memory
@@ -102,7 +102,16 @@ class Check:
             self._channel.abort()
         self.done.wait()
 
-    def report(self) -> CheckReport:
+    def run(self, transport: Transport | None) -> CheckReport:
+        """Ask the destination there, if any, and measure the guest. Raises StateError if a migration began."""
+        try:
+            if transport is not None:
+                self._ask(transport)
+            return self._report()
+        except Interrupted:
+            raise StateError("a migration began, and ended the check") from None
+
+    def _report(self) -> CheckReport:
         """Measure the guest, and put together what is known. Raises Interrupted if a migration began."""
         self._interrupt.check()
         rates = self._measure()
@@ -126,7 +135,7 @@ class Check:
 
     # -- the destination -------------------------------------------------------------------------------------------
 
-    def ask(self, transport: Transport) -> None:
+    def _ask(self, transport: Transport) -> None:
         """Ask the destination there; what is wrong goes into the report. Raises Interrupted if a migration began."""
         if (obstacle := self._obstacle(transport)) is not None:
             self._notes.append(f"{transport.uri} was not dialled: {obstacle}")

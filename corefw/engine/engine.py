@@ -25,7 +25,7 @@ from corefw.engine.outgoing import OutgoingMigration
 from corefw.engine.requirements import check_settings
 from corefw.engine.source import Source
 from corefw.engine.tails import tail_of
-from corefw.errors import BlockedError, Interrupted, MigfwError, StateError, UriError, UsageError
+from corefw.errors import BlockedError, MigfwError, StateError, UriError, UsageError
 from corefw.machine import DEAD, Machine, RunState, VerifiableMachine
 from corefw.plugins import Plugins
 from corefw.registry import SaverRegistry
@@ -164,6 +164,13 @@ class Engine(MigrationControl):
         """Whether the guest is known to be elsewhere: a destination has confirmed it, or it is whole in a file."""
         return self._migration is not None and self._migration.is_safe_elsewhere
 
+    @property
+    def has_part_of_guest(self) -> bool:
+        """Whether the guest is in postcopy: a part of its RAM is here and the rest on the other side, so it is lost if
+        either of them ends."""
+        leaving = self._migration is not None and self._migration.has_part_of_guest
+        return leaving or self.inbound.has_part_of_guest
+
     # -- out -------------------------------------------------------------------------------------------------------
 
     def migrate(self, uri: str, *, resume: bool = False) -> None:
@@ -214,26 +221,16 @@ class Engine(MigrationControl):
         with self._lock:
             self._check_may_check()
             reasons = self._blockers.added + found
-            self._checking = checking = Check(
-                self.machine,
-                self.settings,
-                savers,
-                reasons,
-                postcopy=postcopy or self.settings.capability("postcopy-ram"),
-            )
+            wanted = postcopy or self.settings.capability("postcopy-ram")
+            self._checking = checking = Check(self.machine, self.settings, savers, reasons, postcopy=wanted)
         try:
-            if transport is not None:
-                checking.ask(transport)
-            return checking.report()
-        except Interrupted:
-            raise StateError("a migration began, and ended the check") from None
+            return checking.run(transport)
         finally:
             self._checking = None
             checking.done.set()
 
     def _end_check(self) -> None:
-        checking = self._checking
-        if checking is not None:
+        if (checking := self._checking) is not None:
             checking.end()
 
     def _check_may_check(self) -> None:

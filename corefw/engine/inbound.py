@@ -140,6 +140,11 @@ class Inbound:
             return False
         return self._present.pause()
 
+    @property
+    def has_part_of_guest(self) -> bool:
+        """Whether the guest is here while a part of its RAM is still on the source."""
+        return self._present is not None and self._present.has_part_of_guest
+
     def guest_waits(self) -> bool:
         """Whether the guest waits for a page that has not arrived."""
         return self._present is not None and self._present.guest_waits()

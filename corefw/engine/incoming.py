@@ -23,7 +23,7 @@ from corefw.engine.phases import run_phases
 from corefw.engine.readmission import Readmission
 from corefw.errors import ANYTHING, Interrupted, MigfwError
 from corefw.machine import RamMakingMachine
-from corefw.states import MigrationStatus, StateMachine
+from corefw.states import POSTCOPY, MigrationStatus, StateMachine
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,12 @@ class IncomingMigration:
         """How long the guest has waited for pages; None where that is not measured."""
         measured = self._destination.blocktime
         return measured.report() if measured is not None else None
+
+    @property
+    def has_part_of_guest(self) -> bool:
+        """Whether the guest is here, or about to be, while a part of its RAM is still on the source."""
+        guest = self._destination.guest
+        return self._state.status in POSTCOPY and guest is not None and not guest.is_whole
 
     def guest_waits(self) -> bool:
         """Whether the guest waits for a page that has not arrived."""

@@ -98,6 +98,11 @@ class OutgoingMigration:
         return self.confirmed or (self._state.status is _S.COMPLETED and self._arrived())
 
     @property
+    def has_part_of_guest(self) -> bool:
+        """Whether the guest runs on the destination, or is about to, while a part of its RAM is still here."""
+        return self._state.status in POSTCOPY and bool(self._source.on_demand())
+
+    @property
     def holds_guest(self) -> bool:
         """Whether it has stopped the guest and not decided yet what becomes of it, so that nothing else may start it.
         To be asked under the guest lock."""

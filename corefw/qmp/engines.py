@@ -23,7 +23,7 @@ from corefw.net.socketfile import Occupant, make_room, occupant
 from corefw.net.sockets import reason
 from corefw.qmp.address import QmpAddress, named_address, parse_address, resolve
 from corefw.qmp.client import QmpClient, QmpError
-from corefw.states import MigrationStatus
+from corefw.states import POSTCOPY, MigrationStatus
 from corefw.uri import UnixAddress
 
 POLL: Final = 0.1
@@ -91,6 +91,18 @@ class EngineClient:
 
     def is_migrating(self) -> bool:
         return self.migration_status() in _UNDER_WAY
+
+    def outgoing_status(self) -> str:
+        """The status of the migration away from the engine. A real QEMU does not say in which direction one goes."""
+        if self.is_migfw:
+            return str(self.call("x-migfw-status")["outgoing"])
+        return self.migration_status()
+
+    def has_part_of_guest(self) -> bool:
+        """Whether the guest is in postcopy, so that it is lost if this engine ends."""
+        if self.is_migfw:
+            return bool(self.call("x-migfw-status")["has-part-of-guest"])
+        return self.migration_status() in POSTCOPY
 
     def capabilities(self) -> frozenset[str]:
         """The names of all its capabilities."""

@@ -60,11 +60,12 @@ class Engine:
         return self.process.returncode, out, err
 
     def end(self) -> None:
-        """End it and its guest."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(10)
+        """End it and its guest, also in postcopy, where it declines the first signal."""
+        for seconds in (3, 10):
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(seconds)
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdout, self.process.stderr):

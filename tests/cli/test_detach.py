@@ -172,6 +172,44 @@ def test_ctrl_c_while_it_starts_leaves_nothing(detached: Detached, tmp_path: Pat
     assert (detached.engines(), detached.left()) == ([], [])
 
 
+SLOW_TO_STOP = """
+import pathlib, time
+from corefw_machine_python import guest
+
+FOLDER = pathlib.Path(__file__).parent
+
+class Slow(guest.Program):
+    def setup(self):
+        while not (FOLDER / "go").exists():
+            time.sleep(0.01)
+
+    def tick(self):
+        time.sleep(0.01)
+
+    def before_stop(self):
+        (FOLDER / "stopping").touch()
+        time.sleep(600)
+"""
+
+
+def test_a_second_ctrl_c_ends_an_engine_that_had_just_become_ready(detached: Detached, tmp_path: Path) -> None:
+    program = tmp_path / "slow.py"
+    program.write_text(SLOW_TO_STOP)
+    command = start("run", "--detach", f"{program}:Slow", runtime=detached.runtime)
+    log = detached.runtime / "migfw" / "slow.log"
+    wait_until(log.exists, "the engine's process")
+    command.send_signal(signal.SIGSTOP)  # so that it gets the signal before it reads that the engine is ready
+    (tmp_path / "go").touch()
+    wait_until(lambda: "the guest is running" in log.read_text(), "the engine")
+    command.send_signal(signal.SIGINT)
+    command.send_signal(signal.SIGCONT)
+    wait_until((tmp_path / "stopping").exists, "the program to be stopped")
+    command.send_signal(signal.SIGINT)
+    out, err = command.communicate(timeout=TIMEOUT)
+    assert (command.returncode, out, err) == (130, "", "migfw: interrupted; nothing was started\n")
+    assert (detached.engines(), detached.left()) == ([], [])
+
+
 def test_an_engine_that_nobody_waits_for_ends(detached: Detached, tmp_path: Path) -> None:
     program = tmp_path / "slow.py"
     program.write_text(SLOW.replace("time.sleep(600)", "time.sleep(3)"))

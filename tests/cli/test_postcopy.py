@@ -138,14 +138,43 @@ def test_the_engine_switches_by_itself(engines: Engines) -> None:
     assert wrong.returncode == 2 and "after-first-pass" in wrong.stderr
 
 
-def test_ctrl_c_ends_a_destination_that_is_paused(engines: Engines) -> None:
+def test_neither_side_ends_in_postcopy_without_being_told_twice(engines: Engines) -> None:
     source, destination = start_postcopy(engines)
     assert source.call("pause").returncode == 0
     assert wait_until(lambda: status(destination) == "postcopy-paused")
+    for engine in (source, destination):
+        refused = engine.call("quit")
+        assert refused.returncode == 2 and "it is lost if either side ends (--force" in refused.stderr
+    printed = destination.process.stderr
+    assert printed is not None
+    destination.process.send_signal(signal.SIGINT)
+    warnings = iter(printed.readline, "")
+    assert any("the guest is lost if either side ends; the same signal again" in line for line in warnings)
+    assert status(destination) == "postcopy-paused"
     destination.process.send_signal(signal.SIGINT)
     assert destination.process.wait(timeout=30) == 130
-    printed = destination.process.stderr
-    assert printed is not None and "this engine stays" not in printed.read()
+    assert "this engine stays" not in printed.read()
+    assert source.call("quit", "--force").returncode == 0
+    assert source.process.wait(timeout=30) == 0
+
+
+def test_a_second_migration_is_told_about_the_first(engines: Engines) -> None:
+    source, destination = start_postcopy(engines)
+    wrong = source.call("migrate", destination.uri)
+    assert wrong.returncode == 2 and "'migfw status' shows it, wait for its end" in wrong.stderr
+    assert source.call("pause").returncode == 0
+    assert wait_until(lambda: status(source) == "postcopy-paused")
+    wrong = source.call("migrate", destination.uri)
+    assert wrong.returncode == 2 and "--resume continues it" in wrong.stderr
+    assert source.call("set", "max-postcopy-bandwidth=0").returncode == 0
+    moved = source.call("migrate", destination.uri, "--resume")
+    assert moved.returncode == 0, moved.stderr
+
+
+def test_postcopy_without_a_return_path_is_refused(engines: Engines) -> None:
+    source = engines(*BUSY, "--name=from")
+    wrong = source.call("migrate", "tcp:127.0.0.1:1", "--postcopy", "--cap=return-path=off")
+    assert wrong.returncode == 2 and "postcopy needs the return path" in wrong.stderr
 
 
 def kill_guest(engine: Engine) -> None:

@@ -44,6 +44,7 @@ def x_migfw_status(context: Context) -> object:
         "outgoing": engine.outgoing.status,
         "incoming": engine.incoming.status,
         "incoming-uri": engine.inbound.uri,
+        "has-part-of-guest": engine.has_part_of_guest,
         "preallocation": preallocation_info(engine.inbound.preallocation()),
         "migration": migration_info(engine.report()),
         "settings": as_json(engine.settings),

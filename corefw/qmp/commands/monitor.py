@@ -187,6 +187,7 @@ def _info_parameters(context: Context, _: Sequence[str]) -> str:
 
 _UNITS: Final[Mapping[Kind, str]] = {
     Kind.MILLISECONDS: " ms",
+    Kind.SECONDS: " s",
     Kind.RATE: " bytes/second",
     Kind.SIZE: " bytes",
 }
