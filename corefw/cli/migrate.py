@@ -236,7 +236,7 @@ def _check_idle(engine: EngineClient, *, resume: bool) -> None:
             " shows more)"
         )
     way_out = "wait for its end" if status in POSTCOPY else "'migfw cancel' ends it"
-    raise UsageError(f"a migration is under way (status '{status}'): 'migfw status' shows it, {way_out}")
+    raise UsageError(f"a migration is in progress (status '{status}'): 'migfw status' shows it, {way_out}")
 
 
 def _check_return_path(changes: Changes) -> None:
