@@ -20,7 +20,7 @@ ifneq ($(COMPILES),yes)
 PLUGINS  := $(filter-out $(COMPILED),$(PLUGINS))
 endif
 PROJECTS := pyproject.toml $(PLUGINS:%=%/pyproject.toml)
-SOURCES  := $(foreach plugin,$(filter $(COMPILED),$(PLUGINS)),$(wildcard $(plugin)/compile.py $(plugin)/src/*/*.c))
+SOURCES  := $(foreach plugin,$(filter $(COMPILED),$(PLUGINS)),$(wildcard $(plugin)/compile.py $(plugin)/src/*/*.[ch]))
 PIP      := $(BIN)/python -m pip --disable-pip-version-check -qq
 DEV      := $(VENV)/.dev-installed$(if $(COMPILES),,-without-compiler)
 DOCS     := $(VENV)/.docs-installed

@@ -131,6 +131,18 @@ class RamBlock(ABC):
         every process that maps them. Raises MachineError."""
 
 
+@dataclass(frozen=True, slots=True)
+class GuestMapping:
+    """Where a guest has mapped a RAM block, for compiled code that installs pages itself (UFFDIO_CONTINUE).
+
+    userfaultfd   a descriptor, open until the FaultSource is closed; -1 if the guest waits for no pages
+    address       the block's first byte in the guest's process
+    """
+
+    userfaultfd: int
+    address: int
+
+
 class FaultSource(ABC):
     """The page faults of a guest that runs while its RAM is still arriving (postcopy).
 
@@ -154,6 +166,16 @@ class FaultSource(ABC):
     def install(self, block: RamBlock, runs: NDArray[np.int64]) -> None:
         """Let the guest see the pages in these runs (rows first, end) as they are in the block, and wake the threads
         that wait for them. Does nothing for installed pages, or if the guest has ended. Raises MachineError."""
+
+    def mapping(self, block: RamBlock) -> GuestMapping | None:
+        """How compiled code can install pages of this block without install(), which is slower. None if it cannot."""
+        del block
+        return None
+
+    def note_installed(self, block: RamBlock, awaited: NDArray[np.int64]) -> None:
+        """Compiled code has installed pages that the guest waited for, and that had to be requested: rows (page, time),
+        in nanoseconds as time.monotonic_ns() has them. Most sources have no use for that."""
+        del block, awaited
 
     @abstractmethod
     def release(self) -> None:

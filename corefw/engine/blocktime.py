@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corefw.control import BlocktimeReport
-from corefw.machine import FaultSource, RamBlock
+from corefw.machine import FaultSource, GuestMapping, RamBlock
 
 BUCKETS: Final = 24
 """Powers of two in QEMU's histogram of microseconds; the last bucket has everything above, too."""
@@ -128,6 +128,14 @@ class Blocktime:
             for waiter in _among(self._waiting, block, runs):
                 self._end(now, waiter, requested=requested)
 
+    def ended_before(self, block: str, awaited: NDArray[np.int64]) -> None:
+        """These pages, which were requested, were installed a moment ago: rows (page, time)."""
+        with self._lock:
+            for page, when in awaited.tolist():
+                for waiter, wait in list(self._waiting.items()):
+                    if (wait.block, wait.page) == (block, page):
+                        self._end(max(when, wait.since), waiter, requested=True)
+
     def _end(self, now: int, waiter: _Waiter, *, requested: bool) -> None:
         since = self._waiting.pop(waiter).since
         if requested:
@@ -143,7 +151,7 @@ class Blocktime:
         if blocked and self._all_blocked_since is None:
             self._all_blocked_since = now
         elif not blocked and self._all_blocked_since is not None:
-            self._all_blocked += now - self._all_blocked_since
+            self._all_blocked += max(0, now - self._all_blocked_since)
             self._all_blocked_since = None
 
     def report(self) -> BlocktimeReport:
@@ -201,6 +209,13 @@ class MeasuredFaults(FaultSource):
     def install(self, block: RamBlock, runs: NDArray[np.int64]) -> None:
         self._source.install(block, runs)
         self._blocktime.ended(block.idstr, runs, requested=threading.get_ident() != self._polling)
+
+    def mapping(self, block: RamBlock) -> GuestMapping | None:
+        return self._source.mapping(block)
+
+    def note_installed(self, block: RamBlock, awaited: NDArray[np.int64]) -> None:
+        self._source.note_installed(block, awaited)
+        self._blocktime.ended_before(block.idstr, awaited)
 
     def release(self) -> None:
         self._source.release()

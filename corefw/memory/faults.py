@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corefw.errors import MachineError
-from corefw.machine import FaultSource, RamBlock
+from corefw.machine import FaultSource, GuestMapping, RamBlock
 from corefw.memory import userfault
 from corefw.memory.runs import Runs
 
@@ -141,6 +141,9 @@ class FaultQueue(FaultSource):
                     return  # the guest has ended
                 raise MachineError(f"cannot map pages of RAM block '{block.idstr}': {error.strerror}") from None
 
+    def mapping(self, block: RamBlock) -> GuestMapping | None:
+        return GuestMapping(self._fd, self._addresses[block.idstr]) if self._fd >= 0 else None
+
     def _install(self, block: RamBlock, address: int, start: int, end: int) -> None:
         at = start
         while at < end:
@@ -211,6 +214,10 @@ class NoFaults(FaultSource):
 
     def install(self, block: RamBlock, runs: NDArray[np.int64]) -> None:
         """Nothing waits for it."""
+
+    def mapping(self, block: RamBlock) -> GuestMapping | None:
+        del block
+        return GuestMapping(-1, 0)
 
     def release(self) -> None:
         self.close()

@@ -1,4 +1,4 @@
-"""Compiles kernel.c when a wheel is built, also for an editable installation. Needs a C compiler and the C library's
+"""Compiles the library when a wheel is built, also for an editable installation. Needs a C compiler and the C library's
 headers, but not Python's: the library is loaded with ctypes, so that one wheel serves every version of Python.
 
 $CC names the compiler (default cc), $CFLAGS adds options.
@@ -24,12 +24,11 @@ class CompileKernel(BuildHookInterface[Any]):
         compiler = shlex.split(os.environ.get("CC") or "cc")
         options = (*OPTIONS, *shlex.split(os.environ.get("CFLAGS", "")))
         try:
-            subprocess.run(
-                [*compiler, *options, "-o", str(package / "kernel.so"), str(package / "kernel.c")], check=True
-            )
+            sources = sorted(map(str, package.glob("*.c")))
+            subprocess.run([*compiler, *options, "-o", str(package / "kernel.so"), *sources], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise RuntimeError(
-                f"cannot compile kernel.c: {error} (install a C compiler, Debian: gcc and libc6-dev; or leave"
+                f"cannot compile the kernel: {error} (install a C compiler, Debian: gcc and libc6-dev; or leave"
                 f" migfw-ram-kernel out: migfw works without it)"
             ) from error
         build_data["pure_python"] = False

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from corefw_ram.section import RamSectionLoader
 
 from corefw.errors import StateError
 from corefw.machine import MachineConfig, RunState
@@ -48,8 +49,7 @@ def fail(*_: object) -> NoReturn:
 def test_a_bug_on_the_destination_pauses_and_loses_nothing(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
     move.switch()
     with monkeypatch.context() as patch:
-        for block in move.destination.machine.ram_blocks():
-            patch.setattr(block, "store", fail)
+        patch.setattr(RamSectionLoader, "load", fail)
         move.both_reach("postcopy-paused")
     recover(move)
     move.completes()

@@ -42,7 +42,31 @@ BOUNDARY: Final = 64
 """Bytes read where a body is expected to end: enough for its end, the header of the next section and of a record."""
 
 
-class DirectReceiver:
+class InPlaceReceiver:
+    """Receives pages of one block past the reader's buffer. This one receives none."""
+
+    @property
+    def expects(self) -> bool:
+        """Whether a run of pages is expected to go on."""
+        return False
+
+    def end_body(self) -> None:
+        """The body of a section has ended. The next one is probably as long."""
+
+    def note_stored(self, pages: NDArray[np.int64]) -> None:
+        """A run of records was stored in these pages, in this order."""
+
+    def note_zeroed(self) -> None:
+        """Zeros were stored, in whichever pages."""
+
+    def receive(self, reader: StreamReader) -> bool:
+        """Receive records past the reader's buffer. False where no run is expected, or something else came: then the
+        reader is in front of that. Raises RemoteStreamError, ChannelError, MachineError."""
+        del reader
+        return False
+
+
+class DirectReceiver(InPlaceReceiver):
     """Receives one block's pages in place while they come in their order."""
 
     def __init__(self, block: RamBlock) -> None:
@@ -60,30 +84,20 @@ class DirectReceiver:
 
     @property
     def expects(self) -> bool:
-        """Whether a run of pages is expected to go on."""
         return self._next is not None and self._next == self._fresh < self._end
 
     def end_body(self) -> None:
-        """The body of a section has ended. The next one is probably as long."""
         self._last_body, self._in_body = self._in_body, 0
 
     def note_stored(self, pages: NDArray[np.int64]) -> None:
-        """A run of records was stored in these pages, in this order."""
         self._fresh = max(self._fresh, int(pages.max()) + 1)
         last = int(pages[-1])
         self._next = last + 1 if len(pages) >= RUN and last - int(pages[-RUN]) == RUN - 1 else None
 
     def note_zeroed(self) -> None:
-        """Zeros were stored, in whichever pages."""
         self._next = None
 
-    def stop(self) -> None:
-        """Receive nothing in place from now on."""
-        self._end = 0
-
     def receive(self, reader: StreamReader) -> bool:
-        """Receive records past the reader's buffer. False where no run is expected, or something else came: then the
-        reader is in front of that."""
         if self._next is None or not self.expects or not reader.receives_memory:
             return False
         start, end = reader.span()

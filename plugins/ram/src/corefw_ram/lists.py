@@ -1,19 +1,14 @@
 """Receives lists of page records into place: headers into a buffer, pages into guest RAM.
 
-Two loops do the same: one in NumPy, one in C, which the distribution migfw-ram-kernel brings and registers under the
-entry point `ram` in the group `corefw.kernel` (docs/decisions/compiled-kernel.md). C is used where it is installed and
-the channel is a socket.
+Two loops do the same: one in NumPy, one in C (kernel.py), which is used where it is installed and the channel is a
+socket.
 
 Threads: the incoming thread.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from functools import cache
-from importlib.metadata import entry_points
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +16,8 @@ from numpy.typing import NDArray
 from corefw.machine import RamBlock
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
 from corefw.wire.stream import StreamReader
+from corefw_ram.kernel import find_kernel
 from corefw_ram.records import HEADER, PAGE_RECORD
-
-log = logging.getLogger(__name__)
 
 MOST: Final = 512
 """Pages in a list at most: with their headers the 1024 pieces that a system call takes."""
@@ -35,9 +29,6 @@ FLAGS: Final = int(RamFlag.PAGE | RamFlag.CONTINUE)
 OFFSETS: Final = np.arange(MOST, dtype=np.uint64) * np.uint64(TARGET_PAGE_SIZE)
 HEADERS: Final = OFFSETS | np.uint64(FLAGS)
 """The headers of a run from page 0 on."""
-
-Kernel = Callable[..., tuple[int, int, int]]
-"""`corefw_ram_kernel.receive_lists`, whose docstring has the arguments and the result."""
 
 
 class Received(NamedTuple):
@@ -84,7 +75,7 @@ class ListReceiver:
         def receive(descriptor: int) -> int:
             nonlocal received
             received = Received(
-                *kernel(
+                *kernel.receive_lists(
                     descriptor,
                     ram=self._base,
                     pages=len(ram),
@@ -107,14 +98,3 @@ class ListReceiver:
 
     def header(self, number: int) -> memoryview:
         return self.headers[number : number + 1].data.cast("B")
-
-
-@cache
-def find_kernel() -> Kernel | None:
-    """The compiled loop; None where none is installed, or it does not load: that is logged once."""
-    for point in entry_points(group="corefw.kernel", name="ram"):
-        try:
-            return cast("Kernel", point.load())
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the loop in NumPy is as good
-            log.warning("the compiled kernel %s does not load, and is not used: %s", point.value, error)
-    return None

@@ -22,7 +22,7 @@ from corefw.section import IncomingContext
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
 from corefw.wire.records import MAPPED_RAM, BlockEntry, read_block_list, read_block_name, read_ram_header
 from corefw.wire.stream import BULK_BUFFER_SIZE, StreamReader
-from corefw_ram.direct import DirectReceiver
+from corefw_ram.direct import DirectReceiver, InPlaceReceiver
 from corefw_ram.mapped import load_mapped_pages
 from corefw_ram.records import HEADER, PAGE_RECORD, ZERO_RECORD
 
@@ -52,10 +52,10 @@ class LoadedBlock:
 
     read_ahead: int = BULK_BUFFER_SIZE
 
-    def __init__(self, block: RamBlock) -> None:
+    def __init__(self, block: RamBlock, direct: InPlaceReceiver) -> None:
         """Before anything is stored in it."""
         self.block: Final = block
-        self.direct: Final = DirectReceiver(block)
+        self.direct: Final = direct
 
     def store(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
         self.block.store(pages, data)
@@ -78,7 +78,7 @@ class PageLoader:
     def __init__(self, machine: Machine, context: IncomingContext) -> None:
         self._machine = machine
         self._context = context
-        self._blocks = {block.idstr: LoadedBlock(block) for block in machine.ram_blocks()}
+        self._blocks = {block.idstr: LoadedBlock(block, DirectReceiver(block)) for block in machine.ram_blocks()}
         self._block: LoadedBlock | None = None
         self.listed = False
         self._records: dict[RamFlag, Callable[[StreamReader, int], None]] = {
@@ -166,7 +166,7 @@ class PageLoader:
             made = machine.make_ram_blocks(lengths)
         except MachineError as error:
             raise reader.error("RAM blocks that this machine can have", str(error)) from error
-        self._blocks |= {block.idstr: LoadedBlock(block) for block in made}
+        self._blocks |= {block.idstr: LoadedBlock(block, DirectReceiver(block)) for block in made}
 
     def _check_entry(self, reader: StreamReader, entry: BlockEntry) -> None:
         loaded = self._blocks.get(entry.idstr)

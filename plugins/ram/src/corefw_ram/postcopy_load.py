@@ -10,9 +10,10 @@ faults.
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +22,18 @@ from corefw.errors import ANYTHING, StreamError
 from corefw.machine import FaultSource, Machine, RamBlock
 from corefw.memory.runs import Runs, distinct, runs_of_mask, runs_of_pages
 from corefw.section import IncomingContext
+from corefw.wire.stream import StreamReader
+from corefw_ram.arriving import ArrivingReceiver
+from corefw_ram.direct import InPlaceReceiver
+from corefw_ram.kernel import Begun, Installed, KernelBlock, find_kernel
 from corefw_ram.load import LoadedBlock, PageLoader
+from corefw_ram.marks import KernelMarks, LockedMarks, PageMarks
 
 AROUND = 16
 """Pages, in aligned groups of as many, that are installed together when the guest touches one that has arrived. As
 with the kernel's fault-around, neighbours are likely to be needed next."""
+NAP: Final = 0.0005
+"""Seconds between two looks at a page that another thread has claimed."""
 
 
 class ArrivingBlock(LoadedBlock):
@@ -34,59 +42,58 @@ class ArrivingBlock(LoadedBlock):
     Every page counts as arrived that was not `discarded` (a mark per page): the source discards all that it has still
     to send. Little is read ahead: a kernel without preemption lets no thread that has a requested page run before all
     of that was stored.
+
+    kernel   compiled code that receives into the block, where it is installed and can let the guest see pages
+    marks    which pages have arrived
     """
 
     read_ahead = 1 << 20
 
     def __init__(self, block: RamBlock, discarded: NDArray[np.bool_], faults: FaultSource) -> None:
-        super().__init__(block)
-        self.direct.stop()
+        self.kernel: KernelBlock | None = None
+        self.marks: PageMarks
         self._faults = faults
-        self._lock = threading.Lock()  # guards the marks
-        self._claimed = ~discarded
-        self._received = ~discarded
-        self._awaited = np.zeros_like(discarded)
+        kernel, mapping = find_kernel(), faults.mapping(block)
+        if kernel is not None and mapping is not None:
+            self.marks = marks = KernelMarks(~discarded, block, kernel, mapping)
+            self.kernel = marks.kernel
+        else:
+            self.marks = LockedMarks(~discarded)
+        # A fault for each small page costs more than a second copy.
+        in_place = self.kernel is not None and block.huge
+        super().__init__(block, ArrivingReceiver(self, self.kernel) if self.kernel and in_place else InPlaceReceiver())
 
     # -- what arrives ----------------------------------------------------------------------------------------------
 
     def store(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
-        new = self._claim(pages)
+        new = self.marks.claim(pages)
+        stored = pages
         if not new.all():
-            pages, data = pages[new], data[new]
-        with self._storing(pages):
-            self.block.store(pages, data)
-        with self._lock:
-            self._received[pages] = True
-        self._install(runs_of_pages(distinct(pages)))
+            stored, data = pages[new], data[new]
+        with self._storing(stored):
+            self.block.store(stored, data)
+        self.marks.mark_received(stored)
+        self._install(runs_of_pages(distinct(stored)))
+        self.direct.note_stored(pages)
 
     def store_page(self, page: int, data: bytes) -> None:
-        """The same for a single page, in a fraction of the time. The guest waits for it."""
-        with self._lock:
-            if self._claimed[page]:
+        """The same for a single page, which the guest waits for."""
+        pages = np.array([page])
+        while not self.marks.claim(pages)[0]:
+            if self.marks.has(pages)[0]:
                 return
-            self._claimed[page] = True
+            time.sleep(NAP)  # it is expected in the stream, or comes there too
         at = page * self.block.page_size
         self.block.view[at : at + self.block.page_size] = data
-        with self._lock:
-            self._received[page] = True
-        self._install(np.array([[page, page + 1]]))
+        self._has_arrived(page)
 
     def fill(self, pages: NDArray[np.int64], value: int) -> None:
         """Zeros stay where nothing is allocated until the guest touches them."""
-        pages = pages[self._claim(pages)]
+        pages = pages[self.marks.claim(pages)]
         with self._storing(pages):
             self.block.fill(pages, value)
-        with self._lock:
-            self._received[pages] = True
-            seen = pages if value else pages[self._awaited[pages]]
-        self._install(runs_of_pages(distinct(seen)))
-
-    def _claim(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of these pages the caller is to store."""
-        with self._lock:
-            new = ~self._claimed[pages]
-            self._claimed[pages] = True
-            return new
+        awaited = self.marks.mark_received(pages)
+        self._install(runs_of_pages(distinct(pages if value else pages[awaited])))
 
     @contextmanager
     def _storing(self, pages: NDArray[np.int64]) -> Iterator[None]:
@@ -94,50 +101,53 @@ class ArrivingBlock(LoadedBlock):
         try:
             yield
         except ANYTHING:
-            with self._lock:
-                self._claimed[pages] = False
+            self.marks.give_up(pages)
             raise
+
+    def _has_arrived(self, page: int) -> None:
+        self.marks.mark_received(np.array([page]))
+        self._install(np.array([[page, page + 1]]))
 
     def _install(self, runs: Runs) -> None:
         self._faults.install(self.block, runs)
+
+    # -- what compiled code has begun ------------------------------------------------------------------------------
+
+    @contextmanager
+    def finishing(self, begun: Begun | None) -> Iterator[None]:
+        """Give up the claim to a page that has begun if it cannot be finished."""
+        with self._storing(np.array([] if begun is None else [begun.page], dtype=np.int64)):
+            yield
+
+    def finish(self, reader: StreamReader, begun: Begun) -> None:
+        """Receive the rest of a page."""
+        at = begun.page * self.block.page_size
+        with self.finishing(begun):
+            reader.read_into(self.block.view[at : at + self.block.page_size], "a page", begun.size)
+        self._has_arrived(begun.page)
+
+    def note_installed(self, installed: Installed) -> None:
+        """Compiled code has received pages, and has let the guest see them, or not."""
+        if len(installed.awaited):
+            self._faults.note_installed(self.block, installed.awaited)
+        if installed.failed is not None:
+            first, end = installed.failed
+            self._install(runs_of_mask(self.marks.has(np.arange(first, end)), first))
 
     # -- what the guest waits for ----------------------------------------------------------------------------------
 
     def wait_for(self, pages: NDArray[np.int64]) -> Runs:
         """The guest waits for these pages. Install those that have arrived; the others, to be asked for."""
-        if len(pages) == 1 and self._awaits(int(pages[0])):
-            return np.array([[pages[0], pages[0] + 1]])
-        with self._lock:
-            here = self._received[pages]
-            missing = pages[~here]
-            self._awaited[missing] = True
-            near = self._received_around(pages[here])
-        self._install(near)
-        return runs_of_pages(missing)
-
-    def _awaits(self, page: int) -> bool:
-        """Whether this page has not arrived; then it is awaited from now on."""
-        with self._lock:
-            missing = not self._received[page]
-            if missing:
-                self._awaited[page] = True
-            return missing
+        missing = self.marks.wait_for(pages)
+        if not missing.all():
+            self._install(self._received_around(pages[~missing]))
+        return runs_of_pages(pages[missing])
 
     def _received_around(self, pages: NDArray[np.int64]) -> Runs:
         groups = distinct(pages // AROUND)
         near = (groups[:, np.newaxis] * AROUND + np.arange(AROUND)).ravel()
-        near = near[near < len(self._received)]
-        return runs_of_pages(near[self._received[near]])
-
-    def outstanding(self) -> Runs:
-        """What the guest waits for and has not arrived."""
-        with self._lock:
-            return runs_of_mask(self._awaited & ~self._received)
-
-    def received(self) -> NDArray[np.bool_]:
-        """A copy of the marks, one a page."""
-        with self._lock:
-            return self._received.copy()
+        near = near[near < len(self.marks)]
+        return runs_of_pages(near[self.marks.has(near)])
 
 
 class PostcopyPageLoader(PageLoader):

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import numpy as np
 
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
-from corefw.wire.records import read_block_name, read_ram_header
+from corefw.wire.records import RamHeader, read_block_name, read_ram_header
 from corefw.wire.stream import StreamReader
+from corefw_ram.kernel import Requested
 from corefw_ram.postcopy_load import ArrivingBlock
 
 
@@ -24,20 +25,50 @@ def load_requested(reader: StreamReader, find_block: Callable[[str], ArrivingBlo
     Raises RemoteStreamError for anything but records of single pages, ChannelError.
     """
     arriving: ArrivingBlock | None = None
-    while (header := read_ram_header(reader)).kind is not RamFlag.EOS:
+    while True:
+        if arriving is not None:
+            _receive_in_place(reader, arriving)
+        header = read_ram_header(reader)
+        if header.kind is RamFlag.EOS:
+            return
         if header.kind not in (RamFlag.PAGE, RamFlag.ZERO):
             raise reader.error("a page or a zero page", f"a RAM record with the flags {int(header.flags):#x}")
         if header.named:
             arriving = find_block(read_block_name(reader))
         if arriving is None:
             raise reader.error("a record that names its RAM block", "one that goes on with the block before")
-        block = arriving.block
-        if header.address >= block.length:
-            raise reader.error(
-                f"an offset below {block.length:#x} in RAM block '{block.idstr}'", f"{header.address:#x}"
-            )
-        page = header.address // TARGET_PAGE_SIZE
-        if header.kind is RamFlag.ZERO:
-            arriving.fill(np.array([page]), reader.u8("a page's fill byte"))
-        else:
-            arriving.store_page(page, reader.read(TARGET_PAGE_SIZE, "a page"))
+        _load_page(reader, arriving, header)
+
+
+def _load_page(reader: StreamReader, arriving: ArrivingBlock, header: RamHeader) -> None:
+    block = arriving.block
+    if header.address >= block.length:
+        raise reader.error(f"an offset below {block.length:#x} in RAM block '{block.idstr}'", f"{header.address:#x}")
+    page = header.address // TARGET_PAGE_SIZE
+    if header.kind is RamFlag.ZERO:
+        arriving.fill(np.array([page]), reader.u8("a page's fill byte"))
+    else:
+        arriving.store_page(page, reader.read(TARGET_PAGE_SIZE, "a page"))
+
+
+def _receive_in_place(reader: StreamReader, arriving: ArrivingBlock) -> None:
+    """Receive whole pages of this block with compiled code, where there is such, until something else comes."""
+    kernel = arriving.kernel
+    start, end = reader.span()
+    if kernel is None or not reader.receives_from_socket or start < end:
+        return
+    requested: Requested | None = None
+
+    def receive(descriptor: int) -> int:
+        nonlocal requested
+        requested = kernel.receive_requested(descriptor)
+        return requested.taken
+
+    while reader.receive_from_socket(receive):
+        assert requested is not None
+        reader.unread(requested.left)
+        arriving.note_installed(requested.installed)
+        if requested.begun is not None:
+            arriving.finish(reader, requested.begun)
+        if requested.left:
+            return

@@ -13,7 +13,7 @@ from corefw.postcopy import PreemptLoader, PreemptSaver, ReleasingSaver
 from corefw.section import Coverage, IncomingContext, OutgoingContext, Pending, Priority, RamSaver, RamStatistics
 from corefw.wire.constants import RAM_IDSTR, RAM_VERSION, TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader, StreamWriter
-from corefw_ram.lists import find_kernel
+from corefw_ram.kernel import find_kernel
 from corefw_ram.postcopy_load import PostcopyPageLoader
 from corefw_ram.postcopy_save import PostcopyPageSaver
 from corefw_ram.requested import load_requested
@@ -158,10 +158,10 @@ class RamSectionLoader(PreemptLoader):
         return self._loading.arriving(block).wait_for(pages)
 
     def outstanding(self, block: str) -> NDArray[np.int64]:
-        return self._loading.arriving(block).outstanding()
+        return self._loading.arriving(block).marks.outstanding()
 
     def received(self, block: str) -> NDArray[np.bool_]:
-        return self._loading.arriving(block).received()
+        return self._loading.arriving(block).marks.received()
 
     def cleanup(self) -> None:
         self._pages = None

@@ -1,22 +1,26 @@
-"""Compiled code for the section 'ram': a destination's receive loop.
+"""Compiled code for the section 'ram': how a destination receives pages.
 
-`corefw_ram` finds it by the entry point `ram` in the group `corefw.kernel` and has the same loop in Python, which it
-uses where this distribution is not installed.
+    receive_lists    before the guest runs, straight into its RAM
+    ArrivingBlock    while the guest runs (postcopy)
+
+`corefw_ram` finds this module by the entry point `ram` in the group `corefw.kernel` and does the same in Python where
+this distribution is not installed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-from pathlib import Path
 from typing import Final
+
+from corefw_ram_kernel.arriving import ArrivingBlock
+from corefw_ram_kernel.library import LIBRARY, WRONG, check
 
 LIST: Final = 512
 """Pages in a list at most, and headers that the header room holds."""
 
 
 class _Request(ctypes.Structure):
-    """`struct request` in kernel.c."""
+    """`struct request` in lists.c."""
 
     _fields_ = (
         ("ram", ctypes.c_uint64),
@@ -30,14 +34,12 @@ class _Request(ctypes.Structure):
 
 
 class _Result(ctypes.Structure):
-    """`struct result` in kernel.c."""
+    """`struct result` in lists.c."""
 
     _fields_ = (("whole", ctypes.c_uint64), ("listed", ctypes.c_uint64), ("bytes", ctypes.c_uint64))
 
 
-_WRONG: Final = -1
-_receive: Final = ctypes.CDLL(str(Path(__file__).with_name("kernel.so"))).corefw_receive_lists
-_receive.restype = ctypes.c_int
+_receive: Final = LIBRARY.corefw_receive_lists
 _receive.argtypes = (ctypes.c_int, ctypes.POINTER(_Request), ctypes.POINTER(_Result))
 
 
@@ -64,9 +66,9 @@ def receive_lists(
     result = _Result()
     request = (ram, pages, headers, first, size, most, total)
     fits = all(0 <= number < 1 << 64 for number in request)  # ctypes would cut them
-    error = _receive(descriptor, _Request(*request), result) if fits else _WRONG
-    if error == _WRONG:
-        raise ValueError(f"cannot receive {total} pages from {first} on into a block of {pages}: {size=}, {most=}")
-    if error:
-        raise OSError(error, os.strerror(error))
+    error = _receive(descriptor, _Request(*request), result) if fits else WRONG
+    check(error, lambda: f"cannot receive {total} pages from {first} on into a block of {pages}: {size=}, {most=}")
     return result.whole, result.listed, result.bytes
+
+
+__all__ = ["LIST", "ArrivingBlock", "receive_lists"]

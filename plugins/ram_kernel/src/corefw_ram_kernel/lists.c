@@ -5,11 +5,8 @@
  * Invariant: nothing that comes from the stream is used as an address or a length. Bytes go only into the pages and the
  * header room that the caller names, and the caller's numbers are checked before any system call. A header is compared
  * with the one that belongs there, and a difference ends the loop.
- *
- * Record format: QEMU 10.0, migration/ram.c, save_normal_page.
  */
 #define _GNU_SOURCE
-#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdint.h>
@@ -17,13 +14,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum {
-    PAGE = 4096,
-    HEADER = 8,
-    RECORD = HEADER + PAGE,
-    LIST = 512, /* records in a list: with IOV_MAX = 1024 pieces the most that recvmsg takes */
-    FLAGS = 0x08 | 0x20, /* RAM_SAVE_FLAG_PAGE, RAM_SAVE_FLAG_CONTINUE */
-};
+#include "records.h"
 
 struct request {
     uint8_t *ram;      /* the block */
@@ -41,21 +32,11 @@ struct result {
     uint64_t bytes;  /* of that list that came. Its headers are in the header room */
 };
 
-static uint64_t smaller(uint64_t a, uint64_t b)
-{
-    return a < b ? a : b;
-}
-
 static int is_valid(const struct request *request)
 {
     return request->ram && request->headers && request->size >= 1 && request->size <= LIST && request->most >= 1 &&
            request->most <= LIST && request->total >= 1 && request->pages <= UINT64_MAX / PAGE &&
            request->first < request->pages && request->total <= request->pages - request->first;
-}
-
-static uint64_t header_of(uint64_t page)
-{
-    return htobe64(page * PAGE | FLAGS);
 }
 
 static ssize_t receive_list(int descriptor, const struct request *request, uint64_t first, uint64_t count)

@@ -1,0 +1,92 @@
+"""Finds the compiled code, which does some of what this package does in Python.
+
+The distribution migfw-ram-kernel brings it, and registers it under the entry point `ram` in the group `corefw.kernel`
+(docs/decisions/compiled-kernel.md). Its docstrings say what each function takes and returns.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+
+class Begun(Protocol):
+    """A page that is claimed, and of which `size` bytes are in place."""
+
+    page: int
+    size: int
+
+
+class Installed(Protocol):
+    """Pages that the guest waited for and now sees, with the times; and where some could not be installed."""
+
+    awaited: NDArray[np.int64]
+    failed: tuple[int, int] | None
+
+
+class Stored(Protocol):
+    """What became of records of the stream."""
+
+    taken: int
+    next: int
+    whole: int
+    begun: Begun | None
+    left: memoryview
+    installed: Installed
+
+
+class Requested(Protocol):
+    """What came over the channel of requested pages."""
+
+    taken: int
+    begun: Begun | None
+    left: bytes
+    installed: Installed
+
+
+class KernelBlock(Protocol):
+    """`corefw_ram_kernel.ArrivingBlock`: a RAM block that arrives while the guest runs."""
+
+    def store(self, records: int, size: int, *, begin: bool) -> Stored: ...
+
+    def receive(self, descriptor: int, following: int, total: int, begun: Begun | None) -> Stored: ...
+
+    def receive_requested(self, descriptor: int) -> Requested: ...
+
+    def claim(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]: ...
+
+    def give_up(self, pages: NDArray[np.int64]) -> None: ...
+
+    def mark_received(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]: ...
+
+    def wait_for(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]: ...
+
+
+class Kernel(Protocol):
+    """The module `corefw_ram_kernel`."""
+
+    def receive_lists(
+        self, descriptor: int, *, ram: int, pages: int, headers: int, first: int, size: int, most: int, total: int
+    ) -> tuple[int, int, int]: ...
+
+    def ArrivingBlock(  # noqa: N802 - a class
+        self, *, ram: int, pages: int, marks: int, awaited: int, userfaultfd: int, address: int
+    ) -> KernelBlock: ...
+
+
+@cache
+def find_kernel() -> Kernel | None:
+    """The compiled code; None where none is installed, or it does not load: that is logged once."""
+    for point in entry_points(group="corefw.kernel", name="ram"):
+        try:
+            return cast("Kernel", point.load())
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with it, Python does the same
+            log.warning("the compiled kernel %s does not load, and is not used: %s", point.value, error)
+    return None
