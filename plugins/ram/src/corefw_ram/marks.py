@@ -29,10 +29,10 @@ RECEIVED: Final = 2
 class PageMarks(ABC):
     """The marks of one block. Every array of pages has numbers of pages of the block, in any order."""
 
-    def __init__(self, arrived: NDArray[np.bool_]) -> None:
-        """`arrived`: a mark for each page."""
-        self._marks = np.where(arrived, RECEIVED, MISSING).astype(np.uint8)
-        self._awaited = np.zeros(len(arrived), dtype=np.bool_)
+    def __init__(self, marks: NDArray[np.uint8]) -> None:
+        """`marks`: MISSING or RECEIVED for each page."""
+        self._marks = marks
+        self._awaited = np.zeros(len(marks), dtype=np.bool_)
 
     def __len__(self) -> int:
         return len(self._marks)
@@ -71,8 +71,8 @@ class PageMarks(ABC):
 class LockedMarks(PageMarks):
     """Marks behind a lock."""
 
-    def __init__(self, arrived: NDArray[np.bool_]) -> None:
-        super().__init__(arrived)
+    def __init__(self, marks: NDArray[np.uint8]) -> None:
+        super().__init__(marks)
         self._lock = threading.Lock()
 
     def claim(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -103,12 +103,12 @@ class KernelMarks(PageMarks):
     kernel   receives into the block
     """
 
-    def __init__(self, arrived: NDArray[np.bool_], block: RamBlock, kernel: Kernel, guest: GuestMapping) -> None:
-        super().__init__(arrived)
+    def __init__(self, marks: NDArray[np.uint8], block: RamBlock, kernel: Kernel, guest: GuestMapping) -> None:
+        super().__init__(marks)
         self._ram = block.pages  # stays mapped as long as these marks live
         self.kernel: Final = kernel.ArrivingBlock(
             ram=self._ram.ctypes.data,
-            pages=len(arrived),
+            pages=len(marks),
             marks=self._marks.ctypes.data,
             awaited=self._awaited.ctypes.data,
             userfaultfd=guest.userfaultfd,

@@ -27,7 +27,7 @@ from corefw_ram.arriving import ArrivingReceiver
 from corefw_ram.direct import InPlaceReceiver
 from corefw_ram.kernel import Begun, Installed, KernelBlock, find_kernel
 from corefw_ram.load import LoadedBlock, PageLoader
-from corefw_ram.marks import KernelMarks, LockedMarks, PageMarks
+from corefw_ram.marks import MISSING, RECEIVED, KernelMarks, LockedMarks, PageMarks
 
 AROUND = 16
 """Pages, in aligned groups of as many, that are installed together when the guest touches one that has arrived. As
@@ -39,8 +39,7 @@ NAP: Final = 0.0005
 class ArrivingBlock(LoadedBlock):
     """A block from the moment on when the guest may run.
 
-    Every page counts as arrived that was not `discarded` (a mark per page): the source discards all that it has still
-    to send. Little is read ahead: a kernel without preemption lets no thread that has a requested page run before all
+    Little is read ahead: a kernel without preemption lets no thread that has a requested page run before all
     of that was stored.
 
     kernel   compiled code that receives into the block, where it is installed and can let the guest see pages
@@ -49,16 +48,16 @@ class ArrivingBlock(LoadedBlock):
 
     read_ahead = 1 << 20
 
-    def __init__(self, block: RamBlock, discarded: NDArray[np.bool_], faults: FaultSource) -> None:
+    def __init__(self, block: RamBlock, marks: NDArray[np.uint8], faults: FaultSource) -> None:
         self.kernel: KernelBlock | None = None
         self.marks: PageMarks
         self._faults = faults
         kernel, mapping = find_kernel(), faults.mapping(block)
         if kernel is not None and mapping is not None:
-            self.marks = marks = KernelMarks(~discarded, block, kernel, mapping)
-            self.kernel = marks.kernel
+            kernel_marks = KernelMarks(marks, block, kernel, mapping)
+            self.marks, self.kernel = kernel_marks, kernel_marks.kernel
         else:
-            self.marks = LockedMarks(~discarded)
+            self.marks = LockedMarks(marks)
         # A fault for each small page costs more than a second copy.
         in_place = self.kernel is not None and block.huge
         super().__init__(block, ArrivingReceiver(self, self.kernel) if self.kernel and in_place else InPlaceReceiver())
@@ -155,7 +154,7 @@ class PostcopyPageLoader(PageLoader):
 
     def __init__(self, machine: Machine, context: IncomingContext) -> None:
         super().__init__(machine, context)
-        self._discarded: dict[str, NDArray[np.bool_]] = {}
+        self._marks: dict[str, NDArray[np.uint8]] = {}
         self._arriving: dict[str, ArrivingBlock] = {}
 
     def discard(self, idstr: str, start: int, length: int) -> None:
@@ -169,16 +168,19 @@ class PostcopyPageLoader(PageLoader):
                 f"expected whole pages within the {block.length} bytes of RAM block '{idstr}',"
                 f" got {length} bytes at {start:#x}"
             )
-        marks = self._discarded.setdefault(idstr, np.zeros(block.length // size, dtype=np.bool_))
-        marks[start // size : (start + length) // size] = True
+        self._marks_of(block)[start // size : (start + length) // size] = MISSING
+
+    def _marks_of(self, block: RamBlock) -> NDArray[np.uint8]:
+        """Every page counts as received that is not discarded: the source discards all that it has still to send."""
+        if block.idstr not in self._marks:
+            self._marks[block.idstr] = np.full(block.length // block.page_size, RECEIVED, dtype=np.uint8)
+        return self._marks[block.idstr]
 
     def listen(self, faults: FaultSource) -> None:
         """The guest is about to run: from now on what is stored is installed."""
         current = self._block and self._block.block.idstr
         for idstr, loaded in self._blocks.items():
-            pages = loaded.block.length // loaded.block.page_size
-            discarded = self._discarded.get(idstr, np.zeros(pages, dtype=np.bool_))
-            self._arriving[idstr] = ArrivingBlock(loaded.block, discarded, faults)
+            self._arriving[idstr] = ArrivingBlock(loaded.block, self._marks_of(loaded.block), faults)
         self._blocks.update(self._arriving)
         self._block = self._blocks[current] if current else None
 
