@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from corefw.errors import ANYTHING
 from corefw.wire.stream import StreamReader
 from corefw_ram.direct import InPlaceReceiver
 from corefw_ram.kernel import Begun, KernelBlock, Stored
@@ -77,7 +78,11 @@ class ArrivingReceiver(InPlaceReceiver):
         self._in_body += -(-stored.taken // PAGE_RECORD)
         if stored.taken:
             self._next = stored.next
-        self._arriving.note_installed(stored.installed)
+        try:
+            self._arriving.note_installed(stored.installed)
+        except ANYTHING:
+            self._arriving.give_up(stored.begun)
+            raise
         return stored
 
     def _receive(self, reader: StreamReader, begun: Begun | None) -> bool:
@@ -89,15 +94,18 @@ class ArrivingReceiver(InPlaceReceiver):
         def receive(descriptor: int) -> int:
             nonlocal stored
             stored = self._kernel.receive(descriptor, self._next, total, begun)
+            self._arriving.note_installed(stored.installed)
             return stored.taken
 
-        with self._arriving.finishing(begun):
+        try:
             reader.receive_from_socket(receive)
+        except ANYTHING:  # also after `receive` has returned, if the channel was aborted
+            self._arriving.give_up(begun, stored and stored.begun)
+            raise
         assert stored is not None
         reader.unread(stored.left)
         self._next = stored.next
         self._in_body += stored.whole
-        self._arriving.note_installed(stored.installed)
         if stored.begun is not None:
             self._arriving.finish(reader, stored.begun)
         return stored.taken > 0

@@ -112,16 +112,14 @@ class ArrivingBlock(LoadedBlock):
 
     # -- what compiled code has begun ------------------------------------------------------------------------------
 
-    @contextmanager
-    def finishing(self, begun: Begun | None) -> Iterator[None]:
-        """Give up the claim to a page that has begun if it cannot be finished."""
-        with self._storing(np.array([] if begun is None else [begun.page], dtype=np.int64)):
-            yield
+    def give_up(self, *begun: Begun | None) -> None:
+        """These pages cannot be finished, those that have not been."""
+        self.marks.give_up(np.array([one.page for one in begun if one is not None], dtype=np.int64))
 
     def finish(self, reader: StreamReader, begun: Begun) -> None:
         """Receive the rest of a page."""
         at = begun.page * self.block.page_size
-        with self.finishing(begun):
+        with self._storing(np.array([begun.page])):
             reader.read_into(self.block.view[at : at + self.block.page_size], "a page", begun.size)
         self._has_arrived(begun.page)
 

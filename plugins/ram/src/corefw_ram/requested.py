@@ -12,10 +12,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from corefw.errors import ANYTHING
 from corefw.wire.constants import TARGET_PAGE_SIZE, RamFlag
 from corefw.wire.records import RamHeader, read_block_name, read_ram_header
 from corefw.wire.stream import StreamReader
-from corefw_ram.kernel import Requested
+from corefw_ram.kernel import KernelBlock, Requested
 from corefw_ram.postcopy_load import ArrivingBlock
 
 
@@ -57,18 +58,27 @@ def _receive_in_place(reader: StreamReader, arriving: ArrivingBlock) -> None:
     start, end = reader.span()
     if kernel is None or not reader.receives_from_socket or start < end:
         return
+    while not (requested := _receive_some(reader, arriving, kernel)).left:
+        if not requested.taken:
+            return
+
+
+def _receive_some(reader: StreamReader, arriving: ArrivingBlock, kernel: KernelBlock) -> Requested:
     requested: Requested | None = None
 
     def receive(descriptor: int) -> int:
         nonlocal requested
         requested = kernel.receive_requested(descriptor)
+        arriving.note_installed(requested.installed)
         return requested.taken
 
-    while reader.receive_from_socket(receive):
-        assert requested is not None
-        reader.unread(requested.left)
-        arriving.note_installed(requested.installed)
-        if requested.begun is not None:
-            arriving.finish(reader, requested.begun)
-        if requested.left:
-            return
+    try:
+        reader.receive_from_socket(receive)
+    except ANYTHING:  # also after `receive` has returned, if the channel was aborted
+        arriving.give_up(requested and requested.begun)
+        raise
+    assert requested is not None
+    reader.unread(requested.left)
+    if requested.begun is not None:
+        arriving.finish(reader, requested.begun)
+    return requested
