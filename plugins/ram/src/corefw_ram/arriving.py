@@ -100,7 +100,7 @@ class ArrivingReceiver(InPlaceReceiver):
         try:
             reader.receive_from_socket(receive)
         except ANYTHING:  # also after `receive` has returned, if the channel was aborted
-            self._arriving.give_up(begun, stored and stored.begun)
+            self._arriving.give_up(begun, None if stored is None else stored.begun)
             raise
         assert stored is not None
         reader.unread(stored.left)

@@ -75,7 +75,7 @@ def _receive_some(reader: StreamReader, arriving: ArrivingBlock, kernel: KernelB
     try:
         reader.receive_from_socket(receive)
     except ANYTHING:  # also after `receive` has returned, if the channel was aborted
-        arriving.give_up(requested and requested.begun)
+        arriving.give_up(None if requested is None else requested.begun)
         raise
     assert requested is not None
     reader.unread(requested.left)
