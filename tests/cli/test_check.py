@@ -119,7 +119,7 @@ def test_it_will_not_converge(engines: Engines) -> None:
     status, found = check(here, there.uri, "--postcopy")
     assert (status, found["problems"]) == (0, []), "in postcopy it need not"
     assert any(one.startswith("it will not converge: ") for one in found["notes"])
-    status, found = check(engines(*options), there.uri)
+    status, found = check(engines(*options, "--param=downtime-limit=5s"), there.uri)
     assert (status, found["converges"]) == (0, True)
 
 

@@ -16,6 +16,8 @@ from tests.helpers.cli import TIMEOUT, migfw, start
 from tests.helpers.qemu import wait_until
 
 SMALL = ("--ram=16M", "--working-set=1M", "--dirty-rate=4M")
+ENDLESS = ("--ram=16M", "--working-set=1M", "--dirty-rate=1")
+"""The guest writes one page, and the next an hour later, for which the demo waits."""
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_it_ends_with_ok(temporary: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_leaves_nothing(temporary: Path, number: signal.Signals) -> None:
-    process = start("demo", *SMALL)
+    process = start("demo", *ENDLESS)
     wait_until(lambda: engines(temporary), "the demo's engines")
     process.send_signal(number)
     out, err = process.communicate(timeout=TIMEOUT)
@@ -66,7 +68,7 @@ def test_interrupted_it_leaves_nothing(temporary: Path, number: signal.Signals) 
 
 
 def test_killed_it_leaves_no_engine(temporary: Path) -> None:
-    process = start("demo", *SMALL)
+    process = start("demo", *ENDLESS)
     wait_until(lambda: len(engines(temporary)) == 2, "the demo's engines")
     process.kill()
     process.communicate(timeout=TIMEOUT)

@@ -11,12 +11,12 @@ from threading import Thread
 
 from corefw.testing.tasks import wait_until
 from tests.cli.conftest import Engine, Engines
-from tests.helpers.cli import migfw
+from tests.helpers.cli import TIMEOUT, migfw
 from tests.helpers.cutting import Cut, CutProxy
 
 BUSY = ("stress", "--opt=ram=16M", "--opt=working-set=8M", "--opt=dirty-rate=400M")
 """Writes faster than SLOW, so precopy would not end."""
-SLOW = "16M"
+SLOW = ("--param=max-bandwidth=16M", "--param=downtime-limit=1ms")
 
 
 def status(engine: Engine) -> str:
@@ -32,7 +32,7 @@ def start_postcopy(engines: Engines) -> tuple[Engine, Engine]:
     source = engines(*BUSY, "--name=from")
     destination = engines(*BUSY, "--name=to", "--incoming=tcp:127.0.0.1:0")
     # What is left takes long enough to interfere, also on a busy machine.
-    limits = (f"--param=max-bandwidth={SLOW}", "--param=max-postcopy-bandwidth=500K")
+    limits = ("--param=max-bandwidth=500K", "--param=max-postcopy-bandwidth=500K")
     detached = source.call("migrate", destination.uri, "--cap=postcopy-ram", *limits, "--detach")
     assert detached.returncode == 0, detached.stderr
     switched = source.call("postcopy")
@@ -44,7 +44,7 @@ def start_postcopy(engines: Engines) -> tuple[Engine, Engine]:
 def test_it_switches_after_the_first_pass(engines: Engines) -> None:
     source = engines(*BUSY, "--name=from")
     destination = engines(*BUSY, "--name=to", "--incoming=tcp:127.0.0.1:0", "--cap=postcopy-blocktime")
-    moved = source.call("migrate", "--postcopy", destination.uri, f"--param=max-bandwidth={SLOW}", "--json")
+    moved = source.call("migrate", "--postcopy", destination.uri, *SLOW, "--json")
     assert moved.returncode == 0, moved.stderr
     ram, own = (json.loads(moved.stdout)[name] for name in ("ram", "x-migfw"))
     assert own["postcopy-switch"]["reason"] == "everything has been sent once"
@@ -100,18 +100,19 @@ def test_the_status_says_that_it_goes_on_by_itself(engines: Engines) -> None:
     assert wait_until(lambda: status(destination) == "completed")
 
 
-def _cut_later(proxy: CutProxy) -> None:
-    assert wait_until(proxy.has_passed(1 << 20))
+def _cut_later(proxy: CutProxy, source: Engine) -> None:
+    assert wait_until(proxy.has_passed(1 << 20), TIMEOUT)
     proxy.cut(Cut.RESET)
+    source.call("set", "max-postcopy-bandwidth=0")
 
 
 def test_a_connection_that_breaks_is_replaced(engines: Engines) -> None:
     source = engines(*BUSY, "--name=from")
     destination = engines(*BUSY, "--name=to", "--incoming=tcp:127.0.0.1:0")
     with CutProxy(destination.uri) as proxy:
-        cut = Thread(target=_cut_later, args=(proxy,))
+        cut = Thread(target=_cut_later, args=(proxy, source))
         cut.start()
-        how = ("--postcopy=now", "--reconnect=forever", "--param=max-bandwidth=8M", "--param=max-postcopy-bandwidth=8M")
+        how = ("--postcopy=now", "--reconnect=forever", "--param=max-bandwidth=1M", "--param=max-postcopy-bandwidth=1M")
         moved = source.call("migrate", proxy.uri, *how)
         cut.join()
     assert moved.returncode == 0, moved.stderr

@@ -11,17 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from corefw.engine import Engine
+from corefw.engine import Engine, incoming
 from corefw.errors import StateError, UriError
 from corefw.machine import RunState
 from corefw.states import MigrationStatus
+from corefw.testing.tasks import wait_until
 from corefw.wire.constants import Command
 from corefw.wire.records import Configuration, ping_payload, write_command, write_configuration, write_header
 from corefw.wire.stream import MemorySink, StreamWriter
 from tests.helpers.engines import PATIENCE, Pair, arrived, counting, ended, query_migrate, runs_on
 from tests.helpers.machines import CountingMachine
+from tests.helpers.moving import LISTEN
 
 CANCELLED = frozenset({MigrationStatus.CANCELLED})
+PATIENT = {"x-migfw-incoming-timeout": 60_000}
 
 
 @contextlib.contextmanager
@@ -101,8 +104,10 @@ def test_a_connection_that_waits_holds_up_others_only_for_a_while(pair: Pair) ->
     source, destination = pair.source(), pair.destination()
     destination.set_parameters({"x-migfw-incoming-timeout": 500})
     uri = destination.migrate_incoming("tcp:127.0.0.1:0")
-    with dialled(uri):
+    with dialled(uri) as stranger:
         source.migrate(uri)
+        ended_by_destination(stranger)
+        destination.set_parameters(PATIENT)
         assert (ended(source), arrived(destination)) == ("completed", "completed")
     runs_on(destination)
 
@@ -117,11 +122,12 @@ def test_where_there_is_only_one_connection_it_counts(pair: Pair, tmp_path: Path
 
 def test_a_command_may_wait_for_its_source(pair: Pair, tmp_path: Path) -> None:
     """The limit begins with the first byte: exec: may be a command that listens itself."""
-    source, destination = pair.source(), pair.destination()
+    # So little RAM that a pipe holds all of the stream, and no process has to be in time for the rest of it.
+    source, destination = pair.source(CountingMachine(pages=8)), pair.destination(CountingMachine(8, incoming=True))
     source.set_capabilities({"return-path": False})
     source.migrate(f"file:{tmp_path}/guest")
     assert ended(source) == "completed"
-    destination.set_parameters({"x-migfw-incoming-timeout": 100})
+    destination.set_parameters({"x-migfw-incoming-timeout": 500})
     destination.migrate_incoming(f"exec:sleep 1; cat {tmp_path}/guest")
     assert arrived(destination) == "completed", query_migrate(destination)
     runs_on(destination)
@@ -165,12 +171,15 @@ def test_a_source_that_stops_in_the_middle_is_given_up_and_told(pair: Pair) -> N
 
 def test_a_source_in_pre_switchover_may_take_its_time(pair: Pair) -> None:
     source, destination = pair.source(), pair.destination()
-    destination.set_parameters({"x-migfw-incoming-timeout": 200})
     source.set_capabilities({"pause-before-switchover": True})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert source.outgoing.wait(frozenset({MigrationStatus.PRE_SWITCHOVER}), PATIENCE)
-    time.sleep(1)
+    assert wait_until(lambda: destination.incoming.status == "active")
+    time.sleep(0.3)  # what is on its way has arrived
+    destination.set_parameters({"x-migfw-incoming-timeout": 200})
+    time.sleep(0.7)
     assert destination.incoming.status == "active"
+    destination.set_parameters(PATIENT)
     source.continue_migration(MigrationStatus.PRE_SWITCHOVER)
     assert (ended(source), arrived(destination)) == ("completed", "completed")
     runs_on(destination)
@@ -179,7 +188,7 @@ def test_a_source_in_pre_switchover_may_take_its_time(pair: Pair) -> None:
 def test_a_slow_link_is_no_dribble(pair: Pair) -> None:
     source, destination = pair.source(CountingMachine(pages=32)), pair.destination(CountingMachine(32, incoming=True))
     counting(source).block.pages[:, 8:] = 1
-    destination.set_parameters({"x-migfw-incoming-timeout": 500})
+    destination.set_parameters({"x-migfw-incoming-timeout": 1500})
     source.set_parameters({"max-bandwidth": 60_000, "downtime-limit": 5000})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert (ended(source), arrived(destination)) == ("completed", "completed")
@@ -205,7 +214,7 @@ def refuses(uri: str) -> bool:
 
 def test_cancel_frees_a_destination_that_waits(pair: Pair) -> None:
     source, destination = pair.source(), pair.destination()
-    uri = destination.migrate_incoming("tcp:127.0.0.1:0")
+    uri = destination.migrate_incoming(LISTEN)
     destination.cancel()
     cancelled(destination)
     assert refuses(uri)
@@ -226,8 +235,9 @@ def test_cancel_frees_a_destination_that_loads_and_tells_the_source(pair: Pair) 
     cancelled(destination)
 
 
-def test_cancel_frees_a_destination_whose_source_reads_no_answers(pair: Pair) -> None:
+def test_cancel_frees_a_destination_whose_source_reads_no_answers(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A PONG that nobody takes blocks the destination in a send, where no limit of its own looks."""
+    monkeypatch.setattr(incoming, "CANCEL_SECONDS", 0.5)
     destination = pair.destination()
     sink = MemorySink()
     writer = StreamWriter(sink)
@@ -236,7 +246,7 @@ def test_cancel_frees_a_destination_whose_source_reads_no_answers(pair: Pair) ->
     writer.flush()
     with dialled(destination.migrate_incoming("tcp:127.0.0.1:0")) as deaf:
         deaf.sendall(beginning() + command(Command.OPEN_RETURN_PATH))
-        deaf.settimeout(2)
+        deaf.settimeout(0.5)
         with pytest.raises(TimeoutError):  # no room for a byte: the destination reads no more
             while True:
                 deaf.send(sink.data)
@@ -246,12 +256,12 @@ def test_cancel_frees_a_destination_whose_source_reads_no_answers(pair: Pair) ->
 
 def test_another_address_takes_the_place_of_the_first(pair: Pair) -> None:
     source, destination = pair.source(), pair.destination()
-    first = destination.migrate_incoming("tcp:127.0.0.1:0")
+    first = destination.migrate_incoming(LISTEN)
     with pytest.raises(UriError):
         destination.migrate_incoming("tcp:nowhere")
     assert destination.incoming.status == "setup", "a wrong address changes nothing"
     with dialled(first) as idle:
-        second = destination.migrate_incoming("tcp:127.0.0.1:0")
+        second = destination.migrate_incoming(LISTEN)
         ended_by_destination(idle)
     assert first != second and refuses(first) and destination.inbound.uri == second
     again = destination.migrate_incoming(second)

@@ -28,6 +28,8 @@ PROGRAM = Path(__file__).parents[2] / "plugins/machine_python/tests/programs/dis
 SECTOR = 512
 SLOW = 64 << 10
 """Bytes per second: the bits of a large disk take seconds."""
+SLOWER = 16 << 10
+"""The same where there has to be time to interfere, also on a busy machine."""
 LARGE = 1 << 21
 """Sectors."""
 
@@ -106,10 +108,11 @@ def test_every_write_is_in_the_bitmap(
     off = add(source, "off", enabled=False)
     off.mark(np.array([[0, 10 * SECTOR]], dtype=np.int64))
     source.cont()
-    source.set_parameters({"max-bandwidth": 4 << 20})
+    source.set_parameters({"max-bandwidth": 4096 if postcopy else 4 << 20})
     source.migrate(destination.migrate_incoming(LISTEN))
     if postcopy:
         source.start_postcopy()
+        source.set_parameters({"max-bandwidth": 4 << 20})
     assert ended(source) == "completed", source.report().error
     assert arrived(destination) == "completed", destination.report().error
     assert (query_migrate(source)["ram"]["postcopy-bytes"] > 0) == postcopy
@@ -149,7 +152,7 @@ def broken(pair: Pair, tmp_path: Path) -> Iterator[Disks]:
         disks = Disks(pair, tmp_path / "disk.raw", sectors=LARGE)
         add(disks.source, "since").mark(np.array([[0, LARGE * SECTOR]], dtype=np.int64))
         disks.source.cont()
-        disks.source.set_parameters({"max-bandwidth": SLOW, "max-postcopy-bandwidth": SLOW})
+        disks.source.set_parameters({"max-bandwidth": SLOW, "max-postcopy-bandwidth": SLOWER})
         proxy = stack.enter_context(CutProxy(disks.destination.migrate_incoming(LISTEN)))
         disks.source.migrate(proxy.uri)
         disks.source.start_postcopy()
@@ -185,7 +188,7 @@ def test_after_a_recovery_the_bitmap_stays_inconsistent(pair: Pair, tmp_path: Pa
     source, destination = disks.source, disks.destination
     add(source, "since").mark(np.array([[0, LARGE * SECTOR]], dtype=np.int64))
     source.cont()
-    source.set_parameters({"max-bandwidth": SLOW, "max-postcopy-bandwidth": SLOW})
+    source.set_parameters({"max-bandwidth": SLOW, "max-postcopy-bandwidth": SLOWER})
     with CutProxy(destination.migrate_incoming(LISTEN)) as proxy:
         source.migrate(proxy.uri)
         source.start_postcopy()

@@ -98,8 +98,8 @@ def test_one_side_has_the_guest_and_no_write_is_lost(pair: Pair, seed: int, monk
         thread.join(PATIENCE)
         assert not thread.is_alive(), "a command hangs"
     end(source, cancel=choice.random() < 0.3)
-    if destination.incoming.status is MigrationStatus.SETUP:
-        destination.close()  # no source has connected
+    if source.outgoing.status is not MigrationStatus.COMPLETED and destination.incoming.status is MigrationStatus.SETUP:
+        destination.close()  # no source has connected, or one that sends nothing more
     arrived = destination.wait_incoming(PATIENCE)
 
     assert (here.wrong, there.wrong) == (None, None)
@@ -112,7 +112,8 @@ def test_one_side_has_the_guest_and_no_write_is_lost(pair: Pair, seed: int, monk
         if source.settings.capability("return-path"):
             assert source.outgoing.status is MigrationStatus.COMPLETED, "a cancel that came too late changes nothing"
     elif here.run_state is RunState.POSTMIGRATE:
-        assert "may be running the guest" in query_migrate(source)["error-desc"]
+        found = query_migrate(source)
+        assert "may be running the guest" in (found.get("error-desc") or found["x-migfw"]["reason"])
     else:
         assert there.starts == 0
         here.stop(RunState.PAUSED)

@@ -6,10 +6,15 @@ import contextlib
 import socket
 import time
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from corefw.engine import Engine
 from corefw.machine import RunState
+from corefw.memory.hashes import HashLog
 from corefw.states import MigrationStatus
+from corefw.testing.tasks import wait_until
 from tests.helpers.engines import PATIENCE, Pair, Peer, arrived, ended, query_migrate, runs_on
 from tests.helpers.machines import CountingMachine
 
@@ -24,10 +29,17 @@ def big(*, incoming: bool = False) -> CountingMachine:
     return machine
 
 
+def sends(source: Engine) -> None:
+    """Wait until the first pass is under way."""
+    assert wait_until(lambda: query_migrate(source).get("ram", {}).get("transferred", 0) > 4096)
+
+
 def test_a_timeout_ends_the_migration_and_the_guest_runs_on(pair: Pair) -> None:
     source, destination = pair.source(big()), pair.destination(big(incoming=True))
-    source.set_parameters({"max-bandwidth": 64 << 10, "x-migfw-timeout": 300})
+    source.set_parameters({"max-bandwidth": 64 << 10})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    sends(source)
+    source.set_parameters({"x-migfw-timeout": 300})
     assert ended(source) == "failed"
     reason = query_migrate(source)["error-desc"]
     assert "it took longer than 300 ms (x-migfw-timeout)" in reason
@@ -39,8 +51,10 @@ def test_a_timeout_ends_the_migration_and_the_guest_runs_on(pair: Pair) -> None:
 def test_or_stops_the_guest_and_finishes(pair: Pair) -> None:
     source, destination = pair.source(big()), pair.destination(big(incoming=True))
     source.set_parameters({"max-bandwidth": 256 << 10, "downtime-limit": 1})
-    source.set_parameters({"x-migfw-timeout": 300, "x-migfw-on-timeout": "switchover"})
+    source.set_parameters({"x-migfw-on-timeout": "switchover"})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
+    sends(source)
+    source.set_parameters({"x-migfw-timeout": 300})
     assert (ended(source), arrived(destination)) == ("completed", "completed")
     forced, late = query_migrate(source)["x-migfw"]["warnings"]
     assert "it took longer than 300 ms (x-migfw-timeout), so the guest was stopped with" in forced
@@ -49,8 +63,18 @@ def test_or_stops_the_guest_and_finishes(pair: Pair) -> None:
     runs_on(destination)
 
 
+class RestlessLog(HashLog):
+    """Of a guest that writes in each pass, also where its thread does not run for a while."""
+
+    def harvest(self) -> NDArray[np.int64]:
+        self._block.pages[0, 100] += 1
+        return super().harvest()
+
+
 def test_so_many_passes_and_no_more(pair: Pair) -> None:
-    source, destination = pair.source(), pair.destination()
+    machine = CountingMachine()
+    machine.block.dirty_log = RestlessLog(machine.block)
+    source, destination = pair.source(machine), pair.destination()
     source.set_parameters({"downtime-limit": 0, "max-bandwidth": 1 << 20, "x-migfw-max-passes": 2})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "failed"
@@ -59,10 +83,10 @@ def test_so_many_passes_and_no_more(pair: Pair) -> None:
 
 
 def test_a_timeout_may_be_set_while_it_runs(pair: Pair) -> None:
-    source, destination = pair.source(), pair.destination()
-    source.set_parameters({"downtime-limit": 0, "max-bandwidth": 1 << 20})
+    source, destination = pair.source(big()), pair.destination(big(incoming=True))
+    source.set_parameters({"downtime-limit": 0, "max-bandwidth": 64 << 10})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
-    assert source.outgoing.wait(frozenset({MigrationStatus.ACTIVE}), PATIENCE)
+    sends(source)
     source.set_parameters({"x-migfw-timeout": 1})
     assert ended(source) == "failed"
     runs_on(source)

@@ -20,7 +20,7 @@ from corefw.wire.constants import ALIVE_PING, MIGFW_PING, PACKAGE_PING, READY_PI
 from corefw.wire.records import parse_ping
 from corefw.wire.stream import MemorySource
 from tests.golden.record import load
-from tests.helpers.cutting import Cut, CutProxy, listens
+from tests.helpers.cutting import BREAKS, Cut, CutProxy, host_and_port, listens
 from tests.helpers.engines import PATIENCE, Pair, Peer, arrived, ended, query_migrate, runs_on
 from tests.helpers.moving import LISTEN, Move
 
@@ -34,25 +34,12 @@ def test_the_guest_runs_before_its_pages_are_there(move: Move) -> None:
     move.switch()
     assert wait_until(lambda: query_migrate(move.source)["ram"]["postcopy-requests"] > 0), "no page was asked for"
     assert move.source.machine.run_state is RunState.FINISH_MIGRATE
-    assert wait_until(lambda: move.destination.machine.run_state is RunState.RUNNING), (
-        "loading the devices may fault, too"
-    )
     move.hurry()
     move.completes()
     ram = query_migrate(move.source)["ram"]
     assert ram["postcopy-bytes"] > 0
     assert "postcopy-blocktime" not in query_migrate(move.destination), "without the capability nothing is measured"
     assert ram["transferred"] == ram["precopy-bytes"] + ram["downtime-bytes"] + ram["postcopy-bytes"]
-
-
-def test_the_bandwidth_is_that_of_postcopy(move: Move) -> None:
-    move.begin(precopy=0)
-    move.source.set_parameters({"max-postcopy-bandwidth": 1 << 20})
-    move.source.start_postcopy()
-    move.reaches(move.source, "postcopy-active")
-    assert wait_until(lambda: 0 < query_migrate(move.source)["ram"]["mbps"] < 16), "it is still that of precopy"
-    move.hurry()
-    move.completes()
 
 
 def test_the_commands_are_those_of_qemu(move: Move) -> None:
@@ -132,7 +119,7 @@ def test_a_connection_that_is_broken_on_purpose(move: Move, side: str) -> None:
     move.completes()
 
 
-@pytest.mark.parametrize("direction", list(Cut))
+@pytest.mark.parametrize("direction", BREAKS)
 def test_a_connection_that_is_cut(move: Move, direction: Cut) -> None:
     """Twice; the guest writes all the time, and loses nothing."""
     with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
@@ -208,7 +195,7 @@ def test_a_source_may_be_back_before_the_break_was_noticed(move: Move) -> None:
         move.source.migrate(proxy.uri)
         move.source.start_postcopy()
         move.both_reach("postcopy-active")
-        proxy.cut(Cut.BACKWARD)
+        proxy.cut(Cut.HALF_BACKWARD)
         move.reaches(move.source, "postcopy-paused")
         move.source.migrate(address, resume=True)
         move.hurry()
@@ -276,11 +263,6 @@ def test_two_migrations_are_not_mixed(pair: Pair) -> None:
     for move in (first, second):
         move.hurry()
         move.completes()
-
-
-def host_and_port(uri: str) -> tuple[str, int]:
-    host, _, port = uri.removeprefix("tcp:").rpartition(":")
-    return host, int(port)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from corefw.errors import StateError
 from corefw.machine import MachineConfig, RunState
 from corefw.testing.tasks import Task, wait_until
 from tests.helpers.engines import PATIENCE, Pair, arrived, ended
-from tests.helpers.moving import LISTEN, Move
+from tests.helpers.moving import LEISURELY, LISTEN, Move
 
 PLAIN = Path(__file__).parents[2] / "plugins" / "machine_python" / "tests" / "programs" / "plain.py"
 
@@ -29,7 +29,8 @@ def recover(move: Move) -> None:
     move.hurry()
 
 
-def test_a_guest_that_waits_for_a_page_cannot_be_stopped_while_none_comes(move: Move) -> None:
+def test_a_guest_that_waits_for_a_page_cannot_be_stopped_while_none_comes(pair: Pair) -> None:
+    move = Move(pair, *LEISURELY)
     move.switch()
     move.pause()
     assert wait_until(move.destination.inbound.guest_waits)
@@ -80,7 +81,7 @@ def test_a_guest_that_waits_before_it_runs_keeps_no_command_waiting(
         start()
 
     monkeypatch.setattr(machine, "start", wait_and_start)
-    move.switch()
+    move.hand_over()
     assert began.wait(PATIENCE)
     move.pause()
     commands: list[Callable[[], object]] = [move.destination.stop, move.destination.cont, move.destination.verify]

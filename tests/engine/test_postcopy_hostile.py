@@ -32,7 +32,7 @@ from corefw.wire.returnpath import (
     recv_bitmap_body,
 )
 from corefw.wire.stream import MemorySink, StreamWriter
-from tests.helpers.cutting import CutProxy
+from tests.helpers.cutting import CutProxy, host_and_port
 from tests.helpers.engines import READY, Pair, Peer, arrived, ended
 from tests.helpers.moving import LISTEN, Move
 
@@ -100,8 +100,7 @@ def beginning(move: Move) -> bytes:
 
 def fails_with(move: Move, stream: bytes, words: str) -> None:
     """The destination says why, and starts no guest."""
-    _, _, port = move.destination.migrate_incoming(LISTEN).rpartition(":")
-    with socket.create_connection(("127.0.0.1", int(port))) as connection:
+    with socket.create_connection(host_and_port(move.destination.migrate_incoming(LISTEN))) as connection:
         with contextlib.suppress(ConnectionError):  # it was refused before all of it was sent
             connection.sendall(stream)
             connection.shutdown(socket.SHUT_WR)
@@ -233,10 +232,10 @@ def test_a_recovery_that_is_not_acknowledged_pauses_again(move: Move) -> None:
     with Peer() as peer:
         takes_guest(peer, move)
     move.reaches(move.source, "postcopy-paused")
-    move.source.set_parameters({"x-migfw-confirm-timeout": 300})
     with Peer() as peer:
         lets_resume(peer, move)
         peer.read_all(lambda data: RESUME in data)
+        move.source.set_parameters({"x-migfw-confirm-timeout": 300})
         peer.say(ReturnMessage.RESUME_ACK, RESUMED + 1)
         move.reaches(move.source, "postcopy-paused")
     assert "POSTCOPY_RESUME" in (move.source.report().error or "")

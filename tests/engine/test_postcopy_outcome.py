@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -12,11 +11,10 @@ from corefw.errors import StateError
 from corefw.machine import RunState
 from corefw.testing.tasks import wait_until
 from corefw.wire.constants import PACKAGE_PING
-from tests.helpers.cutting import listens
+from tests.helpers.cutting import Cut, CutProxy, Watch, listens
 from tests.helpers.engines import PATIENCE, Pair, ended
 from tests.helpers.moving import LISTEN, Move
 from tests.matrix.points import SHUT, pong
-from tests.matrix.proxy import Cut, Proxy, Watch
 
 
 @pytest.fixture
@@ -24,7 +22,7 @@ def move(pair: Pair) -> Iterator[Move]:
     yield Move(pair)
 
 
-def begin(move: Move, proxy: Proxy) -> None:
+def begin(move: Move, proxy: CutProxy) -> None:
     move.limit()
     move.source.migrate(proxy.uri)
     move.source.start_postcopy()
@@ -38,8 +36,8 @@ def assert_taken_back(move: Move) -> None:
     move.source.verify()
 
 
-def test_a_source_that_missed_the_confirmation_completes(move: Move, tmp_path: Path) -> None:
-    with Proxy(tmp_path, move.destination.migrate_incoming(LISTEN)) as proxy:
+def test_a_source_that_missed_the_confirmation_completes(move: Move) -> None:
+    with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
         proxy.stop_at(Watch(False, SHUT, 0, lambda: proxy.cut(Cut.RESET)))
         begin(move, proxy)
         move.hurry()
@@ -50,11 +48,11 @@ def test_a_source_that_missed_the_confirmation_completes(move: Move, tmp_path: P
     assert move.source.machine.run_state is RunState.POSTMIGRATE
 
 
-def test_a_source_that_dials_again_by_itself_needs_nobody(move: Move, tmp_path: Path) -> None:
+def test_a_source_that_dials_again_by_itself_needs_nobody(move: Move) -> None:
     """The destination has ended, and listens where the guest came from until its source has heard how."""
     move.source.set_parameters({"x-migfw-reconnect": -1})
     where = move.destination.migrate_incoming(LISTEN)
-    with Proxy(tmp_path, where) as proxy:
+    with CutProxy(where) as proxy:
         proxy.stop_at(Watch(False, SHUT, 0, lambda: proxy.cut(Cut.RESET)))
         begin(move, proxy)
         move.hurry()
@@ -70,12 +68,10 @@ def _recovers(move: Move) -> bool:
     return True
 
 
-def test_a_source_that_missed_the_refusal_takes_the_guest_back(
-    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_missed_the_refusal_takes_the_guest_back(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
     """The destination has sent PONG 3, so the source must not start the guest before it hears that it does not run."""
     told = Watch(False, pong(PACKAGE_PING), 8, lambda: None)  # it has passed
-    with Proxy(tmp_path, move.destination.migrate_incoming(LISTEN)) as proxy:
+    with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
         proxy.stop_at(told)
 
         def fail() -> None:
@@ -93,12 +89,10 @@ def test_a_source_that_missed_the_refusal_takes_the_guest_back(
     assert_taken_back(move)
 
 
-def test_a_source_that_dials_again_by_itself_takes_the_guest_back(
-    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_dials_again_by_itself_takes_the_guest_back(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
     move.source.set_parameters({"x-migfw-reconnect": -1})
     told = Watch(False, pong(PACKAGE_PING), 8, lambda: None)  # it has passed
-    with Proxy(tmp_path, move.destination.migrate_incoming(LISTEN)) as proxy:
+    with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
         proxy.stop_at(told)
 
         def fail() -> None:
@@ -112,11 +106,11 @@ def test_a_source_that_dials_again_by_itself_takes_the_guest_back(
 
 
 def test_a_guest_that_does_not_start_after_a_recovery_runs_on_the_source(
-    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recovered = threading.Event()
     told = Watch(False, pong(PACKAGE_PING), 8, lambda: None)  # it has passed
-    with Proxy(tmp_path, move.destination.migrate_incoming(LISTEN)) as proxy:
+    with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
         proxy.stop_at(told)
 
         def fail() -> None:
@@ -135,7 +129,7 @@ def test_a_guest_that_does_not_start_after_a_recovery_runs_on_the_source(
 
 
 def test_a_destination_that_is_told_to_wait_again_forgets_the_outcome(
-    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
         raise RuntimeError("no licence on this host")

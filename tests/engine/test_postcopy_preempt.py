@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from corefw.engine import strays
 from corefw.errors import SettingsError
 from corefw.machine import RunState
 from corefw.testing.tasks import wait_until
-from tests.helpers.cutting import Cut, CutProxy
+from tests.helpers.cutting import BREAKS, Cut, CutProxy, host_and_port
 from tests.helpers.engines import PATIENCE, Pair, ended, query_migrate
-from tests.helpers.moving import LISTEN, Move
+from tests.helpers.moving import LEISURELY, LISTEN, Move
 from tests.helpers.ram import EOS
 
 RECORD = 8 + 4 + 4096 + 64
@@ -24,11 +23,14 @@ RECORD = 8 + 4 + 4096 + 64
 
 
 @pytest.fixture
-def move(pair: Pair) -> Iterator[Move]:
-    made = Move(pair)
-    for engine in (made.source, made.destination):
+def move(pair: Pair) -> Move:
+    return preempting(Move(pair))
+
+
+def preempting(move: Move) -> Move:
+    for engine in (move.source, move.destination):
         engine.set_capabilities({"postcopy-preempt": True})
-    yield made
+    return move
 
 
 def requests(move: Move) -> int:
@@ -55,7 +57,7 @@ def test_the_limit_holds_for_what_is_not_requested_and_for_nothing_else(move: Mo
     """The guest needs more than the limit allows, and gets it; meanwhile the rest keeps to the limit."""
     for engine in (move.source, move.destination):
         engine.set_capabilities({"postcopy-preempt": preempt})
-    limit = 64 << 10
+    limit = 16 << 10
     move.begin()
     move.source.set_parameters({"max-postcopy-bandwidth": limit})
     began = time.monotonic()
@@ -81,8 +83,9 @@ def recover(move: Move) -> None:
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
-def test_a_connection_that_is_broken_on_purpose(move: Move, side: str) -> None:
+def test_a_connection_that_is_broken_on_purpose(pair: Pair, side: str) -> None:
     """Twice: the channel of requested pages is replaced as well."""
+    move = preempting(Move(pair, *LEISURELY))
     switch(move)
     for _ in range(2):
         (move.source if side == "source" else move.destination).pause_migration()
@@ -94,7 +97,7 @@ def test_a_connection_that_is_broken_on_purpose(move: Move, side: str) -> None:
     move.completes()
 
 
-@pytest.mark.parametrize("how", [Cut.RESET, Cut.END, Cut.FORWARD, Cut.BACKWARD])
+@pytest.mark.parametrize("how", BREAKS)
 def test_a_channel_of_requested_pages_that_is_cut(move: Move, how: Cut) -> None:
     """The stream's own channel works, and still both sides pause: a page may have been lost."""
     with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
@@ -102,6 +105,7 @@ def test_a_channel_of_requested_pages_that_is_cut(move: Move, how: Cut) -> None:
         move.source.migrate(proxy.uri)
         move.source.start_postcopy()
         assert wait_until(partial(asks_again, move, 0)), "no page was asked for"
+        assert wait_until(lambda: proxy.connections == 2)
         proxy.cut(how)
         move.both_reach("postcopy-paused")
         recover(move)
@@ -138,10 +142,12 @@ def test_a_destination_without_it_is_found_out_before_the_guest_leaves(
 ) -> None:
     monkeypatch.setattr(strays, "FIRST_WORDS", 0.01)
     move.destination.set_capabilities({"postcopy-preempt": False})
-    move.begin()
-    assert wait_until(lambda: query_migrate(move.source).get("ram", {}).get("transferred", 0) > 4 << 20)
-    move.source.start_postcopy()
-    assert ended(move.source) == "failed"
+    with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
+        move.limit()
+        move.source.migrate(proxy.uri)
+        assert wait_until(lambda: proxy.hung_up == 1), "the destination keeps the other connection"
+        move.source.start_postcopy()
+        assert ended(move.source) == "failed"
     assert "switch capability 'postcopy-preempt' on there too" in (move.source.report().error or "")
     stays(move)
 
@@ -168,8 +174,11 @@ def test_what_is_no_requested_page_pauses_both_sides(
         move.source.start_postcopy()
         move.reaches(move.destination, "postcopy-active")
         assert wait_until(lambda: move.destination.machine.run_state is RunState.PAUSED)
+        assert wait_until(lambda: proxy.connections == 2)
         proxy.inject(data)
         move.destination.cont()
+        assert wait_until(lambda: requests(move) > 0 or move.destination.incoming.status == "postcopy-paused")
+        move.hurry()
         move.both_reach("postcopy-paused")
         assert words in caplog.text
         recover(move)
@@ -183,7 +192,7 @@ def test_a_stranger_who_connects_first_is_dismissed(move: Move, words: bytes) ->
 
     def come_first() -> None:
         if proxy.connections == 1:
-            with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as stranger:
+            with socket.create_connection(host_and_port(address)) as stranger:
                 stranger.sendall(words)
 
     with CutProxy(address) as proxy:

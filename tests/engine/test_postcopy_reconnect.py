@@ -10,7 +10,7 @@ import pytest
 
 from corefw.errors import SettingsError, StateError
 from corefw.testing.tasks import wait_until
-from tests.helpers.cutting import Cut, CutProxy, listens
+from tests.helpers.cutting import BREAKS, Cut, CutProxy, listens
 from tests.helpers.engines import Pair, query_migrate
 from tests.helpers.moving import LISTEN, Move
 from tests.helpers.sshd import missing_programs, running_sshd
@@ -33,7 +33,7 @@ def test_each_kind_of_break(move: Move) -> None:
     """Nothing is said to either side."""
     with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
         begin(move, proxy.uri, 10)
-        for how in Cut:
+        for how in BREAKS:
             move.both_reach("postcopy-active")
             assert wait_until(proxy.has_passed(1 << 20))
             proxy.cut(how)
@@ -47,6 +47,7 @@ def test_other_transports(move: Move, folder: Path, scheme: str) -> None:
     where = move.destination.migrate_incoming(f"unix:{folder / 'a'}" if scheme == "unix" else "zmq:tcp://127.0.0.1:0")
     begin(move, where, -1)
     move.destination.pause_migration()
+    move.reaches(move.destination, "postcopy-paused")
     assert wait_until(lambda: query_migrate(move.source).get("x-migfw", {}).get("reconnect", {}).get("attempts", 0) > 0)
     move.destination.recover(where)
     move.hurry()
@@ -69,6 +70,7 @@ def test_the_attempts_end_and_more_can_be_allowed(move: Move) -> None:
     where = move.destination.migrate_incoming(LISTEN)
     begin(move, where, 1)
     move.destination.pause_migration()
+    move.reaches(move.destination, "postcopy-paused")
     assert wait_until(lambda: "connection refused" in (move.source.report().error or ""))
     move.reaches(move.source, "postcopy-paused")
     assert "reconnect" not in query_migrate(move.source)["x-migfw"], "there was one attempt"
@@ -82,7 +84,7 @@ def test_the_attempts_end_and_more_can_be_allowed(move: Move) -> None:
 def test_a_user_may_name_another_address_meanwhile(move: Move) -> None:
     begin(move, move.destination.migrate_incoming(LISTEN), -1)
     move.destination.pause_migration()
-    move.reaches(move.source, "postcopy-paused")
+    move.both_reach("postcopy-paused")
     elsewhere = move.destination.recover(LISTEN)
     assert wait_until(lambda: _resumes(move, elsewhere))
     move.hurry()

@@ -113,7 +113,9 @@ def test_a_source_that_takes_no_messages_is_given_up() -> None:
         write_command(writer, Command.OPEN_RETURN_PATH)
         write_section_header(writer, SectionHeader(SectionType.START, 0, Talkative.idstr, 0, Talkative.version_id))
         writer.flush()
-        with socket.create_connection(("127.0.0.1", port)) as deaf:
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # soon full
+            deaf.connect(("127.0.0.1", port))
             deaf.sendall(sink.data)
             assert arrived(destination) == "failed"
         reason = query_migrate(destination)["error-desc"]

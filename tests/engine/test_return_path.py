@@ -107,10 +107,10 @@ def test_a_wait_for_the_first_answer_can_be_cancelled_and_is_limited(pair: Pair,
 
 def test_a_destination_that_never_confirms_is_given_up_and_the_guest_stays_stopped(pair: Pair, peer: Peer) -> None:
     source = pair.source()
-    source.set_parameters({"x-migfw-confirm-timeout": 500})
     source.migrate(peer.uri)
     peer.accept()
     peer.read_all(lambda data: data.endswith(END_OF_DESCRIPTION))
+    source.set_parameters({"x-migfw-confirm-timeout": 500})
     assert ended(source) == "failed"
     reason = query_migrate(source)["error-desc"]
     assert "did not confirm that it has the guest within 0.5 s (parameter x-migfw-confirm-timeout)" in reason
@@ -136,10 +136,10 @@ def test_a_parked_machine_is_to_be_migrated_again(pair: Pair, peer: Peer, tmp_pa
     parked = pair.engine(pair.plugins.machine("qemu", MachineConfig(incoming=True)), {})
     donor.migrate(parked.migrate_incoming("tcp:127.0.0.1:0"))
     assert arrived(parked) == "completed", query_migrate(parked)
-    parked.set_parameters({"x-migfw-confirm-timeout": 500})
     parked.migrate(peer.uri)
     peer.accept()
     peer.read_all(lambda data: data.endswith(END_OF_DESCRIPTION))
+    parked.set_parameters({"x-migfw-confirm-timeout": 500})
     assert ended(parked) == "failed"
     reason = query_migrate(parked)["error-desc"]
     assert "migrate it again" in reason and "cont" not in reason, reason

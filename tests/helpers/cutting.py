@@ -1,60 +1,129 @@
-"""A proxy for tcp connections that breaks them when a test says so."""
+"""A proxy for tcp and unix sockets that breaks connections when a test says so, or at a message of the migration."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import struct
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
 _T = TypeVar("_T")
-TICK: Final = 0.05
+
+TICK: Final = 0.03
 """Seconds that a thread may be in one system call: a socket that was closed lives on until that has returned."""
 
-
-_Pair = tuple[socket.socket, socket.socket]
+OVERLAP: Final = 32
+"""Bytes that are held back, for at most a TICK, where a message is looked for: it may begin in them."""
 
 
 class Cut(StrEnum):
     """How a connection breaks."""
 
-    RESET = "reset"  # both ends get RST
-    END = "end"  # both ends get FIN, as if the other had closed
-    FORWARD = "forward"  # nothing more reaches the destination, which gets FIN; the source notices at its next send
-    BACKWARD = "backward"  # the other way round
+    RESET = "RST to both"
+    END = "FIN to both"
+    HALF_FORWARD = "FIN to the destination"
+    HALF_BACKWARD = "FIN to the source"
+    LOSE_FORWARD = "nothing reaches the destination"
+    LOSE_BACKWARD = "nothing reaches the source"
+
+
+BREAKS: Final = (Cut.RESET, Cut.END, Cut.HALF_FORWARD, Cut.HALF_BACKWARD)
+"""Those that both sides notice at once. Only a limit on silence ends the others."""
+
+
+@dataclass(slots=True)
+class Watch:
+    """Stops one direction where `pattern` matches, or after `skip` bytes, and then calls `action` once."""
+
+    forward: bool
+    pattern: re.Pattern[bytes] | None
+    skip: int
+    action: Callable[[], None]
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def find(self, before: bytes, data: bytes, passed: int) -> int | None:
+        """How many of these bytes still pass, after `passed` others that ended with `before`; None for all."""
+        if self.pattern is None:
+            return max(0, self.skip - passed) if passed + len(data) > self.skip else None
+        found = self.pattern.search(before + data, len(before))
+        return min(found.start() - len(before) + self.skip, len(data)) if found else None
+
+
+@dataclass(slots=True)
+class Connection:
+    """The two sockets, and the directions of which nothing more arrives (True: to the destination)."""
+
+    source: socket.socket
+    destination: socket.socket
+    lost: set[bool] = field(default_factory=set)
+
+    def cut(self, how: Cut) -> None:
+        match how:
+            case Cut.RESET:
+                self.lost |= {True, False}
+                for one in (self.source, self.destination):
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    one.close()
+            case Cut.END:
+                for one in (self.source, self.destination):
+                    _shut(one, socket.SHUT_RDWR)
+            case Cut.HALF_FORWARD:
+                self.lost.add(True)
+                _shut(self.destination, socket.SHUT_WR)
+            case Cut.HALF_BACKWARD:
+                self.lost.add(False)
+                _shut(self.source, socket.SHUT_WR)
+            case Cut.LOSE_FORWARD:
+                self.lost.add(True)
+            case Cut.LOSE_BACKWARD:
+                self.lost.add(False)
 
 
 class CutProxy:
-    """Listens on loopback at `uri`, and leads each connection to the address of a URI.
+    """Leads each connection to its address `uri` to that of a target. Both are URIs with `tcp:` or `unix:`.
 
     recorded      what went to the destination, if `record` was asked for
     connections   how many there have been
+    hung_up       of how many of them the source knows that the destination sends no more
     before_each   called before the proxy connects to the destination
     """
 
     def __init__(self, target: str, *, record: bool = False) -> None:
         self.recorded = bytearray()
-        self.connections = 0
+        self.connections = self.hung_up = 0
         self.before_each: Callable[[], object] = lambda: None
         self._record = record
         self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.uri = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
-        self._pair: _Pair | None = None
-        self._pairs: list[_Pair] = []
+        self._watch: Watch | None = None
+        self._passed = 0
+        if target.startswith("unix:"):
+            path = Path(target.removeprefix("unix:")).with_name("proxy")
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(path))
+            self._listener.listen()
+            self.uri = f"unix:{path}"
+        else:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self.uri = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
+        self._made: list[Connection] = []
         self._sockets = [self._listener]
         self._threads: list[threading.Thread] = []
-        self._passed = 0
         self._run(self._accept)
 
     def lead_to(self, target: str) -> None:
         """From now on connections go there."""
         self._target = target
+
+    def stop_at(self, watch: Watch) -> None:
+        self._watch = watch
 
     def has_passed(self, count: int) -> Callable[[], bool]:
         """Whether `count` more bytes have gone to the destination, counted from now."""
@@ -63,19 +132,21 @@ class CutProxy:
 
     def inject(self, data: bytes) -> None:
         """Send bytes to the destination over the newest connection, as if they were the source's."""
-        assert self._pair is not None, "there is no connection"
-        self._pair[1].sendall(data)
+        _send_all(self._newest().destination, data)
 
     def cut(self, how: Cut) -> None:
         """Break the newest connection."""
-        assert self._pair is not None, "there is no connection"
-        _cut(self._pair, how)
+        self._newest().cut(how)
 
     def cut_all(self, how: Cut) -> None:
         """Break every connection."""
-        for pair in self._pairs:
+        for connection in self._made:
             with contextlib.suppress(OSError):  # it was broken before
-                _cut(pair, how)
+                connection.cut(how)
+
+    def _newest(self) -> Connection:
+        assert self._made, "there is no connection"
+        return self._made[-1]
 
     def _run(self, target: Callable[..., None], *arguments: object) -> None:
         self._threads.append(threading.Thread(target=target, args=arguments, daemon=True))
@@ -85,30 +156,67 @@ class CutProxy:
         with contextlib.suppress(OSError):
             while True:
                 source, _ = self._listener.accept()
-                host, _, port = self._target.removeprefix("tcp:").rpartition(":")
-                self._sockets.append(source)
                 self.before_each()
-                destination = socket.create_connection((host, int(port)))
-                self._sockets.append(destination)
+                try:
+                    destination = _connected(self._target)
+                except OSError:
+                    source.close()
+                    continue
                 for one in (source, destination):
                     one.settimeout(TICK)
-                self._pair = source, destination
-                self._pairs.append(self._pair)
+                    self._sockets.append(one)
+                connection = Connection(source, destination)
+                self._made.append(connection)
                 self.connections += 1
-                self._run(self._pump, source, destination, True)
-                self._run(self._pump, destination, source, False)
+                self._run(self._pump, connection, True)
+                self._run(self._pump, connection, False)
 
-    def _pump(self, one: socket.socket, other: socket.socket, forward: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := _patiently(lambda: one.recv(1 << 16)):
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[_patiently(partial(other.send, rest)) :]
+    def _pump(self, connection: Connection, forward: bool) -> None:
+        one, other = connection.source, connection.destination
+        if not forward:
+            one, other = other, one
+        try:
+            self._carry(connection, one, other, forward)
+        except OSError:
+            if forward not in connection.lost:
+                _shut(one, socket.SHUT_RDWR)
+        if forward not in connection.lost:
+            _shut(other, socket.SHUT_WR)
+            self.hung_up += not forward
+
+    def _carry(self, connection: Connection, one: socket.socket, other: socket.socket, forward: bool) -> None:
+        """Until `one` ends. Raises OSError if either breaks."""
+        held, before, data, passed = bytearray(), b"", b"more", 0
+
+        def let_pass(count: int) -> None:
+            nonlocal passed, before
+            passing = bytes(held[:count])
+            del held[:count]
+            passed += count
+            before = (before + passing)[-OVERLAP:]
+            if forward not in connection.lost:
+                _send_all(other, passing)
                 if forward:
-                    self._passed += len(data)
-                    if self._record:
-                        self.recorded += data
-        _shut(other, socket.SHUT_WR)
+                    self._passed += count
+                    self.recorded += passing if self._record else b""
+
+        while data:
+            try:
+                data = one.recv(1 << 16)
+            except TimeoutError:
+                let_pass(len(held))
+                continue
+            held += data
+            watch = self._watch
+            if watch is None or watch.forward is not forward or watch.done.is_set():
+                let_pass(len(held))
+                continue
+            stop = watch.find(before, bytes(held), passed)
+            if stop is not None:
+                let_pass(stop)
+                watch.done.set()
+                watch.action()
+            let_pass(max(0, len(held) - OVERLAP) if data else len(held))
 
     def __enter__(self) -> Self:
         return self
@@ -116,28 +224,30 @@ class CutProxy:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _shut(self._listener, socket.SHUT_RDWR)
+        self._threads[0].join()  # it accepts: no further connection comes
         for one in self._sockets:
             _shut(one, socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
         for one in self._sockets:
             one.close()
+        if self.uri.startswith("unix:"):
+            Path(self.uri.removeprefix("unix:")).unlink(missing_ok=True)
 
 
-def _cut(pair: _Pair, how: Cut) -> None:
-    source, destination = pair
-    match how:
-        case Cut.RESET:
-            for one in pair:
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                one.close()
-        case Cut.END:
-            for one in pair:
-                _shut(one, socket.SHUT_RDWR)
-        case Cut.FORWARD:
-            _shut(destination, socket.SHUT_WR)
-        case Cut.BACKWARD:
-            _shut(source, socket.SHUT_WR)
+def _connected(uri: str) -> socket.socket:
+    if uri.startswith("unix:"):
+        found = socket.socket(socket.AF_UNIX)
+        found.connect(uri.removeprefix("unix:"))
+        return found
+    return socket.create_connection(host_and_port(uri))
+
+
+def _send_all(one: socket.socket, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[_patiently(partial(one.send, rest)) :]
 
 
 def _patiently(call: Callable[[], _T]) -> _T:
@@ -151,13 +261,18 @@ def _shut(one: socket.socket, how: int) -> None:
         one.shutdown(how)
 
 
+def host_and_port(uri: str) -> tuple[str, int]:
+    """Of a URI that ends with an address of tcp."""
+    host, _, port = uri.rpartition("tcp:")[2].rpartition(":")
+    return host, int(port)
+
+
 def listens(uri: str) -> bool:
     """Whether a process listens there."""
-    host, _, port = uri.removeprefix("tcp:").rpartition(":")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # former connections may be in TIME_WAIT
         try:
-            probe.bind((host, int(port)))
+            probe.bind(host_and_port(uri))
         except OSError:
             return True
     return False

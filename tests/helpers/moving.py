@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import os
+
 from corefw.engine import Engine
 from corefw.machine import MachineConfig, RunState
 from corefw.testing.tasks import wait_until
 from tests.helpers.engines import Pair, arrived, ended
 
-LISTEN = "tcp:127.0.0.1:0"
-SLOW = 16 << 20
-"""Bytes per second: the RAM takes seconds, so the guest is faster than the background stream."""
+LISTEN = f"tcp:127.{os.getpid() >> 16 & 63 | 64}.{os.getpid() >> 8 & 255}.{os.getpid() & 255}:0"
+"""An address of this process alone: no other one takes a port there that was given up, or is to be used again."""
+SLOW = 2 << 20
+"""Bytes per second: the RAM takes long enough to interfere, also on a busy machine."""
+LEISURELY = ("24M", "3M")
+"""Of a guest that needs pages for a while: faster than the background stream, but not through at once."""
 
 
 class Move:
     """A guest that writes faster than its pages are sent, on its way from a source to a destination."""
 
-    def __init__(self, pair: Pair) -> None:
-        self.source, self.destination = (self._engine(pair, incoming) for incoming in (False, True))
+    def __init__(self, pair: Pair, working_set: str = "8M", dirty_rate: str = "400M") -> None:
+        options = {"ram": "32M", "working-set": working_set, "dirty-rate": dirty_rate}
+        self.source, self.destination = (self._engine(pair, options, incoming) for incoming in (False, True))
         self.source.cont()
 
-    def _engine(self, pair: Pair, incoming: bool) -> Engine:
-        options = {"ram": "32M", "working-set": "8M", "dirty-rate": "400M"}
+    def _engine(self, pair: Pair, options: dict[str, str], incoming: bool) -> Engine:
         engine = pair.engine(pair.plugins.machine("python", MachineConfig("stress", options, incoming)), {})
         engine.settings.set_capabilities({"postcopy-ram": True})
         return engine
@@ -33,11 +38,16 @@ class Move:
         self.limit(precopy)
         self.source.migrate(self.destination.migrate_incoming(LISTEN))
 
-    def switch(self) -> None:
-        """Begin, and have the guest run on the destination."""
+    def hand_over(self) -> None:
+        """Begin, and switch to postcopy. The guest may need pages before it runs."""
         self.begin()
         self.source.start_postcopy()
         self.both_reach("postcopy-active")
+
+    def switch(self) -> None:
+        """The same, and have the guest run on the destination."""
+        self.hand_over()
+        assert wait_until(lambda: self.destination.machine.run_state is RunState.RUNNING), "it waits for a page"
 
     def reaches(self, engine: Engine, status: str) -> None:
         machine = engine.outgoing if engine is self.source else engine.incoming

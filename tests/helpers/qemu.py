@@ -182,7 +182,7 @@ class Qemu:
         return answer
 
     def wait_running(self) -> None:
-        """Wait until a destination runs the guest."""
+        """Wait until it runs the guest."""
 
         def running() -> bool:
             assert self.process.poll() is None, f"{PROGRAM} ended: {self.output()}"

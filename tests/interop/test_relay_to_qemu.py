@@ -185,7 +185,7 @@ def test_a_destination_that_cannot_load_it(guest: Guest, folder: Path) -> None:
         source.migrate(near_uri)
         wait_until(lambda: source.status() in ("completed", "failed"), "the end of QEMU's migration")
         assert source.status() == "failed"
-        assert source.command("query-status")["running"]
+        source.wait_running()
         assert destination.process.wait(60) != 0
         for relay in (near, far):
             out, err = relay.communicate(timeout=60)
@@ -207,4 +207,4 @@ def test_a_far_side_that_is_not_there(guest: Guest, folder: Path) -> None:
         )
         assert done.returncode == 1, done.stdout + done.stderr
         assert done.stderr.count("\n") == 1 and "zmq:ipc:///nonexistent/socket" in done.stderr
-        assert source.command("query-status")["running"]
+        source.wait_running()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from tests.helpers.cutting import Cut
 from tests.matrix.points import BYTES, MESSAGES, PAUSED, STATUSES, Point
-from tests.matrix.proxy import Cut
 
 
 class Blow(StrEnum):

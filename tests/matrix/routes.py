@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from tests.helpers.cutting import CutProxy
 from tests.helpers.sshd import Sshd
-from tests.matrix.proxy import Proxy
 
 
 class Route(ABC):
@@ -32,7 +32,7 @@ class Route(ABC):
         """Where the proxy leads, for a destination that listens at `uri`."""
 
     @abstractmethod
-    def through(self, proxy: Proxy, uri: str) -> str:
+    def through(self, proxy: CutProxy, uri: str) -> str:
         """What a source dials to reach `uri` through the proxy."""
 
 
@@ -40,7 +40,7 @@ class Tcp(Route):
     def target(self, uri: str) -> str:
         return uri
 
-    def through(self, proxy: Proxy, uri: str) -> str:
+    def through(self, proxy: CutProxy, uri: str) -> str:
         return proxy.uri
 
 
@@ -57,7 +57,7 @@ class Zmq(Route):
     def target(self, uri: str) -> str:
         return f"tcp:{uri.rpartition('/')[2]}"
 
-    def through(self, proxy: Proxy, uri: str) -> str:
+    def through(self, proxy: CutProxy, uri: str) -> str:
         return f"zmq:tcp://{proxy.uri.removeprefix('tcp:')}"
 
 
@@ -68,7 +68,7 @@ class Ssh(Route):
         assert self.sshd is not None
         return f"tcp:127.0.0.1:{self.sshd.port}"
 
-    def through(self, proxy: Proxy, uri: str) -> str:
+    def through(self, proxy: CutProxy, uri: str) -> str:
         assert self.sshd is not None
         address = proxy.uri.removeprefix("tcp:")
         home = self.folder / "home"

@@ -19,14 +19,14 @@ from typing import Any, Final
 from corefw.errors import MigfwError
 from corefw.qmp.client import QmpClient
 from tests.helpers.cli import MIGFW, environment
+from tests.helpers.cutting import Cut, CutProxy, Watch
 from tests.helpers.sshd import Sshd
 from tests.matrix import witness
 from tests.matrix.cases import SILENT, Blow, Case, Fault
 from tests.matrix.points import PAUSED, Stage
-from tests.matrix.proxy import Cut, Proxy, Watch
 from tests.matrix.routes import ROUTES
 
-PATIENCE: Final = 15.0
+PATIENCE: Final = 60.0
 """Seconds for one step, far beyond what it takes."""
 
 LIMITS: Final = {"x-migfw-confirm-timeout": 2000, "x-migfw-incoming-timeout": 2000, "x-migfw-liveness": 2}
@@ -127,7 +127,7 @@ class Run:
         with contextlib.ExitStack() as started:
             self.destination = Process(folder, "destination", f"--incoming={self._route.listen}", environ={})
             started.callback(self.destination.clean_up)
-            self.proxy = started.enter_context(Proxy(folder, self._route.target(self.destination.uri)))
+            self.proxy = started.enter_context(CutProxy(self._route.target(self.destination.uri)))
             self._dialed = self._route.through(self.proxy, self.destination.uri)
             self.source = Process(folder, "source", environ=self._route.environment)
             started.callback(self.source.clean_up)
@@ -174,8 +174,9 @@ class Run:
             process.ask("migrate-set-capabilities", {"capabilities": switched})
             if self.case.fault in SILENT:
                 process.ask("migrate-set-parameters", dict(LIMITS))
-        slow = "max-bandwidth" if point.status == "active" else "max-postcopy-bandwidth"
-        self.source.ask("migrate-set-parameters", {slow: 1 << 20})
+        if point.stage is not Stage.PRECOPY or point.status == "active":
+            limits = dict.fromkeys(("max-bandwidth", "max-postcopy-bandwidth"), 1 << 20)
+            self.source.ask("migrate-set-parameters", {**limits})
 
     def _pause(self) -> None:
         """Break the first connection once the guest runs on the destination."""

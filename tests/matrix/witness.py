@@ -8,7 +8,7 @@ import time
 from corefw_machine_python import guest
 
 PAGES = 1024
-PERIOD = 0.002
+PERIOD = 0.005
 """Seconds between two ticks."""
 
 

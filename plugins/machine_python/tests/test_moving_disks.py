@@ -84,9 +84,8 @@ def test_back_and_forth_on_one_file_with_a_bitmap(hosts: Hosts, tmp_path: Path, 
         there = hosts.engine("Writer", image, incoming=True)
         for engine in (here, there):
             engine.set_capabilities({"dirty-bitmaps": True, "postcopy-ram": postcopy})
+        here.set_parameters({"x-migfw-postcopy-start": "now" if postcopy else "on-command"})
         here.migrate(there.migrate_incoming("tcp:127.0.0.1:0"))
-        if postcopy:
-            here.start_postcopy()
         assert there.wait_incoming(PATIENCE) is S.COMPLETED
         wait_for_more(there)
         refresh(copy, there, image)
@@ -106,9 +105,8 @@ def written_in_postcopy(hosts: Hosts, image: Path) -> object:
     for engine in (source, destination):
         engine.set_capabilities({"postcopy-ram": True})
     source.cont()
-    source.set_parameters({"max-bandwidth": 1 << 20})
+    source.set_parameters({"x-migfw-postcopy-start": "now"})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
-    source.start_postcopy()
     assert destination.wait_incoming(PATIENCE) is S.COMPLETED
     return destination.verify()
 

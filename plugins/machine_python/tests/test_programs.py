@@ -148,8 +148,8 @@ def test_life_prints_lines_elsewhere() -> None:
 
 def test_life_goes_the_same_way_wherever_it_is(make: Make) -> None:
     """Its course depends on the state alone: two worlds with one seed, stopped at the same generation, are the same."""
-    worlds: list[dict[int, bytes]] = []
-    for _ in range(2):
+
+    def stopped_now_and_then() -> dict[int, bytes]:
         machine = make("life", size="16x16", fps="1000", seed="3")
         seen: dict[int, bytes] = {}
         machine.start()
@@ -157,7 +157,10 @@ def test_life_goes_the_same_way_wherever_it_is(make: Make) -> None:
             machine.stop(RunState.PAUSED)
             seen[vars(machine.devices()[0].state)["generation"]] = bytes(machine.ram_blocks()[0].view[:256])
             machine.start()
-        worlds.append(seen)
-    both = worlds[0].keys() & worlds[1].keys()
-    assert all(worlds[0][one] == worlds[1][one] for one in both)
-    assert both
+        machine.close()
+        return seen
+
+    one = stopped_now_and_then()
+    while not (both := one.keys() & (other := stopped_now_and_then()).keys()):
+        pass  # on a busy machine a world is not stopped often
+    assert all(one[generation] == other[generation] for generation in both)
