@@ -472,7 +472,7 @@ def _large(pages: int) -> Iterable[bytes]:
 
 @pytest.mark.timeout(300)
 def test_memory_does_not_grow_with_the_ram(tmp_path: Path) -> None:
-    pages = 150_000
+    pages = 75_000
     program = (
         "import pathlib, re, sys\n"
         "from corefw.cli import main\n"

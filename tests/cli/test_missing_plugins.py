@@ -12,8 +12,7 @@ from tests.helpers.cli import migfw
 from tests.helpers.installs import install
 
 
-@pytest.mark.parametrize("plugin", ["ram", "devices"])
-@pytest.mark.parametrize("broken", [False, True], ids=["absent", "broken"])
+@pytest.mark.parametrize(("plugin", "broken"), [("ram", False), ("devices", True)], ids=["absent", "broken"])
 def test_nothing_is_sent_without_a_plugin(
     engines: Engines, plugin: str, broken: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

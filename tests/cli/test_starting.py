@@ -71,7 +71,7 @@ def test_ctrl_c_at_any_moment_is_no_traceback(engines: Engines, tmp_path: Path, 
     }[command]
     script = tmp_path / "migfw"
     script.write_text(SCRIPT)
-    for milliseconds in range(0, 400, 20):
+    for milliseconds in range(0, 400, 40):
         process = subprocess.Popen(
             [sys.executable, script, *arguments],
             stdin=subprocess.DEVNULL,
