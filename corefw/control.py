@@ -49,10 +49,16 @@ class PostcopySwitch:
 
 @dataclass(frozen=True, slots=True)
 class ReconnectReport:
-    """A paused source that dials its destination again by itself: attempts so far, and their limit (None: for ever)."""
+    """A paused source that dials its destination again by itself.
+
+    attempts   number of those so far
+    limit      number after which it gives up; None: never
+    wait       milliseconds until the next one; 0 while it dials
+    """
 
     attempts: int
     limit: int | None
+    wait: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +154,7 @@ class MigrationReport:
 
     side              SOURCE if a migration away from here was ever started, else DESTINATION
     status            that side's
-    error             why it failed or was cancelled, or is about to fail
+    error             why it failed, was cancelled or is paused, or is about to fail
     blocked_reasons   why a migration away from here would be refused; empty while one runs
     sections          what each section reports of itself (Section.statistics), by name
     transfer          figures of the source; None on a destination

@@ -7,7 +7,7 @@ and the table of commands, but neither NumPy nor a plugin.
     console.py      stdout, stderr, and how an exception becomes a message and an exit status
     options.py      options that several commands share; how --cap and --param are read and applied
     completion.py   Tab completion
-    progress.py     follow a migration, show its progress, sum it up
+    progress.py     show the progress of a migration, sum it up; follow.py polls it until it is over
     control.py      the commands that send a single QMP command each, and `ps`
     run.py          `run`: background.py for --detach; hosting.py is the life of the engine's process
     migrate.py      `migrate`: destination.py starts the other side over ssh

@@ -15,6 +15,7 @@ import click
 from corefw.cli import Interrupts, completion
 from corefw.cli.completion import WithInstalled
 from corefw.cli.console import ExitStatus, Finished, note, print_facts, print_json, unread_is_fine
+from corefw.cli.follow import SWITCHES, Follower
 from corefw.cli.options import (
     CAPABILITY,
     NO_LIMITS,
@@ -27,7 +28,7 @@ from corefw.cli.options import (
     settings_options,
     split_for_relay,
 )
-from corefw.cli.progress import SWITCHES, Follower, cancelled, open_display, summary
+from corefw.cli.progress import cancelled, open_display, summary
 from corefw.cli.relay import Route, find_route
 from corefw.errors import MigfwError, UsageError, one_line
 from corefw.machine import RunState

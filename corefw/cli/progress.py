@@ -1,4 +1,4 @@
-"""Follow a migration: show its progress while it runs, sum it up when it is over.
+"""Show the progress of a migration while it runs, and sum it up when it is over.
 
 A display gets query-migrate's answers and does not know where they come from. On a terminal it is live. If stdout is a
 file or a pipe, it is plain lines, at most one a second and only when something changed. With --json, stdout stays
@@ -11,17 +11,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import click
 
-from corefw.cli import Interrupts
 from corefw.closing import Closing
-from corefw.errors import ChannelError, MigfwError, UsageError, one_line
 from corefw.machine import RunState
-from corefw.qmp.engines import POLL, EngineClient
 from corefw.quantities import format_duration, format_milliseconds, format_size
 from corefw.states import POSTCOPY, MigrationStatus
 
@@ -41,6 +37,9 @@ class Progress:
     """An answer of query-migrate, in bytes, bytes per second and milliseconds. What is unknown is zero or None.
 
     total, remaining    over all live sections; of a real QEMU, its RAM
+    missing             what has not arrived yet of the RAM of a destination in postcopy
+    page_size           bytes
+    requested           number of pages that the guest has asked for in postcopy
     passes              number of harvests of the dirty log, including the one of the present pass
     time_left           until the guest runs on the destination
     pass_time_left      until the present pass has been sent
@@ -50,6 +49,9 @@ class Progress:
     phase: str = "none"
     total: int = 0
     remaining: int = 0
+    missing: int | None = None
+    page_size: int = 4096
+    requested: int = 0
     transferred: int = 0
     rate: float = 0.0
     dirty_rate: int = 0
@@ -73,6 +75,9 @@ class Progress:
             phase=phase,
             total=own.get("total") or ram.get("total", 0),
             remaining=own["remaining"] if own.get("total") else ram.get("remaining", 0),
+            missing=_missing(own),
+            page_size=ram.get("page-size", 4096),
+            requested=ram.get("postcopy-requests", 0),
             transferred=ram.get("transferred", 0),
             rate=ram.get("mbps", 0.0) * _MEGABIT,
             dirty_rate=own.get("dirty-rate", measured),
@@ -97,6 +102,10 @@ class Progress:
     def details(self) -> list[str]:
         """The known figures as phrases, most important first."""
         known = [f"{format_size(self.remaining)} of {format_size(self.total)} left"] if self.total else []
+        if self.missing is not None:
+            known.append(f"{format_size(self.missing)} of its RAM still to come")
+        if self.phase in POSTCOPY:
+            return known + self._postcopy_details()
         if self.converges is False:
             known.append("will not converge")
         elif self.time_left is not None:
@@ -111,6 +120,15 @@ class Progress:
             known.append(f"expected downtime {format_duration(self.expected_downtime)}")
         return known
 
+    def _postcopy_details(self) -> list[str]:
+        if not self.total:
+            return []
+        known = [f"{-(-self.remaining // self.page_size):,} pages", f"{self.requested:,} requested by the guest"]
+        if self.phase == MigrationStatus.POSTCOPY_ACTIVE and self.rate:
+            left = self.remaining / self.rate * 1000
+            known += [f"done in about {format_duration(left)}", f"{format_size(self.rate)}/s"]
+        return known
+
     def heading(self) -> str:
         return f"{self.phase}, pass {self.passes}" if self.passes and self.phase not in POSTCOPY else self.phase
 
@@ -118,6 +136,12 @@ class Progress:
         """All of it in one line."""
         percent = [self.percent] if self.total else []
         return ", ".join([self.heading(), *percent, *self.details()])
+
+
+def _missing(own: Mapping[str, Any]) -> int | None:
+    """Bytes of RAM that a destination in postcopy lacks, as the loaders say; None elsewhere."""
+    found = [one["missing"] for one in own.get("sections", {}).values() if "missing" in one]
+    return sum(found) if found else None
 
 
 class Display(Closing):
@@ -275,110 +299,3 @@ def summary(answer: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("guest", guest))
     facts += [("warning", str(warning)) for warning in answer.get("x-migfw", {}).get("warnings", ())]
     return facts
-
-
-# -- while it runs -----------------------------------------------------------------------------------------------------
-
-
-OVER: Final = frozenset(
-    {
-        MigrationStatus.NONE,
-        MigrationStatus.COMPLETED,
-        MigrationStatus.FAILED,
-        MigrationStatus.CANCELLED,
-        MigrationStatus.POSTCOPY_PAUSED,
-        MigrationStatus.COLO,
-    }
-)
-"""Statuses in which nothing more happens by itself."""
-
-SWITCHES: Final[Mapping[str, int]] = {"now": 0, "after-first-pass": 2}
-"""When this process can have a real QEMU switch to postcopy: the passes (dirty-sync-count) of which that takes note.
-With the second everything has been sent once."""
-
-
-def _goes_on(answer: Mapping[str, Any]) -> bool:
-    """Whether a migration that is paused goes on by itself."""
-    return "reconnect" in answer.get("x-migfw", {})
-
-
-class Follower:
-    """Watches one migration of an engine until it is over, and shows it on a display.
-
-    It may act, once each: cancel the migration after Ctrl-C or if `has_failed` returns True (a relay that broke), have
-    a QEMU switch to postcopy when `switch` says so (a migfw does that by itself), and explain pre-switchover.
-    """
-
-    def __init__(
-        self,
-        engine: EngineClient,
-        display: Display,
-        interrupts: Interrupts | None = None,
-        *,
-        switch: str | None = None,
-        has_failed: Callable[[], bool] | None = None,
-    ) -> None:
-        self._engine = engine
-        self._display = display
-        self._interrupts = interrupts or Interrupts()
-        self._switch_at = None if switch is None else SWITCHES[switch]
-        self._has_failed = has_failed
-        self._cancelling = False
-        self._explained = False
-        self._switched = False
-        self._broken = False
-
-    def wait(self) -> dict[str, Any]:
-        """Wait until the migration is over; the last answer of query-migrate. Raises MigfwError if the engine ends."""
-        while True:
-            try:
-                answer = self._engine.query_migrate()
-            except ChannelError as error:
-                raise MigfwError(
-                    f"the engine ended while its guest migrated ({error}): check the destination"
-                ) from None
-            progress = Progress.of(answer)
-            if progress.phase in OVER and not _goes_on(answer):
-                return answer
-            self._tell_connection(answer)
-            self._display.update(progress)
-            if not self._switched and (text := switched(answer)):
-                self._switched = True
-                self._display.say(f"switched to postcopy {text}")
-            self._act(progress)
-            time.sleep(POLL)
-
-    def _tell_connection(self, answer: Mapping[str, Any]) -> None:
-        """Say when the connection of a postcopy breaks and is there again."""
-        broken = "reconnect" in answer.get("x-migfw", {})
-        if broken and not self._broken:
-            why = one_line(str(answer.get("error-desc", "no reason is known")))
-            self._display.say(f"the connection broke: {why}; dialling again")
-        elif self._broken and answer.get("status") == MigrationStatus.POSTCOPY_ACTIVE:
-            self._display.say("connected again")
-        self._broken = broken or (self._broken and answer.get("status") != MigrationStatus.POSTCOPY_ACTIVE)
-
-    def _act(self, progress: Progress) -> None:
-        failed = self._has_failed is not None and self._has_failed()
-        if not self._cancelling and (self._interrupts.requested or failed):
-            self._cancelling = True
-            self._cancel(progress)
-        elif self._switch_at is not None and progress.passes >= self._switch_at:
-            self._switch_at = None
-            with suppress(UsageError):  # it has begun to switch over by itself
-                self._engine.call("migrate-start-postcopy")
-                self._display.say(f"told QEMU to switch to postcopy, in pass {progress.passes}")
-        if progress.phase == MigrationStatus.PRE_SWITCHOVER and not self._explained:
-            self._explained = True
-            self._display.say("the guest is stopped before the switchover: 'migfw continue' or 'migfw cancel'")
-
-    def _cancel(self, progress: Progress) -> None:
-        if progress.phase in POSTCOPY:
-            self._display.say("too late to cancel: the guest runs on the destination; press Ctrl-C again to exit")
-            return
-        if self._interrupts.requested:
-            self._display.say("cancelling; press Ctrl-C again to exit at once")
-        try:
-            self._engine.call("migrate_cancel")
-        except UsageError:
-            self._cancelling = False  # it has switched to postcopy meanwhile: the next poll finds that

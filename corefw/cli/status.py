@@ -170,11 +170,13 @@ def _migration(answer: Mapping[str, Any]) -> Iterator[Fact]:
             yield "error", str(answer["error-desc"])
     else:
         (_, first), *rest = summary(answer)
-        yield "migration", first
+        yield "migration", progress.line() if progress.missing is not None else first
         yield from rest
     yield from _page_faults(answer)
     if (own := answer.get("x-migfw", {}).get("reconnect")) is not None:
-        yield "reconnects", f"by itself; {own['attempts']} of {own.get('limit', 'any number of')} attempts have failed"
+        after = f", the next is in {format_milliseconds(own['wait'])}" if own.get("wait") else ""
+        limit = own.get("limit", "any number of")
+        yield "reconnects", f"by itself; {own['attempts']} of {limit} attempts have failed{after}"
     elif progress.phase == MigrationStatus.POSTCOPY_PAUSED:
         yield (
             "to recover",
@@ -269,7 +271,9 @@ def _phrases(document: Mapping[str, Any]) -> list[str]:
     if document.get("incoming", "none") != "none":
         phrases.append(f"incoming {document['incoming']}")
     if progress.phase != "none":
-        phrases.append(f"migration {progress.line() if 'expected-downtime' in answer else progress.phase}")
+        shown = "expected-downtime" in answer or progress.missing is not None
+        phrases.append(f"migration {progress.line() if shown else progress.phase}")
+        phrases += [f"{name} {value}" for name, value in _page_faults(answer)]
     phrases += progress.warnings
     phrases += [f"cannot migrate: {reason}" for reason in answer.get("blocked-reasons", ())]
     fields = document.get("machine", {}).get("information", {}).get("fields") or {}

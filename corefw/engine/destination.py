@@ -89,6 +89,8 @@ class Destination(IncomingContext):
         self.advised_pages = False
         self.cancelled = False
         self.resuming = False
+        self.why_paused: str | None = None
+        self._broken_on_purpose = False
         self.guest: GuestArrival | None = None
         self.blocktime: Blocktime | None = None
         self._deciding = threading.Lock()  # guards the two that decide between a cancel and RUN
@@ -155,6 +157,7 @@ class Destination(IncomingContext):
         """In a postcopy that is paused: wait until the source has come back. Raises Interrupted, and ChannelError for a
         connection over which a migration cannot go on."""
         self.interrupt.check()
+        self._broken_on_purpose = False
         connection = self._adopt(self.readmission.await_source())
         connection.open_return_path()
         return connection
@@ -192,6 +195,8 @@ class Destination(IncomingContext):
     def cause(self, error: MigfwError) -> MigfwError:
         """The error to report: what comes over another channel aborts the stream, and the error that follows says
         little."""
+        if self._broken_on_purpose:
+            return ChannelError("its connection was closed by migrate-pause")
         try:
             if self._strays is not None:
                 self._strays.check()
@@ -240,6 +245,7 @@ class Destination(IncomingContext):
 
     def break_connection(self) -> None:
         """Pause a postcopy on purpose. The source cannot come back before migrate-recover."""
+        self._broken_on_purpose = True
         self.readmission.suspend()
         self._abort_connection()
 

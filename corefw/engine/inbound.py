@@ -216,7 +216,7 @@ class Inbound:
         return MigrationReport(
             Side.DESTINATION,
             status,
-            arrival.error,
+            arrival.problem,
             blocked_reasons,
             arrival.figures(),
             blocktime=arrival.blocktime(),

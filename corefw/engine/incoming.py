@@ -75,6 +75,11 @@ class IncomingMigration:
         if self._thread is not threading.current_thread():
             self._thread.join()
 
+    @property
+    def problem(self) -> str | None:
+        """Why it failed, or why it is paused."""
+        return self.error or self._destination.why_paused
+
     def figures(self) -> dict[str, dict[str, object]]:
         """What the loaders report of themselves, by section."""
         return self._destination.figures()

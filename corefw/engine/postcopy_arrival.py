@@ -90,7 +90,8 @@ def _pause(destination: Destination, error: BaseException) -> MigrationStatus:
         log.warning("postcopy: the connection broke, but the guest has arrived: %s", destination.cause(error))
         guest.complete()
         return MigrationStatus.COMPLETED
-    log.warning("postcopy: the connection broke, and the guest goes on with what it has: %s", destination.cause(error))
+    destination.why_paused = str(destination.cause(error))
+    log.warning("postcopy is paused, and the guest goes on with the pages it has: %s", destination.why_paused)
     guest.faults.request_over(None)
     destination.connection.abort()
     destination.hang_up()
@@ -129,4 +130,5 @@ def load_recovery(destination: Destination) -> MigrationStatus:
             raise StreamError("expected POSTCOPY_RESUME, got the end of the stream")
     except ANYTHING as error:
         return _pause(destination, error)
+    destination.why_paused = None
     return following

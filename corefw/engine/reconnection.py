@@ -8,6 +8,7 @@ Threads: the migration thread; `report` may be called from any.
 
 from __future__ import annotations
 
+import time
 from typing import Final
 
 from corefw.control import ReconnectReport
@@ -25,10 +26,12 @@ class Reconnection:
         self._settings = settings
         self._possible = False
         self._attempts = 0
+        self._broke = 0.0
 
     def broke(self, *, possible: bool) -> None:
         """The migration has paused. `possible`: dialling again may help."""
         self._possible = possible
+        self._broke = time.monotonic()
 
     def succeeded(self) -> None:
         self._attempts = 0
@@ -48,6 +51,7 @@ class Reconnection:
     def report(self) -> ReconnectReport | None:
         """The attempts so far, if there are further ones; else None."""
         limit = self._settings.integer("x-migfw-reconnect")
-        if self.delay() is None:
+        if (delay := self.delay()) is None:
             return None
-        return ReconnectReport(self._attempts, None if limit < 0 else limit)
+        wait = max(0.0, self._broke + delay - time.monotonic())
+        return ReconnectReport(self._attempts, None if limit < 0 else limit, int(wait * 1000))

@@ -140,7 +140,8 @@ def _own_figures(report: MigrationReport, transfer: TransferReport) -> dict[str,
 
 
 def _reconnect(report: ReconnectReport) -> dict[str, Any]:
-    return {"attempts": report.attempts, **({"limit": report.limit} if report.limit is not None else {})}
+    limit = {"limit": report.limit} if report.limit is not None else {}
+    return {"attempts": report.attempts, "wait": report.wait, **limit}
 
 
 def _switch(switch: PostcopySwitch) -> dict[str, Any]:

@@ -68,9 +68,11 @@ def test_a_connection_that_was_paused_is_recovered(engines: Engines) -> None:
     assert wait_until(lambda: {status(source), status(destination)} == {"postcopy-paused"})
     for engine in (source, destination):
         shown = engine.call("status").stdout
+        assert re.search("^error: ", shown, re.MULTILINE), shown
         assert "'migfw recover URI' on the destination" in shown
         assert "after 'migfw pause' on the destination" in shown
         assert "warning" not in shown
+    assert re.search("^migration: +postcopy-paused, .*iB of its RAM still to come", shown, re.MULTILINE), shown
     unverified = destination.call("verify")
     assert unverified.returncode == 1 and "until the postcopy migration is recovered" in unverified.stderr
     nowhere = source.call("migrate", f"tcp:127.0.0.1:{free_port()}", "--resume")
@@ -94,6 +96,7 @@ def test_the_status_says_that_it_goes_on_by_itself(engines: Engines) -> None:
     source, destination = start_postcopy(engines)
     assert source.call("set", "x-migfw-reconnect=-1").returncode == 0
     assert destination.call("pause").returncode == 0
+    assert wait_until(lambda: "closed by migrate-pause" in destination.call("status").stdout)
     assert wait_until(lambda: "of any number of attempts have failed" in source.call("status").stdout)
     assert destination.call("recover", destination.uri).returncode == 0
     assert source.call("set", "max-postcopy-bandwidth=0").returncode == 0
@@ -116,8 +119,13 @@ def test_a_connection_that_breaks_is_replaced(engines: Engines) -> None:
         moved = source.call("migrate", proxy.uri, *how)
         cut.join()
     assert moved.returncode == 0, moved.stderr
-    assert re.search("the connection broke: .*; dialling again", moved.stdout), moved.stdout + moved.stderr
+    assert re.search(r"the connection broke: .*; dialling again in .*s \(attempt 1\)", moved.stdout), (
+        moved.stdout + moved.stderr
+    )
     assert "connected again" in moved.stdout
+    assert re.search(
+        r"^postcopy-active, .* left, [\d,]+ pages, [\d,]+ requested by the guest", moved.stdout, re.MULTILINE
+    )
     verified = destination.call("verify")
     assert verified.returncode == 0, verified.stderr
     wrong = source.call("migrate", "--reconnect=always", proxy.uri)

@@ -112,7 +112,10 @@ def test_a_destination_whose_plugins_report_figures() -> None:
 def test_progress_in_postcopy_is_of_what_follows() -> None:
     """The guest runs on the destination: nothing is dirtied here, and no pass follows."""
     progress = Progress.of({**ACTIVE, "status": "postcopy-active"})
-    assert progress.line() == "postcopy-active, 75 %, 256.0 MiB of 1.0 GiB left, 976.6 KiB/s"
+    assert progress.line() == (
+        "postcopy-active, 75 %, 256.0 MiB of 1.0 GiB left, 65,536 pages, 0 requested by the guest,"
+        " done in about 4 min 28 s, 976.6 KiB/s"
+    )
 
 
 def test_the_summary_says_what_followed_in_postcopy() -> None:

@@ -182,6 +182,12 @@ class PostcopyPageLoader(PageLoader):
         self._blocks.update(self._arriving)
         self._block = self._blocks[current] if current else None
 
+    def missing(self) -> int | None:
+        """Bytes of RAM that have not arrived; None before listen(). From any thread."""
+        blocks = list(self._arriving.values())
+        missing = (int(np.count_nonzero(~one.marks.received())) * one.block.page_size for one in blocks)
+        return sum(missing) if blocks else None
+
     def arriving(self, idstr: str) -> ArrivingBlock:
         """Raises StreamError for a name that is no RAM block's."""
         block = self._arriving.get(idstr)

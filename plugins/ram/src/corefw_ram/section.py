@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,6 +162,12 @@ class RamSectionLoader(PreemptLoader):
 
     def received(self, block: str) -> NDArray[np.bool_]:
         return self._loading.arriving(block).marks.received()
+
+    def statistics(self) -> Mapping[str, object]:
+        """In postcopy: bytes of RAM that have not arrived."""
+        pages = self._pages  # cleanup() may come at any moment
+        missing = pages.missing() if pages is not None else None
+        return {"missing": missing} if missing is not None else {}
 
     def cleanup(self) -> None:
         self._pages = None
