@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from corefw.errors import SettingsError
+from corefw.block import DirtyBitmap
+from corefw.errors import BlockedError, SettingsError
 from corefw.machine import BlockMachine
 from corefw.states import MigrationStatus
+from tests.helpers.cutting import Cut, CutProxy, Watch
 from tests.helpers.parking import PATIENCE, park, parking, send, wait_parked
-from tests.helpers.qemu import Qemu, QmpError, needs_qemu
+from tests.helpers.peers import peer_parameters, using_peer
+from tests.helpers.postcopying import there_and_back
+from tests.helpers.qemu import Guest, Qemu, QmpError, needs_qemu
 
 pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(240)]
 
@@ -34,6 +39,9 @@ WRITES: Final = (
 SLOW: Final = 1 << 20
 """Bytes per second."""
 
+FIRST_BITS: Final = re.compile(b"[\x44\x4c](\x04disk)?\x04fine")
+"""The first record with bits of "fine"."""
+
 
 def with_bitmaps(source: Qemu) -> list[str]:
     """Make the bitmaps, write, and return their digests."""
@@ -44,21 +52,26 @@ def with_bitmaps(source: Qemu) -> list[str]:
     return digests(source)
 
 
+def digest(qemu: Qemu, node_name: str, name: str) -> str:
+    return str(qemu.command("x-debug-block-dirty-bitmap-sha256", node=node_name, name=name)["sha256"])
+
+
 def digests(qemu: Qemu) -> list[str]:
-    return [
-        qemu.command("x-debug-block-dirty-bitmap-sha256", node=one["node"], name=one["name"])["sha256"]
-        for one in BITMAPS
-    ]
+    return [digest(qemu, one["node"], one["name"]) for one in BITMAPS]
 
 
-def digests_here(machine: object) -> list[str]:
+def bitmaps_here(machine: object) -> list[DirtyBitmap]:
     assert isinstance(machine, BlockMachine)
     found = []
     for one in BITMAPS:
         node = machine.find_node(one["node"])
         assert node is not None
-        found.append(node.bitmap(one["name"]).sha256())
+        found.append(node.bitmap(one["name"]))
     return found
+
+
+def digests_here(machine: object) -> list[str]:
+    return [one.sha256() for one in bitmaps_here(machine)]
 
 
 def recording(qemu: Qemu) -> dict[tuple[str, str], bool]:
@@ -121,6 +134,61 @@ def test_bitmaps_follow_the_guest_in_postcopy(ram: bool) -> None:
         engine.start_postcopy()
         assert engine.wait_outgoing(PATIENCE) is MigrationStatus.COMPLETED, destination.output()
         assert digests(destination) == expected
+
+
+# -- connections that break --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", peer_parameters("5.2", "newest"))
+def test_a_break_before_the_bits_loses_none(label: str, guest: Guest) -> None:
+    """QEMU sends them behind the RAM. On the way out they have arrived before the guest starts."""
+    with using_peer(label), there_and_back(guest, "dirty-bitmaps", arguments=DISKS) as moves:
+        arriving, leaving = moves
+        expected = with_bitmaps(arriving.qemu)
+        for move in moves:
+            with CutProxy(move.listen()) as proxy:
+                move.begin(proxy.uri)
+                move.both_reach("postcopy-active")
+                proxy.cut_all(Cut.RESET)
+                move.both_reach("postcopy-paused")
+                proxy.lead_to(move.listen_again())
+                move.resume(proxy.uri)
+                move.both_reach("postcopy-active")
+                move.finish()
+            assert digests_here(move.engine.machine) == expected
+        assert digests(leaving.qemu) == expected
+
+
+@pytest.mark.parametrize("label", peer_parameters("5.2", "7.2"))  # newer ones fail, and keep the machine
+def test_a_break_amid_the_bits_leaves_no_bitmap_that_is_wrong(label: str, guest: Guest) -> None:
+    """Within a record of "fine". The RAM has arrived, and QEMU does not come back from this, so the machine is parked
+    without these bits."""
+    with using_peer(label), there_and_back(guest, "dirty-bitmaps", arguments=DISKS) as (arriving, leaving):
+        engine = arriving.engine
+        expected = with_bitmaps(arriving.qemu)
+        with CutProxy(arriving.listen()) as proxy:
+            proxy.stop_at(Watch(True, FIRST_BITS, 600, lambda: proxy.cut(Cut.HALF_FORWARD)))
+            arriving.begin(proxy.uri)
+            arriving.both_reach("postcopy-active")
+            arriving.qemu.command("migrate-set-parameters", max_postcopy_bandwidth=0)
+            wait_parked(engine)
+        assert not arriving.qemu.command("query-status")["running"]
+        arrived = bitmaps_here(engine.machine)
+        lost = [one for one in arrived if one.inconsistent]
+        assert "fine" in [one.name for one in lost]
+        listening = leaving.listen()
+        with pytest.raises(
+            BlockedError, match=r"'fine' is inconsistent and cannot be used .*block-dirty-bitmap-remove"
+        ):
+            engine.migrate(listening)
+        for one in lost:
+            one.node.remove_bitmap(one)
+        leaving.begin(listening)
+        leaving.both_reach("postcopy-active")
+        leaving.finish()
+        for one, sent in zip(arrived, expected, strict=True):
+            if one not in lost:
+                assert one.sha256() == digest(leaving.qemu, one.node.name, one.name) == sent
 
 
 # -- block-bitmap-mapping ----------------------------------------------------------------------------------------------

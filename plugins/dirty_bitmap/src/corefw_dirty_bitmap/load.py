@@ -4,10 +4,14 @@ A bitmap of a machine with disks is created at its START, busy, and records what
 its bits may also come afterwards. A parked machine has no disks: the node and the bitmap are made when all
 bits have come, because only then the node's length is known.
 
+If the connection breaks after the guest has started, the source may come back. A migfw then sends every bitmap again;
+a QEMU goes on where it was, and what was under way is lost. So after a break a record counts only if it is certain to
+which bitmap it belongs, and a bitmap that lacks bits when its COMPLETE comes is inconsistent.
+
 Invariant: a bitmap that can be used is complete. What has come of one that is not, is dropped with it, or the bitmap is
 marked inconsistent if the guest may have run.
 
-Source: QEMU 10.0, dirty_bitmap_load (migration/block-dirty-bitmap.c), which drops all bitmaps and goes on where this
+Source: QEMU 11.1, dirty_bitmap_load (migration/block-dirty-bitmap.c), which drops all bitmaps and goes on where this
 refuses the migration. Threads: as corefw.section says.
 """
 
@@ -55,6 +59,8 @@ class IncomingBitmap:
     bitmap    the machine's bitmap; None likewise
     end       bytes of the node up to the last bit that has come
     chunks    what has come: offset -> length, both in bytes, and bits (None: zeros)
+    given_up  it is inconsistent: what still comes of it is dropped
+    cut_off   the connection broke, and no bits have come since: if the node's length is not known, the last may be lost
     """
 
     def __init__(self, node_name: str, name: str, granularity: int, *, enabled: bool, persistent: bool) -> None:
@@ -67,6 +73,8 @@ class IncomingBitmap:
         self.bitmap: DirtyBitmap | None = None
         self.end = 0
         self.complete = False
+        self.given_up = False
+        self.cut_off = False
         self.chunks: dict[int, tuple[int, bytes | None]] = {}
 
     def __str__(self) -> str:
@@ -126,7 +134,7 @@ class BitmapLoader(PostcopyLoader):
         self._size = 0  # bytes of bits of all bitmaps
         self._kept = 0  # bytes of those that have come: more only where records overlap
         self._chunks = 0
-        self._cancelled = False  # what comes is read and dropped
+        self._broken = False  # a connection has broken since listen()
 
     def required(self) -> bool:
         return False
@@ -139,8 +147,7 @@ class BitmapLoader(PostcopyLoader):
             raise reader.error(f"version {BITMAPS_VERSION} of section '{BITMAPS_IDSTR}'", f"version {version_id}")
         while True:
             record = read_bitmap_record(reader)
-            if not self._cancelled:
-                self._take(reader, record)
+            self._take(reader, record)
             if BitmapFlag.EOS in record.flags:
                 return
 
@@ -148,12 +155,18 @@ class BitmapLoader(PostcopyLoader):
         """What the guest writes from its start on is recorded anyway."""
 
     def connection_lost(self) -> None:
-        self._cancelled = True
-        self._give_up()
-        self._warn()
+        """A QEMU that resumes leaves a name out if it had sent it, so only one that cannot be another is kept."""
+        self._broken = True
+        node, bitmap = self._named
+        only_node = len({node for node, _ in self._bitmaps}) == 1
+        self._named = node if only_node else None, bitmap if len(self._bitmaps) == 1 else None
+        for one in self._bitmaps.values():
+            one.cut_off = not one.complete
 
     def cleanup(self) -> None:
-        self._give_up()
+        for one in self._bitmaps.values():
+            if not one.complete and not one.given_up:
+                self._give_up(one)
 
     def committed(self) -> None:
         self._warn()
@@ -163,18 +176,17 @@ class BitmapLoader(PostcopyLoader):
             one.remove()
         self._bitmaps.clear()
 
-    def _give_up(self) -> None:
-        """Mark the bitmaps that have not come whole. A parked machine gets them too, so that they are missed."""
-        for one in self._bitmaps.values():
-            if one.complete:
-                continue
-            if one.bitmap is None:
-                try:
-                    one.create(self._parked_node(one) or self._make_node(one))
-                except MigfwError as error:
-                    log.warning("%s did not arrive whole, and cannot be shown: %s", one, error)
-            if one.bitmap is not None:
-                one.bitmap.mark_inconsistent()
+    def _give_up(self, one: IncomingBitmap) -> None:
+        """Mark a bitmap that has not come whole. A parked machine gets it too, so that it is missed."""
+        if one.bitmap is None:
+            try:
+                one.create(self._parked_node(one) or self._make_node(one))
+            except MigfwError as error:
+                log.warning("%s did not arrive whole, and cannot be shown: %s", one, error)
+        if one.bitmap is not None:
+            one.bitmap.mark_inconsistent()
+        one.given_up = True
+        one.chunks.clear()
 
     def _warn(self) -> None:
         for one in self._bitmaps.values():
@@ -196,10 +208,15 @@ class BitmapLoader(PostcopyLoader):
             raise reader.error("the name of a block node and of its bitmap", "neither")
         return node, bitmap
 
-    def _current(self, reader: StreamReader) -> IncomingBitmap:
-        """The bitmap that is named; its START has come and its COMPLETE has not."""
+    def _current(self, reader: StreamReader) -> IncomingBitmap | None:
+        """The bitmap that is named; its START has come and its COMPLETE has not. After a break None, if it is not
+        certain which one it is, or if it needs nothing more."""
+        if self._broken and None in self._named:
+            return None
         key = self._key(reader)
         found = self._bitmaps.get(key)
+        if self._broken and found is not None and (found.complete or found.given_up):
+            return None
         if found is None or found.complete:
             raise reader.error("a bitmap that has begun and not ended", f"'{key[1]}' of block node '{key[0]}'")
         return found
@@ -212,9 +229,11 @@ class BitmapLoader(PostcopyLoader):
             case BitmapFlag.START:
                 self._start(reader, record)
             case BitmapFlag.BITS:
-                self._bits(reader, self._current(reader), record)
+                if (one := self._current(reader)) is not None:
+                    self._bits(reader, one, record)
             case BitmapFlag.COMPLETE:
-                self._complete(reader, self._current(reader))
+                if (one := self._current(reader)) is not None:
+                    self._complete(reader, one)
 
     def _start(self, reader: StreamReader, record: BitmapRecord) -> None:
         key = self._key(reader)
@@ -296,6 +315,7 @@ class BitmapLoader(PostcopyLoader):
         if self._kept > MAX_BITS:
             raise reader.error(f"at most {MAX_BITS} bytes of bits in all records", f"{self._kept}")
         one.end = end
+        one.cut_off = False
         one.chunks[offset] = length, data
 
     def _reserve(self, reader: StreamReader, size: int) -> None:
@@ -309,7 +329,11 @@ class BitmapLoader(PostcopyLoader):
         node = self._parked_node(one) if one.node is None else one.node
         length = one.end if node is None else node.length
         gap = one.gap(length)
-        if gap is not None or one.end != length:
+        lacks_some = gap is not None or one.end != length
+        if self._broken and (lacks_some or (node is None and one.cut_off)):
+            self._give_up(one)
+            return
+        if lacks_some:
             raise reader.error(f"the bits of {one} for {length} bytes", f"those for {one.end if gap is None else gap}")
         try:
             if one.node is None:

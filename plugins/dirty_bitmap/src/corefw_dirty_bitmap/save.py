@@ -72,6 +72,11 @@ class OutgoingBitmap:
             now.reshape(-1)[: len(bits)] = np.frombuffer(bits, dtype=np.uint8)
             self._dirty |= (now != self._sent).any(axis=1)
 
+    def send_again(self) -> None:
+        """Send all of it once more, and its COMPLETE."""
+        self._dirty[:] = True
+        self.complete = False
+
     def next_chunk(self) -> BitmapRecord | None:
         """The next chunk, which counts as sent; None when nothing is left."""
         if not self._dirty.any():
@@ -202,9 +207,10 @@ class BitmapSaver(PostcopySaver):
         self._final = True
 
     def prepare_resume(self, received: Callable[[str, int], NDArray[np.bool_]]) -> None:
-        """The destination has given up every bitmap that was not complete, as QEMU does
-        (dirty_bitmap_mig_cancel_incoming), so nothing is left to send."""
-        self._bitmaps.clear()
+        """What was under way is lost, so send every bitmap again, with all names. The destination drops what it has."""
+        self._named = (None, None)
+        for one in self._bitmaps:
+            one.send_again()
 
     def cleanup(self) -> None:
         for bitmap in self._busy:
