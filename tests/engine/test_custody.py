@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -23,6 +22,7 @@ from corefw.uri import MigrationUri
 from corefw.wire.constants import ReturnMessage
 from tests.helpers.engines import PATIENCE, Pair, Peer, arrived, counting, ended, query_migrate, runs_on
 from tests.helpers.machines import CountingMachine
+from tests.helpers.qemu import wait_until
 
 END_OF_DESCRIPTION = b"}]}"
 
@@ -31,13 +31,6 @@ END_OF_DESCRIPTION = b"}]}"
 def peer() -> Iterator[Peer]:
     with Peer() as peer:
         yield peer
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        time.sleep(0.001)
 
 
 def sent_all(pair: Pair, peer: Peer) -> Engine:
@@ -175,7 +168,7 @@ def test_cancel_does_not_wait_for_a_guest_that_verifies_itself(pair: Pair) -> No
     try:
         assert begun.wait(PATIENCE)
         source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
-        until(lambda: query_migrate(source).get("ram", {}).get("dirty-sync-count", 0) > 1, "the second pass")
+        wait_until(lambda: query_migrate(source).get("ram", {}).get("dirty-sync-count", 0) > 1, "the second pass")
         source.cancel()
         assert ended(source) == "cancelled"
     finally:
@@ -239,7 +232,7 @@ class LateBreak(SocketChannel):
     def send(self, *parts: Buffer) -> None:
         super().send(*parts)
         if bytes(parts[-1]).endswith(END_OF_DESCRIPTION):
-            until(lambda: not any(one.name == "return path" for one in threading.enumerate()), "SHUT")
+            wait_until(lambda: not any(one.name == "return path" for one in threading.enumerate()), "SHUT")
             raise ChannelError("the connection broke")
 
 
@@ -288,7 +281,7 @@ def test_a_return_path_that_breaks_while_the_guest_is_being_stopped(pair: Pair, 
         def stop(self, state: RunState) -> None:
             if state is RunState.FINISH_MIGRATE and peer.connection is not None:
                 peer.connection.close()
-                until(lambda: not any(one.name == "return path" for one in threading.enumerate()), "the break")
+                wait_until(lambda: not any(one.name == "return path" for one in threading.enumerate()), "the break")
             super().stop(state)
 
     source = pair.source(Stopping())

@@ -342,21 +342,10 @@ def test_precopy_completes_if_nobody_asks_for_postcopy(move: Move) -> None:
 
 # -- which side may run the guest --------------------------------------------------------------------------------------
 
-PACKAGED = bytes((SectionType.COMMAND, 0, Command.PACKAGED, 0, 4))
-
-
-def hand_over_to(peer: Peer, move: Move) -> None:
-    """Let the source send its package to a destination that is driven by hand."""
-    move.limit()
-    move.source.migrate(peer.uri)
-    move.source.start_postcopy()
-    peer.accept()
-    peer.read_all(lambda data: PACKAGED in data)
-
 
 def test_a_destination_that_refuses_the_package_leaves_the_guest_to_the_source(move: Move) -> None:
     with Peer() as peer:
-        hand_over_to(peer, move)
+        move.hand_over_to(peer)
         peer.say(ReturnMessage.SHUT, 1)
         assert ended(move.source) == "failed"
     assert move.source.machine.run_state is RunState.RUNNING
@@ -366,7 +355,7 @@ def test_a_destination_that_refuses_the_package_leaves_the_guest_to_the_source(m
 def test_a_destination_that_fails_once_it_may_have_started_the_guest_keeps_it(move: Move) -> None:
     """What QEMU sends then does not say whether the guest ran."""
     with Peer() as peer:
-        hand_over_to(peer, move)
+        move.hand_over_to(peer)
         peer.say(ReturnMessage.PONG, PACKAGE_PING)
         peer.say(ReturnMessage.SHUT, 1)
         assert ended(move.source) == "failed"
@@ -378,7 +367,7 @@ def test_a_destination_that_fails_once_it_may_have_started_the_guest_keeps_it(mo
 
 def test_a_package_that_was_lost_is_given_up_by_a_cancel(move: Move) -> None:
     with Peer() as peer:
-        hand_over_to(peer, move)
+        move.hand_over_to(peer)
     move.reaches(move.source, "postcopy-paused")
     assert str(move.source.machine.run_state) == "finish-migrate"
     move.source.cancel()

@@ -22,7 +22,6 @@ from tests.engine.test_postcopy_hostile import NOTHING_ARRIVED
 from tests.helpers.engines import Pair, Peer, arrived, ended
 from tests.helpers.moving import LISTEN, Move
 
-PACKAGED = bytes((SectionType.COMMAND, 0, Command.PACKAGED))
 RECV_BITMAP = bytes((SectionType.COMMAND, 0, Command.RECV_BITMAP))
 NOWHERE = "tcp:127.0.0.1:1"
 
@@ -35,11 +34,7 @@ def move(pair: Pair) -> Iterator[Move]:
 def lose_the_package(move: Move) -> None:
     """Break the connection while RUN is on its way, to a destination that never loads it."""
     with Peer() as peer:
-        move.limit()
-        move.source.migrate(peer.uri)
-        move.source.start_postcopy()
-        peer.accept()
-        peer.read_all(lambda data: PACKAGED in data[-(1 << 20) :])
+        move.hand_over_to(peer)
     move.reaches(move.source, "postcopy-paused")
 
 
@@ -174,11 +169,7 @@ def test_a_package_that_was_lost_can_be_given_up_after_a_resume_that_failed(move
 def test_a_destination_that_has_shown_that_it_runs_the_guest_keeps_it(move: Move, says: str) -> None:
     if says == "PONG":
         with Peer() as peer:
-            move.limit()
-            move.source.migrate(peer.uri)
-            move.source.start_postcopy()
-            peer.accept()
-            peer.read_all(lambda data: PACKAGED in data[-(1 << 20) :])
+            move.hand_over_to(peer)
             peer.say(ReturnMessage.PONG, PACKAGE_PING)
     else:
         lose_the_package(move)

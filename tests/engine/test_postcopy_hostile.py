@@ -36,7 +36,6 @@ from tests.helpers.cutting import CutProxy, host_and_port
 from tests.helpers.engines import READY, Pair, Peer, arrived, ended
 from tests.helpers.moving import LISTEN, Move
 
-PACKAGED = bytes((SectionType.COMMAND, 0, Command.PACKAGED, 0, 4))
 RESUME = bytes((SectionType.COMMAND, 0, Command.POSTCOPY_RESUME))
 RECV_BITMAP = bytes((SectionType.COMMAND, 0, Command.RECV_BITMAP))
 ADVICE = postcopy_advise_payload(PostcopyAdvice(4096, 4096))
@@ -171,13 +170,9 @@ def test_a_stream_that_is_whole_but_not_run(pair: Pair) -> None:
 
 def takes_guest(peer: Peer, move: Move) -> bytes:
     """Let the source hand the guest over to a destination that is driven by hand; what came from the package on."""
-    move.limit()
-    move.source.migrate(peer.uri)
-    move.source.start_postcopy()
-    peer.accept()
-    data = peer.read_all(lambda data: PACKAGED in data)
+    sent = move.hand_over_to(peer)
     peer.say(ReturnMessage.PONG, PACKAGE_PING)
-    return data[data.index(PACKAGED) :]
+    return sent
 
 
 def lets_resume(peer: Peer, move: Move, *, answer: bytes = BITMAP + NOTHING_ARRIVED) -> None:

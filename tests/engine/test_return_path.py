@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -45,13 +44,6 @@ def marked(**more: object) -> CountingMachine:
     machine = CountingMachine(**more)  # type: ignore[arg-type]
     machine.block.view[4096 + 8 : 4096 + 8 + len(PAGE_MARK)] = PAGE_MARK
     return machine
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        time.sleep(0.001)
 
 
 # -- nothing of RAM before the destination has accepted the sections ---------------------------------------------------

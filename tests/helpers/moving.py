@@ -7,12 +7,14 @@ import os
 from corefw.engine import Engine
 from corefw.machine import MachineConfig, RunState
 from corefw.testing.tasks import wait_until
-from tests.helpers.engines import Pair, arrived, ended
+from corefw.wire.constants import Command, SectionType
+from tests.helpers.engines import Pair, Peer, arrived, ended
 
 LISTEN = f"tcp:127.{os.getpid() >> 16 & 63 | 64}.{os.getpid() >> 8 & 255}.{os.getpid() & 255}:0"
 """An address of this process alone: no other one takes a port there that was given up, or is to be used again."""
 SLOW = 2 << 20
 """Bytes per second: the RAM takes long enough to interfere, also on a busy machine."""
+PACKAGED = bytes((SectionType.COMMAND, 0, Command.PACKAGED, 0, 4))
 LEISURELY = ("24M", "3M")
 """Of a guest that needs pages for a while: faster than the background stream, but not through at once."""
 
@@ -48,6 +50,15 @@ class Move:
         """The same, and have the guest run on the destination."""
         self.hand_over()
         assert wait_until(lambda: self.destination.machine.run_state is RunState.RUNNING), "it waits for a page"
+
+    def hand_over_to(self, peer: Peer) -> bytes:
+        """Let the source send its package to a destination that is driven by hand; what came from the package on."""
+        self.limit()
+        self.source.migrate(peer.uri)
+        self.source.start_postcopy()
+        peer.accept()
+        data = peer.read_all(lambda data: PACKAGED in data)
+        return data[data.index(PACKAGED) :]
 
     def reaches(self, engine: Engine, status: str) -> None:
         machine = engine.outgoing if engine is self.source else engine.incoming
