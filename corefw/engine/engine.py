@@ -37,8 +37,9 @@ MIGRATION_ACTIVE: Final = "There's a migration process in progress"
 NOT_PAUSED: Final = frozenset(MigrationStatus) - {_S.POSTCOPY_PAUSED}
 INCOMPLETE: Final = frozenset({_S.POSTCOPY_PAUSED, _S.POSTCOPY_RECOVER})
 """Statuses of a destination in which no page of the guest arrives."""
-RESUME_WAIT: Final = 1.0
-"""Seconds that a resumed migration has to leave postcopy-paused, so that the next query-migrate says how it goes."""
+RESUME_WAIT: Final = 10.0
+"""Seconds that a resumed migration has to leave postcopy-paused, so that the next query-migrate says how it goes. It
+does at once, but for a host that is very busy."""
 WAITS: Final = "Guest is waiting for an incoming migration"
 MOVED: Final = "the guest has moved: the destination confirmed it"
 ENDED: Final = frozenset({_S.COMPLETED, _S.FAILED, _S.CANCELLED})
@@ -197,8 +198,10 @@ class Engine(MigrationControl):
         self._check_paused()
         transport = self._outgoing_transport(uri)
         with self._lock:
-            self._check_paused().resume(transport)
-        self.outgoing.wait(NOT_PAUSED, RESUME_WAIT)
+            migration = self._check_paused()
+            migration.resume(transport)
+        if not migration.asks():
+            self.outgoing.wait(NOT_PAUSED, RESUME_WAIT)
 
     def _check_paused(self) -> OutgoingMigration:
         if self._migration is None or self.outgoing.status is not _S.POSTCOPY_PAUSED:

@@ -73,9 +73,13 @@ class OutgoingMigration:
             limits.end()
             raise
 
+    def asks(self) -> bool:
+        """Whether the caller is its own thread (in an observer), which must not wait for it."""
+        return self._thread is threading.current_thread()
+
     def join(self) -> None:
-        """Wait until nothing of it goes on, unless its own thread asks (in an observer)."""
-        if self._thread is not threading.current_thread():
+        """Wait until nothing of it goes on, unless its own thread asks."""
+        if not self.asks():
             self._thread.join()
 
     @property
