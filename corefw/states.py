@@ -143,10 +143,16 @@ class StateMachine:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._status = MigrationStatus.NONE
+        self._changes = 0
 
     @property
     def status(self) -> MigrationStatus:
         return self._status
+
+    @property
+    def changes(self) -> int:
+        """How often it has changed so far."""
+        return self._changes
 
     def advance(self, expected: MigrationStatus, new: MigrationStatus) -> bool:
         """Go from `expected` to `new`; False, and nothing happened, if the status is another one by now.
@@ -161,6 +167,7 @@ class StateMachine:
             if self._status is not expected:
                 return False
             self._status = new
+            self._changes += 1
             self._events.post(StatusChanged(self.side, expected, new))
             self._changed.notify_all()
         log.info("%s: %s -> %s", self.side, expected, new)
@@ -171,3 +178,8 @@ class StateMachine:
         """Block until the status is one of these; False after `seconds`."""
         with self._lock:
             return self._changed.wait_for(lambda: self._status in statuses, seconds)
+
+    def wait_change(self, before: int, seconds: float | None = None) -> bool:
+        """Block until it has changed more than `before` times, even if it is the same again; False after `seconds`."""
+        with self._lock:
+            return self._changed.wait_for(lambda: self._changes > before, seconds)

@@ -1,5 +1,6 @@
 """The states: every pair tried, compare-and-swap under threads, observers in order, the page that shows the tables."""
 
+import itertools
 import re
 import threading
 from itertools import pairwise
@@ -192,6 +193,16 @@ def test_waiting_for_a_status() -> None:
     thread.start()
     assert machine.wait(frozenset({S.SETUP, S.FAILED}))
     thread.join()
+
+
+def test_waiting_for_a_change_that_may_be_over() -> None:
+    machine = StateMachine(Side.SOURCE, EventDispatcher())
+    before = machine.changes
+    assert not machine.wait_change(before, 0)
+    for old, new in itertools.pairwise((S.NONE, S.SETUP, S.FAILING, S.FAILED, S.SETUP)):
+        machine.advance(old, new)
+    assert machine.wait_change(before, 0) and machine.wait_change(before + 3, 0)
+    assert not machine.wait_change(before + 4, 0)
 
 
 @pytest.mark.parametrize("side", Side)

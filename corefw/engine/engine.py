@@ -34,7 +34,6 @@ from corefw.states import CONNECTED, IDLE, POSTCOPY, MigrationStatus, Side, Stat
 
 _S = MigrationStatus
 MIGRATION_ACTIVE: Final = "There's a migration process in progress"
-NOT_PAUSED: Final = frozenset(MigrationStatus) - {_S.POSTCOPY_PAUSED}
 INCOMPLETE: Final = frozenset({_S.POSTCOPY_PAUSED, _S.POSTCOPY_RECOVER})
 """Statuses of a destination in which no page of the guest arrives."""
 RESUME_WAIT: Final = 10.0
@@ -198,10 +197,11 @@ class Engine(MigrationControl):
         self._check_paused()
         transport = self._outgoing_transport(uri)
         with self._lock:
+            before = self.outgoing.changes
             migration = self._check_paused()
             migration.resume(transport)
         if not migration.asks():
-            self.outgoing.wait(NOT_PAUSED, RESUME_WAIT)
+            self.outgoing.wait_change(before, RESUME_WAIT)
 
     def _check_paused(self) -> OutgoingMigration:
         if self._migration is None or self.outgoing.status is not _S.POSTCOPY_PAUSED:
