@@ -156,7 +156,7 @@ def move(pair: Pair) -> Iterator[Move]:
 def test_a_migration_is_measured(move: Move) -> None:
     move.destination.set_capabilities({"postcopy-blocktime": True})
     move.switch()
-    assert wait_until(lambda: query_migrate(move.destination)["x-migfw"]["page-faults"]["count"] > 0)
+    assert wait_until(lambda: query_migrate(move.destination)["x-migfw"]["page-faults"]["count"] > 10)
     assert not QEMU_MEMBERS & query_migrate(move.destination).keys(), "QEMU gives them once it has completed"
     move.hurry()
     move.completes()
@@ -167,7 +167,8 @@ def test_a_migration_is_measured(move: Move) -> None:
     assert sum(answer["postcopy-latency-dist"]) == faults["count"]
     assert 0 < faults["latency-p50"] <= faults["latency-p99"] <= faults["latency-max"]
     assert 0 < answer["postcopy-latency"] <= faults["latency-max"]
-    assert answer["postcopy-vcpu-latency"] == [answer["postcopy-latency"]], "the guest has one thread"
+    [latency] = answer["postcopy-vcpu-latency"]  # the guest has one thread
+    others = answer["postcopy-non-vcpu-latency"]  # of what looked at its RAM before it ran, if that waited
+    assert min(latency, others or latency) <= answer["postcopy-latency"] <= max(latency, others)
     assert answer["postcopy-vcpu-blocktime"] == [answer["postcopy-blocktime"]]
-    assert answer["postcopy-non-vcpu-latency"] == 0
     json.dumps(answer)

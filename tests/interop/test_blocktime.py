@@ -29,8 +29,10 @@ def test_the_members_are_qemus(guest: Guest, folder: Path) -> None:
         assert len(answer["postcopy-latency-dist"]) == BUCKETS
         faults = sum(answer["postcopy-latency-dist"])
         assert faults > 0
-        in_milliseconds = sum(answer["postcopy-vcpu-blocktime"])
-        assert in_milliseconds == pytest.approx(faults * answer["postcopy-latency"] / 1e6, abs=2), answer
+        # In milliseconds. What looks at the guest's RAM before it runs may wait for a page as well.
+        guests, all_of_them = sum(answer["postcopy-vcpu-blocktime"]), faults * answer["postcopy-latency"] / 1e6
+        others = faults * answer["postcopy-non-vcpu-latency"] / 1e6
+        assert guests - 2 <= all_of_them <= guests + others + 2, answer
     assert "page faults:" in shown and "blocked:" in shown, "migfw status reads those of a QEMU as well"
 
 
