@@ -47,7 +47,7 @@ class InPlaceReceiver:
 
     @property
     def expects(self) -> bool:
-        """Whether a run of pages is expected to go on."""
+        """Whether a run of pages is expected: one that goes on, or a guest's first pages."""
         return False
 
     def end_body(self) -> None:
@@ -76,6 +76,7 @@ class DirectReceiver(InPlaceReceiver):
         suitable = block.huge and block.page_size == TARGET_PAGE_SIZE and block.zeros().tolist() == [[0, pages]]
         self._end = pages if suitable else 0
         self._fresh = 0  # the pages from here on hold nothing but zeros
+        self._begun = False  # something has come
         self._next: int | None = None  # the page expected next, after a run
         self._count = FIRST
         self._in_body = 0  # pages received in place since the body of the section began
@@ -84,17 +85,20 @@ class DirectReceiver(InPlaceReceiver):
 
     @property
     def expects(self) -> bool:
-        return self._next is not None and self._next == self._fresh < self._end
+        goes_on = self._next is not None and self._next == self._fresh
+        return (goes_on or not self._begun) and self._fresh < self._end
 
     def end_body(self) -> None:
         self._last_body, self._in_body = self._in_body, 0
 
     def note_stored(self, pages: NDArray[np.int64]) -> None:
+        self._begun = True
         self._fresh = max(self._fresh, int(pages.max()) + 1)
         last = int(pages[-1])
         self._next = last + 1 if len(pages) >= RUN and last - int(pages[-RUN]) == RUN - 1 else None
 
     def note_zeroed(self) -> None:
+        self._begun = True
         self._next = None
 
     def receive(self, reader: StreamReader) -> bool:

@@ -97,8 +97,7 @@ class PageLoader:
             if self._block is not None:
                 while self._block.direct.receive(reader) or self._load_run(reader, self._block):
                     pass
-                direct = reader.receives_memory and self._block.direct.expects
-                reader.read_ahead = LITTLE if direct else min(self._block.read_ahead, len(reader.buffer))
+            self._choose_read_ahead(reader)
             header = read_ram_header(reader)
             if header.kind is RamFlag.EOS:
                 if self._block is not None:
@@ -110,6 +109,13 @@ class PageLoader:
             if header.named:
                 self._block = self._named_block(reader, read_block_name(reader))
             load(reader, header.address)
+
+    def _choose_read_ahead(self, reader: StreamReader) -> None:
+        """Little where a run of pages is to be received past the reader's buffer: what is in it has to be copied."""
+        blocks = self._blocks.values() if self._block is None else (self._block,)
+        direct = reader.receives_memory and any(block.direct.expects for block in blocks)
+        most = min((block.read_ahead for block in blocks), default=BULK_BUFFER_SIZE)
+        reader.read_ahead = LITTLE if direct else min(most, len(reader.buffer))
 
     # -- one record ------------------------------------------------------------------------------------------------
 
