@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 MOST: Final = 1 << 30
 """Bytes of one request: its length has 32 bits."""
+RETRY: Final = 1.0
+"""Seconds until a fault that could not be served is tried again."""
 
 
 class PageFaults:
@@ -75,17 +77,40 @@ class PageFaults:
         self._loaders = {}
 
     def _run(self) -> None:
+        waiting: dict[str, NDArray[np.int64]] = {}
         while True:
             try:
-                self._interrupt.wait_for(self._source.fileno(), select.POLLIN)
-                for block, waiting in self._source.poll().items():
-                    self._request(block, self._loaders[block].wait_for(block, distinct(waiting[:, 0])))
+                self._interrupt.wait_for(self._source.fileno(), select.POLLIN, RETRY if waiting else None)
+                self._add_new(waiting)
             except Interrupted:
                 return
             except ANYTHING:
-                log.exception("a page fault of the guest could not be served")
-                if self._interrupt.wait(1):
+                log.exception("the page faults of the guest could not be read")
+                if self._interrupt.wait(RETRY):
                     return
+            for block, pages in list(waiting.items()):
+                left = self._serve(block, pages)
+                waiting.pop(block)
+                if len(left):
+                    waiting[block] = left
+
+    def _add_new(self, waiting: dict[str, NDArray[np.int64]]) -> None:
+        """Add the pages that threads of the guest have begun to wait for."""
+        for block, found in self._source.poll().items():
+            pages = found[:, 0] if block not in waiting else np.concatenate([waiting[block], found[:, 0]])
+            waiting[block] = distinct(pages)
+
+    def _serve(self, block: str, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Install or request these pages. Returns those where that failed, which is to be tried again: a page that
+        cannot be installed keeps none of the others waiting."""
+        try:
+            self._request(block, self._loaders[block].wait_for(block, pages))
+        except ANYTHING:
+            if len(pages) > 1:
+                return np.concatenate([self._serve(block, page) for page in np.split(pages, len(pages))])
+            log.exception("a page fault of the guest could not be served, and is tried again: page %d", pages[0])
+            return pages
+        return pages[:0]
 
     def _request(self, block: str, runs: NDArray[np.int64]) -> None:
         path, size = self._path, self._page_sizes[block]

@@ -236,7 +236,7 @@ static int receive_lists(int descriptor, int userfaultfd, const struct block *bl
     uint64_t begun = at->part ? at->page : block->pages; /* its claim is the caller's */
 
     for (int lists = 0; lists < LISTS && !at->left && !at->notes.awaited && !at->notes.error; lists++) {
-        int error = wait_readable(descriptor, TICK) ? receive_next(descriptor, userfaultfd, block, at) : EAGAIN;
+        int error = wait_readable(descriptor) ? receive_next(descriptor, userfaultfd, block, at) : EAGAIN;
 
         if (error == -1 || (error == EAGAIN && at->taken))
             return 0;

@@ -5,17 +5,19 @@
 #define RECEIVE_H
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
 enum { TICK = 100 /* milliseconds to wait for bytes, until the caller may look at something else */ };
 
-static inline int wait_readable(int descriptor, int milliseconds)
+/* A socket that does not block is not waited for. */
+static inline int wait_readable(int descriptor)
 {
     struct pollfd ready = {.fd = descriptor, .events = POLLIN};
 
-    return poll(&ready, 1, milliseconds) > 0;
+    return poll(&ready, 1, fcntl(descriptor, F_GETFL) & O_NONBLOCK ? 0 : TICK) > 0;
 }
 
 static inline ssize_t receive_pieces(int descriptor, struct iovec *pieces, size_t count)

@@ -91,7 +91,7 @@ static int receive_requested(int descriptor, const struct block *block, struct r
         if (at->notes.awaited && !at->part && !at->left)
             return 0;
         error = at->part ? receive_page(descriptor, block, at) : receive_header(descriptor, block, at);
-        if (error == EAGAIN && wait_readable(descriptor, TICK))
+        if (error == EAGAIN && wait_readable(descriptor))
             error = 0;
     }
     if (error == -1 || (error == EAGAIN && at->taken))
