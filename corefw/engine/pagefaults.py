@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from corefw.channel import Interrupt
 from corefw.engine.returnpath import ReturnPathWriter
+from corefw.engine.scheduling import answer_at_once
 from corefw.errors import ANYTHING, ChannelError, Interrupted, StreamError
 from corefw.machine import FaultSource, RamBlock
 from corefw.memory.runs import distinct
@@ -77,6 +78,7 @@ class PageFaults:
         self._loaders = {}
 
     def _run(self) -> None:
+        answer_at_once()
         waiting: dict[str, NDArray[np.int64]] = {}
         while True:
             try:

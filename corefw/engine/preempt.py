@@ -26,6 +26,7 @@ import numpy as np
 
 from corefw.channel import Channel, Transport
 from corefw.engine.link import Link
+from corefw.engine.scheduling import answer_at_once
 from corefw.errors import ANYTHING, ChannelError, MigfwError, SettingsError
 from corefw.postcopy import PostcopySaver, PreemptLoader, PreemptSaver
 from corefw.settings import Settings
@@ -172,6 +173,7 @@ class RequestedReceiver:
             self._thread.join()
 
     def _run(self, loader: PreemptLoader) -> None:
+        answer_at_once()
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._channel is not None)
             channel = self._channel

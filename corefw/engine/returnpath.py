@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from corefw.channel import Channel
+from corefw.engine.scheduling import answer_at_once
 from corefw.errors import ANYTHING, ChannelClosed, ChannelError, MigfwError, PeerError, StreamError
 from corefw.wire.constants import ALIVE_PING, ReturnMessage
 from corefw.wire.records import write_received_bitmap
@@ -149,6 +150,7 @@ class ReturnPathReader:
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        answer_at_once()
         error: MigfwError | None = None
         try:
             reader = StreamReader(self._channel, size=4096, where="return path")

@@ -158,7 +158,7 @@ def bodies_of(runs: Sequence[tuple[int, int]], cuts: set[int]) -> tuple[bytes, i
 
 
 @WAYS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(runs=pages_sent, cuts=st.sets(st.integers(1, 7)), sizes=portions, kept=some_pages)
 def test_what_was_discarded_is_stored_and_nothing_else(
     way: Way, runs: list[tuple[int, int]], cuts: set[int], sizes: list[int], kept: list[int]
@@ -174,7 +174,7 @@ def test_what_was_discarded_is_stored_and_nothing_else(
 
 
 @WAYS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data(), sizes=portions, kept=some_pages)
 def test_after_a_break_everything_that_is_missing_can_come_again(
     way: Way, data: st.DataObject, sizes: list[int], kept: list[int]
@@ -196,7 +196,7 @@ def test_after_a_break_everything_that_is_missing_can_come_again(
 
 
 @WAYS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data(), sizes=portions)
 def test_a_changed_header_stores_nothing_that_python_would_not(way: Way, data: st.DataObject, sizes: list[int]) -> None:
     stream = bytearray(bodies_of([(0, PAGES)], set())[0])
@@ -220,7 +220,7 @@ def test_a_changed_header_stores_nothing_that_python_would_not(way: Way, data: s
 
 
 @WAYS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(runs=pages_sent, sizes=portions, requested=some_pages, requested_sizes=portions)
 def test_pages_that_come_over_both_channels_at_once_are_all_there(
     way: Way, runs: list[tuple[int, int]], sizes: list[int], requested: list[int], requested_sizes: list[int]

@@ -22,7 +22,7 @@
 #include "records.h"
 
 enum {
-    SOME = 64,    /* pages in a list at most: a kernel without preemption lets no other thread run while it is copied */
+    SOME = 32,    /* pages in a list at most: a kernel without preemption lets no other thread run while it is copied */
     LISTS = 256,  /* lists until the caller may look at something else */
     FEW = 64,     /* bytes received where no page is expected: a section's end, and the next one's header */
 };

@@ -12,9 +12,9 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw_ram_kernel.library import LIBRARY, check
+from corefw_ram_kernel.library import LIBRARY, QUICK, check
 
-SOME: Final = 64
+SOME: Final = 32
 """Pages in a list at most. The room for what was not expected holds as many records."""
 NOTES: Final = 64
 
@@ -82,10 +82,10 @@ for _function, _arguments in (
     (LIBRARY.corefw_store_records, (ctypes.POINTER(_Block), _u64, _u64, ctypes.c_int, ctypes.POINTER(_Arrival))),
     (LIBRARY.corefw_receive_records, (ctypes.c_int, ctypes.POINTER(_Block), ctypes.POINTER(_Arrival))),
     (LIBRARY.corefw_receive_requested, (ctypes.c_int, ctypes.POINTER(_Block), ctypes.POINTER(_Requested))),
-    (LIBRARY.corefw_claim, (ctypes.POINTER(_Block), _u64, _u64, _u64)),
-    (LIBRARY.corefw_give_up, (ctypes.POINTER(_Block), _u64, _u64)),
-    (LIBRARY.corefw_mark_received, (ctypes.POINTER(_Block), _u64, _u64, _u64)),
-    (LIBRARY.corefw_await, (ctypes.POINTER(_Block), _u64, _u64, _u64)),
+    (QUICK.corefw_claim, (ctypes.POINTER(_Block), _u64, _u64, _u64)),
+    (QUICK.corefw_give_up, (ctypes.POINTER(_Block), _u64, _u64)),
+    (QUICK.corefw_mark_received, (ctypes.POINTER(_Block), _u64, _u64, _u64)),
+    (QUICK.corefw_await, (ctypes.POINTER(_Block), _u64, _u64, _u64)),
 ):
     _function.argtypes = _arguments
 
@@ -199,19 +199,19 @@ class ArrivingBlock:
 
     def claim(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Claim pages; which of them the caller is to store, and then to mark or give up."""
-        return self._each(LIBRARY.corefw_claim, pages)
+        return self._each(QUICK.corefw_claim, pages)
 
     def give_up(self, pages: NDArray[np.int64]) -> None:
         pages = np.ascontiguousarray(pages)
-        check(LIBRARY.corefw_give_up(self._block, pages.ctypes.data, len(pages)), lambda: f"no such pages: {pages}")
+        check(QUICK.corefw_give_up(self._block, pages.ctypes.data, len(pages)), lambda: f"no such pages: {pages}")
 
     def mark_received(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The caller has stored these pages; which of them the guest waits for."""
-        return self._each(LIBRARY.corefw_mark_received, pages)
+        return self._each(QUICK.corefw_mark_received, pages)
 
     def wait_for(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The guest waits for these pages; which of them have not arrived."""
-        return self._each(LIBRARY.corefw_await, pages)
+        return self._each(QUICK.corefw_await, pages)
 
     def _each(self, function: Callable[..., int], pages: NDArray[np.int64]) -> NDArray[np.bool_]:
         pages = np.ascontiguousarray(pages)

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-LIBRARY: Final = ctypes.CDLL(str(Path(__file__).with_name("kernel.so")))
+_PATH: Final = str(Path(__file__).with_name("kernel.so"))
+LIBRARY: Final = ctypes.CDLL(_PATH)
+QUICK: Final = ctypes.PyDLL(_PATH)
+"""The same for functions so short that they keep the interpreter lock: to get it back may take longer."""
 
 WRONG: Final = -1
 """What a function returns for numbers that do not fit."""
