@@ -32,9 +32,11 @@ log = logging.getLogger(__name__)
 PART: Final = 128 << 10
 """Bytes of a PART where requested pages wait for it: at most, but for those pages themselves. As many may lie in the
 source's socket."""
-PART_BESIDE: Final = 512 << 10
-"""The same where requested pages have a channel of their own: the fewer PARTs, the less the interpreter is in their
-way, but a kernel without preemption lets no other thread run before a send has returned."""
+PART_BESIDE: Final = 8 << 20
+"""The same where requested pages have a channel of their own: the fewer PARTs, the less the interpreter is in their way,
+on both sides. The section 'ram' sends them in pieces."""
+UNSENT: Final = 512 << 10
+"""Bytes that may lie in the source's socket then."""
 
 
 def send_rest(source: Source) -> MigrationStatus:
@@ -98,7 +100,7 @@ def _send_pages(source: Source) -> None:
     writer, sections, through = source.link.writer, source.sections, False
     release = MemoryRelease(source)
     part = PART if source.requested is None else PART_BESIDE
-    source.link.channel.limit_unsent(part)
+    source.link.channel.limit_unsent(min(part, UNSENT))
     source.meter.hold_at("max-postcopy-bandwidth")
     source.meter.start_window()
     while not through:

@@ -22,7 +22,7 @@ def distinct(pages: NDArray[np.int64]) -> NDArray[np.int64]:
     np.unique() imports numpy.ma when it is first called, which takes 10 to 40 ms: too long for a guest that waits for a
     page, or stands still.
     """
-    if not (pages[1:] > pages[:-1]).all():
+    if len(pages) > 1 and not (pages[1:] > pages[:-1]).all():
         pages = np.sort(pages)
         pages = pages[np.concatenate(([True], pages[1:] > pages[:-1]))]
     return pages

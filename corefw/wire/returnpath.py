@@ -62,7 +62,7 @@ def read_return_message(reader: StreamReader, of_plugins: Container[int] = ()) -
 
 def encode_return_message(message_type: ReturnMessage | int, body: bytes = b"") -> bytes:
     """The message's bytes, to be sent in one go."""
-    if message_type in PLUGIN_MESSAGES:
+    if int(message_type) in PLUGIN_MESSAGES:  # an IntEnum would be compared with each of the 4096 numbers
         assert len(body) <= RETURN_MESSAGE_LIMIT, f"message {message_type} with {len(body)} bytes"
         return HEADER.pack(message_type, len(body)) + body
     message = ReturnMessage(message_type)

@@ -92,7 +92,7 @@ class PageWriter:
         """The same for a single page, in a fraction of the time. A guest waits for it."""
         zero = hole or not block.pages[page].any()
         same = self._current is block
-        flags = (RamFlag.ZERO if zero else RamFlag.PAGE) | (RamFlag.CONTINUE if same else 0)
+        flags = int(RamFlag.ZERO if zero else RamFlag.PAGE) | (int(RamFlag.CONTINUE) if same else 0)
         at = page * self._page_size
         writer.be64(at | flags)
         if not same:
