@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
