@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 PART: Final = 128 << 10
 """Bytes of a PART where requested pages wait for it: at most, but for those pages themselves. As many may lie in the
 source's socket."""
-PART_BESIDE: Final = 8 << 20
+PART_BESIDE: Final = 2 << 20
 """The same where requested pages have a channel of their own: the fewer PARTs, the less the interpreter is in their
 way, on both sides. The section 'ram' sends them in pieces."""
 UNSENT: Final = 512 << 10
