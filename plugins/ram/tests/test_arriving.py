@@ -125,9 +125,9 @@ class Arrival(NamedTuple):
 
 
 @contextmanager
-def arriving(way: Way, discarded: Sequence[int]) -> Iterator[Arrival]:
+def arriving(way: Way, discarded: Sequence[int], *, huge: bool = True) -> Iterator[Arrival]:
     ram = block("ram", PAGES)
-    ram.huge = True  # it is too small for that, and works without
+    ram.huge = huge  # it is too small for that, and works without
     with StillMachine(ram) as machine, receiving(machine, MemoryPortions(b"", [1])) as receiver:
         ram.pages[:] = GUEST
         for page in discarded:
@@ -158,14 +158,14 @@ def bodies_of(runs: Sequence[tuple[int, int]], cuts: set[int]) -> tuple[bytes, i
 
 
 @WAYS
-@settings(max_examples=25, deadline=None)
-@given(runs=pages_sent, cuts=st.sets(st.integers(1, 7)), sizes=portions, kept=some_pages)
+@settings(max_examples=15, deadline=None)
+@given(runs=pages_sent, cuts=st.sets(st.integers(1, 7)), sizes=portions, kept=some_pages, huge=st.booleans())
 def test_what_was_discarded_is_stored_and_nothing_else(
-    way: Way, runs: list[tuple[int, int]], cuts: set[int], sizes: list[int], kept: list[int]
+    way: Way, runs: list[tuple[int, int]], cuts: set[int], sizes: list[int], kept: list[int], huge: bool
 ) -> None:
     missing = sorted(set(range(PAGES)) - set(kept))
     data, bodies = bodies_of(runs, cuts)
-    with arriving(way, missing) as arrival, closing(way.source(data, sizes)) as source:
+    with arriving(way, missing, huge=huge) as arrival, closing(way.source(data, sizes)) as source:
         arrival.load(source, bodies)
         sent = set(numbers(runs))
         assert arrival.received() == sent | set(kept)
@@ -174,7 +174,7 @@ def test_what_was_discarded_is_stored_and_nothing_else(
 
 
 @WAYS
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data(), sizes=portions, kept=some_pages)
 def test_after_a_break_everything_that_is_missing_can_come_again(
     way: Way, data: st.DataObject, sizes: list[int], kept: list[int]
@@ -196,7 +196,7 @@ def test_after_a_break_everything_that_is_missing_can_come_again(
 
 
 @WAYS
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data(), sizes=portions)
 def test_a_changed_header_stores_nothing_that_python_would_not(way: Way, data: st.DataObject, sizes: list[int]) -> None:
     stream = bytearray(bodies_of([(0, PAGES)], set())[0])
@@ -220,7 +220,7 @@ def test_a_changed_header_stores_nothing_that_python_would_not(way: Way, data: s
 
 
 @WAYS
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(runs=pages_sent, sizes=portions, requested=some_pages, requested_sizes=portions)
 def test_pages_that_come_over_both_channels_at_once_are_all_there(
     way: Way, runs: list[tuple[int, int]], sizes: list[int], requested: list[int], requested_sizes: list[int]
@@ -258,7 +258,7 @@ def test_pages_that_come_over_both_channels_at_once_are_all_there(
 
 
 @WAYS
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data(), sizes=portions)
 def test_requested_pages_that_break_off_can_come_again(way: Way, data: st.DataObject, sizes: list[int]) -> None:
     pages = data.draw(st.lists(st.integers(0, PAGES - 1), unique=True, min_size=1, max_size=20))
