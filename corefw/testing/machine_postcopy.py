@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import time
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from corefw.machine import FaultSource, Machine, PostcopyMachine, RunState, VerifiableMachine
+from corefw.machine import FaultSource, Machine, PostcopyMachine, RamBlock, RunState, VerifiableMachine
+from corefw.memory import userfault
 from corefw.memory.runs import distinct, runs_of_pages
 from corefw.testing.machine_bench import Bench, assert_state, check, load_devices, save_devices
 from corefw.testing.tasks import Task
@@ -55,5 +58,19 @@ def _serve(machine: Machine, faults: FaultSource) -> int:
         for idstr, waiting in faults.poll().items():
             pages = distinct(waiting[:, 0])
             served += len(pages)
+            if served % 2:
+                _map(faults, blocks[idstr], pages)
             faults.install(blocks[idstr], runs_of_pages(pages))
     return served
+
+
+def _map(faults: FaultSource, block: RamBlock, pages: NDArray[np.int64]) -> None:
+    """Let the guest see these pages as compiled code does, where the machine allows that."""
+    mapping = faults.mapping(block)
+    if mapping is None or mapping.userfaultfd < 0:
+        return
+    for page in pages.tolist():
+        try:
+            userfault.map_existing(mapping.userfaultfd, mapping.address + page * block.page_size, block.page_size)
+        except OSError as error:
+            assert error.errno == errno.EEXIST, f"mapping() of block '{block.idstr}' is wrong: {error.strerror}"
