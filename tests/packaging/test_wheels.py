@@ -134,7 +134,7 @@ def test_compiled_code_is_a_wheel_for_every_python_and_is_used(clean: Path, whee
     assert "corefw_ram_kernel/kernel.so" in names
     assert not [name for name in names if name.endswith((".c", ".h"))]
     assert "migfw-ram-kernel" in str(about(wheels["migfw"])[1].get_all("Requires-Dist"))
-    used = run(clean / "python", "-c", "from corefw_ram.kernel import find_kernel; print(find_kernel().__name__)")
+    used = run(clean / "python", "-c", "from corefw_ram.kernel import find_kernel; print(find_kernel().__module__)")
     assert used == "corefw_ram_kernel\n"
 
 

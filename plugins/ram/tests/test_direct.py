@@ -206,8 +206,8 @@ def test_a_compiled_loop_that_does_not_load_is_passed_over_with_a_warning(tmp_pa
     about = tmp_path / "a_broken_kernel-1.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: a-broken-kernel\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[corefw.kernel]\nram = nowhere_to_be_found\n")
-    script = "from corefw_ram.kernel import find_kernel; print(getattr(find_kernel(), '__name__', None))"
+    (about / "entry_points.txt").write_text("[corefw.kernel]\nram = nowhere_to_be_found:Kernel\n")
+    script = "from corefw_ram.kernel import find_kernel; print(getattr(find_kernel(), '__module__', None))"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
@@ -215,5 +215,5 @@ def test_a_compiled_loop_that_does_not_load_is_passed_over_with_a_warning(tmp_pa
         capture_output=True,
         text=True,
     )
-    assert "nowhere_to_be_found does not load, and is not used: No module named" in done.stderr
+    assert "nowhere_to_be_found:Kernel does not load, and is not used: No module named" in done.stderr
     assert done.stdout in ("None\n", "corefw_ram_kernel\n")

@@ -70,7 +70,7 @@ class KernelBlock(Protocol):
 
 
 class Kernel(Protocol):
-    """The module `corefw_ram_kernel`."""
+    """`corefw_ram_kernel.Kernel`."""
 
     def receive_lists(
         self, descriptor: int, *, ram: int, pages: int, headers: int, first: int, size: int, most: int, total: int

@@ -3,7 +3,7 @@
     receive_lists    before the guest runs, straight into its RAM
     ArrivingBlock    while the guest runs (postcopy)
 
-`corefw_ram` finds this module by the entry point `ram` in the group `corefw.kernel` and does the same in Python where
+`corefw_ram` finds them, as the attributes of Kernel, by the entry point `ram` in the group `corefw.kernel` and does the same in Python where
 this distribution is not installed.
 """
 
@@ -71,4 +71,11 @@ def receive_lists(
     return result.whole, result.listed, result.bytes
 
 
-__all__ = ["LIST", "ArrivingBlock", "receive_lists"]
+class Kernel:
+    """What the entry point names; not made, only asked for these."""
+
+    receive_lists = staticmethod(receive_lists)
+    ArrivingBlock = ArrivingBlock
+
+
+__all__ = ["LIST", "ArrivingBlock", "Kernel", "receive_lists"]
