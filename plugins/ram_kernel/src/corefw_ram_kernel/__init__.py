@@ -3,8 +3,8 @@
     receive_lists    before the guest runs, straight into its RAM
     ArrivingBlock    while the guest runs (postcopy)
 
-`corefw_ram` finds them, as the attributes of Kernel, by the entry point `ram` in the group `corefw.kernel` and does the same in Python where
-this distribution is not installed.
+`corefw_ram` finds them, as attributes of Kernel, by the entry point `ram` in the group `corefw.kernel`, and does the
+same in Python where this distribution is not installed.
 """
 
 from __future__ import annotations
