@@ -194,7 +194,7 @@ def test_after_a_recovery_every_write_is_in_the_bitmap(pair: Pair, tmp_path: Pat
     add(source, "since")
     add(source, "all").mark(np.array([[0, sectors * SECTOR]], dtype=np.int64))
     source.cont()
-    source.set_parameters({"max-bandwidth": SLOW, "max-postcopy-bandwidth": SLOWER})
+    source.set_parameters({"max-bandwidth": SLOWER // 4, "max-postcopy-bandwidth": SLOWER // 4})
     with CutProxy(destination.migrate_incoming(LISTEN)) as proxy:
         source.migrate(proxy.uri)
         source.start_postcopy()

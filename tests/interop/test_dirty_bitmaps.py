@@ -252,3 +252,46 @@ def test_mapped_bitmaps_have_other_names_on_each_side() -> None:
         send(engine, destination.listen())
         found = destination.command("x-debug-block-dirty-bitmap-sha256", node="disk", name="back")["sha256"]
         assert found == parked.bitmap("kept").sha256() == expected
+
+
+@pytest.mark.parametrize("label", peer_parameters("7.2", "newest"))  # 5.2 has no transform
+def test_a_transform_says_whether_a_bitmap_is_persistent(label: str) -> None:
+    """On each side, and whatever the stream says."""
+
+    def persistent(name: str, alias: str, bitmap: str, other: str, value: bool) -> list[dict[str, Any]]:
+        bitmaps = [{"name": bitmap, "alias": other, "transform": {"persistent": value}}]
+        return [{"node-name": name, "alias": alias, "bitmaps": bitmaps}]
+
+    with (
+        using_peer(label),
+        Qemu(*DISKS, paused=True) as source,
+        parking("dirty-bitmaps") as engine,
+        parking("dirty-bitmaps") as other,
+        Qemu(*DISKS, incoming="defer") as destination,
+    ):
+        for qemu in (source, destination):
+            qemu.capabilities("dirty-bitmaps")
+        expected = with_bitmaps(source)[1]
+        source.command("migrate-set-parameters", block_bitmap_mapping=persistent("disk", "s", "fine", "b", True))
+        engine.set_parameters({"block-bitmap-mapping": [node("parked", "s", ("kept", "b"))]})
+        park(source, engine, "tcp:127.0.0.1:0")
+        (first,) = the_bitmaps(engine.machine)
+        assert (first.name, first.persistent, first.sha256()) == ("kept", True, expected)
+        engine.set_parameters({"block-bitmap-mapping": persistent("parked", "t", "kept", "c", False)})
+        other.set_parameters({"block-bitmap-mapping": persistent("again", "t", "fine", "c", True)})
+        send(engine, other.migrate_incoming("tcp:127.0.0.1:0"))
+        wait_parked(other)
+        (second,) = the_bitmaps(other.machine)
+        assert (second.name, second.persistent, second.sha256()) == ("fine", True, expected)
+        other.set_parameters({"block-bitmap-mapping": [node("again", "u", ("fine", "d"))]})
+        destination.command("migrate-set-parameters", block_bitmap_mapping=persistent("disk", "u", "fine", "d", False))
+        send(other, destination.listen())
+        nodes = destination.command("query-named-block-nodes")
+        (third,) = [one for found in nodes for one in found.get("dirty-bitmaps", ())]
+        assert (third["name"], third["persistent"]) == ("fine", False)
+        assert digest(destination, "disk", "fine") == expected
+
+
+def the_bitmaps(machine: object) -> list[DirtyBitmap]:
+    assert isinstance(machine, BlockMachine)
+    return [one for found in machine.block_nodes() for one in found.bitmaps]
