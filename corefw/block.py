@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -304,7 +304,8 @@ class BlockNode:
         """Hold the node's lock during the block, with every write that completed before in the bitmaps. Re-entrant.
 
         All that happens inside is one operation: writes that complete meanwhile come after it. So `runs()` and then
-        `clear()` lose nothing. Do not lock a second node inside.
+        `clear()` lose nothing. Do not lock a second node inside, unless every caller that does locks them in the order
+        of their names.
         """
         with self._lock:
             if not self._settled:
@@ -367,6 +368,18 @@ class BlockNode:
             bitmap._busy = busy
             self._bitmaps.insert(0, bitmap)
             return bitmap
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that restores the bitmaps that there are now, with their bits, and whether they record. Call both
+        inside one settled()."""
+        saved = [(bitmap, bitmap._bits.copy(), bitmap.enabled) for bitmap in self._bitmaps]
+
+        def restore() -> None:
+            self._bitmaps = [bitmap for bitmap, _, _ in saved]
+            for bitmap, bits, enabled in saved:
+                bitmap._bits, bitmap._enabled = bits, enabled
+
+        return restore
 
     def remove_bitmap(self, bitmap: DirtyBitmap) -> None:
         """Remove a bitmap, whatever its state; see DirtyBitmap.check_idle(). Does nothing if it is not here."""

@@ -141,7 +141,7 @@ WRONG: Final[Sequence[tuple[str, Mapping[str, object]]]] = (
 
 def bitmaps(execute: Execute) -> dict[str, list[dict[str, Any]]]:
     """What query-block says of the bitmaps, by device, with their digests."""
-    found = {one["device"]: one["inserted"]["dirty-bitmaps"] for one in execute("query-block")}
+    found = {one["device"]: one["inserted"].get("dirty-bitmaps", []) for one in execute("query-block")}
     for device, listed in found.items():
         for one in listed:
             answer = execute("x-debug-block-dirty-bitmap-sha256", node=device, name=one["name"])
@@ -165,6 +165,63 @@ def test_the_same_commands_have_the_same_results_as_in_qemu(
         assert isinstance(text, str)
         assert ours(command, **arguments) == text, f"{command} {arguments}"
     assert bitmaps(ours) == bitmaps(theirs)
+
+
+def act(kind: str, **data: object) -> dict[str, object]:
+    return {"type": kind, "data": data}
+
+
+def verb(name: str, bitmap: str, node: str = "disk") -> dict[str, object]:
+    return act(f"block-dirty-bitmap-{name}", node=node, name=bitmap)
+
+
+TRANSACTIONS: Final[Sequence[Sequence[dict[str, object]]]] = (
+    (),
+    (act(ADD, node="disk", name="next"), act(ADD, node="other", name="next"), verb("disable", "last")),
+    (act(MERGE, node="disk", target="last", bitmaps=["next"]), verb("clear", "next"), verb("enable", "last")),
+    (act(ADD, node="disk", name="temporary"), act(MERGE, node="disk", target="temporary", bitmaps=["last"])),
+    (verb("remove", "temporary"),),
+)
+FAILING: Final[Sequence[Sequence[dict[str, object]]]] = (
+    (verb("clear", "last"), act("abort")),
+    (verb("clear", "last"), verb("disable", "last"), act(ADD, node="disk", name="more"), verb("clear", "nosuch")),
+    (act(MERGE, node="disk", target="next", bitmaps=["last"]), act(ADD, node="disk", name="last")),
+    (verb("clear", "next", "other"), verb("clear", "last"), act("abort"), verb("clear", "nosuch")),
+)
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("theirs", peer_parameters("7.2", "10.0", "newest"), indirect=True)
+def test_transactions_have_the_same_results_as_in_qemu(
+    machine: MachineWithDisks, ours: Execute, theirs: Execute
+) -> None:
+    for execute in (ours, theirs):
+        assert execute(ADD, node="disk", name="last") == {}
+    for number, actions in enumerate(TRANSACTIONS):
+        machine.disks[0].write(number << 20, 512)
+        theirs("write", offset=number << 20, length=512)
+        assert (ours("transaction", actions=actions), theirs("transaction", actions=actions)) == ({}, {}), actions
+        assert bitmaps(ours) == bitmaps(theirs)
+    for actions in FAILING:
+        text = theirs("transaction", actions=actions)
+        assert isinstance(text, str)
+        assert ours("transaction", actions=actions) == text, actions
+        assert bitmaps(ours) == bitmaps(theirs)
+    grouped = {"actions": [verb("clear", "last")], "properties": {"completion-mode": "grouped"}}
+    assert ours("transaction", **grouped) == theirs("transaction", **grouped)
+
+
+def test_a_transaction_that_fails_loses_no_write(machine: MachineWithDisks, ours: Execute) -> None:
+    disk = machine.disks[0]
+    last = disk.add_bitmap("last", 65536)
+    disk.write(0, 512)
+    # Every QEMU that was tried crashes when the removal is undone.
+    changes = [verb("clear", "last"), verb("disable", "last"), verb("remove", "last")]
+    text = ours("transaction", actions=[*changes, act("abort")])
+    assert text == "Transaction aborted using Abort action"
+    disk.write(1 << 20, 512)
+    assert disk.find_bitmap("last") is last
+    assert last.enabled and last.count() == 2 * 65536
 
 
 def test_the_members_of_a_disk(ours: Execute) -> None:

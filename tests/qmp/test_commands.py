@@ -20,11 +20,12 @@ from tests.qmp.support import TinyMachine
 PAGE = (Path(__file__).parents[2] / "docs" / "qmp.md").read_text()
 SURFACE = """
     query-qmp-schema query-events human-monitor-command query-uuid query-kvm query-target query-machines
-    query-current-machine query-memory-size-summary query-block query-blockstats query-named-block-nodes
+    query-current-machine query-memory-size-summary query-block query-named-block-nodes
     query-block-jobs query-jobs query-cpus-fast query-iothreads query-chardev query-memory-devices query-pci query-mice
     query-rx-filter query-tpm query-fdsets
     block-dirty-bitmap-add block-dirty-bitmap-remove block-dirty-bitmap-clear block-dirty-bitmap-enable
-    block-dirty-bitmap-disable block-dirty-bitmap-merge x-debug-block-dirty-bitmap-sha256 x-migfw-dirty-ranges
+    block-dirty-bitmap-disable block-dirty-bitmap-merge transaction
+    x-debug-block-dirty-bitmap-sha256 x-migfw-dirty-ranges
     migrate migrate-incoming migrate_cancel migrate-continue migrate-start-postcopy migrate-set-capabilities
     query-migrate-capabilities migrate-set-parameters query-migrate-parameters query-migrate migrate_set_speed
     migrate_set_downtime migrate-set-cache-size query-migrate-cache-size migrate-recover migrate-pause

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from corefw.errors import FOREIGN, PluginError
-from corefw.qmp.commands import block, control, guest, migration, monitor, queries
+from corefw.qmp.commands import block, control, guest, migration, monitor, queries, transaction
 from corefw.qmp.commands.context import Context
 from corefw.qmp.schema import Signature, signature
 
@@ -69,6 +69,7 @@ CORE: Final[Mapping[str, Callable[..., object]]] = {
     "block-dirty-bitmap-enable": block.block_dirty_bitmap_enable,
     "block-dirty-bitmap-disable": block.block_dirty_bitmap_disable,
     "block-dirty-bitmap-merge": block.block_dirty_bitmap_merge,
+    "transaction": transaction.transaction,
     "x-debug-block-dirty-bitmap-sha256": block.x_debug_block_dirty_bitmap_sha256,
     "x-migfw-dirty-ranges": block.x_migfw_dirty_ranges,
     "migrate": migration.migrate,

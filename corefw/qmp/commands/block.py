@@ -99,7 +99,7 @@ ELSEWHERE: Final = frozenset({RunState.INMIGRATE, RunState.POSTMIGRATE})
 
 def query_block(context: Context, flat: bool = False) -> list[BlockInfo]:
     """The guest's disks with their dirty bitmaps."""
-    infos = zip(_nodes(context), query_named_block_nodes(context, flat), strict=True)
+    infos = zip(nodes(context), query_named_block_nodes(context, flat), strict=True)
     return [
         {"device": node.device, "type": "unknown", "removable": False, "locked": False, "inserted": info}
         for node, info in infos
@@ -110,7 +110,7 @@ def query_named_block_nodes(context: Context, flat: bool = False) -> list[BlockD
     """The guest's block nodes with their dirty bitmaps. A node here has no backing file, so `flat` changes nothing."""
     del flat
     active = context.engine.machine.run_state not in ELSEWHERE
-    return [_device_info(node, active=active) for node in _nodes(context)]
+    return [_device_info(node, active=active) for node in nodes(context)]
 
 
 def _device_info(node: BlockNode, *, active: bool) -> BlockDeviceInfo:
@@ -252,7 +252,8 @@ def x_migfw_dirty_ranges(context: Context, node: str, name: str, start: int = 0)
     return answer
 
 
-def _nodes(context: Context) -> Sequence[BlockNode]:
+def nodes(context: Context) -> Sequence[BlockNode]:
+    """The block nodes of the machine; none if it has no disks."""
     machine = context.engine.machine
     return machine.block_nodes() if isinstance(machine, BlockMachine) else ()
 

@@ -76,7 +76,7 @@ def query_nothing(_: Context) -> list[Any]:
 
 
 EMPTY: Final = (
-    *("query-blockstats", "query-block-jobs", "query-jobs"),
+    *("query-block-jobs", "query-jobs"),
     *("query-cpus-fast", "query-iothreads", "query-chardev", "query-memory-devices", "query-pci"),
     *("query-mice", "query-rx-filter", "query-tpm", "query-fdsets"),
 )
