@@ -193,6 +193,20 @@ class ReceivesFromSocket(ABC):
         """
 
 
+class SendsToSocket(ABC):
+    """A base class for channels where the stream's bytes go to a connected stream socket as they are, for compiled code
+    that sends many pieces by itself."""
+
+    @abstractmethod
+    def send_to_socket(self, send: Callable[[int], int]) -> int:
+        """Call `send(descriptor)`, and return how many bytes it sent.
+
+        `send` does not wait for long and raises OSError as sendmsg(2) does: it is called again after BlockingIOError
+        (no byte went), and other errors are translated. It must not use the descriptor once it has returned. Raises as
+        Channel.send().
+        """
+
+
 class LimitsSilence(ABC):
     """A base class for channels that can find out whether the peer's host still answers, without sending a byte of the
     stream."""
@@ -347,6 +361,7 @@ __all__ = [
     "ReceivesMemory",
     "RemoteHost",
     "SendsMemory",
+    "SendsToSocket",
     "Transport",
     "TransportContext",
     "TransportFeatures",

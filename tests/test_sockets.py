@@ -198,7 +198,7 @@ def test_memory_that_is_not_to_be_had_does_not_end_the_connection() -> None:
         assert bytes(heard) == b"SHUT 1"
 
 
-def test_an_error_of_a_function_that_receives_is_the_channels() -> None:
+def test_an_error_of_a_function_that_has_the_socket_is_the_channels() -> None:
     out, into = pair()
     with out, into:
 
@@ -207,9 +207,14 @@ def test_an_error_of_a_function_that_receives_is_the_channels() -> None:
 
         with pytest.raises(ChannelError, match="the peer reset the connection"):
             into.receive_from_socket(fail)
+        with pytest.raises(ChannelError, match="the peer reset the connection"):
+            out.send_to_socket(fail)
         into.abort()
+        out.abort()
         with pytest.raises(Interrupted):
             into.receive_from_socket(fail)
+        with pytest.raises(Interrupted):
+            out.send_to_socket(fail)
 
 
 @pytest.mark.parametrize("family", ["tcp", "unix"])

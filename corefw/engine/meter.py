@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from corefw.channel import Buffer, Channel, SendsMemory
+from corefw.channel import Buffer, Channel, SendsMemory, SendsToSocket
 from corefw.settings import Settings
 
 if TYPE_CHECKING:
@@ -113,12 +113,22 @@ class Meter:
     def carry_out(self, send: Callable[[], None], count: int) -> None:
         """Call `send`, count the bytes that it has sent, and wait until they were due. Raises what `send` and the check
         raise."""
+        with self.under_way():
+            send()
+        self.sent_in_turn(count)
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Around one send: longest_send() tells how long it has taken."""
         thread = threading.get_ident()
         self._in_flight[thread] = self.clock()
         try:
-            send()
+            yield
         finally:
             del self._in_flight[thread]
+
+    def sent_in_turn(self, count: int) -> None:
+        """So many more bytes went out: wait until they were due. Raises what the check raises."""
         self.sent(count)
         if self.limit:
             self.pace()
@@ -262,8 +272,21 @@ class MeteredMemoryChannel(MeteredChannel, SendsMemory):
         self._meter.carry_out(partial(self._memory.send_memory, pieces), int(pieces[:, 1].sum()))
 
 
+class MeteredSocketChannel(MeteredMemoryChannel, SendsToSocket):
+    """The same for a channel that lends its socket, too."""
+
+    def send_to_socket(self, send: Callable[[int], int]) -> int:
+        assert isinstance(self._channel, SendsToSocket)
+        with self._meter.under_way():
+            sent = self._channel.send_to_socket(send)
+        self._meter.sent_in_turn(sent)
+        return sent
+
+
 def metered(channel: Channel, meter: Meter) -> MeteredChannel:
-    """The channel, counted and paced; it sends memory if the inner one does."""
+    """The channel, counted and paced; it sends memory and lends its socket if the inner one does."""
+    if isinstance(channel, SendsMemory) and isinstance(channel, SendsToSocket):
+        return MeteredSocketChannel(channel, channel, meter)
     if isinstance(channel, SendsMemory):
         return MeteredMemoryChannel(channel, channel, meter)
     return MeteredChannel(channel, meter)

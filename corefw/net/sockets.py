@@ -30,6 +30,7 @@ from corefw.channel import (
     ReceivesFromSocket,
     ReceivesMemory,
     SendsMemory,
+    SendsToSocket,
 )
 from corefw.errors import ChannelError, Interrupted
 from corefw.net import IOV_MAX
@@ -96,7 +97,7 @@ def check_peer_user(sock: socket.socket) -> str | None:
     return f"it is from user {uid}, expected user {os.geteuid()} or root (--allow-any-user admits every user)"
 
 
-class SocketChannel(Channel, LimitsSilence, SendsMemory, ReceivesMemory, ReceivesFromSocket):
+class SocketChannel(Channel, LimitsSilence, SendsMemory, SendsToSocket, ReceivesMemory, ReceivesFromSocket):
     """A channel over a connected stream socket, which it owns.
 
     abort() ends a receive at once and a send within SEND_TICK; the peer notices when the channel is closed.
@@ -148,6 +149,17 @@ class SocketChannel(Channel, LimitsSilence, SendsMemory, ReceivesMemory, Receive
             pieces = iovec.rest(pieces, sent)
             if len(pieces):
                 self._check()
+
+    def send_to_socket(self, send: Callable[[int], int]) -> int:
+        """See SendsToSocket."""
+        while True:
+            self._check()
+            try:
+                return send(self._socket.fileno())
+            except BlockingIOError:  # SEND_TICK is over
+                continue
+            except OSError as error:
+                raise self._failed(error) from None
 
     def receive_into(self, view: memoryview) -> int:
         assert len(view), "receive_into an empty view"

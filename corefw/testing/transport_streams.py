@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw.channel import Channel, ReceivesFromSocket, ReceivesMemory, SendsMemory, receive_exactly
+from corefw.channel import Channel, ReceivesFromSocket, ReceivesMemory, SendsMemory, SendsToSocket, receive_exactly
 from corefw.errors import UriError
 from corefw.testing.checks import MEMORY_LIMIT, UNREAD_LIMIT, Need, check
 from corefw.testing.ends import (
@@ -122,8 +122,8 @@ def _moves_memory_as_it_lies(bench: Workbench) -> None:
 
 @check(Need.LIVE)
 def _lends_its_socket(bench: Workbench) -> None:
-    """ReceivesFromSocket: the function is called again while no byte has come, and receives the stream's bytes as they
-    are; the end is 0."""
+    """ReceivesFromSocket and SendsToSocket: the function is called again while no byte has come or gone, and receives
+    or sends the stream's bytes as they are; the end is 0."""
     for way, sender, receiver in bench.ways():
         if not isinstance(receiver, ReceivesFromSocket):
             continue
@@ -135,7 +135,17 @@ def _lends_its_socket(bench: Workbench) -> None:
                 raise BlockingIOError
             return os.readv(descriptor, [view])
 
-        sender.send(b"first ")
+        if isinstance(sender, SendsToSocket):
+            places = itertools.count()
+
+            def send(descriptor: int, places: Iterator[int] = places) -> int:
+                if next(places) == 0:
+                    raise BlockingIOError
+                return os.write(descriptor, b"first ")
+
+            assert Task(f"sending {way}", sender.send_to_socket, send).result() == 6, f"{way}: 6 bytes went"
+        else:
+            sender.send(b"first ")
         got = bytes(view[: Task(f"receiving {way}", receiver.receive_from_socket, receive).result()])
         sender.send(b"second")
         sender.send_eof()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from corefw.channel import Buffer, FileBacked, ReceivesFromSocket, ReceivesMemory, SendsMemory
+from corefw.channel import Buffer, FileBacked, ReceivesFromSocket, ReceivesMemory, SendsMemory, SendsToSocket
 from corefw.errors import RemoteStreamError, StreamError
 from corefw.wire.constants import BE16, BE32, BE64
 
@@ -285,6 +285,7 @@ class StreamWriter:
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
         self._memory_sink = sink if isinstance(sink, SendsMemory) else None
+        self._socket_sink = sink if isinstance(sink, SendsToSocket) else None
         self._pending = bytearray()
         self._sent = 0
 
@@ -339,6 +340,18 @@ class StreamWriter:
         self.flush()
         self._memory_sink.send_memory(pieces)
         self._sent += count
+
+    @property
+    def sends_to_socket(self) -> bool:
+        """Whether send_to_socket() may be called."""
+        return self._socket_sink is not None
+
+    def send_to_socket(self, send: Callable[[int], int]) -> None:
+        """Write with a function that sends over the socket: see SendsToSocket; only if `sends_to_socket`. Raises
+        ChannelError."""
+        assert self._socket_sink is not None
+        self.flush()
+        self._sent += self._socket_sink.send_to_socket(send)
 
     def flush(self) -> None:
         """Send the buffer. Raises ChannelError."""

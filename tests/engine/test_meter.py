@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corefw.channel import Buffer, Channel, SendsMemory, receive_exactly
+from corefw.channel import Buffer, Channel, SendsMemory, SendsToSocket, receive_exactly
 from corefw.engine.meter import (
     FIRST_WINDOW,
     FREE_LEAST,
@@ -270,6 +271,18 @@ def test_memory_is_sent_from_where_it_is_and_counted() -> None:
         receive_exactly(peer, memoryview(received))
     assert received == b"somethe" and world.meter.total == 7
     assert not isinstance(metered(Collecting(), world.meter), SendsMemory)
+
+
+def test_what_goes_out_over_a_socket_that_is_lent_is_counted() -> None:
+    world = World()
+    here, there = socket.socketpair()
+    with SocketChannel(here, "there") as inner, SocketChannel(there, "here") as peer:
+        channel = metered(inner, world.meter)
+        assert isinstance(channel, SendsToSocket)
+        assert channel.send_to_socket(lambda descriptor: os.write(descriptor, b"some memory")) == 11
+        received = bytearray(11)
+        receive_exactly(peer, memoryview(received))
+    assert received == b"some memory" and world.meter.total == 11
 
 
 def test_a_send_that_hangs_shows() -> None:

@@ -23,6 +23,7 @@ from corefw.channel import (
     ReceivesFromSocket,
     ReceivesMemory,
     SendsMemory,
+    SendsToSocket,
     TransportFeatures,
 )
 from corefw.errors import ChannelError
@@ -155,6 +156,18 @@ class LendsAnother(Proxy, ReceivesFromSocket):
             while True:
                 with contextlib.suppress(BlockingIOError):
                     return receive(into.fileno())
+
+
+class LendsForOneSend(Proxy, ReceivesFromSocket, SendsToSocket):
+    """Does not wait until a byte can go."""
+
+    def receive_from_socket(self, receive: Callable[[int], int]) -> int:
+        assert isinstance(self.inner, SocketChannel)
+        return self.inner.receive_from_socket(receive)
+
+    def send_to_socket(self, send: Callable[[int], int]) -> int:
+        assert isinstance(self.inner, SocketChannel)
+        return send(self.inner._socket.fileno())
 
 
 class BreaksLookLikeEnds(Proxy):
@@ -322,6 +335,7 @@ FAULTS = {
     "waits-for-all-pieces": Fault(faulty(WaitsForAllPieces), "moves-memory-as-it-lies", "did not end within"),
     "later": Fault(faulty(SendsLater), "takes-parts-of-every-kind", ""),
     "lends-once": Fault(faulty(LendsOnce), "lends-its-socket", "BlockingIOError"),
+    "lends-for-one-send": Fault(faulty(LendsForOneSend), "lends-its-socket", "BlockingIOError"),
     "lends-another": Fault(faulty(LendsAnother), "lends-its-socket", "sent 12 bytes and received"),
     "fills-views": Fault(faulty(WaitsForMore), "delivers-without-delay", "did not end within"),
     "queues": Fault(faulty(Queues), "holds-back-a-fast-sender", "MiB that were not read"),

@@ -69,6 +69,21 @@ class KernelBlock(Protocol):
     def wait_for(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]: ...
 
 
+class DirtyBlock(Protocol):
+    """`corefw_ram_kernel.DirtyBlock`: what is left of a RAM block that is being sent in postcopy."""
+
+    done: bool
+    next: int
+    claimed: NDArray[np.int64]
+    zeros: int
+
+    def begin(self, first: int, most: int) -> None: ...
+
+    def send(self, descriptor: int) -> int: ...
+
+    def claim(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]: ...
+
+
 class Kernel(Protocol):
     """`corefw_ram_kernel.Kernel`."""
 
@@ -79,6 +94,8 @@ class Kernel(Protocol):
     def ArrivingBlock(  # noqa: N802 - a class
         self, *, ram: int, pages: int, marks: int, awaited: int, userfaultfd: int, address: int
     ) -> KernelBlock: ...
+
+    def DirtyBlock(self, *, ram: int, pages: int, dirty: int, hole: int) -> DirtyBlock: ...  # noqa: N802 - as above
 
 
 @cache

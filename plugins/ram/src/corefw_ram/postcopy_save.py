@@ -1,8 +1,9 @@
 """The source's half of postcopy: what the destination must forget, and the pages that its guest waits for.
 
 Two threads send: the migration thread what is left, and the return path's thread what is requested, if there is a
-channel for that. Invariant: a page's mark falls under the lock, before the page is written, so each page is sent by the
-one that cleared its mark. A page whose send failed is found again by prepare_resume().
+channel for that. Invariant: a page's mark falls before the page is written, and under the lock or, where compiled code
+sends what is left, atomically; so each page is sent by the one that cleared its mark. A page whose send failed is found
+again by prepare_resume().
 
 Threads: `request`, `send_requested` in the return path's thread, everything else in the migration thread.
 """
@@ -21,9 +22,10 @@ from corefw.errors import MachineError, StreamError
 from corefw.machine import RamBlock
 from corefw.memory.runs import Runs, bridge, runs_of_mask, widen
 from corefw.section import RamStatistics
-from corefw.wire.constants import Command
+from corefw.wire.constants import TARGET_PAGE_SIZE, Command
 from corefw.wire.records import discard_payload, discards, write_command
 from corefw.wire.stream import StreamWriter
+from corefw_ram.kernel import DirtyBlock, find_kernel
 from corefw_ram.records import PAGE_RECORD
 from corefw_ram.release import Releasable
 from corefw_ram.save import EOS, WINDOW, BlockState, PageSaver
@@ -35,7 +37,9 @@ NEAR: Final = 1 << 14
 
 PIECE: Final = 128
 """Pages sent at once: a kernel without preemption lets no thread that has a requested page run before a send has
-returned."""
+returned. Compiled code sends fewer."""
+COMPILED: Final = 2048
+"""Pages that compiled code sends before the interpreter looks at something else."""
 
 
 class RequestQueue:
@@ -95,6 +99,7 @@ class PostcopyPageSaver(PageSaver):
         self._urgent_statistics = RamStatistics()
         self._urgent_counted = (0, 0)
         self._urgent_pages = self._page_writer(self._urgent_statistics)
+        self._left: dict[int, DirtyBlock] = {}  # by block, for compiled code
 
     # -- the switch ------------------------------------------------------------------------------------------------
 
@@ -188,8 +193,9 @@ class PostcopyPageSaver(PageSaver):
         with self._lock:
             self._statistics.postcopy_requests += 1
             pages = np.flatnonzero(state.dirty[first:end]) + first
+            if (left := self._left.get(index)) is not None:  # compiled code sends without the lock
+                pages = pages[left.claim(pages)]
             self._claim(index, pages)
-            self._go_on_at(index, end)
             hole = state.hole[pages] & self._settled
         if len(pages) == 1:
             self._urgent_pages.send_page(writer, state.block, int(pages[0]), bool(hole[0]))
@@ -221,10 +227,8 @@ class PostcopyPageSaver(PageSaver):
             self._write(writer, *found)
         limit = writer.position + budget
         while writer.position < limit:
-            found = self._next_left(min(PIECE, max(1, (limit - writer.position) // PAGE_RECORD)))
-            if found is None:
+            if not self._write_left(writer, max(1, (limit - writer.position) // PAGE_RECORD)):
                 break
-            self._write(writer, *found)
         writer.write(EOS)
         self._count_urgent()
         return not self._statistics.remaining_bytes
@@ -248,6 +252,52 @@ class PostcopyPageSaver(PageSaver):
         self._pages.send(writer, state.block, pages, state.hole[pages], None)
         if self._releasable is not None:
             self._releasable.note_sent(index, pages)
+
+    def _write_left(self, writer: StreamWriter, most: int) -> bool:
+        """Send at most so many of the pages that are not requested; False if none is left."""
+        index = self._at[0]
+        if self._statistics.remaining_bytes and (left := self._compiled(writer, index)) is not None:
+            self._send_compiled(writer, index, left, min(COMPILED, most))
+            return True
+        found = self._next_left(min(PIECE, most))
+        if found is not None:
+            self._write(writer, *found)
+        return found is not None
+
+    def _compiled(self, writer: StreamWriter, index: int) -> DirtyBlock | None:
+        """The compiled code for this block, if it can go on there: the record before has to be of the same block."""
+        kernel, state = find_kernel(), self._states[index]
+        if kernel is None or not writer.sends_to_socket or self._pages.current is not state.block:
+            return None
+        if _host_pages(state.block) > 1 or state.block.page_size != TARGET_PAGE_SIZE:
+            return None
+        with self._lock:
+            if index not in self._left:
+                self._left[index] = kernel.DirtyBlock(
+                    ram=state.block.pages.ctypes.data,
+                    pages=len(state.dirty),
+                    dirty=state.dirty.ctypes.data,
+                    hole=state.hole.ctypes.data,
+                )
+            return self._left[index]
+
+    def _send_compiled(self, writer: StreamWriter, index: int, left: DirtyBlock, most: int) -> None:
+        state, pages = self._states[index], self._states[index].block.pages  # held on to while they are sent
+        left.begin(self._at[1], most)
+        try:
+            writer.send_to_socket(left.send)
+            while not left.done:
+                writer.send_to_socket(left.send)
+        finally:
+            sent = left.claimed
+            with self._lock:
+                self._count_claimed(state, len(sent))
+                self._go_on_at(index, left.next)
+            self._statistics.normal += len(sent) - left.zeros
+            self._statistics.duplicate += left.zeros
+            if self._releasable is not None:
+                self._releasable.note_sent(index, sent)
+            del pages
 
     def _next_requested(self) -> tuple[int, NDArray[np.int64]] | None:
         """Claim the pages of the next request: a block's number and its pages. None if all were served."""
@@ -278,8 +328,11 @@ class PostcopyPageSaver(PageSaver):
         """These pages, which are to be sent, are sent by the caller."""
         state = self._states[index]
         state.dirty[pages] = False
-        state.dirty_count -= len(pages)
-        self._statistics.remaining_bytes -= len(pages) * state.block.page_size
+        self._count_claimed(state, len(pages))
+
+    def _count_claimed(self, state: BlockState, count: int) -> None:
+        state.dirty_count -= count
+        self._statistics.remaining_bytes -= count * state.block.page_size
 
     def _go_on_at(self, index: int, page: int) -> None:
         """Let iterate() go on with this page, or with the next block at the end of this one."""
@@ -302,6 +355,7 @@ class PostcopyPageSaver(PageSaver):
         self._restart()
 
     def _restart(self) -> None:
-        """The next page over either channel is to name its block."""
+        """The next page over either channel is to name its block, and compiled code to look at the present marks."""
+        self._left = {}
         self._pages = self._page_writer(self._statistics)
         self._urgent_pages = self._page_writer(self._urgent_statistics)

@@ -61,6 +61,11 @@ class PageWriter:
         self._pieces[0::2, 1] = HEADER
         self._pieces[1::2, 1] = page_size
 
+    @property
+    def current(self) -> RamBlock | None:
+        """The block of the record before, with which the next one may go on."""
+        return self._current
+
     def send(
         self,
         writer: StreamWriter,

@@ -1,7 +1,8 @@
-"""Compiled code for the section 'ram': how a destination receives pages.
+"""Compiled code for the section 'ram': how pages are received, and sent in postcopy.
 
     receive_lists    before the guest runs, straight into its RAM
     ArrivingBlock    while the guest runs (postcopy)
+    DirtyBlock       the source of a postcopy sends what is left
 
 `corefw_ram` finds them, as attributes of Kernel, by the entry point `ram` in the group `corefw.kernel`, and does the
 same in Python where this distribution is not installed.
@@ -14,6 +15,7 @@ from typing import Final
 
 from corefw_ram_kernel.arriving import ArrivingBlock
 from corefw_ram_kernel.library import LIBRARY, WRONG, check
+from corefw_ram_kernel.sending import MOST, PIECE, DirtyBlock
 
 LIST: Final = 512
 """Pages in a list at most, and headers that the header room holds."""
@@ -76,6 +78,7 @@ class Kernel:
 
     receive_lists = staticmethod(receive_lists)
     ArrivingBlock = ArrivingBlock
+    DirtyBlock = DirtyBlock
 
 
-__all__ = ["LIST", "ArrivingBlock", "Kernel", "receive_lists"]
+__all__ = ["LIST", "MOST", "PIECE", "ArrivingBlock", "DirtyBlock", "Kernel", "receive_lists"]
