@@ -25,7 +25,7 @@ from corefw.engine.strays import StrayChannels
 from corefw.engine.switchover import SwitchoverAck
 from corefw.engine.tails import tail_of
 from corefw.errors import ANYTHING, ChannelError, MigfwError, StateError
-from corefw.machine import Machine
+from corefw.machine import FaultSource, Machine
 from corefw.memory.preallocation import Preallocation
 from corefw.registry import LoaderRegistry
 from corefw.section import IncomingContext, SectionLoader
@@ -53,6 +53,7 @@ class Destination(IncomingContext):
     readmission           waits for the source to come back, in postcopy
     resuming              a source has connected again, and has not sent POSTCOPY_RESUME yet
     guest                 the guest that runs while its RAM is still arriving; None before, and in precopy
+    watched               where that guest's page faults are read, from the first RAM_DISCARD on
     blocktime             how long that guest waits for pages; None without the capability postcopy-blocktime
     """
 
@@ -92,6 +93,7 @@ class Destination(IncomingContext):
         self.why_paused: str | None = None
         self._broken_on_purpose = False
         self.guest: GuestArrival | None = None
+        self.watched: FaultSource | None = None
         self.blocktime: Blocktime | None = None
         self._deciding = threading.Lock()  # guards the two that decide between a cancel and RUN
         self._taken_over = False
@@ -282,6 +284,8 @@ class Destination(IncomingContext):
             self._connection.requested.close()
         if self.guest is not None:
             self.guest.close()
+        elif self.watched is not None:
+            self.watched.release()
         while self._to_clean_up:
             loader = self._to_clean_up.pop(0)
             try:

@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 def receive_rest(destination: Destination) -> MigrationStatus:
     """Start the guest, unless this is a migration that goes on, and load what is still to come."""
     guest = _guest(destination)
+    check_complete(destination, destination.frames, "POSTCOPY_RUN", later=guest.sections)
+    guest.start(lambda: _start(destination), destination.interrupt_load)
     if guest.is_whole:
         destination.stop_listening()
     else:
         destination.expect_return(paused=False)
     destination.connection.source.expect_signs()
-    check_complete(destination, destination.frames, "POSTCOPY_RUN", later=guest.sections)
-    guest.start(lambda: _start(destination), destination.interrupt_load)
     destination.resuming = False
     try:
         if run_behind_requests(lambda: load_frames(destination, destination.frames)) is not None:

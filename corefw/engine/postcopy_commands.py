@@ -67,8 +67,11 @@ def _give_secret(destination: Destination) -> None:
 
 
 def discard(destination: Destination, _: FrameReader, record: CommandRecord) -> None:
+    """Also prepares what takes milliseconds: a source that is a migfw sends the first of these before it stops its
+    guest."""
     _check_expected(destination, destination.advised_pages)
     one = parse_discard(record.payload)
+    _watch_faults(destination)
     loader = _loader(destination, one.block)
     for start, length in one.ranges:
         loader.discard(one.block, start, length)
@@ -87,8 +90,7 @@ def listen(destination: Destination, frames: FrameReader, _: CommandRecord) -> N
         raise StreamError("expected a live section that has begun and not ended")
     source: FaultSource = NoFaults()
     if on_demand:
-        assert isinstance(machine, PostcopyMachine), "checked at ADVISE"
-        source = machine.watch_faults()
+        source = _watch_faults(destination)
         if destination.settings.capability("postcopy-blocktime"):
             destination.blocktime = Blocktime()
             source = MeasuredFaults(source, destination.blocktime)
@@ -99,6 +101,14 @@ def listen(destination: Destination, frames: FrameReader, _: CommandRecord) -> N
         loader.listen(source)
     _read_requested(destination, later)
     faults.request_over(destination.connection.return_path)
+
+
+def _watch_faults(destination: Destination) -> FaultSource:
+    """Have the guest, which does not run yet, wait for what is not installed."""
+    if destination.watched is None:
+        assert isinstance(destination.machine, PostcopyMachine), "checked at ADVISE"
+        destination.watched = destination.machine.watch_faults()
+    return destination.watched
 
 
 def run(destination: Destination, frames: FrameReader, _: CommandRecord) -> MigrationStatus:
