@@ -82,20 +82,19 @@ class Connection:
         """Wait for one more channel from the source. Raises ChannelError, Interrupted."""
         return self._channels.add(listener.accept(self._interrupt))
 
-    def take_channel(self, channel: Channel) -> bool:
-        """From any thread: have this channel if it can be that of requested pages; whether it was taken."""
-        if self.requested is None or not self.requested.offer(channel):
-            return False
-        self._channels.add(channel)
-        return True
-
     def abort(self) -> None:
         """From any thread: make every call on one of the channels raise Interrupted."""
         self._channels.abort()
+        self._abort_requested()
 
     def abort_others(self) -> None:
         """From any thread: the same for all but the stream's, over which the source can still be told the result."""
         self._channels.abort_others(self.channel)
+        self._abort_requested()
+
+    def _abort_requested(self) -> None:
+        if self.requested is not None:
+            self.requested.abort()
 
     def close(self) -> None:
         """Close all channels."""

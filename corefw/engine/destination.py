@@ -80,7 +80,7 @@ class Destination(IncomingContext):
         self.accepts_again = relisten is not None
         self.interrupt = Interrupt()
         self.secret: bytes | None = None
-        self.readmission = Readmission(settings, self.interrupt, self._take_channel, self._abort_connection)
+        self.readmission = Readmission(settings, self.interrupt, self._requested, self._abort_connection)
         self.stream_capabilities = frozenset()
         self.tail = tail_of(machine)
         self.progress = LoadProgress(loaders)
@@ -135,12 +135,13 @@ class Destination(IncomingContext):
     def turn_others_away(self) -> None:
         """Close every further connection but the channel of requested pages; a source that opens channels for multifd
         fails the migration."""
-        self._strays = StrayChannels(self.listener, self.connection.take_channel, self.connection.abort)
+        connection = self.connection
+        self._strays = StrayChannels(self.settings, self.listener, connection.requested, self.secret, connection.abort)
 
     def stop_listening(self) -> None:
         """Idempotent; does not raise."""
         if self._strays is not None:
-            self._strays.stop()
+            self._strays.close()
         self.readmission.close()
         self.listener.close()
 
@@ -164,10 +165,10 @@ class Destination(IncomingContext):
         connection.open_return_path()
         return connection
 
-    def _take_channel(self, channel: Channel) -> bool:
-        """Have this channel if it belongs to the present connection; whether it was taken."""
+    def _requested(self) -> RequestedReceiver | None:
+        """What reads the requested pages of the present connection, if they have a channel of their own."""
         connection = self._connection
-        return connection is not None and connection.take_channel(channel)
+        return connection.requested if connection is not None else None
 
     def _abort_connection(self) -> None:
         """Of one that breaks, or has broken without having been noticed."""

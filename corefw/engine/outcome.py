@@ -37,7 +37,7 @@ class Outcome:
     def __init__(self, settings: Settings, secret: bytes, problem: str, relisten: Relisten | None) -> None:
         """`relisten` listens where the migration did; None: nowhere before migrate-recover."""
         self.problem: Final = problem
-        self.readmission: Final = Readmission(settings, Interrupt(), lambda channel: False, lambda: None)
+        self.readmission: Final = Readmission(settings, Interrupt(), lambda: None, lambda: None)
         self.readmission.listen_by(relisten)
         self.readmission.begin(secret, paused=True)
         self._forget = threading.Timer(REMEMBERED, self.readmission.suspend)

@@ -57,7 +57,7 @@ def set_up(source: Source) -> MigrationStatus:
     began = time.monotonic()
     savers = _active_savers(source)
     _write_head(source)
-    source.open_requested()
+    source.open_requested_early()
     for saver in savers:
         source.live.append(saver)  # from here on it is cleaned up
         with source.passes.reporting():
@@ -70,6 +70,7 @@ def set_up(source: Source) -> MigrationStatus:
     if source.link.return_path is not None:
         await_confirmation(source, ReturnMessage.PONG, READY_PING, "did not answer the start of the migration")
         source.check()
+        source.open_requested()
     source.statistics.setup_time = milliseconds_since(began)
     return MigrationStatus.ACTIVE
 

@@ -1,9 +1,9 @@
 """Where a postcopy's destination waits for its source to come back, and how it recognizes it.
 
 From RUN on the destination listens: at the address over which the guest came, until migrate-recover gives another one.
-A source may come back before the destination has noticed that the connection broke. Each connection is examined in a
-thread of its own, so one that stays silent keeps no other waiting; the first that shows that it is the source wins, and
-all others are closed with a warning.
+A source may come back before the destination has noticed that the connection broke. Every connection is examined; the
+first that shows that it is the source wins, and all others are closed with a warning. What shows that it is the channel
+of requested pages is passed on.
 
 Threads: one that accepts, one for each connection; every method may be called from any.
 """
@@ -17,8 +17,10 @@ from typing import Final
 
 from corefw.channel import Channel, Interrupt, Listener
 from corefw.engine.connection import Connection
-from corefw.engine.identity import check_source
-from corefw.errors import FOREIGN, ChannelError, Interrupted, MigfwError
+from corefw.engine.examination import Examination, Examinations
+from corefw.engine.identity import Purpose, check_first_command, check_source
+from corefw.engine.preempt import RequestedReceiver
+from corefw.errors import FOREIGN, ChannelError, Interrupted, MigfwError, StreamError
 from corefw.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -26,12 +28,10 @@ log = logging.getLogger(__name__)
 Relisten = Callable[[], Listener]
 """Listens again at an address. Raises ChannelError."""
 
-PATIENCE: Final = 10.0
-"""Seconds that a connection has to show that it is the source."""
-MOST: Final = 16
-"""Connections that are examined at the same time; the oldest makes room for one more."""
 RETRY: Final = 1.0
 """Seconds between two attempts to listen again."""
+LOOK: Final = 0.05
+"""Seconds between two looks at whether a silent connection may be the channel of requested pages."""
 
 
 class Readmission:
@@ -41,14 +41,15 @@ class Readmission:
         self,
         settings: Settings,
         interrupt: Interrupt,
-        take_channel: Callable[[Channel], bool],
+        requested: Callable[[], RequestedReceiver | None],
         on_found: Callable[[], None],
     ) -> None:
-        """`take_channel` has a channel if it belongs to the present connection, and returns whether. `on_found` is
-        called when the source has come back: its former connection has broken. From threads of this."""
+        """`requested` returns what reads the requested pages of the present connection; None if they have no channel of
+        their own. `on_found` is called when the source has come back: its former connection has broken. From threads of
+        this."""
         self._settings = settings
         self._interrupt = interrupt
-        self._take_channel = take_channel
+        self._requested = requested
         self._on_found = on_found
         self._changed = threading.Condition()  # guards all that follows
         self._wake = Interrupt()
@@ -58,7 +59,7 @@ class Readmission:
         self._paused = False
         self._ended = False
         self._secret: bytes | None = None
-        self._candidates: list[Connection] = []
+        self._examinations = Examinations(settings, "readmission check", self._examine)
         self._chosen: Connection | None = None  # it is the source
         self._found: Connection | None = None  # and await_source() may return it
         self._thread: threading.Thread | None = None
@@ -175,14 +176,7 @@ class Readmission:
             except FOREIGN as bug:
                 log.exception("cannot wait for the source")
                 self._drop(listener, ChannelError(f"internal error: {type(bug).__name__}"))
-        self._dismiss()
-
-    def _dismiss(self) -> None:
-        """Examine no connection any more."""
-        with self._changed:
-            others, self._candidates = self._candidates, []
-        for one in others:
-            one.abort()
+        self._examinations.dismiss()
 
     def _next_listener(self) -> tuple[Listener, Interrupt] | None:
         """The one to accept from, with what wakes that; None when there is nothing more to wait for."""
@@ -229,53 +223,56 @@ class Readmission:
     # -- the threads that examine ----------------------------------------------------------------------------------
 
     def _receive(self, channel: Channel) -> None:
-        if self._take_channel(channel):
+        if self._secret is None and self._offer(channel):
             return
         with self._changed:
             unwanted = "it listens no more" if self._suspended else ""
             if self._secret is None and not self._paused:
                 unwanted = "the one that the guest comes over has not broken"
-            oldest = self._candidates.pop(0) if len(self._candidates) >= MOST else None
-        if oldest is not None:
-            oldest.abort()
         if unwanted:
             log.warning("closed a connection from %s: %s", channel.peer, unwanted)
             channel.close()
             return
-        connection = Connection(channel, self._settings, self._interrupt)
-        with self._changed:
-            self._candidates.append(connection)
-        threading.Thread(target=self._examine, args=(connection,), name="readmission check", daemon=True).start()
+        self._examinations.begin(channel)
 
-    def _examine(self, connection: Connection) -> None:
-        late = threading.Timer(PATIENCE, connection.abort)
-        late.daemon = True
-        late.start()
-        peer, problem = connection.channel.peer, ""
-        try:
-            check_source(connection.reader, connection.channel, self._secret)
-            connection.from_migfw = self._secret is not None
-        except Interrupted:
-            problem = f"it did not show within {PATIENCE:.0f} s that it is the source of this migration"
-        except MigfwError as error:
-            problem = str(error).removeprefix(f"{peer}: ")
-        except FOREIGN as bug:
-            log.exception("a connection from %s could not be examined", peer)
-            problem = f"internal error: {type(bug).__name__}"
-        late.cancel()
+    def _offer(self, channel: Channel) -> bool:
+        requested = self._requested()
+        return requested is not None and requested.offer(channel)
+
+    def _examine(self, examination: Examination) -> None:
+        channel = examination.channel
+        if self._secret is not None:
+            if check_source(channel, self._secret) is Purpose.REQUESTED:
+                self._pass_on(examination)
+                return
+            connection = Connection(channel, self._settings, self._interrupt)
+            connection.from_migfw = True
+        else:
+            while not channel.wait_readable(LOOK):
+                if self._offer(channel):  # the source has come back over another one meanwhile
+                    examination.settle()
+                    return
+            connection = Connection(channel, self._settings, self._interrupt)
+            check_first_command(connection.reader)
+        self._admit(examination, connection)
+
+    def _pass_on(self, examination: Examination) -> None:
+        requested = self._requested()
+        if requested is None:
+            raise StreamError("expected the stream of this migration, got its channel of requested pages")
+        if examination.settle():
+            requested.take(examination.channel)
+
+    def _admit(self, examination: Examination, connection: Connection) -> None:
+        """It is the source, unless another one was."""
         with self._changed:
-            wanted = connection in self._candidates and self._chosen is None
-            wanted = wanted and not self._ended and not self._suspended
-            if connection in self._candidates:
-                self._candidates.remove(connection)
-            if wanted and not problem:
-                self._chosen = connection
-        if not wanted or problem:
-            if wanted:
-                log.warning("closed a connection from %s: %s (still waiting for the source)", peer, problem)
-            connection.close()
-            return
-        self._dismiss()
+            wanted = self._chosen is None and not self._ended and not self._suspended
+            wanted = wanted and (self._secret is not None or self._paused)
+            if not wanted or not examination.settle():
+                return
+            self._chosen = connection
+        if self._secret is not None:
+            self._examinations.dismiss()
         self._on_found()
         with self._changed:
             ended = self._ended

@@ -16,8 +16,9 @@ import logging
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw.engine.identity import prove_source
+from corefw.engine.identity import Purpose, prove_source
 from corefw.engine.precopy import await_confirmation
+from corefw.engine.preempt import CAPABILITY as PREEMPT
 from corefw.engine.source import Source
 from corefw.errors import ANYTHING, ChannelError, Interrupted, MigfwError, PeerError, StreamError, described
 from corefw.states import MigrationStatus
@@ -99,7 +100,7 @@ def reconnect(source: Source) -> MigrationStatus:
         source.interrupt.check()
         if source.secret is not None:
             with source.link.awaiting():
-                prove_source(source.link.channel, source.secret)
+                prove_source(source.link.channel, source.secret, Purpose.STREAM)
         # The confirmation may be all that was lost, or is worth knowing.
         source.read_return_path(may_end=source.all_sent or not source.on_demand())
         source.sections = source.sections.onto(source.link.writer)
@@ -114,7 +115,7 @@ def reconnect(source: Source) -> MigrationStatus:
 def recover(source: Source) -> MigrationStatus:
     """Learn what has arrived, and have the destination go on."""
     try:
-        source.reopen_requested()
+        _reopen_requested(source)
         bitmaps = ReceivedBitmaps(source)
         for saver in source.later():
             saver.prepare_resume(bitmaps.ask)
@@ -128,6 +129,19 @@ def recover(source: Source) -> MigrationStatus:
     source.statistics.error = None
     source.reconnection.succeeded()
     return MigrationStatus.POSTCOPY_ACTIVE
+
+
+def _reopen_requested(source: Source) -> None:
+    """Open the channel of requested pages anew, if they are to have one: a migfw takes it once it reads the stream."""
+    source.requested = None
+    if source.settings.capability(PREEMPT):
+        source.link.ping(1)
+        source.link.writer.flush()
+        if source.secret is not None:
+            await_confirmation(source, ReturnMessage.PONG, 1, "did not answer the first PING")
+        else:
+            source.open_requested_early()
+        source.open_requested()
 
 
 class ReceivedBitmaps:

@@ -20,8 +20,8 @@ from corefw.engine.meter import Meter
 from corefw.engine.pagerequests import PageRequests
 from corefw.engine.passes import Passes
 from corefw.engine.postcopy_start import PostcopyStart
+from corefw.engine.preempt import ANSWER, RequestedSender, open_requested
 from corefw.engine.preempt import CAPABILITY as PREEMPT
-from corefw.engine.preempt import RequestedSender, open_requested
 from corefw.engine.reconnection import Reconnection
 from corefw.engine.returnpath import Handler
 from corefw.engine.statistics import OutgoingStatistics
@@ -140,17 +140,22 @@ class Source(OutgoingContext):
         PluginError if a saver claims a message that another one has, or that is not for plugins."""
         self.link.read_return_path(self._plugin_messages(), self.return_path_failed, may_end=may_end)
 
-    def open_requested(self) -> None:
-        """Open the channel of requested pages, if they are to have one; a PING 1 was sent. Raises ChannelError."""
-        if self.settings.capability(PREEMPT):
-            self.requested = open_requested(self.link)
+    def open_requested_early(self) -> None:
+        """A PING 1 was sent: if it is not answered, the destination may want the channel of requested pages before it
+        reads anything. Raises ChannelError."""
+        if self.settings.capability(PREEMPT) and not self.link.answers.wait(ReturnMessage.PONG, 1, ANSWER):
+            self.requested = open_requested(self.link, None)
 
-    def reopen_requested(self) -> None:
-        """The same over another connection, in which nothing was sent yet."""
-        if self.settings.capability(PREEMPT):
-            self.link.ping(1)
-            self.link.writer.flush()
-            self.open_requested()
+    def open_requested(self) -> None:
+        """Open the channel of requested pages, if they are to have one, now that it is known whether the destination is
+        a migfw. Raises ChannelError."""
+        if not self.settings.capability(PREEMPT):
+            return
+        early, self.requested = self.requested, None
+        if early is not None and self.secret is not None:
+            early.close()
+            early = None
+        self.requested = early or open_requested(self.link, self.secret)
 
     def _plugin_messages(self) -> dict[int, Handler]:
         found: dict[int, Handler] = {}

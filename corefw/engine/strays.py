@@ -3,7 +3,7 @@
 The channel of requested pages is passed on. A source with the capability multifd sends its pages over channels of its
 own. Nothing here reads them, so the load has to fail and name the capability. All other connections are closed.
 
-Threads: one of its own.
+Threads: one of its own, and one for each connection that is examined.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from collections.abc import Callable
 from typing import Final
 
 from corefw.channel import Channel, Interrupt, Listener
+from corefw.engine.examination import Examination, Examinations
+from corefw.engine.identity import Purpose, check_source
+from corefw.engine.preempt import RequestedReceiver
 from corefw.errors import FOREIGN, MigfwError, StreamError
+from corefw.settings import Settings
 from corefw.wire.constants import BE32, MULTIFD_MAGIC
 
 log = logging.getLogger(__name__)
@@ -26,16 +30,26 @@ FIRST_WORDS: Final = 1.0
 class StrayChannels:
     """Watches a listener until `stop()`.
 
-    Threads: both functions are called from its own, `take` with each channel (it returns whether it has taken that),
-    `on_multifd` once.
+    Threads: the functions are called from its own.
     """
 
-    def __init__(self, listener: Listener, take: Callable[[Channel], bool], on_multifd: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        listener: Listener,
+        requested: RequestedReceiver | None,
+        secret: bytes | None,
+        on_multifd: Callable[[], None],
+    ) -> None:
+        """`requested` reads the channel of requested pages, if they have one; the source shows that it is that by the
+        secret, if there is one. `on_multifd` is called once."""
         self._listener = listener
-        self._take = take
+        self._requested = requested
+        self._secret = secret
         self._on_multifd = on_multifd
         self._interrupt = Interrupt()
         self._multifd = threading.Event()
+        self._examinations = Examinations(settings, "stray channel", self._examine)
         self._thread = threading.Thread(target=self._run, name="stray channels", daemon=True)
         self._thread.start()
 
@@ -48,24 +62,34 @@ class StrayChannels:
             )
 
     def stop(self) -> None:
-        """Accept nothing more. The listener stays open. Idempotent; does not raise."""
+        """Accept nothing more; what is being examined may still be taken. The listener stays open. Idempotent; does not
+        raise."""
         self._interrupt.set()
         self._thread.join()
+
+    def close(self) -> None:
+        """stop(), and examine nothing more. Idempotent; does not raise."""
+        self.stop()
+        self._examinations.dismiss()
 
     def _run(self) -> None:
         try:
             while True:
                 channel = self._listener.accept(self._interrupt)
-                if self._take(channel):
-                    continue
-                with channel:
-                    if not self._multifd.is_set() and self._is_multifd(channel):
-                        self._multifd.set()
-                        self._on_multifd()
+                if self._secret is not None or self._requested is None or not self._requested.offer(channel):
+                    self._examinations.begin(channel)
         except MigfwError as error:
             log.debug("no longer watching for other connections: %s", error)
         except FOREIGN:  # a transport is a plugin; the stream is loaded all the same
             log.exception("cannot watch for other connections")
+
+    def _examine(self, examination: Examination) -> None:
+        if self._requested is not None and self._secret is not None:
+            if check_source(examination.channel, self._secret) is Purpose.REQUESTED and examination.settle():
+                self._requested.take(examination.channel)
+        elif not self._multifd.is_set() and self._is_multifd(examination.channel):
+            self._multifd.set()
+            self._on_multifd()
 
     def _is_multifd(self, channel: Channel) -> bool:
         magic = bytearray(BE32.size)

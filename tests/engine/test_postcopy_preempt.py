@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from functools import partial
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from corefw.engine import strays
+from corefw.engine.examination import MOST
 from corefw.errors import SettingsError
 from corefw.machine import RunState
 from corefw.testing.tasks import settled, wait_until
+from corefw.wire.constants import RamFlag
 from tests.helpers.cutting import BREAKS, Cut, CutProxy, host_and_port
 from tests.helpers.engines import PATIENCE, Pair, ended, query_migrate
 from tests.helpers.moving import LEISURELY, LISTEN, Move
@@ -137,18 +139,12 @@ def test_a_transport_with_one_channel_is_refused(move: Move) -> None:
             move.destination.migrate_incoming(f"fd:{theirs.fileno()}")
 
 
-def test_a_destination_without_it_is_found_out_before_the_guest_leaves(
-    move: Move, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(strays, "FIRST_WORDS", 0.01)
+def test_a_destination_without_it_is_found_out_before_any_page_is_sent(move: Move) -> None:
     move.destination.set_capabilities({"postcopy-preempt": False})
-    with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
-        move.limit()
-        move.source.migrate(proxy.uri)
-        assert wait_until(lambda: proxy.hung_up == 1), "the destination keeps the other connection"
-        move.source.start_postcopy()
-        assert ended(move.source) == "failed"
+    move.begin()
+    assert ended(move.source) == "failed"
     assert "switch capability 'postcopy-preempt' on there too" in (move.source.report().error or "")
+    assert "ram" not in query_migrate(move.source)
     stays(move)
 
 
@@ -186,17 +182,29 @@ def test_what_is_no_requested_page_pauses_both_sides(
         move.completes()
 
 
-@pytest.mark.parametrize("words", [b"", b"GET / HTTP/1.0\r\n\r\n"])
-def test_a_stranger_who_connects_first_is_dismissed(move: Move, words: bytes) -> None:
-    """The source's channel comes after the stranger's, and takes its place."""
+# -- who may open the channel ------------------------------------------------------------------------------------------
+
+FORGED_PAGE = (RamFlag.PAGE).to_bytes(8) + b"\x03ram" + b"\xee" * 4096
+STRANGERS = {
+    "silent": b"",
+    "garbage": b"GET / HTTP/1.0\r\n\r\n",
+    "a page": FORGED_PAGE,
+    "another migration's": b"MGRP" + bytes(16 + 32),
+}
+
+
+@pytest.mark.parametrize("words", STRANGERS.values(), ids=STRANGERS)
+def test_strangers_who_connect_first_change_nothing(move: Move, words: bytes) -> None:
+    """More of them than are examined at the same time come right before the source's channel, and stay."""
     address = move.destination.migrate_incoming(LISTEN)
+    with contextlib.ExitStack() as strangers, CutProxy(address) as proxy:
 
-    def come_first() -> None:
-        if proxy.connections == 1:
-            with socket.create_connection(host_and_port(address)) as stranger:
-                stranger.sendall(words)
+        def come_first() -> None:
+            if proxy.connections == 1:
+                for _ in range(MOST + 1):
+                    one = socket.create_connection(host_and_port(address))
+                    strangers.enter_context(one).sendall(words)
 
-    with CutProxy(address) as proxy:
         proxy.before_each = come_first
         move.limit()
         move.source.migrate(proxy.uri)
@@ -205,3 +213,29 @@ def test_a_stranger_who_connects_first_is_dismissed(move: Move, words: bytes) ->
         move.hurry()
         move.completes()
         assert proxy.connections == 2
+
+
+def test_a_source_that_returns_is_not_taken_for_the_channel(move: Move) -> None:
+    """In a recovery its stream breaks, which the destination does not notice, before the channel of requested pages has
+    come; what it connects with next is the stream again."""
+    address = move.destination.migrate_incoming(LISTEN)
+    with CutProxy(address) as proxy, socket.create_server(("127.0.0.1", 0)) as elsewhere:
+
+        def come_between() -> None:
+            if proxy.connections == 3:
+                proxy.lead_to(f"tcp:127.0.0.1:{elsewhere.getsockname()[1]}")
+                proxy.cut(Cut.HALF_BACKWARD)
+            elif proxy.connections == 4:
+                proxy.lead_to(address)
+
+        proxy.before_each = come_between
+        move.source.set_parameters({"x-migfw-reconnect": -1})
+        move.limit()
+        move.source.migrate(proxy.uri)
+        move.source.start_postcopy()
+        move.both_reach("postcopy-active")
+        proxy.cut(Cut.RESET)
+        assert wait_until(lambda: proxy.connections == 6), "the source did not come back"
+        move.both_reach("postcopy-active")
+        move.hurry()
+        move.completes()
