@@ -1,6 +1,23 @@
-"""Settings of Hypothesis for all tests: no deadlines, so that a busy machine does not make tests fail."""
+"""Settings for all tests.
+
+Hypothesis has no deadlines, so that a busy machine does not make tests fail. And the programs under test start with the
+usual signals, also under `nohup` or in a shell's background, where SIGHUP and SIGINT are ignored: what is caught here
+is not inherited.
+"""
+
+import signal
+from types import FrameType
 
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("migfw", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("migfw")
+
+
+def _go_on(_number: int, _frame: FrameType | None) -> None:
+    """What the tests themselves do about it."""
+
+
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _go_on)

@@ -38,6 +38,10 @@ _TAKES: Final = frozenset({MigrationStatus.SETUP, MigrationStatus.ACTIVE, Migrat
 """Statuses in which the destination should answer, or take something."""
 
 
+_CONNECTED: Final = frozenset({MigrationStatus.POSTCOPY_ACTIVE, MigrationStatus.COMPLETED})
+"""Statuses of a postcopy that is not broken; the first may be over before it is seen."""
+
+
 def _next_attempt(reconnect: Mapping[str, Any]) -> str:
     """A phrase: "in 400 ms (attempt 2 of 5)"."""
     limit = f" of {reconnect['limit']}" if "limit" in reconnect else ""
@@ -89,9 +93,9 @@ class Follower:
                     f"the engine ended while its guest migrated ({error}): check the destination"
                 ) from None
             progress = Progress.of(answer)
+            self._tell_connection(answer)
             if progress.phase in OVER and not _goes_on(answer):
                 return answer
-            self._tell_connection(answer)
             self._display.update(progress)
             self._hint(progress)
             if not self._switched and (text := switched(answer)):
@@ -112,9 +116,9 @@ class Follower:
         elif broken and waits and attempts != self._attempts:
             self._attempts = attempts
             self._display.say(f"attempt {attempts} failed: {why}; next one {_next_attempt(reconnect)}")
-        elif self._broken and answer.get("status") == MigrationStatus.POSTCOPY_ACTIVE:
+        elif self._broken and answer.get("status") in _CONNECTED:
             self._display.say("connected again")
-        self._broken = broken or (self._broken and answer.get("status") != MigrationStatus.POSTCOPY_ACTIVE)
+        self._broken = broken or (self._broken and answer.get("status") not in _CONNECTED)
 
     def _hint(self, progress: Progress) -> None:
         """Say, once, that the destination takes nothing: off a terminal nothing else would appear."""

@@ -204,6 +204,7 @@ def test_a_reason_is_shown_as_one_printable_line(pair: Pair, peer: Peer, case: s
 
 def test_a_reason_that_is_too_long_is_refused_and_a_long_one_of_ours_is_cut(pair: Pair, peer: Peer) -> None:
     source = pair.source()
+    source.set_parameters({"max-bandwidth": 64 << 10})  # so that it has not sent everything when the reason is there
     source.migrate(peer.uri)
     connection = peer.accept()
     connection.sendall(ReturnMessage.MIGFW_REASON.to_bytes(2, "big") + (501).to_bytes(2, "big") + b"x" * 501)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NotRequired, TypedDict
 
-from corefw.block import BlockNode
 from corefw.qmp.commands import block
 from corefw.qmp.commands.context import Context
 from corefw.qmp.protocol import QmpError
 from corefw.qmp.schema import Variants
+
+if TYPE_CHECKING:
+    from corefw.block import BlockNode
 
 
 class BlockDirtyBitmapAdd(TypedDict):
