@@ -202,11 +202,20 @@ def test_small_pages_are_stored_from_the_buffer(huge: bool) -> None:
         assert allocated(machine.blocks[0]) == PAGES
 
 
-def test_a_compiled_loop_that_does_not_load_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "warning"),
+    [
+        ("nowhere_to_be_found:Kernel", "does not load, and is not used: No module named"),
+        ("os:getcwd", "is too old, and is not used: it has no receive_lists, ArrivingBlock, DirtyBlock"),
+    ],
+)
+def test_a_compiled_loop_that_is_of_no_use_is_passed_over_with_a_warning(
+    tmp_path: Path, value: str, warning: str
+) -> None:
     about = tmp_path / "a_broken_kernel-1.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: a-broken-kernel\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[corefw.kernel]\nram = nowhere_to_be_found:Kernel\n")
+    (about / "entry_points.txt").write_text(f"[corefw.kernel]\nram = {value}\n")
     script = "from corefw_ram.kernel import find_kernel; print(getattr(find_kernel(), '__module__', None))"
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -215,5 +224,5 @@ def test_a_compiled_loop_that_does_not_load_is_passed_over_with_a_warning(tmp_pa
         capture_output=True,
         text=True,
     )
-    assert "nowhere_to_be_found:Kernel does not load, and is not used: No module named" in done.stderr
+    assert f"{value} {warning}" in done.stderr
     assert done.stdout in ("None\n", "corefw_ram_kernel\n")

@@ -197,6 +197,14 @@ def test_numbers_that_do_not_fit_are_refused(first: int, most: int) -> None:
         Room().block.begin(first, most)
 
 
+@pytest.mark.parametrize("page", [-1, PAGES, 1 << 40])
+def test_a_page_that_the_block_has_not_cannot_be_claimed(page: int) -> None:
+    room = Room()
+    with pytest.raises(ValueError, match="no such pages"):
+        room.block.claim(np.array([0, page]))
+    assert room.dirty.all()
+
+
 @pytest.mark.parametrize("wrong", [{"ram": 0}, {"dirty": 0}, {"hole": -1}, {"pages": 0}, {"pages": 1 << 64}])
 def test_addresses_that_cannot_be_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="cannot send"):

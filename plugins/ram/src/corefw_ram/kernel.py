@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
+
+NEEDED: Final = ("receive_lists", "ArrivingBlock", "DirtyBlock")
+"""What the compiled code has to provide. That of an older version provides less."""
 
 
 class Begun(Protocol):
@@ -100,10 +103,19 @@ class Kernel(Protocol):
 
 @cache
 def find_kernel() -> Kernel | None:
-    """The compiled code; None where none is installed, or it does not load: that is logged once."""
+    """The compiled code; None where none is installed, or it does not load or is too old: that is logged once."""
     for point in entry_points(group="corefw.kernel", name="ram"):
         try:
-            return cast("Kernel", point.load())
+            kernel = point.load()
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it, Python does the same
             log.warning("the compiled kernel %s does not load, and is not used: %s", point.value, error)
+            continue
+        missing = [name for name in NEEDED if not hasattr(kernel, name)]
+        if not missing:
+            return cast("Kernel", kernel)
+        log.warning(
+            "the compiled kernel %s is too old, and is not used: it has no %s (update migfw-ram-kernel)",
+            point.value,
+            ", ".join(missing),
+        )
     return None

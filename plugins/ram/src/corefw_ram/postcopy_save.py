@@ -192,8 +192,10 @@ class PostcopyPageSaver(PageSaver):
         state = self._states[index]
         with self._lock:
             self._statistics.postcopy_requests += 1
-            pages = np.flatnonzero(state.dirty[first:end]) + first
-            if (left := self._left.get(index)) is not None:  # compiled code sends without the lock
+            # A copy, since compiled code clears marks without the lock, and NumPy looks twice: when it finds fewer than
+            # it has counted, it also returns numbers of pages that do not exist.
+            pages = np.flatnonzero(state.dirty[first:end].copy()) + first
+            if (left := self._left.get(index)) is not None:
                 pages = pages[left.claim(pages)]
             self._claim(index, pages)
             hole = state.hole[pages] & self._settled
@@ -345,14 +347,15 @@ class PostcopyPageSaver(PageSaver):
         It asks again for the pages that its guest waits for."""
         self._settle()
         self._requests.clear()
-        for index, state in enumerate(self._states):
-            here = received(state.block.idstr, len(state.dirty))
-            if self._releasable is not None:
-                self._releasable.note_received(index, here)
-            state.dirty = ~here
-            state.dirty_count = int(np.count_nonzero(state.dirty))
-        self._count_remaining()
-        self._restart()
+        arrived = [received(state.block.idstr, len(state.dirty)) for state in self._states]
+        with self._lock:  # a peer may ask for pages before it was told to go on
+            self._restart()
+            for index, (state, here) in enumerate(zip(self._states, arrived, strict=True)):
+                if self._releasable is not None:
+                    self._releasable.note_received(index, here)
+                state.dirty = ~here
+                state.dirty_count = int(np.count_nonzero(state.dirty))
+            self._count_remaining()
 
     def _restart(self) -> None:
         """The next page over either channel is to name its block, and compiled code to look at the present marks."""

@@ -11,6 +11,8 @@
 #include <stdint.h>
 #include <string.h>
 
+_Static_assert(sizeof(void *) == sizeof(uint64_t), "Python's structures have addresses of 64 bits");
+
 enum {
     PAGE = 4096,
     HEADER = 8,

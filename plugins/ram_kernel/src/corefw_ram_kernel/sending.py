@@ -95,5 +95,7 @@ class DirtyBlock:
 
     def claim(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of these pages the caller is to send instead; from any thread, also during send()."""
+        if len(pages) and not 0 <= pages.min() <= pages.max() < self._at.pages:
+            raise ValueError(f"no such pages in a block of {self._at.pages}: {pages}")
         dirty = self._at.dirty
         return np.fromiter((_claim(dirty, page) for page in pages.tolist()), dtype=np.bool_, count=len(pages))
