@@ -26,29 +26,38 @@ MOST: Final = 16
 
 
 class Examination:
-    """One connection that is examined. It is aborted if that takes too long, until settle()."""
+    """One connection that is examined. It is aborted if that takes too long, until keep().
+
+    kept   it has an owner now, which closes it
+    """
 
     def __init__(self, channel: Channel, patience: float) -> None:
         self.channel: Final = channel
         self.patience: Final = patience
         self.late = False
+        self.kept = False
         self._lock = threading.Lock()  # guards the next
-        self._settled = False
+        self._decided = False
         self._timer = threading.Timer(patience, self._expire)
         self._timer.daemon = True
         self._timer.start()
 
-    def settle(self) -> bool:
-        """It has shown what it is, or has to be closed. False if it was settled before, or aborted."""
-        self._timer.cancel()
-        with self._lock:
-            before, self._settled = self._settled, True
-        return not before
+    def keep(self) -> bool:
+        """It has shown what it is, and is not closed when the examination ends. False if it was aborted before."""
+        self.kept = self.end()
+        return self.kept
 
     def abort(self) -> None:
-        """End it, unless it is settled."""
-        if self.settle():
+        """End it, unless it is kept."""
+        if self.end():
             self.channel.abort()
+
+    def end(self) -> bool:
+        """It is aborted no more. False if it has been, or is kept."""
+        self._timer.cancel()
+        with self._lock:
+            before, self._decided = self._decided, True
+        return not before
 
     def _expire(self) -> None:
         self.late = True
@@ -59,8 +68,8 @@ class Examinations:
     """All that are under way at one listener."""
 
     def __init__(self, settings: Settings, name: str, examine: Callable[[Examination], None]) -> None:
-        """`examine` is called in a thread for each connection. It settles one that it keeps, or closes by itself; every
-        other one is closed when it returns or raises MigfwError, then with a warning."""
+        """`examine` is called in a thread for each connection, which is closed when it returns, or raises MigfwError,
+        then with a warning, unless it was kept."""
         self._settings = settings
         self._name = name
         self._examine = examine
@@ -100,8 +109,8 @@ class Examinations:
         with self._lock:
             if examination in self._under_way:
                 self._under_way.remove(examination)
-        unsettled = examination.settle()
-        if problem and (unsettled or examination.late):
+        unwanted = examination.end()
+        if problem and (unwanted or examination.late):
             log.warning("closed a connection from %s: %s", channel.peer, problem)
-        if problem or unsettled:
+        if not examination.kept:
             channel.close()

@@ -250,7 +250,7 @@ class Readmission:
         else:
             while not channel.wait_readable(LOOK):
                 if self._offer(channel):  # the source has come back over another one meanwhile
-                    examination.settle()
+                    examination.keep()
                     return
             connection = Connection(channel, self._settings, self._interrupt)
             check_first_command(connection.reader)
@@ -260,7 +260,7 @@ class Readmission:
         requested = self._requested()
         if requested is None:
             raise StreamError("expected the stream of this migration, got its channel of requested pages")
-        if examination.settle():
+        if examination.keep():
             requested.take(examination.channel)
 
     def _admit(self, examination: Examination, connection: Connection) -> None:
@@ -268,7 +268,7 @@ class Readmission:
         with self._changed:
             wanted = self._chosen is None and not self._ended and not self._suspended
             wanted = wanted and (self._secret is not None or self._paused)
-            if not wanted or not examination.settle():
+            if not wanted or not examination.keep():
                 return
             self._chosen = connection
         if self._secret is not None:

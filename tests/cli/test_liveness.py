@@ -14,7 +14,8 @@ from corefw.testing.tasks import wait_until
 from tests.cli.conftest import SMALL, Engine, Engines
 
 BUSY = ("stress", "--opt=ram=16M", "--opt=working-set=8M", "--opt=dirty-rate=400M")
-LIVENESS = "x-migfw-liveness=1"
+LIVENESS = "x-migfw-liveness=2"
+"""Seconds, for which a busy machine may not run a process that has something to say."""
 
 
 @contextlib.contextmanager
@@ -62,8 +63,11 @@ def test_in_precopy_the_guest_goes_on_at_the_source(engines: Engines) -> None:
     assert wait_until(lambda: status(destination) == "active")
     with stopped(destination):
         assert wait_until(lambda: status(source) == "failed")
-        why = source.ask("query-migrate")["error-desc"]  # the kernel may be the first to notice
-        assert "no sign of life" in why or "no answer from the peer" in why
+        # The kernel may be the first to notice. It tells only one of the two threads that use the socket why.
+        why = source.ask("query-migrate")["error-desc"]
+        assert any(words in why for words in ("no sign of life", "no answer from the peer", "reset the connection")), (
+            why
+        )
         assert source.ask("query-status")["running"]
 
 
@@ -71,7 +75,7 @@ def test_before_the_switchover_both_wait_for_the_user_and_not_for_each_other(eng
     source, destination = pair(engines, *SMALL)
     begin(source, destination, "--cap=pause-before-switchover")
     assert wait_until(lambda: status(source) == "pre-switchover")
-    time.sleep(1.5)  # longer than the limit
+    time.sleep(3)  # longer than the limit
     assert status(source) == "pre-switchover" and status(destination) == "active"
     with stopped(destination):
         assert wait_until(lambda: status(source) == "failed")
@@ -84,6 +88,6 @@ def test_a_source_that_stands_still_before_the_switchover(engines: Engines) -> N
     assert wait_until(lambda: status(source) == "pre-switchover")
     with stopped(source):
         code, _, errors = destination.finish()
-    assert code == 1 and "the source gave no sign of life in 1 s" in errors
+    assert code == 1 and "the source gave no sign of life in 2 s" in errors
     assert wait_until(lambda: status(source) == "failed")
     assert source.ask("query-status")["running"]

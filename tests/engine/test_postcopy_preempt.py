@@ -207,9 +207,10 @@ def test_strangers_who_connect_first_change_nothing(move: Move, words: bytes) ->
 
         proxy.before_each = come_first
         move.limit()
+        move.source.set_parameters({"max-postcopy-bandwidth": 64 << 10})
         move.source.migrate(proxy.uri)
         move.source.start_postcopy()
-        assert wait_until(partial(asks_again, move, 0)), "no page was asked for"
+        assert wait_until(partial(asks_again, move, 50)), "requested pages do not arrive"
         move.hurry()
         move.completes()
         assert proxy.connections == 2
@@ -224,6 +225,7 @@ def test_a_source_that_returns_is_not_taken_for_the_channel(move: Move) -> None:
         def come_between() -> None:
             if proxy.connections == 3:
                 proxy.lead_to(f"tcp:127.0.0.1:{elsewhere.getsockname()[1]}")
+                proxy.cut(Cut.LOSE_FORWARD)
                 proxy.cut(Cut.HALF_BACKWARD)
             elif proxy.connections == 4:
                 proxy.lead_to(address)
@@ -234,7 +236,7 @@ def test_a_source_that_returns_is_not_taken_for_the_channel(move: Move) -> None:
         move.source.migrate(proxy.uri)
         move.source.start_postcopy()
         move.both_reach("postcopy-active")
-        proxy.cut(Cut.RESET)
+        proxy.cut_all(Cut.RESET)
         assert wait_until(lambda: proxy.connections == 6), "the source did not come back"
         move.both_reach("postcopy-active")
         move.hurry()
