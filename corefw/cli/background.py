@@ -34,6 +34,10 @@ LOG_DAYS: Final = 30
 """Days that the log of an engine that has ended is kept."""
 
 _TRIM_SECONDS: Final = 2.0
+GRACE_SECONDS = 10.0
+"""How long an engine may take to end if it is interrupted before it is ready. Then it gets SIGTERM again, and SIGKILL
+after as long again."""
+
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -98,22 +102,38 @@ def go_to_background(*, as_json: bool, tied: bool = False) -> Background:
 
 @contextlib.contextmanager
 def _forwarded(pid: int, mask: set[signal.Signals | int]) -> Iterator[Callable[[], bool]]:
-    """Forward signals to the engine, which has no terminal, as SIGTERM. Yields a function: has there been one?"""
+    """Forward signals to the engine, which has no terminal, as SIGTERM. Yields a function: has there been one?
+
+    SIGTERM raises KeyboardInterrupt in an engine that starts, and other people's code may swallow that. So an engine
+    that does not end is sent further signals; it has nothing to lose before it is ready.
+    """
     received: list[int] = []
+    further = [signal.SIGKILL, signal.SIGTERM]
 
     def forward(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+        _send(pid, signal.SIGTERM)
+        signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS, GRACE_SECONDS)
 
-    old = {number: signal.signal(number, forward) for number in _SIGNALS}
+    def insist(_number: int, _frame: FrameType | None) -> None:
+        _send(pid, further.pop() if len(further) > 1 else further[0])
+
+    old = {number: signal.signal(number, forward) for number in _SIGNALS} | {
+        signal.SIGALRM: signal.signal(signal.SIGALRM, insist)
+    }
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield lambda: bool(received)
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in old.items():
-            if signal.getsignal(number) is forward:
+            if signal.getsignal(number) in (forward, insist):
                 signal.signal(number, handler)
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _end_with_stdin() -> None:

@@ -142,9 +142,6 @@ def run(
         from corefw.plugins import Plugins
         from corefw.qmp.server import QmpServer
 
-    # Until the engine handles signals itself, let the others unwind and clean up as Ctrl-C does.
-    for number in set(ending_signals()) - {signal.SIGINT}:
-        signal.signal(number, signal.default_int_handler)
     options = split_pairs(opts, "--opt NAME=VALUE, as in --opt ram=1G")
     with LeavingAtOnce():
         plugins = Plugins.load()
@@ -155,6 +152,10 @@ def run(
     deferred = incoming == DEFER
     if incoming not in (None, DEFER, PRIVATE):
         plugins.transport(incoming, settings).check_incoming()
+    # Until the engine handles signals itself, let the others unwind and clean up as Ctrl-C does. Not earlier: an import
+    # may swallow a KeyboardInterrupt.
+    for number in set(ending_signals()) - {signal.SIGINT}:
+        signal.signal(number, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         claimed = stack.enter_context(claim(name, qmp, program or kind))
         if incoming == PRIVATE:

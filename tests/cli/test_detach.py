@@ -8,6 +8,7 @@ import re
 import signal
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from corefw.cli.background import trim
 from tests.cli.conftest import SMALL, Engines
-from tests.helpers.cli import MIGFW, TIMEOUT, migfw, start
+from tests.helpers.cli import MIGFW, TIMEOUT, environment, migfw, start
 from tests.helpers.qemu import wait_until
 
 SLOW = """
@@ -170,6 +171,35 @@ def test_ctrl_c_while_it_starts_leaves_nothing(detached: Detached, tmp_path: Pat
     assert (command.returncode, out, err) == (130, "", "migfw: interrupted; nothing was started\n")
     assert not Path(f"/proc/{engine['pid']}").exists()
     assert (detached.engines(), detached.left()) == ([], [])
+
+
+IMPATIENT = """
+import sys
+from corefw.cli import background, main
+background.GRACE_SECONDS = 0.2
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_ends_an_engine_that_does_not_react_to_it(detached: Detached, tmp_path: Path) -> None:
+    program = tmp_path / "slow.py"
+    program.write_text(SLOW)
+    command = subprocess.Popen(
+        [sys.executable, "-c", IMPATIENT, "run", "--detach", f"{program}:Slow"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(detached.runtime),
+    )
+    log = detached.runtime / "migfw" / "slow.log"
+    wait_until(lambda: log.exists() and "setting up" in log.read_text(), "the program's setup()")
+    [engine] = detached.engines()
+    os.kill(int(engine["pid"]), signal.SIGSTOP)
+    command.send_signal(signal.SIGINT)
+    out, err = command.communicate(timeout=TIMEOUT)
+    assert (command.returncode, out, err) == (130, "", "migfw: interrupted; nothing was started\n")
+    assert not Path(f"/proc/{engine['pid']}").exists()
 
 
 SLOW_TO_STOP = """
