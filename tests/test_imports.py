@@ -59,6 +59,13 @@ CORE: Final[dict[str, set[str]]] = {
         *("closing", "errors", "uri", "jsontext", "quantities", "dispatch", "states", "settings", "channel", "net"),
         *("declarations", "block", "machine", "control", "plugins", "engine"),
     },
+    "hosting": {
+        *("errors", "uri", "dispatch", "states", "net", "machine", "control", "engine", "qmp"),
+    },
+    "client": {
+        *("closing", "errors", "uri", "quantities", "states", "declarations", "settings", "channel", "net"),
+        *("machine", "plugins", "qmp"),
+    },
     "testing": {
         *("errors", "uri", "quantities", "dispatch", "states", "settings", "channel", "wire", "section", "machine"),
         *("declarations", "control", "memory", "plugins", "qmp"),

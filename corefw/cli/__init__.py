@@ -5,15 +5,15 @@ and the table of commands, but neither NumPy nor a plugin.
 
     group.py        `migfw` itself and the table of its commands
     console.py      stdout, stderr, and how an exception becomes a message and an exit status
-    options.py      options that several commands share; how --cap and --param are read and applied
-    completion.py   Tab completion
-    progress.py     show the progress of a migration, sum it up; follow.py polls it until it is over
-    control.py      the commands that send a single QMP command each, and `ps`
-    run.py          `run`: background.py for --detach; hosting.py is the life of the engine's process
-    migrate.py      `migrate`: destination.py starts the other side over ssh
-    relay.py        `relay`, and how a real QEMU migrates over a transport that it does not support
-
-Each of the others is a command of that name.
+    options.py      options that several commands share; Tab completion of their values
+    display.py      what is shown while a command runs, live or as lines
+    run.py          `run`; corefw.hosting has the life of the engine's process
+    migrate.py      `migrate`; corefw.client has what it does with the engine and on the other host
+    status.py       the commands that only look: `status`, `check`
+    control.py      the commands that send a single QMP command each, `qmp` and `ps`
+    streams.py      the commands that need only a stream: `inspect`, `convert`, `relay`
+    installed.py    `plugins`, `completion`
+    demo.py         `demo`
 
 Ctrl-C and SIGTERM mean something else in each of a command's three states:
 
@@ -46,7 +46,7 @@ def main() -> int:
     from corefw.cli.group import migfw
 
     if "_MIGFW_COMPLETE" in os.environ:  # a shell asks for completions
-        from corefw.cli.completion import register_shells
+        from corefw.cli.installed import register_shells
 
         register_shells()
     open_streams()
@@ -94,13 +94,16 @@ class LeavingAtOnce:
 
 
 class Interrupts:
-    """Defers Ctrl-C and SIGTERM: the first one sets `requested`, a second one raises KeyboardInterrupt.
+    """Defers Ctrl-C and SIGTERM: after the first one, `received()` is true; a second one raises KeyboardInterrupt.
 
-    Use it as a context manager in the main thread, and check `requested` regularly.
+    Use it as a context manager in the main thread, and check `received()` regularly.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._received = False
+
+    def received(self) -> bool:
+        return self._received
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._handle) for number in _DEFERRED}
@@ -113,15 +116,9 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if self.requested:
+        if self._received:
             raise KeyboardInterrupt
-        self.requested = True
-
-
-def ending_signals() -> tuple[signal.Signals, ...]:
-    """Signals that end an engine cleanly: SIGINT, SIGTERM, and SIGHUP unless it is ignored (nohup)."""
-    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
-    return (signal.SIGINT, signal.SIGTERM, *hangup)
+        self._received = True
 
 
 leave_at_once()

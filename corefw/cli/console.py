@@ -63,6 +63,16 @@ def note(text: str) -> None:
         return
 
 
+def announce(text: str) -> None:
+    """Print one line on stdout for a process that must not end because it cannot print."""
+    try:
+        click.echo(f"migfw: {one_line(text)}")
+    except BrokenPipeError:
+        discard_output(sys.stdout.fileno())
+    except StdoutError as error:
+        note(str(error))
+
+
 # -- how a command ends ------------------------------------------------------------------------------------------------
 
 

@@ -10,10 +10,10 @@ from typing import Final
 
 import click
 
-from corefw.cli import completion
 from corefw.cli.console import print_facts, print_json, print_table
-from corefw.cli.options import engine_options, json_option, read_mixed, split_pairs
-from corefw.cli.progress import cancelled
+from corefw.cli.options import complete_settings, complete_uris, engine_options, json_option
+from corefw.client.changes import read_mixed, split_pairs
+from corefw.client.progress import cancelled
 from corefw.errors import MigfwError, UsageError, one_line
 from corefw.qmp.address import EngineInfo, find_engines
 from corefw.qmp.engines import EngineClient, connect
@@ -184,7 +184,7 @@ def pause(name: str | None, qmp: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("uri", shell_complete=completion.uris)
+@click.argument("uri", shell_complete=complete_uris)
 @engine_options
 @json_option
 def recover(uri: str, name: str | None, qmp: str | None, as_json: bool) -> None:
@@ -203,7 +203,7 @@ def recover(uri: str, name: str | None, qmp: str | None, as_json: bool) -> None:
 
 
 @click.command("set")
-@click.argument("pairs", metavar="NAME=VALUE...", nargs=-1, required=True, shell_complete=completion.settings)
+@click.argument("pairs", metavar="NAME=VALUE...", nargs=-1, required=True, shell_complete=complete_settings)
 @engine_options
 @json_option
 def set_values(pairs: tuple[str, ...], name: str | None, qmp: str | None, as_json: bool) -> None:

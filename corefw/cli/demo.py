@@ -22,9 +22,10 @@ from typing import Any, Final
 import click
 
 from corefw.cli.console import ExitStatus, print_facts
-from corefw.cli.follow import Follower
-from corefw.cli.options import Changes
-from corefw.cli.progress import open_display, summary
+from corefw.cli.display import open_display
+from corefw.client.changes import Changes
+from corefw.client.follow import Follower
+from corefw.client.progress import summary
 from corefw.errors import MigfwError, UsageError
 from corefw.qmp.engines import POLL, EngineClient, connect
 from corefw.quantities import format_size, parse_size

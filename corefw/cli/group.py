@@ -35,7 +35,7 @@ COMMANDS: Final[Mapping[str, Mapping[str, Entry]]] = {
     },
     "Migration": {
         "migrate": Entry("corefw.cli.migrate:migrate", "Move the running guest to another host."),
-        "check": Entry("corefw.cli.check:check", "Check whether the guest could move, and how long it would take."),
+        "check": Entry("corefw.cli.status:check", "Check whether the guest could move, and how long it would take."),
         "status": Entry("corefw.cli.status:status", "Show the guest and its migration."),
         "cancel": Entry("corefw.cli.control:cancel", "Cancel the migration; the guest keeps running here."),
         "set": Entry("corefw.cli.control:set_values", "Change capabilities and parameters, even during a migration."),
@@ -46,12 +46,12 @@ COMMANDS: Final[Mapping[str, Mapping[str, Entry]]] = {
     },
     "Tools": {
         "ps": Entry("corefw.cli.control:ps", "List your engines on this host."),
-        "plugins": Entry("corefw.cli.plugins:plugins", "List the installed plugins, and what failed to load."),
-        "inspect": Entry("corefw.cli.inspect:inspect", "Show what is in a recorded migration stream."),
-        "convert": Entry("corefw.cli.convert:convert", "Rewrite a stored stream for another machine type or QEMU."),
-        "relay": Entry("corefw.cli.relay:relay", "Forward a migration from one transport to another."),
+        "plugins": Entry("corefw.cli.installed:plugins", "List the installed plugins, and what failed to load."),
+        "inspect": Entry("corefw.cli.streams:inspect", "Show what is in a recorded migration stream."),
+        "convert": Entry("corefw.cli.streams:convert", "Rewrite a stored stream for another machine type or QEMU."),
+        "relay": Entry("corefw.cli.streams:relay", "Forward a migration from one transport to another."),
         "qmp": Entry("corefw.cli.control:qmp", "Send one QMP command and print the answer."),
-        "completion": Entry("corefw.cli.completion:completion", "Print the Tab completion script for a shell."),
+        "completion": Entry("corefw.cli.installed:completion", "Print the Tab completion script for a shell."),
     },
 }
 

@@ -7,29 +7,35 @@ migration runs, this process only watches: the engine continues whatever happens
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from corefw.cli import Interrupts, completion
-from corefw.cli.completion import WithInstalled
+from corefw.cli import Interrupts
 from corefw.cli.console import ExitStatus, Finished, note, print_facts, print_json, unread_is_fine
-from corefw.cli.follow import SWITCHES, Follower
+from corefw.cli.display import open_display
 from corefw.cli.options import (
-    CAPABILITY,
     NO_LIMITS,
-    Changes,
+    WithInstalled,
     add_limits,
+    complete_uris,
     engine_options,
     json_option,
+    settings_options,
+)
+from corefw.client.changes import (
+    CAPABILITY,
+    Changes,
+    installed,
     parse_switches,
     read_changes,
-    settings_options,
+    set_parameters,
     split_for_relay,
 )
-from corefw.cli.progress import cancelled, open_display, summary
-from corefw.cli.relay import Route, find_route
+from corefw.client.follow import SWITCHES, Follower
+from corefw.client.progress import cancelled, summary
+from corefw.client.routes import QemuRelay, Route, find_route, find_transport
 from corefw.errors import MigfwError, UsageError, one_line
 from corefw.machine import RunState
 from corefw.qmp.engines import EngineClient, connect
@@ -37,8 +43,7 @@ from corefw.settings import QMP_MAX_BANDWIDTH, UNLIMITED
 from corefw.states import POSTCOPY, SETUP_OR_ACTIVE, MigrationStatus
 
 if TYPE_CHECKING:
-    from corefw.cli.destination import Destination
-    from corefw.cli.relay import QemuRelay
+    from corefw.client.destination import Destination
 
 
 class _Migrate(WithInstalled):
@@ -62,7 +67,7 @@ class Attempts(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
 
 
 @click.command(cls=_Migrate)
-@click.argument("uri", required=False, shell_complete=completion.uris)
+@click.argument("uri", required=False, shell_complete=complete_uris)
 @click.option(
     "--to",
     metavar="[USER@]HOST[:PORT]",
@@ -173,9 +178,9 @@ def migrate(
         if detach and route.relayed:
             raise UsageError(f"'{uri}': this process has to stay and relay for QEMU, so --detach is not possible")
         relay = stack.enter_context(_relay(uri, engine, of_relay)) if route.relayed else None
-        interrupts = stack.enter_context(Interrupts())
+        interrupted = stack.enter_context(Interrupts()).received
         with changes.applied(engine) as before:
-            if interrupts.requested:
+            if interrupted():
                 note("cancelled before it started")
                 raise Finished(ExitStatus.INTERRUPTED)
             engine.call("migrate", uri=relay.uri if relay else uri, **({"resume": True} if resume else {}))
@@ -187,11 +192,13 @@ def migrate(
             if unread.error:
                 note(unread.before(f"migrating to {uri}"))
             return
-        has_failed = relay.has_failed if relay else None
         with open_display(f"migrating to {one_line(uri)}", as_json=as_json) as display:
             switch = None if engine.is_migfw else postcopy
-            answer = Follower(engine, display, interrupts, switch=switch, has_failed=has_failed).wait()
-        problem = relay.finish(answer, changes.capabilities, interrupts) if relay else None
+            follower = Follower(
+                engine, display, interrupted=interrupted, switch=switch, has_failed=relay.has_failed if relay else None
+            )
+            answer = follower.wait()
+        problem = _finish(relay, answer, changes, interrupted) if relay else None
         _revert(changes, engine, before, answer)
         if destination is not None:
             _settle(destination, engine, answer)
@@ -200,7 +207,7 @@ def migrate(
             print_json({"uri": uri, **answer, **({"error-desc": problem} if problem else {}), **there})
         elif answer["status"] == MigrationStatus.COMPLETED and problem is None:
             print_facts([*summary(answer), *(_place(destination) if destination is not None else ())])
-        _end(engine, uri, answer, problem, interrupted=interrupts.requested)
+        _end(engine, uri, answer, problem, interrupted=interrupted())
         if unread.error:
             note(unread.before("the guest has moved"))
 
@@ -269,7 +276,7 @@ def _check_resume(options: Mapping[str, object]) -> None:
 def _start(
     engine: EngineClient, to: str, remote_migfw: str | None, caps: Sequence[str], params: Sequence[str]
 ) -> Destination:
-    from corefw.cli.destination import start_destination
+    from corefw.client.destination import start_destination
 
     return start_destination(engine, to, remote_migfw, parse_switches(caps, CAPABILITY), params)
 
@@ -322,9 +329,17 @@ def _end(engine: EngineClient, uri: str, answer: Mapping[str, Any], problem: str
 
 
 def _relay(uri: str, engine: EngineClient, params: Sequence[str]) -> QemuRelay:
-    from corefw.cli.relay import QemuRelay
+    settings = installed().settings()
+    set_parameters(settings, params)
+    return QemuRelay(find_transport(uri, settings), engine.client)
 
-    return QemuRelay(uri, engine.client, params)
+
+def _finish(
+    relay: QemuRelay, answer: Mapping[str, Any], changes: Changes, interrupted: Callable[[], bool]
+) -> str | None:
+    """What went wrong with the relay; None if nothing did."""
+    return_path = bool(changes.capabilities.get("return-path"))
+    return relay.finish(answer, return_path=return_path, interrupted=interrupted)
 
 
 def _add_defaults(changes: Changes, engine: EngineClient, route: Route) -> None:

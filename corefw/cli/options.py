@@ -1,29 +1,176 @@
-"""Options that several commands share, and how settings are read from the command line and applied to an engine.
+"""Options that several commands share, how their values are completed, and the limits of a migration.
 
-An option means the same in every command, and its help text exists once. The tables of corefw.settings decide how a
-value is parsed ("500M" is a rate, "300ms" a time); the engine decides whether it may be set. Wrong values are refused
-before anything starts, and several settings are changed together or not at all.
+An option means the same in every command, and its help text exists once. For Tab completion, programs are parsed and
+never imported; plugins are loaded only to complete capabilities, parameters and the names of bundled programs; URI
+schemes and machines are read from the metadata of the installed distributions.
 """
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
-from corefw.cli import completion
-from corefw.declarations import Capability, Parameter, Value
-from corefw.errors import MigfwError, SettingsError, UsageError
-from corefw.quantities import parse_milliseconds, parse_size, parse_switch
-from corefw.settings import Settings
+from corefw.errors import MigfwError, UsageError
+from corefw.quantities import parse_milliseconds
 
 if TYPE_CHECKING:
+    from corefw.client.changes import Changes
+    from corefw.declarations import Value
     from corefw.qmp.engines import EngineClient
+
+Item = CompletionItem[Any]
+Completer = Callable[[click.Context, click.Parameter, str], list[Item]]
+
+
+# -- Tab completion ----------------------------------------------------------------------------------------------------
+
+
+def _completer(values: Callable[[str], Iterable[tuple[str, str]]]) -> Completer:
+    """A completer of those (value, help) pairs of `values(incomplete)` that begin with the word typed so far.
+
+    Errors give no completions.
+    """
+
+    def complete(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[Item]:
+        try:
+            found = [*values(incomplete)]
+        except (MigfwError, OSError):
+            return []
+        return [CompletionItem(value, help=text) for value, text in found if value.startswith(incomplete)]
+
+    return complete
+
+
+def _engines(_: str) -> Iterable[tuple[str, str]]:
+    from corefw.qmp.address import find_engines
+
+    return [(engine.name, "") for engine in find_engines()]
+
+
+def _capabilities(_: str) -> Iterable[tuple[str, str]]:
+    from corefw.client.changes import all_settings
+
+    settings = all_settings()
+    return [
+        (name, settings.declared_capability(name).help)
+        for name in settings.capabilities()
+        if settings.implemented(name)
+    ]
+
+
+def _parameters(_: str) -> Iterable[tuple[str, str]]:
+    """NAME= for each parameter, and NAME=VALUE if it has a fixed set of values."""
+    from corefw.client.changes import all_settings
+
+    settings = all_settings()
+    for name in settings.parameters():
+        if settings.implemented(name):
+            declared = settings.declared_parameter(name)
+            yield f"{name}=", declared.help
+            yield from ((f"{name}={choice}", "") for choice in declared.choices)
+
+
+def _settings(incomplete: str) -> Iterable[tuple[str, str]]:
+    yield from ((f"{name}={state}", text) for name, text in _capabilities(incomplete) for state in ("on", "off"))
+    yield from _parameters(incomplete)
+
+
+def _properties(_: str) -> Iterable[tuple[str, str]]:
+    from corefw.settings import PROPERTIES
+
+    return [(f"{name}={state}", text) for name, (_, text) in PROPERTIES.items() for state in ("on", "off")]
+
+
+def entry_point_names(group: str) -> list[str]:
+    """The names of a group's installed entry points. Imports none of them."""
+    from importlib.metadata import entry_points
+
+    return sorted({point.name for point in entry_points(group=group)})
+
+
+def _machines(_: str) -> Iterable[tuple[str, str]]:
+    return [(name, "") for name in entry_point_names("corefw.machine")]
+
+
+def _uris(incomplete: str) -> Iterable[tuple[str, str]]:
+    scheme, colon, path = incomplete.partition(":")
+    if colon and scheme in ("file", "unix"):
+        return [(f"{scheme}:{found}", "") for found in _paths(path)]
+    names = entry_point_names("corefw.transport")
+    return [("ssh://" if name == "ssh" else name if name.endswith("+") else f"{name}:", "") for name in names]
+
+
+def _incoming(incomplete: str) -> Iterable[tuple[str, str]]:
+    return [*_uris(incomplete), ("defer", "wait for migrate-incoming")]
+
+
+def _addresses(incomplete: str) -> Iterable[tuple[str, str]]:
+    if incomplete.startswith("unix:"):
+        return [(f"unix:{found}", "") for found in _paths(incomplete.removeprefix("unix:"))]
+    return [("unix:", ""), ("tcp:", "")]
+
+
+def _paths(begun: str) -> list[str]:
+    """Files and folders that begin with this; folders end with a slash."""
+    folder, _, name = begun.rpartition("/")
+    parent = f"{folder}/" if "/" in begun else ""
+    found = [entry for entry in os.scandir(parent or ".") if entry.name.startswith(name)]
+    return sorted(
+        f"{parent}{entry.name}{'/' if entry.is_dir() else ''}"
+        for entry in found
+        if name.startswith(".") or not entry.name.startswith(".")
+    )
+
+
+def _programs(incomplete: str) -> Iterable[tuple[str, str]]:
+    """Bundled programs and files, or the classes of a file if it is the only match."""
+    file, colon, _ = incomplete.rpartition(":")
+    if colon:
+        return [(f"{file}:{name}", text) for name, text in program_classes(Path(file))]
+    files = [path for path in _paths(incomplete) if path.endswith((".py", "/"))]
+    if len(files) == 1 and (classes := program_classes(Path(files[0]))):
+        return [(f"{files[0]}:{name}", text) for name, text in classes]
+    from corefw.plugins import Plugins
+
+    bundled = () if "/" in incomplete else Plugins().programs("python")
+    return [*((name, "bundled") for name in bundled), *((path, "") for path in files)]
+
+
+def program_classes(file: Path) -> list[tuple[str, str]]:
+    """The classes in a file that look like programs, each with the first line of its docstring."""
+    import ast
+
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return []
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    programs = {"Program"}
+    for node in classes:  # a class may inherit from an earlier one
+        if any(ast.unparse(base).rpartition(".")[2] in programs for base in node.bases):
+            programs.add(node.name)
+    found = [node for node in classes if node.name in programs]
+    return [(node.name, (ast.get_docstring(node) or "").partition("\n")[0]) for node in found]
+
+
+complete_engines: Final = _completer(_engines)
+complete_capabilities: Final = _completer(_capabilities)
+complete_parameters: Final = _completer(_parameters)
+complete_settings: Final = _completer(_settings)
+complete_properties: Final = _completer(_properties)
+complete_machines: Final = _completer(_machines)
+complete_uris: Final = _completer(_uris)
+complete_incoming: Final = _completer(_incoming)
+complete_addresses: Final = _completer(_addresses)
+complete_programs: Final = _completer(_programs)
+
+
+# -- the options -------------------------------------------------------------------------------------------------------
 
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -39,20 +186,15 @@ def engine_options(command: _Command) -> _Command:
     command = click.option(
         "--qmp",
         metavar="ADDRESS",
-        shell_complete=completion.addresses,
+        shell_complete=complete_addresses,
         help="Talk to the engine or QEMU at unix:PATH or tcp:HOST:PORT.",
     )(command)
     return click.option(
         "--name",
         metavar="NAME",
-        shell_complete=completion.engines,
+        shell_complete=complete_engines,
         help="Talk to the engine with this name.  [default: the only running engine]",
     )(command)
-
-
-CAPABILITY: Final = "--cap NAME, --cap NAME=on or --cap NAME=off"
-PARAMETER: Final = "--param NAME=VALUE, as in --param downtime-limit=100ms"
-"""The forms of --cap and --param, for error messages."""
 
 
 def param_option(command: _Command) -> _Command:
@@ -62,7 +204,7 @@ def param_option(command: _Command) -> _Command:
         "params",
         metavar="NAME=VALUE",
         multiple=True,
-        shell_complete=completion.parameters,
+        shell_complete=complete_parameters,
         help="Set a migration parameter: max-bandwidth=500M (bytes per second), downtime-limit=100ms. Repeatable.",
     )(command)
 
@@ -75,207 +217,24 @@ def settings_options(command: _Command) -> _Command:
         "caps",
         metavar="NAME[=on|off]",
         multiple=True,
-        shell_complete=completion.capabilities,
+        shell_complete=complete_capabilities,
         help="Switch a migration capability on (or off): return-path, events, pause-before-switchover. Repeatable.",
     )(command)
 
 
-def split_pairs(texts: Iterable[str], what: str) -> dict[str, str]:
-    """Split ("a=1", "b=2") into {"a": "1", "b": "2"}. Raises UsageError if "=" is missing or a name is given twice."""
-    pairs: dict[str, str] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise UsageError(f"'{text}': expected {what}")
-        if name in pairs:
-            raise UsageError(f"'{name}' is given twice: '{pairs[name]}' and '{value}'")
-        pairs[name] = value
-    return pairs
+class WithInstalled(click.Command):
+    """A command whose help ends with the installed URI schemes and machines. Imports none of them."""
 
-
-def parse_switches(texts: Iterable[str], what: str) -> dict[str, bool]:
-    """Parse ("a", "b=off") into {"a": True, "b": False}. Raises UsageError for any other word than on or off."""
-    pairs = split_pairs((text if "=" in text else f"{text}=on" for text in texts), what)
-    return {name: read_switch(name, word) for name, word in pairs.items()}
-
-
-def read_switch(name: str, word: str) -> bool:
-    """Parse the WORD of NAME=WORD. Raises UsageError."""
-    try:
-        return parse_switch(word)
-    except UsageError:
-        raise UsageError(f"'{name}={word}': expected {name}=on or {name}=off") from None
-
-
-def set_parameters(settings: Settings, params: Iterable[str]) -> None:
-    """Set what --param says on the settings of this process. Raises UsageError, SettingsError."""
-    texts = split_pairs(params, PARAMETER)
-    settings.set_parameters({name: settings.declared_parameter(name).parse(text) for name, text in texts.items()})
-
-
-def split_for_relay(params: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Split --param of a migration that this process relays: what QEMU gets, and what only plugins here declare."""
-    of_qemu: list[str] = []
-    of_plugins: list[str] = []
-    for text in params:
-        name = text.partition("=")[0]
-        declared_here = _lookup(Settings(), name) is None and isinstance(_declared(name, plugins=True), Parameter)
-        (of_plugins if declared_here else of_qemu).append(text)
-    return of_qemu, of_plugins
-
-
-# -- changes to an engine's settings -----------------------------------------------------------------------------------
-
-
-def _parameters_of(engine: EngineClient) -> Mapping[str, Any]:
-    """The values of all parameters; a migfw also tells of those that are not set (None)."""
-    if engine.is_migfw:
-        found: Mapping[str, Any] = engine.call("x-migfw-status")["settings"]["parameters"]
-        return found
-    return dict(engine.call("query-migrate-parameters"))
-
-
-@dataclass(slots=True)
-class Changes:
-    """Capabilities and parameters to set on an engine."""
-
-    capabilities: dict[str, bool] = field(default_factory=dict)
-    parameters: dict[str, Value] = field(default_factory=dict)
-
-    def apply(self, engine: EngineClient) -> None:
-        """Set everything. If the engine refuses something, restores the previous values and raises UsageError."""
-        with self.applied(engine):
-            pass
-
-    @contextlib.contextmanager
-    def applied(self, engine: EngineClient) -> Iterator[Changes]:
-        """Set everything for a migration that the block starts.
-
-        Yields the previous values, for `revert`. They are restored if the engine refuses something, here or in the
-        block, or if the block is left by an exception while no migration runs.
-        """
-        before = self._before(engine)
-        try:
-            self._set(engine)
-            yield before
-        except UsageError:
-            before._restore(engine)
-            raise
-        except BaseException:
-            with contextlib.suppress(MigfwError):  # if the engine is gone, so are its settings
-                if not engine.is_migrating():
-                    before._restore(engine)
-            raise
-
-    def revert(self, engine: EngineClient, before: Changes) -> None:
-        """Restore `before`, except for what another client has changed since. Does nothing if the engine has gone."""
-        with contextlib.suppress(MigfwError):
-            now = self._before(engine)
-            Changes(
-                {
-                    name: old
-                    for name, old in before.capabilities.items()
-                    if now.capabilities[name] == self.capabilities[name]
-                },
-                {name: old for name, old in before.parameters.items() if now.parameters[name] == self.parameters[name]},
-            )._restore(engine)
-
-    def _before(self, engine: EngineClient) -> Changes:
-        """The engine's present values of everything that is to be set. Raises UsageError for an unknown parameter."""
-        known = _parameters_of(engine) if self.parameters else {}
-        for name in self.parameters:
-            if engine.is_migfw and name not in known:
-                raise UsageError(f"unknown parameter '{name}': expected one of {', '.join(known)}")
-        states = engine.call("query-migrate-capabilities") if self.capabilities else []
-        return Changes(
-            {one["capability"]: one["state"] for one in states if one["capability"] in self.capabilities},
-            {name: known[name] for name in self.parameters if name in known},
-        )
-
-    def _set(self, engine: EngineClient) -> None:
-        self._set_parameters(engine)
-        self._set_capabilities(engine)
-
-    def _restore(self, engine: EngineClient) -> None:
-        """Undo `_set`, in reverse order so that the engine sees the same combinations. Ignores what it refuses: that
-        was never changed."""
-        for part in (self._set_capabilities, self._set_parameters):
-            with contextlib.suppress(MigfwError):
-                part(engine)
-
-    def _set_parameters(self, engine: EngineClient) -> None:
-        if self.parameters:
-            engine.call("migrate-set-parameters", **self.parameters)
-
-    def _set_capabilities(self, engine: EngineClient) -> None:
-        if self.capabilities:
-            wanted = [{"capability": name, "state": state} for name, state in self.capabilities.items()]
-            engine.call("migrate-set-capabilities", capabilities=wanted)
-
-
-def read_changes(caps: Iterable[str], params: Iterable[str], *, plugins: bool = True) -> Changes:
-    """Parse --cap and --param. Raises UsageError for a value that cannot be parsed.
-
-    `plugins` looks up names that the core does not declare in the installed plugins. For a QEMU it is False, and names
-    that are not declared are passed on.
-    """
-    return Changes(
-        {_real_name(name, plugins=plugins): state for name, state in parse_switches(caps, CAPABILITY).items()},
-        dict(_parameter(name, text, plugins=plugins) for name, text in split_pairs(params, PARAMETER).items()),
-    )
-
-
-def read_mixed(pairs: Iterable[str], capabilities: frozenset[str], *, plugins: bool = True) -> Changes:
-    """Parse the NAME=VALUE of `migfw set`, which may name either kind. `capabilities` are the engine's own."""
-    changes = Changes()
-    for name, text in split_pairs(pairs, "NAME=VALUE, as in downtime-limit=100ms or return-path=on").items():
-        real = _real_name(name, plugins=plugins)
-        if real in capabilities or isinstance(_declared(name, plugins=plugins), Capability):
-            changes.capabilities[real] = read_switch(name, text)
-        else:
-            changes.parameters.update([_parameter(name, text, plugins=plugins)])
-    return changes
-
-
-def _parameter(name: str, text: str, *, plugins: bool) -> tuple[str, Value]:
-    declared = _declared(name, plugins=plugins)
-    if isinstance(declared, Parameter):
-        return declared.name, declared.parse(text)
-    return name, _parse_undeclared(text)
-
-
-def _parse_undeclared(text: str) -> Value:
-    """Parse the value of a parameter that is not in the tables: on or off, a number or size, or else a string."""
-    with contextlib.suppress(UsageError):
-        return parse_switch(text)
-    return parse_size(text) if re.fullmatch(r"\d+(\.\d+)?[KMGTkmgt]?(iB|B)?", text) else text
-
-
-def _real_name(name: str, *, plugins: bool) -> str:
-    declared = _declared(name, plugins=plugins)
-    return declared.name if declared else name
-
-
-def _declared(name: str, *, plugins: bool) -> Capability | Parameter | None:
-    """A name's declaration. The plugins are loaded only if the core does not declare it."""
-    return _lookup(Settings(), name) or (_lookup(all_settings(), name) if plugins else None)
-
-
-def _lookup(settings: Settings, name: str) -> Capability | Parameter | None:
-    for find in (settings.declared_capability, settings.declared_parameter):
-        try:
-            return find(name)
-        except SettingsError:
-            continue
-    return None
-
-
-@cache
-def all_settings() -> Settings:
-    """The settings that the core and the installed plugins declare."""
-    from corefw.plugins import Plugins
-
-    return Plugins.load().settings()
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_epilog(ctx, formatter)
+        with formatter.section("Installed"):
+            formatter.write_dl(
+                [
+                    ("URI schemes", ", ".join(entry_point_names("corefw.transport")) or "none"),
+                    ("machines", ", ".join(entry_point_names("corefw.machine")) or "none"),
+                    ("settings", "'migfw plugins --settings' lists capabilities, parameters and properties"),
+                ]
+            )
 
 
 # -- limits of a migration ---------------------------------------------------------------------------------------------

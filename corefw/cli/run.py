@@ -14,11 +14,20 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from corefw.cli import LeavingAtOnce, completion, ending_signals
-from corefw.cli.background import go_to_background
-from corefw.cli.completion import WithInstalled
-from corefw.cli.options import CAPABILITY, parse_switches, set_parameters, settings_options, split_pairs
-from corefw.errors import UsageError
+from corefw.cli import LeavingAtOnce
+from corefw.cli.console import ExitStatus, Finished, announce, note, print_json
+from corefw.cli.options import (
+    WithInstalled,
+    complete_addresses,
+    complete_incoming,
+    complete_machines,
+    complete_programs,
+    complete_properties,
+    settings_options,
+)
+from corefw.client.changes import CAPABILITY, parse_switches, set_parameters, split_pairs
+from corefw.errors import MigfwError, UsageError, one_line
+from corefw.hosting.background import Background, NotStarted, Started, go_to_background
 from corefw.qmp.address import runtime_directory
 from corefw.qmp.engines import claim
 
@@ -31,12 +40,12 @@ PROPERTY: Final = "--property NAME=on or --property NAME=off"
 
 
 @click.command(cls=WithInstalled)
-@click.argument("program", required=False, shell_complete=completion.programs)
+@click.argument("program", required=False, shell_complete=complete_programs)
 @click.option(
     "--machine",
     "kind",
     metavar="KIND",
-    shell_complete=completion.machines,
+    shell_complete=complete_machines,
     default="python",
     show_default=True,
     help="Kind of guest.",
@@ -48,14 +57,14 @@ PROPERTY: Final = "--property NAME=on or --property NAME=off"
 @click.option(
     "--qmp",
     metavar="ADDRESS",
-    shell_complete=completion.addresses,
+    shell_complete=complete_addresses,
     help="Listen for QMP at unix:PATH or tcp:HOST:PORT instead of the default socket. Anyone who can reach a tcp:"
     " address controls the engine.",
 )
 @click.option(
     "--incoming",
     metavar="URI",
-    shell_complete=completion.incoming,
+    shell_complete=complete_incoming,
     help="Wait for a guest to migrate here. 'private': at a UNIX socket of the engine that only you can dial."
     " 'defer': first wait for the QMP command migrate-incoming.",
 )
@@ -65,7 +74,7 @@ PROPERTY: Final = "--property NAME=on or --property NAME=off"
     "properties",
     metavar="NAME=on|off",
     multiple=True,
-    shell_complete=completion.properties,
+    shell_complete=complete_properties,
     help="Set a machine property: send-configuration, send-section-footer, store-global-state, ... Repeatable.",
 )
 @click.option("--only-migratable", is_flag=True, help="Refuse a guest that could not migrate.")
@@ -134,10 +143,10 @@ def run(
     """
     if as_json and not detach:
         raise UsageError("--json needs --detach: without it the engine stays in the foreground and prints lines")
-    background = go_to_background(as_json=as_json, tied=tied is not None) if detach else None
+    background = _detach(as_json=as_json, tied=tied is not None) if detach else None
     with LeavingAtOnce():
-        from corefw.cli.hosting import Plan, host
         from corefw.engine import Engine, Launch
+        from corefw.hosting.process import Ending, EngineProcess, Output, Plan, ending_signals
         from corefw.machine import MachineConfig
         from corefw.plugins import Plugins
         from corefw.qmp.server import QmpServer
@@ -179,7 +188,31 @@ def run(
             claimed.close()
             return server
 
-        host(engine, claimed.address, listen, Plan(None if deferred else incoming, deferred, paused, stay, background))
+        plan = Plan(None if deferred else incoming, deferred, paused, stay, background)
+        if EngineProcess(engine, claimed.address, plan, Output(announce, note)).run(listen) is Ending.INTERRUPTED:
+            raise Finished(ExitStatus.INTERRUPTED)
+
+
+def _detach(*, as_json: bool, tied: bool) -> Background:
+    """Fork, and return in the child. In the parent, print what became of the child and raise Finished or MigfwError."""
+    match go_to_background(tied=tied):
+        case Background() as background:
+            return background
+        case Started(line, facts):
+            if as_json:
+                print_json(facts)
+            else:
+                click.echo(f"migfw: {one_line(line)}")
+            raise Finished(ExitStatus.DONE)
+        case NotStarted(interrupted=True):
+            note("interrupted; nothing was started")
+            raise Finished(ExitStatus.INTERRUPTED)
+        case NotStarted(status, output):
+            click.echo(output, nl=False, err=status != 0)
+            if status < 0:
+                ended_by = signal.Signals(-status).name
+                raise MigfwError(f"the engine was ended by {ended_by} before it was ready")
+            raise click.exceptions.Exit(status)
 
 
 def _apply(

@@ -1,24 +1,25 @@
-"""`migfw status`: show an engine, once or continuously."""
+"""The commands that only look at an engine: `migfw status`, once or continuously, and `migfw check`."""
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from corefw.cli.console import note, print_facts, print_json
-from corefw.cli.options import engine_options, json_option
-from corefw.cli.progress import Progress, summary, switched
-from corefw.errors import ChannelError, UsageError, one_line
+from corefw.cli.console import ExitStatus, Finished, note, print_facts, print_json
+from corefw.cli.options import complete_uris, engine_options, json_option
+from corefw.client.progress import Progress, summary, switched
+from corefw.errors import ChannelError, UsageError
 from corefw.qmp.engines import EngineClient, connect
 from corefw.quantities import format_duration, format_milliseconds, format_size
 from corefw.states import MigrationStatus
 
 if TYPE_CHECKING:
-    pass
+    from corefw.cli.display import Screen
 
 Fact = tuple[str, str]
 
@@ -211,20 +212,16 @@ INTERVAL: Final = 1.0
 """Seconds between two polls."""
 
 
-class _Screen(Protocol):
-    def show(self, document: Mapping[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def _watch(name: str | None, qmp: str | None) -> None:
     """Show the engine's status until it has ended. KeyboardInterrupt passes through."""
-    screen: _Screen | None = None
+    from corefw.cli.display import open_screen
+
+    screen: Screen | None = None
     try:
         while True:
             with connect(name, qmp) as engine:
                 name, qmp = None, engine.address  # from now on this one, whichever others start
-                screen = screen or (_Live() if sys.stdout.isatty() else _Lines())
+                screen = screen or open_screen()
                 # An engine whose guest has moved stays for its clients: leave, and see whether it is still there.
                 while not _show(screen, engine):
                     time.sleep(INTERVAL)
@@ -240,27 +237,11 @@ def _watch(name: str | None, qmp: str | None) -> None:
     note("the engine has ended")
 
 
-def _show(screen: _Screen, engine: EngineClient) -> bool:
+def _show(screen: Screen, engine: EngineClient) -> bool:
     """Show the present status. Returns whether the guest has moved."""
     document = ask(engine)
-    screen.show(document)
+    screen.show(_phrases(document), facts(document))
     return bool(document["migration"].get("status") == MigrationStatus.COMPLETED)
-
-
-class _Lines:
-    """One line whenever something has changed."""
-
-    def __init__(self) -> None:
-        self._last = ""
-
-    def show(self, document: Mapping[str, Any]) -> None:
-        line = one_line("; ".join(_phrases(document)))
-        if line != self._last:
-            self._last = line
-            click.echo(line)
-
-    def close(self) -> None:
-        pass
 
 
 def _phrases(document: Mapping[str, Any]) -> list[str]:
@@ -281,25 +262,102 @@ def _phrases(document: Mapping[str, Any]) -> list[str]:
     return phrases
 
 
-class _Live:
-    """The lines of `migfw status`, updated in place. The last ones stay on the terminal."""
+# -- migfw check -------------------------------------------------------------------------------------------------------
 
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.live import Live
 
-        self._live = Live(console=Console(highlight=False), auto_refresh=False)
-        self._live.start()
+_VERSIONS: Final = (("migfw", "migfw"), ("python", "Python"), ("numpy", "NumPy"))
+"""What a destination tells of itself, and how it is shown."""
 
-    def show(self, document: Mapping[str, Any]) -> None:
-        from rich.table import Table
-        from rich.text import Text
 
-        table = Table.grid(padding=(0, 2))
-        for name, value in facts(document):
-            style = "yellow" if name in ("warning", "cannot migrate", "error") else ""
-            table.add_row(Text(f"{name}:", style="bold"), Text(one_line(value), style=style))
-        self._live.update(table, refresh=True)
+@click.command()
+@click.argument("uri", required=False, shell_complete=complete_uris)
+@click.option(
+    "--to", metavar="[USER@]HOST[:PORT]", help="Start a destination on HOST over ssh for the check, then end it."
+)
+@click.option("--remote-migfw", metavar="PATH", help="Path of migfw on HOST.  [default: migfw, then its path here]")
+@click.option("--postcopy", is_flag=True, help="Check for a migration with --postcopy.")
+@engine_options
+@json_option
+def check(
+    uri: str | None,
+    to: str | None,
+    remote_migfw: str | None,
+    postcopy: bool,
+    name: str | None,
+    qmp: str | None,
+    as_json: bool,
+) -> None:
+    """Check whether the running guest could move to URI or HOST. Nothing moves, and the guest keeps running.
 
-    def close(self) -> None:
-        self._live.stop()
+    The destination compares the programs, their fields and arrays, the versions of Python and NumPy, and checks its
+    free memory. The bandwidth and the guest's dirty rate are measured for one second each. The result shows whether a
+    migration would converge, how long it would take, and the expected downtime. The destination keeps waiting
+    afterwards. Without URI or --to, only this side is checked.
+
+    With --postcopy the destination also says whether the guest's page faults can be served there.
+
+    \b
+    Examples:
+      migfw check tcp:other.example.org:4444
+      migfw check --to me@other.example.org
+      migfw check --json
+
+    \b
+    Exit status:
+      0    a migration should succeed
+      1    it would fail; the "problem" lines say why
+      2    wrong usage
+    """
+    if uri is not None and to is not None:
+        raise UsageError(f"'{uri}' and --to {to} both name a destination: use one of them")
+    if to is None and remote_migfw is not None:
+        raise UsageError("--remote-migfw needs --to HOST")
+    with connect(name, qmp) as engine:
+        if not engine.is_migfw:
+            raise UsageError(f"at {engine.address} is a QEMU, and only migfw can check its guest")
+        with _dialled(engine, uri, to, remote_migfw) as where:
+            answer = engine.call("x-migfw-check", postcopy=postcopy, **({"uri": where} if where is not None else {}))
+    if as_json:
+        print_json({"uri": where, **answer})
+    else:
+        print_facts(list(_check_facts(answer, tried=where is None or bool(answer["destination"]))))
+    if not answer["ok"]:
+        raise Finished(ExitStatus.FAILED)
+
+
+@contextlib.contextmanager
+def _dialled(engine: EngineClient, uri: str | None, to: str | None, remote_migfw: str | None) -> Iterator[str | None]:
+    """The URI to dial. With --to, that of a destination that is ended afterwards."""
+    if to is None:
+        yield uri
+        return
+    from corefw.client.destination import start_destination
+
+    for number in (signal.SIGTERM, signal.SIGHUP):  # they have to unwind and end it, too
+        signal.signal(number, signal.default_int_handler)
+    with start_destination(engine, to, remote_migfw, {}, ()) as destination:
+        yield destination.uri
+
+
+def _check_facts(answer: Mapping[str, Any], *, tried: bool) -> Iterator[tuple[str, str]]:
+    """The result as lines. `tried` is False if a destination was named that cannot be asked (file:, exec:)."""
+    for problem in answer["problems"]:
+        yield "problem", problem
+    for remark in answer["notes"]:
+        yield "note", remark
+    yield "RAM", f"{format_size(answer['ram'])}, {format_size(answer['ram-used'])} of it in use"
+    if answer["dirty-rate"] is not None:
+        yield "dirty rate", f"{format_size(answer['dirty-rate'])}/s"
+    if there := answer["destination"]:
+        versions = ", ".join(f"{called} {there.get(key, '?')}" for key, called in _VERSIONS)
+        yield "destination", f"{there.get('host', '?')}: {versions}"
+        if isinstance(there.get("memory"), int):
+            yield "memory there", f"{format_size(there['memory'])} to spare"
+    if answer["bandwidth"]:
+        yield "bandwidth", f"{format_size(answer['bandwidth'])}/s, round trip {answer['round-trip']:.1f} ms"
+    if answer["converges"]:
+        passes = f"{answer['passes']} pass{'es' if answer['passes'] != 1 else ''}"
+        yield "would take", f"{format_milliseconds(answer['expected-time'])}, {passes}"
+        yield "downtime", f"about {format_milliseconds(answer['expected-downtime'])}, plus the time to stop the guest"
+    good = "a migration should succeed" if tried else "nothing here is in the way; the destination was not tried"
+    yield "result", good if answer["ok"] else "a migration would fail"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from click.shell_completion import ShellComplete
 
-from corefw.cli.completion import program_classes
 from corefw.cli.group import migfw
+from corefw.cli.options import program_classes
 from tests.cli.conftest import Engine
 from tests.helpers.cli import MIGFW, TIMEOUT, environment
 from tests.helpers.cli import migfw as call

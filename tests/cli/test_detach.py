@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from corefw.cli.background import trim
+from corefw.hosting.log import trim
 from tests.cli.conftest import SMALL, Engines
 from tests.helpers.cli import MIGFW, TIMEOUT, environment, migfw, start
 from tests.helpers.qemu import wait_until
@@ -175,7 +175,8 @@ def test_ctrl_c_while_it_starts_leaves_nothing(detached: Detached, tmp_path: Pat
 
 IMPATIENT = """
 import sys
-from corefw.cli import background, main
+from corefw.cli import main
+from corefw.hosting import background
 background.GRACE_SECONDS = 0.2
 sys.exit(main())
 """

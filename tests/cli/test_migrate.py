@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from corefw.cli.migrate import migrate
-from corefw.cli.options import Changes
+from corefw.client.changes import Changes
 from corefw.qmp.client import QmpClient
 from corefw.qmp.engines import EngineClient
 from tests.cli.conftest import SMALL, Engine, Engines

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from corefw.cli.progress import Display, Lines, Progress, open_display, summary, throughput
+from corefw.cli.display import Lines, open_display
+from corefw.client.follow import Display
+from corefw.client.progress import Progress, summary, throughput
 
 ACTIVE: dict[str, Any] = {
     "status": "active",

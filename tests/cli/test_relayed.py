@@ -8,8 +8,7 @@ from typing import cast
 import pytest
 
 from corefw.channel import Channel, Interrupt, Listener, receive_exactly
-from corefw.cli import Interrupts
-from corefw.cli.relay import QemuRelay
+from corefw.client.routes import QemuRelay
 from corefw.plugins import Plugins
 from corefw.qmp.client import QmpClient
 from corefw.testing.ends import receive_all, same
@@ -22,8 +21,6 @@ PLUGINS = Plugins()
 NEVER = Interrupt()
 """An interrupt that is never set."""
 
-RETURN_PATH = {"return-path": True}
-
 
 class NoClient:
     """A QMP connection over TCP, which cannot carry descriptors, so that the QEMU has to dial."""
@@ -32,7 +29,12 @@ class NoClient:
 
 
 def qemu_relay(uri: str) -> QemuRelay:
-    return QemuRelay(uri, cast(QmpClient, NoClient()))
+    return QemuRelay(PLUGINS.transport(uri), cast(QmpClient, NoClient()))
+
+
+def finish(relay: QemuRelay, answer: dict[str, str]) -> str | None:
+    """What went wrong with a migration that had a return path."""
+    return relay.finish(answer, return_path=True, interrupted=lambda: False)
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_when_the_guest_has_moved_the_far_side_sees_an_end(far: Listener) -> Non
     with qemu_relay(str(far.uri)) as relay:
         qemu, destination = begin(relay, far)
         shut(0, qemu, destination)
-        finishing = Task("finish", relay.finish, {"status": "completed"}, RETURN_PATH, Interrupts())
+        finishing = Task("finish", finish, relay, {"status": "completed"})
         finishing.let_block()
         assert finishing.running, "the destination has not ended its answers yet"
         destination.send_eof()
@@ -78,7 +80,7 @@ def test_what_the_destination_says_explains_a_failure(far: Listener) -> None:
         shut(1, qemu, destination)
         destination.close()
         answer = {"status": "failed", "error-desc": "Unable to write to socket: Bad file descriptor"}
-        why = relay.finish(answer, RETURN_PATH, Interrupts())
+        why = finish(relay, answer)
         assert why == "the destination reported that it failed to load the guest (its log says why)"
 
 
@@ -91,5 +93,5 @@ def test_who_cancelled_it(far: Listener, asked: bool) -> None:
         destination.close()
         assert wait_until(relay.has_failed) if asked else wait_until(lambda: relay._relay.failure is not None)
         qemu.close()
-        why = relay.finish({"status": "cancelled"}, RETURN_PATH, Interrupts())
+        why = finish(relay, {"status": "cancelled"})
         assert why == (f"the side of {far.uri} broke: {far.uri}: the peer reset the connection" if asked else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from corefw.cli.options import parse_switches, read_changes, read_mixed, split_pairs
+from corefw.client.changes import parse_switches, read_changes, read_mixed, split_pairs
 from corefw.errors import UsageError
 from corefw.qmp.engines import suggest
 

@@ -1,32 +1,18 @@
-"""Show the progress of a migration while it runs, and sum it up when it is over.
+"""What the answers of query-migrate mean, as phrases: the progress of a migration, and its sum when it is over.
 
-A display gets query-migrate's answers and does not know where they come from. On a terminal it is live. If stdout is a
-file or a pipe, it is plain lines, at most one a second and only when something changed. With --json, stdout stays
-clean, and the live display is on stderr if that is a terminal. docs/decisions/progress.md explains the figures.
+docs/decisions/progress.md explains the figures.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import Any, Final
 
-import click
-
-from corefw.closing import Closing
 from corefw.machine import RunState
 from corefw.quantities import format_duration, format_milliseconds, format_size
 from corefw.states import POSTCOPY, MigrationStatus
-
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-
-
-LINE_INTERVAL: Final = 1.0
-"""Minimum number of seconds between two plain lines."""
 
 _MEGABIT: Final = 125_000
 """Bytes in one of QAPI's megabits (`mbps`)."""
@@ -142,94 +128,6 @@ def _missing(own: Mapping[str, Any]) -> int | None:
     """Bytes of RAM that a destination in postcopy lacks, as the loaders say; None elsewhere."""
     found = [one["missing"] for one in own.get("sections", {}).values() if "missing" in one]
     return sum(found) if found else None
-
-
-class Display(Closing):
-    """A display that shows nothing, and the base of the others. A context manager, so that the terminal is restored."""
-
-    def update(self, progress: Progress) -> None:
-        """Show the latest answer."""
-
-    def say(self, text: str) -> None:
-        """Print one line that stays above the progress."""
-
-    def close(self) -> None:
-        """Stop. Idempotent."""
-
-
-class Lines(Display):
-    """Progress as plain lines."""
-
-    def __init__(self, write: Callable[[str], None] = click.echo, clock: Callable[[], float] = time.monotonic) -> None:
-        self._write = write
-        self._clock = clock
-        self._next = float("-inf")
-        self._last = ""
-        self._warned = False
-
-    def update(self, progress: Progress) -> None:
-        if not progress.total:
-            return
-        if bool(progress.warnings) is not self._warned:
-            self._warned = not self._warned
-            for warning in progress.warnings:
-                self._write(warning)
-        line = progress.line()
-        if line == self._last or self._clock() < self._next:
-            return
-        self._last, self._next = line, self._clock() + LINE_INTERVAL
-        self._write(line)
-
-    def say(self, text: str) -> None:
-        self._write(text)
-
-
-class Live(Display):
-    """A bar and two lines of figures, updated in place. It disappears when the migration is over: a summary follows."""
-
-    def __init__(self, title: str, stream: TextIO) -> None:
-        from rich.console import Console
-        from rich.live import Live as RichLive
-
-        self._title = title
-        self._console: Console = Console(file=stream, highlight=False)
-        self._live = RichLive(console=self._console, auto_refresh=False, transient=True)
-        self._live.start()
-
-    def update(self, progress: Progress) -> None:
-        self._live.update(self._picture(progress), refresh=True)
-
-    def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
-
-    def close(self) -> None:
-        self._live.stop()
-
-    def _picture(self, progress: Progress) -> RenderableType:
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        bar = Table.grid(padding=(0, 1))
-        bar.add_row(
-            ProgressBar(total=1.0, completed=progress.fraction, width=40),
-            Text(progress.percent, style="bold"),
-            Text(progress.heading(), style="cyan"),
-        )
-        figures = [*progress.details(), f"{format_size(progress.transferred)} sent"]
-        if progress.elapsed:
-            figures.append(f"running for {format_duration(progress.elapsed)}")
-        warnings = [Text(warning, style="yellow") for warning in progress.warnings]
-        return Group(Text(self._title, style="bold"), bar, Text("  ".join(figures), style="dim"), *warnings)
-
-
-def open_display(title: str, *, as_json: bool) -> Display:
-    """Choose the display for where the output goes. `title` is the heading of a live one."""
-    stream = sys.stderr if as_json else sys.stdout
-    if stream.isatty():
-        return Live(title, stream)
-    return Display() if as_json else Lines()
 
 
 # -- when it is over ---------------------------------------------------------------------------------------------------

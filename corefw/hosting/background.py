@@ -1,44 +1,59 @@
-"""An engine in the background (`run --detach`), and its log.
+"""Go to the background (`run --detach`): fork before anything is created, and wait until the child is ready.
 
-The command forks before anything is created. The child becomes the engine. It reports over a pipe, one JSON document a
-line: first where its log is, then what it announces when it is ready. If the engine ends before that, the command ends
-with the same status and shows what was written to the log.
+The child becomes the engine. It reports over a pipe, one JSON document a line: first where its log is, then what it
+announces when it is ready. If the engine ends before that, the waiting parent gets its status and what was written to
+the log.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-import click
-
-from corefw.cli.console import ExitStatus, Finished, note, print_json
-from corefw.errors import MigfwError, UsageError, one_line
+from corefw.errors import MigfwError
+from corefw.hosting.log import keep_short, open_log
 from corefw.net.sockets import reason
-from corefw.qmp.address import log_directory
 
-LOG_LIMIT: Final = 8 << 20
-"""Bytes of a log. When it grows beyond, its older half is dropped."""
-
-LOG_DAYS: Final = 30
-"""Days that the log of an engine that has ended is kept."""
-
-_TRIM_SECONDS: Final = 2.0
 GRACE_SECONDS = 10.0
 """How long an engine may take to end if it is interrupted before it is ready. Then it gets SIGTERM again, and SIGKILL
 after as long again."""
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What the parent learns of an engine that is ready.
+
+    line    what the engine announced
+    facts   "name", "pid", "qmp", "incoming-uri", "log"
+    """
+
+    line: str
+    facts: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class NotStarted:
+    """What the parent learns of an engine that ended before it was ready. Its log has been deleted.
+
+    status        exit status; -N if signal N ended it
+    output        what was in its log
+    interrupted   whether the parent had forwarded a signal to it
+    """
+
+    status: int
+    output: str
+    interrupted: bool
 
 
 class Background:
@@ -49,12 +64,12 @@ class Background:
 
     def redirect(self, name: str) -> Path:
         """Redirect stdout and stderr, the guest's included, to the engine's log. Raises UsageError."""
-        path, fd = _open_log(name)
+        path, fd = open_log(name)
         self._tell({"log": str(path)})
         sys.stdout.flush()
         os.dup2(fd, 1)
         os.dup2(fd, 2)
-        threading.Thread(target=_keep_short, args=(fd,), name="log", daemon=True).start()
+        threading.Thread(target=keep_short, args=(fd,), name="log", daemon=True).start()
         return path
 
     def ready(self, line: str, facts: Mapping[str, object]) -> bool:
@@ -70,8 +85,8 @@ class Background:
         os.write(self._pipe, json.dumps(message).encode() + b"\n")
 
 
-def go_to_background(*, as_json: bool, tied: bool = False) -> Background:
-    """Fork and return in the child. The parent waits until the child is ready, then raises Finished or MigfwError.
+def go_to_background(*, tied: bool = False) -> Background | Started | NotStarted:
+    """Fork. The child gets Background at once; the parent Started or NotStarted, when it is decided. Raises MigfwError.
 
     If `tied`, the end of standard input counts as Ctrl-C: the user who started the command from another host has gone.
     Call this while the process has one thread and has not created anything yet.
@@ -89,7 +104,7 @@ def go_to_background(*, as_json: bool, tied: bool = False) -> Background:
         with _forwarded(pid, before) as interrupted:
             if tied:
                 threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
-            _wait(pid, reader, interrupted, as_json=as_json)
+            return _wait(pid, reader, interrupted)
     os.close(reader)
     os.setsid()
     os.umask(os.umask(0o077) | 0o022)
@@ -143,8 +158,8 @@ def _end_with_stdin() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _wait(pid: int, reader: int, interrupted: Callable[[], bool], *, as_json: bool) -> None:
-    """Wait, in the parent, until the engine is ready or has ended. Always raises Finished or MigfwError."""
+def _wait(pid: int, reader: int, interrupted: Callable[[], bool]) -> Started | NotStarted:
+    """Wait, in the parent, until the engine is ready or has ended."""
     log: Path | None = None
     with open(reader) as lines:
         for line in lines:
@@ -157,26 +172,10 @@ def _wait(pid: int, reader: int, interrupted: Callable[[], bool], *, as_json: bo
                 if not interrupted():
                     for number in _SIGNALS:
                         signal.signal(number, signal.SIG_IGN)
-                    _announce(message, log, as_json=as_json)
-                    raise Finished(ExitStatus.DONE)
+                    return Started(message["ready"], {**message["facts"], "log": str(log)})
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if interrupted():
-        _remove(log)
-        note("interrupted; nothing was started")
-        raise Finished(ExitStatus.INTERRUPTED)
-    output = _remove(log)
-    click.echo(output, nl=False, err=status != 0)
-    if status < 0:
-        raise MigfwError(f"the engine was ended by {signal.Signals(-status).name} before it was ready")
-    raise click.exceptions.Exit(status)
-
-
-def _announce(message: Mapping[str, Any], log: Path | None, *, as_json: bool) -> None:
-    if as_json:
-        print_json({**message["facts"], "log": str(log)})
-    else:
-        click.echo(f"migfw: {one_line(message['ready'])}")
+    return NotStarted(status, _remove(log), interrupted())
 
 
 def _remove(log: Path | None) -> str:
@@ -188,62 +187,3 @@ def _remove(log: Path | None) -> str:
         log.unlink()
         return text
     return ""
-
-
-# -- the log -------------------------------------------------------------------------------------------------------
-
-
-def _open_log(name: str) -> tuple[Path, int]:
-    """Open an empty log that no other engine writes to, with mode 0600. Raises UsageError."""
-    try:
-        folder = log_directory()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _remove_old_logs(folder)
-        number = 1
-        while True:
-            path = folder / (f"{name}.log" if number == 1 else f"{name}-{number}.log")
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                number += 1
-                continue
-            os.fchmod(fd, 0o600)
-            os.ftruncate(fd, 0)
-            return path, fd
-    except OSError as error:
-        where = f"'{error.filename}'" if error.filename else "a file"
-        raise UsageError(f"cannot use {where} as the engine's log: {reason(error)} (set XDG_STATE_HOME)") from None
-
-
-def _remove_old_logs(folder: Path) -> None:
-    """Delete logs that nothing was written to for LOG_DAYS, unless their engine still runs: it has them locked."""
-    oldest = time.time() - LOG_DAYS * 86400
-    for path in folder.glob("*.log"):
-        with contextlib.suppress(OSError):
-            if path.lstat().st_mtime < oldest:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
-                finally:
-                    os.close(fd)
-
-
-def _keep_short(fd: int) -> None:
-    """Trim the log regularly while the process lives. Output written at that moment may be lost."""
-    waiting = threading.Event()
-    while not waiting.wait(_TRIM_SECONDS):
-        with contextlib.suppress(OSError):
-            trim(fd)
-
-
-def trim(fd: int, limit: int = LOG_LIMIT) -> None:
-    """Keep the newer half of a log (open for appending) that is longer than `limit`. Raises OSError."""
-    size = os.fstat(fd).st_size
-    if size <= limit:
-        return
-    tail = os.pread(fd, limit // 2, size - limit // 2)
-    os.ftruncate(fd, 0)
-    os.write(fd, b"(the log was longer; this is its end)\n" + tail[tail.find(b"\n") + 1 :])

@@ -1,13 +1,16 @@
-"""`migfw plugins`: what is installed, what failed to load, and all settings."""
+"""`migfw plugins`: what is installed, and all settings; `migfw completion`: the scripts for the shells."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class, get_completion_class
+from click.shell_completion import split_arg_string as split
 
 from corefw.cli.console import print_json, print_table
 from corefw.cli.options import json_option
@@ -17,6 +20,11 @@ if TYPE_CHECKING:
     from corefw.declarations import Parameter
     from corefw.plugins import PluginInfo, Plugins
     from corefw.settings import Settings
+
+COMPLETE_VARIABLE: Final = "_MIGFW_COMPLETE"
+
+
+# -- migfw plugins -----------------------------------------------------------------------------------------------------
 
 
 @click.command()
@@ -63,9 +71,6 @@ def plugins(show_settings: bool, as_json: bool) -> None:
 def _plugin_row(info: PluginInfo) -> tuple[str, ...]:
     state = "ok" if info.error is None else f"failed: {info.error}"
     return (info.group.removeprefix("corefw."), info.name, info.distribution, info.version, state)
-
-
-# -- the settings ------------------------------------------------------------------------------------------------------
 
 
 def _all_settings(loaded: Plugins) -> Iterator[dict[str, Any]]:
@@ -122,3 +127,75 @@ def _show_settings(found: list[dict[str, Any]], *, as_json: bool) -> None:
         for one in found
     ]
     print_table(("KIND", "NAME", "DEFAULT", "SUPPORTED", "FROM", "MEANING"), rows)
+
+
+# -- migfw completion --------------------------------------------------------------------------------------------------
+
+_BASH: Final = """\
+%(complete_func)s() {
+    local IFS=$'\\n' reply type value
+    reply=$(env COMP_LINE="${COMP_LINE:0:COMP_POINT}" COMP_WORDBREAKS="$COMP_WORDBREAKS" \\
+        %(complete_var)s=bash_complete "$1")
+    COMPREPLY=()
+    for reply in $reply; do
+        IFS=',' read -r type value <<< "$reply"
+        case $type in
+            plain) COMPREPLY+=("$value") ;;
+            *) compopt -o default ;;
+        esac
+        case $value in
+            *[=:/]) compopt -o nospace ;;
+        esac
+    done
+}
+
+complete -o nosort -F %(complete_func)s %(prog_name)s
+"""
+
+
+class Bash(BashComplete):
+    """Completion for bash, which splits words at ":" and "=" (COMP_WORDBREAKS), found in URIs, programs and parameters.
+    So the words are taken from the line itself, and only what follows the last such character is returned.
+    """
+
+    source_template = _BASH
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        line = os.environ["COMP_LINE"]
+        words = split(line)[1:]
+        incomplete = words.pop() if words and not line[-1:].isspace() else ""
+        return words, incomplete
+
+    def format_completion(self, item: CompletionItem[Any]) -> str:
+        _, incomplete = self.get_completion_args()
+        if incomplete.startswith("-") and "=" in incomplete:  # --option=VALUE: click completes the value alone
+            incomplete = incomplete.partition("=")[2]
+        breaks = [character for character in ":=" if character in os.environ.get("COMP_WORDBREAKS", ":=")]
+        cut = max((incomplete.rfind(character) + 1 for character in breaks), default=0)
+        value = str(item.value)
+        return f"{item.type},{value[cut:] if value.startswith(incomplete[:cut]) else value}"
+
+
+def register_shells() -> None:
+    """Make click use `Bash` of this module."""
+    add_completion_class(Bash, "bash")
+
+
+@click.command()
+@click.argument("shell", metavar="SHELL", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the Tab completion script for SHELL. It completes engines, programs and their classes, capabilities,
+    parameters, machines and schemes.
+
+    \b
+    Examples:
+      echo 'eval "$(migfw completion bash)"' >> ~/.bashrc
+      echo 'eval "$(migfw completion zsh)"' >> ~/.zshrc
+      migfw completion fish > ~/.config/fish/completions/migfw.fish
+    """
+    from corefw.cli.group import migfw
+
+    register_shells()
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(migfw, {}, "migfw", COMPLETE_VARIABLE).source(), nl=False)

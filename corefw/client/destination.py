@@ -1,4 +1,4 @@
-"""The destination that `migfw migrate --to HOST` starts on another host over ssh.
+"""A destination that is started on another host over ssh, as `migfw migrate --to HOST` does.
 
 It is an engine like the local one: the same machine, program and options, in the background and in the same folder. It
 waits at a UNIX socket that only its user can dial, which the source reaches through the same sshd.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import sys
@@ -16,16 +17,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from corefw.channel import Interrupt, RemoteHost
-from corefw.cli.console import ExitStatus, note
-from corefw.cli.relay import find_transport
+from corefw.client.routes import find_transport
 from corefw.closing import Closing
 from corefw.errors import ChannelError, MigfwError, UsageError
 from corefw.qmp.engines import EngineClient
+
+log = logging.getLogger(__name__)
 
 START_SECONDS: Final = 180.0
 """Seconds that a destination may take until it listens. By then it has imported its program and allocated its RAM."""
 
 SHORT_SECONDS: Final = 60.0
+
+_WRONG_USAGE: Final = 2
+"""The exit status of migfw on the other host for a wrong command line; below, those of a shell and of _IN_FOLDER."""
 
 _NO_COMMAND: Final = frozenset({126, 127})
 _NO_FOLDER: Final = 97
@@ -80,7 +85,8 @@ class Destination(Closing):
             try:
                 self._quit(command)
             except MigfwError as error:
-                note(f"the engine '{self.facts['name']}' on {self._address} may still wait for a guest: {error}")
+                name = self.facts["name"]
+                log.warning("the engine '%s' on %s may still wait for a guest: %s", name, self._address, error)
         self._host.close()
 
     def _quit(self, command: Sequence[str]) -> None:
@@ -194,7 +200,7 @@ def _start(host: RemoteHost, migfw: Sequence[str], launch: Mapping[str, Any]) ->
     if done.status:
         said = _last_line(done.errors) or f"status {done.status}, and no reason"
         problem = f"the destination on {host.name} does not start: {said.removeprefix('migfw: ')}"
-        raise (UsageError if done.status == ExitStatus.USAGE else MigfwError)(problem)
+        raise (UsageError if done.status == _WRONG_USAGE else MigfwError)(problem)
     try:
         facts = json.loads(done.output[done.output.index("{") :])  # a shell's greeting may precede it
         if not all(isinstance(facts[key], str) for key in ("name", "qmp", "incoming-uri", "log")):

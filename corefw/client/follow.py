@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
-from corefw.cli import Interrupts
-from corefw.cli.progress import Display, Progress, switched
+from corefw.client.progress import Progress, switched
+from corefw.closing import Closing
 from corefw.errors import ChannelError, MigfwError, UsageError, one_line
 from corefw.qmp.engines import POLL, EngineClient
 from corefw.quantities import format_milliseconds
@@ -53,6 +53,19 @@ def _goes_on(answer: Mapping[str, Any]) -> bool:
     return "reconnect" in answer.get("x-migfw", {})
 
 
+class Display(Closing):
+    """A display that shows nothing, and the base of the others. A context manager, so that the terminal is restored."""
+
+    def update(self, progress: Progress) -> None:
+        """Show the latest answer."""
+
+    def say(self, text: str) -> None:
+        """Print one line that stays above the progress."""
+
+    def close(self) -> None:
+        """Stop. Idempotent."""
+
+
 class Follower:
     """Watches one migration of an engine until it is over, and shows it on a display.
 
@@ -64,14 +77,14 @@ class Follower:
         self,
         engine: EngineClient,
         display: Display,
-        interrupts: Interrupts | None = None,
         *,
+        interrupted: Callable[[], bool] = lambda: False,
         switch: str | None = None,
         has_failed: Callable[[], bool] | None = None,
     ) -> None:
         self._engine = engine
         self._display = display
-        self._interrupts = interrupts or Interrupts()
+        self._interrupted = interrupted
         self._switch_at = None if switch is None else SWITCHES[switch]
         self._has_failed = has_failed
         self._cancelling = False
@@ -135,7 +148,7 @@ class Follower:
 
     def _act(self, progress: Progress) -> None:
         failed = self._has_failed is not None and self._has_failed()
-        if not self._cancelling and (self._interrupts.requested or failed):
+        if not self._cancelling and (self._interrupted() or failed):
             self._cancelling = True
             self._cancel(progress)
         elif self._switch_at is not None and progress.passes >= self._switch_at:
@@ -151,7 +164,7 @@ class Follower:
         if progress.phase in POSTCOPY:
             self._display.say("too late to cancel: the guest runs on the destination; press Ctrl-C again to exit")
             return
-        if self._interrupts.requested:
+        if self._interrupted():
             self._display.say("cancelling; press Ctrl-C again to exit at once")
         try:
             self._engine.call("migrate_cancel")

@@ -1,17 +1,14 @@
-"""`migfw inspect`: show what is inside a recorded stream."""
+"""An inspection as text: the lines and tables that `migfw inspect` prints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-import click
-
-from corefw.cli.console import ExitStatus, Finished, note, print_facts, print_json, print_table
-from corefw.cli.options import json_option
-
-if TYPE_CHECKING:
-    from corefw.inspection import BitmapInfo, CommandInfo, Inspection, SectionInfo, ValueBudget
+from corefw.inspection.document import command_meaning, command_name
+from corefw.inspection.fields import ValueBudget, device_fields
+from corefw.inspection.model import PAGE_KINDS, BitmapInfo, CommandInfo, Inspection, SectionInfo
+from corefw.quantities import format_size
 
 MOST_TEXT: Final = 60
 """Characters of a list that are shown."""
@@ -19,97 +16,12 @@ MOST_TEXT: Final = 60
 MOST_STRING: Final = 500
 """Characters of a string that are shown."""
 
-
-class _StreamFile(click.ParamType[tuple[str, int]]):
-    """Converts a path, "-", or a file: URI to (path, offset)."""
-
-    name = "file"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
-        from corefw.errors import UsageError
-        from corefw.net.streamfile import split_offset
-
-        path, offset = value, 0
-        if value.startswith("file:"):
-            try:
-                path, offset = split_offset(value.removeprefix("file:"))
-            except UsageError as error:
-                self.fail(str(error), param, ctx)
-        click.Path(exists=True, dir_okay=False, allow_dash=True).convert(path, param, ctx)
-        return path, offset
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Headings and rows."""
 
 
-@click.command()
-@click.argument("place", metavar="FILE", type=_StreamFile())
-@click.option("--device", "devices", metavar="NAME", multiple=True, help="Show the fields of this device. Repeatable.")
-@click.option("--fields", "all_fields", is_flag=True, help="Show the fields of all devices.")
-@json_option
-def inspect(place: tuple[str, int], devices: Sequence[str], all_fields: bool, as_json: bool) -> None:
-    """Show the sections, RAM, devices and commands of the migration stream in FILE ("-": standard input).
-
-    FILE may also be a libvirt save image (virsh save), or a URI like QEMU's: file:PATH,offset=N.
-
-    Reads streams of QEMU and migfw, with any stream options. A damaged stream is shown up to the damage. The exit
-    status is 1 if the stream is damaged or its RAM is missing.
-
-    \b
-    Examples:
-      migfw inspect machine.stream
-      migfw inspect --device cpu --device timer machine.stream
-      migfw inspect --json machine.stream | jq '.ram'
-      zcat machine.stream.gz | migfw inspect -
-      migfw inspect file:machine.stream,offset=64K
-    """
-    from corefw.inspection import ValueBudget, document
-    from corefw.inspection import inspect as inspect_stream
-    from corefw.inspection.source import FileSource
-
-    file, offset = place
-    with FileSource.open(file, offset) as source:
-        found = inspect_stream(source)
-        found.origin, found.image = source.origin, source.image
-        if found.damage is not None and source.size is not None:
-            found.size = source.size  # it may continue after the damage
-    missing = [name for name in devices if all(section.idstr != name for section in found.sections)]
-    if as_json:
-        print_json(document(found))
-    else:
-        _print(found, None if all_fields else frozenset(devices), ValueBudget())
-    if found.damage is not None:
-        note(f"'{file}' is damaged: {found.damage}")
-        raise Finished(ExitStatus.FAILED)
-    if found.missing is not None:
-        note(f"'{file}' is not a complete guest: RAM is missing: {found.missing}")
-        raise Finished(ExitStatus.FAILED)
-    if missing:
-        note(f"'{file}' has no device '{missing[0]}' (the names are in the table of sections)")
-        raise Finished(ExitStatus.FAILED)
-
-
-def _print(found: Inspection, devices: frozenset[str] | None, budget: ValueBudget) -> None:
-    """Print the report. `devices` are those to show the fields of; None shows all."""
-    print_facts(_facts(found))
-    if found.blocks:
-        click.echo()
-        _print_ram(found)
-    if found.bitmaps:
-        click.echo()
-        _print_bitmaps(found)
-    if found.entries:
-        click.echo()
-        _print_entries(found)
-    for entry in found.sections:
-        if devices is None or entry.idstr in devices:
-            _print_fields(entry, budget)
-    for command in found.commands:
-        if command.package is not None:
-            click.echo(f"\nInside the package at {command.offset:#x} (offsets count from its first byte):")
-            _print(command.package, devices, budget)
-
-
-def _facts(found: Inspection) -> list[tuple[str, str]]:
-    from corefw.quantities import format_size
-
+def facts(found: Inspection) -> list[tuple[str, str]]:
+    """What the stream is, as (name, value) lines."""
     configuration = found.configuration
     description = "none" if found.description is None else format_size(found.description)
     facts = [
@@ -144,10 +56,17 @@ def _place(found: Inspection) -> list[tuple[str, str]]:
     return [("save image", f"libvirt's, {found.image.format}, of a guest that was {state}"), *place]
 
 
-def _print_ram(found: Inspection) -> None:
-    from corefw.inspection.model import PAGE_KINDS
-    from corefw.quantities import format_size
+def tables(found: Inspection) -> Iterator[Table]:
+    """RAM blocks, dirty bitmaps, and sections with commands: those that the stream has."""
+    if found.blocks:
+        yield _ram(found)
+    if found.bitmaps:
+        yield _bitmaps(found)
+    if found.entries:
+        yield _entries(found)
 
+
+def _ram(found: Inspection) -> Table:
     headings = ("LENGTH", *(kind.upper() for kind in PAGE_KINDS), "AGAIN", "BYTES SENT", "RAM BLOCK")
     rows = [
         (
@@ -159,12 +78,10 @@ def _print_ram(found: Inspection) -> None:
         )
         for name, block in found.blocks.items()
     ]
-    _print_aligned(headings, rows, numbers=len(headings) - 1)
+    return _aligned(headings, rows, numbers=len(headings) - 1)
 
 
-def _print_bitmaps(found: Inspection) -> None:
-    from corefw.quantities import format_size
-
+def _bitmaps(found: Inspection) -> Table:
     headings = ("LENGTH", "DIRTY", "GRANULARITY", "BLOCK NODE", "BITMAP")
     rows = [
         (
@@ -176,7 +93,7 @@ def _print_bitmaps(found: Inspection) -> None:
         )
         for one in found.bitmaps
     ]
-    _print_aligned(headings, rows, numbers=4)
+    return _aligned(headings, rows, numbers=4)
 
 
 def _marks(bitmap: BitmapInfo) -> list[str]:
@@ -184,12 +101,10 @@ def _marks(bitmap: BitmapInfo) -> list[str]:
     return [mark for mark, shown in marks.items() if shown]
 
 
-def _print_entries(found: Inspection) -> None:
-    from corefw.inspection import SectionInfo
-
+def _entries(found: Inspection) -> Table:
     headings = ("OFFSET", "SIZE", "ID", "KIND", "VERSION", "NAME")
     rows = [_section(entry) if isinstance(entry, SectionInfo) else _command(entry) for entry in found.entries]
-    _print_aligned(headings, rows, numbers=3)
+    return _aligned(headings, rows, numbers=3)
 
 
 def _section(entry: SectionInfo) -> tuple[str, ...]:
@@ -200,34 +115,31 @@ def _section(entry: SectionInfo) -> tuple[str, ...]:
 
 
 def _command(entry: CommandInfo) -> tuple[str, ...]:
-    from corefw.inspection import command_meaning, command_name
-
     meaning = command_meaning(entry)
     text = command_name(entry) + (f": {_text(meaning)}" if meaning else "")
     return (f"{entry.offset:#x}", str(5 + len(entry.record.payload)), "", "command", "", text)
 
 
-def _print_aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int) -> None:
-    """Print a table whose first `numbers` columns are right-aligned."""
+def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int) -> Table:
+    """Align the first `numbers` columns to the right."""
     widths = [max(len(row[column]) for row in (headings, *rows)) for column in range(numbers)]
 
     def aligned(row: Sequence[str]) -> list[str]:
         return [*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), *row[numbers:]]
 
-    print_table(aligned(headings), [aligned(row) for row in rows])
+    return aligned(headings), [aligned(row) for row in rows]
 
 
-def _print_fields(entry: SectionInfo, budget: ValueBudget) -> None:
-    from corefw.inspection import device_fields
-
+def field_lines(entry: SectionInfo, budget: ValueBudget) -> Iterator[str]:
+    """The fields of a device, one a line, after an empty line and a heading. Nothing if its body was not kept."""
     if entry.body is None:
         return
-    click.echo(f"\n{_text(entry.idstr)} (instance {entry.instance_id}), {len(entry.body)} bytes:")
+    yield ""
+    yield f"{_text(entry.idstr)} (instance {entry.instance_id}), {len(entry.body)} bytes:"
     if entry.device is None:
-        click.echo("  not decoded: the stream has no description of them")
+        yield "  not decoded: the stream has no description of them"
         return
-    for line in _lines(device_fields(entry.device, entry.body, budget), "  "):
-        click.echo(line)
+    yield from _lines(device_fields(entry.device, entry.body, budget), "  ")
 
 
 def _lines(value: object, indent: str) -> Iterator[str]:
