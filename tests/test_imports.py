@@ -35,7 +35,7 @@ CORE: Final[dict[str, set[str]]] = {
     "channel": {"closing", "errors", "uri", "settings"},
     "wire": {"errors", "channel", "jsontext"},
     "net": {"closing", "errors", "uri", "quantities", "channel", "wire"},
-    "inspection": {"closing", "errors", "channel", "jsontext", "net", "wire"},
+    "inspection": {"closing", "errors", "quantities", "channel", "jsontext", "net", "wire"},
     "conversion": {"errors", "channel", "jsontext", "wire"},
     "section": {"errors", "channel", "settings", "wire"},
     "postcopy": {"section", "wire"},
