@@ -15,6 +15,7 @@ for close() only, with one exception: after a failed send, what the peer sent be
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 from abc import ABC, abstractmethod
@@ -53,7 +54,7 @@ class TransportFeatures:
 
 
 class Interrupt:
-    """An event that can be polled together with a file descriptor. Once set, it stays set. Thread-safe."""
+    """An event that can be polled together with a file descriptor. It stays set until clear(). Thread-safe."""
 
     _event = -1
     _close = staticmethod(os.close)  # the module may be gone when the interpreter ends
@@ -63,6 +64,10 @@ class Interrupt:
 
     def set(self) -> None:
         os.eventfd_write(self._event, 1)
+
+    def clear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._event)
 
     def is_set(self) -> bool:
         return self.wait(0)

@@ -13,9 +13,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,6 +143,31 @@ class GuestMapping:
     address: int
 
 
+class FaultStage(IntEnum):
+    """What can happen to a page fault; the numbers are those of compiled code."""
+
+    BEGAN = 0
+    """A thread of the guest waits for the page."""
+    INSTALLED = 1
+    """The guest sees the page, which had to be requested."""
+    WAS_HERE = 2
+    """The page had arrived before the fault, and is about to be installed."""
+
+
+class FaultEvent(NamedTuple):
+    """What compiled code has seen of a page fault.
+
+    when     in nanoseconds, as time.monotonic_ns() has it
+    thread   the id of the thread that began to wait, as the kernel reports it; otherwise 0
+    """
+
+    when: int
+    stage: FaultStage
+    block: str
+    page: int
+    thread: int
+
+
 class FaultSource(ABC):
     """The page faults of a guest that runs while its RAM is still arriving (postcopy).
 
@@ -172,10 +197,14 @@ class FaultSource(ABC):
         del block
         return None
 
-    def note_installed(self, block: RamBlock, awaited: NDArray[np.int64]) -> None:
-        """Compiled code has installed pages that the guest waited for, and that had to be requested: rows (page, time),
-        in nanoseconds as time.monotonic_ns() has them. Most sources have no use for that."""
-        del block, awaited
+    def own_thread(self, thread: int) -> int:
+        """The id of a thread whose fault compiled code has read, as poll() would return it."""
+        del thread
+        return 0
+
+    def note(self, events: Sequence[FaultEvent]) -> None:
+        """Compiled code has served faults, in this order. Most sources have no use for that."""
+        del events
 
     @abstractmethod
     def release(self) -> None:

@@ -11,8 +11,9 @@ ReleasingSaver besides any of the others.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from corefw.section import LiveLoader, LiveSaver
@@ -118,10 +119,40 @@ class PostcopyLoader(LiveLoader):
         with the next section, or nothing more comes. Called in the incoming thread; must not raise."""
 
 
+@dataclass(frozen=True, slots=True)
+class ServedFaults:
+    """What is left to do when compiled code has served page faults.
+
+    unsent   the rest of what was to be sent to the source, of which a part may have gone
+    missed   pages for wait_for(), by block: ascending numbers
+    error    what the socket reported, or the userfaultfd
+    """
+
+    unsent: bytes
+    missed: Mapping[str, NDArray[np.int64]]
+    error: OSError | None
+
+
+class FaultServer(ABC):
+    """Compiled code that serves page faults: it reads them, installs pages that have arrived, and requests the others.
+    One thread at a time."""
+
+    @abstractmethod
+    def serve(self, descriptor: int | None, wake: int, seconds: float | None) -> ServedFaults:
+        """Serve faults until something is left to do, the descriptor `wake` is readable, or `seconds` are over. May
+        return earlier.
+
+        descriptor   a connected stream socket: the return path. None: a page that has not arrived is in `missed`. A
+                     page that it has been asked for is requested once; what the guest waits for already when another
+                     socket takes its place is for the caller to request.
+        """
+
+
 class OnDemandLoader(PostcopyLoader):
     """Reads what an OnDemandSaver writes.
 
-    Threads: `wait_for` and `outstanding` are called while load() may be under way in the incoming thread.
+    Threads: `wait_for`, `outstanding` and the server's methods are called while load() may be under way in the incoming
+    thread.
     """
 
     @abstractmethod
@@ -136,6 +167,11 @@ class OnDemandLoader(PostcopyLoader):
     @abstractmethod
     def outstanding(self, block: str) -> NDArray[np.int64]:
         """The pages that the guest waits for and that have not arrived, as runs (first, end)."""
+
+    def fault_server(self) -> FaultServer | None:
+        """After listen(): compiled code that does what poll() and wait_for() do, for all blocks of the section. None if
+        there is none, or if it cannot."""
+        return None
 
     @abstractmethod
     def received(self, block: str) -> NDArray[np.bool_]:

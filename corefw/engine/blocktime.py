@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corefw.control import BlocktimeReport
-from corefw.machine import FaultSource, GuestMapping, RamBlock
+from corefw.machine import FaultEvent, FaultSource, FaultStage, GuestMapping, RamBlock
 
 BUCKETS: Final = 24
 """Powers of two in QEMU's histogram of microseconds; the last bucket has everything above, too."""
@@ -128,13 +128,16 @@ class Blocktime:
             for waiter in _among(self._waiting, block, runs):
                 self._end(now, waiter, requested=requested)
 
-    def ended_before(self, block: str, awaited: NDArray[np.int64]) -> None:
-        """These pages, which were requested, were installed a moment ago: rows (page, time)."""
+    def note(self, events: Sequence[FaultEvent]) -> None:
+        """What compiled code has seen, with threads as FaultSource.poll() returns them."""
         with self._lock:
-            for page, when in awaited.tolist():
+            for when, stage, block, page, thread in events:
+                if stage is FaultStage.BEGAN:
+                    self._begin(when, block, page, thread)
+                    continue
                 for waiter, wait in list(self._waiting.items()):
                     if (wait.block, wait.page) == (block, page):
-                        self._end(max(when, wait.since), waiter, requested=True)
+                        self._end(max(when, wait.since), waiter, requested=stage is FaultStage.INSTALLED)
 
     def _end(self, now: int, waiter: _Waiter, *, requested: bool) -> None:
         since = self._waiting.pop(waiter).since
@@ -213,9 +216,12 @@ class MeasuredFaults(FaultSource):
     def mapping(self, block: RamBlock) -> GuestMapping | None:
         return self._source.mapping(block)
 
-    def note_installed(self, block: RamBlock, awaited: NDArray[np.int64]) -> None:
-        self._source.note_installed(block, awaited)
-        self._blocktime.ended_before(block.idstr, awaited)
+    def own_thread(self, thread: int) -> int:
+        return self._source.own_thread(thread)
+
+    def note(self, events: Sequence[FaultEvent]) -> None:
+        self._source.note(events)
+        self._blocktime.note([event._replace(thread=self.own_thread(event.thread)) for event in events])
 
     def release(self) -> None:
         self._source.release()

@@ -99,6 +99,7 @@ def listen(destination: Destination, frames: FrameReader, _: CommandRecord) -> N
     destination.guest = GuestArrival(faults, sections, is_whole=not on_demand)
     for loader in later:
         loader.listen(source)
+    faults.start()
     _read_requested(destination, later)
     faults.request_over(destination.connection.return_path)
 

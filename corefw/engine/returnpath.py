@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from corefw.channel import Channel
+from corefw.channel import Channel, SendsToSocket
 from corefw.engine.scheduling import answer_at_once
 from corefw.errors import ANYTHING, ChannelClosed, ChannelError, MigfwError, PeerError, StreamError
 from corefw.wire.constants import ALIVE_PING, ReturnMessage
@@ -217,7 +217,10 @@ class ReturnPathWriter:
         """`limit()`: the present limit in seconds, 0 for none, and the parameter that says so."""
         self._channel = channel
         self._limit = limit
-        self._lock = threading.Lock()
+        self._turn = threading.Condition()  # guards the three below
+        self._taken = False  # a thread sends, or has borrowed the socket
+        self._wanting = 0  # threads that wait to send a message
+        self._recall: Callable[[], None] | None = None
         self._began: float | None = None  # when the present send did
         self._expired = ""
         self._closed = False
@@ -229,18 +232,66 @@ class ReturnPathWriter:
         self._send(encode_return_message(message, body))
 
     def _send(self, *parts: bytes | bytearray) -> None:
-        with self._lock:
-            self._began = time.monotonic()
-            if not self._sends.is_set():
-                self._sends.set()
-            try:
-                self._channel.send(*parts)
-            except ChannelError:
-                if self._expired:
-                    raise ChannelError(self._expired) from None
-                raise
-            finally:
-                self._began = None
+        with self._turn:
+            self._wanting += 1
+            if self._recall is not None:
+                self._recall()
+            self._turn.wait_for(lambda: not self._taken)
+            self._wanting -= 1
+            self._taken = True
+        try:
+            self._send_now(*parts)
+        finally:
+            self._give_turn()
+
+    def _give_turn(self) -> None:
+        with self._turn:
+            self._taken = False
+            self._recall = None
+            self._turn.notify_all()
+
+    def _send_now(self, *parts: bytes | bytearray) -> None:
+        self._began = time.monotonic()
+        if not self._sends.is_set():
+            self._sends.set()
+        try:
+            self._channel.send(*parts)
+        except ChannelError:
+            if self._expired:
+                raise ChannelError(self._expired) from None
+            raise
+        finally:
+            self._began = None
+
+    @property
+    def lends_socket(self) -> bool:
+        """Whether lend_socket() may be called."""
+        return isinstance(self._channel, SendsToSocket)
+
+    def lend_socket(self, use: Callable[[int], bytes], recall: Callable[[], None]) -> None:
+        """Call `use(descriptor)`, which may send whole messages over the socket for as long as it likes. It returns the
+        rest of what it could not send without waiting, and raises OSError as sendmsg(2) does.
+
+        When another thread has a message to send, `recall` is called there, possibly more than once: `use` has to
+        return soon. Raises ChannelError.
+        """
+        assert isinstance(self._channel, SendsToSocket), "see lends_socket"
+        unsent = b""
+
+        def send(descriptor: int) -> int:
+            nonlocal unsent
+            unsent = use(descriptor)
+            return 0
+
+        with self._turn:
+            self._turn.wait_for(lambda: not self._taken and not self._wanting)
+            self._taken, self._recall = True, recall
+        try:
+            self._channel.send_to_socket(send)
+            if unsent:
+                self._send_now(unsent)
+        finally:
+            self._give_turn()
 
     def request_pages(self, request: PageRequest) -> None:
         """Ask for pages that the guest waits for. Raises ChannelError."""

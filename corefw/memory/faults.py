@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ SYSCTL: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
 FEATURES: Final = userfault.Feature.MISSING_SHMEM | userfault.Feature.MINOR_SHMEM | userfault.Feature.THREAD_ID
 EVENTS: Final = 256
 """Faults that one read(2) takes."""
+NAP: Final = 0.00002
+"""Seconds until a mapping that the kernel was too busy for is tried again: the guest changes its mappings, and may need
+this processor for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +126,10 @@ class FaultQueue(FaultSource):
                 offset = place - address
                 if 0 <= offset < self._blocks[idstr].length:
                     page = offset // self._blocks[idstr].page_size
-                    found.setdefault(idstr, set()).add((page, self._own_thread(thread)))
+                    found.setdefault(idstr, set()).add((page, self.own_thread(thread)))
         return {idstr: np.array(sorted(faults), dtype=np.int64) for idstr, faults in found.items()}
 
-    def _own_thread(self, thread: int) -> int:
+    def own_thread(self, thread: int) -> int:
         """The thread's id if it is one of the process; otherwise 0 (a debugger that reads its memory, for example)."""
         if thread not in self._threads:
             self._threads[thread] = thread if Path(f"/proc/{self._process}/task/{thread}").exists() else 0
@@ -148,7 +152,10 @@ class FaultQueue(FaultSource):
         at = start
         while at < end:
             try:
-                at += userfault.map_existing(self._fd, address + at, end - at)
+                mapped = userfault.map_existing(self._fd, address + at, end - at)
+                at += mapped
+                if not mapped:
+                    time.sleep(NAP)
             except OSError as error:
                 if error.errno == errno.EFAULT:
                     at += self._map_hole(block, address, at, end)

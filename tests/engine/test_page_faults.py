@@ -70,6 +70,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
     with StillMachine(block("ram", PAGES)) as machine, receiving(machine, MemorySource(b"")) as receiver:
         receiver.loader.listen(source)
         served = PageFaults(source, [receiver.loader], machine.blocks)
+        served.start()
         yield source
         served.close()
 

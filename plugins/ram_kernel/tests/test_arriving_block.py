@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ kernel: Any = pytest.importorskip(
 PAGES: Final = 40
 CONTENT: Final = noise(PAGES)
 MISSING, CLAIMED, RECEIVED = 0, 1, 2
+INSTALLED = 1
 
 
 class Room:
@@ -31,16 +33,19 @@ class Room:
         self.ram: NDArray[np.uint8] = np.zeros((PAGES, PAGE), dtype=np.uint8)
         self.marks: NDArray[np.uint8] = np.zeros(PAGES, dtype=np.uint8)
         self.awaited: NDArray[np.uint8] = np.zeros(PAGES, dtype=np.uint8)
+        self.journal = kernel.FaultJournal()
         self.block = self.make(userfaultfd=userfaultfd)
 
     def make(self, **different: int) -> Any:
-        numbers = {
+        numbers: dict[str, Any] = {
             "ram": self.ram.ctypes.data,
             "pages": PAGES,
             "marks": self.marks.ctypes.data,
             "awaited": self.awaited.ctypes.data,
             "userfaultfd": -1,
             "address": 0,
+            "journal": self.journal,
+            "number": 3,
         }
         return kernel.ArrivingBlock(**(numbers | different))
 
@@ -135,14 +140,15 @@ def test_a_received_page_cannot_be_given_up() -> None:
     assert room.marks[1:3].tolist() == [RECEIVED, MISSING]
 
 
-def test_awaited_pages_are_reported_with_the_time(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_awaited_pages_are_noted_with_the_time(pair: tuple[socket.socket, socket.socket]) -> None:
     room = Room()
     assert room.block.wait_for(np.array([7])).all()
+    before = time.monotonic_ns()
     pair[0].sendall(records(7, 8))
-    requested = room.block.receive_requested(pair[1].fileno())
-    ((page, when),) = requested.installed.awaited.tolist()
-    assert page == 7 and when > 0
-    assert room.block.receive_requested(pair[1].fileno()).installed.awaited.tolist() == []
+    assert room.block.receive_requested(pair[1].fileno()).failed is None
+    ((when, *event),) = room.journal.take().tolist()
+    assert event == [INSTALLED, 3, 7, 0] and before <= when <= time.monotonic_ns()
+    assert len(room.journal.take()) == 0
     assert room.marks[7:9].tolist() == [RECEIVED, RECEIVED]
 
 
@@ -153,8 +159,8 @@ def test_pages_that_cannot_be_installed_are_reported(pair: tuple[socket.socket, 
         room.block.wait_for(np.array([4]))
         pair[0].sendall(records(3, 4, 5))
         stored = room.store(records(3, 4, 5, 9))
-        assert stored.installed.failed == (3, 10), "from the first such page to the last"
-        assert stored.installed.awaited.tolist() == []
+        assert stored.failed == (3, 10), "from the first such page to the last"
+        assert len(room.journal.take()) == 0
         assert (room.marks[[3, 4, 5, 9]] == RECEIVED).all(), "they have arrived"
     finally:
         os.close(no_userfaultfd)

@@ -79,7 +79,7 @@ class ArrivingReceiver(InPlaceReceiver):
         if stored.taken:
             self._next = stored.next
         try:
-            self._arriving.note_installed(stored.installed)
+            self._arriving.install_failed(stored.failed)
         except ANYTHING:
             self._arriving.give_up(stored.begun)
             raise
@@ -94,7 +94,7 @@ class ArrivingReceiver(InPlaceReceiver):
         def receive(descriptor: int) -> int:
             nonlocal stored
             stored = self._kernel.receive(descriptor, self._next, total, begun)
-            self._arriving.note_installed(stored.installed)
+            self._arriving.install_failed(stored.failed)
             return stored.taken
 
         try:

@@ -7,6 +7,7 @@ The distribution migfw-ram-kernel brings it, and registers it under the entry po
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Final, Protocol, cast
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
-NEEDED: Final = ("receive_lists", "ArrivingBlock", "DirtyBlock")
+NEEDED: Final = ("receive_lists", "ArrivingBlock", "DirtyBlock", "FaultServer", "FaultJournal")
 """What the compiled code has to provide. That of an older version provides less."""
 
 
@@ -27,13 +28,6 @@ class Begun(Protocol):
     size: int
 
 
-class Installed(Protocol):
-    """Pages that the guest waited for and now sees, with the times; and where some could not be installed."""
-
-    awaited: NDArray[np.int64]
-    failed: tuple[int, int] | None
-
-
 class Stored(Protocol):
     """What became of records of the stream."""
 
@@ -42,7 +36,7 @@ class Stored(Protocol):
     whole: int
     begun: Begun | None
     left: memoryview
-    installed: Installed
+    failed: tuple[int, int] | None
 
 
 class Requested(Protocol):
@@ -51,7 +45,7 @@ class Requested(Protocol):
     taken: int
     begun: Begun | None
     left: bytes
-    installed: Installed
+    failed: tuple[int, int] | None
 
 
 class KernelBlock(Protocol):
@@ -70,6 +64,26 @@ class KernelBlock(Protocol):
     def mark_received(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]: ...
 
     def wait_for(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]: ...
+
+
+class FaultJournal(Protocol):
+    """`corefw_ram_kernel.FaultJournal`: what happens to the guest's page faults."""
+
+    def take(self) -> NDArray[np.int64]: ...
+
+
+class ServedFaults(Protocol):
+    """What is left to do after page faults were served."""
+
+    unsent: bytes
+    missed: Sequence[tuple[int, int]]
+    error: OSError | None
+
+
+class FaultServer(Protocol):
+    """`corefw_ram_kernel.FaultServer`: serves the guest's page faults."""
+
+    def serve(self, descriptor: int, wake: int, seconds: float | None) -> ServedFaults: ...
 
 
 class DirtyBlock(Protocol):
@@ -95,8 +109,23 @@ class Kernel(Protocol):
     ) -> tuple[int, int, int]: ...
 
     def ArrivingBlock(  # noqa: N802 - a class
-        self, *, ram: int, pages: int, marks: int, awaited: int, userfaultfd: int, address: int
+        self,
+        *,
+        ram: int,
+        pages: int,
+        marks: int,
+        awaited: int,
+        userfaultfd: int,
+        address: int,
+        journal: FaultJournal,
+        number: int,
     ) -> KernelBlock: ...
+
+    def FaultServer(  # noqa: N802 - as above
+        self, *, userfaultfd: int, journal: FaultJournal, blocks: Sequence[tuple[KernelBlock, bytes]]
+    ) -> FaultServer: ...
+
+    def FaultJournal(self) -> FaultJournal: ...  # noqa: N802 - as above
 
     def DirtyBlock(self, *, ram: int, pages: int, dirty: int, hole: int) -> DirtyBlock: ...  # noqa: N802 - as above
 

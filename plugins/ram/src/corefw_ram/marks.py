@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from corefw.machine import GuestMapping, RamBlock
 from corefw.memory.runs import Runs, runs_of_mask
-from corefw_ram.kernel import Kernel
+from corefw_ram.faults import CompiledFaults
 
 MISSING: Final = 0
 CLAIMED: Final = 1
@@ -103,16 +103,13 @@ class KernelMarks(PageMarks):
     kernel   receives into the block
     """
 
-    def __init__(self, marks: NDArray[np.uint8], block: RamBlock, kernel: Kernel, guest: GuestMapping) -> None:
+    def __init__(
+        self, marks: NDArray[np.uint8], block: RamBlock, compiled: CompiledFaults, guest: GuestMapping
+    ) -> None:
         super().__init__(marks)
         self._ram = block.pages  # stays mapped as long as these marks live
-        self.kernel: Final = kernel.ArrivingBlock(
-            ram=self._ram.ctypes.data,
-            pages=len(marks),
-            marks=self._marks.ctypes.data,
-            awaited=self._awaited.ctypes.data,
-            userfaultfd=guest.userfaultfd,
-            address=guest.address,
+        self.kernel: Final = compiled.receive_into(
+            block, guest, ram=self._ram, marks=self._marks, awaited=self._awaited
         )
 
     def claim(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -25,7 +25,8 @@ from corefw.section import IncomingContext
 from corefw.wire.stream import StreamReader
 from corefw_ram.arriving import ArrivingReceiver
 from corefw_ram.direct import InPlaceReceiver
-from corefw_ram.kernel import Begun, Installed, KernelBlock, find_kernel
+from corefw_ram.faults import CompiledFaults
+from corefw_ram.kernel import Begun, KernelBlock, find_kernel
 from corefw_ram.load import LoadedBlock, PageLoader
 from corefw_ram.marks import MISSING, RECEIVED, KernelMarks, LockedMarks, PageMarks
 
@@ -48,13 +49,16 @@ class ArrivingBlock(LoadedBlock):
 
     read_ahead = 1 << 20
 
-    def __init__(self, block: RamBlock, marks: NDArray[np.uint8], faults: FaultSource) -> None:
+    def __init__(
+        self, block: RamBlock, marks: NDArray[np.uint8], faults: FaultSource, compiled: CompiledFaults | None
+    ) -> None:
         self.kernel: KernelBlock | None = None
         self.marks: PageMarks
         self._faults = faults
-        kernel, mapping = find_kernel(), faults.mapping(block)
-        if kernel is not None and mapping is not None:
-            kernel_marks = KernelMarks(marks, block, kernel, mapping)
+        self._compiled = compiled
+        mapping = faults.mapping(block)
+        if compiled is not None and mapping is not None:
+            kernel_marks = KernelMarks(marks, block, compiled, mapping)
             self.marks, self.kernel = kernel_marks, kernel_marks.kernel
         else:
             self.marks = LockedMarks(marks)
@@ -108,6 +112,8 @@ class ArrivingBlock(LoadedBlock):
         self._install(np.array([[page, page + 1]]))
 
     def _install(self, runs: Runs) -> None:
+        if self._compiled is not None:
+            self._compiled.pass_on()
         self._faults.install(self.block, runs)
 
     # -- what compiled code has begun ------------------------------------------------------------------------------
@@ -123,12 +129,10 @@ class ArrivingBlock(LoadedBlock):
             reader.read_into(self.block.view[at : at + self.block.page_size], "a page", begun.size)
         self._has_arrived(begun.page)
 
-    def note_installed(self, installed: Installed) -> None:
-        """Compiled code has received pages, and has let the guest see them, or not."""
-        if len(installed.awaited):
-            self._faults.note_installed(self.block, installed.awaited)
-        if installed.failed is not None:
-            first, end = installed.failed
+    def install_failed(self, failed: tuple[int, int] | None) -> None:
+        """Compiled code could not let the guest see pages in this range, if there is one, that have arrived."""
+        if failed is not None:
+            first, end = failed
             self._install(runs_of_mask(self.marks.has(np.arange(first, end)), first))
 
     # -- what the guest waits for ----------------------------------------------------------------------------------
@@ -156,6 +160,7 @@ class PostcopyPageLoader(PageLoader):
         super().__init__(machine, context)
         self._marks: dict[str, NDArray[np.uint8]] = {}
         self._arriving: dict[str, ArrivingBlock] = {}
+        self._compiled: CompiledFaults | None = None
 
     def discard(self, idstr: str, start: int, length: int) -> None:
         """Forget pages that arrived in precopy. Raises StreamError for what is not whole pages of a block."""
@@ -178,11 +183,19 @@ class PostcopyPageLoader(PageLoader):
 
     def listen(self, faults: FaultSource) -> None:
         """The guest is about to run: from now on what is stored is installed."""
-        current = self._block and self._block.block.idstr
+        current, kernel = self._block and self._block.block.idstr, find_kernel()
+        self._compiled = None if kernel is None else CompiledFaults(kernel, faults)
         for idstr, loaded in self._blocks.items():
-            self._arriving[idstr] = ArrivingBlock(loaded.block, self._marks_of(loaded.block), faults)
+            marks = self._marks_of(loaded.block)
+            self._arriving[idstr] = ArrivingBlock(loaded.block, marks, faults, self._compiled)
         self._blocks.update(self._arriving)
         self._block = self._blocks[current] if current else None
+
+    def fault_server(self) -> CompiledFaults | None:
+        """Compiled code that serves the faults in all blocks, where it can."""
+        if self._compiled is None or not self._compiled.serves(len(self._arriving)):
+            return None
+        return self._compiled
 
     def missing(self) -> int | None:
         """Bytes of RAM that have not arrived; None before listen(). From any thread."""

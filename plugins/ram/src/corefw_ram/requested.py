@@ -69,7 +69,7 @@ def _receive_some(reader: StreamReader, arriving: ArrivingBlock, kernel: KernelB
     def receive(descriptor: int) -> int:
         nonlocal requested
         requested = kernel.receive_requested(descriptor)
-        arriving.note_installed(requested.installed)
+        arriving.install_failed(requested.failed)
         return requested.taken
 
     try:

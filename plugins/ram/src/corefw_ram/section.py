@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from corefw.errors import MachineError
 from corefw.machine import FaultSource, Machine, RamBlock, RamMakingMachine
-from corefw.postcopy import PreemptLoader, PreemptSaver, ReleasingSaver
+from corefw.postcopy import FaultServer, PreemptLoader, PreemptSaver, ReleasingSaver
 from corefw.section import Coverage, IncomingContext, OutgoingContext, Pending, Priority, RamSaver, RamStatistics
 from corefw.wire.constants import RAM_IDSTR, RAM_VERSION, TARGET_PAGE_SIZE
 from corefw.wire.stream import StreamReader, StreamWriter
@@ -156,6 +156,9 @@ class RamSectionLoader(PreemptLoader):
 
     def wait_for(self, block: str, pages: NDArray[np.int64]) -> NDArray[np.int64]:
         return self._loading.arriving(block).wait_for(pages)
+
+    def fault_server(self) -> FaultServer | None:
+        return self._loading.fault_server()
 
     def outstanding(self, block: str) -> NDArray[np.int64]:
         return self._loading.arriving(block).marks.outstanding()

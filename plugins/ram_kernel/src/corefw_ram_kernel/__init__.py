@@ -2,6 +2,8 @@
 
     receive_lists    before the guest runs, straight into its RAM
     ArrivingBlock    while the guest runs (postcopy)
+    FaultServer      requests the pages that it waits for then, and installs those that have arrived
+    FaultJournal     what happens to its page faults
     DirtyBlock       the source of a postcopy sends what is left
 
 `corefw_ram` finds them, as attributes of Kernel, by the entry point `ram` in the group `corefw.kernel`, and does the
@@ -14,6 +16,8 @@ import ctypes
 from typing import Final
 
 from corefw_ram_kernel.arriving import ArrivingBlock
+from corefw_ram_kernel.faults import FaultServer
+from corefw_ram_kernel.journal import FaultJournal
 from corefw_ram_kernel.library import LIBRARY, WRONG, check
 from corefw_ram_kernel.sending import MOST, PIECE, DirtyBlock
 
@@ -78,7 +82,19 @@ class Kernel:
 
     receive_lists = staticmethod(receive_lists)
     ArrivingBlock = ArrivingBlock
+    FaultServer = FaultServer
+    FaultJournal = FaultJournal
     DirtyBlock = DirtyBlock
 
 
-__all__ = ["LIST", "MOST", "PIECE", "ArrivingBlock", "DirtyBlock", "Kernel", "receive_lists"]
+__all__ = [
+    "LIST",
+    "MOST",
+    "PIECE",
+    "ArrivingBlock",
+    "DirtyBlock",
+    "FaultJournal",
+    "FaultServer",
+    "Kernel",
+    "receive_lists",
+]

@@ -38,7 +38,7 @@ struct arrival {
     uint64_t taken; /* bytes consumed: of the buffer, or from the socket */
     uint64_t whole; /* pages received from the socket */
     uint64_t left;  /* bytes in `rest`: what came last, and was not expected */
-    struct notes notes;
+    struct failure failure;
 };
 
 /* Consecutive pages that have arrived, to be installed together. */
@@ -46,18 +46,18 @@ struct run {
     uint64_t first, end;
 };
 
-static void flush(const struct block *block, int userfaultfd, struct run *run, struct notes *notes)
+static void flush(const struct block *block, int userfaultfd, struct run *run, struct failure *failure)
 {
     if (run->first < run->end)
-        install(block, userfaultfd, run->first, run->end, notes);
+        install(block, userfaultfd, run->first, run->end, failure);
     run->first = run->end = 0;
 }
 
-static void has_arrived(const struct block *block, int userfaultfd, struct run *run, uint64_t page, struct notes *notes)
+static void has_arrived(const struct block *block, int userfaultfd, struct run *run, uint64_t page, struct failure *failure)
 {
     mark_received(block, page);
     if (page != run->end || run->end - run->first == SOME) {
-        flush(block, userfaultfd, run, notes);
+        flush(block, userfaultfd, run, failure);
         run->first = page;
     }
     run->end = page + 1;
@@ -81,11 +81,11 @@ static void store_records(const struct block *block, const uint8_t *bytes, uint6
             break;
         if (claim(block, page)) {
             memcpy(block->ram + page * PAGE, record + HEADER, PAGE);
-            has_arrived(block, userfaultfd, &run, page, &at->notes);
+            has_arrived(block, userfaultfd, &run, page, &at->failure);
         }
         at->next = page + 1;
     }
-    flush(block, userfaultfd, &run, &at->notes);
+    flush(block, userfaultfd, &run, &at->failure);
     if (!begun || size - at->taken < HEADER || size - at->taken >= RECORD)
         return;
     page = page_of(bytes + at->taken, block->pages);
@@ -194,7 +194,7 @@ static void take_list(const struct block *block, int userfaultfd, const struct l
     struct run run = {0};
 
     for (uint64_t i = 0; i < smaller(right, whole); i++)
-        has_arrived(block, userfaultfd, &run, list->pages[i], &at->notes);
+        has_arrived(block, userfaultfd, &run, list->pages[i], &at->failure);
     if (right > whole) { /* the header of the page that is cut is right, too */
         at->page = list->pages[whole];
         at->part = part;
@@ -207,7 +207,7 @@ static void take_list(const struct block *block, int userfaultfd, const struct l
     at->whole += right - (list->part && right);
     if (right)
         at->next = list->pages[right - 1] + 1;
-    flush(block, userfaultfd, &run, &at->notes);
+    flush(block, userfaultfd, &run, &at->failure);
 }
 
 /* Receive one list; 0 if bytes came, -1 at the end of the stream, or an errno. */
@@ -235,7 +235,7 @@ static int receive_lists(int descriptor, int userfaultfd, const struct block *bl
 {
     uint64_t begun = at->part ? at->page : block->pages; /* its claim is the caller's */
 
-    for (int lists = 0; lists < LISTS && !at->left && !at->notes.awaited && !at->notes.error; lists++) {
+    for (int lists = 0; lists < LISTS && !at->left && !at->failure.error; lists++) {
         int error = wait_readable(descriptor) ? receive_next(descriptor, userfaultfd, block, at) : EAGAIN;
 
         if (error == -1 || (error == EAGAIN && at->taken))

@@ -12,18 +12,18 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from corefw_ram_kernel.journal import FaultJournal
 from corefw_ram_kernel.library import LIBRARY, QUICK, check
 
 SOME: Final = 32
 """Pages in a list at most. The room for what was not expected holds as many records."""
-NOTES: Final = 64
 
 _PAGE_SIZE: Final = 4096
 _HEADER: Final = 8
 _u64 = ctypes.c_uint64
 
 
-class _Block(ctypes.Structure):
+class Block(ctypes.Structure):
     """`struct block` in block.h."""
 
     _fields_ = (
@@ -33,16 +33,15 @@ class _Block(ctypes.Structure):
         ("awaited", _u64),
         ("address", _u64),
         ("userfaultfd", ctypes.c_int64),
+        ("journal", _u64),
+        ("number", _u64),
     )
 
 
-class _Notes(ctypes.Structure):
-    """`struct notes` in block.h."""
+class _Failure(ctypes.Structure):
+    """`struct failure` in block.h."""
 
     _fields_ = (
-        ("awaited", _u64),
-        ("pages", _u64 * NOTES),
-        ("times", _u64 * NOTES),
         ("first", _u64),
         ("end", _u64),
         ("error", ctypes.c_int64),
@@ -61,7 +60,7 @@ class _Arrival(ctypes.Structure):
         ("taken", _u64),
         ("whole", _u64),
         ("left", _u64),
-        ("notes", _Notes),
+        ("failure", _Failure),
     )
 
 
@@ -74,18 +73,18 @@ class _Requested(ctypes.Structure):
         ("part", _u64),
         ("left", _u64),
         ("header", ctypes.c_uint8 * _HEADER),
-        ("notes", _Notes),
+        ("failure", _Failure),
     )
 
 
 for _function, _arguments in (
-    (LIBRARY.corefw_store_records, (ctypes.POINTER(_Block), _u64, _u64, ctypes.c_int, ctypes.POINTER(_Arrival))),
-    (LIBRARY.corefw_receive_records, (ctypes.c_int, ctypes.POINTER(_Block), ctypes.POINTER(_Arrival))),
-    (LIBRARY.corefw_receive_requested, (ctypes.c_int, ctypes.POINTER(_Block), ctypes.POINTER(_Requested))),
-    (QUICK.corefw_claim, (ctypes.POINTER(_Block), _u64, _u64, _u64)),
-    (QUICK.corefw_give_up, (ctypes.POINTER(_Block), _u64, _u64)),
-    (QUICK.corefw_mark_received, (ctypes.POINTER(_Block), _u64, _u64, _u64)),
-    (QUICK.corefw_await, (ctypes.POINTER(_Block), _u64, _u64, _u64)),
+    (LIBRARY.corefw_store_records, (ctypes.POINTER(Block), _u64, _u64, ctypes.c_int, ctypes.POINTER(_Arrival))),
+    (LIBRARY.corefw_receive_records, (ctypes.c_int, ctypes.POINTER(Block), ctypes.POINTER(_Arrival))),
+    (LIBRARY.corefw_receive_requested, (ctypes.c_int, ctypes.POINTER(Block), ctypes.POINTER(_Requested))),
+    (QUICK.corefw_claim, (ctypes.POINTER(Block), _u64, _u64, _u64)),
+    (QUICK.corefw_give_up, (ctypes.POINTER(Block), _u64, _u64)),
+    (QUICK.corefw_mark_received, (ctypes.POINTER(Block), _u64, _u64, _u64)),
+    (QUICK.corefw_await, (ctypes.POINTER(Block), _u64, _u64, _u64)),
 ):
     _function.argtypes = _arguments
 
@@ -97,17 +96,6 @@ class Begun(NamedTuple):
     size: int
 
 
-class Installed(NamedTuple):
-    """What to do about pages that have arrived.
-
-    awaited   pages that the guest waited for and sees now, and when that was: rows (page, nanoseconds, CLOCK_MONOTONIC)
-    failed    (first, end) of a range in which pages that have arrived could not be installed; None if there are none
-    """
-
-    awaited: NDArray[np.int64]
-    failed: tuple[int, int] | None
-
-
 class Stored(NamedTuple):
     """What became of records.
 
@@ -116,6 +104,7 @@ class Stored(NamedTuple):
     whole     pages received in place, with the one that has begun
     begun     a page to be finished, if there is one
     left      the bytes, of those that were received, that came last and were not expected
+    failed    (first, end) of a range in which pages that have arrived could not be installed; None if there are none
     """
 
     taken: int
@@ -123,7 +112,7 @@ class Stored(NamedTuple):
     whole: int
     begun: Begun | None
     left: memoryview
-    installed: Installed
+    failed: tuple[int, int] | None
 
 
 class Requested(NamedTuple):
@@ -132,12 +121,13 @@ class Requested(NamedTuple):
     taken     bytes that were received; 0 at the end
     begun     a page to be finished, if there is one
     left      bytes of a header that came last, and that the caller has to deal with
+    failed    as in Stored
     """
 
     taken: int
     begun: Begun | None
     left: bytes
-    installed: Installed
+    failed: tuple[int, int] | None
 
 
 class ArrivingBlock:
@@ -147,14 +137,32 @@ class ArrivingBlock:
     marks         address of a byte for each page: 0 missing, 1 claimed, 2 received
     awaited       address of a byte for each page: 1 if the guest has begun to wait for it
     userfaultfd   of the guest's process, where the block is at `address`; -1 if no guest waits for pages
+    journal       where page faults are noted; `number` is the block's number there
 
     Threads: any. One at a time may call store() and receive().
     """
 
-    def __init__(self, *, ram: int, pages: int, marks: int, awaited: int, userfaultfd: int, address: int) -> None:
-        self._block = _Block(ram, pages, marks, awaited, address, userfaultfd)
+    def __init__(
+        self,
+        *,
+        ram: int,
+        pages: int,
+        marks: int,
+        awaited: int,
+        userfaultfd: int,
+        address: int,
+        journal: FaultJournal,
+        number: int,
+    ) -> None:
+        self._journal = journal  # as long as the block refers to it
+        self._block = Block(ram, pages, marks, awaited, address, userfaultfd, journal.address, number)
         self._rest = memoryview(bytearray(SOME * (_HEADER + _PAGE_SIZE)))
         self._rest_address = ctypes.addressof(ctypes.c_char.from_buffer(self._rest))
+
+    @property
+    def structure(self) -> Block:
+        """For other compiled code."""
+        return self._block
 
     # -- the stream ------------------------------------------------------------------------------------------------
 
@@ -181,9 +189,7 @@ class ArrivingBlock:
         return self._stored(at)
 
     def _stored(self, at: _Arrival) -> Stored:
-        return Stored(
-            at.taken, at.next, at.whole, _begun(at.page, at.part), self._rest[: at.left], _installed(at.notes)
-        )
+        return Stored(at.taken, at.next, at.whole, _begun(at.page, at.part), self._rest[: at.left], _failed(at.failure))
 
     # -- requested pages -------------------------------------------------------------------------------------------
 
@@ -193,7 +199,7 @@ class ArrivingBlock:
         at = _Requested()
         error = LIBRARY.corefw_receive_requested(descriptor, self._block, at)
         check(error, lambda: f"cannot receive into a block of {self._block.pages} pages")
-        return Requested(at.taken, _begun(at.page, at.part), bytes(at.header)[: at.left], _installed(at.notes))
+        return Requested(at.taken, _begun(at.page, at.part), bytes(at.header)[: at.left], _failed(at.failure))
 
     # -- the marks, for a caller that stores pages itself ----------------------------------------------------------
 
@@ -225,12 +231,5 @@ def _begun(page: int, part: int) -> Begun | None:
     return Begun(page, part - _HEADER) if part else None
 
 
-_NONE: Final = Installed(np.empty((0, 2), dtype=np.int64), None)
-
-
-def _installed(notes: _Notes) -> Installed:
-    if not notes.awaited and not notes.error:
-        return _NONE
-    count = notes.awaited
-    rows = np.array([notes.pages[:count], notes.times[:count]], dtype=np.int64).T
-    return Installed(rows, (notes.first, notes.end) if notes.error else None)
+def _failed(failure: _Failure) -> tuple[int, int] | None:
+    return (failure.first, failure.end) if failure.error else None

@@ -19,6 +19,8 @@
 
 #include "records.h"
 
+enum { NAP = 20000 /* nanoseconds until a mapping that the kernel was too busy for is tried again */ };
+
 /* As in linux/userfaultfd.h, which is not everywhere where there is a C library, or older than UFFDIO_CONTINUE. */
 static const unsigned long UFFDIO_WAKE = 0x8010AA02, UFFDIO_CONTINUE = 0xC020AA07;
 
@@ -34,7 +36,7 @@ struct uffdio_continue {
 
 int is_valid_block(const struct block *block)
 {
-    return block->ram && block->marks && block->awaited && block->pages && block->pages <= UINT64_MAX / PAGE;
+    return block->ram && block->marks && block->awaited && block->journal && block->pages && block->pages <= UINT64_MAX / PAGE;
 }
 
 int claim(const struct block *block, uint64_t page)
@@ -67,18 +69,17 @@ int is_awaited(const struct block *block, uint64_t page)
     return __atomic_load_n(&block->awaited[page], __ATOMIC_SEQ_CST);
 }
 
-static void note_awaited(const struct block *block, uint64_t first, uint64_t end, struct notes *notes)
+/* The guest waits for a page; whether it did so already. */
+int await_page(const struct block *block, uint64_t page)
 {
-    struct timespec now = {0};
+    return __atomic_exchange_n(&block->awaited[page], 1, __ATOMIC_SEQ_CST);
+}
 
-    for (uint64_t page = first; page < end; page++) {
-        if (!is_awaited(block, page) || notes->awaited == NOTES)
-            continue;
-        if (!now.tv_sec)
-            clock_gettime(CLOCK_MONOTONIC, &now);
-        notes->pages[notes->awaited] = page;
-        notes->times[notes->awaited++] = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-    }
+static void note_awaited(const struct block *block, uint64_t first, uint64_t end)
+{
+    for (uint64_t page = first; page < end; page++)
+        if (is_awaited(block, page))
+            note(block->journal, INSTALLED, block->number, page, 0);
 }
 
 /* Map one page that is mapped already: only wake who waits for it. */
@@ -89,9 +90,11 @@ static int64_t wake_page(int userfaultfd, uint64_t address)
     return ioctl(userfaultfd, UFFDIO_WAKE, &range) ? -errno : PAGE;
 }
 
-/* Map pages, and wake who waits for them; bytes mapped, or a negative errno. */
+/* Map pages, and wake who waits for them; bytes mapped, or a negative errno. While the guest's process changes its
+ * mappings (fork, munmap) nothing can be mapped, and the thread that does may need this processor. */
 static int64_t map_pages(int userfaultfd, uint64_t address, uint64_t length)
 {
+    const struct timespec nap = {.tv_nsec = NAP};
     struct uffdio_continue pages = {.range = {.start = address, .length = length}};
 
     if (!ioctl(userfaultfd, UFFDIO_CONTINUE, &pages))
@@ -100,20 +103,22 @@ static int64_t map_pages(int userfaultfd, uint64_t address, uint64_t length)
         return wake_page(userfaultfd, address);
     if (errno != EAGAIN)
         return -errno;
-    return pages.mapped > 0 ? pages.mapped : 0;
+    if (pages.mapped > 0)
+        return pages.mapped;
+    nanosleep(&nap, NULL);
+    return 0;
 }
 
-/* Note that pages which have arrived could not be installed. There may be others between those of two calls. */
-static void note_failed(struct notes *notes, uint64_t first, uint64_t end, int error)
+static void note_failed(struct failure *failure, uint64_t first, uint64_t end, int error)
 {
-    notes->first = notes->error ? smaller(notes->first, first) : first;
-    notes->end = notes->error && notes->end > end ? notes->end : end;
-    notes->error = error;
+    failure->first = failure->error ? smaller(failure->first, first) : first;
+    failure->end = failure->error && failure->end > end ? failure->end : end;
+    failure->error = error;
 }
 
-/* Let the guest see the pages from `first` on, which have arrived. Those that it has waited for are noted, and the rest
- * of the pages if it cannot be done. A guest that has ended needs none. */
-void install(const struct block *block, int userfaultfd, uint64_t first, uint64_t end, struct notes *notes)
+/* Let the guest see the pages from `first` on, which have arrived. Those that it has waited for are noted in the
+ * journal, and the rest of the pages in `failure` if it cannot be done. A guest that has ended needs none. */
+void install(const struct block *block, int userfaultfd, uint64_t first, uint64_t end, struct failure *failure)
 {
     uint64_t at = first * PAGE;
 
@@ -123,13 +128,13 @@ void install(const struct block *block, int userfaultfd, uint64_t first, uint64_
         if (mapped == -ESRCH)
             return;
         if (mapped < 0) {
-            note_failed(notes, at / PAGE, end, (int)-mapped);
+            note_failed(failure, at / PAGE, end, (int)-mapped);
             end = at / PAGE;
         } else {
             at += (uint64_t)mapped;
         }
     }
-    note_awaited(block, first, end, notes);
+    note_awaited(block, first, end);
 }
 
 /* -- for a caller that stores pages itself ------------------------------------------------------------------------- */
@@ -181,7 +186,7 @@ int corefw_await(const struct block *block, const int64_t *pages, uint64_t count
     if (!are_valid(block, pages, count))
         return -1;
     for (uint64_t i = 0; i < count; i++) {
-        __atomic_store_n(&block->awaited[pages[i]], 1, __ATOMIC_SEQ_CST);
+        await_page(block, (uint64_t)pages[i]);
         missing[i] = !has_been_received(block, (uint64_t)pages[i]);
     }
     return 0;

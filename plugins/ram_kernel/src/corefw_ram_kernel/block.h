@@ -6,9 +6,7 @@
 
 #include <stdint.h>
 
-enum {
-    NOTES = 64, /* see struct notes */
-};
+#include "journal.h"
 
 enum mark { MISSING, CLAIMED, RECEIVED };
 
@@ -19,15 +17,14 @@ struct block {
     uint8_t *awaited;    /* for each page, whether the guest has begun to wait for it */
     uint64_t address;    /* the first page in the guest's process */
     int64_t userfaultfd; /* of that process; -1: no guest waits for pages */
+    struct journal *journal;
+    uint64_t number; /* of the block in the journal */
 };
 
-/* What became of pages that were stored, for the caller to act on. */
-struct notes {
-    uint64_t awaited; /* entries in `pages` and `times` */
-    uint64_t pages[NOTES];
-    uint64_t times[NOTES]; /* when each was installed: CLOCK_MONOTONIC in nanoseconds */
-    uint64_t first, end;   /* pages that have arrived and could not be installed */
-    int64_t error;         /* why not: an errno; 0 if there are none */
+/* Pages that were stored and could not be installed, for the caller to act on. */
+struct failure {
+    uint64_t first, end; /* there may be others between them */
+    int64_t error;       /* an errno; 0 if there are none */
 };
 
 int is_valid_block(const struct block *block);
@@ -36,6 +33,7 @@ void give_up(const struct block *block, uint64_t page);
 void mark_received(const struct block *block, uint64_t page);
 int has_been_received(const struct block *block, uint64_t page);
 int is_awaited(const struct block *block, uint64_t page);
-void install(const struct block *block, int userfaultfd, uint64_t first, uint64_t end, struct notes *notes);
+int await_page(const struct block *block, uint64_t page);
+void install(const struct block *block, int userfaultfd, uint64_t first, uint64_t end, struct failure *failure);
 
 #endif

@@ -27,7 +27,7 @@ struct requested {
     uint64_t page, part;    /* a page that is claimed, and bytes of its record that are here; 0 if there is none */
     uint64_t left;          /* bytes of a header that is for the caller ... */
     uint8_t header[HEADER]; /* ... and the header */
-    struct notes notes;
+    struct failure failure;
 };
 
 static int claim_patiently(const struct block *block, uint64_t page)
@@ -57,7 +57,7 @@ static int receive_page(int descriptor, const struct block *block, struct reques
         return 0;
     at->part = 0;
     mark_received(block, at->page);
-    install(block, (int)block->userfaultfd, at->page, at->page + 1, &at->notes);
+    install(block, (int)block->userfaultfd, at->page, at->page + 1, &at->failure);
     return 0;
 }
 
@@ -87,9 +87,7 @@ static int receive_requested(int descriptor, const struct block *block, struct r
 {
     int error = 0;
 
-    while (!error && at->left < HEADER && !at->notes.error) {
-        if (at->notes.awaited && !at->part && !at->left)
-            return 0;
+    while (!error && at->left < HEADER && !at->failure.error) {
         error = at->part ? receive_page(descriptor, block, at) : receive_header(descriptor, block, at);
         if (error == EAGAIN && wait_readable(descriptor))
             error = 0;
