@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 SYSCTL: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
 FEATURES: Final = userfault.Feature.MISSING_SHMEM | userfault.Feature.MINOR_SHMEM | userfault.Feature.THREAD_ID
+PAGE: Final = 4096
+"""Bytes of a page in the stream, each of which is mapped when it has arrived."""
+HOST_PAGE: Final = mmap.PAGESIZE
 EVENTS: Final = 256
 """Faults that one read(2) takes."""
 NAP: Final = 0.00002
@@ -56,6 +60,11 @@ class OpenedFaults:
 def open_faults() -> OpenedFaults:
     """A userfaultfd of this process, one that serves system calls where that is permitted. Raises MachineError that
     says what the host lacks."""
+    if HOST_PAGE != PAGE:
+        raise MachineError(
+            f"page faults cannot be served here: pages come one by one with {PAGE} bytes, and the host maps {HOST_PAGE}"
+            " bytes at once"
+        )
     try:
         return OpenedFaults(userfault.create_unrestricted(FEATURES), system_calls=True)
     except OSError as error:
