@@ -10,7 +10,7 @@ import pytest
 
 from corefw.dispatch import Event, EventDispatcher
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -301,8 +301,7 @@ def test_a_python_program_is_shown(tmp_path: Path) -> None:
         done = migfw("migrate", f"file:{stream}", runtime=tmp_path)
         assert done.returncode == 0, done.stderr
     finally:
-        engine.kill()
-        engine.communicate()
+        engine.end()
     document = json.loads(migfw("inspect", "--json", str(stream)).stdout)
     fields = next(one["fields"] for one in document["sections"] if "ratio" in one.get("fields", {}))
     assert fields["ratio"] == 0.375

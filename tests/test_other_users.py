@@ -12,6 +12,7 @@ import pytest
 
 from corefw.channel import Channel, Interrupt, Listener, receive_exactly
 from corefw.plugins import Plugins
+from tests.helpers.cli import start
 
 NOBODY = 65534
 PLUGINS = Plugins()
@@ -106,19 +107,10 @@ def test_everybody_may_where_that_was_asked_for(scheme: str) -> None:
 
 def test_a_relay_takes_nobody_else_in(tmp_path: Path) -> None:
     uri = f"unix:@migfw-test-{os.getpid()}-relay"
-    relay = subprocess.Popen(
-        [sys.executable, "-m", "corefw.cli", "relay", uri, f"file:{tmp_path}/out"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert relay.stdout
-        assert relay.stdout.readline().startswith("listening at ")
-        dial(uri, NOBODY)
-        dial(uri, 0)
-        relay.wait(30)
-        assert (tmp_path / "out").read_bytes() == b"    0"
-    finally:
-        relay.kill()
-        relay.communicate()
+    relay = start("relay", uri, f"file:{tmp_path}/out")
+    assert relay.stdout
+    assert relay.stdout.readline().startswith("listening at ")
+    dial(uri, NOBODY)
+    dial(uri, 0)
+    relay.finish()
+    assert (tmp_path / "out").read_bytes() == b"    0"

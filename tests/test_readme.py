@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli import migfw, start
+from tests.helpers.cli import TIMEOUT, Command, migfw, start
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -25,15 +24,15 @@ def runtime() -> Iterator[Path]:
 
 
 @pytest.fixture
-def engines(runtime: Path) -> Iterator[list[subprocess.Popen[str]]]:
-    running: list[subprocess.Popen[str]] = []
+def engines(runtime: Path) -> Iterator[list[Command]]:
+    running: list[Command] = []
     yield running
     for process in running:
         process.terminate()
-        process.communicate(timeout=30)
+        process.finish()
 
 
-def test_the_program_moves(tmp_path: Path, runtime: Path, engines: list[subprocess.Popen[str]]) -> None:
+def test_the_program_moves(tmp_path: Path, runtime: Path, engines: list[Command]) -> None:
     (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     program = tmp_path / "heat.py"
     program.write_text(source)
@@ -51,6 +50,6 @@ def test_the_program_moves(tmp_path: Path, runtime: Path, engines: list[subproce
     assert "the guest is running" in run("--name", "here")
     moved = migfw("migrate", uri, "--name", "here", runtime=runtime)
     assert moved.returncode == 0, moved.stderr
-    assert engines[1].wait(30) == 0, "the source ends when its guest has moved"
+    assert engines[1].wait(TIMEOUT) == 0, "the source ends when its guest has moved"
     there = migfw("status", "--name", "there", runtime=runtime).stdout
     assert re.search(r"^guest: +running$", there, re.MULTILINE), there

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from corefw.testing.ends import MIB, Flood, pattern, receive_all, same, send_chu
 from corefw.testing.tasks import Possessions, Task, private_memory, wait_until
 from corefw.wire.constants import ReturnMessage
 from corefw.wire.returnpath import encode_return_message, number_body
-from tests.helpers.cli import migfw, start
+from tests.helpers.cli import Command, migfw, start
 
 PLUGINS = Plugins()
 NEVER = Interrupt()
@@ -312,7 +311,7 @@ def test_the_wrong_way_round() -> None:
 # -- the command ---------------------------------------------------------------------------------------------------
 
 
-def listening_at(process: subprocess.Popen[str], *, stderr: bool = False) -> str:
+def listening_at(process: Command, *, stderr: bool = False) -> str:
     stream = process.stderr if stderr else process.stdout
     assert stream
     line = stream.readline().removeprefix("migfw: ")
@@ -324,7 +323,7 @@ def test_command_says_where_and_how_much(tmp_path: Path) -> None:
     with start("relay", "tcp:127.0.0.1:0", f"file:{tmp_path}/out") as process:
         with PLUGINS.transport(listening_at(process)).connect(NEVER) as source:
             send_and_end(source, pattern(MIB))
-        out, err = process.communicate(timeout=20)
+        out, err = process.finish()
     assert out.startswith("relayed 1.0 MiB in ")
     assert (process.returncode, err) == (0, "")
     assert (tmp_path / "out").read_bytes() == pattern(MIB)
@@ -334,7 +333,7 @@ def test_command_with_json(tmp_path: Path) -> None:
     with start("relay", "--json", "tcp:127.0.0.1:0", f"file:{tmp_path}/out") as process:
         with PLUGINS.transport(listening_at(process, stderr=True)).connect(NEVER) as source:
             send_and_end(source, b"12345")
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.finish()
     document = json.loads(out)
     assert document.pop("seconds") >= 0
     assert document == {
@@ -380,7 +379,7 @@ def test_command_ends_at_control_c(tmp_path: Path) -> None:
         source.send(b"half of it")
         assert wait_until(lambda: any(tmp_path.iterdir()))
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.finish()
     assert (process.returncode, out, err.count("\n")) == (130, "", 1)
     assert err.startswith("migfw: interrupted after ")
     assert not any(tmp_path.iterdir())

@@ -131,7 +131,8 @@ class Follower:
             self._display.say(f"attempt {attempts} failed: {why}; next one {_next_attempt(reconnect)}")
         elif self._broken and answer.get("status") in _CONNECTED:
             self._display.say("connected again")
-        self._broken = broken or (self._broken and answer.get("status") not in _CONNECTED)
+        said = self._broken or waits
+        self._broken = (broken and said) or (self._broken and answer.get("status") not in _CONNECTED)
 
     def _hint(self, progress: Progress) -> None:
         """Say, once, that the destination takes nothing: off a terminal nothing else would appear."""

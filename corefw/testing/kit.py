@@ -11,10 +11,10 @@ from corefw.errors import MigfwError, PluginError
 from corefw.plugins import Plugins
 from corefw.testing.tasks import Possessions, Task
 
-CHECK_DEADLINE: Final = 90.0
+CHECK_DEADLINE: Final = 180.0
 """Seconds for one check."""
 
-LETTING_GO: Final = 10.0
+LETTING_GO: Final = 30.0
 """Seconds after it for threads, descriptors and processes to go away."""
 
 _Case = TypeVar("_Case")

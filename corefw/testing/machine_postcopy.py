@@ -16,7 +16,7 @@ from corefw.memory.runs import distinct, runs_of_pages
 from corefw.testing.machine_bench import Bench, assert_state, check, load_devices, save_devices
 from corefw.testing.tasks import Task
 
-PATIENCE: Final = 20.0
+PATIENCE: Final = 60.0
 """Seconds that a guest has until it waits for a page."""
 
 

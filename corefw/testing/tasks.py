@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
-DEADLINE = 20.0
+DEADLINE = 60.0
 """Seconds for one step."""
 
 POLL: Final = 0.02

@@ -197,7 +197,7 @@ def test_a_migration_ends_a_check(pair: tuple[Engine, Engine]) -> None:
         while (moved := here.call("migrate", there.uri)).returncode == 2:
             pass
     finally:
-        _, err = checking.communicate(timeout=60)
+        _, err = checking.finish()
     assert moved.returncode == 0
     # The last two: the migration had begun or ended before the check.
     ended = ("ended the check", "no engine", "migration process in progress", "the guest has moved")

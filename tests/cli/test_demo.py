@@ -60,7 +60,7 @@ def test_interrupted_it_leaves_nothing(temporary: Path, number: signal.Signals) 
     process = start("demo", *ENDLESS)
     wait_until(lambda: engines(temporary), "the demo's engines")
     process.send_signal(number)
-    out, err = process.communicate(timeout=TIMEOUT)
+    out, err = process.finish()
     assert process.returncode == 130
     assert "demo: ok" not in out
     assert "Traceback" not in err
@@ -71,7 +71,7 @@ def test_killed_it_leaves_no_engine(temporary: Path) -> None:
     process = start("demo", *ENDLESS)
     wait_until(lambda: len(engines(temporary)) == 2, "the demo's engines")
     process.kill()
-    process.communicate(timeout=TIMEOUT)
+    process.finish()
     wait_until(lambda: not engines(temporary), "the engines to end")
     for folder in temporary.iterdir():  # a killed demo cannot remove it
         shutil.rmtree(folder)

@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,9 +103,7 @@ def test_a_destination_allocates_its_ram_while_it_waits(detached: Detached, prea
         return found
 
     assert allocation()["total"] == 128 << 20
-    deadline = time.monotonic() + TIMEOUT
-    while allocation()["running"]:
-        assert time.monotonic() < deadline
+    wait_until(lambda: not allocation()["running"], "the allocation")
     assert (allocation()["allocated"] == 128 << 20) is (prealloc == "on")
     source = json.loads(detached(*large, "--json").stdout)
     moved = migfw("migrate", here["incoming-uri"], "--name", source["name"], runtime=detached.runtime)
@@ -167,7 +164,7 @@ def test_ctrl_c_while_it_starts_leaves_nothing(detached: Detached, tmp_path: Pat
     wait_until(lambda: log.exists() and "setting up" in log.read_text(), "the program's setup()")
     [engine] = detached.engines()
     command.send_signal(number)
-    out, err = command.communicate(timeout=TIMEOUT)
+    out, err = command.finish()
     assert (command.returncode, out, err) == (130, "", "migfw: interrupted; nothing was started\n")
     assert not Path(f"/proc/{engine['pid']}").exists()
     assert (detached.engines(), detached.left()) == ([], [])
@@ -236,7 +233,7 @@ def test_a_second_ctrl_c_ends_an_engine_that_had_just_become_ready(detached: Det
     command.send_signal(signal.SIGCONT)
     wait_until((tmp_path / "stopping").exists, "the program to be stopped")
     command.send_signal(signal.SIGINT)
-    out, err = command.communicate(timeout=TIMEOUT)
+    out, err = command.finish()
     assert (command.returncode, out, err) == (130, "", "migfw: interrupted; nothing was started\n")
     assert (detached.engines(), detached.left()) == ([], [])
 
@@ -248,7 +245,7 @@ def test_an_engine_that_nobody_waits_for_ends(detached: Detached, tmp_path: Path
     log = detached.runtime / "migfw" / "slow.log"
     wait_until(lambda: log.exists() and "setting up" in log.read_text(), "the program's setup()")
     command.kill()
-    command.communicate(timeout=TIMEOUT)
+    command.finish()
     wait_until(lambda: detached.engines() == [], "the engine to end")
 
 

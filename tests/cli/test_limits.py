@@ -55,7 +55,7 @@ def test_a_guest_that_writes_too_much_is_said_to_and_may_be_stopped(engines: Eng
     shown = here.call("status").stdout
     assert "will not converge" in shown
     here.call("set", "x-migfw-on-timeout=switchover", "x-migfw-timeout=1s")
-    out, err = process.communicate(timeout=60)
+    out, err = process.finish()
     assert (process.returncode, err) == (0, "")
     document = json.loads(out)
     forced, late = document["x-migfw"]["warnings"]

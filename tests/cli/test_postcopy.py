@@ -6,12 +6,10 @@ import json
 import os
 import re
 import signal
-import socket
-from threading import Thread
 
 from corefw.testing.tasks import wait_until
 from tests.cli.conftest import Engine, Engines
-from tests.helpers.cli import TIMEOUT, migfw
+from tests.helpers.cli import TIMEOUT, Command, migfw, start
 from tests.helpers.cutting import Cut, CutProxy
 
 BUSY = ("stress", "--opt=ram=16M", "--opt=working-set=8M", "--opt=dirty-rate=400M")
@@ -19,20 +17,18 @@ BUSY = ("stress", "--opt=ram=16M", "--opt=working-set=8M", "--opt=dirty-rate=400
 SLOW = ("--param=max-bandwidth=16M", "--param=downtime-limit=1ms")
 
 
+NOWHERE = "tcp:127.0.0.1:1"
+
+
 def status(engine: Engine) -> str:
     return str(engine.ask("query-migrate").get("status"))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 def start_postcopy(engines: Engines) -> tuple[Engine, Engine]:
     source = engines(*BUSY, "--name=from")
     destination = engines(*BUSY, "--name=to", "--incoming=tcp:127.0.0.1:0")
     # What is left takes long enough to interfere, also on a busy machine.
-    limits = ("--param=max-bandwidth=500K", "--param=max-postcopy-bandwidth=500K")
+    limits = ("--param=max-bandwidth=100K", "--param=max-postcopy-bandwidth=100K")
     detached = source.call("migrate", destination.uri, "--cap=postcopy-ram", *limits, "--detach")
     assert detached.returncode == 0, detached.stderr
     switched = source.call("postcopy")
@@ -75,7 +71,7 @@ def test_a_connection_that_was_paused_is_recovered(engines: Engines) -> None:
     assert re.search("^migration: +postcopy-paused, .*iB of its RAM still to come", shown, re.MULTILINE), shown
     unverified = destination.call("verify")
     assert unverified.returncode == 1 and "until the postcopy migration is recovered" in unverified.stderr
-    nowhere = source.call("migrate", f"tcp:127.0.0.1:{free_port()}", "--resume")
+    nowhere = source.call("migrate", NOWHERE, "--resume")
     assert nowhere.returncode == 1
     assert "migfw recover URI" in nowhere.stderr and "refused" in nowhere.stderr
     assert re.search("^error: .* refused", source.call("status").stdout, re.MULTILINE)
@@ -103,29 +99,33 @@ def test_the_status_says_that_it_goes_on_by_itself(engines: Engines) -> None:
     assert wait_until(lambda: status(destination) == "completed")
 
 
-def _cut_later(proxy: CutProxy, source: Engine) -> None:
-    assert wait_until(proxy.has_passed(1 << 20), TIMEOUT)
-    proxy.cut(Cut.RESET)
-    source.call("set", "max-postcopy-bandwidth=0")
+def shows(command: Command, pattern: str) -> None:
+    """Wait for a line of its stdout with this pattern."""
+    assert command.stdout is not None
+    passed = []
+    for line in iter(command.stdout.readline, ""):
+        if re.search(pattern, line):
+            return
+        passed.append(line)
+    raise AssertionError(f"no {pattern!r} in {''.join(passed)!r}")
 
 
 def test_a_connection_that_breaks_is_replaced(engines: Engines) -> None:
     source = engines(*BUSY, "--name=from")
     destination = engines(*BUSY, "--name=to", "--incoming=tcp:127.0.0.1:0")
     with CutProxy(destination.uri) as proxy:
-        cut = Thread(target=_cut_later, args=(proxy, source))
-        cut.start()
-        how = ("--postcopy=now", "--reconnect=forever", "--param=max-bandwidth=1M", "--param=max-postcopy-bandwidth=1M")
-        moved = source.call("migrate", proxy.uri, *how)
-        cut.join()
-    assert moved.returncode == 0, moved.stderr
-    assert re.search(r"the connection broke: .*; dialling again in .*s \(attempt 1\)", moved.stdout), (
-        moved.stdout + moved.stderr
-    )
-    assert "connected again" in moved.stdout
-    assert re.search(
-        r"^postcopy-active, .* left, [\d,]+ pages, [\d,]+ requested by the guest", moved.stdout, re.MULTILINE
-    )
+        limits = ("--param=max-bandwidth=100K", "--param=max-postcopy-bandwidth=100K")
+        how = ("--postcopy=now", "--reconnect=forever", "--name=from", *limits)
+        moving = start("migrate", proxy.uri, *how, runtime=engines.runtime)
+        shows(moving, r"^postcopy-active, .* left, [\d,]+ pages, [\d,]+ requested by the guest")
+        proxy.lead_to(NOWHERE)  # until the command has seen that the connection is broken
+        proxy.cut(Cut.RESET)
+        shows(moving, r"^the connection broke: .*; dialling again in .*s \(attempt \d+\)")
+        proxy.lead_to(destination.uri)
+        shows(moving, "^connected again")
+        assert source.call("set", "max-postcopy-bandwidth=0").returncode == 0
+        _, err = moving.finish()
+    assert moving.returncode == 0, err
     verified = destination.call("verify")
     assert verified.returncode == 0, verified.stderr
     wrong = source.call("migrate", "--reconnect=always", proxy.uri)
@@ -161,10 +161,10 @@ def test_neither_side_ends_in_postcopy_without_being_told_twice(engines: Engines
     assert any("the guest is lost if either side ends; the same signal again" in line for line in warnings)
     assert status(destination) == "postcopy-paused"
     destination.process.send_signal(signal.SIGINT)
-    assert destination.process.wait(timeout=30) == 130
+    assert destination.process.wait(TIMEOUT) == 130
     assert "this engine stays" not in printed.read()
     assert source.call("quit", "--force").returncode == 0
-    assert source.process.wait(timeout=30) == 0
+    assert source.process.wait(TIMEOUT) == 0
 
 
 def test_a_second_migration_is_told_about_the_first(engines: Engines) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli import TIMEOUT, migfw, start
+from tests.helpers.cli import migfw, start
 from tests.helpers.qemu import Guest, Qemu, assemble, needs_qemu, temporary_folder
 
 pytestmark = [needs_qemu, pytest.mark.qemu]
@@ -71,16 +71,12 @@ def test_any_other_is_relayed_with_the_return_path(source: str, guest: Guest, fo
     far, near = f"unix:@{folder.name}", f"unix:{folder}/near"
     with Qemu(boot=guest.image, incoming=near) as destination:
         relay = start("relay", far, near)
-        try:
-            assert relay.stdout is not None
-            relay.stdout.readline()
-            done = migfw("migrate", far, "--qmp", source)
-            assert (done.returncode, done.stderr) == (0, "")
-            assert "completed" in done.stdout
-            out, err = relay.communicate(timeout=TIMEOUT)
-        finally:
-            relay.kill()
-            relay.wait()
+        assert relay.stdout is not None
+        relay.stdout.readline()
+        done = migfw("migrate", far, "--qmp", source)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "completed" in done.stdout
+        out, err = relay.finish()
         assert relay.returncode == 0, err
         assert " back in " in out
         destination.wait_running()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import SMALL, Engines
-from tests.helpers.cli import TIMEOUT, environment, migfw, start
+from tests.helpers.cli import environment, launch, migfw, start
 from tests.helpers.qemu import wait_until
 
 
@@ -24,7 +23,7 @@ def test_engines_started_together_get_names_of_their_own(engines: Engines) -> No
         finally:
             for command in commands:
                 command.send_signal(signal.SIGTERM)
-                command.communicate(timeout=TIMEOUT)
+                command.finish()
         names = sorted(line.split("'")[1] for line in lines)
         assert names == ["stress", "stress-2", "stress-3", "stress-4"]
         assert engines.sockets() == []
@@ -41,7 +40,7 @@ def test_whoever_waits_for_the_socket_may_migrate(engines: Engines) -> None:
         assert source.call("migrate", f"unix:{engines.runtime}/in").returncode == 0
     finally:
         destination.send_signal(signal.SIGTERM)
-        destination.communicate(timeout=TIMEOUT)
+        destination.finish()
 
 
 def test_deferred_it_can_be_asked_at_once(engines: Engines) -> None:
@@ -72,19 +71,12 @@ def test_ctrl_c_at_any_moment_is_no_traceback(engines: Engines, tmp_path: Path, 
     script = tmp_path / "migfw"
     script.write_text(SCRIPT)
     for milliseconds in range(0, 400, 40):
-        process = subprocess.Popen(
-            [sys.executable, script, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(engines.runtime),
-        )
+        process = launch([sys.executable, script, *arguments], environment(engines.runtime))
         assert process.stdout is not None
         assert process.stdout.readline() == "here\n"
         time.sleep(milliseconds / 1000)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=TIMEOUT)
+        out, err = process.finish()
         assert "Traceback" not in err, err
         # -SIGINT: the interpreter was shutting down and had removed our handler. A shell reports 130 for that, too.
         ended_before = process.returncode in (0 if command in ("--help", "detach") else 2, -signal.SIGINT)

@@ -14,7 +14,7 @@ import pytest
 
 from corefw import __version__
 from tests.cli.conftest import SMALL, Engine, Engines
-from tests.helpers.cli import TIMEOUT, migfw, start
+from tests.helpers.cli import migfw, start
 from tests.helpers.qemu import wait_until
 from tests.helpers.sshd import Sshd, running_sshd
 
@@ -161,7 +161,7 @@ def test_ctrl_c_ends_the_destination(far: Far, engines: Engines) -> None:
     command = start("migrate", far.to, "--name", source.name, "--param", "max-bandwidth=1M", runtime=engines.runtime)
     wait_until(lambda: source.ask("query-migrate").get("status") == "active", "the migration to begin")
     command.send_signal(signal.SIGINT)
-    _, err = command.communicate(timeout=TIMEOUT)
+    _, err = command.finish()
     assert command.returncode == 130
     assert "the guest is running here" in err
     far.wait_empty()
@@ -175,7 +175,7 @@ def test_ctrl_c_while_the_destination_starts_leaves_nothing(far: Far, engines: E
     command = start("migrate", far.to, "--name", source.name, runtime=engines.runtime)
     wait_until((tmp_path / "begun").exists, "the destination to import its program")
     command.send_signal(signal.SIGINT)
-    out, err = command.communicate(timeout=TIMEOUT)
+    out, err = command.finish()
     assert (command.returncode, out, err) == (130, "", "")
 
     def left() -> list[Path]:
@@ -219,7 +219,7 @@ def test_a_check_that_is_broken_off_ends_its_destination(far: Far, engines: Engi
     command = start("check", far.to, "--name", source.name, runtime=engines.runtime)
     wait_until(far.engines, "the destination to start")
     command.send_signal(number)
-    out, err = command.communicate(timeout=TIMEOUT)
+    out, err = command.finish()
     assert (command.returncode, err) in ((130, ""), (0, "")), out
     far.wait_empty()
 

@@ -18,7 +18,7 @@ from corefw.plugins import Plugins
 from corefw.states import MigrationStatus
 from corefw.uri import MigrationUri
 from corefw.wire.constants import ReturnMessage
-from tests.helpers.engines import Pair, Peer, arrived, counting, ended, query_migrate, runs_on
+from tests.helpers.engines import PATIENCE, Pair, Peer, arrived, counting, ended, query_migrate, runs_on
 from tests.helpers.machines import CountingMachine
 
 END_OF_DESCRIPTION = b"}]}"
@@ -39,7 +39,7 @@ def big() -> CountingMachine:
 
 
 def reached(engine: Engine, status: str) -> None:
-    assert engine.outgoing.wait(frozenset({MigrationStatus(status)}), 20), engine.outgoing.status
+    assert engine.outgoing.wait(frozenset({MigrationStatus(status)}), PATIENCE), engine.outgoing.status
 
 
 class StuckTransport(Transport):
@@ -314,7 +314,7 @@ def test_a_destination_that_failed_waits_again(pair: Pair, peer: Peer) -> None:
         assert arrived(destination) == "failed"
     assert "expected version 3" in query_migrate(destination)["error-desc"]
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
-    assert ended(source) == "completed" and destination.incoming.wait(frozenset({MigrationStatus.COMPLETED}), 20)
+    assert ended(source) == "completed" and destination.incoming.wait(frozenset({MigrationStatus.COMPLETED}), PATIENCE)
     runs_on(destination)
 
 
@@ -328,7 +328,7 @@ def test_closing_a_destination_that_waits(pair: Pair) -> None:
     destination.migrate_incoming("tcp:127.0.0.1:0")
     began = time.monotonic()
     destination.close()
-    assert destination.incoming.status == "failed" and time.monotonic() - began < 20
+    assert destination.incoming.status == "failed" and time.monotonic() - began < PATIENCE
 
 
 def test_a_file_that_cannot_be_put_in_place_leaves_the_guest_running(pair: Pair, folder: Path) -> None:

@@ -12,7 +12,7 @@ from corefw.control import PassBegan
 from corefw.errors import BlockedError, SettingsError, StateError, UriError, UsageError
 from corefw.machine import RunState
 from corefw.states import MigrationStatus
-from tests.helpers.engines import Pair, arrived, counting, ended, query_migrate, runs_on
+from tests.helpers.engines import PATIENCE, Pair, arrived, counting, ended, query_migrate, runs_on
 from tests.helpers.machines import COUNTER, CountingMachine
 
 
@@ -49,7 +49,7 @@ def test_a_running_guest_is_stopped_for_what_it_dirtied_last(pair: Pair) -> None
     """The downtime is not filled with whatever would fit into the limit."""
     # So little RAM that even a busy host sends it within the half second in which a pass is worth finishing, and a
     # guest so slow that it dirties little of it, however long that takes.
-    machine = CountingMachine(pages=64, pause=0.1)
+    machine = CountingMachine(pages=64, pause=0.3)
     machine.block.pages[:, 8:] = 1
     source, destination = pair.source(machine), pair.destination()
     source.set_parameters({"downtime-limit": 2000})
@@ -101,7 +101,7 @@ def test_pause_before_switchover(pair: Pair) -> None:
     source, destination = pair.source(), pair.destination()
     source.set_capabilities({"pause-before-switchover": True})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
-    assert source.outgoing.wait(frozenset({MigrationStatus.PRE_SWITCHOVER}), 20)
+    assert source.outgoing.wait(frozenset({MigrationStatus.PRE_SWITCHOVER}), PATIENCE)
     assert source.machine.run_state is RunState.FINISH_MIGRATE
     with pytest.raises(StateError, match="not in expected state: pre-switchover"):
         source.continue_migration(MigrationStatus.DEVICE)
@@ -148,7 +148,7 @@ def test_one_migration_at_a_time(pair: Pair) -> None:
     source.set_capabilities({"pause-before-switchover": True})
     uri = destination.migrate_incoming("tcp:127.0.0.1:0")
     source.migrate(uri)
-    source.outgoing.wait(frozenset({MigrationStatus.PRE_SWITCHOVER}), 20)
+    source.outgoing.wait(frozenset({MigrationStatus.PRE_SWITCHOVER}), PATIENCE)
     with pytest.raises(StateError, match="in progress"):
         source.migrate(uri)
     with pytest.raises(StateError, match="in progress"):
@@ -186,7 +186,7 @@ def test_blockers_are_refused_under_only_migratable_and_while_migrating(pair: Pa
     source, destination = pair.source(), pair.destination()
     source.set_capabilities({"pause-before-switchover": True})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
-    source.outgoing.wait(frozenset({MigrationStatus.PRE_SWITCHOVER}), 20)
+    source.outgoing.wait(frozenset({MigrationStatus.PRE_SWITCHOVER}), PATIENCE)
     with pytest.raises(StateError, match="migration in progress"):
         source.add_blocker("a reason")
     source.cancel()

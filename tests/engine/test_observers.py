@@ -18,6 +18,7 @@ from corefw.errors import StateError
 from corefw.machine import RunState
 from corefw.plugins import Plugins
 from corefw.states import MigrationStatus, StatusChanged
+from corefw.testing.tasks import wait_until
 from tests.helpers.engines import PATIENCE, Pair, arrived, counting, ended, query_migrate, runs_on
 
 
@@ -108,7 +109,7 @@ def test_who_hears_the_end_sees_the_guest_as_it_is(pair: Pair, end: str) -> None
     source.observe(go_on)
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == end
-    pair.statuses(end)
+    assert wait_until(lambda: bool(seen))
     assert seen == [RunState.POSTMIGRATE if end == "completed" else RunState.RUNNING]
 
 

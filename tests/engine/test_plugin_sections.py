@@ -30,7 +30,7 @@ from corefw.section import (
 )
 from corefw.settings import Settings
 from corefw.wire.stream import StreamReader, StreamWriter
-from tests.helpers.engines import Pair, arrived, counting, ended, query_migrate, runs_on
+from tests.helpers.engines import PATIENCE, Pair, arrived, counting, ended, query_migrate, runs_on
 
 DATA = bytes(range(256)) * 64
 
@@ -531,7 +531,7 @@ def test_sections_learn_that_a_migration_was_abandoned(where: str) -> None:
             threading.Event().wait(0.01)
         (source if where == "source" else destination).cancel()
         assert ended(source) in ("cancelled", "failed")
-        assert destination.wait_incoming(30) in ("cancelled", "failed")
+        assert destination.wait_incoming(PATIENCE) in ("cancelled", "failed")
         runs_on(source)
     assert calls(plugin) == {
         "LiveWitness": ["cleanup", "abandoned"],

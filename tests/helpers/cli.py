@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
 MIGFW: Final = (sys.executable, "-m", "corefw.cli")
 
-TIMEOUT: Final = 60.0
+TIMEOUT: Final = 120.0
+"""Seconds for one command, far beyond what it takes."""
 
 
 def migfw(*arguments: str, runtime: Path | None = None, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
@@ -68,16 +71,65 @@ def check_refused(wrong: Mapping[tuple[str, ...], str], command: Sequence[str], 
         assert complaint in err, line
 
 
-def start(*arguments: str, runtime: Path | None = None) -> subprocess.Popen[str]:
-    """Start it. The caller ends it; stdout and stderr are pipes."""
-    return subprocess.Popen(
-        [*MIGFW, *arguments],
+class Command(subprocess.Popen[str]):
+    """A process of a test, with pipes for its stdout and stderr."""
+
+    def finish(self, timeout: float = TIMEOUT) -> tuple[str, str]:
+        """Wait until it has ended; the rest of its stdout and of its stderr.
+
+        communicate() would lose what readline() has read ahead: the lines that came together with the one it returned.
+        """
+        assert self.stdout is not None and self.stderr is not None
+        with self.stdout, self.stderr, ThreadPoolExecutor(2) as readers:
+            out, err = (readers.submit(pipe.read) for pipe in (self.stdout, self.stderr))
+            try:
+                self.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
+            return out.result(), err.result()
+
+    def end(self) -> None:
+        """Kill it if it runs, and close its pipes."""
+        self.kill()
+        self.wait()
+        for pipe in (self.stdout, self.stderr):
+            assert pipe is not None
+            pipe.close()
+
+
+_started: list[Command] = []
+
+
+def start(*arguments: str, runtime: Path | None = None) -> Command:
+    """Start it; it ends with the test at the latest."""
+    return launch([*MIGFW, *arguments], environment(runtime))
+
+
+def launch(command: Sequence[str | Path], environ: Mapping[str, str]) -> Command:
+    """The same for any command, with this environment."""
+    process = Command(
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(runtime),
+        env=environ,
     )
+    _started.append(process)
+    return process
+
+
+@contextlib.contextmanager
+def ending_commands() -> Iterator[None]:
+    """End what was started in the block and is still there, so that a test that fails leaves nothing to those after
+    it."""
+    before = len(_started)
+    try:
+        yield
+    finally:
+        while len(_started) > before:
+            _started.pop().end()
 
 
 def environment(runtime: Path | None) -> Mapping[str, str]:

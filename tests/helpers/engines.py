@@ -20,7 +20,8 @@ from corefw.wire.constants import READY_PING, Command, ReturnMessage, SectionTyp
 from corefw.wire.returnpath import encode_return_message, number_body
 from tests.helpers.machines import CountingMachine
 
-PATIENCE = 20.0
+PATIENCE = 60.0
+"""Seconds for one step, far beyond what it takes."""
 OPEN = bytes((SectionType.COMMAND, 0, Command.OPEN_RETURN_PATH, 0, 0))
 PING = bytes((SectionType.COMMAND, 0, Command.PING, 0, 4))
 READY = PING + number_body(READY_PING)

@@ -19,7 +19,7 @@ from tests.helpers.parking import PATIENCE, parking, prove, send, wait_parked
 from tests.helpers.peers import find_peer, needs_peers, peer_parameters
 from tests.helpers.qemu import Guest, Qemu, QmpError, needs_qemu, wait_until
 
-pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.qemu, needs_qemu]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tests.helpers.parking import prove
 from tests.helpers.peers import Peer, find_peer, needs_peers, peer_parameters, the_peer
 from tests.helpers.qemu import PATIENCE, Guest, Qemu, needs_qemu, wait_until
 
-pytestmark = [pytest.mark.qemu, needs_qemu, needs_peers("7.2", "10.0"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.qemu, needs_qemu, needs_peers("7.2", "10.0")]
 
 HOST_MODULES: Final = Path("/usr/lib/x86_64-linux-gnu/qemu")
 DEVICES: Final = (

@@ -18,7 +18,7 @@ from tests.helpers.peers import peer_parameters, using_peer
 from tests.helpers.postcopying import there_and_back
 from tests.helpers.qemu import Guest, Qemu, QmpError, needs_qemu
 
-pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.qemu, needs_qemu]
 
 DISKS: Final = (
     *("-blockdev", "driver=null-co,node-name=disk,size=100000000,read-zeroes=on"),

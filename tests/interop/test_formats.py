@@ -15,7 +15,7 @@ from tests.helpers.parking import parking, prove, send, wait_parked
 from tests.helpers.peers import find_peer, peer_parameters
 from tests.helpers.qemu import Guest, Qemu, needs_qemu
 
-pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.qemu, needs_qemu]
 
 LIBVIRT_HEADER = b"LibvirtQemudSave" + pack("<5I56x", 2, 4096, 1, 0, 0) + bytes(4096)
 LIBVIRT_GZIP = b"LibvirtQemudSave" + pack("<5I56x", 2, 4096, 1, 1, 0) + bytes(4096)

@@ -24,7 +24,7 @@ from tests.helpers.parking import PATIENCE, park, parking, prove, send, wait_par
 from tests.helpers.peers import default_peer
 from tests.helpers.qemu import Guest, Qemu, needs_qemu
 
-pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.qemu, needs_qemu]
 
 
 def qemu_version() -> tuple[int, int]:

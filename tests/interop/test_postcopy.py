@@ -19,7 +19,7 @@ from tests.helpers.postcopying import IntoMigfw, Move, OutOfMigfw, there_and_bac
 from tests.helpers.qemu import BASE, Guest, Qemu, assemble, needs_qemu, wait_until
 from tests.helpers.ram import allocated
 
-pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.qemu, needs_qemu]
 
 PREEMPT = peer_parameters("7.2", "10.0", "newest")
 """The QEMUs that have a channel for requested pages."""

@@ -11,7 +11,7 @@ from tests.helpers.peers import peer_parameters, using_peer
 from tests.helpers.postcopying import IntoMigfw, OutOfMigfw
 from tests.helpers.qemu import Guest, Qemu, needs_qemu, wait_until
 
-pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.qemu, needs_qemu]
 
 BARE = ("-global", "migration.send-configuration=off", "-global", "migration.send-section-footer=off")
 """Nothing in the stream says where a device section ends."""

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli import MIGFW
+from tests.helpers.cli import MIGFW, Command, launch
 from tests.helpers.qemu import Guest, Qemu, needs_qemu, wait_until
 from tests.helpers.sshd import missing_programs, running_sshd
 
-pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.qemu, needs_qemu]
 
 needs_sshd = pytest.mark.skipif(bool(missing_programs()), reason=f"needs OpenSSH: {', '.join(missing_programs())}")
 TRANSPORTS = [pytest.param("ssh", marks=[pytest.mark.sshd, needs_sshd]), "zmq"]
@@ -32,11 +32,11 @@ class Way:
 
     def __init__(self, helpers: contextlib.ExitStack, uri: str = "", **environment: str) -> None:
         self.uri = uri
-        self.far: subprocess.Popen[str] | None = None
+        self.far: Command | None = None
         self._environment = {**os.environ, **environment, "TERM": "dumb"}
         self._helpers = helpers
 
-    def relay(self, source: str, target: str) -> tuple[subprocess.Popen[str], str]:
+    def relay(self, source: str, target: str) -> tuple[Command, str]:
         """A relay that listens already, and the URI to dial."""
         process = self.migfw("relay", "--json", source, target)
         assert process.stderr
@@ -44,32 +44,20 @@ class Way:
         assert line.startswith("migfw: listening at "), line
         return process, line.removeprefix("migfw: listening at ").strip()
 
-    def migfw(self, *arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [*MIGFW, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=self._environment,
-        )
-        self._helpers.callback(_end, process)
+    def migfw(self, *arguments: str) -> Command:
+        process = launch([*MIGFW, *arguments], self._environment)
+        self._helpers.callback(process.end)
         return process
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate()
-
-
-def _done(process: subprocess.Popen[str]) -> str:
+def _done(process: Command) -> str:
     """Wait for the end of a migfw that has to succeed; its stdout."""
-    out, err = process.communicate(timeout=60)
+    out, err = process.finish()
     assert process.returncode == 0, err + out
     return out
 
 
-def _relayed(process: subprocess.Popen[str]) -> None:
+def _relayed(process: Command) -> None:
     """Wait for the end of a relay, which has to call the migration completed."""
     report = json.loads(_done(process))
     assert report["status"] == "completed"
@@ -188,7 +176,7 @@ def test_a_destination_that_cannot_load_it(guest: Guest, folder: Path) -> None:
         source.wait_running()
         assert destination.process.wait(60) != 0
         for relay in (near, far):
-            out, err = relay.communicate(timeout=60)
+            out, err = relay.finish()
             assert relay.returncode == 1, out
             assert json.loads(out)["status"] == "failed"
             assert err.startswith("migfw: ")

@@ -15,7 +15,7 @@ from tests.helpers.peers import needs_peers, peer_parameters, the_peer
 from tests.helpers.postcopying import IntoMigfw, OutOfMigfw
 from tests.helpers.qemu import Guest, Qemu, needs_qemu
 
-pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.qemu, needs_qemu]
 
 PC_DEVICES: Final = (
     *("-smp", "2", "-device", "VGA,vgamem_mb=1", "-device", "e1000e,romfile="),

@@ -24,7 +24,7 @@ exceptions = pytest.importorskip("volatility3.framework.exceptions", reason=WANT
 physical = pytest.importorskip("volatility3.framework.layers.physical", reason=WANTED)
 qemu = pytest.importorskip("volatility3.framework.layers.qemu", reason=WANTED)
 
-pytestmark = [pytest.mark.qemu, needs_qemu, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.qemu, needs_qemu]
 
 
 @pytest.fixture(scope="session")

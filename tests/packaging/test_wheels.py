@@ -191,7 +191,7 @@ class Engines:
         for process in self._running:
             process.terminate()
         for process in self._running:
-            process.wait(30)
+            process.wait(60)
             if process.stdout is not None:
                 process.stdout.close()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from corefw.errors import MachineError
 from corefw.machine import Device, RamBlock, RunState, VerifiableMachine
 from corefw.uri import UnixAddress
+from tests.helpers.engines import PATIENCE
 
 Watcher = Callable[[RunState, RunState], None]
 
@@ -71,7 +72,7 @@ class RawClient:
     def __init__(self, path: str | Path, *, negotiate: bool = True) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self._file = self.socket.makefile("rb")
-        self.socket.settimeout(20)
+        self.socket.settimeout(PATIENCE)
         try:
             self.socket.connect(str(path))
             self.greeting = self.read()

@@ -17,6 +17,7 @@ from corefw.engine import Engine
 from corefw.qmp.client import QmpClient
 from corefw.qmp.commands import CORE
 from corefw.qmp.server import QmpServer
+from tests.helpers.engines import PATIENCE
 from tests.helpers.peers import RELEASES, find_peer, peer_parameters
 from tests.helpers.qemu import wait_until
 from tests.qmp.conftest import is_listening
@@ -160,7 +161,7 @@ def test_events_come_in_qemus_order(ours: QmpClient) -> None:
         client.execute("migrate", {"uri": uri})
         names: list[str] = []
         while not names or names[-1] not in ("failed", "completed"):
-            event = client.wait_event(20)
+            event = client.wait_event(PATIENCE)
             assert event is not None, names
             if event.name != "MIGRATION_PASS":
                 names.append(str(event.data.get("status", event.name)))
@@ -168,7 +169,7 @@ def test_events_come_in_qemus_order(ours: QmpClient) -> None:
 
     ours.execute("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]})
     ours.execute("cont")
-    resumed = ours.wait_event(20)
+    resumed = ours.wait_event(PATIENCE)
     assert resumed is not None
     assert resumed.name == "RESUME"
     assert happened("unix:/nowhere/at/all") == ["setup", "failing", "failed"]

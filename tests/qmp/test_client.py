@@ -20,6 +20,7 @@ from corefw.net.socketfile import Occupant, occupant
 from corefw.plugins import Plugins
 from corefw.qmp.client import QmpClient, QmpError
 from corefw.qmp.server import QmpServer
+from tests.helpers.engines import PATIENCE
 from tests.qmp.support import TinyMachine
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
@@ -34,13 +35,13 @@ def peer(folder: Path, *says: bytes, hold: bool = False) -> Iterator[str]:
     def talk() -> None:
         connection, _ = listener.accept()
         with connection, contextlib.suppress(OSError):
-            connection.settimeout(20)
+            connection.settimeout(PATIENCE)
             for number, line in enumerate(says):
                 if number:
                     connection.recv(1 << 16)
                 connection.sendall(line)
             if hold:
-                done.wait(20)
+                done.wait(PATIENCE)
 
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -66,7 +67,10 @@ def test_commands_errors_and_events(server: QmpServer) -> None:
             client.execute("migrate", {})
         other.execute("stop")
         for one in (client, other):
-            assert [event.name for event in (one.wait_event(20), one.wait_event(20)) if event] == ["RESUME", "STOP"]
+            assert [event.name for event in (one.wait_event(PATIENCE), one.wait_event(PATIENCE)) if event] == [
+                "RESUME",
+                "STOP",
+            ]
             assert one.wait_event(0) is None
         assert client.execute("query-name") == {"name": "tiny"}
 
@@ -110,14 +114,14 @@ def test_a_real_migration_under_qmp(server: QmpServer, plugins: Plugins, folder:
         assert destination.execute("x-migfw-status")["incoming-uri"] == there
         source.execute("migrate", {"uri": there})
         seen = []
-        for event in source.events(20):
+        for event in source.events(PATIENCE):
             seen.append(event.data.get("status", event.name))
             if seen[-1] in ("completed", "failed"):
                 break
         order = ["RESUME", "setup", "active", "STOP", "completed"]
         assert [name for name in seen if name in order] == order, source.execute("query-migrate")
         assert source.execute("query-migrate")["status"] == "completed"
-        target.wait_incoming(20)
+        target.wait_incoming(PATIENCE)
         assert destination.execute("query-status")["running"]
 
 

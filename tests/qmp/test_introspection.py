@@ -15,6 +15,7 @@ from corefw.qmp.client import QmpClient, QmpError
 from corefw.qmp.commands import command_table
 from corefw.qmp.documents import EVENTS
 from corefw.qmp.server import QmpServer
+from tests.helpers.engines import PATIENCE
 from tests.qmp.support import TinyMachine
 
 
@@ -77,7 +78,7 @@ def test_arguments_are_described(schema: dict[str, dict[str, Any]], engine: Engi
 def test_every_query_returns_what_the_schema_says(client: QmpClient, engine: Engine, situation: str) -> None:
     if situation == "failed":
         client.execute("migrate", {"uri": "tcp:127.0.0.1:1"})
-        assert engine.wait_outgoing(20) == "failed"
+        assert engine.wait_outgoing(PATIENCE) == "failed"
     asked = 0
     for name, command in command_table(engine).items():
         if name.startswith("query-") or name == "x-migfw-status":
@@ -131,10 +132,10 @@ def test_the_monitors_lines(client: QmpClient, engine: Engine) -> None:
     assert "downtime-limit: 500 ms\n" in typed(client, "info migrate_parameters")
     waits = "terminal does not allow synchronous migration, continuing detached\n"
     assert typed(client, "migrate tcp:127.0.0.1:1") == waits
-    assert engine.wait_outgoing(20) == "failed"
+    assert engine.wait_outgoing(PATIENCE) == "failed"
     assert typed(client, "info migrate").startswith("Migration status: failed (tcp:127.0.0.1:1: connection refused")
     assert typed(client, "migrate -d tcp:127.0.0.1:1") == ""
-    assert engine.wait_outgoing(20) == "failed"
+    assert engine.wait_outgoing(PATIENCE) == "failed"
     assert "Error: unknown parameter 'downtime-limt' (did you mean" in typed(
         client, "migrate_set_parameter downtime-limt 5"
     )
@@ -158,7 +159,7 @@ QUOTED = (
 
 def test_the_monitor_takes_a_command_in_quotes(client: QmpClient, engine: Engine, tmp_path: Path) -> None:
     typed(client, f'migrate -d "exec:printf \\"%s\\" x > {tmp_path}/out; cat > /dev/null; exit 7"')
-    assert engine.wait_outgoing(20) == "failed"
+    assert engine.wait_outgoing(PATIENCE) == "failed"
     assert "status 7" in typed(client, "info migrate")
     assert (tmp_path / "out").read_text() == "x"
 
@@ -205,7 +206,7 @@ def refused(client: QmpClient, *channels: object, **arguments: object) -> str:
 )
 def test_a_channel_is_the_uri_that_means_the_same(client: QmpClient, engine: Engine, address: object, uri: str) -> None:
     client.execute("migrate", {"channels": [address]})
-    assert engine.wait_outgoing(20) == "failed"
+    assert engine.wait_outgoing(PATIENCE) == "failed"
     assert client.execute("query-migrate")["error-desc"].startswith(f"{uri}: ")
 
 

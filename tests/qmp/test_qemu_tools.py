@@ -13,6 +13,7 @@ import pytest
 
 from corefw.engine import Engine
 from corefw.qmp.server import QmpServer
+from tests.helpers.engines import PATIENCE
 from tests.qmp.support import path_of
 
 qmp = pytest.importorskip("qemu.qmp", reason="needs the package qemu.qmp")
@@ -53,7 +54,7 @@ def test_the_client(engine: Engine, folder: Path, transport: str) -> None:
     with QmpServer(engine, where) as server:
         address = server.address
         asyncio.run(drive(path_of(address) if transport == "unix" else (address.host, address.port)))  # type: ignore[union-attr]
-        assert server.wait_quit(20)
+        assert server.wait_quit(PATIENCE)
 
 
 def shell(server: QmpServer, folder: Path, *lines: str, options: Sequence[str] = ()) -> str:

@@ -29,6 +29,7 @@ from corefw.qmp.client import QmpClient
 from corefw.qmp.connection import OUTPUT_LIMIT
 from corefw.qmp.server import QmpServer
 from corefw.uri import TcpAddress
+from tests.helpers.engines import PATIENCE
 from tests.qmp.support import RawClient, path_of
 from tests.qmp.test_json_stream import cut, jsonish
 
@@ -46,7 +47,7 @@ class Plugin:
     def corefw_commands(self, control: MigrationControl) -> Mapping[str, Callable[..., object]]:
         def wait() -> None:
             self.entered.set()
-            assert self.gate.wait(20)
+            assert self.gate.wait(PATIENCE)
 
         def add(first_number: int, second: float = 0.5, names: list[str] | None = None) -> object:
             return {"sum": first_number + second, "names": names, "engine": control.name}
@@ -320,7 +321,7 @@ def test_a_long_command_does_not_keep_other_clients_waiting(
     plugin: Plugin, client: RawClient, server: QmpServer
 ) -> None:
     client.send(b'{"execute": "x-wait"}')
-    assert plugin.entered.wait(20)
+    assert plugin.entered.wait(PATIENCE)
     with RawClient(path_of(server.address)) as other:
         assert other.ask(b'{"execute": "query-name"}') == {"return": {"name": "tiny"}}
         plugin.gate.set()
@@ -381,7 +382,7 @@ def test_a_client_that_does_not_read_replies_is_not_read_from(client: RawClient)
     with pytest.raises(BlockingIOError):
         while sent < 64 << 20:
             sent += client.socket.send(b'{"execute": "query-commands"}' * 100)
-    client.socket.settimeout(20)
+    client.socket.settimeout(PATIENCE)
     assert "return" in client.read()
 
 
@@ -390,7 +391,7 @@ def test_quit_answers_then_ends(engine: Engine, folder: Path) -> None:
         with RawClient(path_of(server.address)) as client, RawClient(path_of(server.address)) as other:
             assert not server.wait_quit(0)
             client.send(b'{"execute": "quit", "id": 1}')
-            assert server.wait_quit(20)
+            assert server.wait_quit(PATIENCE)
             server.close()
             event = client.read()
             assert (event["event"], event["data"]) == ("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})

@@ -18,7 +18,7 @@ from corefw.memory import userfault
 from corefw.memory.runs import runs_of_pages
 
 PLAIN = Path(__file__).parent / "programs" / "plain.py"
-PATIENCE = 30.0
+PATIENCE = 60.0
 STEPS = 41
 
 

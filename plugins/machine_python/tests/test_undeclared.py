@@ -217,7 +217,7 @@ def test_no_false_alarm(make: Make, what: str, caplog: pytest.LogCaptureFixture,
     ticked(engine)
     assert blocked(engine) == []
     engine.migrate(f"file:{tmp_path}/stream")
-    assert engine.wait_outgoing(30) is MigrationStatus.COMPLETED, query_migrate(engine)
+    assert engine.wait_outgoing(60) is MigrationStatus.COMPLETED, query_migrate(engine)
     assert [record.getMessage() for record in caplog.records if "would not move" in record.getMessage()] == []
 
 
@@ -227,7 +227,7 @@ def test_state_that_appears_while_the_migration_runs_stops_it_and_not_the_guest(
     engine.cont()
     assert blocked(engine) == []
     engine.migrate(f"file:{tmp_path}/stream")
-    assert engine.wait_outgoing(30) is MigrationStatus.FAILED
+    assert engine.wait_outgoing(60) is MigrationStatus.FAILED
     assert "state that would not move: self.saved (" in query_migrate(engine)["error-desc"]
     assert engine.machine.run_state == "running"
     ticked(engine)
@@ -240,7 +240,7 @@ def test_those_who_know_can_move_all_the_same(make: Make, caplog: pytest.LogCapt
     assert blocked(engine) == []
     assert "self.total" in caplog.text, "it is still said"
     engine.migrate(f"file:{tmp_path}/stream")
-    assert engine.wait_outgoing(30) is MigrationStatus.COMPLETED
+    assert engine.wait_outgoing(60) is MigrationStatus.COMPLETED
 
 
 @pytest.mark.parametrize("name", ["self.items", "self.total"])

@@ -28,7 +28,7 @@ from corefw.wire.records import (
 from corefw.wire.stream import MemorySink, StreamWriter
 from tests.helpers.engines import query_migrate
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 PAGE = 4096
 
 

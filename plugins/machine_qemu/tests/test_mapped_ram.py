@@ -41,7 +41,7 @@ from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWri
 from tests.golden.record import load
 from tests.helpers.engines import query_migrate
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 PAGE = 4096
 ALIGNMENT = 1 << 20
 Pages = Mapping[str, tuple[int, Mapping[int, int]]]

@@ -23,7 +23,7 @@ from corefw.wire.stream import MemorySource, StreamReader
 from tests.golden.record import RECORDINGS, load
 from tests.helpers.engines import query_migrate
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 TAKEN = [name for name in RECORDINGS if name not in ("pc-postcopy", "pc-compress", "pc-xbzrle", "pc-return-path")]
 """A file has no way back, and postcopy and the encodings of pages belong to other plugins."""
 

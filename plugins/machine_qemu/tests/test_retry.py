@@ -30,8 +30,8 @@ def test_another_guest_after_a_stream_that_was_cut(engine: Engine, tmp_path: Pat
     cut.write_bytes(gzip.decompress((GOLDEN / "pc.gz").read_bytes())[:-100])
     whole.write_bytes(gzip.decompress((GOLDEN / "microvm.gz").read_bytes()))
     engine.migrate_incoming(f"file:{cut}")
-    assert engine.wait_incoming(20) == "failed"
+    assert engine.wait_incoming(60) == "failed"
     assert not engine.machine.ram_blocks(), "a failed load keeps nothing"
     engine.migrate_incoming(f"file:{whole}")
-    assert engine.wait_incoming(20) == "completed", query_migrate(engine)
+    assert engine.wait_incoming(60) == "completed", query_migrate(engine)
     assert {block.idstr for block in engine.machine.ram_blocks()} != {"pc.ram"}
