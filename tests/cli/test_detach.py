@@ -16,7 +16,7 @@ import pytest
 
 from corefw.hosting.log import trim
 from tests.cli.conftest import SMALL, Engines
-from tests.helpers.cli import MIGFW, TIMEOUT, environment, migfw, start
+from tests.helpers.cli import MIGFW, TIMEOUT, environment, launch, migfw, start
 from tests.helpers.qemu import wait_until
 
 SLOW = """
@@ -182,20 +182,15 @@ sys.exit(main())
 def test_ctrl_c_ends_an_engine_that_does_not_react_to_it(detached: Detached, tmp_path: Path) -> None:
     program = tmp_path / "slow.py"
     program.write_text(SLOW)
-    command = subprocess.Popen(
-        [sys.executable, "-c", IMPATIENT, "run", "--detach", f"{program}:Slow"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(detached.runtime),
+    command = launch(
+        [sys.executable, "-c", IMPATIENT, "run", "--detach", f"{program}:Slow"], environment(detached.runtime)
     )
     log = detached.runtime / "migfw" / "slow.log"
     wait_until(lambda: log.exists() and "setting up" in log.read_text(), "the program's setup()")
     [engine] = detached.engines()
     os.kill(int(engine["pid"]), signal.SIGSTOP)
     command.send_signal(signal.SIGINT)
-    out, err = command.communicate(timeout=TIMEOUT)
+    out, err = command.finish()
     assert (command.returncode, out, err) == (130, "", "migfw: interrupted; nothing was started\n")
     assert not Path(f"/proc/{engine['pid']}").exists()
 
