@@ -1,7 +1,7 @@
-"""The best that this machine can give any migration: bytes through a socket, from memory to memory, and nothing else.
+"""A bare copy of memory through a socket: the lower bound for any migration on this machine.
 
-The memory, the network and the order of steps are those of a migration; there are no records, no dirty log and no
-engine. Where this takes longer per GiB for more GiB, so does everything.
+Memory, network and order of steps are those of a migration, but there are no records, no dirty log and no engine. If
+this takes longer per GiB for a larger guest, so does any migration.
 
 `python -m bench.bare BYTES` prints "ready", waits for a line, and prints how many seconds it took.
 """

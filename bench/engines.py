@@ -1,7 +1,7 @@
 """The processes that are measured: `migfw run` and QEMU, both driven by QMP's client over a UNIX socket.
 
 Both sides get the same work and the same settings: return-path on, so that "completed" means that the destination
-confirmed it, and no limit of bandwidth. However a run ends, its processes are ended and its files removed.
+confirmed it, and no bandwidth limit. However a run ends, its processes are ended and its files removed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PATIENCE: Final = 300.0
 
 PAGE: Final = 4096
 HERTZ: Final = 200
-"""Bursts a second, of both guests."""
+"""Bursts a second of either guest."""
 MARK: Final = 1024
 """Pages between two marks that QEMU's guest prints."""
 STRIDE: Final = 10_007
@@ -47,7 +47,7 @@ BASE: Final = 0x100000
 NOTES: Final = 0x10000
 NOTES_END: Final = 0x90000
 NOTES_HEADER: Final = struct.Struct("<IIQQII")
-"""Where and how guest.asm notes what waited."""
+"""Header of the notes in which guest.asm records touches that waited."""
 TIMER_PERIOD: Final = (1193182 // HERTZ) / 1193182
 
 UNLIMITED_QEMU: Final = 1 << 40
@@ -64,8 +64,8 @@ class Guest:
     """What runs: `ram` bytes that do not compress, `rate` bytes of pages dirtied in a second within the first
     `working_set` bytes; a rate of 0 for a guest that is paused.
 
-    With `touches` it touches so many pages of its working set in a burst, in a scattered order, and notes what waited;
-    only the working set is filled then.
+    With `touches` it touches that many pages of its working set in each burst, in a scattered order, and notes how long
+    each touch waited; only the working set is filled then.
     """
 
     ram: int
@@ -82,8 +82,8 @@ class Process:
     """One engine and the connection to it. Use it with `with`."""
 
     def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
-        """`folder` is its own: it is removed with it, and `folder/qmp` is the socket that `command` makes.
-        `environment` is added to ours."""
+        """Take over `folder`: it is removed at the end, and `folder/qmp` is the socket that `command` creates.
+        `environment` is added to our own."""
         self.folder: Final = folder
         self._log = (folder / "log").open("w+b")
         self._process = subprocess.Popen(
@@ -122,12 +122,12 @@ class Process:
             raise BenchError(f"'{command}' failed: {error} {self.said()}") from None
 
     def check(self) -> None:
-        """Raise BenchError when it has ended."""
+        """Raise BenchError if the process has ended."""
         if self._process.poll() is not None:
             raise BenchError(f"an engine ended: {self.said()}")
 
     def said(self) -> str:
-        """Its output's last line."""
+        """The last line of its output."""
         self._log.flush()
         lines = (self.folder / "log").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
@@ -176,7 +176,7 @@ class Side(ABC):
 
     @contextlib.contextmanager
     def source(self, guest: Guest) -> Iterator[Process]:
-        """With its guest's RAM filled, running or paused."""
+        """An engine with a guest that has filled its RAM, running or paused."""
         with self._start(guest, incoming=False) as (process, folder):
             self.fill(process, folder)
             if not guest.live:
@@ -185,7 +185,7 @@ class Side(ABC):
 
     @contextlib.contextmanager
     def destination(self, guest: Guest) -> Iterator[tuple[Process, str]]:
-        """Listening; and the URI to dial."""
+        """A listening engine, and the URI to dial."""
         with self._start(guest, incoming=True) as (process, _):
             uri = f"tcp:127.0.0.1:{free_port()}"
             process.call("migrate-incoming", uri=uri)
@@ -203,10 +203,10 @@ class Side(ABC):
 
     @abstractmethod
     def processor_seconds(self, process: Process) -> float:
-        """What an engine has used so far, without its guest."""
+        """Processor time of an engine so far, without its guest."""
 
     def measure_rate(self, guest: Guest, seconds: float) -> float:
-        """Bytes a second that such a guest really dirties."""
+        """Measure how many bytes a second such a guest really dirties."""
         with self._start(guest, incoming=False) as (process, folder):
             self.fill(process, folder)
             before, began = self.dirtied(process, folder), time.monotonic()
@@ -289,8 +289,8 @@ class Ours(Side):
 class Qemu(Side):
     """A PC under TCG with the guest of guest.asm, its RAM allocated before it starts.
 
-    QEMU's default, private memory, is faster than a memfd. `shared` asks for a memfd all the same, as our RAM is in
-    one, so that RssAnon tells what the engine has for itself.
+    QEMU's default, private memory, is faster than a memfd. `shared` asks for a memfd, as migfw uses, so that RssAnon
+    shows what the engine needs for itself.
     """
 
     name = "QEMU"
@@ -344,7 +344,7 @@ class Qemu(Side):
         wait_for("the guest to fill its RAM", filled)
 
     def await_allocation(self, process: Process) -> None:
-        """QEMU has done that before it answered (prealloc=on)."""
+        """Do nothing: QEMU has allocated it before it answers QMP (prealloc=on)."""
 
     def slow_touches(self, source: Process, destination: Process) -> NDArray[np.float64]:
         before, _ = read_notes(self._memory(source))
@@ -357,7 +357,7 @@ class Qemu(Side):
         return place.read_bytes()
 
     def processor_seconds(self, process: Process) -> float:
-        """The guest is a thread of the emulator."""
+        """Subtract the guest, which is a thread of the emulator."""
         guests = [one["thread-id"] for one in process.call("query-cpus-fast")]
         return processor_seconds(process.pid) - sum(processor_seconds(process.pid, thread) for thread in guests)
 

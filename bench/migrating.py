@@ -18,7 +18,7 @@ from bench.warming import GIB, warm
 END_SECONDS: Final = 300.0
 ENDED: Final = frozenset({"completed", "failed", "cancelled"})
 EXTRA: Final = 3 * GIB
-"""Bytes warmed beyond what the destination needs: meanwhile the host goes on taking free memory back."""
+"""Bytes to warm beyond what the destination needs, because the host keeps taking free memory back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Migration:
     total, setup, downtime   as the source reports them
     blackout      from the source's event STOP to the destination's RESUME; None for a paused guest
     ram           bytes of pages that were sent, without the zero ones
-    source_cpu, destination_cpu   processor time that the engine used; QEMU's emulated guest is in there
+    source_cpu, destination_cpu   processor time that the engine used, including QEMU's emulated guest
     """
 
     wall: float
@@ -75,7 +75,7 @@ def migrate(side: Side, guest: Guest) -> Migration:
 
 
 def migrate_between(source: Process, destination: Process, uri: str) -> Migration:
-    """As migrate(), between engines that are there already."""
+    """Do what migrate() does, between engines that exist already."""
     both = (source, destination)
     before = [processor_seconds(process.pid) for process in both]
     for process in both:

@@ -1,4 +1,4 @@
-"""A loopback network of the benchmark's own, so that both sides are under the same congestion control.
+"""Give the benchmark its own loopback network, so that both sides use the same congestion control.
 
 QEMU takes the host's default and migfw picks reno within a host, so on a host whose default is BBR a comparison on the
 usual loopback compares two congestion controls. In a network namespace the default is ours to choose, and both sides

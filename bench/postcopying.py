@@ -1,7 +1,7 @@
 """One migration that switches to postcopy at once, over tcp loopback between two fresh processes, and its figures.
 
-`migrate-start-postcopy` follows `migrate` without delay, so nearly all RAM is sent while the guest already runs on the
-destination, without a limit of bandwidth. The guest touches its pages in a scattered order meanwhile.
+`migrate-start-postcopy` follows `migrate` at once, so nearly all RAM is sent while the guest already runs on the
+destination, without a bandwidth limit. Meanwhile the guest touches its pages in a scattered order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bench.engines import BenchError, Guest, Process, Side
 from bench.migrating import follow, forget_events, ready
 
 SETTLED: Final = 1.2
-"""Seconds that the guest runs before: QEMU's measures the processor's clock meanwhile."""
+"""Seconds that the guest runs before the migration: QEMU's guest calibrates the processor's clock in that time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Postcopy:
     reported: Sequence[int]
 
     def latency(self, percent: float) -> float:
-        """Seconds that a touch waited which did; 0 if none did."""
+        """Percentile of how long touches waited, in seconds; 0 if none did."""
         return float(np.percentile(self.touches[:, 1], percent)) if len(self.touches) else 0.0
 
     def document(self) -> dict[str, Any]:

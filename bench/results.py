@@ -12,14 +12,14 @@ from typing import Any
 
 
 class Of(StrEnum):
-    """What a goal is about."""
+    """Which figure a goal limits."""
 
     OURS = "ours"
     RATIO = "ratio"
 
 
 class Bound(StrEnum):
-    """Which side of its limit is good."""
+    """Whether a goal's limit is a maximum or a minimum."""
 
     AT_MOST = "<="
     AT_LEAST = ">="
@@ -71,12 +71,12 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """None where there is no goal, or nobody to compare with."""
+        """None if there is no goal, or no QEMU to compare with."""
         return self.goal.met(self.ours, self.ratio) if self.goal else None
 
 
 class Shape(StrEnum):
-    """How a chart's points are drawn. DOTS are numbered runs, a LINE is a course, a SCATTER has many points."""
+    """How a chart's points are drawn: DOTS for numbered runs, a LINE over time, a SCATTER of many points."""
 
     LINE = "line"
     DOTS = "dots"
@@ -97,7 +97,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """All that a scenario found. `about` says how it was measured; `samples` has what the rows were made of."""
+    """All that a scenario found. `about` says how it was measured; `samples` are the data behind the rows."""
 
     name: str
     title: str

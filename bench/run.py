@@ -1,8 +1,8 @@
 """`make bench` and `make bench-full`: measure, print the table, write results.
 
-A scenario that cannot be measured says why, and the others are measured all the same. Only a full run replaces what is
-in bench/results. Ctrl-C ends everything that was started, and writes nothing. Exit status: 0 every goal that was
-measured is met, 1 one is not or a scenario failed, 2 wrong usage, 130 Ctrl-C.
+A scenario that cannot be measured says why, and the others still run. Only a full run replaces what is in
+bench/results. Ctrl-C ends everything that was started, and writes nothing. Exit status: 0 if every measured goal was
+met, 1 if one was missed or a scenario failed, 2 wrong usage, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _write(folder: Path, outcomes: Sequence[Outcome], machine: Mapping[str, str]
 
 
 def _say(text: str) -> None:
-    """Progress: on stderr, so that the table can be piped."""
+    """Print progress to stderr, so that the table can be piped."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,6 @@
 """Turns, pairs and medians; processor time and memory of a process.
 
-Runs alternate, A B A B ..., so that whatever else the machine does falls on both; each pair gives one ratio, and the
+Runs alternate, A B A B ..., so that whatever else the machine does affects both; each pair gives one ratio, and the
 median of the ratios is the result.
 """
 
@@ -54,7 +54,7 @@ def median(values: Iterable[float]) -> float:
 
 
 def processor_seconds(pid: int, thread: int | None = None) -> float:
-    """What a process, or a thread of it, has used so far, in user and in kernel mode."""
+    """Processor time of a process, or of one of its threads, so far, in user and in kernel mode."""
     fields = (
         Path(f"/proc/{pid}/stat" if thread is None else f"/proc/{pid}/task/{thread}/stat")
         .read_text()
@@ -65,7 +65,7 @@ def processor_seconds(pid: int, thread: int | None = None) -> float:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process: what it has for itself. Guest RAM in a memfd is shared memory and not in there."""
+    """RssAnon of a process: its private memory. Guest RAM in a memfd is shared memory, and not included."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         name, _, rest = line.partition(":")
         if name == "RssAnon":
@@ -75,7 +75,7 @@ def anonymous_bytes(pid: int) -> int:
 
 @dataclass(slots=True)
 class MemoryWatch:
-    """Looks at the anonymous memory of processes until it is left. `peaks` by pid; `history` in (seconds, bytes)."""
+    """Watch the anonymous memory of processes in a `with` block. `peaks` by pid; `history` in (seconds, bytes)."""
 
     pids: Sequence[int]
     period: float = 0.005

@@ -22,7 +22,7 @@ FREE_SECONDS: Final = 10.0
 
 
 class Effort(Enum):
-    """How much a run may take: a smoke test with small guests, ten minutes, or as long as it takes."""
+    """How long a run may take: a smoke test with small guests, ten minutes, or without a limit."""
 
     QUICK = "quick"
     USUAL = "usual"
@@ -31,7 +31,7 @@ class Effort(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """`pairs` of measured runs; `qemu` is None where it is not measured, and `lacking` says why; `say` reports
+    """`pairs` of measured runs; `qemu` is None if it is not measured, and `lacking` says why; `say` reports
     progress to the user."""
 
     pairs: int
@@ -42,7 +42,7 @@ class Bench:
     say: Callable[[str], None]
 
     def compare(self, run: Callable[[Side], T], describe: Callable[[T], str], times: int | None = None) -> Pairs[T]:
-        """`run` on either side in turns, `times` pairs. `describe` a run in a few words."""
+        """Call `run` for either side in turns, `times` pairs. `describe` a run in a few words."""
         count = 0
 
         def measured(side: Side) -> T:

@@ -1,7 +1,7 @@
-"""The guest of migfw in the postcopy scenarios: touches its pages in a scattered order, and notes how long each touch
-took that waited.
+"""The guest of migfw in the postcopy scenarios: it touches its pages in a scattered order, and records touches that
+waited.
 
-It does what bench/guest.asm does with STRIDE. The notes go into a file, whose place differs between the two sides.
+It does what bench/guest.asm does with STRIDE. The records go into a file; source and destination have one each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PAGE: Final = 4096
 PERIOD: Final = 0.005
 """Seconds between two bursts, as in guest.asm."""
 SLOW: Final = 13_000
-"""Nanoseconds: longer than a touch that waits for nothing. guest.asm has it in cycles."""
+"""Nanoseconds: longer than any touch that does not wait. guest.asm has it in cycles."""
 
 
 def _shape(options: Any) -> tuple[int, int]:
@@ -26,7 +26,7 @@ def _shape(options: Any) -> tuple[int, int]:
 
 
 class Touching(guest.Program):
-    """Fills a part of its RAM and goes on touching that."""
+    """Fills a part of its RAM and keeps touching that part."""
 
     ram_option = guest.option("ram", "1G", kind=guest.size, help="bytes of RAM")
     filled_option = guest.option("filled", "1G", kind=guest.size, help="bytes that are filled and touched")

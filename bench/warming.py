@@ -1,9 +1,9 @@
-"""Has the host back memory before it is used in a measurement.
+"""Make the host allocate memory before a measurement uses it.
 
-Where this machine is itself a virtual one, memory that was never touched, or that was given back, costs its host
-seconds per GiB at the first touch, and the first process to touch it would pay for that. So before every measured run a
-process touches as much as both sides will use, and ends. It asks for huge pages: a host takes those back first, QEMU's
-guest RAM is made of them, and the kernel splits them where small pages are wanted.
+If this machine is a virtual one, the first touch of memory that was never used, or was given back, costs its host
+seconds per GiB, and the first process to touch it would pay for that. So before every measured run a process touches as
+much as both sides will use, and ends. It asks for huge pages: a host takes those back first, QEMU's guest RAM is made
+of them, and the kernel splits them where small pages are needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 
 SPARE: Final = 512 * MIB
-"""Bytes left for everything else on the machine."""
+"""Bytes to leave for everything else on the machine."""
 
 _PROGRAM: Final = """
 import mmap, sys
@@ -28,7 +28,7 @@ memory.madvise(23)  # MADV_POPULATE_WRITE, Linux 5.14
 
 
 def available() -> int:
-    """Bytes that could be had without swapping."""
+    """Bytes that can be allocated without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, rest = line.partition(":")
         if name == "MemAvailable":
@@ -37,7 +37,7 @@ def available() -> int:
 
 
 def warm(size: int) -> None:
-    """Touch `size` bytes, or as many as there are, and let them go."""
+    """Touch `size` bytes, or as many as are available, and free them."""
     size = min(size, available() - SPARE) // MIB * MIB
     if size > 0:
         subprocess.run([sys.executable, "-c", _PROGRAM, str(size)], check=True)

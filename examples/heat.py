@@ -21,7 +21,7 @@ class Heat(guest.Program):
         self.step += 1
 
     def verify(self) -> dict[str, float]:
-        # Left and right are alike, and the edge stays hot: a page that was lost on the way shows.
+        # The plate is symmetric and its edge stays hot, so a lost page shows.
         if (self.grid[0] != 100.0).any() or not np.allclose(self.grid, self.grid[:, ::-1]):
             raise AssertionError(f"the plate is damaged at step {self.step}")
         return {"step": self.step, "mean": float(self.grid.mean())}

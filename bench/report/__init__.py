@@ -1,1 +1,1 @@
-"""What becomes of outcomes: a table on the terminal, a JSON document, an HTML page that needs nothing else."""
+"""Reports of outcomes: a table on the terminal, a JSON document, and a self-contained HTML page."""

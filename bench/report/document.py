@@ -10,7 +10,7 @@ from bench.results import Outcome
 
 FORMAT: Final = 1
 DIGITS: Final = 6
-"""Significant ones; what is measured here does not have more."""
+"""Significant digits; the measurements have no more."""
 
 
 def render(outcomes: Sequence[Outcome], facts: Mapping[str, str], date: str) -> str:

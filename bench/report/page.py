@@ -1,4 +1,4 @@
-"""The HTML page: the table, the charts and what they were measured on, in one file."""
+"""The HTML page: the table, the charts and the machine that they were measured on, in one file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Charts as SVG text, for a page without scripts and without files beside it."""
+"""Charts as SVG text, for a page without scripts or other files."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ VERDICTS: Final = {True: "[green]yes[/]", False: "[bold red]no[/]", None: ""}
 
 
 def print_table(outcomes: Sequence[Outcome]) -> None:
-    """One line a row; elsewhere than on a terminal without colours, and wide enough not to be cut."""
+    """Print one line per row. If stdout is not a terminal: without colours, and wide enough that nothing is cut."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
@@ -47,7 +47,7 @@ def cells(row: Row) -> tuple[str, str, str, str, str]:
 
 
 def number(value: float) -> str:
-    """Three digits that matter: 2345, 234, 23.4, 2.34, 0.234."""
+    """Format with three significant digits: 2345, 234, 23.4, 2.34, 0.234."""
     size = abs(value)
     if size >= 100:
         return f"{value:.0f}"

@@ -29,19 +29,19 @@ PHASES: Final = ((100_000_000, 3.0), (20_000_000, 3.0), (100_000_000, 3.0))
 CHUNK: Final = 1 << 18
 END_SECONDS: Final = 10.0
 TIMES: Final = {Effort.QUICK: 1, Effort.USUAL: 1, Effort.FULL: 3}
-"""Runs, of which the median counts: a stall of the machine itself is no fault of the pacing. The worst is shown too."""
+"""Number of runs. Their median counts, because the machine itself may stall. The worst is shown too."""
 
 
 @dataclass(slots=True)
 class Sink:
-    """A receiver that notes when how many bytes came. `times` (of time.monotonic) and `counts` go together."""
+    """A receiver that records when bytes arrive, and how many. `times` (of time.monotonic) and `counts` correspond."""
 
     listener: socket.socket
     times: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
 
     def receive(self) -> None:
-        """Until the sender ends. In a thread of its own."""
+        """Receive until the sender ends. Runs in a thread of its own."""
         buffer = bytearray(CHUNK)
         with contextlib.suppress(OSError):
             connection, _ = self.listener.accept()
@@ -103,7 +103,7 @@ def measure(bench: Bench) -> Outcome:
 
 
 def _worst_run(found: Pairs[Found]) -> Row:
-    """What the medians hide. No goal: it may have been the machine."""
+    """The worst run, which the medians hide. It has no goal, because the machine may have stalled."""
     theirs = max((one.worst_of_all for one in found.qemu), default=None)
     return Row("worst second of the worst run", "% off", max(one.worst_of_all for one in found.ours), theirs)
 

@@ -24,7 +24,7 @@ LIMIT: Final = 5.0
 TIMES: Final = 15
 PAGE: Final = 4096
 EVERY: Final = {"nothing is dirty": 0, "sparse: one page in 1000 is dirty": 1000}
-"""A log with few pages in it, as it is after a pass; what the goal is about."""
+"""The goal is for a log with few pages in it, as after a pass."""
 DENSE: Final = {"one page in 5 is dirty": 5}
 
 

@@ -1,4 +1,4 @@
-"""How long does it take to move a guest that goes on writing, and how long does it stand still?"""
+"""How long does it take to move a guest that keeps writing, and how long is it stopped?"""
 
 from __future__ import annotations
 

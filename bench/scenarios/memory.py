@@ -23,7 +23,7 @@ RATE: Final = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """Of both engines in one migration, in bytes; the curves in (seconds, bytes)."""
+    """Peak memory of both engines in one migration, in bytes; the curves are (seconds, bytes)."""
 
     source: int
     destination: int
@@ -90,7 +90,7 @@ def _rows(what: str, ours: Peaks, theirs: Peaks | None) -> list[Row]:
 
 
 def _fractions(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Time as a part of the whole, so that sizes can be laid over each other; at most 200 points."""
+    """Scale time to fractions of the whole, so that curves of different guests overlap; at most 200 points."""
     end = curve[-1][0] or 1.0
     step = max(1, len(curve) // 200)
     return [(seconds / end, count / MIB) for seconds, count in curve[::step]]

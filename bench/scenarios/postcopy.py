@@ -1,4 +1,4 @@
-"""How long does a guest wait for a page in postcopy, and when has all of it arrived?"""
+"""How long does a guest wait for a page in postcopy, and when has all of its RAM arrived?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BURST: Final = 8
 MEDIAN: Final = 0.3
 """Milliseconds: the goal for the median."""
 PROCESSOR: Final = 0.5
-"""Times QEMU's processor time of the destination."""
+"""Goal for the destination's processor time, as a fraction of QEMU's."""
 POINTS: Final = 2000
 """Points of a chart, at most."""
 
@@ -34,7 +34,7 @@ def measure(bench: Bench) -> Outcome:
 
 
 def outcome(pairs: Pairs[Postcopy], ram: int, notes: Sequence[str]) -> Outcome:
-    """Of guests with `ram` bytes."""
+    """The outcome for guests with `ram` bytes."""
     rows = [
         Row("page fault seen by the guest, p50", "ms", *_pooled(pairs, 50), at_most(MEDIAN)),
         Row("the same, as times QEMU's", "ms", *_pooled(pairs, 50), no_more_than_qemu()),

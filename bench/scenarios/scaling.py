@@ -22,7 +22,7 @@ SIZES: Final = {
 }
 TIMES: Final = 5
 NOISE: Final = 1.05
-"""What counts as no growth: medians of a few runs differ by as much."""
+"""Growth up to this factor does not count: medians of a few runs differ by as much."""
 
 
 def measure(bench: Bench) -> Outcome:
@@ -49,7 +49,7 @@ def measure(bench: Bench) -> Outcome:
 def outcome(
     runs: Mapping[int, Sequence[Migration]], copies: Mapping[int, Sequence[float]], notes: Sequence[str]
 ) -> Outcome:
-    """`runs` by bytes of RAM, and beside each the seconds per GiB of a bare copy."""
+    """The outcome of `runs`, keyed by bytes of RAM, each with the seconds per GiB of a bare copy."""
     spent = {ram: [one.seconds_per_gib * 1e3 for one in found] for ram, found in runs.items()}
     middle = {ram: median(found) for ram, found in spent.items()}
     best = {ram: min(found) for ram, found in spent.items()}

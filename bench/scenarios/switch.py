@@ -1,4 +1,4 @@
-"""How long does a guest stand still when it is switched to postcopy, and does that grow with its RAM?"""
+"""How long is a guest stopped at a switch to postcopy, and does that grow with its RAM?"""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SIZES: Final = {
     Effort.FULL: (512 * MIB, GIB, 2 * GIB, 4 * GIB, 8 * GIB),
 }
 FILLED: Final = 64 * MIB
-"""Bytes that the guest has filled. The rest is zero: it is on the source's list all the same."""
+"""Bytes that the guest fills. The rest is zero, but still has to be on the source's list."""
 BURST: Final = 1
 GROWTH: Final = 1.5
-"""What counts as no growth from the smallest guest to the largest, of figures of a few milliseconds."""
+"""Growth up to this factor from the smallest guest to the largest does not count: the times are a few milliseconds."""
 
 
 def measure(bench: Bench) -> Outcome:
@@ -43,7 +43,7 @@ def _move(ram: int, side: Side) -> Postcopy:
 
 
 def outcome(runs: Mapping[int, Pairs[Postcopy]], notes: Sequence[str]) -> Outcome:
-    """`runs` by bytes of RAM."""
+    """The outcome of `runs`, keyed by bytes of RAM."""
     stopped = {ram: pairs.median(lambda one: one.blackout * 1e3) for ram, pairs in runs.items()}
     rows = [
         Row(f"guest stopped, {format_size(ram)}", "ms", *found, no_more_than_qemu()) for ram, found in stopped.items()

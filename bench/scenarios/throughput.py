@@ -13,7 +13,7 @@ from bench.warming import GIB, MIB
 
 NAME: Final = "throughput"
 BAR: Final = 1.2
-"""Times QEMU's throughput."""
+"""Goal, as a multiple of QEMU's throughput."""
 
 
 def measure(bench: Bench) -> Outcome:

@@ -124,7 +124,7 @@ def goes_on(guest: UnicornMachine, before: int) -> None:
 def test_a_running_guest_moves_and_loses_no_write(
     engine: MakeEngine, kind: LogKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There and back again, in several passes each way: each counter has exactly the writes that the registers say."""
+    """Move there and back, in several passes each way: each counter has exactly the writes that the registers say."""
     if kind is LogKind.PAGEMAP and (reason := pagemap.unsupported()):
         pytest.skip(reason)
     monkeypatch.setenv(VARIABLE, kind)
@@ -145,7 +145,7 @@ def test_a_running_guest_moves_and_loses_no_write(
 
 
 def test_what_moves_is_what_was_there(engine: MakeEngine) -> None:
-    """A guest that is paused arrives with the same registers, code and counters."""
+    """A paused guest arrives with the same registers, code and counters."""
     here, there = engine(False), engine(True)
     here.cont()
     assert wait_until(lambda: writes(guest_of(here)) > 1000)

@@ -50,7 +50,7 @@ def test_contract(check: str, size: int) -> None:
             return FileSaver(str(source))
 
         def change(_saver: FileSaver) -> None:
-            """Somewhere in the middle, and at the end."""
+            """Write to the file, in the middle and at the end."""
             with source.open("r+b") as file:
                 file.seek(size // 2)
                 file.write(b"changed")
@@ -199,7 +199,7 @@ def test_a_migration_that_fails_leaves_the_old_file(pair: Pair, tmp_path: Path) 
 
 @contextmanager
 def files_limited(size: int) -> Iterator[None]:
-    """The nearest to a full disk that an ordinary user can make: longer files are refused, with EFBIG."""
+    """Limit the size of files, which fails with EFBIG: an ordinary user cannot fill the disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,4 @@
-"""The journal plugin: the contract kit, and what is particular to it."""
+"""The journal plugin: the contract kit, and the plugin's own behaviour."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HERE = socket.gethostname()
 
 @pytest.fixture
 def settings() -> Settings:
-    """With the plugin's capability, switched on."""
+    """Settings with the plugin's capability switched on."""
     return enabled()
 
 

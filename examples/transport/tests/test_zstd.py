@@ -140,7 +140,7 @@ def test_a_bomb_is_decompressed_as_it_is_asked_for(ends: tuple[Channel, Channel]
 
 
 def test_frames_without_content_do_not_make_a_wait_longer(ends: tuple[Channel, Channel]) -> None:
-    """A peer that sends them without end is as silent as one that sends nothing."""
+    """A peer that keeps sending empty frames counts as silent."""
     plain, channel = ends
 
     def flood() -> None:

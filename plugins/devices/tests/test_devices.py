@@ -1,4 +1,4 @@
-"""The devices plugin: one section for each device and one for the run state, and both keep the contract."""
+"""The devices plugin: one section for each device and one for the run state; both keep the contract."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def clock(**values: Any) -> SimpleNamespace:
 
 
 class Panel(Machine):
-    """A machine that is all devices: nothing runs, there is no RAM."""
+    """A machine with devices only: nothing runs, and there is no RAM."""
 
     kind = "panel"
     name = "panel-1"
@@ -67,7 +67,7 @@ class Panel(Machine):
         self.run_state = state
 
     def watch(self, observer: Callable[[RunState, RunState], None]) -> None:
-        """It changes only when it is told to, and nobody here asks."""
+        """Do nothing: no test here watches the run state."""
 
     def information(self) -> Mapping[str, object]:
         return {"ram": {}}
@@ -77,7 +77,7 @@ class Panel(Machine):
 
 
 class ParkedPanel(Panel, ParkingMachine):
-    """One that keeps streams as they came."""
+    """A panel that keeps device sections undecoded."""
 
     def adopt_sections(self, name: str, stream_format: StreamFormat, reader: StreamReader, live: WaitReadable) -> None:
         raise MachineError("nothing is parked in this test")
@@ -201,7 +201,7 @@ def test_device_that_cannot_migrate_says_why() -> None:
 
 
 def test_state_is_asked_for_when_it_is_sent() -> None:
-    """A machine may make its devices' states when it stops."""
+    """A machine may create the state objects of its devices only when it stops."""
     machine = Panel(Device("clock", 0, CLOCK, clock(time=1)))
     saver = savers(machine).find(SectionKey("clock", 0))
     assert isinstance(saver, DeviceSaver)
@@ -280,7 +280,7 @@ def test_without_store_global_state_only_unusual_states_are_sent(run_state: RunS
 
 
 def test_what_stands_behind_the_nul_is_free() -> None:
-    """QEMU from 8.2 on has flags there."""
+    """QEMU 8.2 and later send flags there."""
     assert load(b"\0\0\0\7paused\0".ljust(60, b"\1").ljust(104, b"\0")).run_state() is RunState.PAUSED
 
 

@@ -1,4 +1,4 @@
-"""The section keeps every promise of corefw.section while a guest writes to its disks."""
+"""The section keeps the contract of corefw.section while a guest writes to its disks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS.set_capabilities({"dirty-bitmaps": True})
 
 
 class OwningSaver(BitmapSaver):
-    """A saver that the test can ask for the machine behind it."""
+    """A saver that gives the test access to its machine."""
 
     def __init__(self, machine: DiskMachine) -> None:
         super().__init__(machine, SETTINGS)
@@ -48,7 +48,7 @@ def destination() -> OwningLoader:
 
 
 def guest_writes(owner: OwningSaver) -> None:
-    """Once more to where it wrote already, and behind that."""
+    """Write again to where the guest has written, and after that place."""
     for disk in owner.machine.disks:
         first = disk.bitmap("backup").count()
         disk.write(first, first + 10_000)

@@ -1,4 +1,4 @@
-"""What a hostile or broken stream brings: a clear error, and no bitmap that could be taken for a complete one."""
+"""A hostile or broken stream causes a clear error, and leaves no bitmap that looks complete."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_parked_machine_allocates_nothing_for_what_did_not_come(records: list[
 
 
 def test_records_that_overlap_take_no_more_memory_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each begins one word behind the one before, and has eight words."""
+    """Each record has eight words, and begins one word after the previous one."""
     monkeypatch.setattr("corefw_dirty_bitmap.load.MAX_BITS", 100)
     again = [bits(0, 512, bytes(64))] * 9
     with DiskMakingMachine() as machine:
@@ -116,7 +116,7 @@ def test_a_chunk_that_comes_again_replaces_the_first() -> None:
 
 
 def test_what_the_guest_writes_meanwhile_is_kept() -> None:
-    """As with QEMU's successors, a bitmap may arrive after the guest runs. One that is disabled records nothing."""
+    """A bitmap may arrive after the guest has started, as in QEMU. A disabled one records nothing."""
     with DiskMachine(disk := Disk("disk", MIB), incoming=True) as machine:
         loader = load(machine, [start(), start(bitmap="off", flags=StartFlag(0)), EOS])
         assert all(one.busy for one in disk.bitmaps)
@@ -139,7 +139,7 @@ def test_a_bitmap_that_is_not_complete_is_inconsistent_and_removed_if_the_guest_
 
 
 def test_without_the_rest_a_parked_machine_has_inconsistent_bitmaps() -> None:
-    """So that they are missed."""
+    """The user has to notice that they are incomplete."""
     with DiskMakingMachine() as machine:
         loader = load(machine, [start(), start(bitmap="c"), bits(0, 2048), COMPLETE, start(bitmap="none"), EOS])
         loader.connection_lost()
@@ -151,11 +151,11 @@ def test_without_the_rest_a_parked_machine_has_inconsistent_bitmaps() -> None:
 # -- after a break: either all bits are right, or the bitmap is inconsistent -------------------------------------------
 
 FIRST, REST = bits(0, 1024, word(3)), bits(1024, 1024, word(5))
-"""Both halves of a bitmap with granularity 8 KiB, and a bit in each."""
+"""Both halves of a bitmap with granularity 8 KiB, with one bit set in each."""
 
 
 def resumed(before: Iterable[BitmapRecord], after: Iterable[BitmapRecord]) -> dict[tuple[str, str], object]:
-    """What becomes of the bitmaps of a parked machine: where they are dirty, None for an inconsistent one."""
+    """The bitmaps of a parked machine afterwards: where they are dirty, or None for an inconsistent one."""
     with DiskMakingMachine() as machine:
         loader = load(machine, [*before, EOS])
         loader.connection_lost()
@@ -185,13 +185,13 @@ WHOLE = [[3 * 8192, 4 * 8192], [(64 + 5) * 8192, (64 + 6) * 8192]]
     ],
 )
 def test_a_single_bitmap_goes_on(before: list[BitmapRecord], after: list[BitmapRecord], expected: object) -> None:
-    """A QEMU leaves its name out. It does not tell a parked machine how long the node is, so more may be missing."""
+    """A QEMU leaves the name out. A parked machine does not know how long the node is, so more may be missing."""
     begun = start(granularity=8192)
     assert resumed([begun, *before], after) == {("disk", "b"): expected}
 
 
 def test_bits_of_a_bitmap_that_is_not_named_are_dropped() -> None:
-    """They may be those of another bitmap than the last one that was named before the break."""
+    """They may belong to another bitmap than the last one that was named before the break."""
     begun = [start(granularity=8192), start(bitmap="c", granularity=8192), start("other", "b", granularity=8192)]
     before = [named(FIRST, "b", "disk"), REST, named(FIRST, "c")]
     after = [REST, named(FIRST, "b", "other"), REST, named(COMPLETE, "b", "disk"), named(COMPLETE, "c")]
@@ -213,7 +213,7 @@ def test_the_length_of_the_disk_shows_that_nothing_is_missing() -> None:
 
 
 def test_an_empty_disk_has_empty_bitmaps() -> None:
-    """QEMU sends a record of no sectors for it."""
+    """QEMU sends a record with zero sectors for it."""
     with DiskMakingMachine() as machine:
         load(machine, [start(), bits(0, 0), COMPLETE, EOS])
         assert [(key, state[4]) for key, state in state_of(machine).items()] == [(("disk", "b"), 0)]

@@ -1,4 +1,4 @@
-"""The parameter block-bitmap-mapping: QEMU's errors, and what each side does with it."""
+"""The parameter block-bitmap-mapping: QEMU's errors, and its effect on each side."""
 
 from __future__ import annotations
 

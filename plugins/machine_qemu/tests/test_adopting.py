@@ -1,4 +1,4 @@
-"""The end of a device state is found from its bytes: at once, after a moment, or not, and never too early."""
+"""The end of a device state is recognized by its bytes: at once, after a moment, or not, and never too early."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.golden.record import load
 
 
 class Source:
-    """A peer that sends `data` in chunks and then either ends its stream or waits for an answer."""
+    """Sends `data` in chunks, and then either ends the stream or waits for an answer."""
 
     def __init__(self, data: bytes, *, chunk: int = 1 << 15, ends: bool = False) -> None:
         self._data = data
@@ -91,7 +91,7 @@ def test_a_part_is_never_taken_for_the_whole(name: str, ends: bool) -> None:
     data = device_state(name)
     eof = data.rindex(b"\0\6") if "no-description" not in name else len(data) - 1
     for length in [*range(1, len(data) - 1, max(1, len(data) // 200)), eof, len(data) - 1]:
-        # A stream that stops behind EOF has lost its description and nothing else; without footers nobody can tell.
+        # A stream that stops after EOF has lost only its description; without footers that cannot be known.
         if length == eof + 1 or (name == "pc-no-footers" and data[length - 1] == 0):
             continue
         source = Source(data[:length], ends=ends)
@@ -103,7 +103,7 @@ def test_a_part_is_never_taken_for_the_whole(name: str, ends: bool) -> None:
 
 
 class Pausing(Source):
-    """A source that makes a pause somewhere."""
+    """A source that pauses once."""
 
     def __init__(self, data: bytes, pause: int) -> None:
         super().__init__(data)
@@ -117,7 +117,7 @@ class Pausing(Source):
 
 
 def test_a_pause_where_the_bytes_look_like_an_end_is_none() -> None:
-    """In the middle of a section: 0x7e, any four bytes, and a zero."""
+    """0x7e, any four bytes and a zero in the middle of a section look like a footer and EOF."""
     data = b"\4\0\0\0\2\3clk\0\0\0\0\0\0\0\1" + b"abc\x7e\1\2\3\4\0def" + b"\x7e\0\0\0\2" + b"\0"
     source = Pausing(data, data.index(b"def"))
     state = take_device_state(StreamReader(source), True, source.live)
@@ -150,7 +150,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_no_device_section_cannot_be_kept() -> None:
-    """A command has a meaning that a copy of it would not have."""
+    """A command cannot be kept: sent again, it would have another meaning."""
     with pytest.raises(RemoteStreamError, match="device sections"):
         cut_device_state(b"\x08\0\2\0\4\0\0\0\1\0", 0, footers=True)
 
@@ -159,7 +159,7 @@ def test_what_is_no_device_section_cannot_be_kept() -> None:
 
 
 def packaged() -> bytes:
-    """The device sections of a real QEMU's package: what stands between LISTEN, and PING 3 and RUN."""
+    """The device sections of a real QEMU's package, between LISTEN and PING 3."""
     for item in decode(StreamReader(MemorySource(load("pc-postcopy")))):
         if isinstance(item, items.Package):
             return item.data[5:-14]

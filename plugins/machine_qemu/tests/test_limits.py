@@ -1,4 +1,4 @@
-"""What a stream may take of the host: nothing stays allocated when a load fails, and limits hold before anything is."""
+"""Limits on a stream: they are checked before anything is allocated, and a failed load leaves nothing allocated."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ PAGE = 4096
 
 
 def stream(blocks: int, pages: int, filled: int = 0) -> bytes:
-    """The start of a stream with `blocks` RAM blocks of `pages` each; `filled` pages of the first are all ones. Then
-    it is cut."""
+    """The start of a stream with `blocks` RAM blocks of `pages` each, cut after `filled` pages of ones in the first."""
     sink = MemorySink()
     writer = StreamWriter(sink)
     write_header(writer)

@@ -1,6 +1,6 @@
-"""Files of a QEMU with the capability mapped-ram: what is in them, what is refused, and what a parked machine sends on.
+"""Files of a QEMU with the capability mapped-ram: they are inspected, parked or refused, and sent on.
 
-The files are put together here, with the devices of a recorded stream behind the RAM; tests/interop has real ones.
+The files are built here, with the devices of a recorded stream after the RAM; tests/interop has real ones.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ GUEST: Pages = {"pc.ram": (300, {0: 1, 1: 2, 2: 3, 70: 4, 299: 5}), "rom": (3, {
 
 
 def capabilities(*names: str) -> bytes:
-    """The configuration's subsection that names them."""
+    """The subsection of the configuration that names the capabilities."""
     head = b"\x05\x1aconfiguration/capabilities" + BE32.pack(1)
     return head + BE32.pack(len(names)) + b"".join(bytes((len(name),)) + name.encode() for name in names)
 
 
 def devices() -> bytes:
-    """The recorded machine's device sections and all behind them."""
+    """The recorded machine's device sections, up to the end of the stream."""
     data = load("pc")
     first = next(
         item.offset
@@ -68,7 +68,7 @@ def devices() -> bytes:
 
 
 def mapped(guest: Pages, *names: str, origin: int = 0) -> bytes:
-    """A whole file with the stream from `origin` on."""
+    """A whole file whose stream begins at `origin`."""
     sink = MemorySink()
     writer = StreamWriter(sink)
     writer.write(bytes(origin))
@@ -164,7 +164,7 @@ def test_a_file_through_a_pipe(tmp_path: Path) -> None:
 
 
 def test_a_block_of_many_pages(tmp_path: Path) -> None:
-    """More than are looked at at once, with runs across the borders."""
+    """More pages than are examined at once, with runs across the borders."""
     pages = {page: page % 251 + 1 for page in (*range(32760, 32775), 65535, 65536, 66000)}
     (tmp_path / "mapped").write_bytes(mapped({"pc.ram": (66001, pages)}))
     with parking() as engine:

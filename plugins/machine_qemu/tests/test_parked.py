@@ -1,4 +1,4 @@
-"""A parked machine: its options, what it refuses, and streams of a real QEMU that go in and come out the same."""
+"""A parked machine: its options, what it refuses, and streams of a real QEMU that come out as they went in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.engines import query_migrate
 
 PATIENCE = 60.0
 TAKEN = [name for name in RECORDINGS if name not in ("pc-postcopy", "pc-compress", "pc-xbzrle", "pc-return-path")]
-"""A file has no way back, and postcopy and the encodings of pages belong to other plugins."""
+"""Recordings that load from a file. A return path needs a connection; other tests cover postcopy and encoded pages."""
 
 
 def machine(**options: str) -> ParkedMachine:
@@ -112,7 +112,7 @@ def take_in(engine: Engine, data: bytes, folder: Path) -> MigrationStatus:
 
 
 def devices(data: bytes) -> bytes:
-    """All from the first device section on."""
+    """Everything from the first device section on."""
     for item in decode(StreamReader(MemorySource(data))):
         if isinstance(item, items.Uncut) or (isinstance(item, items.Section) and item.header.type is SectionType.FULL):
             return data[item.offset :]
@@ -120,7 +120,7 @@ def devices(data: bytes) -> bytes:
 
 
 def memory(data: bytes) -> dict[tuple[str, int], bytes]:
-    """The last contents of every page that is not zero."""
+    """The final contents of every page that is not zero."""
     pages = {}
     for item in decode(StreamReader(MemorySource(data))):
         if isinstance(item, items.Ram) and item.block is not None:
@@ -192,14 +192,14 @@ SWITCHOVER_START = bytes((SectionType.COMMAND, 0, Command.SWITCHOVER_START, 0, 0
 
 
 def end_of_ram(data: bytes) -> int:
-    """Where the END section of the RAM begins."""
+    """The offset of the RAM's END section."""
     found = decode(StreamReader(MemorySource(data)))
     return next(item.offset for item in found if isinstance(item, items.Part) and item.type is SectionType.END)
 
 
 @pytest.mark.parametrize("announced", [True, False])
 def test_switchover_start_goes_out_only_where_it_came(announced: bool, tmp_path: Path) -> None:
-    """Machine types from 10.0 on send it, and a QEMU that does not know it fails on it."""
+    """Machine types from 10.0 on send it, and older QEMUs fail on it."""
     data = load("pc")
     at = end_of_ram(data)
     with parking() as engine:

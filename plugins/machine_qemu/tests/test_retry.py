@@ -1,4 +1,4 @@
-"""A parked machine's place, after a stream that failed, takes any other guest."""
+"""After a failed stream, a parked machine accepts any other guest."""
 
 from __future__ import annotations
 

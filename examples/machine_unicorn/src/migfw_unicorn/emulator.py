@@ -16,11 +16,11 @@ from corefw.errors import MachineError
 from migfw_unicorn.registers import NUMBERS, Registers
 
 SLICE: Final = 200_000
-"""Instructions; some 20 ms."""
+"""Instructions in a slice: about 20 ms."""
 
 
 class Emulator:
-    """An x86-64 CPU with one piece of RAM: `length` bytes at `base`, which are those at `address` in this process."""
+    """An x86-64 CPU with `length` bytes of RAM at `base`, which are at `address` in this process."""
 
     def __init__(self, base: int, length: int, address: int) -> None:
         self._end = base + length
@@ -28,14 +28,14 @@ class Emulator:
         self._uc.mem_map_ptr(base, length, UC_PROT_ALL, address)
 
     def run_slice(self) -> None:
-        """Go on where the CPU stands. Holds no Python lock meanwhile. Raises MachineError, for good."""
+        """Run one slice from where the CPU stopped, without holding the GIL. Raises MachineError if it cannot go on."""
         try:
             self._uc.emu_start(self._uc.reg_read(UC_X86_REG_RIP), self._end, count=SLICE)
         except UcError as error:  # a jump or an access to where there is no RAM
             raise MachineError(f"the CPU has stopped: {error}") from None
 
     def load(self, registers: Registers) -> None:
-        """Continue from here. What is in RAM now counts, and not what was compiled from it earlier."""
+        """Set the registers. Discards code compiled from earlier contents of RAM."""
         for name, number in NUMBERS.items():
             self._uc.reg_write(number, getattr(registers, name))
         self._uc.ctl_flush_tb()

@@ -1,8 +1,8 @@
 """UnicornMachine: RAM in a memfd, the CPU in a thread of the engine's process.
 
-The memfd is mapped twice. The emulator runs on a mapping of its own, which the dirty log watches; the engine reads and
-writes the other one. What the engine loads therefore never looks like a write of the guest, and every write of the
-guest is in the log: the emulator's compiled code stores straight into its mapping, and the kernel notes the page.
+The memfd is mapped twice. The emulator runs on a mapping of its own, which the dirty log watches; the engine uses the
+other one. So what the engine loads never looks like a write of the guest. The log has every write of the guest: the
+emulator's compiled code stores into its mapping, and the kernel marks the page.
 
 While it emulates, unicorn holds no Python lock, so the guest computes while the engine sends.
 """
@@ -73,7 +73,7 @@ class UnicornMachine(VerifiableMachine):
         return {"ram": {self._block.idstr: self._block.length}, **error}
 
     def verify(self) -> Mapping[str, object]:
-        """Check every counter in RAM against the registers. A guest that runs is held for the while."""
+        """Check every counter in RAM against the registers. A running guest is stopped meanwhile."""
         runs = self._run_state is RunState.RUNNING
         if runs:
             self._hold()
@@ -110,7 +110,7 @@ class UnicornMachine(VerifiableMachine):
         self._observers.append(observer)
 
     def _change(self, new: RunState) -> None:
-        """No state follows that of a guest that has ended."""
+        """Change the run state, unless the guest has ended."""
         with self._changing:
             old = self._run_state
             if old is new or old in DEAD:
@@ -129,7 +129,7 @@ class UnicornMachine(VerifiableMachine):
         self._thread.start()
 
     def _hold(self) -> None:
-        """Wait until the CPU stands still; the registers are in the device's state then."""
+        """Stop the CPU and wait until the device has its registers."""
         self._wanted.clear()
         if self._thread is not None:
             self._thread.join()

@@ -1,9 +1,8 @@
 """The guest: an endless loop that counts in memory, all over its RAM.
 
-The upper half of RAM is an array of 64-bit counters, as many as a power of two. Write number n adds one to the counter
-n * STRIDE modulo that number; STRIDE is odd, so it visits every counter before it visits one again. How often each was
-written therefore follows from how many writes there were, which the guest counts in a register: memory and registers
-prove each other.
+The upper half of RAM is an array of 64-bit counters; their number is a power of two. Write n adds one to the counter
+n * STRIDE modulo that number. STRIDE is odd, so every counter is visited before one is visited again. The number of
+writes, which the guest counts in a register, therefore determines the value of every counter.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ BASE: Final = 0x100000
 """Where RAM begins in the guest's address space, and the code in RAM."""
 
 STRIDE: Final = 4097
-"""Counters: from one page to another, for each holds 512."""
+"""Distance between two writes, in counters. A page holds 512, so consecutive writes are on different pages."""
 
 CODE: Final = bytes.fromhex(
     "48ff04d7"  # 0   loop: inc qword [rdi + rdx*8]
@@ -35,7 +34,7 @@ _COUNTED: Final = 13
 
 
 def first_registers(length: int) -> Registers:
-    """As the guest begins, with `length` bytes of RAM."""
+    """The registers with which a guest of `length` bytes of RAM begins."""
     return Registers(rip=BASE, rdi=BASE + length // 2, rcx=_counters(length) - 1, r8=STRIDE)
 
 
@@ -56,7 +55,7 @@ def verify(ram: memoryview, registers: Registers) -> Mapping[str, object]:
 
 
 def _writes(registers: Registers) -> int:
-    """The emulator may stop the guest between the write and the instruction that counts it."""
+    """Number of writes. The emulator may have stopped the guest between a write and the instruction that counts it."""
     return registers.rbx + (_WRITTEN <= registers.rip - BASE < _COUNTED)
 
 

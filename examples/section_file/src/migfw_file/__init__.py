@@ -1,7 +1,7 @@
-"""A file that moves with the guest: a log, a database. A complete live section as a plugin.
+"""A file that moves with the guest, such as a log or a database: a complete live section as a plugin.
 
-This module is what the entry point names. changing.py finds out what changes in the file, saver.py sends it,
-loader.py writes it at the destination.
+The entry point names this module. changing.py finds out what changes in the file, saver.py sends it, and loader.py
+writes it at the destination.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LIMIT: Final = "x-file-limit"
 
 @hookimpl
 def corefw_settings() -> Declarations:
-    """Each side names its own file: a path in the stream would let a source write anywhere."""
+    """Let each side name its own file: with a path in the stream, a source could write anywhere."""
     return Declarations(
         parameters=(
             Parameter(FILE, Kind.STRING, "", "the file that moves with the guest: read here, or written here"),

@@ -1,7 +1,7 @@
-"""A file that is written while it is read: its chunks, and which of them have to be sent.
+"""Track which chunks of a file have to be sent while others write to it.
 
-The digest of a chunk is that of the bytes that were sent. A write that happens while a chunk is read may or may not be
-in it; the next harvest finds that the digest differs, and the chunk is sent again.
+The digest of a chunk is that of the bytes that were sent. If a write happens while a chunk is read, the bytes sent may
+be old; then the next harvest finds another digest, and the chunk is sent again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHUNK: Final = 64 << 10
 
 
 class ChangingFile:
-    """An open file. Raises MachineError for whatever the file system refuses."""
+    """An open file. Methods raise MachineError if the file system fails."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -42,7 +42,7 @@ class ChangingFile:
             del self.dirty[chunk]  # the file has become shorter
 
     def take(self, chunk: int) -> bytes:
-        """A dirty chunk to be sent; it is clean from now on. Empty if the file has become shorter."""
+        """Read a dirty chunk to be sent, and mark it clean. Empty if the file has become shorter."""
         data = self._read(chunk)
         self._sent[chunk] = _digest(data)
         del self.dirty[chunk]

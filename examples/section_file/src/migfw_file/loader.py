@@ -1,7 +1,7 @@
 """The destination's half: writes the file beside its place, and moves it there when the guest has arrived.
 
-Invariant: the file at `path` is the one that was there before, or the whole new one. Whatever can fail, a full disk
-above all, fails in load(), while the source still has the guest; committed() only renames.
+Invariant: the file at `path` is the old one, or the complete new one. Whatever can fail, above all a full disk, fails
+in load(), while the source still has the guest; committed() only renames.
 
 The stream is hostile: it says what is in the file, but not where the file is, nor that it may be larger than the limit.
 """
@@ -22,9 +22,9 @@ from migfw_file.saver import IDSTR, VERSION, Record
 
 
 class FileLoader(LiveLoader):
-    """Writes a file of at most `limit` bytes to `path`; refuses one if that is empty.
+    """Writes a file of at most `limit` bytes to `path`. If `path` is empty, refuses any file.
 
-    partial   what is written until then; None as long as nothing has come
+    partial   the temporary file; None until data arrives
     """
 
     idstr = IDSTR
@@ -39,14 +39,14 @@ class FileLoader(LiveLoader):
         self.partial: Path | None = None
 
     def required(self) -> bool:
-        """A source that sends no file is welcome."""
+        """Accept a source that sends no file."""
         return False
 
     def setup(self, context: IncomingContext) -> None:
-        """Nothing yet: a source that sends no file leaves no trace."""
+        """Create nothing yet, because the source may send no file."""
 
     def load(self, reader: StreamReader, version_id: int) -> None:
-        """Raises MachineError if the disk does not take it."""
+        """Write a body to the temporary file. Raises MachineError if the disk fails."""
         if version_id != VERSION:
             raise reader.error(f"version {VERSION} of the file's format", f"version {version_id}")
         if self.partial is None:

@@ -27,10 +27,10 @@ class Record(IntEnum):
 
 
 class FileSaver(LiveSaver):
-    """Sends the file at `path`; nothing if that is empty.
+    """Sends the file at `path`, or nothing if `path` is empty.
 
-    The file belongs to this plugin and not to the machine, so covers() stays as it is. The source keeps its file
-    whatever becomes of the migration, so there is nothing to do in committed() and abandoned().
+    The file belongs to this plugin and not to the machine, so covers() is not overridden. The source keeps its file
+    however the migration ends, so committed() and abandoned() have nothing to do.
     """
 
     idstr = IDSTR
@@ -66,7 +66,7 @@ class FileSaver(LiveSaver):
         return not self._open.dirty
 
     def complete(self, writer: StreamWriter) -> None:
-        """The guest is stopped, so the file does not change any more."""
+        """Send the rest. The guest is stopped, so the file no longer changes."""
         self._open.harvest()
         for chunk in list(self._open.dirty):
             self._send(writer, chunk)

@@ -1,7 +1,7 @@
 """A journal of the hosts that a guest has lived on: the smallest complete section plugin.
 
-This module is what the entry point names. migfw registers it and calls its hooks; journal.py is the state, section.py
-how it travels.
+The entry point names this module. migfw registers it and calls its hooks; journal.py has the state, section.py sends
+and loads it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @hookimpl
 def corefw_settings() -> Declarations:
-    """A capability of our own, and that we implement it."""
+    """Declare a capability of our own, and say that we implement it."""
     capability = Capability(CAPABILITY, "send the list of hosts that the guest has lived on")
     return Declarations(capabilities=(capability,), implements=frozenset({CAPABILITY}))
 
 
 @hookimpl
 def corefw_section_savers(machine: Machine, settings: Settings) -> Iterable[SectionSaver]:
-    """A new saver for each migration; the journal itself stays with the machine."""
+    """Make a new saver for each migration; the journal itself stays with the machine."""
     return (JournalSaver(journal_of(machine), settings),)
 
 

@@ -1,7 +1,7 @@
 """The journal of one guest, and the table that says how it travels.
 
-The table alone drives load, save and the description. A text travels as bytes, with their number in a field before it;
-every number that comes from the stream has a limit.
+The table alone drives load, save and the description. Text is sent as bytes, after a field with their number; every
+number that comes from the stream has a limit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Journal:
     count: int = 0
 
     def arrive(self) -> None:
-        """The guest lives here from now on. The oldest entries of a very long life are forgotten."""
+        """Record that the guest now lives here. Drops the oldest entries if there are too many."""
         here = socket.gethostname().encode()[:MOST_BYTES]
         self.hops = [*self.hops[-MOST_HOPS + 1 :], Hop(here, int(time.time()))]
 
@@ -56,7 +56,7 @@ def _measure_journal(journal: Journal) -> None:
 
 
 def _check_hop(hop: Hop, _version_id: int) -> None:
-    """Refuse a name that is not UTF-8 here, where the stream is at fault, and not when it is shown."""
+    """Refuse a name that is not UTF-8 while loading, where the error names the stream."""
     try:
         hop.name.decode()
     except UnicodeDecodeError:

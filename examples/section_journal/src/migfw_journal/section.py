@@ -21,7 +21,7 @@ class JournalSaver(StateSaver):
     """A StateSaver: the section is sent whole, when the guest has stopped.
 
     The journal belongs to this plugin and not to the machine, so it covers none of the machine's RAM blocks and
-    devices: covers() stays as it is.
+    devices, and covers() is not overridden.
     """
 
     idstr = "journal"
@@ -34,7 +34,7 @@ class JournalSaver(StateSaver):
         self._described: dict[str, Any] = {}
 
     def blocked(self) -> str | None:
-        """A journal never keeps a guest from migrating."""
+        """Return None: a journal never blocks a migration."""
         return None
 
     def needed(self) -> bool:
@@ -60,7 +60,7 @@ class JournalLoader(StateLoader):
         self.arriving: Journal | None = None
 
     def required(self) -> bool:
-        """A source that keeps no journal is welcome."""
+        """Accept a source that sends no journal."""
         return False
 
     def setup(self, context: IncomingContext) -> None:
@@ -75,7 +75,7 @@ class JournalLoader(StateLoader):
         """Nothing to release."""
 
     def committed(self) -> None:
-        """The guest lives here: from now on this is its journal."""
+        """Make the loaded journal the guest's, because the guest lives here now."""
         if self.arriving is not None:
             self.arriving.arrive()
             self._journal.hops = self.arriving.hops

@@ -3,9 +3,9 @@
 `zstd+tcp:HOST:PORT` is tcp:HOST:PORT, compressed in both directions; `zstd+file:PATH` writes a file that `zstd -d`
 unpacks. The parameter x-zstd-level says how hard to try.
 
-Each direction is a zstd stream that is flushed after every send, so that nothing waits for more to come. It ends with
-an empty skippable frame, which every zstd decoder ignores: a connection that ends without that was cut. A receiver
-decompresses no more than it was asked for, so a peer cannot fill its memory with a few bytes.
+Each direction is a zstd stream that is flushed after every send, so that no bytes are held back. It ends with an empty
+skippable frame, which every zstd decoder ignores: a connection that ends without one was cut. A receiver decompresses
+no more than it was asked for, so a peer cannot fill its memory with a few bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEVEL: Final = Parameter(
 )
 
 STEP: Final = 1 << 20
-"""Bytes to compress at a time. It bounds the memory of a send."""
+"""Bytes to compress at a time. Bounds the memory that a send needs."""
 
 ROOM: Final = 1 << 16
 """Compressed bytes to receive at a time, and plain bytes to decompress when asked whether there are any."""
@@ -51,7 +51,7 @@ def corefw_settings() -> Declarations:
 
 
 class ZstdTransport(Transport):
-    """A layer over the transport of the URI behind `zstd+`, and able to do what that one can."""
+    """A layer over the transport of the URI after `zstd+`, with the same features."""
 
     def __init__(self, uri: MigrationUri, context: TransportContext) -> None:
         super().__init__(uri, context)
@@ -77,7 +77,7 @@ class ZstdTransport(Transport):
 
 
 class ZstdListener(Listener):
-    """Accepts from another listener, and compresses."""
+    """Accepts channels of another listener, and compresses them."""
 
     def __init__(self, inner: Listener, level: int) -> None:
         self.uri = inner.uri.with_layer("zstd")
@@ -94,7 +94,7 @@ class ZstdListener(Listener):
 class ZstdChannel(Channel):
     """Another channel, with both directions compressed. Owns it.
 
-    The sending and the receiving half share nothing, because they may belong to two threads.
+    The sending and the receiving half share no state, because two threads may use them.
     """
 
     def __init__(self, inner: Channel, level: int) -> None:
@@ -205,7 +205,7 @@ class _Compressed:
         self._late_reads = LATE_READS
 
     def read(self, size: int) -> memoryview:
-        """Up to `size` bytes; none at the end. Raises ChannelError, TimeoutError."""
+        """Read up to `size` bytes; none at the end. Raises ChannelError, TimeoutError."""
         if self._deadline is not None:
             self._check_time(self._deadline - time.monotonic())
         got = self._room[: self._inner.receive_into(self._room[:size])]

@@ -14,7 +14,7 @@ from corefw_devices.globalstate import GlobalStateLoader, GlobalStateSaver
 
 @hookimpl
 def corefw_section_savers(machine: Machine, settings: Settings) -> Iterable[SectionSaver]:
-    """A parked machine has the run state among the sections that it stores."""
+    """Make the savers. A parked machine needs none: it stores the run state among its sections."""
     if not isinstance(machine, ParkingMachine):
         yield GlobalStateSaver(settings)
     for device in machine.devices():

@@ -1,7 +1,7 @@
 """The saver and the loader of a device's section, both driven by its VMState table.
 
-They know nothing of the device but its table and its state. The state is looked up when it is sent or loaded, because a
-machine may hand out another object once it has stopped.
+They know only the device's table and state. The state is looked up when it is sent or loaded, because a machine may
+return another object once it has stopped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from corefw.wire.stream import StreamReader, StreamWriter
 from corefw.wire.vmstate import VMState
 
 State = Callable[[], object]
-"""Gives the object with the attributes that a table names."""
+"""Returns the object with the attributes that a table names."""
 
 
 class _DeviceSection(Section):
@@ -58,7 +58,7 @@ class DeviceLoader(_DeviceSection, StateLoader):
         self.minimum_version = table.oldest
 
     def required(self) -> bool:
-        """A table that says when it is needed may be left out by the source; any other may not."""
+        """Require the section unless its table has a condition (`needed`)."""
         return self._table.needed is None
 
     def setup(self, context: IncomingContext) -> None:
@@ -73,7 +73,7 @@ class DeviceLoader(_DeviceSection, StateLoader):
 
 
 def device_section(machine: Machine, device: Device) -> tuple[SectionKey, VMState, State]:
-    """What a DeviceSaver or DeviceLoader of this device is made of."""
+    """Arguments for the DeviceSaver or DeviceLoader of this device."""
     key = SectionKey(device.name, device.instance_id)
     return key, device.vmstate, lambda: _state_of(machine, key)
 

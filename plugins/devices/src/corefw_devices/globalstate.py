@@ -11,11 +11,11 @@ from corefw.wire.globalstate import GLOBAL_STATE, SECTION, GlobalState
 from corefw_devices.device import DeviceLoader, DeviceSaver
 
 COMES: Final = frozenset(RunState) - {RunState.INMIGRATE}
-"""Run states that may arrive. A guest in `inmigrate` would wait for itself forever."""
+"""Run states that a stream may have. A guest in `inmigrate` would never leave it."""
 
 
 class GlobalStateSaver(DeviceSaver, RunStateSaver):
-    """Always sent with property store-global-state; otherwise only in run states other than running and paused."""
+    """Sends the run state: always with property store-global-state, otherwise unless it is running or paused."""
 
     def __init__(self, settings: Settings) -> None:
         state = GlobalState(COMES, always=settings.property("store-global-state"))

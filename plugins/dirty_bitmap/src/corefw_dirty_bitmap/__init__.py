@@ -1,7 +1,7 @@
 """The section 'dirty-bitmap': the dirty bitmaps of a machine's block nodes (capability dirty-bitmaps).
 
-save.py is the source's half, load.py the destination's; mapping.py has the parameter block-bitmap-mapping, which gives
-nodes and bitmaps other names in the stream. Source: QEMU 10.0, migration/block-dirty-bitmap.c.
+save.py is the source's half, load.py the destination's, and mapping.py the parameter block-bitmap-mapping, which
+renames nodes and bitmaps in the stream. Source: QEMU 10.0, migration/block-dirty-bitmap.c.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def corefw_section_loaders(machine: Machine, settings: Settings) -> Iterable[Sec
 
 @hookimpl
 def corefw_blockers(machine: Machine, settings: Settings) -> Iterable[str]:
-    """Bitmaps that cannot be sent; and those that a parked machine would lose, because nothing else keeps them."""
+    """Name bitmaps that cannot be sent, and those that a parked machine would lose."""
     if not isinstance(machine, BlockMachine):
         return ()
     if settings.capability(CAPABILITY):

@@ -1,18 +1,18 @@
-"""The destination's half: collects the bits of every bitmap, and sets them when all have come.
+"""The destination's half: collect the bits of every bitmap, and set them when all have arrived.
 
-A bitmap of a machine with disks is created at its START, busy, and records what the guest writes from its start on, so
-its bits may also come afterwards. A parked machine has no disks: the node and the bitmap are made when all
-bits have come, because only then the node's length is known.
+A bitmap of a machine with disks is created at its START. It is busy, and records writes as soon as the guest runs, so
+its bits may also arrive afterwards. A parked machine has no disks: the node and the bitmap are created when all bits
+have arrived, because only then the node's length is known.
 
-If the connection breaks after the guest has started, the source may come back. A migfw then sends every bitmap again;
-a QEMU goes on where it was, and what was under way is lost. So after a break a record counts only if it is certain to
-which bitmap it belongs, and a bitmap that lacks bits when its COMPLETE comes is inconsistent.
+If the connection breaks after the guest has started, the source may come back. A migfw then sends every bitmap again. A
+QEMU continues after the last bits that it sent, even if those were lost. So after a break a record counts only if it is
+certain which bitmap it belongs to, and a bitmap that lacks bits at its COMPLETE is inconsistent.
 
-Invariant: a bitmap that can be used is complete. What has come of one that is not, is dropped with it, or the bitmap is
-marked inconsistent if the guest may have run.
+Invariant: a bitmap that can be used is complete. An incomplete one is removed or, if the guest may have run, marked
+inconsistent.
 
-Source: QEMU 11.1, dirty_bitmap_load (migration/block-dirty-bitmap.c), which drops all bitmaps and goes on where this
-refuses the migration. Threads: as corefw.section says.
+Source: QEMU 11.1, dirty_bitmap_load (migration/block-dirty-bitmap.c), which drops all bitmaps and continues where this
+module refuses the migration. Threads: as corefw.section says.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ log = logging.getLogger(__name__)
 
 MAX_BITMAPS: Final = 10_000
 MAX_BITS: Final = 1 << 30
-"""Bytes of bits of all bitmaps of a migration together."""
+"""Maximum bytes of bits of all bitmaps of a migration together."""
 MAX_CHUNKS: Final = 1 << 20
-"""Records of BITS for all of them, but for those that came again."""
+"""Maximum BITS records of all bitmaps together, not counting repetitions."""
 
 ADVICE: Final = "remove it with block-dirty-bitmap-remove, and make a full backup"
 
@@ -57,10 +57,10 @@ class IncomingBitmap:
 
     node      the machine's node; None in a parked machine until the bitmap is complete
     bitmap    the machine's bitmap; None likewise
-    end       bytes of the node up to the last bit that has come
-    chunks    what has come: offset -> length, both in bytes, and bits (None: zeros)
-    given_up  it is inconsistent: what still comes of it is dropped
-    cut_off   the connection broke, and no bits have come since: if the node's length is not known, the last may be lost
+    end       bytes of the node up to the last bit that has arrived
+    chunks    bits that have arrived: offset -> (length, bits), both numbers in bytes of the node; bits None: zeros
+    given_up  the bitmap is inconsistent, and further records for it are dropped
+    cut_off   the connection broke and no bits have arrived since, so the last ones may be lost (node of unknown length)
     """
 
     def __init__(self, node_name: str, name: str, granularity: int, *, enabled: bool, persistent: bool) -> None:
@@ -81,7 +81,7 @@ class IncomingBitmap:
         return f"bitmap '{self.name}' of block node '{self.node_name}'"
 
     def bits(self, length: int) -> int:
-        """Bytes of bits for so many bytes of its node."""
+        """Bytes of bits that `length` bytes of the node take."""
         return bits_size(length // SECTOR, self.granularity)
 
     def create(self, node: BlockNode) -> None:
@@ -92,7 +92,7 @@ class IncomingBitmap:
         )
 
     def gap(self, length: int) -> int | None:
-        """The first byte, of so many in its node, of which the bit has not come; None if all have."""
+        """The first byte below `length` whose bit has not arrived; None if all have."""
         end = 0
         for offset, (chunk, _) in sorted(self.chunks.items()):
             if offset > end:
@@ -101,8 +101,8 @@ class IncomingBitmap:
         return end if end < length else None
 
     def finish(self) -> None:
-        """All bits have come: set them, beside those that the guest has set meanwhile. Raises ValueError for chunks
-        that are no whole words."""
+        """Set all bits, in addition to those that the guest has set meanwhile. Raises ValueError for chunks that are
+        not whole words."""
         assert self.bitmap is not None
         for offset, (length, data) in self.chunks.items():
             if data:
@@ -112,7 +112,7 @@ class IncomingBitmap:
         self.complete = True
 
     def remove(self) -> None:
-        """Take it from the machine again."""
+        """Remove the bitmap from the machine."""
         if self.bitmap is not None and self.node is not None:
             self.node.remove_bitmap(self.bitmap)
         self.chunks.clear()
@@ -152,10 +152,10 @@ class BitmapLoader(PostcopyLoader):
                 return
 
     def listen(self, faults: FaultSource) -> None:
-        """What the guest writes from its start on is recorded anyway."""
+        """Do nothing: the bitmaps record the guest's writes from the start."""
 
     def connection_lost(self) -> None:
-        """A QEMU that resumes leaves a name out if it had sent it, so only one that cannot be another is kept."""
+        """Forget names that are ambiguous, because a QEMU that resumes omits names that it sent before the break."""
         self._broken = True
         node, bitmap = self._named
         only_node = len({node for node, _ in self._bitmaps}) == 1
@@ -177,7 +177,7 @@ class BitmapLoader(PostcopyLoader):
         self._bitmaps.clear()
 
     def _give_up(self, one: IncomingBitmap) -> None:
-        """Mark a bitmap that has not come whole. A parked machine gets it too, so that it is missed."""
+        """Mark an incomplete bitmap as inconsistent. A parked machine gets it too, so that its user notices."""
         if one.bitmap is None:
             try:
                 one.create(self._parked_node(one) or self._make_node(one))
@@ -209,8 +209,8 @@ class BitmapLoader(PostcopyLoader):
         return node, bitmap
 
     def _current(self, reader: StreamReader) -> IncomingBitmap | None:
-        """The bitmap that is named; its START has come and its COMPLETE has not. After a break None, if it is not
-        certain which one it is, or if it needs nothing more."""
+        """The named bitmap, which is between its START and its COMPLETE. After a break: None if it is not certain which
+        one it is, or if it is complete already."""
         if self._broken and None in self._named:
             return None
         key = self._key(reader)
@@ -255,7 +255,7 @@ class BitmapLoader(PostcopyLoader):
         self._bitmaps[key] = one
 
     def _translate(self, reader: StreamReader, node: str, bitmap: str) -> tuple[str, BitmapAlias]:
-        """The node's name and the bitmap's, for their names in the stream."""
+        """Translate the names in the stream to those of a node and its bitmap here."""
         if self._mapping is None:
             return node, BitmapAlias(bitmap, bitmap)
         found = next((one for one in self._mapping if one.alias == node), None)
@@ -319,13 +319,13 @@ class BitmapLoader(PostcopyLoader):
         one.chunks[offset] = length, data
 
     def _reserve(self, reader: StreamReader, size: int) -> None:
-        """Check the limit before as many bytes of bits are allocated."""
+        """Count bytes of bits that are about to be allocated, and check the limit."""
         self._size += size
         if self._size > MAX_BITS:
             raise reader.error(f"at most {MAX_BITS} bytes of bits in all bitmaps", f"{self._size}")
 
     def _complete(self, reader: StreamReader, one: IncomingBitmap) -> None:
-        """All bits are here; a parked machine gets the bitmap now."""
+        """Handle COMPLETE: check for gaps and set the bits. A parked machine gets the bitmap now."""
         node = self._parked_node(one) if one.node is None else one.node
         length = one.end if node is None else node.length
         gap = one.gap(length)
@@ -343,7 +343,7 @@ class BitmapLoader(PostcopyLoader):
             raise reader.error(f"{one} to be created", str(error)) from error
 
     def _parked_node(self, one: IncomingBitmap) -> BlockNode | None:
-        """The node of a parked machine, if it was made for another bitmap already."""
+        """The node of a parked machine, if it was created for another bitmap already."""
         return next((node for node in self._machine.block_nodes() if node.name == one.node_name), None)
 
     def _make_node(self, one: IncomingBitmap) -> BlockNode:

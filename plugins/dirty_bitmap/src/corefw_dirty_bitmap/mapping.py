@@ -1,7 +1,7 @@
 """The parameter block-bitmap-mapping: names of block nodes and bitmaps in the stream.
 
-Unset, a node is called by its device or else by its own name, and a bitmap by its name. Once it is set, nodes and
-bitmaps have the aliases that it gives them; those that it leaves out are not sent.
+If it is not set, a node has the name of its device or else its own in the stream, and a bitmap its own. If it is set,
+nodes and bitmaps have the aliases that it gives them, and those that it leaves out are not sent.
 
 Source: QEMU 10.0, construct_alias_map (migration/block-dirty-bitmap.c) and qapi/migration.json.
 """
@@ -19,7 +19,7 @@ from corefw.settings import Settings
 
 MAPPING: Final = "block-bitmap-mapping"
 MAX_ALIAS: Final = 255
-"""Bytes: what a name in the stream can have."""
+"""Maximum bytes of a name in the stream."""
 MAX_NODE_NAME: Final = 31
 
 _WELL_FORMED: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
@@ -27,7 +27,7 @@ _WELL_FORMED: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class BitmapAlias:
-    """`persistent`: what the bitmap becomes; None: what it was."""
+    """A bitmap and its alias. `persistent` replaces the bitmap's flag; None keeps it."""
 
     name: str
     alias: str
@@ -36,7 +36,7 @@ class BitmapAlias:
 
 @dataclass(frozen=True, slots=True)
 class NodeAlias:
-    """A node, and those of its bitmaps that are sent or taken."""
+    """A node, its alias, and those of its bitmaps that are sent or accepted."""
 
     node: str
     alias: str
@@ -44,17 +44,17 @@ class NodeAlias:
 
 
 class MappingError(Exception):
-    """What is wrong with a mapping."""
+    """A mapping is malformed; the message says how."""
 
 
 def mapping_of(settings: Settings) -> tuple[NodeAlias, ...] | None:
-    """None if the parameter is not set."""
+    """The parameter's value; None if it is not set."""
     value = settings.parameter(MAPPING)
     return None if value is None else parse(value)
 
 
 def wrong_mapping(value: Value) -> str | None:
-    """What is wrong with the parameter's value, with QEMU's texts; None if nothing is."""
+    """What is wrong with the parameter's value, in QEMU's words; None if it is valid."""
     if value is None:
         return None
     try:
@@ -73,7 +73,7 @@ def wrong_mapping(value: Value) -> str | None:
 
 
 def parse(value: Value) -> tuple[NodeAlias, ...]:
-    """The mapping as typed values. Raises MappingError."""
+    """Parse the mapping. Raises MappingError."""
     return tuple(_node(one, path) for path, one in _entries(value, MAPPING))
 
 
@@ -145,7 +145,7 @@ def _check_length(what: str, name: str, limit: int) -> None:
 
 
 def _check_directions(nodes: Sequence[NodeAlias]) -> None:
-    """A name has one alias, for the source; and an alias one name, for the destination."""
+    """Refuse a name with two aliases (for the source) and an alias with two names (for the destination)."""
     if (name := _repeated(node.node for node in nodes)) is not None:
         raise MappingError(f"The node name '{name}' is mapped twice")
     if (alias := _repeated(node.alias for node in nodes)) is not None:
@@ -158,7 +158,7 @@ def _check_directions(nodes: Sequence[NodeAlias]) -> None:
 
 
 def _repeated(names: Iterable[str]) -> str | None:
-    """The first name that comes twice; None if none does."""
+    """The first name that occurs twice; None if none does."""
     seen: set[str] = set()
     for name in names:
         if name in seen:

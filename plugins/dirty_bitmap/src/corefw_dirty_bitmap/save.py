@@ -1,7 +1,7 @@
-"""The source's half: sends the bits of every bitmap in chunks of 1024 bytes, and again the chunks that have changed.
+"""The source's half: send the bits of every bitmap in chunks of 1024 bytes, and changed chunks again.
 
-QEMU sends no bits while the guest runs. What was sent before is no part of the downtime, and a destination takes
-a chunk as often as it comes. From setup() to cleanup() the bitmaps are busy: no command changes or removes them.
+QEMU sends no bits while the guest runs. Sending them then does not add to the downtime, and a destination accepts a
+chunk more than once. From setup() to cleanup() the bitmaps are busy: no command changes or removes them.
 
 Source: QEMU 10.0, migration/block-dirty-bitmap.c. Threads: as corefw.section says.
 """
@@ -37,14 +37,14 @@ from corefw.wire.stream import StreamWriter
 from corefw_dirty_bitmap.mapping import MAX_ALIAS, mapping_of
 
 SHOWN: Final = 4
-"""Bitmaps that an error names."""
+"""Maximum number of bitmaps that an error names."""
 
 
 class OutgoingBitmap:
-    """A bitmap on its way.
+    """State of a bitmap that is sent.
 
-    persistent   what it becomes on the destination
-    complete     its COMPLETE was sent
+    persistent   the bitmap's flag on the destination
+    complete     COMPLETE was sent
     """
 
     def __init__(self, bitmap: DirtyBitmap, node_alias: str, alias: str, *, persistent: bool) -> None:
@@ -61,11 +61,11 @@ class OutgoingBitmap:
 
     @property
     def left(self) -> int:
-        """Bytes of bits that are known to be unsent."""
+        """Bytes of bits known to be left."""
         return int(np.count_nonzero(self._dirty)) * CHUNK_BYTES
 
     def harvest(self) -> None:
-        """Find the chunks that have changed since they were sent."""
+        """Find the chunks that changed after they were sent."""
         if self._length:
             now = np.zeros_like(self._sent)
             bits = self.bitmap.serialize(0, self._length)
@@ -73,12 +73,12 @@ class OutgoingBitmap:
             self._dirty |= (now != self._sent).any(axis=1)
 
     def send_again(self) -> None:
-        """Send all of it once more, and its COMPLETE."""
+        """Mark everything as unsent, including COMPLETE."""
         self._dirty[:] = True
         self.complete = False
 
     def next_chunk(self) -> BitmapRecord | None:
-        """The next chunk, which counts as sent; None when nothing is left."""
+        """Return the next chunk and mark it as sent; None if nothing is left."""
         if not self._dirty.any():
             return None
         number = int(self._dirty.argmax())
@@ -95,7 +95,7 @@ class OutgoingBitmap:
 
 
 def bitmaps_to_send(machine: BlockMachine, settings: Settings) -> list[OutgoingBitmap]:
-    """In the order of the nodes; within a node the oldest last, as QEMU sends them."""
+    """The bitmaps in the order of the nodes; within a node the oldest last, as QEMU sends them."""
     return [one for node in machine.block_nodes() for one in _of_node(node, settings)]
 
 
@@ -116,7 +116,7 @@ def _of_node(node: BlockNode, settings: Settings) -> Iterator[OutgoingBitmap]:
 
 
 def unusable(bitmaps: Iterable[OutgoingBitmap]) -> list[str]:
-    """Why some of these bitmaps cannot be sent."""
+    """Reasons why some of these bitmaps cannot be sent; empty if all can."""
     return [reason for one in bitmaps if (reason := _unusable(one)) is not None]
 
 
@@ -135,7 +135,7 @@ def _unusable(one: OutgoingBitmap) -> str | None:
 
 
 def left_behind(machine: BlockMachine) -> list[str]:
-    """The bitmaps of a parked machine that is sent on without them."""
+    """Reasons why a parked machine would lose bitmaps if it is sent on now; empty if it would not."""
     lost = [f"'{node.name}/{bitmap.name}'" for node in machine.block_nodes() for bitmap in node.bitmaps]
     if not lost:
         return []
@@ -198,8 +198,8 @@ class BitmapSaver(PostcopySaver):
         _end_body(writer)
 
     def follows_later(self) -> bool:
-        """Not those of a parked machine: they do not change, so they go before it. QEMU 7.2 and 10.0 abort if, in the
-        postcopy phase, bitmaps of a second node come (bdrv_lookup_bs outside the main thread)."""
+        """Whether bitmaps may follow the guest. Those of a parked machine do not change, so they are sent before it.
+        QEMU 7.2 and 10.0 abort if a second node's bitmaps arrive in postcopy (bdrv_lookup_bs off the main thread)."""
         return not isinstance(self._machine, ParkingMachine)
 
     def begin_postcopy(self, writer: StreamWriter) -> None:
@@ -207,7 +207,7 @@ class BitmapSaver(PostcopySaver):
         self._final = True
 
     def prepare_resume(self, received: Callable[[str, int], NDArray[np.bool_]]) -> None:
-        """What was under way is lost, so send every bitmap again, with all names. The destination drops what it has."""
+        """Send every bitmap again, with all names: what was under way is lost, and the destination drops the rest."""
         self._named = (None, None)
         for one in self._bitmaps:
             one.send_again()
@@ -226,8 +226,8 @@ class BitmapSaver(PostcopySaver):
     # -- records ---------------------------------------------------------------------------------------------------
 
     def _send(self, writer: StreamWriter, budget: int | None) -> bool:
-        """Send chunks of about `budget` bytes, or all; whether nothing is left. A bitmap is complete with the last
-        chunk that follows once the guest has stopped."""
+        """Send chunks of about `budget` bytes, or all of them; return whether nothing is left. A bitmap is complete
+        once its last chunk was sent after the guest had stopped."""
         begin = writer.position
         for one in self._bitmaps:
             while (record := one.next_chunk()) is not None:
@@ -240,7 +240,7 @@ class BitmapSaver(PostcopySaver):
         return True
 
     def _write(self, writer: StreamWriter, one: OutgoingBitmap, record: BitmapRecord) -> None:
-        """Write a record about this bitmap; names are left out if they are those of the record before."""
+        """Write a record about this bitmap, without the names if they are those of the previous record."""
         node, bitmap = one.node_alias, one.alias
         node_before, bitmap_before = self._named
         self._named = node, bitmap

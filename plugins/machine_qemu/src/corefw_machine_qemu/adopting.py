@@ -1,12 +1,12 @@
-"""Takes the device state of a QEMU from the stream, to its end, without knowing the devices.
+"""Read the device state of a QEMU to the end of the stream, without knowing the devices.
 
-Invariant: either the whole device state is taken, or an error is raised. The stream does not say where it ends if the
-source waits for an answer instead of closing, so the end is recognised by the strongest sign there is:
+Invariant: either the whole device state is read, or an error is raised. If the source waits for an answer instead of
+closing, nothing marks the end of the stream, so the strongest available sign counts:
 
-    the description    its text ends with the last byte that came, and everything before it can be cut: the end, at once
-    footers and EOF    all sections end with their footers, then comes the EOF byte, and nothing more for
+    the description    its text ends with the last byte that arrived, and everything before it can be split: the end
+    footers and EOF    all sections end with their footers, then the EOF byte, and nothing more for
                        QUIET_WITH_FOOTERS seconds
-    EOF alone          that byte, and nothing more for QUIET_WITHOUT seconds. A stream that breaks off behind any zero
+    EOF alone          that byte, and nothing more for QUIET_WITHOUT seconds. A stream that breaks off after any zero
                        byte looks the same, so QEMU's defaults (description, footers) should stay on
 
 Threads: the incoming thread.
@@ -30,8 +30,8 @@ from corefw.wire.stream import StreamReader
 QUIET_WITH_FOOTERS: Final = 0.5
 QUIET_WITHOUT: Final = 2.0
 STALLED: Final = 30.0
-"""Seconds of silence in the middle of the device state after which the source is given up: its guest is stopped by
-then, and the source has nothing to do but send."""
+"""Seconds of silence in the middle of the device state after which the load fails: the source's guest is stopped by
+then, so the source has nothing to do but send."""
 
 _EOF: Final = bytes((SectionType.EOF,))
 
@@ -50,8 +50,8 @@ class StoredDevice:
 class DeviceState:
     """Everything from the first device section to the end of the stream.
 
-    pieces    the sections' bytes: a piece for each if they could be cut, else one for all of them
-    devices   what the pieces are; empty if they could not be cut
+    pieces    the sections' bytes: one piece for each if they could be split, else one for all of them
+    devices   the device of each piece; empty if they could not be split
     end       EOF and description; b"" in a package, which has neither
     """
 
@@ -61,7 +61,7 @@ class DeviceState:
 
 
 def take_device_state(reader: StreamReader, footers: bool, live: WaitReadable) -> DeviceState:
-    """Take everything up to the end of the stream. Raises RemoteStreamError, ChannelError."""
+    """Read everything up to the end of the stream. Raises RemoteStreamError, ChannelError."""
     base = reader.offset
     reader.where = "device state"
     return cut_device_state(_take(reader, footers, live), base, footers)
@@ -107,13 +107,13 @@ def _is_whole(held: bytearray, footers: bool) -> bool:
 
 
 def cut_device_state(data: bytes, base: int, footers: bool) -> DeviceState:
-    """Tell the sections apart, and check that they are complete. `base` is the offset of `data` in its stream. Raises
+    """Split the sections, and check that they are complete. `base` is the offset of `data` in its stream. Raises
     RemoteStreamError."""
     return _cut(data, decode_sections(data, base=base, footers=footers), base, ends=True)
 
 
 def cut_package(data: bytes, footers: bool) -> DeviceState:
-    """The same for the device sections of a postcopy's package."""
+    """Split the device sections of a postcopy package; see cut_device_state()."""
     return _cut(data, decode_sections(data, footers=footers, package=True), 0, ends=False)
 
 

@@ -1,4 +1,4 @@
-"""How much of the host an incoming machine may use: bytes of RAM, and RAM blocks, which take a descriptor each."""
+"""Limits for an incoming machine: bytes of RAM, and RAM blocks, which take a descriptor each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIONS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The user's limits; None: what the host can spare when the machine arrives."""
+    """The user's limits; None: whatever the host can spare when the machine arrives."""
 
     ram: int | None = None
     blocks: int | None = None
@@ -38,7 +38,7 @@ class Limits:
         return cls(ram, _parsed(options, BLOCK_LIMIT, _positive))
 
     def now(self) -> Room:
-        """What a machine that arrives now may have."""
+        """The limits for a machine that arrives now."""
         return Room(
             ram=self.ram if self.ram is not None else host.spare_memory(),
             blocks=self.blocks if self.blocks is not None else host.spare_descriptors(),
@@ -49,7 +49,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The most that one machine may have, and why, as phrases for errors."""
+    """The maximum for one machine, with the reasons as phrases for errors."""
 
     ram: int
     blocks: int

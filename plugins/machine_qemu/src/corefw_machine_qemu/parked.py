@@ -1,7 +1,7 @@
 """A parked QEMU machine: its RAM in memory, its devices byte for byte as QEMU sent them.
 
-Invariant: what came in a stream goes into the next one unchanged, so a QEMU that takes the machine in goes on with the
-guest as if it had come straight from the other QEMU. The machine cannot run here.
+Invariant: device sections leave exactly as they arrived, so the next QEMU continues the guest as if it had come
+straight from the first one. The machine cannot run here.
 
 Threads: as corefw.machine says.
 """
@@ -57,7 +57,7 @@ class ParkedMachine(ParkingMachine, RamMakingMachine, BlockMakingMachine):
 
     @property
     def name(self) -> str:
-        """QEMU's machine type, as "pc-i440fx-7.2"; "" before a machine has come, and if its stream does not name it."""
+        """QEMU's machine type, such as "pc-i440fx-7.2"; "" before a machine arrives or if its stream has none."""
         return self._name
 
     # -- run state -------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ class ParkedMachine(ParkingMachine, RamMakingMachine, BlockMakingMachine):
         return [self._blocks[idstr] for idstr in lengths]
 
     def discard_loaded(self) -> None:
-        """See RamMakingMachine: RAM, block nodes, device state and the machine's name."""
+        """See RamMakingMachine. Discards RAM, block nodes, device state and the machine's name."""
         self._nodes.clear()
         while self._blocks:
             _, block = self._blocks.popitem()
@@ -126,7 +126,7 @@ class ParkedMachine(ParkingMachine, RamMakingMachine, BlockMakingMachine):
     # -- block nodes -----------------------------------------------------------------------------------------------
 
     def block_nodes(self) -> Sequence[BlockNode]:
-        """Those whose dirty bitmaps came. QEMU has their contents."""
+        """The nodes whose dirty bitmaps arrived; the disks themselves stay with QEMU."""
         return tuple(self._nodes.values())
 
     def make_block_node(self, name: str, length: int) -> BlockNode:
@@ -170,8 +170,8 @@ class ParkedMachine(ParkingMachine, RamMakingMachine, BlockMakingMachine):
     # -- the rest --------------------------------------------------------------------------------------------------
 
     def information(self) -> Mapping[str, object]:
-        """The machine type (null if the stream did not name it), whether all of the machine is here, the sizes of RAM
-        blocks and devices, and what bitmaps mark as dirty, in bytes. "ram-arriving" is true while RAM follows in
+        """The machine type (null if the stream did not name it), whether all of the machine has arrived, the sizes of
+        RAM blocks and devices, and the bytes that bitmaps mark as dirty. "ram-arriving" is true while RAM follows in
         postcopy, else null."""
         arriving = self._faults is not None and self._faults.is_open
         return {
