@@ -1,4 +1,4 @@
-"""The machine keeps every promise of corefw.machine, with each dirty log, and with programs of several kinds."""
+"""The machine keeps the contract of corefw.machine, with each dirty log, and with programs of several kinds."""
 
 from __future__ import annotations
 

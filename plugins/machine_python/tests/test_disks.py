@@ -1,4 +1,4 @@
-"""A program's disk: what it writes is in the file and in the bitmaps, whatever happens to it meanwhile."""
+"""A program's disk: its writes are in the file and in the bitmaps, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Make = Callable[..., PythonMachine]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    """Machines that are closed in the end, with their disk in a file of the test."""
+    """Make machines with their disk in a file of the test; they are closed in the end."""
     with contextlib.ExitStack() as stack:
 
         def make(program: str, incoming: bool = False, **options: str) -> PythonMachine:

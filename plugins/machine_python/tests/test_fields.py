@@ -21,7 +21,7 @@ TICK = "    def tick(self): time.sleep(0.001)\n"
 
 @pytest.fixture
 def define(tmp_path: Path) -> Iterator[Define]:
-    """The device of a program with this body."""
+    """Make the device of a program with this body."""
     with contextlib.ExitStack() as stack:
 
         def define(body: str) -> Device:

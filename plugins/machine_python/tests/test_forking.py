@@ -1,4 +1,4 @@
-"""A program that starts other processes: what works, and what is said where it cannot."""
+"""A program that starts other processes: what works, and the errors for what does not."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ADVICE = (
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    """A machine whose program calls this once."""
+    """Make a machine whose program calls this function once."""
     with contextlib.ExitStack() as stack:
 
         def make(once: str) -> PythonMachine:

@@ -1,4 +1,4 @@
-"""The layout of a program: compared before any RAM is sent, and refused in a sentence that says what differs."""
+"""The layout of a program is compared before any RAM is sent; a refusal says what differs."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def moved(source: PythonMachine, destination: PythonMachine) -> tuple[int, str | None]:
-    """Bytes of RAM that were sent, and why it failed."""
+    """Bytes of RAM that were sent, and the error."""
     plugins = Plugins.load()
     here = Engine(source, plugins, plugins.settings())
     there = Engine(destination, plugins, plugins.settings())
     with contextlib.closing(here), contextlib.closing(there):
         here.cont()
-        # Little enough in a second that the answer comes while the RAM is far from sent.
+        # So slow that the answer arrives long before all of the RAM is sent.
         here.set_parameters({"max-bandwidth": 1 << 20})
         here.set_capabilities({"return-path": True})
         here.migrate(there.migrate_incoming("tcp:127.0.0.1:0"))
@@ -253,7 +253,7 @@ def test_the_contract_kit() -> None:
 
 
 def test_a_stored_guest_can_be_inspected(make: Make, tmp_path: Path) -> None:
-    """The section stands before RAM of any size, which nobody holds in memory."""
+    """The section precedes the RAM, which `inspect` does not hold in memory, whatever its size."""
     machine = make(HERE)
     plugins = Plugins.load()
     engine = Engine(machine, plugins, plugins.settings())

@@ -1,4 +1,4 @@
-"""What the guest's process may do, and how its engine hears of it; nobody hangs, and nothing is left behind."""
+"""The guest's process and its engine: each notices the end of the other, nothing hangs, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Make = Callable[..., PythonMachine]
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """Machines that are closed in the end: make("Fails", option="value")."""
+    """Make machines, as in make("Fails", option="value"); they are closed in the end."""
     with contextlib.ExitStack() as stack:
 
         def make(program: str, incoming: bool = False, **options: str) -> PythonMachine:
@@ -199,7 +199,7 @@ def test_a_tick_that_takes_too_long(make: Make) -> None:
         "the guest did not stop within 0.3 s, because its tick() takes longer; it keeps running ("
     )
     assert machine.run_state is RunState.RUNNING
-    # It runs on behind that tick, and a stop that comes near the end of one succeeds.
+    # It continues after that tick, and a stop near the end of a tick succeeds.
 
     def stopped() -> bool:
         with contextlib.suppress(MachineError):
@@ -211,7 +211,7 @@ def test_a_tick_that_takes_too_long(make: Make) -> None:
 
 
 def test_the_first_question_comes_during_a_long_tick(make: Make) -> None:
-    """The fields are what they were when the guest started."""
+    """The answer has the fields from when the guest started."""
     machine = make("Slow", seconds="30")
     machine.start()
     assert machine.information()["fields"] == {"steps": 0}

@@ -1,4 +1,4 @@
-"""Names of programs and options: the right ones load, and the wrong ones say what would be right."""
+"""Names of programs and options: valid ones load, and errors for others say what would be valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A program that moves finds its disk where it arrives; where it cannot, it goes on where it was."""
+"""A program that moves finds its disk at the destination; if that fails, it continues at the source."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def wait_for_more(engine: Engine) -> None:
 
 
 def refresh(copy: bytearray, engine: Engine, image: Path) -> None:
-    """Copy what the bitmap has, and clear it."""
+    """Copy what is dirty in the bitmap, and clear it."""
     assert isinstance(engine.machine, BlockMachine)
     (node,) = engine.machine.block_nodes()
     bitmap = node.bitmap("backup")
@@ -73,7 +73,7 @@ def refresh(copy: bytearray, engine: Engine, image: Path) -> None:
 
 @pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
 def test_back_and_forth_on_one_file_with_a_bitmap(hosts: Hosts, tmp_path: Path, postcopy: bool) -> None:
-    """Every verify() compares the whole disk with the steps that the program has done; a backup misses nothing."""
+    """Each verify() compares the whole disk with the program's steps; backups miss no write."""
     image = tmp_path / "disk.raw"
     here = hosts.engine("Writer", image)
     assert isinstance(here.machine, BlockMachine)
@@ -99,7 +99,7 @@ def test_back_and_forth_on_one_file_with_a_bitmap(hosts: Hosts, tmp_path: Path, 
 
 
 def written_in_postcopy(hosts: Hosts, image: Path) -> object:
-    """Move a program that writes an array to its disk before the array has arrived; what verify() says there."""
+    """Move a program that writes an array to its disk before the array has arrived; return verify()'s result there."""
     source = hosts.engine("Grid", image)
     destination = hosts.engine("Grid", image, incoming=True)
     for engine in (source, destination):
@@ -116,7 +116,7 @@ def test_in_postcopy_an_array_is_written_that_has_not_arrived(hosts: Hosts, tmp_
 
 
 def test_the_same_where_system_calls_do_not_wait() -> None:
-    """As a user whose system calls fail on pages that have not arrived."""
+    """The user's system calls fail on pages that have not arrived."""
     scenario = """
 import contextlib, pathlib, sys, tempfile
 sys.path.insert(0, sys.argv[1])
@@ -143,7 +143,7 @@ def test_a_disk_of_another_length_is_refused(hosts: Hosts, tmp_path: Path) -> No
 
 
 def test_a_guest_whose_disk_is_in_use_there_goes_on_here(hosts: Hosts, tmp_path: Path) -> None:
-    """The destination has a copy, which another process has locked."""
+    """The destination has a copy that another process has locked."""
     image, copy = tmp_path / "disk.raw", tmp_path / "copy.raw"
     source = hosts.engine("Writer", image)
     shutil.copy(image, copy)

@@ -1,4 +1,4 @@
-"""Nothing here needs root: the same guest, its dirty log, its page faults and its move, as the user 65534."""
+"""Nothing needs root: a guest, its dirty log, its page faults and a move as user 65534."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A guest that runs while its arrays are still arriving: it waits for each page, and computes with what arrives."""
+"""A guest that runs while its arrays are still arriving waits for each page, and computes with what arrives."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_guest_goes_on_page_by_page(machine: PythonMachine) -> None:
 
 
 def test_what_the_guest_had_mapped_before_is_awaited_again(machine: PythonMachine) -> None:
-    """A check has mapped pages in the guest's process; then the pages arrive anew."""
+    """A check has mapped pages in the guest's process; then the pages arrive again."""
     small, _ = machine.ram_blocks()
     small.view[: 3 * 7 * 4] = np.full(3 * 7, STEPS + 1, dtype=np.int32).tobytes()
     machine.verify()

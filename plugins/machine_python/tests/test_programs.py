@@ -1,4 +1,4 @@
-"""The bundled programs: stress notices one lost write, life can be watched."""
+"""The bundled programs: stress notices one lost write, and life can be watched."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make() -> Iterator[Make]:
 
 @pytest.fixture
 def stress(make: Make) -> PythonMachine:
-    """A stress guest that has written, stopped."""
+    """A stress guest that has written, and is stopped."""
     machine = make("stress", ram="4M", working_set="1M", dirty_rate="50M")
     machine.start()
     assert wait_until(lambda: bool(machine.verify()["writes"]))
@@ -86,7 +86,7 @@ def test_stress_notices_one_lost_write(stress: PythonMachine, word: int, message
 
 
 def test_stress_holds_its_rate_however_long_it_runs(make: Make) -> None:
-    """An upper bound only: how much a loaded host gets done is not ours to promise."""
+    """Only an upper bound is checked, because a busy host may be slower."""
     machine = make("stress", ram="4M", working_set="1M", dirty_rate="40K")
     began = time.monotonic()
     machine.start()
@@ -147,7 +147,7 @@ def test_life_prints_lines_elsewhere() -> None:
 
 
 def test_life_goes_the_same_way_wherever_it_is(make: Make) -> None:
-    """Its course depends on the state alone: two worlds with one seed, stopped at the same generation, are the same."""
+    """It depends on the state alone: two worlds with one seed, stopped at the same generation, are equal."""
 
     def stopped_now_and_then() -> dict[int, bytes]:
         machine = make("life", size="16x16", fps="1000", seed="3")

@@ -1,4 +1,4 @@
-"""guest.section: an object in a section of its own and in the program's own format, moved for real."""
+"""guest.section: an object in a section of its own and in the program's own format moves between engines."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ Make = Callable[..., Engine]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    """Engines with the program; each of `changes` is a text in it and what it becomes."""
+    """Make engines with the program; each of `changes` is a text in it and its replacement."""
     with contextlib.ExitStack() as stack:
 
         def make(*changes: tuple[str, str], incoming: bool = False) -> Engine:
@@ -83,12 +83,12 @@ def migrate(source: Engine, destination: Engine) -> tuple[MigrationStatus, Migra
 
 
 def steps(engine: Engine) -> int:
-    """Of a guest whose object is as its program left it."""
+    """Number of steps of a guest; checks that its object agrees."""
     return int(str(engine.verify()["step"]))
 
 
 def goes_on(engine: Engine, count: int) -> None:
-    """Wait until the program has done so many steps more."""
+    """Wait until the program has made this many more steps."""
     before = steps(engine)
     assert wait_until(lambda: steps(engine) >= before + count)
 
@@ -98,7 +98,7 @@ FAILED = (MigrationStatus.FAILED, MigrationStatus.FAILED)
 
 
 def test_the_object_moves_and_goes_on(make: Make, tmp_path: Path) -> None:
-    """There and back, and into a file, which shows the section."""
+    """Move there and back, and into a file, in which `inspect` shows the section."""
     here, there, back = make(), make(incoming=True), make(incoming=True)
     here.cont()
     for source, destination in ((here, there), (there, back)):

@@ -44,7 +44,7 @@ def rounds(machine: PythonMachine) -> int:
 
 
 def run(*, touch: bool) -> str:
-    """Let the program run while its pages arrive one by one: "ok", or why the guest ended."""
+    """Let the program run while its pages arrive one by one; return "ok", or why the guest ended."""
     machine = PythonMachine(MachineConfig(f"{PROGRAM}:SystemCalls", {"touch": str(touch)}, incoming=True))
     setattr(machine.devices()[0].state, SET_UP, True)
     faults, done = machine.watch_faults(), threading.Event()

@@ -1,4 +1,4 @@
-"""State that nobody declared: what is noticed, what is no state at all, and how a migration is refused."""
+"""Undeclared state: what is noticed, what does not count, and how a migration is refused."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ TICK = """
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    """The engine of a program with this body."""
+    """Make the engine of a program with this body."""
     with contextlib.ExitStack() as stack:
 
         def make(body: str, *, allow_undeclared: bool = False, only_migratable: bool = False) -> Engine:
@@ -222,7 +222,7 @@ def test_no_false_alarm(make: Make, what: str, caplog: pytest.LogCaptureFixture,
 
 
 def test_state_that_appears_while_the_migration_runs_stops_it_and_not_the_guest(make: Make, tmp_path: Path) -> None:
-    """The last look is between before_stop() and the moment in which the guest is given up."""
+    """The last check is after before_stop(), before the guest is handed over."""
     engine = make("    def before_stop(self): self.saved = 1\n    def after_start(self): self.open = True\n")
     engine.cont()
     assert blocked(engine) == []

@@ -1,4 +1,4 @@
-"""guest.value and guest.rng: what they hold, how they travel, and what is refused on either side."""
+"""guest.value and guest.rng: what they hold, how they are sent, and what is refused on either side."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ VALUES = st.recursive(
 
 
 def types(value: Any) -> Any:
-    """The value with every type told, for 1 == True == 1.0."""
+    """The value with every type, because 1 == True == 1.0."""
     if isinstance(value, list | tuple):
         return (type(value), [types(inner) for inner in value])
     if isinstance(value, dict):
@@ -156,7 +156,7 @@ Make = Callable[..., PythonMachine]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    """Machines with a program of this body."""
+    """Make machines whose program has this body."""
     with contextlib.ExitStack() as stack:
 
         def make(body: str, *, incoming: bool = False) -> PythonMachine:

@@ -21,7 +21,7 @@ COUNT = itertools.count()
 
 
 def through_commands(folder: Path) -> TransportCase:
-    """A FIFO joins the two commands."""
+    """Two commands that are joined by a FIFO."""
 
     def listen() -> str:
         fifo = folder / f"fifo{next(COUNT)}"
@@ -38,7 +38,7 @@ def through_commands(folder: Path) -> TransportCase:
 
 
 def descriptors_of(make: Callable[[], tuple[int, int]], features: TransportFeatures) -> Callable[[Path], TransportCase]:
-    """fd:NAME of two ends that belong together: one is named in the URI to listen at, the other after it."""
+    """The names of two connected descriptors: the first is in the URI to listen at."""
 
     def listen() -> str:
         into, out = make()

@@ -1,4 +1,4 @@
-"""fd: in particular: what kinds there are, and who owns them."""
+"""fd: the kinds of descriptors, and their ownership."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from corefw.net import descriptors
 from corefw.uri import MigrationUri
 
 NEVER = Interrupt()
-"""An interrupt that nobody sets."""
+"""An interrupt that is never set."""
 
 
 def fd_(what: int | str) -> FdTransport:
-    """A number as if the process had been started with it."""
+    """The number of a descriptor as if the process had inherited it."""
     if isinstance(what, int):
         os.set_inheritable(what, True)
     return FdTransport(MigrationUri("fd", str(what)), TransportContext())
@@ -51,7 +51,7 @@ def test_a_number_is_used_and_closed(pipe: tuple[int, int]) -> None:
 
 
 def test_what_the_process_opened_itself_is_not_given_away(pipe: tuple[int, int]) -> None:
-    """A mistyped number would take the guest's own connection."""
+    """Otherwise a mistyped number could take the guest's own connection."""
     for fd in pipe:
         with pytest.raises(UriError, match=f"'fd:{fd}': descriptor {fd} is this process's own"):
             fd_(str(fd))
@@ -129,7 +129,7 @@ def test_an_inherited_descriptor_works_in_another_process(pipe: tuple[int, int])
 
 
 def test_standard_output_keeps_its_number() -> None:
-    """Nothing that is opened later becomes the standard output by accident."""
+    """A file that is opened later must not become the standard output."""
     script = (
         "import os\n"
         "from corefw_transport_exec import FdTransport; from corefw.channel import Interrupt, TransportContext\n"
@@ -144,7 +144,7 @@ def test_standard_output_keeps_its_number() -> None:
 
 
 def test_the_open_file_of_others_blocks_again(pipe: tuple[int, int]) -> None:
-    """The flag O_NONBLOCK belongs to everybody who has the pipe open: it is put back."""
+    """All processes that have the pipe open share the flag O_NONBLOCK, so it is restored."""
     _, writer = pipe
     copy = os.dup(writer)
     fd_(writer).connect(NEVER).close()

@@ -1,4 +1,4 @@
-"""exec: in particular: commands, their ends, and what they leave behind."""
+"""exec: commands, how they end, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from corefw.testing.tasks import Possessions, Task, wait_until
 from corefw.uri import MigrationUri
 
 NEVER = Interrupt()
-"""An interrupt that nobody sets."""
+"""An interrupt that is never set."""
 
 
 def exec_(command: str) -> Transport:
@@ -113,7 +113,7 @@ def test_close_before_the_end_leaves_no_process(tmp_path: Path) -> None:
 
 
 def test_a_background_process_does_not_hold_the_end(tmp_path: Path) -> None:
-    """It keeps the pipe of the standard error open, for longer than anybody waits; the command itself has exited."""
+    """The command has exited, but its child keeps the pipe of the standard error open."""
     child = tmp_path / "child"
     try:
         with outgoing(f"cat > /dev/null; sleep 1000 & echo $! > {child}") as channel:

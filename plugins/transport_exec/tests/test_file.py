@@ -1,4 +1,4 @@
-"""file: in particular: a stream is there whole, or what was there before."""
+"""file: a path has the complete stream, or still what it had before."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from corefw.testing.tasks import Task
 from corefw.uri import MigrationUri
 
 NEVER = Interrupt()
-"""An interrupt that nobody sets."""
+"""An interrupt that is never set."""
 
 NOBODY = 65534
-"""The user who may do nothing that not everybody may. Root is not asked for permission."""
+"""The user with no special permissions. (Root passes all permission checks.)"""
 
 
 def outgoing(path: Path | str) -> Channel:
@@ -307,7 +307,7 @@ def test_an_offset_behind_the_end_leaves_zeros(tmp_path: Path, before: bytes | N
 
 
 def test_an_offset_and_a_link(tmp_path: Path) -> None:
-    """A new file would not have what the link leads to."""
+    """With an offset, a new file would lack the other contents of the link's target."""
     (tmp_path / "other").write_bytes(b"header")
     (tmp_path / "guest").symlink_to("other")
     with pytest.raises(ChannelError, match="too many levels of symbolic links"):

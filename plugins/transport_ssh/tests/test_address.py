@@ -1,4 +1,4 @@
-"""URIs, as text alone."""
+"""Parsing of URIs."""
 
 from __future__ import annotations
 

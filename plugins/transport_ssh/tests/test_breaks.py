@@ -1,4 +1,4 @@
-"""What goes wrong behind or on the way: told in one line, never taken for an end, and never a hang."""
+"""Failures on the way or at the far end are reported in one line; they never look like an end, and never hang."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_lost_connection_stops_the_sender(sshd: Sshd, home: Path, listener: Li
 def test_an_end_is_not_sent_over_a_lost_connection(
     sshd: Sshd, home: Path, listener: Listener, interrupt: Interrupt
 ) -> None:
-    """Not even before anybody has noticed."""
+    """Not even before the loss was noticed."""
     out, into = pair(sshd, listener, interrupt)
     with out, into:
         out.send(b"half of")
@@ -226,7 +226,7 @@ def _tcp(target: str, interrupt: Interrupt) -> Channel:
 
 
 class Restless(Packetizer):
-    """Changes keys all the time."""
+    """Renegotiates keys all the time."""
 
     REKEY_BYTES = MIB
 
@@ -247,7 +247,7 @@ def test_keys_change_while_streams_begin_and_end(
     interrupt: Interrupt,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The far end's CLOSE that arrives during a key exchange makes paramiko wait for itself; ours must not."""
+    """If a CLOSE arrives during a key exchange, paramiko itself deadlocks; ours must not."""
     monkeypatch.setattr(Connection, "packetizer_class", Restless)
     data = pattern(MIB + 7)
     with ssh(sshd, "tcp:127.0.0.1:0").listen() as listening:

@@ -1,4 +1,4 @@
-"""~/.ssh/config: what it adds to a URI."""
+"""What ~/.ssh/config adds to a URI."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from corefw.errors import ChannelError
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """$HOME/.ssh; the system's own settings are out of the way."""
+    """$HOME/.ssh, without the system's own settings."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SSH_AUTH_SOCK", "/agent")
     monkeypatch.setattr(config, "SYSTEM_CONFIG", str(tmp_path / "ssh_config"))

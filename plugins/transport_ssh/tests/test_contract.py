@@ -1,4 +1,4 @@
-"""ssh: keeps the contract of corefw.channel, by every way through a real sshd."""
+"""ssh: keeps the contract of corefw.channel, in every way through a real sshd."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ WRONG = (
 
 @contextlib.contextmanager
 def stuck() -> Iterator[str]:
-    """A host that accepts the connection and says nothing."""
+    """A host that accepts the connection and stays silent."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"ssh://127.0.0.1:{listener.getsockname()[1]}/tcp:127.0.0.1:1"
 
@@ -64,7 +64,7 @@ def to_tcp(address: str, _: Path) -> TransportCase:
 
 
 def to_unix(address: str, folder: Path) -> TransportCase:
-    """Dial through the sshd to a unix: listener: only how it is opened differs, so a few checks do."""
+    """Dial through the sshd to a unix: listener. Only opening differs, so a few checks suffice."""
     return TransportCase(
         transport=SshTransport,
         listen_transport=UnixTransport,
@@ -78,7 +78,7 @@ def to_unix(address: str, folder: Path) -> TransportCase:
 
 
 def both_ends(address: str, _: Path) -> TransportCase:
-    """Wait at the sshd's host and dial there, as two hosts do that reach only a third."""
+    """Listen at the sshd's host and dial there, as two hosts do that can reach only a third."""
     return TransportCase(
         transport=SshTransport,
         listen=lambda: f"ssh://{address}/tcp:127.0.0.1:0",

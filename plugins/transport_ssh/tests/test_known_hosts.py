@@ -1,4 +1,4 @@
-"""known_hosts files: the forms of a line, and the verdicts."""
+"""known_hosts files: the forms of a line, and which keys are accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who we are and who they are, against a real sshd: keys, agent, aliases, host keys, the way there."""
+"""Logging in to a real sshd: keys, agent, aliases, host keys, proxies."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def listener() -> Iterator[SocketListener]:
 
 
 def reaches(host: str, listener: SocketListener, interrupt: Interrupt) -> None:
-    """A word goes through the tunnel and another back. Raises what connect does."""
+    """Send a word through the tunnel and another back. Raises what connect() raises."""
     transport = SshTransport(MigrationUri.parse(f"ssh://{host}/{listener.uri}"), TransportContext())
     with transport.connect(interrupt) as out, listener.accept(interrupt) as into:
         for sender, receiver in ((out, into), (into, out)):
@@ -47,7 +47,7 @@ def reaches(host: str, listener: SocketListener, interrupt: Interrupt) -> None:
 
 
 def refusal(host: str, listener: SocketListener, interrupt: Interrupt) -> str:
-    """Why connect() fails: one line that names the URI."""
+    """The error of connect(): one line that names the URI."""
     with pytest.raises(ChannelError) as caught:
         reaches(host, listener, interrupt)
     text = str(caught.value)
@@ -181,7 +181,7 @@ def test_a_hashed_known_hosts(sshd: Sshd, home: Path, listener: SocketListener, 
 
 @pytest.fixture
 def alias(sshd: Sshd, home: Path) -> str:
-    """The name "far" for the sshd, its key and known_hosts in places of their own."""
+    """The alias "far" for the sshd, with its key and known_hosts in other places."""
     (home / ".ssh" / "id_ed25519").rename(home / "key")
     (home / ".ssh" / "known_hosts").rename(home / "known")
     (home / ".ssh" / "config").write_text(

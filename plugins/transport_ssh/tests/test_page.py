@@ -1,4 +1,4 @@
-"""docs/ssh.md: its program runs, and what it says of the configuration is so."""
+"""docs/ssh.md: its program runs, and its list of configuration keywords is right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands on the far host, over a real sshd."""
+"""Commands on the remote host, over a real sshd."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ COUNT = itertools.count()
 
 @contextlib.contextmanager
 def stuck_tcp() -> Iterator[str]:
-    """A listener whose backlog is full: the kernel does not answer the next one."""
+    """A listener whose backlog is full, so that the kernel does not answer the next client."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(3):

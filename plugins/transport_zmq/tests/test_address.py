@@ -1,4 +1,4 @@
-"""URIs and their options, as text and files alone."""
+"""Parsing of URIs and their options."""
 
 from __future__ import annotations
 

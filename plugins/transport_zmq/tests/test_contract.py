@@ -41,7 +41,7 @@ WRONG = (
 
 @contextlib.contextmanager
 def stuck() -> Iterator[str]:
-    """A host that accepts the connection and says nothing."""
+    """A host that accepts the connection and stays silent."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"zmq:tcp://127.0.0.1:{listener.getsockname()[1]}"
 

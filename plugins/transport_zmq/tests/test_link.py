@@ -1,4 +1,4 @@
-"""Two links joined by a wire of the test's own: the protocol without ZeroMQ, and whatever a peer may say."""
+"""Two links without ZeroMQ in between: the protocol, and peers that violate it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def link() -> Link:
 
 
 def carry(sender: Link, receiver: Link) -> list[Message]:
-    """Bring everything across; what it was."""
+    """Deliver all messages; return them."""
     messages = sender.outgoing()
     for message in messages:
         header = write_header(message)

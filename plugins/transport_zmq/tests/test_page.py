@@ -1,4 +1,4 @@
-"""docs/zmq.md: its programs run, its table is the protocol's."""
+"""docs/zmq.md: its programs run, and its table agrees with the protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peers that vanish, come too many, come without a key, or are no migfw: all with real sockets."""
+"""Peers that vanish, are too many, have no key, or are not migfw, over real sockets."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ while True:
 
 @contextlib.contextmanager
 def peer(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that sends without end."""
+    """Another process that keeps sending."""
     with subprocess.Popen([sys.executable, "-c", PEER, *arguments], stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -212,7 +212,7 @@ def test_a_socket_file_is_removed_and_never_stolen(short_folder: Path, interrupt
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
-    """server, friend and stranger; in/ lets the friend in."""
+    """Keys for server, friend and stranger; in/ authorizes the friend."""
     for name in ("server", "friend", "stranger"):
         zmq.auth.create_certificates(tmp_path, name)
     (tmp_path / "in").mkdir()
@@ -300,7 +300,7 @@ def test_a_peer_that_floods_is_cut_off(listener: Listener, interrupt: Interrupt)
 
 
 def answers(kind: int, *reply: bytes) -> str:
-    """What a dialler says of a listener that answers so."""
+    """The error of a dialler if the listener answers with this."""
     with raw(kind) as other:
         port = other.bind_to_random_port("tcp://127.0.0.1")
         interrupt = Interrupt()

@@ -50,7 +50,7 @@ class Bulk(guest.Program):
 
 
 class Counter(guest.Program):
-    """Writes where it is told to, so that a test knows what is dirty: one sector a tick, in order; then it waits."""
+    """Writes one sector per tick, in order, and then waits, so that a test knows what is dirty."""
 
     image = guest.option("image", "disk.raw")
     upto = guest.option("upto", 100)
@@ -65,7 +65,7 @@ class Counter(guest.Program):
 
 
 class Grid(guest.Program):
-    """Writes a whole array to its disk at every start, so that in postcopy pages of it have not arrived."""
+    """Writes a whole array to its disk at every start, in postcopy before its pages have arrived."""
 
     image = guest.option("image", "disk.raw")
     grid = guest.array("grid", shape=1 << 20, dtype="u8")
@@ -121,7 +121,7 @@ class Careless(guest.Program):
 
 
 class Background(guest.Program):
-    """A thread writes, also while the program is stopped; it notes the error."""
+    """A thread writes, also while the program is stopped, and records the error."""
 
     image = guest.option("image", "disk.raw")
     disk = guest.disk("disk0", path=lambda options: options.image, size=SECTOR)
@@ -145,7 +145,7 @@ class Background(guest.Program):
 
 
 class Forks(guest.Program):
-    """Has a child that inherits everything and lives until the guest ends."""
+    """Forks a child that inherits everything and lives until the guest ends."""
 
     image = guest.option("image", "disk.raw")
     disk = guest.disk("disk0", path=lambda options: options.image, size=SECTOR)
@@ -164,7 +164,7 @@ class Forks(guest.Program):
 
 
 class Readers(guest.Program):
-    """Threads read all the time, also while the program is stopped, and find what is there."""
+    """Threads read all the time, also while the program is stopped, and check the contents."""
 
     image = guest.option("image", "disk.raw")
     disk = guest.disk("disk0", path=lambda options: options.image, size=1 << 16)
@@ -194,7 +194,7 @@ class Readers(guest.Program):
 
 
 class Twice(guest.Program):
-    """Two disks of one name."""
+    """Two disks with the same name."""
 
     one = guest.disk("disk0", "one.raw")
     two = guest.disk("disk0", "two.raw")

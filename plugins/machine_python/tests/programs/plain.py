@@ -1,4 +1,4 @@
-"""Programs for the tests: good ones, and some that go wrong in one way each."""
+"""Programs for the tests: good ones, and some with one fault each."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Plain(guest.Program):
 
 
 class LooksAround(Plain):
-    """Looks at its arrays when it starts, and has little time for that."""
+    """Reads its arrays when it starts, with a short time limit."""
 
     stop_timeout = 0.1
 
@@ -61,7 +61,7 @@ class LooksAround(Plain):
 
 
 class Dawdles(Plain):
-    """Takes too long to start where it has arrived."""
+    """Takes too long to start at the destination."""
 
     stop_timeout = 0.3
 
@@ -111,14 +111,14 @@ class FailsInAfterStart(Silent):
 
 
 class Counted(Silent):
-    """Tells how far it is."""
+    """Reports its progress."""
 
     def verify(self) -> Mapping[str, object]:
         return {"steps": self.steps}
 
 
 class Refuses(Counted):
-    """Does not want to stop the first time."""
+    """Refuses the first stop."""
 
     asked = guest.field("u32")
 
@@ -136,7 +136,7 @@ class Finishes(Silent):
 
 
 class Exits(Silent):
-    """Ends like a program that does not know where it is."""
+    """Exits like a program that does not know about migfw."""
 
     code = guest.option("code", 0)
 
@@ -161,7 +161,7 @@ class Slow(Silent):
 
 
 class Wide(Silent):
-    """An array whose shape an option decides, without minding whether it can be had."""
+    """An array whose shape is an option, even if the memory is not available."""
 
     size = guest.option("size", 1)
     grid = guest.array("grid", shape=lambda options: (8 // options.size,), dtype="u1")
@@ -172,7 +172,7 @@ class NoProgram:
 
 
 class NoTick(guest.Program):
-    """Nothing to do."""
+    """Has no tick()."""
 
 
 class Twice(Silent):

@@ -1,4 +1,4 @@
-"""A guest that writes all over its memory, so that no two dirty pages lie side by side for long."""
+"""A guest that writes all over its memory, so that dirty pages are rarely adjacent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGES: Final = 16384
 
 
 class Scattered(guest.Program):
-    """Counts in pages at random. The sum of the counters is `writes`, and one lost page shows."""
+    """Increments counters in random pages. Their sum is `writes`, so a lost page shows."""
 
     counters = guest.array("counters", shape=(PAGES, 512), dtype="uint64")
     writes = guest.field("u64")
