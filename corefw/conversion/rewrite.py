@@ -33,7 +33,7 @@ from corefw.wire.stream import Sink, Source, StreamReader, StreamWriter
 from corefw.wire.versions import Subject, Version, is_known, machine_version
 
 MAX_LISTED: Final = 1000
-"""Problems and unjudged devices that are reported, at most: a hostile stream may have any number of sections."""
+"""Maximum problems and unjudged devices to report: a hostile stream may have any number of sections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ class _Rewriting:
             yield items.ConfigurationItem(offset, Configuration(self._target.machine))
 
     def _begin(self, machine: str | None) -> None:
-        """Settle machine type and version, now that the stream's own machine type is known."""
+        """Determine machine type and version, now that the stream's own machine type is known."""
         self._begun = True
         target, done = self._target, self._done
         done.machine_before, done.machine = machine, target.machine or machine
@@ -275,7 +275,7 @@ def _with_configuration(text: bytes, configuration: Configuration | None) -> byt
 
 
 def _described(before: dict[str, Any], configuration: Configuration) -> dict[str, Any]:
-    """The object with the name's new length and the subsections that are left."""
+    """The object with the name's new length and the remaining subsections."""
     changed = dict(before)
     fields, subsections = before.get("fields"), before.get("subsections")
     if isinstance(fields, list):

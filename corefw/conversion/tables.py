@@ -35,7 +35,7 @@ class FieldTable:
     """One field.
 
     version    the first version of the state that has it
-    optional   a function decides instead whether it is there
+    optional   a function decides instead whether the stream has it
     size       bytes of one element in memory
     """
 
@@ -133,7 +133,7 @@ def is_doubtful(device: DeviceDescription | None, source: DeviceTables | None, t
 def compare(
     header: SectionHeader, device: DeviceDescription | None, source: DeviceTables | None, target: DeviceTables
 ) -> list[str] | None:
-    """What the target will not load of a section, as phrases; None if the device is not in its tables.
+    """The parts of a section that the target will not load, as phrases; None if the device is not in its tables.
 
     A field of the target that is not in the stream may be new, or have no elements. Only the source's tables can tell,
     so such fields are reported only with them.

@@ -1,4 +1,4 @@
-"""Shows what is inside a migration stream, QEMU's or migfw's, whole or damaged.
+"""Show the contents of a migration stream of QEMU or migfw, complete or damaged.
 
 inspect(source) -> Inspection       reads the stream and counts
 document(inspection) -> dict        the result as JSON values

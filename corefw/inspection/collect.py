@@ -1,7 +1,7 @@
-"""Reads a stream to its end, or to where it is damaged, and counts.
+"""Read a stream to its end or to the damage, and count sections and pages.
 
-Invariant: memory does not grow with the number of pages, and everything else that a hostile file could make grow has a
-limit (MAX_LISTED, MAX_TRACKED, the decoder's own). Only errors of the source are raised, whatever the bytes are.
+Invariant: memory does not grow with the number of pages, and everything else that a hostile file could enlarge has a
+limit (MAX_LISTED, MAX_TRACKED, the decoder's own). Whatever the bytes are, only errors of the source are raised.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from corefw.wire.records import (
 from corefw.wire.stream import Source, StreamReader
 
 MAX_LISTED: Final = 100_000
-"""Sections and commands that are listed one by one."""
+"""Maximum sections and commands to list one by one."""
 MAX_TRACKED: Final = 1 << 40
-"""Bytes of RAM in all blocks together. For more, pages that were sent again are not counted: it takes a bit a page."""
+"""Bytes of RAM in all blocks together up to which repeated pages are counted, which takes a bit per page."""
 
 
 def inspect(source: Source) -> Inspection:
@@ -85,7 +85,7 @@ class _Collector:
         self._close(offset)
 
     def missing_ram(self) -> str | None:
-        """What RAM is missing in a stream that is otherwise complete; None if a guest can be made of it.
+        """The RAM that an otherwise complete stream lacks, as a phrase; None if a guest can be made of it.
 
         Every source lists its blocks, even if there are none, and sends each page at least once. A section with an END
         may lack pages (free-page-hint, memory that is not plugged), and blocks that the destination shares. A section
@@ -235,7 +235,7 @@ class _Collector:
                 self._seen[entry.idstr] = bytearray(entry.length // self.inspection.page_size // 8 + 1)
 
     def _count_mapped(self, entry: BlockEntry, present: int) -> None:
-        """Count the pages of a mapped-ram file: those that are not in it are zero."""
+        """Count the pages of a mapped-ram file, in which missing pages are zero."""
         block = self.inspection.blocks[entry.idstr]
         block.pages["normal"] = present
         block.pages["zero"] = block.total - present

@@ -126,7 +126,7 @@ def command_name(entry: CommandInfo) -> str:
 
 
 def command_meaning(entry: CommandInfo) -> str | None:
-    """What the payload says, in words."""
+    """Describe the payload in words."""
     read = _MEANINGS.get(entry.record.command)
     return read(entry.record.payload) if read is not None else None
 

@@ -3,7 +3,7 @@
 A value whose size does not match its type is shown as bytes, and long values are summarised, so nothing is left out.
 All integers are big-endian; "le" in QEMU's type names means "less or equal". A name that occurs again in one state
 becomes a list, as in QEMU's scripts/analyze-migration.py: QEMU 7.2 numbers the elements of an array (`index`), 10.0
-numbers all but the last one and cuts arrays with null pointers into pieces (`array_len`).
+numbers all but the last one and splits arrays with null pointers (`array_len`).
 
 Source: vmstate_info_* (migration/vmstate-types.c) and vmsd_desc_field_start (migration/vmstate.c) of QEMU 7.2 and 10.0.
 """

@@ -16,7 +16,7 @@ class SectionInfo:
     """A section, or several PARTs of one section in a row.
 
     offset   of its type byte; size: bytes including header and footer
-    body     a device's state as it came, None for ram
+    body     a device's state, byte for byte; None for ram
     device   its shape, if the description has it
     """
 
@@ -42,7 +42,7 @@ class CommandInfo:
 
 
 PAGE_KINDS: Final = ("normal", "zero", "filled", "compressed", "xbzrle")
-"""How a page was sent: as it is; as the fill byte zero; as another fill byte; compressed; as a difference."""
+"""How a page was sent: as bytes; as the fill byte zero; as another fill byte; compressed; as a difference."""
 
 
 @dataclass(slots=True)
@@ -63,12 +63,12 @@ class BlockInfo:
 
     @property
     def sent(self) -> int:
-        """Pages in the stream, counted each time that they came."""
+        """Pages in the stream, counting repetitions."""
         return sum(self.pages.values())
 
     @property
     def absent(self) -> int:
-        """Pages of the block that never came; a lower bound if `again` was not counted."""
+        """Pages of the block that are not in the stream; a lower bound if `again` was not counted."""
         return max(self.total - self.sent + (self.again or 0), 0)
 
 
@@ -76,10 +76,10 @@ class BlockInfo:
 class BitmapInfo:
     """A dirty bitmap of a block node, sizes in bytes.
 
-    granularity, enabled, persistent   as its START says
-    length     of the node, as far as the bits that came reach
-    dirty      what the bits that came mark as dirty
-    complete   all of it came
+    granularity, enabled, persistent   from its START
+    length     of the node, as far as the bits in the stream reach
+    dirty      bytes that the bits in the stream mark as dirty
+    complete   the stream has all of it
     """
 
     node: str
@@ -96,14 +96,14 @@ class BitmapInfo:
 class Inspection:
     """A stream, as far as it could be read.
 
-    size       bytes of the stream; for a damaged one all that came, also from the damage on
-    footers    whether sections end with footers; None if no section came
+    size       bytes of the stream, including those after damage
+    footers    whether sections end with footers; None if there is no section
     complete   the stream ended as it should, with all RAM
-    damage     where it breaks off or is wrong
+    damage     the place where it breaks off or is wrong
     missing    what an undamaged stream lacks to make a guest, as a phrase about RAM
     uncut      device sections that cannot be told apart: (offset, size)
     origin     where in its file the stream begins; image: the libvirt save image that it is in
-    omitted    how many sections and commands came after the first MAX_LISTED
+    omitted    number of sections and commands after the first MAX_LISTED
     """
 
     size: int = 0

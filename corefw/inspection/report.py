@@ -21,7 +21,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def facts(found: Inspection) -> list[tuple[str, str]]:
-    """What the stream is, as (name, value) lines."""
+    """General facts about the stream, as (name, value) lines."""
     configuration = found.configuration
     description = "none" if found.description is None else format_size(found.description)
     facts = [

@@ -1,15 +1,15 @@
 """RAM blocks behind memfds, or behind files of huge pages where the host has those.
 
-Invariant: the file is the RAM. The engine's mapping, the guest's mapping and the descriptor are three ways to the same
-pages, and nothing about the contents is remembered here. The kernel knows what was never touched (SEEK_DATA and
-SEEK_HOLE), so the answer is right whatever wrote: the guest, a channel that received into `view`, or store(). A
-memfd's size is sealed: a process that holds the descriptor cannot shrink it and so make another's access fail. (A file
-of huge pages cannot be sealed; it is in the hands of the same user.)
+Invariant: the file is the RAM. The engine's mapping, the guest's mapping and the descriptor lead to the same pages, and
+nothing about their contents is cached here. The kernel knows which pages were never touched (SEEK_DATA and SEEK_HOLE),
+whether the guest wrote, a channel received into `view`, or store() did. A memfd's size is sealed, so a process with the
+descriptor cannot shrink it and make another's access fail. (A file of huge pages cannot be sealed, but only processes
+of the same user have it.)
 
-How bytes get in (measured on Linux 6.18, per GiB): writing small pages that this process has not mapped costs 0.25 to
-0.4 s by pwritev and 0.5 to 0.9 s through the mapping, which takes a fault a page and has the kernel zero it first; a
-system call a page costs 1.0 s; pages that are mapped already cost 0.1 s through the mapping, and huge ones 0.1 s either
-way. So runs go by pwritev, and scattered pages through the mapping.
+Storing a GiB of small pages that this process has not mapped takes 0.25 to 0.4 s with pwritev, and 0.5 to 0.9 s through
+the mapping, where each page takes a fault and the kernel zeroes it first (measured on Linux 6.18). With a system call
+per page it takes 1.0 s. Pages that are mapped already take 0.1 s through the mapping, and huge pages 0.1 s either way.
+So runs are stored with pwritev, and scattered pages through the mapping.
 
 Threads: store(), fill() and holes() may run in several threads at once on different pages.
 """
@@ -34,13 +34,13 @@ from corefw.net import iovec
 from corefw.quantities import format_size
 
 PAGES_A_CALL: Final = 4
-"""With this many pages a run on average, a pwritev for each run is faster than the mapping."""
+"""Average pages per run from which a pwritev for each run is faster than the mapping."""
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class NeverDirty(DirtyLog):
-    """The dirty log of a block that no guest writes to: a parked machine."""
+    """The dirty log of a block that no guest writes to, as in a parked machine."""
 
     def start(self) -> None:
         pass
@@ -53,7 +53,7 @@ class NeverDirty(DirtyLog):
 
 
 class MemfdBlock(RamBlock):
-    """A RAM block in a memfd of its own, or a file of huge pages; see RamBlock for what it can do.
+    """A RAM block in a memfd of its own, or a file of huge pages; see RamBlock.
 
     `dirty_log` may be replaced while no migration runs. Raises MachineError if the host does not have the memory.
     """
@@ -68,7 +68,7 @@ class MemfdBlock(RamBlock):
 
     @classmethod
     def from_fd(cls, idstr: str, fd: int, page_size: int = 4096, dirty_log: DirtyLog | None = None) -> Self:
-        """A block in an existing memfd, of its length. The block owns `fd` when this returns."""
+        """Make a block of an existing memfd. The block owns `fd` when this returns."""
         block = cls.__new__(cls)
         block._map(idstr, fd, os.fstat(fd).st_size, page_size, dirty_log)
         return block
@@ -98,12 +98,12 @@ class MemfdBlock(RamBlock):
     # -- what was never touched ------------------------------------------------------------------------------------
 
     def holes(self) -> Runs:
-        """See RamBlock. With a guest that runs, start its dirty log first: what it touches meanwhile is in there."""
+        """See RamBlock. If the guest runs, start its dirty log first, which has the pages that it touches meanwhile."""
         holes: list[tuple[int, int]] = []
         at = 0
         while at < self.length:
             data = self._seek_data(at)
-            # A page of the guest's may have several of the host's, and the other way round: inner pages of the hole.
+            # Guest and host pages may differ in size: only pages completely inside the hole count.
             first, end = -(-at // self.page_size), data // self.page_size
             if first < end:
                 holes.append((first, end))
@@ -111,7 +111,7 @@ class MemfdBlock(RamBlock):
         return np.array(holes, dtype=np.int64).reshape(-1, 2)
 
     def _seek_data(self, offset: int) -> int:
-        """The first byte at or after `offset` that is allocated; the length when there is none."""
+        """The first allocated byte at or after `offset`; the length if there is none."""
         try:
             return os.lseek(self.fd, offset, os.SEEK_DATA)
         except OSError as error:
@@ -127,7 +127,7 @@ class MemfdBlock(RamBlock):
     def store(self, pages: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
         """See RamBlock. The bytes of one row are contiguous; the rows may lie apart, as in a receive buffer.
 
-        Raises MachineError when the host has no more memory.
+        Raises MachineError if the host has no more memory.
         """
         self._check(pages)
         assert data.shape == (len(pages), self.page_size), f"{data.shape} is no shape for {len(pages)} pages"
@@ -158,8 +158,8 @@ class MemfdBlock(RamBlock):
             self._fill_run(first, end, value)
 
     def _fill_run(self, first: int, end: int, value: int) -> None:
-        """Give memory that becomes zero in whole huge pages back to the host: that takes a fortieth of the time that
-        writing zeros would, and does not keep what was allocated in advance for pages that are zero."""
+        """Fill a run, giving whole huge pages that become zero back to the host. That takes a fortieth of the time of
+        writing zeros, and frees memory that was allocated in advance for pages that are zero."""
         if value == 0:
             size = self.page_size
             start, stop = -(-first * size // hugefile.HUGE) * hugefile.HUGE, end * size // hugefile.HUGE * hugefile.HUGE
@@ -202,7 +202,7 @@ class MemfdBlock(RamBlock):
             raise IndexError(f"pages {pages.min()} to {pages.max()} of RAM block '{self.idstr}' with {self.page_count}")
 
     def close(self) -> None:
-        """Unmap and close. Idempotent. While someone holds an array of the memory, it stays mapped."""
+        """Unmap and close. Idempotent. The memory stays mapped as long as an array of it exists."""
         if self.fd < 0:
             return
         self.dirty_log.stop()

@@ -1,13 +1,12 @@
-"""A dirty log that compares hashes of pages, for hosts without PAGEMAP_SCAN. It only has to read the RAM.
+"""A dirty log that compares hashes of pages, for hosts without PAGEMAP_SCAN.
 
 Invariant: a page that differs from what was sent is reported. Pages that were never touched count as zero and are not
-read, which would allocate them.
+read, because that would allocate them.
 
-sent() has to be called with what was sent. Otherwise the log compares with the last harvest, and misses a page that
-was changed, sent, and changed back between two harvests.
+The source has to report what it sent with sent(). Otherwise the log compares with the last harvest, and misses a page
+that was changed, sent, and changed back between two harvests.
 
-It uses 16 bytes of memory per page, and about 0.8 s per GiB with SHA instructions: PagemapLog is used wherever the
-kernel has it.
+It takes 16 bytes of memory per page, and about 0.8 s per GiB with SHA instructions, so PagemapLog is preferred.
 """
 
 from __future__ import annotations
@@ -22,14 +21,13 @@ from corefw.machine import ComparingLog, RamBlock
 from corefw.memory.runs import mask_of_runs, no_runs, runs_of_mask
 
 CHUNK: Final = 1024
-"""Pages hashed before they are compared: bounds what a harvest allocates."""
+"""Pages to hash before they are compared. Bounds the memory of a harvest."""
 
 _WORDS: Final = 2
 
 
 class HashLog(ComparingLog):
-    """The dirty log of a block that the engine maps, whichever process writes to it, the engine
-    included."""
+    """The dirty log of a block that the engine maps. It finds the writes of all processes, including the engine's."""
 
     def __init__(self, block: RamBlock) -> None:
         self._block = block
@@ -37,7 +35,7 @@ class HashLog(ComparingLog):
         self._zero = self._hashes(memoryview(bytes(block.page_size)))
 
     def start(self) -> None:
-        """See DirtyLog. Reads all of the RAM that was touched."""
+        """See DirtyLog. Reads all touched RAM."""
         self._known = np.repeat(self._zero, len(self._block.pages), axis=0)
         self.harvest()
 

@@ -1,6 +1,6 @@
-"""What this host can spare: memory and file descriptors.
+"""Memory and file descriptors that this host can spare.
 
-Both are estimates for refusing what cannot fit before anything is allocated; others may take the rest meanwhile.
+Both are estimates, to refuse what cannot fit before anything is allocated. Other processes may take them meanwhile.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 DESCRIPTORS_KEPT: Final = 128
-"""Descriptors left for the engine itself: QMP clients, channels, log files."""
+"""Descriptors to leave for the engine itself: QMP clients, channels, log files."""
 
 MEMINFO: Final = Path("/proc/meminfo")
 SELF_CGROUP: Final = Path("/proc/self/cgroup")
@@ -19,7 +19,7 @@ CGROUPS: Final = Path("/sys/fs/cgroup")
 
 
 def spare_descriptors() -> int:
-    """How many more descriptors this process may open and still work."""
+    """Descriptors that this process can open without running short itself."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = sum(1 for _ in Path("/proc/self/fd").iterdir())
     return max(0, soft - used - DESCRIPTORS_KEPT)
@@ -56,7 +56,7 @@ def _left_in_cgroups() -> Iterator[int]:
 
 
 def _number(path: Path) -> int | None:
-    """None where the file is missing or says "max"."""
+    """The number in the file; None if the file is missing or contains "max"."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
@@ -64,7 +64,7 @@ def _number(path: Path) -> int | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Page cache that counts as used but is given up when memory is needed."""
+    """Page cache that counts as used but can be reclaimed."""
     try:
         fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):

@@ -49,7 +49,7 @@ Continuing from there would find some pages twice, out of order."""
 
 @dataclass(frozen=True, slots=True)
 class Tracker:
-    """What another process needs to watch this one's memory. Its receiver closes it.
+    """The descriptors that another process needs to watch this one's memory. The receiver closes them.
 
     userfaultfd   of the watched process
     pagemap       its /proc/PID/pagemap, opened by that process itself: no permission is needed, and a pid that was
@@ -97,7 +97,7 @@ def unsupported() -> str | None:
 
 
 def _scan(pagemap: int, regions: NDArray[np.uint64], start: int, end: int, flags: int) -> tuple[int, int]:
-    """Do one PAGEMAP_SCAN; return how many regions it reported, and where it stopped because the buffer was full."""
+    """Do one PAGEMAP_SCAN; return the number of regions, and where it stopped if the buffer was full."""
     fields = [0] * 12
     fields[:8] = [_ScanArgument.size, flags, start, end, 0, regions.ctypes.data, len(regions), 0]
     fields[9] = fields[11] = _PAGE_IS_WRITTEN

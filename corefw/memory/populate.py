@@ -3,9 +3,9 @@
 It reads one line of JSON, a list of [descriptor, [[first, end], ...]] with offsets in bytes, allocates these parts of
 the files in their order, and ends. It also ends when its standard input does, and so with the engine.
 
-Why a process of its own: it runs with idle priority, so on a busy host it may be halted for long in the middle of a
-step. Halted as a thread of the engine it would hold the engine's memory map, and every allocation there would wait. Its
-oom_score_adj of 1000 makes the kernel end it, and not a guest, should memory run out all the same.
+Why a process of its own: it runs with idle priority, so on a busy host it may be preempted for long in the middle of a
+step. A preempted thread of the engine would hold the lock of the engine's memory map, and every allocation there would
+wait. If memory runs out, the oom_score_adj of 1000 makes the kernel kill this process and not a guest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Final
 from corefw.memory.host import spare_memory
 
 STEP: Final = 8 << 20
-"""Bytes allocated in one call: some milliseconds where the memory is warm."""
+"""Bytes to allocate in one call, which takes some milliseconds if the memory is warm."""
 MOST_THREADS: Final = 4
 WORST_OOM_SCORE: Final = "1000"
 
@@ -31,18 +31,18 @@ _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14
 
 
 class Allocator:
-    """Hands out steps to threads, while memory is left."""
+    """Hands out steps to threads as long as there is memory to spare."""
 
     def __init__(self, steps: Iterator[Callable[[], None]], spare: Callable[[], int] = spare_memory) -> None:
-        """`spare` says how many bytes the host can still give. As many as were taken are left to it: what does not fit
-        is allocated when it arrives, as without this program."""
+        """`spare` returns how many bytes the host can spare. At most half of that is allocated; the rest of the RAM is
+        allocated when it arrives, as without this program."""
         self._steps = steps
         self._spare = spare
         self._lock = threading.Lock()
         self._taken = 0
 
     def run(self) -> None:
-        """Carry out steps until there are no more; in several threads."""
+        """Carry out steps until there are no more. Several threads call this."""
         while (step := self._next()) is not None:
             step()
 
@@ -55,7 +55,7 @@ class Allocator:
 
 
 def steps(fd: int, runs: list[tuple[int, int]]) -> Iterator[Callable[[], None]]:
-    """The steps that allocate these parts of a file."""
+    """Split these parts of a file into steps."""
     mapping = mmap.mmap(fd, 0)
     for first, end in runs:
         for start in range(first, end, STEP):

@@ -1,13 +1,13 @@
 """Allocates the RAM of a waiting destination in the background.
 
-Allocating memory is most of what receiving a guest costs, up to 2 s per GiB where the host itself is a virtual machine.
-So a process of idle priority (populate.py) does it while a destination waits for its source. It is ended when a source
-connects; what is missing then is allocated on arrival, as it would be without it.
+Receiving a guest takes more time for allocating memory than for copying, up to 2 s per GiB if the host is itself a
+virtual machine. So a process with idle priority (populate.py) allocates it while a destination waits. It is ended when
+a source connects; the rest is allocated on arrival.
 
-Invariant: contents do not change, and no destination fails for it. At most half of the memory that the host can spare
-is taken, of a cgroup too. Zero pages that arrive give whole huge pages back (MemfdBlock.fill).
+Invariant: contents do not change, and no destination fails because of it. At most half of the memory that the host, or
+its cgroup, can spare is allocated. Zero pages that arrive give whole huge pages back (MemfdBlock.fill).
 
-Threads: any; one call at a time, but for progress().
+Threads: any; one call at a time, except progress().
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from corefw.machine import RamBlock
 log = logging.getLogger(__name__)
 
 WORTHWHILE: Final = 64 << 20
-"""Bytes from which it is worth a process."""
+"""Bytes of RAM from which a process is worth starting."""
 BLOCK: Final = 512
 """Bytes in the unit of st_blocks."""
 
 
 def allocated_bytes(blocks: Sequence[RamBlock]) -> int:
-    """How much of these blocks' memory is allocated."""
+    """Allocated bytes of these blocks."""
     return sum(min(block.length, os.fstat(block.fd).st_blocks * BLOCK) for block in blocks)
 
 
 class Preallocation:
-    """Of the blocks of one destination, for one migration."""
+    """Preallocation of the blocks of one destination, for one migration."""
 
     def __init__(self, blocks: Sequence[RamBlock]) -> None:
         self._blocks = tuple(blocks)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Begin to allocate what was never touched. Before anything is loaded; does not raise."""
+        """Begin to allocate pages that were never touched. Call it before anything is loaded. Does not raise."""
         holes = [block.holes() for block in self._blocks]
         parts = [runs * block.page_size for block, runs in zip(self._blocks, holes, strict=True)]
         if sum(int((part[:, 1] - part[:, 0]).sum()) for part in parts) < WORTHWHILE:
@@ -72,11 +72,11 @@ class Preallocation:
             process.stdin.flush()
 
     def stop(self) -> None:
-        """End it, and wait until it has; what was allocated remains. Idempotent."""
+        """End the process and wait for that; allocated memory stays. Idempotent."""
         process, self._process = self._process, None
         if process is None:
             return
-        # With idle priority it might not even get to its end for a while.
+        # With idle priority it might not even be scheduled to end for a while.
         with contextlib.suppress(OSError):
             for thread in Path(f"/proc/{process.pid}/task").iterdir():
                 os.sched_setscheduler(int(thread.name), os.SCHED_OTHER, os.sched_param(0))
@@ -85,13 +85,13 @@ class Preallocation:
             pass
 
     def close(self) -> None:
-        """End it; nothing is known of the blocks' contents any more. Idempotent; does not raise."""
+        """End the process, and forget which memory is known to be zero. Idempotent; does not raise."""
         self.stop()
         for block in self._blocks:
             block.known_zero = None
 
     def progress(self) -> tuple[int, int, bool]:
-        """Bytes of RAM that are allocated, by whatever; bytes in all; whether more is being allocated."""
+        """(Bytes of RAM that are allocated, total bytes, whether the process still allocates more)."""
         process = self._process
         allocated = 0
         with contextlib.suppress(OSError):  # a block was closed

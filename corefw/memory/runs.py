@@ -19,8 +19,8 @@ def no_runs() -> Runs:
 def distinct(pages: NDArray[np.int64]) -> NDArray[np.int64]:
     """Page numbers in ascending order, each once.
 
-    np.unique() imports numpy.ma when it is first called, which takes 10 to 40 ms: too long for a guest that waits for a
-    page, or stands still.
+    np.unique() imports numpy.ma when it is first called, which takes 10 to 40 ms: too long while a guest waits for a
+    page or is stopped.
     """
     if len(pages) > 1 and not (pages[1:] > pages[:-1]).all():
         pages = np.sort(pages)

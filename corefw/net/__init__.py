@@ -4,4 +4,4 @@ import os
 from typing import Final
 
 IOV_MAX: Final = os.sysconf("SC_IOV_MAX")
-"""Pieces of memory that one system call takes: 1024 on every Linux."""
+"""Maximum pieces of memory in one system call: 1024 on every Linux."""

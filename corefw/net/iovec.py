@@ -40,9 +40,9 @@ _SENT = 14  # in half words
 
 
 def rows(data: NDArray[np.uint8]) -> Iovecs:
-    """One piece for each row of a two-dimensional array, which must be contiguous within its rows.
+    """Make one piece of each row of a two-dimensional array, which must be contiguous within its rows.
 
-    Rows that lie one behind the other become one piece.
+    Adjacent rows become one piece.
     """
     count, width = data.shape
     assert width == 0 or data.strides[1] == 1, "the bytes of a row have to be contiguous"
@@ -69,7 +69,7 @@ def pwritev(fd: int, iov: Iovecs, offset: int) -> None:
 
 
 def send_some(fd: int, iov: Iovecs) -> int:
-    """Send the pieces, less than 2 GiB for each 1024 of them; how many bytes were sent. Raises BlockingIOError on a
+    """Send the pieces, less than 2 GiB for each 1024 of them; return the bytes sent. Raises BlockingIOError on a
     non-blocking socket without room.
 
     One sendmmsg(2) if the system call's number is known: on a stream, messages follow each other as if they were one,
@@ -99,8 +99,8 @@ def send_some(fd: int, iov: Iovecs) -> int:
 
 
 def receive_some(fd: int, iov: Iovecs) -> int:
-    """One recvmsg(2) into at most 1024 pieces; how many bytes came, 0 at the end of the stream. Waits until all pieces
-    are full or SO_RCVTIMEO is over; raises BlockingIOError if no byte came."""
+    """Do one recvmsg(2) into at most 1024 pieces; return the bytes received, 0 at the end of the stream. Waits until
+    all pieces are full or SO_RCVTIMEO is over; raises BlockingIOError if no byte arrived."""
     message = np.zeros((1, _MESSAGE_WORDS), dtype=np.uint64)
     message[0, _IOV], message[0, _IOV_LENGTH] = iov.ctypes.data, min(len(iov), IOV_MAX)
     return _call(lambda address, _: int(_libc.recvmsg(fd, address, socket.MSG_WAITALL)), message)

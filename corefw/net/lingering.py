@@ -1,4 +1,4 @@
-"""How a socket is closed so that its last bytes arrive.
+"""Close sockets so that their last bytes arrive.
 
 Threads: any; a socket whose last bytes are still on their way is closed by a thread of its own.
 """
@@ -37,15 +37,15 @@ def end_politely(sock: socket.socket, tcp: bool) -> bool:
 
 
 def close_now(sock: socket.socket) -> None:
-    """Close the socket, whatever is still on its way. Closing alone would not wake a thread that is blocked in a
-    receive."""
+    """Shut down and close the socket, whatever is still on its way. Closing alone would not wake a thread that is
+    blocked in a receive."""
     with sock, contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RD)
 
 
 def _drain(sock: socket.socket) -> bool:
-    """Discard what is there, up to DRAIN bytes: a peer that goes on sending has to find out that the channel is closed.
-    True at the end of the stream."""
+    """Discard received bytes, up to DRAIN: a peer that keeps sending has to notice that the channel is closed. True at
+    the end of the stream."""
     scrap = bytearray(65536)
     try:
         for _ in range(DRAIN // len(scrap)):

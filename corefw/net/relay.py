@@ -1,4 +1,4 @@
-"""Joins two transports: forwards what arrives from one peer to the other, both ways if both have a return path.
+"""Join two transports: forward what arrives from one peer to the other, both ways if both have a return path.
 
 Invariant: a cut stream cannot look whole. The end of a stream is forwarded as an end; when one side breaks, the other
 is aborted. Each direction ends separately (half-close), in either order, and the relay is over when all have ended.
@@ -290,7 +290,7 @@ class Relay(Closing):
         return self._accepted and isinstance(failure, _SideBroke)
 
     def _try(self, work: Callable[..., None], *arguments: object) -> None:
-        """Keep what goes wrong, and abort both sides unless it no longer matters."""
+        """Run a direction. Keep its error, and abort both sides unless it no longer matters."""
         try:
             work(*arguments)
         except BaseException as error:  # noqa: BLE001 - _conclude raises it

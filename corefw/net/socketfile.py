@@ -1,4 +1,4 @@
-"""UNIX sockets that are files: creates, probes and removes them.
+"""Create, probe and remove the files of UNIX sockets.
 
 Invariant: a socket file appears, with mode 0600, once its socket listens. So a socket that refuses a connection is
 stale, never early, and may be removed by any process that finds it. Anything else at the path is left alone. A listener
@@ -40,7 +40,7 @@ def check_path(path: str, uri: object) -> None:
 
 
 class Occupant(Enum):
-    """What is at a path."""
+    """The kind of thing at a path."""
 
     NOBODY = auto()
     LISTENER = auto()
@@ -49,7 +49,7 @@ class Occupant(Enum):
 
 
 def occupant(path: Path) -> Occupant:
-    """What is at `path`; removes a stale socket. Neither blocks nor raises.
+    """Find out what is at `path`; removes a stale socket. Neither blocks nor raises.
 
     A listener does not notice: the probe is a datagram socket, which cannot connect to a stream socket but gets another
     error where one listens. (A destination would take a real connection for its source.)

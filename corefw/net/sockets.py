@@ -77,7 +77,7 @@ REASONS: Final = {
 
 
 def reason(error: OSError) -> str:
-    """What went wrong, as a phrase: one of REASONS, or strerror."""
+    """The error as a phrase: one of REASONS, or strerror."""
     if error.errno in REASONS:
         return REASONS[error.errno]
     text = error.strerror or str(error) or type(error).__name__
@@ -89,8 +89,8 @@ def is_tcp(sock: socket.socket) -> bool:
 
 
 def check_peer_user(sock: socket.socket) -> str | None:
-    """Why the process at the other end of a UNIX socket may not use it, since its user is neither this one nor root;
-    None if it may."""
+    """The reason why the process at the other end of a UNIX socket may not use it (its user is neither this one nor
+    root); None if it may."""
     _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     if uid in (0, os.geteuid()):
         return None
@@ -226,13 +226,13 @@ class SocketChannel(Channel, LimitsSilence, SendsMemory, SendsToSocket, Receives
                 return ready
 
     def limit_unsent(self, count: int) -> None:
-        """See Channel. A UNIX socket's buffer is small as it is."""
+        """See Channel. Does nothing for a UNIX socket, which has a small buffer."""
         if self._tcp:
             with contextlib.suppress(OSError):  # the next send shows what is wrong
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, count)
 
     def limit_silence(self, seconds: float) -> None:
-        """See LimitsSilence. Of TCP's keepalive, half of the time is the first wait."""
+        """See LimitsSilence. TCP's first keepalive is sent after half of the time."""
         if not self._tcp:
             return
         options = {
@@ -261,7 +261,7 @@ class SocketChannel(Channel, LimitsSilence, SendsMemory, SendsToSocket, Receives
                 return
             self._aborted = True
             try:
-                # A send in progress waits a tick for each of its messages: make that no wait.
+                # A send in progress waits a tick for each of its messages: end these waits.
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 1))
                 if self._tcp:
                     self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

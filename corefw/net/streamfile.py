@@ -1,7 +1,7 @@
-"""Finds the migration stream in a file: at an offset, or behind the header of a libvirt save image.
+"""Find the migration stream in a file: at an offset, or after the header of a libvirt save image.
 
-libvirt's `virsh save` writes a header, the domain's XML and a cookie, and then the stream, perhaps compressed. A stream
-in a format that the standard library can decompress is read as if it were alone in the file.
+libvirt's `virsh save` writes a header, the domain's XML and a cookie, and then the stream, possibly compressed. It is
+decompressed if the standard library can do that.
 
 Source of the header: libvirt 11.3, qemu_saveimage.h and qemu_saveimage.c.
 """
@@ -61,7 +61,7 @@ def split_offset(text: str) -> tuple[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class SaveImage:
-    """What the header of a libvirt save image says.
+    """The header of a libvirt save image.
 
     format        one of LIBVIRT_FORMATS
     was_running   whether libvirt starts the guest after a restore; it always stops the guest before it saves

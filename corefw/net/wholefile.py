@@ -1,4 +1,4 @@
-"""Writes a file that appears under its name only once all of it is on the disk.
+"""Write a file that appears under its name only once all of it is on the disk.
 
 Until then it is a temporary file beside its target, mode 0600, which is removed if it is not finished: a full disk or a
 killed guest leaves the old file as it was. A symbolic link at the target is replaced, never followed.
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class WholeFile(Closing):
     """Write, then `replace()` or `create()`; `close()` without one of these removes what was written.
 
-    Every method but close() raises OSError, and the file is then good for close() only.
+    Every method except close() raises OSError; after that, only close() may be called.
     """
 
     def __init__(self, target: Path, kept: int = 0) -> None:
@@ -62,18 +62,18 @@ class WholeFile(Closing):
         os.fsync(self._fd)
 
     def replace(self) -> None:
-        """sync(), then take the name, whatever is there."""
+        """Call sync(), then take the name, replacing any file."""
         self.sync()
         self.rename()
 
     def rename(self) -> None:
-        """Take the name, whatever is there; for a caller that has called sync()."""
+        """Take the name, replacing any file; for a caller that has called sync()."""
         self._written().rename(self._target)
         self._partial = None
         self._sync_directory()
 
     def create(self) -> None:
-        """sync(), then take the name, or raise FileExistsError if something has it."""
+        """Call sync(), then take the name. Raises FileExistsError if it is taken."""
         self.sync()
         partial = self._written()
         try:
@@ -104,7 +104,7 @@ class WholeFile(Closing):
         return self._partial
 
     def _copy_start(self, count: int) -> None:
-        """Copy the first `count` bytes of the target, which may be shorter or missing, and go on behind them."""
+        """Copy the first `count` bytes of the target, which may be shorter or missing; continue after them."""
         with contextlib.suppress(FileNotFoundError):
             before = os.open(self._target, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
@@ -117,7 +117,7 @@ class WholeFile(Closing):
         os.lseek(self._fd, count, os.SEEK_SET)
 
     def _sync_directory(self) -> None:
-        """Put the name on the disk as well. The file is there and whole, so a failure is only logged."""
+        """Write the name to the disk, too. The file is complete, so a failure is only logged."""
         try:
             fd = os.open(self._target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:

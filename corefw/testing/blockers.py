@@ -1,4 +1,4 @@
-"""The contract kit for the hook corefw_blockers: run it on your plugin, and its reasons are asked for and shown well.
+"""The contract kit for the hook corefw_blockers.
 
     from corefw.testing.blockers import CHECKS, BlockersCase, check_blockers
 
@@ -38,12 +38,12 @@ AT_ONCE: Final = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockersCase:
-    """What to check.
+    """The plugin to check.
 
     plugin    the module or object with the hook
-    machine   a new machine that nothing keeps from migrating
-    block     brings about what the plugin blocks: called with the machine and the settings
-    unblock   puts an end to it
+    machine   makes a machine that nothing prevents from migrating
+    block     creates the condition that the plugin blocks; called with the machine and the settings
+    unblock   ends that condition
     """
 
     plugin: object
@@ -90,7 +90,7 @@ def _reasons(case: BlockersCase, machine: Machine, settings: Settings) -> list[s
 
 @_KIT.check
 def _come_and_go(case: BlockersCase) -> None:
-    """There is no reason while nothing is in the way, one as soon as something is, and none once it is gone."""
+    """There is no reason while nothing blocks, one as soon as something does, and none once it has ended."""
     with _guest(case) as (machine, settings):
         before = _reasons(case, machine, settings)
         assert before == [], f"nothing is in the way yet, but there are reasons: {before}"
@@ -103,7 +103,7 @@ def _come_and_go(case: BlockersCase) -> None:
 
 @_KIT.check
 def _distinct(case: BlockersCase) -> None:
-    """Each reason is one line of text, and none is there twice."""
+    """Each reason is one line of text, and none is repeated."""
     with _guest(case) as (machine, settings):
         case.block(machine, settings)
         reasons = _reasons(case, machine, settings)
@@ -127,7 +127,7 @@ def _changes_nothing(case: BlockersCase) -> None:
 
 @_KIT.check
 def _whatever_the_guest_does(case: BlockersCase) -> None:
-    """It answers in every run state of the guest, while it runs and after it has been closed."""
+    """It answers in every run state of the guest, including after the machine was closed."""
     with _guest(case) as (machine, settings):
         case.block(machine, settings)
         machine.start()

@@ -18,11 +18,11 @@ UNREAD_LIMIT: Final = 32 * MIB
 """Bytes that may be buffered here, in the kernel and on the other side while the receiver does not read."""
 
 MEMORY_LIMIT: Final = 24 * MIB
-"""Bytes by which this process may grow meanwhile."""
+"""Bytes by which this process may grow while the receiver does not read."""
 
 
 class Need(Flag):
-    """What a case must have for a check to apply."""
+    """What a case must support for a check to apply."""
 
     NOTHING = 0
     LIVE = auto()

@@ -1,4 +1,4 @@
-"""The contract kit for the hook corefw_commands: run it on your plugin, and its QMP commands can be called by anyone.
+"""The contract kit for the hook corefw_commands.
 
     from corefw.testing.commands import CHECKS, CommandsCase, check_commands
 
@@ -46,12 +46,12 @@ AT_ONCE: Final = 4
 """Threads that call a command at the same time."""
 
 Arguments = Mapping[str, object]
-"""Of one call, by their names in QMP."""
+"""The arguments of one call, by their names in QMP."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandsCase:
-    """What to check.
+    """The plugin to check.
 
     plugin    the module or object with the hook
     machine   makes the guest that the commands are about
@@ -66,10 +66,10 @@ class CommandsCase:
 
 
 class KitControl(MigrationControl):
-    """A MigrationControl without an engine: the guest and the settings are real, migrations are only noted.
+    """A MigrationControl without an engine: the guest and the settings are real, migrations are only recorded.
 
-    asked    what was asked for, in order: "migrate tcp:HOST:PORT", "cancel", ...
-    events   publish here what observers have to see
+    asked    the requests in order: "migrate tcp:HOST:PORT", "cancel", ...
+    events   publish events for observers here
     """
 
     def __init__(self, machine: Machine, settings: Settings) -> None:
@@ -174,7 +174,7 @@ def _called(name: str, function: Callable[..., object], arguments: Arguments) ->
 
 @_KIT.check
 def _names(case: CommandsCase) -> None:
-    """Names begin with "x-" and are not the core's; there is a call to try for each, and none for other ones."""
+    """Names begin with "x-" and are not the core's; the case has a call for each command, and for no other."""
     with _control(case) as control:
         commands = _commands(case, control)
         for name in commands:
@@ -195,7 +195,7 @@ def _schemas(case: CommandsCase) -> None:
 
 @_KIT.check
 def _asking_does_nothing(case: CommandsCase) -> None:
-    """The hook only gives functions, the same ones each time; it starts and changes nothing."""
+    """The hook only returns functions, the same ones each time; it starts and changes nothing."""
     with _control(case) as control:
         before = (control.machine.run_state, control.settings.capabilities(), control.settings.parameters())
         first, second = set(_commands(case, control)), set(_commands(case, control))
@@ -206,7 +206,7 @@ def _asking_does_nothing(case: CommandsCase) -> None:
 
 @_KIT.check
 def _calls(case: CommandsCase) -> None:
-    """A call that is right returns a JSON value, and may be repeated."""
+    """A valid call returns a JSON value, and may be repeated."""
     with _control(case) as control:
         commands = _commands(case, control)
         for name, calls in case.calls.items():
@@ -216,7 +216,7 @@ def _calls(case: CommandsCase) -> None:
 
 @_KIT.check
 def _refusals(case: CommandsCase) -> None:
-    """A call that is wrong raises a MigfwError, in one line; so does any call with an argument that does not exist."""
+    """An invalid call raises a MigfwError of one line; so does any call with an argument that does not exist."""
     with _control(case) as control:
         commands = _commands(case, control)
         for name, calls in case.refused.items():

@@ -1,4 +1,4 @@
-"""The tools of the contract kit for transports: two ends of a transport, and traffic between them.
+"""Tools of the contract kit for transports: two ends of a transport, and traffic between them.
 
 A workbench closes everything that was made on it, whatever happens. Traffic is the same in every run.
 """
@@ -159,7 +159,7 @@ def receive_all(channel: Channel) -> bytearray:
 
 
 def transferred(sending: Task[None], receiving: Task[_T], seconds: float | None = None) -> _T:
-    """What was received, when both have ended. Raises the sender's error first: the receiver may be waiting for it."""
+    """Wait for both; return what was received. Raises the sender's error first: the receiver may be waiting for it."""
 
     def over() -> bool:
         return not receiving.running or (not sending.running and sending.error() is not None)
@@ -173,7 +173,7 @@ def transferred(sending: Task[None], receiving: Task[_T], seconds: float | None 
 
 
 def flood_chunk(offset: int, size: int) -> bytes:
-    """What a Flood sends at this offset of its stream."""
+    """The bytes that a Flood sends at this offset of its stream."""
     return hashlib.shake_128(b"flood %d" % offset).digest(size)
 
 
@@ -198,7 +198,7 @@ class Flood:
         self._channel.send_eof()
 
     def blocked(self, quiet: float = 0.25) -> int:
-        """Wait until no more is taken; returns how much was sent."""
+        """Wait until the channel takes no more; return how much was sent."""
         return settled(lambda: self.sent, quiet)
 
 

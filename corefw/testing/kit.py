@@ -1,4 +1,4 @@
-"""A table of checks, and what runs them: each in a thread with a deadline, with a look at what it leaves behind."""
+"""A table of checks and its runner: each check has a thread and a deadline, and must leave nothing behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHECK_DEADLINE: Final = 180.0
 """Seconds for one check."""
 
 LETTING_GO: Final = 30.0
-"""Seconds after it for threads, descriptors and processes to go away."""
+"""Seconds after a check for threads, descriptors and processes to go away."""
 
 _Case = TypeVar("_Case")
 
@@ -30,7 +30,7 @@ class Kit(Generic[_Case]):
         self.checks: Final[dict[str, Callable[[_Case], None]]] = {}
 
     def check(self, function: Callable[[_Case], None]) -> Callable[[_Case], None]:
-        """Enter a check. It raises AssertionError, in one line, if the promise in its docstring is broken."""
+        """Add a check, which raises an AssertionError of one line if the promise in its docstring is broken."""
         self.checks[name_of(function)] = function
         return function
 
@@ -49,7 +49,7 @@ class Kit(Generic[_Case]):
 
 
 def name_of(check: Callable[..., object]) -> str:
-    """The name of a check, as `only` and messages have it."""
+    """The name of a check, in `only` and in messages."""
     return check.__name__.removeprefix("_").replace("_", "-")
 
 
@@ -63,7 +63,7 @@ def chosen(checks: Iterable[str], only: Collection[str] | None) -> list[str]:
 
 @contextmanager
 def naming(check: str) -> Iterator[None]:
-    """Let every exception in the block become an AssertionError that names the check."""
+    """Turn every exception in the block into an AssertionError that names the check."""
     try:
         yield
     except AssertionError as error:
@@ -73,8 +73,8 @@ def naming(check: str) -> Iterator[None]:
 
 
 def hook(plugin: object, name: str, **arguments: object) -> object:
-    """What a plugin's hook returns, given the arguments that it takes. Raises AssertionError if it has no such hook, or
-    what pluggy would refuse."""
+    """Call a plugin's hook with the arguments that it takes. Raises AssertionError if the plugin does not have the
+    hook, or if pluggy would refuse it."""
     function = getattr(plugin, name, None)
     assert callable(function), f"{plugin!r} has no hook {name}"
     try:

@@ -1,4 +1,4 @@
-"""The contract kit for machines: if it passes on yours, it does what corefw.machine asks of it.
+"""The contract kit for machines: checks that a machine keeps the contract of corefw.machine.
 
     from corefw.testing.machine import CHECKS, MachineCase, check_machine
 
@@ -9,9 +9,9 @@
         check_machine(CASE, only=[check])
 
 Each check states one promise of the interface, uses machines for real, and fails with an AssertionError that says in
-one line what was promised and what happened. After each of them every machine is closed, and no descriptor, process or
-thread may be left behind. Only verify() tells whether a guest continues correctly: the kit warns (UncheckedExecution)
-about a machine that has none, or one that misses a lost write. It needs no test framework.
+one line what was promised and what happened. After each check every machine is closed, and no descriptor, process or
+thread may be left behind. Only verify() shows whether a guest continues correctly: the kit warns (UncheckedExecution)
+if a machine has none, or if it misses a lost write. It needs no test framework.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from corefw.testing.machine_verify import UncheckedExecution
 __all__ = ["CHECKS", "MachineCase", "UncheckedExecution", "check_machine"]
 
 _MODULES: Final = (machine_running, machine_memory, machine_verify, machine_postcopy, machine_disks)
-"""Imported, they have entered their checks."""
+"""Importing these modules adds their checks."""
 
 CHECKS: Final = KIT.checks
 """Every check by name, in the order in which they run."""

@@ -1,4 +1,4 @@
-"""What the checks of the contract kit for machines use: the machines of one check, and the table of the checks."""
+"""Tools of the contract kit for machines: the machines of one check, and the table of checks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from corefw.wire.stream import MemorySink, MemorySource, StreamReader, StreamWri
 
 @dataclass(frozen=True, slots=True)
 class MachineCase:
-    """What to check.
+    """The machine to check.
 
-    make      a new machine, as `factory(config)` makes one; the argument is whether it is incoming. Two of them have
-              to fit each other: same name, same RAM blocks. Keep the RAM small
-    seconds   that the guest runs for at a time, enough to write to its RAM
+    make      makes a machine, as `factory(config)` does; the argument is whether it is incoming. Two of them have to
+              fit each other: same name, same RAM blocks. Keep the RAM small
+    seconds   for which the guest runs at a time, enough to write to its RAM
     """
 
     make: Callable[[bool], Machine]
@@ -58,7 +58,7 @@ KIT: Final[Kit[MachineCase]] = Kit()
 
 
 def check(function: Callable[[Bench], None]) -> Callable[[Bench], None]:
-    """Enter a check, which gets a bench of its own."""
+    """Add a check, which gets a bench of its own."""
 
     @wraps(function)
     def run(case: MachineCase) -> None:
@@ -79,7 +79,7 @@ def assert_state(machine: Machine, expected: RunState, after: str) -> None:
 
 
 def save_devices(machine: Machine) -> dict[tuple[str, int], bytes]:
-    """What each device writes into its section."""
+    """The bytes that each device writes into its section."""
     saved = {}
     for device in machine.devices():
         assert device.vmstate.unmigratable is None, f"device '{device.name}': {device.vmstate.unmigratable}"

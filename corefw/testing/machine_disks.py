@@ -18,9 +18,9 @@ GRANULARITY: Final = 4096
 
 @check
 def _disks_have_names(bench: Bench) -> None:
-    """Each disk of a BlockMachine is found by its node's name and by its device's, and is as long on both sides.
+    """A BlockMachine's disk is found by the names of its node and its device, and has the same length on both sides.
 
-    Machines that are none pass.
+    Other machines pass.
     """
     here, there = _disks(bench.machine()), _disks(bench.machine(incoming=True))
     left, right = ([(node.name, node.length) for node in nodes] for nodes in (here, there))
@@ -32,8 +32,8 @@ def _disks_have_names(bench: Bench) -> None:
 
 @check
 def _dirty_bitmaps_find_every_write(bench: Bench) -> None:
-    """A copy of a disk that takes what a bitmap has, and clears it, again and again, equals the disk in the end; and
-    the guest writes nothing while it is stopped.
+    """A copy of a disk that is updated from a bitmap, again and again, equals the disk in the end; and the guest writes
+    nothing while it is stopped.
 
     Disks that are not in a file pass.
     """
@@ -58,7 +58,7 @@ def _dirty_bitmaps_find_every_write(bench: Bench) -> None:
 
 
 class _Copy:
-    """A copy of a disk, and the bitmap of what was written since."""
+    """A copy of a disk, and the bitmap of later writes."""
 
     def __init__(self, node: BlockNode) -> None:
         self.node = node

@@ -24,7 +24,7 @@ PATIENCE: Final = 60.0
 def _page_faults_are_served(bench: Bench) -> None:
     """A PostcopyMachine's guest waits for pages, goes on when they are installed, and sees everything after release().
 
-    Machines that are none pass, and those whose host cannot serve page faults.
+    Other machines pass, and so do all on a host that cannot serve page faults.
     """
     destination = bench.machine(incoming=True)
     if not isinstance(destination, PostcopyMachine) or destination.postcopy_unsupported() is not None:
@@ -48,7 +48,7 @@ def _page_faults_are_served(bench: Bench) -> None:
 
 
 def _serve(machine: Machine, faults: FaultSource) -> int:
-    """Install what the guest waits for, until it waits for nothing more for a moment; how many pages that were."""
+    """Install pages that the guest waits for, until it stops waiting for a moment; return the number of pages."""
     blocks = {block.idstr: block for block in machine.ram_blocks()}
     served, deadline = 0, time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
@@ -65,7 +65,7 @@ def _serve(machine: Machine, faults: FaultSource) -> int:
 
 
 def _map(faults: FaultSource, block: RamBlock, pages: NDArray[np.int64]) -> None:
-    """Let the guest see these pages as compiled code does, where the machine allows that."""
+    """Let the guest see these pages as compiled code does, if the machine allows that."""
     mapping = faults.mapping(block)
     if mapping is None or mapping.userfaultfd < 0:
         return

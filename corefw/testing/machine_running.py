@@ -1,4 +1,4 @@
-"""The contract kit for machines: what a machine says of itself, starting and stopping, and moving."""
+"""The contract kit for machines: facts about the machine, starting and stopping, and moving."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _listed(changes: Sequence[tuple[RunState, RunState]]) -> str:
 
 @check
 def _state_moves_to_another_machine(bench: Bench) -> None:
-    """RAM and devices of a stopped guest start in an incoming machine, which saves the same bytes before."""
+    """RAM and devices of a stopped guest load into an incoming machine, which saves the same bytes and then starts."""
     source, destination = bench.running(), bench.machine(incoming=True)
     source.stop(RunState.FINISH_MIGRATE)
     blocks = {block.idstr: block for block in destination.ram_blocks()}

@@ -15,16 +15,16 @@ from corefw.machine import RamBlock, RunState, VerifiableMachine
 from corefw.testing.machine_bench import Bench, assert_state, check, save_devices
 
 SAMPLES: Final = 8
-"""Pages that are put back, one at a time."""
+"""Number of pages that are put back, one at a time."""
 
 
 class UncheckedExecution(UserWarning):
-    """The kit cannot tell whether the guest continues correctly, on either side of a migration."""
+    """The kit could not check that the guest continues correctly."""
 
 
 @check
 def _verify_leaves_the_guest_as_it_was(bench: Bench) -> None:
-    """verify(), if there is one, works on a guest that runs and on one that is stopped, and changes neither."""
+    """verify(), if there is one, works on a running and on a stopped guest, and changes neither."""
     machine = bench.running()
     if not isinstance(machine, VerifiableMachine):
         return

@@ -1,7 +1,7 @@
-"""One migration of one section, without an engine: the tools of the contract kit for sections.
+"""Tools of the contract kit for sections: one migration of one section, without an engine.
 
-A recording holds the bodies exactly as a saver wrote them. A replay gives them to a loader through one reader, each
-with a footer as in a stream, and cleans up whatever happens.
+A recording holds the bodies exactly as a saver wrote them. A replay passes them to a loader through one reader, each
+with a footer as in a stream, and always cleans up.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from corefw.wire.constants import BE32, SectionType
 from corefw.wire.stream import MemorySink, StreamReader, StreamWriter
 
 FOOTER: Final = bytes([SectionType.FOOTER]) + BE32.pack(7)
-"""What follows every body, as in a stream: a loader that reads too much takes some of it."""
+"""Follows every body, as in a stream. A loader that reads too much consumes some of it."""
 
 PASSES: Final = 10_000
 READS_AFTER_END: Final = 100
@@ -37,13 +37,13 @@ READS_AFTER_END: Final = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SectionCase:
-    """A section, and how to make its saver and its loader.
+    """The section to check.
 
     saver     makes a saver that has something to send; a new one, with the same state, each time
     loader    makes the loader of a waiting destination; a new one each time
-    state     what has to be the same on both sides at the end, of the saver and of the loader: a value with ==
-    change    the guest writes: called on a LiveSaver between passes
-    close     releases what saver() or loader() made around the section
+    state     the state of a saver or loader, which has to be equal on both sides at the end: a value with ==
+    change    writes as the guest would; called on a LiveSaver between passes
+    close     releases what saver() or loader() created in addition
     budget    bytes that iterate() is given
     samples   at most this many places in the stream are cut and damaged
     memory    bytes of memory that a damaged stream may make a loader take, beside what the stream itself takes
@@ -61,7 +61,7 @@ class SectionCase:
 
 
 class KitContext(OutgoingContext, IncomingContext):
-    """What the kit offers on either side: one channel, a guest that cannot be throttled."""
+    """The context on either side: one channel, and a guest that cannot be throttled."""
 
     def __init__(self, settings: Settings, interrupt: Interrupt) -> None:
         self.settings = settings
@@ -87,7 +87,7 @@ class KitContext(OutgoingContext, IncomingContext):
 
 
 class Pieces:
-    """A Source that gives at most `size` bytes a time, and finds out who reads on for ever after the end."""
+    """A Source that returns at most `size` bytes at a time, and detects endless reads after the end."""
 
     def __init__(self, data: bytes, size: int = 1 << 20) -> None:
         self._rest = memoryview(data)
@@ -106,7 +106,7 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What a source wrote between a section's header and its footer."""
+    """The bytes between a section's header and its footer."""
 
     kind: str
     data: bytes
@@ -145,7 +145,7 @@ Outcome = Literal["committed", "abandoned"]
 
 
 def record(case: SectionCase, *, outcome: Outcome = "committed") -> Recording:
-    """Let a saver send its section and tell it the outcome. Raises AssertionError if it does not come to an end."""
+    """Let a saver send its section, and report the outcome to it. Raises AssertionError if it does not finish."""
     with opened(case, case.saver) as (saver, context):
         recording = Recording(saver.version_id)
         if isinstance(saver, StateSaver):
@@ -158,7 +158,7 @@ def record(case: SectionCase, *, outcome: Outcome = "committed") -> Recording:
 
 
 def tell(section: Section, outcome: Outcome) -> None:
-    """Tell a section how the migration ended. Raises AssertionError if that fails."""
+    """Report the outcome of the migration to a section. Raises AssertionError if that fails."""
     try:
         section.committed() if outcome == "committed" else section.abandoned()
     except Exception as error:
@@ -166,7 +166,7 @@ def tell(section: Section, outcome: Outcome) -> None:
 
 
 def written(recording: Recording, kind: str, write: Callable[[StreamWriter], object]) -> None:
-    """Keep what `write` writes as one more body."""
+    """Record what `write` writes as another body."""
     sink = MemorySink()
     writer = StreamWriter(sink)
     write(writer)
@@ -211,7 +211,7 @@ def _record_live(case: SectionCase, saver: LiveSaver, context: KitContext, recor
 
 
 def pending(saver: LiveSaver) -> Pending:
-    """What is left after a harvest; the estimates before and after it are checked too."""
+    """Bytes left after a harvest. Also checks the estimates before and after it."""
     passes = _passes(saver)
     known = saver.pending_estimate()
     assert saver.pending_estimate() == known, "pending_estimate() gives two answers in a row"
@@ -231,7 +231,7 @@ def _passes(saver: LiveSaver) -> int | None:
 
 @dataclass(slots=True)
 class Replay:
-    """What became of a stream.
+    """The result of replaying a stream.
 
     error   what load() raised, or None
     body    the number of the last body that load() was called for
@@ -253,7 +253,7 @@ def replay(
     piece: int = 1 << 20,
     outcome: Outcome | None = None,
 ) -> Replay:
-    """Give these bodies to a new loader, each followed by a footer but for one that was cut: nothing follows it."""
+    """Pass these bodies to a new loader, each followed by a footer, except one that was cut."""
     sent = [body.data for body in recording.bodies]
     stream = b"".join(data + (FOOTER if len(data) == len(sent[i]) else b"") for i, data in enumerate(bodies))
     found = Replay()

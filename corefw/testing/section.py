@@ -1,4 +1,4 @@
-"""The contract kit for section savers and loaders: if it passes on yours, they do what corefw.section asks of them.
+"""The contract kit for sections: checks that a saver and a loader keep the contract of corefw.section.
 
     from corefw.testing.section import CHECKS, SectionCase, check_section
 
@@ -100,7 +100,7 @@ def _coverage(case: SectionCase) -> None:
 
 @_KIT.check
 def _description(case: SectionCase) -> None:
-    """A StateSaver's describe() says of every byte that save() wrote to which field it belongs; it is JSON."""
+    """A StateSaver's describe() is JSON, and assigns every byte that save() wrote to a field."""
     recording = record(case)
     if recording.description is None:
         return
@@ -141,7 +141,7 @@ def _round_trip(case: SectionCase) -> None:
 
 @_KIT.check
 def _pieces(case: SectionCase) -> None:
-    """The same holds if the bytes arrive in other portions than they were sent in."""
+    """The round trip also works if the bytes arrive in other portions than they were sent in."""
     recording = record(case)
     for piece in (1, 3, 4095):
         if recording.size < 4096 * piece:
@@ -279,8 +279,8 @@ def _statistics(case: SectionCase) -> None:
 
 
 def _places(case: SectionCase, recording: Recording) -> list[tuple[int, int]]:
-    """Places as (number of the body, offset in it): every byte of a small stream; of a large one the beginnings and
-    ends of bodies and some places in between, the same ones each time."""
+    """Places as (number of the body, offset in it): every byte of a small stream; the beginnings and ends of bodies and
+    some places in between for a large one, the same each time."""
     sizes = [len(body.data) for body in recording.bodies]
     edge = case.samples // (4 * len(sizes)) + 1
     step = 1 if recording.size <= case.samples else 2 * recording.size // case.samples

@@ -1,4 +1,4 @@
-"""The contract kit for the hook corefw_settings: run it on your plugin, and its settings work as all others do.
+"""The contract kit for the hook corefw_settings.
 
     from corefw.testing.settings import CHECKS, check_settings
 
@@ -50,7 +50,7 @@ def _entries(declared: Declarations) -> list[Capability | Parameter]:
 
 @_KIT.check
 def _declarations(plugin: object) -> None:
-    """The hook gives Declarations that fit the core's tables, the same ones each time."""
+    """The hook returns Declarations that fit the core's tables, the same ones each time."""
     declared = _declared(plugin)
     again = _declared(plugin)
     for what in ("capabilities", "parameters", "implements"):
@@ -61,7 +61,7 @@ def _declarations(plugin: object) -> None:
 
 @_KIT.check
 def _names(plugin: object) -> None:
-    """Names are lower case with hyphens, and begin with "x-": QEMU may use any other name tomorrow."""
+    """Names are lower case with hyphens, and begin with "x-", because a later QEMU may use any other name."""
     for entry in _entries(_declared(plugin)):
         for name in (entry.name, *entry.aliases):
             assert NAME.fullmatch(name), f"'{name}': expected small letters, digits and single hyphens"
@@ -70,7 +70,7 @@ def _names(plugin: object) -> None:
 
 @_KIT.check
 def _help(plugin: object) -> None:
-    """Each has a help text of one line."""
+    """Each setting has a help text of one line."""
     for entry in _entries(_declared(plugin)):
         one_line_of_text(entry.help, f"the help of '{entry.name}'")
 
@@ -99,7 +99,7 @@ def _defaults(plugin: object) -> None:
 
 @_KIT.check
 def _cross_checks(plugin: object) -> None:
-    """Checks across settings let the defaults pass. Whatever is set, they say None or a phrase, and raise nothing."""
+    """Checks across settings accept the defaults. For any values they return None or a phrase, and raise nothing."""
     declared = _declared(plugin)
     settings = Settings([declared])
     for number, check in enumerate(declared.checks):

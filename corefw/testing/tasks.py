@@ -1,6 +1,6 @@
 """The base of the contract kits: threads with a deadline, and the detection of what is left behind.
 
-A kit never hangs, and never fails without saying where. Deadlines are far beyond what any correct program needs:
+A kit never hangs, and its failures say where they happened. Deadlines are far longer than any correct program needs;
 nothing here measures speed.
 """
 
@@ -51,7 +51,7 @@ class Task(Generic[_T]):
         self._thread.join(seconds)
 
     def result(self, seconds: float | None = None) -> _T:
-        """What it returned. Raises what it raised, or AssertionError with its stack if it is still running after
+        """The function's result. Raises what it raised, or AssertionError with its stack if it is still running after
         `seconds` (DEADLINE)."""
         error = self.error(seconds)
         if error is not None:
@@ -59,7 +59,7 @@ class Task(Generic[_T]):
         return self._results[0]
 
     def error(self, seconds: float | None = None) -> BaseException | None:
-        """What it raised, or None. AssertionError as for result()."""
+        """The exception that it raised, or None. Raises AssertionError as result() does."""
         seconds = DEADLINE if seconds is None else seconds
         self._thread.join(seconds)
         if self._thread.is_alive():
@@ -78,7 +78,7 @@ def described(error: BaseException | None) -> str:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float | None = None) -> bool:
-    """Poll the condition for `seconds` (DEADLINE); whether it came true."""
+    """Poll the condition for up to `seconds` (DEADLINE); return whether it became true."""
     deadline = time.monotonic() + (DEADLINE if seconds is None else seconds)
     while not condition():
         if time.monotonic() > deadline:
@@ -88,7 +88,7 @@ def wait_until(condition: Callable[[], bool], seconds: float | None = None) -> b
 
 
 def settled(value: Callable[[], int], quiet: float = 0.4) -> int:
-    """Wait until `value()` has not changed for `quiet` seconds; that value."""
+    """Wait until `value()` has not changed for `quiet` seconds; return that value."""
     last, since = value(), time.monotonic()
     while time.monotonic() - since < quiet:
         time.sleep(POLL)
@@ -107,7 +107,7 @@ def private_memory() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Possessions:
-    """What a process has to release: descriptors with their targets, child processes, threads."""
+    """The resources that a process has to release: descriptors with their targets, child processes, threads."""
 
     descriptors: frozenset[str]
     children: frozenset[int]
@@ -118,8 +118,8 @@ class Possessions:
         return cls(_descriptors(), _children(), frozenset(threading.enumerate()))
 
     def assert_no_more(self, seconds: float | None = None) -> None:
-        """Raise AssertionError, naming what this process has gained since and does not release within `seconds`
-        (DEADLINE)."""
+        """Raise AssertionError that names resources that this process has gained since and does not release within
+        `seconds` (DEADLINE)."""
         gained: list[str] = []
 
         def nothing() -> bool:

@@ -1,4 +1,4 @@
-"""The contract kit for transports: if it passes on yours, it does what corefw.channel asks of it.
+"""The contract kit for transports: checks that a transport keeps the contract of corefw.channel.
 
     from corefw.testing.transport import TransportCase, applicable, check_transport
 

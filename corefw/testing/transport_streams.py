@@ -1,4 +1,4 @@
-"""Checks of features, bytes and ends, while nothing goes wrong."""
+"""Checks of features, bytes and ends, without errors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _streams_whole_and_in_order(bench: Workbench) -> None:
 
 @check()
 def _takes_parts_of_every_kind(bench: Workbench) -> None:
-    """send() takes no part, empty parts, very many parts, and every type; they may change once it returns."""
+    """send() accepts no part, empty parts, very many parts, and every type; they may change once it returns."""
     reused = bytearray(b"reused buffer")
     many = [bytes([n % 251]) * (n % 5) for n in range(5000)]
 
@@ -122,8 +122,8 @@ def _moves_memory_as_it_lies(bench: Workbench) -> None:
 
 @check(Need.LIVE)
 def _lends_its_socket(bench: Workbench) -> None:
-    """ReceivesFromSocket and SendsToSocket: the function is called again while no byte has come or gone, and receives
-    or sends the stream's bytes as they are; the end is 0."""
+    """ReceivesFromSocket and SendsToSocket: the function is called again until a byte was received or sent, and handles
+    the stream's bytes unchanged; the end is 0."""
     for way, sender, receiver in bench.ways():
         if not isinstance(receiver, ReceivesFromSocket):
             continue
@@ -172,7 +172,7 @@ def _delivers_without_delay(bench: Workbench) -> None:
 
 @check(Need.LIVE)
 def _waits_for_bytes(bench: Workbench) -> None:
-    """wait_readable is False and try_receive_into None until a byte or the end is there."""
+    """wait_readable is False and try_receive_into None until a byte or the end arrives."""
     byte = memoryview(bytearray(1))
     for way, sender, receiver in bench.ways():
         assert not receiver.wait_readable(0), f"{way}: wait_readable(0) is True before anything was sent"
@@ -219,7 +219,7 @@ def _holds_back_a_fast_sender(bench: Workbench) -> None:
 
 
 def _pieces(rows: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """A piece for each row."""
+    """Make a piece of each row."""
     made = np.empty((len(rows), 2), dtype=np.uint64)
     made[:, 0] = [row.ctypes.data for row in rows]
     made[:, 1] = rows.shape[1]

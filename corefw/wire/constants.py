@@ -14,7 +14,7 @@ from typing import Final
 FILE_MAGIC: Final = 0x5145564D  # "QEVM"
 FILE_VERSION: Final = 3
 MULTIFD_MAGIC: Final = 0x11223344
-"""Begins every channel of multifd but the first, which is the stream."""
+"""The first bytes of every multifd channel except the first one, which is the stream."""
 FILE_VERSION_OBSOLETE: Final = 2
 
 BE16: Final = Struct(">H")
@@ -41,7 +41,7 @@ class SectionType(IntEnum):
 
 
 class Command(IntEnum):
-    """The commands inside a COMMAND section (MIG_CMD_*). QEMU of May 2018 had RECV_BITMAP at 8; 7.2 has it at 10."""
+    """The commands inside a COMMAND section (MIG_CMD_*)."""
 
     OPEN_RETURN_PATH = 1
     PING = 2
@@ -69,7 +69,7 @@ COMMAND_LENGTHS: Final[dict[Command, frozenset[int] | None]] = {
     Command.RECV_BITMAP: None,
     Command.SWITCHOVER_START: frozenset({0}),
 }
-"""The payload lengths that are allowed; None where the length varies (QEMU's mig_cmd_args)."""
+"""Allowed payload lengths; None if the length varies (QEMU's mig_cmd_args)."""
 
 
 PLUGIN_COMMANDS: Final = range(0x7000, 0x8000)
@@ -110,22 +110,21 @@ RETURN_MESSAGE_LIMIT: Final = 512
 """The source accepts at most this many bytes of body (QEMU's source_return_path_thread)."""
 
 MIGFW_PING: Final = 0x6D696766  # "migf"
-"""The number of a PING by which a source says that it is a migfw: a QEMU only echoes it. A destination that saw it may
-send MIGFW_REASON before SHUT: why it could not load the guest, at most REASON_LIMIT bytes of UTF-8. QEMU never gets
-that message."""
+"""The number of a PING with which a source identifies itself as a migfw; a QEMU only echoes it. A destination that saw
+it may send MIGFW_REASON before SHUT: why it could not load the guest, at most REASON_LIMIT bytes of UTF-8. QEMU never
+gets that message."""
 SECRET_LENGTH: Final = 16
-"""Bytes of MIGFW_SECRET, which a destination that saw MIGFW_PING sends when postcopy is announced: what both sides show
-to know when a connection is replaced."""
+"""Bytes of MIGFW_SECRET, which a destination that saw MIGFW_PING sends when postcopy is announced. Both sides prove
+that they know it when a connection is replaced."""
 PACKAGE_PING: Final = 3
-"""The number of the PING in a postcopy package, right before RUN, as QEMU has it. Until its PONG has come the
-destination cannot have started the guest."""
+"""The number of the PING in a postcopy package, right before RUN, as in QEMU. Until its PONG arrives the destination
+cannot have started the guest."""
 RESUMED: Final = 1
 """The value of RESUME_ACK (QEMU's MIGRATION_RESUME_ACK_VALUE)."""
 READY_PING: Final = 0x6D696702
-"""The number of the PING behind the START sections. Its PONG says that the destination has loaded all of them."""
+"""The number of the PING after the START sections. Its PONG says that the destination has loaded all of them."""
 ALIVE_PING: Final = 0x6D696703
-"""The number of the PINGs by which a source shows that it lives, and by which it finds out whether its destination
-does."""
+"""The number of the PINGs with which a source shows that it is alive, and finds out whether its destination is."""
 REASON_LIMIT: Final = 500
 
 

@@ -1,8 +1,8 @@
-"""Finds where device sections end, since the stream does not say.
+"""Find the ends of device sections, which the stream does not mark.
 
 The description gives the lengths. Without one, a section ends at a footer with its id, if what follows the footer can
-follow a section. Whether a cut was right shows when the sections are read: every footer has to carry its section's id,
-and the last section has to end where the stream ends.
+follow a section. Reading the sections afterwards checks the result: every footer has to carry its section's id, and the
+last section has to end where the stream ends.
 
 Source: QEMU 7.2, save_section_header and qemu_savevm_state_complete_precopy (migration/savevm.c).
 """
@@ -23,7 +23,7 @@ _UNBRACE: Final = ord("}")
 
 
 class Cutter:
-    """Measures the bodies of the sections in `data`, which goes on to the end of the stream.
+    """Measures the bodies of the sections in `data`, which extends to the end of the stream.
 
     `footers`: whether each body is followed by one; None: the first body shows it.
     """

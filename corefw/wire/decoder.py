@@ -1,10 +1,10 @@
-"""Takes a stream of any origin apart into items: QEMU's or migfw's, with every option on or off, whole or damaged.
+"""Split a stream of QEMU or migfw into items, with any options, complete or damaged.
 
-frames.py reads the frame; here are the bodies. Those of device sections do not say where they end, so everything from
-the first device on is held until the stream has ended, and then the description or the footers cut it (cutting.py).
+frames.py reads the frame, this module the bodies. Those of device sections do not mark their end, so everything from
+the first device on is held until the stream has ended, and then split by the description or the footers (cutting.py).
 
-Invariant: it gives every item that is whole, in order, and then ends or raises RemoteStreamError with the place of the
-damage. It holds at most MAX_DEVICE_STATE bytes; RAM records are passed on one by one.
+Invariant: it yields every complete item in order, and then ends or raises RemoteStreamError with the place of the
+damage. It holds at most MAX_DEVICE_STATE bytes; RAM records are yielded one by one.
 
 Source: docs/stream.md.
 """
@@ -44,12 +44,12 @@ from corefw.wire.records import (
 from corefw.wire.stream import MemorySource, StreamReader
 
 MAX_DEVICE_STATE: Final = 64 << 20
-"""Bytes of device sections that are held at once."""
+"""Maximum bytes of device sections to hold."""
 
 
 @dataclass(slots=True)
 class _State:
-    """What earlier parts of a stream say about the bodies of later ones; shared with the packages in it."""
+    """Facts from earlier parts of a stream about the bodies of later ones; shared with the packages in it."""
 
     layout: RamLayout = field(default_factory=RamLayout)
     blocks: dict[str, int] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class _State:
 
 
 def decode(reader: StreamReader) -> Iterator[Item]:
-    """The items of a stream, header to description, as they come. Raises RemoteStreamError, ChannelError."""
+    """Yield the items of a stream, from header to description. Raises RemoteStreamError, ChannelError."""
     return _Decoder(FrameReader(reader), _State()).decode()
 
 
@@ -230,7 +230,7 @@ _BODIES: Final[Mapping[str, Callable[[_Decoder, SectionType], Iterator[Item]]]] 
     LAYOUT_IDSTR: _Decoder._layout,
     BITMAPS_IDSTR: _Decoder._bitmaps,
 }
-"""Sections whose bodies say themselves where they end. All others are devices."""
+"""Sections whose bodies mark their own end. All others are devices."""
 
 
 def _reading(data: bytes, base: int = 0) -> StreamReader:

@@ -1,8 +1,8 @@
 """The JSON description at the end of a stream: the shapes of the device sections, for tools that have no loaders.
 
-Invariant: the description is the peer's claim. It is parsed into these few types or refused, and no number in it is
-trusted: sizes are only added up and compared with the bytes that came. If a name occurs twice in one JSON object, the
-last one counts (QEMU writes such objects for lists, whose elements describe themselves one after another).
+Invariant: the description is not trusted. It is parsed into these few types or refused, and its sizes are only added up
+and compared with the bytes that arrived. If a name occurs twice in one JSON object, the last one counts (QEMU writes
+such objects for lists, with the members of each element one after another).
 
     Description -> DeviceDescription -> StateDescription -> FieldDescription -> StateDescription ...
 
@@ -32,7 +32,7 @@ class FieldDescription:
 
     size     bytes of one element; total: of all of them
     index    its place in an array whose elements are described one by one
-    struct   what it consists of, if QEMU says so
+    struct   its state, if QEMU describes it
     """
 
     name: str
@@ -87,7 +87,7 @@ class Description:
 
 
 def parse_description(text: bytes) -> Description:
-    """Raises StreamError naming the place in the JSON that is not as expected."""
+    """Parse a description. Raises StreamError that names the place in the JSON that is not as expected."""
     try:
         document = parse_json(text)
     except JsonError as error:

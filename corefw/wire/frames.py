@@ -1,6 +1,6 @@
-"""The one reader of a stream's frame: what stands around the bodies of sections.
+"""The reader of a stream's frame: everything around the bodies of sections.
 
-`FrameReader.next_event()` gives one event after another; the caller reads bodies of sections, and packages, in between:
+`FrameReader.next_event()` returns one event after another; the caller reads bodies and packages in between:
 
     Header  ConfigurationItem?
     ( Section  body  Footer? | Part  body  Footer? | CommandItem  package? )*
@@ -41,7 +41,7 @@ from corefw.wire.stream import StreamReader
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Something in a stream. `offset` is where its first byte stands (in its package, for items inside PACKAGED)."""
+    """Something in a stream. `offset` is that of its first byte (in its package, for items inside PACKAGED)."""
 
     offset: int
 
@@ -75,7 +75,7 @@ class Part(Item):
 
 @dataclass(frozen=True, slots=True)
 class Footer(Item):
-    """What ends a section, with the section's id again."""
+    """The end of a section, which repeats the section's id."""
 
     section_id: int
 
@@ -100,7 +100,7 @@ class DescriptionItem(Item):
 
 
 class _Place(Enum):
-    """What comes next."""
+    """The kind of thing that comes next."""
 
     HEADER = auto()
     CONFIGURATION = auto()
@@ -112,7 +112,7 @@ class _Place(Enum):
 
 @dataclass(slots=True)
 class _Framing:
-    """What the frame said so far; a stream shares it with the packages in it.
+    """Facts from the frame so far; a stream shares them with the packages in it.
 
     footers   whether sections end with one; None while no section has ended
     opened    the live sections that were started and have not ended, by id
@@ -151,15 +151,15 @@ class FrameReader:
         return frames
 
     def going_on_with(self, reader: StreamReader) -> Self:
-        """The rest of this stream, from another reader."""
+        """Continue this stream with another reader."""
         frames = type(self).of_sections(reader)
         frames._framing = self._framing
         frames.is_package = self.is_package
         return frames
 
     def resumed(self, reader: StreamReader, opened: Iterable[SectionHeader]) -> Self:
-        """The rest of this stream over another connection, from the next section on; these live sections go on in it,
-        also if their END had begun to come."""
+        """Continue this stream over another connection, from the next section on; these live sections continue in it,
+        even if their END had begun to arrive."""
         frames = self.going_on_with(reader)
         frames._framing.opened.update((header.section_id, header) for header in opened)
         return frames
@@ -180,23 +180,23 @@ class FrameReader:
         return self._framing.footers
 
     def peek_section(self) -> tuple[str, int] | None:
-        """Name and instance of the START or FULL section that comes next, nothing consumed; None when anything else
-        does. Blocks as peek_type() does."""
+        """Name and instance of the START or FULL section that comes next, without consuming anything; None if something
+        else comes. Blocks like peek_type()."""
         if self._place is _Place.BODY and self._has_footer():
             return None
         return peek_section_header(self.reader) if self.peek_type() in (SectionType.START, SectionType.FULL) else None
 
     def peek_type(self) -> int | None:
-        """The type byte that comes next (see SectionType), nothing consumed; None at the end of the stream. Blocks
-        until that is known; not to be called before a body."""
+        """The type byte that comes next (see SectionType), without consuming it; None at the end of the stream. Blocks
+        until that is known. Do not call it before a body."""
         ahead = self.reader.peek(1)
         return ahead[0] if ahead else None
 
     def next_event(self) -> Item | None:
-        """The next part of the frame, None behind the last one; blocks until it is there.
+        """The next part of the frame, or None after the last one; blocks until it arrives.
 
-        After a Section or Part the caller has to read the body to its last byte before it asks for the next event,
-        after PACKAGED the package. Raises RemoteStreamError, ChannelError.
+        After a Section or Part the caller has to read the whole body before it asks for the next event, after PACKAGED
+        the whole package. Raises RemoteStreamError, ChannelError.
         """
         return _READERS[self._place](self)
 
@@ -328,4 +328,4 @@ _FRAMES: Final[Mapping[int, Callable[[FrameReader, int, SectionType], Item]]] = 
     SectionType.COMMAND: FrameReader._read_command,
     SectionType.EOF: FrameReader._read_eof,
 }
-"""Type byte -> what reads the rest of the frame behind it."""
+"""Type byte -> the method that reads the rest of the frame after it."""

@@ -1,7 +1,7 @@
-"""The section 'globalstate': in which run state the source's guest was, so that a paused one stays paused.
+"""The section 'globalstate': the run state of the source's guest, so that a paused one stays paused.
 
 The run state is stored before the guest is stopped for the migration, and sent as a buffer of fixed length with a NUL
-behind the name. An unknown name is refused. Source: QEMU 7.2, migration/global_state.c.
+after the name. An unknown name is refused. Source: QEMU 7.2, migration/global_state.c.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from corefw.wire.vmstate import Buffer, Kind, Refused, Scalar, VMState
 SECTION: Final = "globalstate"
 RUNSTATE_SIZE: Final = 100
 UNREMARKABLE: Final = frozenset({"running", "paused"})
-"""The states that may be left out: the destination then starts the guest, or not, as it was told to (autostart)."""
+"""States that may be left out: the destination's own setting (autostart) then decides whether the guest starts."""
 
 
 class GlobalState:
-    """What the section carries.
+    """The contents of the section.
 
     known      the names of run states that may arrive
     always     send it in any state (property store-global-state)
@@ -38,14 +38,14 @@ class GlobalState:
         return self.always or self.runstate not in UNREMARKABLE
 
     def encode(self) -> None:
-        """Before saving."""
+        """Fill the buffer before saving."""
         name = self.runstate.encode()
         assert len(name) < RUNSTATE_SIZE, "no run state's name is that long"
         self.size = len(name) + 1
         self.padded = name.ljust(RUNSTATE_SIZE, b"\0")
 
     def decode(self, _version_id: int) -> None:
-        """After loading. Raises Refused. What stands behind the NUL is free: QEMU 8.2 and later have flags there."""
+        """Read the buffer after loading. Raises Refused. Ignores what follows the NUL: flags in QEMU 8.2 and later."""
         name, nul, _ = bytes(self.padded).partition(b"\0")
         if not nul:
             raise Refused(

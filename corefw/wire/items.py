@@ -1,4 +1,4 @@
-"""What a stream is made of: the events of its frame (frames.py), and what stands between them.
+"""The items of a stream: the events of its frame (frames.py), and the records in between.
 
 The decoder gives these items in the order of the stream, and `encode` writes them again.
 Invariant: an item holds everything that its bytes say, so writing all items gives the stream byte for byte. It ends
@@ -45,7 +45,7 @@ from corefw.wire.stream import StreamWriter
 
 @dataclass(frozen=True, slots=True)
 class Ram(Item):
-    """One record of a ram section's body. `block` is the block that it is about, named in the record or not."""
+    """One record of a ram section's body. `block` is its RAM block, named in the record or not."""
 
     record: RamRecord
     block: str | None
@@ -63,7 +63,7 @@ class Bitmap(Item):
 
 @dataclass(frozen=True, slots=True)
 class Layout(Item):
-    """What a python guest's program consists of: the body of START of the section 'program-layout'."""
+    """The layout of a python guest's program: the body of START of the section 'program-layout'."""
 
     text: bytes
 
@@ -88,7 +88,7 @@ class Package(Item):
 
 @dataclass(frozen=True, slots=True)
 class Uncut(Item):
-    """Sections that cannot be told apart, because there is neither a description nor footers."""
+    """Sections that cannot be split, because there is neither a description nor footers."""
 
     data: bytes
 
@@ -112,7 +112,7 @@ _WRITERS: Final[Mapping[type[Item], Callable[[StreamWriter, Any], None]]] = {
 
 
 def encode(writer: StreamWriter, items: Iterable[Item]) -> None:
-    """Write the items' bytes again."""
+    """The bytes of the items."""
     for item in items:
         _WRITERS[type(item)](writer, item)
     writer.flush()

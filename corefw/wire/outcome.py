@@ -1,4 +1,4 @@
-"""What a destination says about the outcome, read on its return path by a relay that forwards it.
+"""The outcome that a destination reports on its return path, read by a relay that forwards it.
 
 It holds eight bytes at most. If the bytes are not a return path, or hold a message of an unknown type, the outcome is
 unknown.
@@ -18,10 +18,10 @@ class Outcome(StrEnum):
     """The outcome so far."""
 
     UNKNOWN = "unknown"
-    """Nothing was said, or something that is not understood."""
+    """No message, or one that is not understood."""
 
     OPEN = "open"
-    """There is a return path, and SHUT has not come."""
+    """There is a return path, and SHUT has not arrived."""
 
     ACCEPTED = "accepted"
     """SHUT 0: the destination has the guest."""
@@ -31,7 +31,7 @@ class Outcome(StrEnum):
 
 
 class OutcomeMonitor:
-    """Feed it the bytes of a return path, in pieces of any size. `outcome` is what they say so far."""
+    """Parses the bytes of a return path, in pieces of any size. `outcome` is what they say so far."""
 
     def __init__(self) -> None:
         self.outcome = Outcome.UNKNOWN

@@ -1,7 +1,7 @@
 """The messages of the return path, from a destination to its source.
 
-Invariant: a message goes out whole, in one send, since several threads may answer. The length of one that comes in is
-checked before its body is read: the source trusts the destination as little as the destination trusts the source.
+Invariant: a message is sent in one call, because several threads may answer. The length of a received one is checked
+before its body is read: the source does not trust the destination either.
 
     u16 type, u16 length, body
 
@@ -42,8 +42,8 @@ class ReturnMessageRecord:
 
 
 def read_return_message(reader: StreamReader, of_plugins: Container[int] = ()) -> ReturnMessageRecord:
-    """One message. `of_plugins` are the numbers of PLUGIN_MESSAGES that may come. Raises RemoteStreamError for any
-    other type, and for a length that the message cannot have."""
+    """Read a message. `of_plugins` are the accepted numbers of PLUGIN_MESSAGES. Raises RemoteStreamError for any other
+    type, and for a length that the message cannot have."""
     number = reader.be16("the type of a return-path message")
     length = reader.be16("the length of a return-path message")
     if number in PLUGIN_MESSAGES and number in of_plugins:
@@ -61,7 +61,7 @@ def read_return_message(reader: StreamReader, of_plugins: Container[int] = ()) -
 
 
 def encode_return_message(message_type: ReturnMessage | int, body: bytes = b"") -> bytes:
-    """The message's bytes, to be sent in one go."""
+    """The message's bytes, to be sent in one call."""
     if int(message_type) in PLUGIN_MESSAGES:  # an IntEnum would be compared with each of the 4096 numbers
         assert len(body) <= RETURN_MESSAGE_LIMIT, f"message {message_type} with {len(body)} bytes"
         return HEADER.pack(message_type, len(body)) + body
@@ -85,12 +85,12 @@ def number_body(value: int) -> bytes:
 
 
 def parse_reason(body: bytes) -> str:
-    """MIGFW_REASON: the destination's own words, made one printable line, whatever was sent."""
+    """The text of MIGFW_REASON, made into one printable line, whatever was sent."""
     return one_line(body.decode(errors="replace"))
 
 
 def reason_body(text: str) -> bytes:
-    """The text as one line, cut to what fits into MIGFW_REASON."""
+    """The text as one line, truncated to what fits into MIGFW_REASON."""
     data = one_line(text).encode(errors="replace")
     if len(data) <= REASON_LIMIT:
         return data
@@ -118,7 +118,7 @@ def parse_page_request(record: ReturnMessageRecord) -> PageRequest:
 
 
 def page_request_message(request: PageRequest) -> bytes:
-    """The whole message: REQ_PAGES_ID where a block is named, else REQ_PAGES."""
+    """The whole message: REQ_PAGES_ID if a block is named, else REQ_PAGES."""
     body = _REQUEST.pack(request.start, request.length)
     if request.block is None:
         return encode_return_message(ReturnMessage.REQ_PAGES, body)

@@ -1,7 +1,7 @@
-"""Typed reading and writing of a stream, with the offset always known.
+"""Typed reading and writing of a stream, which keeps track of the offset.
 
-Invariant: every read gives what was asked for or raises RemoteStreamError with the offset, what was expected and what
-came. The end of the stream in the middle of a record is an error. The reader allocates its buffer once.
+Invariant: every read returns what was asked for or raises RemoteStreamError with the offset, what was expected and what
+was found. The end of the stream in the middle of a record is an error. The reader allocates its buffer once.
 
 Threads: a reader and a writer each belong to one thread at a time.
 """
@@ -28,7 +28,7 @@ BULK_BUFFER_SIZE: Final = 4 << 20
 destination's processor time, measured per GiB over tcp: 0.52 s with 512 KiB, 0.45 s with 1 MiB, 0.29 s with 4 MiB."""
 
 CHEAP_MOVE: Final = 1 << 14
-"""Up to this many bytes are moved to the start of the buffer before every receive, which then has all the room, in
+"""Up to this many bytes are moved to the start of the buffer before every receive, which then has the most room, in
 memory that is still in the processor's cache."""
 
 
@@ -37,13 +37,13 @@ MAX_FILE: Final = 1 << 62
 
 
 class Source(Protocol):
-    """What a reader reads: a Channel, or a file. See Channel.receive_into()."""
+    """The input of a reader: a Channel, or a file. See Channel.receive_into()."""
 
     def receive_into(self, view: memoryview, /) -> int: ...
 
 
 class Sink(Protocol):
-    """What a writer writes to: a Channel, or a file. See Channel.send()."""
+    """The output of a writer: a Channel, or a file. See Channel.send()."""
 
     def send(self, *parts: Buffer) -> None: ...
 
@@ -78,7 +78,7 @@ class StreamReader:
     offset   bytes consumed since the start of the stream
     ended    the last read from the source found the end of the stream
     where    what is being read, for messages; loaders set it ("section 'ram'")
-    read_ahead   bytes that are received at once at most; a loader that receives past the buffer wants few in it
+    read_ahead   maximum bytes to receive at once; a loader that receives past the buffer wants few in it
     """
 
     def __init__(self, source: Source, size: int = BUFFER_SIZE, where: str = "stream", base: int = 0) -> None:
@@ -111,8 +111,8 @@ class StreamReader:
         return self.offset + (self._file.origin if self._file is not None else 0)
 
     def pass_to(self, position: int, what: str) -> None:
-        """Go on at this position in the file; the present one must not be behind it. Reads the bytes in between only if
-        the source is not a file. `what` is what is there, for messages. Raises RemoteStreamError."""
+        """Continue at this position in the file, which must not be before the current one. Reads the bytes in between
+        only if the source is not a file. `what` names the data there, for messages. Raises RemoteStreamError."""
         count = position - self.file_position
         if count < 0 or position > MAX_FILE:
             raise self.error(f"{what} from {self.file_position:#x} of the file on", f"them at {position:#x}")
@@ -181,7 +181,7 @@ class StreamReader:
         return self._socket_source is not None
 
     def receive_from_socket(self, receive: Callable[[int], int]) -> int:
-        """As receive_memory(), with a function that receives from the socket: see ReceivesFromSocket."""
+        """Receive with a function, otherwise like receive_memory(): see ReceivesFromSocket."""
         assert self._socket_source is not None
         assert self._start == self._end, "bytes in the buffer come first"
         count = self._socket_source.receive_from_socket(receive)
@@ -272,7 +272,7 @@ class StreamReader:
             raise RemoteStreamError(at, self.where, f"{what} as text", repr(data)) from None
 
     def error(self, expected: str, got: str) -> RemoteStreamError:
-        """A RemoteStreamError at the present offset, to be raised."""
+        """A RemoteStreamError at the current offset, to be raised."""
         return RemoteStreamError(self.offset, self.where, expected, got)
 
 

@@ -1,8 +1,8 @@
-"""What the versions of QEMU do differently in a migration: a table with one row for each difference.
+"""Differences between versions of QEMU in a migration: a table with one row for each.
 
 A difference depends on the program (what a QEMU of that version understands) or on the machine type (what a QEMU does
-for a guest whose type names a version, so that older QEMUs can take the guest in). The stream names only the machine
-type, so code that reads a stream asks `holds()` with that version. docs/qemu-versions.md shows the table.
+for a guest whose type names a version, so that older QEMUs can receive it). The stream names only the machine type, so
+code that reads a stream asks `holds()` with that version. docs/qemu-versions.md shows the table.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Version(NamedTuple):
 
 
 class Depends(StrEnum):
-    """What a difference depends on."""
+    """Whether a difference depends on the program or on the machine type."""
 
     PROGRAM = "program"
     MACHINE_TYPE = "machine type"
 
 
 Subject = Command | RamFlag | ReturnMessage | str
-"""What a difference is about. A string names a configuration subsection, a section or a capability."""
+"""The subject of a difference. A string names a configuration subsection, a section or a capability."""
 
 
 @dataclass(frozen=True, slots=True)

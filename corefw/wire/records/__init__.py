@@ -2,8 +2,8 @@
 
 Invariant: `write_x` writes back byte for byte what `read_x` has read. Reading gives a record or raises
 RemoteStreamError with offset, expected and got; lengths from the peer are checked against a limit before anything is
-allocated. The type byte of a section decides which `read_x` to call, so `read_x` begins behind it, and `write_x`
-writes it.
+allocated. The type byte of a section decides which `read_x` to call, so `read_x` begins after it, and `write_x` writes
+it.
 
 docs/stream.md describes the format. Threads: those of the reader and the writer.
 """

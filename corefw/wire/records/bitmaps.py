@@ -21,13 +21,13 @@ from corefw.wire.stream import StreamReader, StreamWriter
 BITMAPS_IDSTR: Final = "dirty-bitmap"
 BITMAPS_VERSION: Final = 1
 SECTOR: Final = 512
-"""Bytes of what BITS counts in."""
+"""Bytes of a sector, the unit of BITS."""
 MIN_GRANULARITY: Final = 512
 MAX_GRANULARITY: Final = 1 << 31
 CHUNK_BYTES: Final = 1024
 """Bytes of bits in a record that QEMU writes."""
 MAX_CHUNK_BYTES: Final = 10 * CHUNK_BYTES
-"""QEMU reads no more at once either."""
+"""Maximum data in a record, as in QEMU."""
 WORD: Final = 8
 """Bits travel in whole little-endian words of 64."""
 CHUNK_ALIGNMENT: Final = 4 * WORD
@@ -54,7 +54,7 @@ _KINDS: Final = (BitmapFlag.START, BitmapFlag.COMPLETE, BitmapFlag.BITS)
 
 
 class StartFlag(IntFlag):
-    """What START says of a bitmap (DIRTY_BITMAP_MIG_START_FLAG_*). AUTOLOAD is from before QEMU 2.13, and ignored."""
+    """The flags of a START (DIRTY_BITMAP_MIG_START_FLAG_*). AUTOLOAD is ignored; QEMU before 2.13 sent it."""
 
     ENABLED = 0x01
     PERSISTENT = 0x02
@@ -70,8 +70,8 @@ class BitmapRecord:
     """One record.
 
     flags         without EXTENDED; `width` is the number of bytes that they take (1, 2 or 4)
-    node, bitmap  names, None where they are left out
-    granularity   START: bytes for which a bit stands
+    node, bitmap  names; None if they are left out
+    granularity   START: bytes per bit
     start_flags   START
     sector        BITS: the first sector; sectors: how many
     data          BITS without ZEROES: the bits as little-endian words, padded
@@ -94,7 +94,7 @@ class BitmapRecord:
 
 
 def read_bitmap_record(reader: StreamReader) -> BitmapRecord:
-    """Raises RemoteStreamError for what no QEMU writes."""
+    """Read a record. Raises RemoteStreamError for one that no QEMU writes."""
     flags, width = _read_flags(reader)
     node = reader.string("the name of a block node") if BitmapFlag.NODE_NAME in flags else None
     bitmap = reader.string("the name of a bitmap") if BitmapFlag.BITMAP_NAME in flags else None
@@ -178,7 +178,7 @@ def chunk_sectors(granularity: int) -> int:
 
 
 def bits_size(sectors: int, granularity: int) -> int:
-    """Bytes of the whole words that have the bits of so many sectors, from the beginning of a word on."""
+    """Bytes of the whole words for the bits of this many sectors, from the beginning of a word on."""
     granules = -(-sectors * SECTOR // granularity)
     return -(-granules // (8 * WORD)) * WORD
 

@@ -34,7 +34,7 @@ def _lengths_in_words(lengths: frozenset[int]) -> str:
 
 
 def read_command(reader: StreamReader) -> CommandRecord:
-    """What follows the type byte COMMAND. Raises RemoteStreamError for an unknown command, and for a length that the
+    """Read the rest of a COMMAND section. Raises RemoteStreamError for an unknown command, and for a length that the
     command cannot have."""
     number = reader.be16("a command's number")
     length = reader.be16("a command's length")
@@ -51,7 +51,7 @@ def read_command(reader: StreamReader) -> CommandRecord:
 
 
 def write_command(writer: StreamWriter, command: Command | int, payload: bytes = b"") -> None:
-    """The whole section, type byte included. The payload has at most 64 KiB less one byte."""
+    """Write the whole section, with its type byte. The payload has at most 64 KiB less one byte."""
     allowed = None if command in PLUGIN_COMMANDS else COMMAND_LENGTHS[Command(command)]
     assert allowed is None or len(payload) in allowed, f"{Command(command).name} with {len(payload)} bytes"
     writer.u8(SectionType.COMMAND)

@@ -1,4 +1,4 @@
-"""The configuration section: the machine type, and subsections with what else both sides have to agree on.
+"""The configuration section: the machine type, and subsections for other things that both sides have to agree on.
 
 Source: QEMU 7.2, vmstate_configuration (migration/savevm.c).
 """
@@ -56,11 +56,11 @@ CONFIGURATION_SUBSECTIONS: Final[Mapping[str, Callable[[StreamReader], bytes]]] 
     _CAPABILITIES: _read_capabilities,
     "configuration/uuid": _read_uuid,
 }
-"""Name -> what reads the body to its end. Bodies carry no length, so an unknown subsection cannot be skipped."""
+"""Name -> function that reads the body. Bodies carry no length, so an unknown subsection cannot be skipped."""
 
 
 def read_configuration_body(reader: StreamReader) -> Configuration:
-    """What follows the type byte CONFIGURATION, with all subsections. Raises RemoteStreamError."""
+    """Read the rest of the section, with all subsections. Raises RemoteStreamError."""
     length = reader.be32("the length of the machine's name")
     raw = reader.read(length, "the machine's name", MAX_MACHINE_NAME)
     try:
@@ -93,7 +93,7 @@ def _read_configuration_subsection(reader: StreamReader, seen: set[str]) -> byte
 
 
 def write_configuration(writer: StreamWriter, configuration: Configuration) -> None:
-    """The whole section, type byte included."""
+    """Write the whole section, with its type byte."""
     name = configuration.name.encode()
     if len(name) > MAX_MACHINE_NAME:
         raise StreamError(f"the machine's name '{configuration.name}' is longer than {MAX_MACHINE_NAME} bytes")

@@ -23,7 +23,7 @@ from corefw.wire.stream import StreamReader, StreamWriter
 
 
 def read_header(reader: StreamReader) -> None:
-    """Check magic and version. Raises RemoteStreamError with what came instead."""
+    """Check magic and version. Raises RemoteStreamError with what was found."""
     magic = reader.peek(4)
     if magic == BE32.pack(MULTIFD_MAGIC):
         raise reader.error("a migration stream", "a channel of multifd (switch capability 'multifd' off on the source)")
@@ -66,7 +66,7 @@ class SectionHeader:
 
 
 def read_section_header(reader: StreamReader, section_type: SectionType) -> SectionHeader:
-    """What follows the type byte of START or FULL."""
+    """Read the header of a START or FULL section, after the type byte."""
     assert section_type in WITH_NAME
     section_id = reader.be32("a section's id")
     idstr = reader.string("a section's name")
@@ -78,8 +78,8 @@ def read_section_header(reader: StreamReader, section_type: SectionType) -> Sect
 
 
 def peek_section_header(reader: StreamReader) -> tuple[str, int] | None:
-    """Name and instance id of the START or FULL section whose type byte comes next, nothing consumed; None where the
-    stream ends inside the header."""
+    """Name and instance id of the START or FULL section whose type byte comes next, without consuming anything; None if
+    the stream ends inside the header."""
     head = reader.peek(6)
     if len(head) < 6:
         return None
@@ -91,7 +91,7 @@ def peek_section_header(reader: StreamReader) -> tuple[str, int] | None:
 
 
 def write_section_header(writer: StreamWriter, header: SectionHeader) -> None:
-    """Type byte and header of START or FULL."""
+    """Write type byte and header of START or FULL."""
     assert header.type in WITH_NAME
     writer.u8(header.type)
     writer.be32(header.section_id)
@@ -101,19 +101,19 @@ def write_section_header(writer: StreamWriter, header: SectionHeader) -> None:
 
 
 def read_part_header(reader: StreamReader) -> int:
-    """What follows the type byte of PART or END: the section's id."""
+    """Read the section's id, after the type byte of PART or END."""
     return reader.be32("a section's id")
 
 
 def write_part_header(writer: StreamWriter, section_type: SectionType, section_id: int) -> None:
-    """Type byte and header of PART or END."""
+    """Write type byte and header of PART or END."""
     assert section_type in WITHOUT_NAME
     writer.u8(section_type)
     writer.be32(section_id)
 
 
 def read_footer(reader: StreamReader, section_id: int, where: str) -> None:
-    """Type byte and id, which show that the body was read to its end. `where` names the section in errors."""
+    """Read type byte and id, which show that the body was read to its end. `where` names the section in errors."""
     reader.where = where
     mark = reader.peek(1)
     if mark and mark[0] != SectionType.FOOTER:
@@ -130,7 +130,7 @@ def write_footer(writer: StreamWriter, section_id: int) -> None:
 
 
 def read_description_body(reader: StreamReader) -> bytes:
-    """What follows the type byte VMDESCRIPTION: the JSON text as it came (see corefw.wire.description)."""
+    """Read the JSON text, after the type byte VMDESCRIPTION (see corefw.wire.description)."""
     length = reader.be32("the length of the description")
     return reader.read(length, "the description", MAX_DESCRIPTION)
 
@@ -148,7 +148,7 @@ def pad_description(text: bytes) -> bytes:
 
 
 def write_description(writer: StreamWriter, description: Mapping[str, object] | bytes) -> None:
-    """The whole section, type byte included: an object as JSON, or JSON text as it is."""
+    """Write the whole section, with its type byte: an object as JSON, or JSON text unchanged."""
     text = description if isinstance(description, bytes) else pad_description(json.dumps(description).encode())
     writer.u8(SectionType.VMDESCRIPTION)
     writer.be32(len(text))

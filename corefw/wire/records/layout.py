@@ -1,4 +1,4 @@
-"""The section 'program-layout': what the program of a python guest consists of, sent before its RAM.
+"""The section 'program-layout': the layout of a python guest's program, sent before its RAM.
 
 START is a be32 length and that many bytes of JSON (docs/stream.md); PART and END are empty.
 """

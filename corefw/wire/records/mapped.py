@@ -1,4 +1,4 @@
-"""What follows each RAM block in the list if the capability mapped-ram is on.
+"""The data after each RAM block in the list if the capability mapped-ram is on.
 
 That is a header, the bitmap of the pages that are in the file, and the pages, each at an offset of its own. All other
 pages are zero.

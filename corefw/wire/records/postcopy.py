@@ -91,7 +91,7 @@ def _bitmap_size(pages: int) -> int:
 
 
 def read_received_bitmap(reader: StreamReader, pages: int) -> NDArray[np.bool_]:
-    """What follows the return-path message RECV_BITMAP: for each of the block's pages, whether it has arrived.
+    """Read the bitmap after the return-path message RECV_BITMAP: for each of the block's pages, whether it has arrived.
 
     Raises RemoteStreamError for a bitmap of another size.
     """

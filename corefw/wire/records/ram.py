@@ -25,9 +25,9 @@ MAX_BLOCKS: Final = 4096
 class BlockEntry:
     """A RAM block as MEM_SIZE announces it. `length` is the used length in bytes.
 
-    page_size   the host's page size for this block; sent only with postcopy-ram, where it is not the usual one
+    page_size   the host's page size for this block; sent only with postcopy-ram, if it is not the usual one
     address     the guest address; sent only with x-ignore-shared
-    mapped      pages that are in the file behind the entry; None without mapped-ram
+    mapped      pages that are in the file after the entry; None without mapped-ram
     """
 
     idstr: str
@@ -97,8 +97,8 @@ def write_block_list(writer: StreamWriter, entries: Sequence[BlockEntry]) -> Non
 class RamRecord:
     """One record of a ram section.
 
-    address   offset in the block; the sum of the blocks' lengths for MEM_SIZE; 0 where it says nothing
-    idstr     the block, where the record names one (without CONTINUE)
+    address   offset in the block; the sum of the blocks' lengths for MEM_SIZE; otherwise 0
+    idstr     the block, if the record names one (without CONTINUE)
     body      what follows, byte for byte: a page, a fill byte, a compressed page with its length
     blocks    the list behind MEM_SIZE
     kind      the flags but for CONTINUE
@@ -117,7 +117,7 @@ class RamRecord:
 
 @dataclass(frozen=True, slots=True)
 class RamLayout:
-    """What of the stream before decides how its ram records look."""
+    """Facts from earlier parts of the stream that decide the layout of its ram records."""
 
     page_size: int = TARGET_PAGE_SIZE
     page_sizes: bool = False
@@ -155,7 +155,7 @@ PAGE_BODIES: Final[Mapping[RamFlag, Callable[[StreamReader, RamLayout], bytes]]]
 CONTINUE: Final = int(RamFlag.CONTINUE)
 
 MARKS: Final = frozenset({RamFlag.EOS, RamFlag.MULTIFD_FLUSH})
-"""Records that are a word and nothing else."""
+"""Records that consist of the first word only."""
 
 
 OBSOLETE: Final = frozenset({RamFlag.FULL, RamFlag.HOOK})
@@ -201,7 +201,7 @@ def read_ram_header(reader: StreamReader, page_size: int = TARGET_PAGE_SIZE) -> 
 
 
 def read_block_name(reader: StreamReader) -> str:
-    """Read the name behind the header of a record that has one."""
+    """Read the name after the header of a record that has one."""
     return reader.string("a RAM block's name")
 
 
@@ -221,7 +221,7 @@ def read_ram_record(reader: StreamReader, layout: RamLayout) -> RamRecord:
 
 
 def _count_mapped(reader: StreamReader, layout: RamLayout, entry: BlockEntry) -> BlockEntry:
-    """Count the pages that are in the file behind the entry, and pass over them."""
+    """Count the pages that are in the file after the entry, and skip them."""
     header = read_mapped_header(reader, layout.page_size, entry.length)
     present = sum(int.from_bytes(piece).bit_count() for piece in read_bitmap(reader, header, entry.length))
     if present > entry.length // layout.page_size:

@@ -1,4 +1,4 @@
-"""Device state by tables: one declaration drives load, save and the description, as QEMU's VMStateDescription does.
+"""Device state in tables: one declaration drives load, save and the description, as in QEMU's VMStateDescription.
 
     from corefw.wire.vmstate import Array, Kind, Scalar, VMState
 

@@ -51,7 +51,7 @@ class Array(Counted):
             self.set(state, values.astype(layout.dtype))
 
     def _fills_straight(self, here: np.ndarray[Any, Any]) -> bool:
-        """Whether the stream's bytes may go straight into the array's memory. Truth values are checked first."""
+        """Whether the stream's bytes may be read straight into the array's memory. (Booleans are checked first.)"""
         same = here.dtype == self.kind.layout.dtype and here.flags.c_contiguous
         return same and here.size > 0 and self.kind is not Kind.BOOL
 

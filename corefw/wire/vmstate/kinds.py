@@ -1,4 +1,4 @@
-"""The kinds of scalars that device state consists of, and how each looks on the wire.
+"""The kinds of scalars in device state, and their layouts on the wire.
 
 One row of LAYOUTS holds everything about a kind: its name in QEMU's description, its big-endian layout, its range.
 Source: QEMU 7.2, VMStateInfo (migration/vmstate-types.c).
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Kind(StrEnum):
-    """What a scalar is. `Kind("u64")` finds one by its short name."""
+    """The kind of a scalar. `Kind("u64")` finds one by its short name."""
 
     U8 = "u8"
     U16 = "u16"

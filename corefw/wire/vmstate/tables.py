@@ -158,8 +158,8 @@ class VMState:
     # -- subsections -----------------------------------------------------------------------------------------------
 
     def _load_subsections(self, reader: StreamReader, state: object) -> set[str]:
-        """A subsection that comes again is not read here: if a table has no fields it belongs to the next struct, and
-        otherwise load() refuses it."""
+        """Load subsections until one repeats. That one belongs to the next struct if the table has no fields; otherwise
+        load() refuses it."""
         seen: set[str] = set()
         while (name := self._next_subsection(reader)) is not None and name not in seen:
             table = next((sub for sub in self.subsections if sub.name == name), None)
@@ -202,7 +202,7 @@ class VMState:
 
 @dataclass(frozen=True, slots=True)
 class Struct(Field):
-    """An object inside the state, with a table of its own, always in that table's present version.
+    """An object inside the state, with a table of its own, always in that table's current version.
 
     make   makes the object if the attribute is missing or None; without `make` the object has to exist before loading
     """
@@ -287,7 +287,7 @@ def _is_subsection(reader: StreamReader) -> bool:
 
 
 def _peek_byte(reader: StreamReader, index: int) -> int:
-    """A byte of what may be a subsection's head. Raises RemoteStreamError if the stream ends before it."""
+    """Peek at a byte of a possible subsection head. Raises RemoteStreamError if the stream ends before it."""
     head = reader.peek(index + 1)
     if len(head) <= index:
         raise reader.error("the head of a subsection", f"the end of the stream after {len(head)} bytes")
