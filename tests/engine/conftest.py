@@ -18,7 +18,7 @@ def plugins() -> Plugins:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A short path, for sockets."""
+    """A folder with a short path, for sockets."""
     path = Path(tempfile.mkdtemp(prefix="eng", dir="/tmp"))
     yield path
     shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""What a destination puts up with: strangers, sources that dribble or pause, people who change their mind."""
+"""A destination that waits: strangers, sources that dribble or pause, and users who change their mind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def dialled(uri: str) -> Iterator[socket.socket]:
 
 
 def beginning(name: str = "counting") -> bytes:
-    """What comes before the first section."""
+    """The stream up to the first section."""
     sink = MemorySink()
     writer = StreamWriter(sink)
     write_header(writer)
@@ -122,7 +122,7 @@ def test_where_there_is_only_one_connection_it_counts(pair: Pair, tmp_path: Path
 
 def test_a_command_may_wait_for_its_source(pair: Pair, tmp_path: Path) -> None:
     """The limit begins with the first byte: exec: may be a command that listens itself."""
-    # So little RAM that a pipe holds all of the stream, and no process has to be in time for the rest of it.
+    # So little RAM that a pipe holds all of the stream, and the timing of the processes does not matter.
     source, destination = pair.source(CountingMachine(pages=8)), pair.destination(CountingMachine(8, incoming=True))
     source.set_capabilities({"return-path": False})
     source.migrate(f"file:{tmp_path}/guest")
@@ -137,7 +137,7 @@ def test_a_command_may_wait_for_its_source(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_a_source_that_dribbles_is_given_up(pair: Pair) -> None:
-    """A byte now and then of a section's name: each is right, and the whole takes for ever."""
+    """A byte of a section's name now and then: each is correct, and the whole takes for ever."""
     destination = pair.destination()
     destination.set_parameters({"x-migfw-incoming-timeout": 1000})
     over = threading.Event()
@@ -236,7 +236,7 @@ def test_cancel_frees_a_destination_that_loads_and_tells_the_source(pair: Pair) 
 
 
 def test_cancel_frees_a_destination_whose_source_reads_no_answers(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A PONG that nobody takes blocks the destination in a send, where no limit of its own looks."""
+    """A PONG that the source does not read blocks the destination in a send, where no timeout applies."""
     monkeypatch.setattr(incoming, "CANCEL_SECONDS", 0.5)
     destination = pair.destination()
     sink = MemorySink()

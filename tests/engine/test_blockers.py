@@ -1,4 +1,4 @@
-"""What keeps a guest from migrating is asked without a lock, quickly for query-migrate and for certain by migrate."""
+"""Blockers are asked without a lock. query-migrate does not wait for slow ones; migrate does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.engines import PATIENCE, Pair, ended, query_migrate
 
 
 class Slow:
-    """A plugin whose blockers and transport take as long as a test wants, and then say what it wants."""
+    """A plugin whose blockers and transport take as long as the test wants, and then return what it wants."""
 
     def __init__(self) -> None:
         self.go_on = threading.Event()

@@ -96,7 +96,7 @@ def test_two_threads_wait_for_one_page(bench: Bench) -> None:
 
 
 def test_a_thread_that_faults_again_has_its_page(bench: Bench) -> None:
-    """It runs on as soon as the page is installed, and may fault before that is noted."""
+    """A thread continues as soon as its page is installed, and may fault again before that is recorded."""
     bench.fault(7)
     bench.now = 100
     bench.fault(8)

@@ -1,4 +1,4 @@
-"""Engine.check(): what no command line can bring about."""
+"""Engine.check(): cases that the command line cannot cause."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def dialled(uri: str) -> socket.socket:
 
 
 def ask(uri: str, document: dict[str, object]) -> bytes:
-    """What a destination answers to a source with these facts."""
+    """The answer of a destination to a source with these facts."""
     with dialled(uri) as connection:
         connection.sendall(checking.MAGIC + checking.pack(document))
         connection.shutdown(socket.SHUT_WR)
@@ -31,7 +31,7 @@ def ask(uri: str, document: dict[str, object]) -> bytes:
 
 
 def facts_like(pair: Pair) -> dict[str, object]:
-    """What a source that fits says of itself."""
+    """The facts of a source that fits."""
     settings = pair.plugins.settings()
     machine = CountingMachine()
     try:

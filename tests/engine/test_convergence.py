@@ -8,7 +8,7 @@ from corefw.engine.meter import WINDOW, Meter
 
 
 class World:
-    """A meter in virtual time, without a limit, and what is estimated from it. `limit` in milliseconds."""
+    """A meter in virtual time, without a limit, and estimates from it. `limit` is in milliseconds."""
 
     def __init__(self, limit: int = 300) -> None:
         self.now = 10.0
@@ -24,7 +24,7 @@ class World:
 
 
 def test_the_seed_s_arithmetic() -> None:
-    """100 MB in a window of 100 ms, 300 ms allowed: 300 MB fit; 50 MB/s dirtied need 50 ms of a second's dirt."""
+    """100 MB in a window of 100 ms mean 1 GB/s: 300 MB fit into 300 ms, and 50 MB of dirty pages take 50 ms."""
     world = World()
     assert world.convergence.threshold == 0 and world.convergence.expected_downtime == 300
     world.window(100_000_000, dirty=50_000_000)

@@ -1,4 +1,4 @@
-"""Complete or refused: a RAM block or device that no section carries is never left behind in silence."""
+"""A migration is complete or refused: no RAM block or device is silently left behind."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_plugin_that_fails_to_load_is_a_blocker_that_names_it(
 
 
 class Whole(Section):
-    """Says that it carries all of the guest."""
+    """Claims to carry all of the guest."""
 
     idstr = "whole"
 
@@ -98,7 +98,7 @@ class IdleSaver(Whole, Saver):
 
 
 class OptionalLoader(Whole, Loader):
-    """Puts up with a stream without it."""
+    """Accepts a stream without its section."""
 
     def required(self) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""Which side may run the guest: it never runs twice, and never stays stopped without need, whatever commands come."""
+"""Which side may run the guest: it never runs twice, and never stays stopped needlessly, whatever the commands are."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def sent_all(pair: Pair, peer: Peer) -> Engine:
 
 
 def test_a_guest_that_moved_moves_no_second_time(pair: Pair) -> None:
-    """A copy would arrive; or, if that failed, the guest would be started here again."""
+    """Otherwise a copy would arrive, or, if that failed, the guest would be started here again."""
     source, destination = pair.source(), pair.destination()
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "completed" and arrived(destination) == "completed"
@@ -107,7 +107,7 @@ def test_cont_waits_for_the_end_of_a_cancel(pair: Pair, peer: Peer) -> None:
 
 
 class Hasty(CountingMachine):
-    """Asks to start the guest at the very moment when the source has let go of it."""
+    """Asks to start the guest at the moment when the source has given it up."""
 
     engine: Engine | None = None
 
@@ -192,7 +192,7 @@ def test_shut_0_counts_only_when_everything_was_sent(pair: Pair, peer: Peer) -> 
 
 
 class Broken(Channel):
-    """A channel of a transport that has a bug."""
+    """A channel of a transport with a bug."""
 
     peer = "broken"
     has_return_path = True
@@ -227,7 +227,7 @@ def test_a_bug_on_the_return_path_is_no_yes() -> None:
 
 
 class LateBreak(SocketChannel):
-    """Breaks when everything has gone out, and the destination has answered already."""
+    """Breaks after everything was sent and the destination has answered."""
 
     def send(self, *parts: Buffer) -> None:
         super().send(*parts)

@@ -1,4 +1,4 @@
-"""Python programs move with the dirty bitmaps of their disks: every bit is right, or the bitmap is inconsistent.
+"""Python programs move with the dirty bitmaps of their disks: every bit arrives, or the bitmap is inconsistent.
 
 A sector of Writer's disk holds the number of the step that wrote it, so what was written since a bitmap began can be
 read from the disk.
@@ -29,7 +29,7 @@ SECTOR = 512
 SLOW = 64 << 10
 """Bytes per second: the bits of a large disk take seconds."""
 SLOWER = 16 << 10
-"""The same where there has to be time to interfere, also on a busy machine."""
+"""Bytes per second if the test has to interfere, also on a busy machine."""
 LARGE = 1 << 21
 """Sectors."""
 
@@ -60,7 +60,7 @@ class Disks:
 
 
 def listen_after_the_end(engine: Engine) -> str:
-    """Where a source can ask how its migration ended; not at once, for the destination first tries to tell it."""
+    """Let the destination listen, so that the source can ask how its migration ended. Waits until that is possible."""
     uris: list[str] = []
 
     def listens() -> bool:
@@ -147,7 +147,7 @@ def test_a_bitmap_is_busy_while_it_moves_and_usable_where_it_stays(pair: Pair, t
 
 @pytest.fixture
 def broken(pair: Pair, tmp_path: Path) -> Iterator[Disks]:
-    """Bitmaps alone follow the guest, which runs on the destination, and the connection has broken."""
+    """A migration whose guest runs on the destination, where only bitmaps are missing, and whose connection broke."""
     with ExitStack() as stack:
         disks = Disks(pair, tmp_path / "disk.raw", sectors=LARGE)
         add(disks.source, "since").mark(np.array([[0, LARGE * SECTOR]], dtype=np.int64))
@@ -183,7 +183,7 @@ def test_without_a_connection_the_guest_runs_on_and_its_bitmap_is_inconsistent(
 
 
 def test_after_a_recovery_every_write_is_in_the_bitmap(pair: Pair, tmp_path: Path) -> None:
-    """What had been sent is sent again, and what the guest writes meanwhile is recorded."""
+    """What was sent before is sent again, and what the guest writes meanwhile is recorded."""
     sectors = 1 << 18
     disks = Disks(pair, tmp_path / "disk.raw", "postcopy-ram", sectors=sectors)
     source, destination = disks.source, disks.destination

@@ -1,4 +1,4 @@
-"""Cancels and failures in every state: the guest runs on at the source unless the destination may be running it."""
+"""Cancels and failures in every state: the guest continues at the source unless the destination may be running it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def reached(engine: Engine, status: str) -> None:
 
 
 class StuckTransport(Transport):
-    """Never gets through, like a transport to a host that does not answer."""
+    """Never connects, like a transport to a host that does not answer."""
 
     features = TransportFeatures(return_path=True, multi_channel=False)
 
@@ -101,7 +101,7 @@ def test_cancel_in_pre_switchover(pair: Pair) -> None:
 
 
 def test_cancel_in_device(pair: Pair, peer: Peer) -> None:
-    """A peer that hangs after the stop, before it has everything."""
+    """The peer hangs after the guest was stopped, before it has everything."""
     machine = big()
     source = pair.source(machine)
     source.set_capabilities({"pause-before-switchover": True})
@@ -172,7 +172,7 @@ def test_the_peer_goes_away_in_pre_switchover(pair: Pair, peer: Peer) -> None:
 
 
 def test_the_destination_says_that_it_failed(pair: Pair, peer: Peer) -> None:
-    """After everything was sent, only the destination itself can let the guest run on here."""
+    """After everything was sent, only the destination's answer allows the guest to continue here."""
     source = pair.source()
     source.migrate(peer.uri)
     peer.accept()
@@ -332,7 +332,7 @@ def test_closing_a_destination_that_waits(pair: Pair) -> None:
 
 
 def test_a_file_that_cannot_be_put_in_place_leaves_the_guest_running(pair: Pair, folder: Path) -> None:
-    """Everything had been written by then, but nothing of it could be seen."""
+    """Everything was written by then, but the file never appeared."""
     source = pair.source()
     source.set_capabilities({"return-path": False, "pause-before-switchover": True})
     source.migrate(f"file:{folder}/stream")

@@ -17,14 +17,14 @@ from tests.engine.test_passes import GIB, MIB, NeverEnds, World
 
 
 def watched(world: World) -> World:
-    """Run the passes until the guest is to be stopped, or for a minute."""
+    """Run passes until the guest would be stopped, or for a minute."""
     with contextlib.suppress(NeverEnds):
         world.downtime()
     return world
 
 
 def verdicts(world: World) -> list[bool | None]:
-    """What was said about convergence, without repetitions."""
+    """The verdicts on convergence, without repetitions."""
     said: list[bool | None] = []
     for _, outlook, _ in world.looks:
         if said[-1:] != [outlook.converges]:
@@ -44,7 +44,7 @@ def test_nothing_is_forecast_before_anything_was_measured() -> None:
 
 
 def test_the_time_that_is_left_counts_what_the_guest_dirties_meanwhile() -> None:
-    """A link of 500 MiB/s and 300 MiB/s of writes make 200 MiB/s of progress, not 500."""
+    """With a link of 500 MiB/s and 300 MiB/s of writes the progress is 200 MiB/s, not 500."""
     world = watched(World(4 * GIB, rate=300 * MIB, working_set=4 * GIB, bandwidth=500 * MIB))
     for at, outlook, advice in world.looks:
         if at > 9 and world.now - at > 1:
@@ -107,7 +107,7 @@ def test_a_guest_that_is_stopped_converges() -> None:
 
 
 def test_the_verdict_does_not_flicker() -> None:
-    """A guest whose dirty rate goes up and down every second, around what the link carries."""
+    """The dirty rate goes up and down every second around what the link carries."""
 
     class Unsteady(World):
         def harvest(self) -> None:

@@ -1,4 +1,4 @@
-"""Streams that are cut or changed: an error with the offset, or a load; never another exception, and bounded memory.
+"""Streams that are cut or changed load, or fail with the offset; no other exception, and memory stays bounded.
 
 The loader is called without a transport, so that every byte of a stream can be tried.
 """
@@ -32,11 +32,11 @@ from tests.helpers.machines import CountingMachine
 GOLDEN = Path(__file__).parent.parent / "golden"
 FLIPS = (0x01, 0x80, 0xFF)
 MEMORY = 24 << 20
-"""Bytes that loading may allocate, whatever a stream announces (the RAM itself is not counted: it is in memfds)."""
+"""Bytes that a load may allocate, whatever a stream announces (without the RAM itself, which is in memfds)."""
 
 
 class Bytes(Channel):
-    """A channel that has all its bytes already, and swallows what is sent."""
+    """A channel that has all of its bytes, and discards what is sent."""
 
     peer = "bytes"
     has_return_path = True
@@ -67,7 +67,7 @@ class Bytes(Channel):
 
 
 class OneChannel(Listener):
-    """A listener that gives one channel; nothing else ever connects."""
+    """A listener that returns one channel; nothing else ever connects."""
 
     uri = MigrationUri("bytes", "")
 
@@ -85,7 +85,7 @@ class OneChannel(Listener):
 
 
 def load(plugins: Plugins, machine: Machine, data: bytes) -> None:
-    """The phases of a destination, without the thread that runs them."""
+    """Run the phases of a destination in this thread."""
     settings = plugins.settings()
     loaders = tail_of(machine).loaders(plugins.section_loaders(machine, settings))
     listener = OneChannel(Bytes(data))
@@ -111,7 +111,7 @@ def memory_counted() -> Iterator[None]:
 
 
 def outcome(plugins: Plugins, machine: Machine, data: bytes) -> MigfwError | None:
-    """None for a load. Whatever is not a MigfwError goes through and fails the test."""
+    """The error of a load, or None if it succeeded. Exceptions other than MigfwError fail the test."""
     with closing(machine):
         try:
             load(plugins, machine, data)
@@ -141,7 +141,7 @@ def small(*, incoming: bool = True) -> CountingMachine:
 
 
 def with_return_path(stream: bytes) -> bytes:
-    """The same stream, with the commands that open the return path behind the configuration."""
+    """The same stream, with the commands that open the return path after the configuration."""
     at = stream.index(b"\x01\x00\x00\x00\x00\x03ram")
     return stream[:at] + b"\x08\x00\x01\x00\x00" + b"\x08\x00\x02\x00\x04\x00\x00\x00\x01" + stream[at:]
 
@@ -152,7 +152,7 @@ def test_the_streams_themselves_load(plugins: Plugins, stream: bytes) -> None:
 
 
 def test_cut_anywhere(plugins: Plugins, stream: bytes) -> None:
-    """Two cuts cannot be told from a source without a description: right behind EOF, and right behind the whole."""
+    """Two cuts look like a source that sends no description: right after EOF, and at the end of the stream."""
     stream = with_return_path(stream)
     ends = {len(stream), stream.index(b'{"page_size"') - 5}
     page = range(stream.index(bytes([7]) * 4096), stream.index(bytes([7]) * 4096) + 4000)
@@ -207,7 +207,7 @@ COUNTING = b"QEVM\0\0\0\3\x07\0\0\0\x08counting"
 
 
 def subsection(name: str, body: bytes) -> bytes:
-    """One of the configuration's."""
+    """A subsection of the configuration."""
     full = f"configuration/{name}".encode()
     return b"\5" + bytes([len(full)]) + full + b"\0\0\0\1" + body
 
@@ -280,7 +280,7 @@ def recorded() -> bytes:
 
 
 def damages(data: bytes, count: int) -> Iterator[int]:
-    """Places all over, thick where the devices are."""
+    """Offsets all over the stream, most of them in the devices."""
     devices = data.rindex(b"\x03\x00\x00\x00") if b"\x03\x00\x00\x00" in data else 0
     yield from range(0, devices, max(1, devices // count))
     yield from range(devices, len(data), max(1, (len(data) - devices) // count))

@@ -51,7 +51,7 @@ def test_another_secret_convinces_neither_side(ends: tuple[Channel, Channel], pu
 
 
 def test_a_proof_for_one_purpose_is_none_for_the_other(ends: tuple[Channel, Channel]) -> None:
-    """Somebody between the two changes what the connection is for."""
+    """An attacker in between changes the purpose of the connection."""
     source, destination = ends
     with ThreadPoolExecutor() as pool:
         proof = pool.submit(prove_source, source, SECRET, Purpose.STREAM)

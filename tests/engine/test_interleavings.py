@@ -1,7 +1,7 @@
 """Random commands from several threads while a guest moves: in the end exactly one side has it, undamaged.
 
-Which commands come, how long they wait and what the guest is like follows from the seed; what the threads make of it
-does not. A thousand rounds and more were run when this was written; a few are here.
+The seed determines the commands, their delays and the guest, but not how the threads interleave. More than a thousand
+rounds were run when this was written; a few are here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Watched(CountingMachine):
 
 
 def commands(source: Engine, choice: random.Random) -> dict[Callable[[], object], int]:
-    """The commands that may come, and how often."""
+    """The commands, and how often each is given."""
 
     def cont() -> None:
         # If it may be running elsewhere, only the user can decide.
@@ -67,7 +67,7 @@ def ask(source: Engine, seed: int, seconds: float) -> None:
 
 
 def end(source: Engine, *, cancel: bool) -> None:
-    """Let the migration end, whatever it waits for."""
+    """End the migration, whatever it waits for."""
     source.set_parameters({"max-bandwidth": 0, "downtime-limit": 500})
     deadline = time.monotonic() + PATIENCE
     while source.outgoing.status not in IDLE:

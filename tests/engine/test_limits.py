@@ -1,4 +1,4 @@
-"""Limits on how long a migration may take, between real engines and towards a peer that hangs."""
+"""Limits on how long a migration may take, between real engines and with a peer that hangs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_or_stops_the_guest_and_finishes(pair: Pair) -> None:
 
 
 class RestlessLog(HashLog):
-    """Of a guest that writes in each pass, also where its thread does not run for a while."""
+    """The dirty log of a guest that writes in each pass, even if its thread does not run for a while."""
 
     def harvest(self) -> NDArray[np.int64]:
         self._block.pages[0, 100] += 1

@@ -34,7 +34,7 @@ from tests.helpers.engines import PATIENCE, Pair, arrived, ended, runs_on
 
 
 class World:
-    """A meter whose time passes only when it is told to: what it would do on a machine that is never late."""
+    """A meter in virtual time, as on a machine that is never late."""
 
     def __init__(self, limit: int = 0) -> None:
         self.now = 100.0
@@ -61,7 +61,7 @@ class World:
 )
 @settings(max_examples=60)
 def test_no_second_has_more_than_five_percent_too_much(limit: int, work: list[float], overshoot: int) -> None:
-    """`work`: how long sending a step takes, as a part of the time that is due for it; now and then it stalls."""
+    """`work` is how long sending a step takes, as a fraction of the time due for it; now and then it stalls."""
     world = World(limit)
     sent: list[tuple[float, int]] = []
     while world.now < 103.0:
@@ -121,7 +121,7 @@ def test_a_free_stream_goes_in_steps_of_a_fiftieth_of_a_second(bandwidth: int, b
 
 @pytest.mark.parametrize(("later", "seconds"), [(0, 1.0), (10 << 20, 1.9), (512 << 10, 10.0)])
 def test_a_higher_limit_counts_for_what_is_owed_already_and_a_lower_one_does_not(later: int, seconds: float) -> None:
-    """Ten seconds' worth went out; after one of them the limit is none, ten times or half of what it was."""
+    """Ten seconds' worth was sent; a second later the limit becomes none, ten times or half of what it was."""
     world = World(1 << 20)
     world.meter.sent(10 << 20)
     world.now += 1.0
@@ -167,7 +167,7 @@ def test_a_wait_ends_with_what_the_check_raises() -> None:
 
 @pytest.mark.parametrize("how", ["a new limit", "a cancel"])
 def test_a_wait_is_cut_short_by(pair: Pair, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """At a byte a second the source would send nothing more for hours."""
+    """At one byte a second the source would wait for hours."""
     monkeypatch.setattr("corefw.engine.meter.LOOK", 3600)
     source, destination = pair.source(), pair.destination()
     source.set_parameters({"max-bandwidth": 1})
@@ -211,7 +211,7 @@ def test_the_first_measurement_comes_early_and_the_others_every_window() -> None
 
 
 class Collecting(Channel):
-    """Takes what is sent, as fast as it comes."""
+    """Accepts everything at once."""
 
     peer, has_return_path = "nobody", False
 
@@ -244,7 +244,7 @@ def test_what_is_sent_goes_out_whole_and_in_order(parts: list[bytes], limit: int
 
 
 def test_several_channels_share_one_limit() -> None:
-    """Three channels send as fast as they may; in virtual time, in which each waits for its turn."""
+    """Three channels send as fast as they may, in virtual time, where each waits for its turn."""
     limit = 1 << 20
     world = World(limit)
     inner = [Collecting() for _ in range(3)]
@@ -259,7 +259,7 @@ def test_several_channels_share_one_limit() -> None:
 
 
 def test_memory_is_sent_from_where_it_is_and_counted() -> None:
-    """A wrapper that hid what the channel can do would make every migration over a socket slower."""
+    """If the wrapper hid this feature of the channel, every migration over a socket would be slower."""
     world = World()
     memory = np.frombuffer(bytearray(b"some of the guest's memory"), dtype=np.uint8)
     here, there = socket.socketpair()

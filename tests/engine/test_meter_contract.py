@@ -1,4 +1,4 @@
-"""A metered channel keeps the contract of the channel that it counts and paces, also where a limit splits its sends."""
+"""A metered channel keeps the contract of channels, also if a limit splits its sends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A guest moves: what holds afterwards, for each way of framing the stream."""
+"""A guest moves, with each way of framing the stream."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_figures(pair: Pair) -> None:
 
 
 def test_a_running_guest_is_stopped_for_what_it_dirtied_last(pair: Pair) -> None:
-    """The downtime is not filled with whatever would fit into the limit."""
+    """The downtime is only for the last writes, even if more would fit into the limit."""
     # So little RAM that even a busy host sends it within the half second in which a pass is worth finishing, and a
     # guest so slow that it dirties little of it, however long that takes.
     machine = CountingMachine(pages=64, pause=0.3)

@@ -1,4 +1,4 @@
-"""Observers may do what they like: nothing waits for them, and what they hear is true and in order."""
+"""Observers may block or fail: nothing waits for them, and their events are true and in order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.engines import PATIENCE, Pair, arrived, counting, ended, quer
 
 
 def elsewhere(deed: Callable[[], object]) -> None:
-    """Do it in another thread and wait for it: who is called under a lock that it needs would wait for ever."""
+    """Call a function in another thread and wait for it: under a lock that it needs, this would wait for ever."""
 
     def run() -> None:
         with suppress(StateError):
@@ -36,7 +36,7 @@ def elsewhere(deed: Callable[[], object]) -> None:
 
 
 def status(event: Event) -> MigrationStatus | None:
-    """The new status, where an event is a change of one."""
+    """The new status if the event is a change of status."""
     return event.new if isinstance(event, StatusChanged) else None
 
 

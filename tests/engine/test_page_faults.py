@@ -23,7 +23,7 @@ BAD = 20
 
 
 class Faults(FaultSource):
-    """Faults that a test makes up. Page BAD cannot be installed while `fails` is set."""
+    """Simulated faults. Page BAD cannot be installed while `fails` is set."""
 
     def __init__(self) -> None:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -64,7 +64,7 @@ class Faults(FaultSource):
 
 @pytest.fixture
 def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """The faults of a guest, all of whose RAM has arrived, and which are being served."""
+    """Faults that are being served, of a guest whose RAM has arrived."""
     monkeypatch.setattr(pagefaults, "RETRY", 0.01)
     source = Faults()
     with StillMachine(block("ram", PAGES)) as machine, receiving(machine, MemorySource(b"")) as receiver:

@@ -1,4 +1,4 @@
-"""When the guest is stopped: in virtual time, with a link of a given bandwidth and a guest of a given dirty rate."""
+"""The moment when the guest is stopped, in virtual time, with a given bandwidth and dirty rate."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class NeverEnds(Exception):
 class World:
     """A link, a guest and its only live saver; `now` in seconds.
 
-    rate, working_set   bytes that the guest dirties in a second, and of how many different ones
+    rate, working_set   bytes that the guest dirties in a second, and the number of different bytes among them
     ends_at             when the guest stops by itself
-    harvests            when the dirty log was harvested, and what was left then
+    harvests            the time of each harvest of the dirty log, and what was left
     """
 
     def __init__(self, ram: int, rate: int = 0, working_set: int = GIB, bandwidth: int = BANDWIDTH) -> None:
@@ -100,7 +100,7 @@ class World:
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def downtime(self) -> float:
-        """Send passes until the guest is to be stopped; returns the seconds that the rest takes then."""
+        """Send passes until the guest would be stopped; return the seconds that the rest takes."""
 
         def check() -> None:
             self.looks.append((self.now, self.statistics.outlook, self.statistics.advice))
@@ -128,7 +128,7 @@ class World:
 
 
 def test_a_guest_that_writes_little_is_down_for_its_last_writes() -> None:
-    """100 MB/s of 2 GB/s: each pass leaves a twentieth. QEMU would be down for 300 ms."""
+    """With 100 MB/s of writes on a link of 2 GB/s each pass leaves a twentieth. QEMU would be down for 300 ms."""
     world = World(4 * GIB, rate=100 * MIB)
     assert world.downtime() < 2 * SHORT
     assert world.now < 4 * GIB / BANDWIDTH * 1.1
@@ -144,7 +144,7 @@ def test_the_log_is_not_harvested_while_a_pass_is_finished(ram: int) -> None:
 
 
 def test_passes_that_do_not_halve_are_not_gone_on_with() -> None:
-    """It dirties 80 % of what is sent: a second pass would take time and gain little, and what is left fits."""
+    """The guest dirties 80 % of what is sent: a second pass would gain little, and what is left fits."""
     world = World(GIB, rate=int(0.8 * BANDWIDTH), working_set=500 * MIB)
     assert world.downtime() <= 0.3
     finished = [at for at, _ in world.harvests if at > GIB / BANDWIDTH]

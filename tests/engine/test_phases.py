@@ -47,7 +47,7 @@ def test_phases_follow_one_another_until_a_status_has_none() -> None:
 
 
 def test_a_phase_may_be_entered_again() -> None:
-    """A postcopy that pauses twice: what a straight line cannot do."""
+    """As in a postcopy that pauses twice."""
     state, log = started(), Log()
     outcomes = iter([_S.POSTCOPY_PAUSED, _S.POSTCOPY_PAUSED, _S.COMPLETED])
     phases: Mapping[MigrationStatus, Callable[[Log], MigrationStatus]] = {

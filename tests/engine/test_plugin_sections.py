@@ -1,4 +1,4 @@
-"""What the engine does for sections of a plugin: channels beside the stream, budgets, cleaning up, the outcome."""
+"""The engine and the sections of a plugin: extra channels, budgets, cleaning up, the outcome."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DATA = bytes(range(256)) * 64
 
 
 class Saver(LiveSaver):
-    """A live section that says nothing; tests say more."""
+    """A minimal live section, which tests extend."""
 
     idstr = "side"
     version_id = 1
@@ -112,7 +112,7 @@ def pair_with(*kinds: type[SectionSaver | SectionLoader]) -> tuple[Pair, Plugin]
 
 
 class SendsOverAChannel(Saver):
-    """Its data goes over a channel of its own."""
+    """Sends its data over a channel of its own."""
 
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
         channel = context.open_channel()
@@ -148,7 +148,7 @@ def test_a_section_may_have_channels_of_its_own() -> None:
 
 
 class Stuck(Saver):
-    """Waits for ever, in a thread of its own, for bytes that never come; the engine's own thread waits for that."""
+    """Waits in a thread of its own for bytes that never come; the engine's thread waits for that thread."""
 
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
         self._waiting = threading.Thread(target=self._wait, args=(context.open_channel(),))
@@ -227,7 +227,7 @@ def test_two_that_count_the_pages_are_one_too_many() -> None:
 
 
 class Early(Saver):
-    """Has something to send all the time, and sends as much as it may; then the RAM may send what is left of that."""
+    """Always has something to send, and uses as much of the budget as it may; the RAM gets the rest."""
 
     budgets: list[int] = []  # noqa: RUF012 - emptied by the test
 
@@ -292,7 +292,7 @@ def test_a_plugin_that_breaks_is_in_the_way_and_does_not_break_queries() -> None
 
 
 class Indescribable(StateSaver):
-    """What it says of itself is no JSON."""
+    """Its description is not valid JSON."""
 
     idstr = "odd"
     version_id = 1
@@ -339,7 +339,7 @@ def test_what_cannot_be_described_fails_before_the_guest_is_handed_over() -> Non
 
 
 class Bulky(Saver):
-    """A job with much data that is no RAM: it sends 4 MiB, as fast as it may."""
+    """Sends 4 MiB that are not RAM, as fast as it may."""
 
     idstr = "bulky"
     size = 4 << 20
@@ -411,7 +411,7 @@ def test_progress_is_that_of_every_section() -> None:
 
 
 class Cancelled(Saver):
-    """Raises what is no Exception, at the switchover or where it is loaded."""
+    """Raises a BaseException that is not an Exception, at the switchover or in load()."""
 
     def complete(self, writer: StreamWriter) -> None:
         raise asyncio.CancelledError("broken off")
@@ -439,7 +439,7 @@ def test_what_is_no_exception_ends_a_migration_and_the_guest_runs_on(
 
 
 class Witness:
-    """Notes what it is called for, in order."""
+    """Records its calls in order."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -484,7 +484,7 @@ WITNESSES = (LiveWitness, IdleWitness, StateWitness, LoadingWitness, AbsentWitne
 
 
 def calls(plugin: Plugin) -> dict[str, list[str]]:
-    """What the witnesses of the migration were called for, of those that were called at all."""
+    """The calls of each witness of the migration that was called at all."""
     witnesses = [one for one in (*plugin.savers, *plugin.loaders) if isinstance(one, Witness) and one.calls]
     return {type(one).__name__: one.calls for one in witnesses}
 
@@ -505,7 +505,7 @@ def test_sections_learn_that_a_migration_took_place() -> None:
 
 
 def test_a_source_that_cannot_know_keeps_what_it_has() -> None:
-    """Without a return path the migration completes, and the guest may be lost: what the source has stays."""
+    """Without a return path the migration completes, but the guest may be lost, so the source keeps what it has."""
     pair, plugin = pair_with(*WITNESSES)
     with pair:
         source, destination = pair.source(), pair.destination()

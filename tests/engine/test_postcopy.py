@@ -1,4 +1,4 @@
-"""Postcopy of a python guest over tcp, with real guest processes: it runs there before its RAM has arrived."""
+"""Postcopy of a python guest over tcp, with real processes: it runs on the destination before its RAM arrives."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ OWN_PINGS = [f"PING {number}" for number in (READY_PING, MIGFW_PING, ALIVE_PING)
 
 
 def commands(inspection: Inspection) -> list[str]:
-    """The commands in their order, those in the package too, and PINGs with their numbers. Discards that follow one
-    another are one, and migfw's own PINGs are left out."""
+    """The commands in order, including those in the package, and PINGs with their numbers. Consecutive discards count
+    as one, and migfw's own PINGs are left out."""
     names: list[str] = []
     for entry in inspection.commands:
         record, name = entry.record, entry.record.name
@@ -76,7 +76,7 @@ def commands(inspection: Inspection) -> list[str]:
 
 @pytest.mark.parametrize("scheme", ["unix", "zmq"])
 def test_other_transports(pair: Pair, folder: Path, scheme: str) -> None:
-    """A migration may go on over another transport than it began with."""
+    """A migration may continue over another transport than it began with."""
     move = Move(pair)
     move.limit()
     first = move.destination.migrate_incoming(f"unix:{folder / 'a'}" if scheme == "unix" else "zmq:tcp://127.0.0.1:0")
@@ -156,7 +156,7 @@ def test_a_resume_that_fails_can_be_tried_again(move: Move) -> None:
 
 
 def test_a_resume_needs_no_migrate_recover(move: Move) -> None:
-    """The destination still listens where the guest came from, and its user may say so once more."""
+    """The destination still listens at the old address, and `migrate-recover` with that address is allowed."""
     address = move.destination.migrate_incoming(LISTEN)
     move.limit()
     for _ in range(2):
@@ -188,7 +188,7 @@ def test_a_destination_that_paused_on_purpose_waits_for_migrate_recover(move: Mo
 
 
 def test_a_source_may_be_back_before_the_break_was_noticed(move: Move) -> None:
-    """What tells the destination is that its source has come back."""
+    """The destination learns of the break from its returning source."""
     address = move.destination.migrate_incoming(LISTEN)
     with CutProxy(address) as proxy:
         move.limit()
@@ -206,7 +206,7 @@ def test_a_source_may_be_back_before_the_break_was_noticed(move: Move) -> None:
 
 
 def test_strangers_at_the_recovery_keep_nobody_out(move: Move) -> None:
-    """One says nothing, one sends garbage, one pretends to be a QEMU that resumes."""
+    """One is silent, one sends garbage, and one pretends to be a QEMU that resumes."""
     pause(move)
     where = move.destination.recover(LISTEN)
     with contextlib.ExitStack() as stack:
@@ -353,7 +353,7 @@ def test_a_destination_that_refuses_the_package_leaves_the_guest_to_the_source(m
 
 
 def test_a_destination_that_fails_once_it_may_have_started_the_guest_keeps_it(move: Move) -> None:
-    """What QEMU sends then does not say whether the guest ran."""
+    """Unlike QEMU, whose SHUT 1 does not show whether the guest ran."""
     with Peer() as peer:
         move.hand_over_to(peer)
         peer.say(ReturnMessage.PONG, PACKAGE_PING)

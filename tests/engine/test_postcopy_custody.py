@@ -1,4 +1,4 @@
-"""Postcopy that goes wrong at each point of the switchover: the guest is never lost, and never runs twice."""
+"""Postcopy fails at each point of the switchover: the guest is never lost, and never runs twice."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def lose_the_package(move: Move) -> None:
 
 
 def pause(move: Move) -> None:
-    """Have the guest run on the destination, and break the connection."""
+    """Wait until the guest runs on the destination, and break the connection."""
     move.switch()
     move.pause()
 
 
 def fails_to_resume(move: Move, port: int) -> None:
-    """Dial where nobody listens."""
+    """Resume at an address where nothing listens."""
     move.source.migrate(f"tcp:127.0.0.1:{port}", resume=True)
     assert wait_until(lambda: f":{port}:" in (move.source.report().error or "")), move.source.report()
     move.reaches(move.source, "postcopy-paused")
@@ -123,7 +123,7 @@ def test_a_cancel_from_the_moment_of_postcopy_active_on_is_refused(move: Move, s
 
 @pytest.mark.parametrize("seed", range(2))
 def test_cancels_that_race_with_the_switch(move: Move, seed: int) -> None:
-    """Whatever happens first, the guest is whole on one side."""
+    """Whichever comes first, one side has the complete guest."""
     choice, over = random.Random(seed), threading.Event()
 
     def cancel(engine: Engine) -> None:
@@ -152,7 +152,7 @@ def test_cancels_that_race_with_the_switch(move: Move, seed: int) -> None:
 
 
 def test_a_package_that_was_lost_can_be_given_up_after_a_resume_that_failed(move: Move) -> None:
-    """The destination has said nothing that shows that it runs the guest, however often it was dialled."""
+    """Nothing from the destination shows that it runs the guest, however often it was dialled."""
     lose_the_package(move)
     for port in (1, 2):
         fails_to_resume(move, port)
@@ -189,7 +189,7 @@ def test_a_destination_that_has_shown_that_it_runs_the_guest_keeps_it(move: Move
 
 
 def test_a_guest_that_is_still_arriving_does_not_leave(move: Move) -> None:
-    """What has not arrived would be sent as zeros."""
+    """Missing pages would be sent as zeros."""
     move.destination.settings.set_capabilities({"postcopy-ram": False})
     pause(move)
     for call in (lambda: move.destination.migrate(NOWHERE), move.destination.check):
@@ -202,7 +202,7 @@ def test_a_guest_that_is_still_arriving_does_not_leave(move: Move) -> None:
 
 
 def test_a_paused_source_resumes_once(move: Move) -> None:
-    """A second transport would be left over, and resume the migration unasked when it pauses again."""
+    """A second transport would stay, and resume the migration unasked when it pauses again."""
     pause(move)
     resumed = []
 

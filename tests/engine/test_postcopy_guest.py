@@ -1,4 +1,4 @@
-"""What can be done with a guest whose RAM is still arriving, and one that does not start."""
+"""Commands on a guest whose RAM is still arriving, and on one that does not start."""
 
 from __future__ import annotations
 

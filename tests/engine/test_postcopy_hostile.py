@@ -81,14 +81,14 @@ RUN = command(Command.POSTCOPY_RUN)
 
 
 def head(move: Move, *commands: bytes) -> bytes:
-    """What a stream begins with."""
+    """The beginning of a stream."""
     configuration = Configuration(move.destination.machine.name, b"")
     begun = written(write_header) + written(lambda writer: write_configuration(writer, configuration))
     return begun + command(Command.OPEN_RETURN_PATH) + b"".join(commands)
 
 
 def beginning(move: Move) -> bytes:
-    """The same up to the START sections, from a real source."""
+    """The stream of a real source up to the START sections."""
     with Peer() as peer:
         move.source.migrate(peer.uri)
         peer.accept(answer=False)
@@ -98,7 +98,7 @@ def beginning(move: Move) -> bytes:
 
 
 def fails_with(move: Move, stream: bytes, words: str) -> None:
-    """The destination says why, and starts no guest."""
+    """Check that the destination reports this error and starts no guest."""
     with socket.create_connection(host_and_port(move.destination.migrate_incoming(LISTEN))) as connection:
         with contextlib.suppress(ConnectionError):  # it was refused before all of it was sent
             connection.sendall(stream)
@@ -156,7 +156,7 @@ def recorded(move: Move) -> bytes:
 
 
 def test_a_stream_that_is_whole_but_not_run(pair: Pair) -> None:
-    """Its guest would wait for pages that nothing brings once the migration is over."""
+    """Its guest would wait for pages that never come."""
     stream = recorded(Move(pair))
     at, first = stream.index(READY), stream.index(bytes((SectionType.START, 0, 0, 0)))
     move = Move(pair)
@@ -169,14 +169,14 @@ def test_a_stream_that_is_whole_but_not_run(pair: Pair) -> None:
 
 
 def takes_guest(peer: Peer, move: Move) -> bytes:
-    """Let the source hand the guest over to a destination that is driven by hand; what came from the package on."""
+    """Let the source hand the guest over to a destination driven by the test; return the bytes from the package on."""
     sent = move.hand_over_to(peer)
     peer.say(ReturnMessage.PONG, PACKAGE_PING)
     return sent
 
 
 def lets_resume(peer: Peer, move: Move, *, answer: bytes = BITMAP + NOTHING_ARRIVED) -> None:
-    """Let the source resume at this destination, which gives this answer to RECV_BITMAP."""
+    """Let the source resume at this destination, which answers RECV_BITMAP with these bytes."""
     move.source.migrate(peer.uri, resume=True)
     peer.accept(answer=False)
     peer.read_all(lambda data: RECV_BITMAP in data)
@@ -223,7 +223,7 @@ def test_messages_that_make_no_sense_only_pause(move: Move) -> None:
 
 
 def test_a_recovery_that_is_not_acknowledged_pauses_again(move: Move) -> None:
-    """RESUME_ACK with another value is none."""
+    """RESUME_ACK with another value does not count."""
     with Peer() as peer:
         takes_guest(peer, move)
     move.reaches(move.source, "postcopy-paused")
@@ -237,7 +237,7 @@ def test_a_recovery_that_is_not_acknowledged_pauses_again(move: Move) -> None:
 
 
 def test_a_stranger_that_reports_a_failure_does_not_end_the_migration(move: Move) -> None:
-    """It may be another destination than the one that has the guest: without a secret it cannot be recognized."""
+    """It may not be the destination that has the guest: without a secret that cannot be known."""
     with Peer() as peer:
         takes_guest(peer, move)
     reason = encode_return_message(ReturnMessage.MIGFW_REASON, reason_body("no such guest"))

@@ -1,4 +1,4 @@
-"""Postcopy of an ordinary user: what the destination's kernel does not permit is said before anything is sent."""
+"""Postcopy of an ordinary user: if the destination's kernel does not permit it, that is reported before RAM is sent."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ with Pair(Plugins.load()) as pair:
 
 
 def move(permission: str) -> dict[str, Any]:
-    """Check and move a guest; what came of it."""
+    """Check and move a guest; return the outcome."""
     found: dict[str, Any] = json.loads(run_as_an_ordinary_user(SCENARIO, str(ROOT), permission))
     return found
 

@@ -1,4 +1,4 @@
-"""A postcopy that ends while its source cannot hear it: the source learns it when it comes back."""
+"""A postcopy that ends while its connection is broken: the source learns the outcome when it returns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def begin(move: Move, proxy: CutProxy) -> None:
 
 
 def assert_taken_back(move: Move) -> None:
-    """The source learns why the guest does not start on the destination, and runs it again."""
+    """Check that the source learns why the guest does not start on the destination, and runs it again."""
     assert ended(move.source) == "failed"
     assert "no licence on this host" in (move.source.report().error or "")
     assert move.source.machine.run_state is RunState.RUNNING
@@ -49,7 +49,7 @@ def test_a_source_that_missed_the_confirmation_completes(move: Move) -> None:
 
 
 def test_a_source_that_dials_again_by_itself_needs_nobody(move: Move) -> None:
-    """The destination has ended, and listens where the guest came from until its source has heard how."""
+    """The destination has ended, but listens at the old address until its source knows the outcome."""
     move.source.set_parameters({"x-migfw-reconnect": -1})
     where = move.destination.migrate_incoming(LISTEN)
     with CutProxy(where) as proxy:
@@ -69,7 +69,7 @@ def _recovers(move: Move) -> bool:
 
 
 def test_a_source_that_missed_the_refusal_takes_the_guest_back(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The destination has sent PONG 3, so the source must not start the guest before it hears that it does not run."""
+    """The destination has sent PONG 3, so the source must not start the guest before it learns that it does not run."""
     told = Watch(False, pong(PACKAGE_PING), 8, lambda: None)  # it has passed
     with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
         proxy.stop_at(told)

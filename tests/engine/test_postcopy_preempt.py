@@ -73,13 +73,13 @@ def test_the_limit_holds_for_what_is_not_requested_and_for_nothing_else(move: Mo
 
 
 def switch(move: Move) -> None:
-    """Begin, and have the guest wait for pages on the destination."""
+    """Begin, and let the guest wait for pages on the destination."""
     move.switch()
     assert wait_until(partial(asks_again, move, 0)), "no page was asked for"
 
 
 def recover(move: Move) -> None:
-    """Go on, and as fast as possible."""
+    """Resume, and send without a limit."""
     move.recover()
     move.hurry()
 
@@ -101,7 +101,7 @@ def test_a_connection_that_is_broken_on_purpose(pair: Pair, side: str) -> None:
 
 @pytest.mark.parametrize("how", BREAKS)
 def test_a_channel_of_requested_pages_that_is_cut(move: Move, how: Cut) -> None:
-    """The stream's own channel works, and still both sides pause: a page may have been lost."""
+    """Both sides pause although the stream's own channel works, because a page may have been lost."""
     with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
         move.limit()
         move.source.migrate(proxy.uri)
@@ -115,7 +115,7 @@ def test_a_channel_of_requested_pages_that_is_cut(move: Move, how: Cut) -> None:
 
 
 def stays(move: Move) -> None:
-    """The guest runs where it was."""
+    """Check that the guest still runs where it was."""
     assert wait_until(lambda: move.source.machine.run_state is RunState.RUNNING)
     assert move.destination.machine.run_state is not RunState.RUNNING
 
@@ -162,7 +162,7 @@ def test_a_destination_without_it_is_found_out_before_any_page_is_sent(move: Mov
 def test_what_is_no_requested_page_pauses_both_sides(
     move: Move, data: bytes, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The guest, which is stopped so that it requests nothing meanwhile, goes on."""
+    """The guest is stopped so that it requests nothing meanwhile, and continues afterwards."""
     move.source.stop()
     with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
         move.limit()
@@ -195,7 +195,7 @@ STRANGERS = {
 
 @pytest.mark.parametrize("words", STRANGERS.values(), ids=STRANGERS)
 def test_strangers_who_connect_first_change_nothing(move: Move, words: bytes) -> None:
-    """More of them than are examined at the same time come right before the source's channel, and stay."""
+    """More strangers than are examined at once connect right before the source's channel, and stay."""
     address = move.destination.migrate_incoming(LISTEN)
     with contextlib.ExitStack() as strangers, CutProxy(address) as proxy:
 
@@ -217,8 +217,8 @@ def test_strangers_who_connect_first_change_nothing(move: Move, words: bytes) ->
 
 
 def test_a_source_that_returns_is_not_taken_for_the_channel(move: Move) -> None:
-    """In a recovery its stream breaks, which the destination does not notice, before the channel of requested pages has
-    come; what it connects with next is the stream again."""
+    """During a recovery the stream breaks, unnoticed by the destination, before the channel of requested pages has
+    connected. The source's next connection is the stream again."""
     address = move.destination.migrate_incoming(LISTEN)
     with CutProxy(address) as proxy, socket.create_server(("127.0.0.1", 0)) as elsewhere:
 

@@ -1,4 +1,4 @@
-"""A postcopy whose connection breaks again and again goes on by itself."""
+"""A postcopy whose connection breaks again and again continues by itself."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def begin(move: Move, uri: str, attempts: int) -> None:
 
 
 def test_each_kind_of_break(move: Move) -> None:
-    """Nothing is said to either side."""
+    """Neither side gets a command."""
     with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
         begin(move, proxy.uri, 10)
         for how in BREAKS:
@@ -43,7 +43,7 @@ def test_each_kind_of_break(move: Move) -> None:
 
 @pytest.mark.parametrize("scheme", ["unix", "zmq"])
 def test_other_transports(move: Move, folder: Path, scheme: str) -> None:
-    """The connection is broken on the destination, which listens nowhere until its user says so."""
+    """The destination is paused, and listens nowhere until `migrate-recover`."""
     where = move.destination.migrate_incoming(f"unix:{folder / 'a'}" if scheme == "unix" else "zmq:tcp://127.0.0.1:0")
     begin(move, where, -1)
     move.destination.pause_migration()
@@ -107,7 +107,7 @@ def test_what_is_no_number_of_attempts(move: Move) -> None:
 @pytest.mark.sshd
 @pytest.mark.skipif(bool(missing_programs()), reason=f"needs OpenSSH: {', '.join(missing_programs())}")
 def test_over_ssh(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What breaks is what lies behind the tunnel; a new login leads to the same address."""
+    """The connection after the tunnel breaks; a new login leads to the same address."""
     with running_sshd(tmp_path / "sshd") as sshd, CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
         monkeypatch.setenv("HOME", str(sshd.make_home(tmp_path / "home")))
         monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)

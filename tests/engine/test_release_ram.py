@@ -1,4 +1,4 @@
-"""The source gives its memory back in postcopy (release-ram), but never the only copy of a page."""
+"""The source frees its memory in postcopy (release-ram), but never the only copy of a page."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def move(pair: Pair) -> Iterator[Move]:
 
 
 def held(move: Move) -> int:
-    """Pages that the source's kernel holds for the guest's RAM."""
+    """Number of pages that are allocated for the guest's RAM on the source."""
     return allocated(move.source.machine.ram_blocks()[0])
 
 
@@ -67,7 +67,7 @@ def test_nothing_is_lost_when_the_connection_breaks(move: Move) -> None:
 
 
 def test_a_guest_that_does_not_start_there_goes_on_here(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be refused after RUN, when much of its RAM has arrived there already."""
+    """It may be refused after RUN, when much of its RAM has arrived on the destination."""
     proceed = threading.Event()
 
     def refuse() -> None:
@@ -91,7 +91,7 @@ def test_a_guest_that_does_not_start_there_goes_on_here(move: Move, monkeypatch:
 
 
 def takes_some(peer: Peer, move: Move) -> None:
-    """Let a destination that is driven by hand have the guest, and confirm some of its pages."""
+    """Hand the guest over to a destination driven by the test, which confirms some of its pages."""
     move.source.set_parameters({"max-bandwidth": 0})
     move.source.migrate(peer.uri)
     move.source.start_postcopy()
@@ -132,7 +132,7 @@ def test_a_destination_that_has_lost_what_it_confirmed_is_not_believed(move: Mov
 
 
 def command(number: Command, payload: bytes) -> bytes:
-    """A command as it is in the stream."""
+    """A command as bytes of the stream."""
     sink = MemorySink()
     writer = StreamWriter(sink)
     write_command(writer, number, payload)

@@ -26,7 +26,7 @@ HEARD = b"what has been loaded"
 
 
 class Hearing(Saver):
-    """Takes messages of one number."""
+    """Accepts messages of one number."""
 
     def __init__(self) -> None:
         self.heard: list[bytes] = []
@@ -90,7 +90,7 @@ def test_a_number_has_one_owner(others: tuple[type[Saver], ...]) -> None:
 
 
 class Talkative(Loader):
-    """Sends messages for as long as they are taken."""
+    """Sends messages until that fails."""
 
     def setup(self, context: IncomingContext) -> None:
         self._context = context

@@ -68,7 +68,7 @@ def test_no_ram_is_sent_before_the_destination_has_answered(pair: Pair, peer: Pe
 
 
 def test_a_destination_that_refuses_a_section_gets_no_ram(pair: Pair) -> None:
-    """Its RAM has another size: the destination says so before any page was sent, and the source shows why."""
+    """The RAM has another size: the destination reports that before any page is sent, and the source shows it."""
     source, destination = pair.source(CountingMachine(pages=4096)), pair.destination()
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert (ended(source), arrived(destination)) == ("failed", "failed")
@@ -152,7 +152,7 @@ def reason_at_source(pair: Pair, source: CountingMachine, destination: CountingM
 
 
 def test_the_source_shows_why_the_destination_failed(pair: Pair) -> None:
-    """Even if the machine types differ, which shows before the source has said that it is a migfw."""
+    """Even if the machine types differ, which is found before the source identifies itself as a migfw."""
     reason = reason_at_source(pair, CountingMachine(name="this"), CountingMachine(incoming=True, name="that"))
     assert "expected a machine 'that', got 'this'" in reason
     newer = VMState("counter", version_id=3, minimum_version_id=2, fields=(Scalar("writes", Kind.U64),))

@@ -1,4 +1,4 @@
-"""Sources that take their time: silence is no end, and patience has one."""
+"""Slow sources: silence does not end a stream, unless it lasts too long."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def parking(plugins: Plugins) -> Iterator[Engine]:
 def test_silence_on_a_one_way_stream_is_not_its_end(
     parking: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No description and no footers: nothing in the bytes tells a whole device state from a part that ends with a zero.
-    But a source that gets no answer closes its stream."""
+    """Without a description and footers, the bytes do not show whether the device state is complete. But a source that
+    gets no answer closes its stream."""
     monkeypatch.setattr(adopting, "QUIET_WITHOUT", 0.05)
     stream = gzip.decompress((GOLDEN / "pc-bare.gz").read_bytes())
     cut = stream.rindex(b"\0\0\0\0", 0, -100) + 4

@@ -17,7 +17,7 @@ PAYLOAD = b"between two sections"
 
 
 class Commanding(Saver):
-    """Sends one command behind its START, and one behind its END."""
+    """Sends one command after its START, and one after its END."""
 
     number: int = MARK
 
@@ -32,7 +32,7 @@ class Commanding(Saver):
 
 
 class Obeying(Loader):
-    """Takes commands of one number."""
+    """Accepts commands of one number."""
 
     def __init__(self) -> None:
         self.taken: list[bytes] = []
@@ -70,7 +70,7 @@ def test_a_handler_that_raises_fails_the_migration() -> None:
 
 
 class OfQemu(Commanding):
-    """Sends a command of QEMU's that the engine does not run itself."""
+    """Sends a command of QEMU's that the engine does not handle itself."""
 
     number = Command.ENABLE_COLO
 
@@ -89,7 +89,7 @@ class TakingQemus(Obeying):
 
 
 def test_a_section_may_have_a_command_of_qemus() -> None:
-    """One that the engine does not run itself."""
+    """The engine does not handle this command itself."""
     pair, plugin = pair_with(OfQemu, TakingQemus)
     with pair:
         assert outcome(pair) == ""
