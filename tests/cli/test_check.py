@@ -1,4 +1,4 @@
-"""`migfw check`: what it reports, and that it changes nothing."""
+"""`migfw check` reports what it should, and changes nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pair(engines: Engines) -> tuple[Engine, Engine]:
 
 @pytest.fixture(scope="module")
 def shared_pair() -> Iterator[tuple[Engine, Engine]]:
-    """The same for tests that only check, for a check changes nothing."""
+    """A pair for all tests that only check, since a check changes nothing."""
     with running_engines() as engines:
         yield start_pair(engines)
 

@@ -1,4 +1,4 @@
-"""`run --detach`: an engine in the background, its log, and what is left if it does not start."""
+"""`run --detach`: an engine in the background, its log, and cleaning up if it does not start."""
 
 from __future__ import annotations
 

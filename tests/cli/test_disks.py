@@ -1,4 +1,4 @@
-"""A program with a disk from the command line: the commands of the page on disks, engines that are processes."""
+"""A program with a disk, with the commands of the page on disks and real engine processes."""
 
 from __future__ import annotations
 

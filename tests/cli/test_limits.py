@@ -13,7 +13,7 @@ from tests.helpers.qemu import wait_until
 __all__ = ["pair"]  # a fixture
 
 BUSY = ("stress", "--opt=ram=8M", "--opt=working-set=8M", "--opt=dirty-rate=64M")
-"""At the rate below, it dirties all of its RAM several times while that is sent once."""
+"""At the rate below, this guest dirties all of its RAM several times while it is sent once."""
 LINK = "--param=max-bandwidth=8M"
 
 

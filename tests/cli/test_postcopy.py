@@ -27,7 +27,7 @@ def status(engine: Engine) -> str:
 def start_postcopy(engines: Engines) -> tuple[Engine, Engine]:
     source = engines(*BUSY, "--name=from")
     destination = engines(*BUSY, "--name=to", "--incoming=tcp:127.0.0.1:0")
-    # What is left takes long enough to interfere, also on a busy machine.
+    # What is left takes long enough for a test to interfere, also on a busy machine.
     limits = ("--param=max-bandwidth=100K", "--param=max-postcopy-bandwidth=100K")
     detached = source.call("migrate", destination.uri, "--cap=postcopy-ram", *limits, "--detach")
     assert detached.returncode == 0, detached.stderr
@@ -133,7 +133,7 @@ def test_a_connection_that_breaks_is_replaced(engines: Engines) -> None:
 
 
 def test_the_engine_switches_by_itself(engines: Engines) -> None:
-    """Without a command that watches, and at once; the option may stand before the URI."""
+    """Without a command that watches, and at once; the option may precede the URI."""
     source = engines(*BUSY, "--name=from", "--stay")
     destination = engines(*BUSY, "--name=to", "--incoming=tcp:127.0.0.1:0")
     detached = source.call("migrate", "--postcopy=now", destination.uri, "--detach")
@@ -191,7 +191,7 @@ def kill_guest(engine: Engine) -> None:
 
 
 def test_the_process_that_the_guest_has_left_is_not_needed(engines: Engines) -> None:
-    """The kernel may end it when memory runs out; what is still to be sent is the engine's as well."""
+    """The kernel may kill it when memory runs out; the engine still has the RAM that is left to send."""
     source, destination = start_postcopy(engines)
     kill_guest(source)
     assert wait_until(lambda: "internal-error" in source.call("status").stdout)

@@ -106,13 +106,13 @@ def test_the_summary_has_warnings_and_the_sections_of_other_handlers() -> None:
 
 
 def test_a_destination_whose_plugins_report_figures() -> None:
-    """They have no total: only a source knows that."""
+    """Their figures have no total, which only a source knows."""
     answer = {"status": "active", "x-migfw": {"sections": {"job": {"total": 3}, "note": {"got": 10}}}}
     assert summary(answer) == [("status", "active")]
 
 
 def test_progress_in_postcopy_is_of_what_follows() -> None:
-    """The guest runs on the destination: nothing is dirtied here, and no pass follows."""
+    """The guest runs on the destination, so nothing is dirtied here, and no pass follows."""
     progress = Progress.of({**ACTIVE, "status": "postcopy-active"})
     assert progress.line() == (
         "postcopy-active, 75 %, 256.0 MiB of 1.0 GiB left, 65,536 pages, 0 requested by the guest,"

@@ -108,7 +108,7 @@ def test_what_fails_is_named_and_the_guest_goes_on(source: str, folder: Path, mo
         done = migfw("migrate", uri, "--qmp", source)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
         assert complaint in done.stderr
-        # QEMU sends to the relay before the relay finds nobody there: the display may show that, but not an end.
+        # QEMU sends to the relay before the relay finds that nothing listens. The display may show that, but no end.
         assert all(line.startswith(("setup", "active")) for line in done.stdout.splitlines()), done.stdout
         assert done.stderr.endswith("; the guest is running here\n")
     assert list(temporary.iterdir()) == []

@@ -33,7 +33,7 @@ def qemu_relay(uri: str) -> QemuRelay:
 
 
 def finish(relay: QemuRelay, answer: dict[str, str]) -> str | None:
-    """What went wrong with a migration that had a return path."""
+    """Finish a migration that had a return path; return the error."""
     return relay.finish(answer, return_path=True, interrupted=lambda: False)
 
 
@@ -46,7 +46,7 @@ def far() -> Iterator[Listener]:
 
 
 def begin(relay: QemuRelay, far: Listener) -> tuple[Channel, Channel]:
-    """The QEMU's and the destination's ends, after a part of the stream has gone through."""
+    """The ends of the QEMU and the destination, after a part of the stream has gone through."""
     qemu = PLUGINS.transport(relay.uri).connect(NEVER)
     destination = far.accept(NEVER)
     qemu.send(b"the stream")
@@ -55,7 +55,7 @@ def begin(relay: QemuRelay, far: Listener) -> tuple[Channel, Channel]:
 
 
 def shut(status: int, qemu: Channel, destination: Channel) -> None:
-    """The destination sends SHUT, and the QEMU closes its end."""
+    """Let the destination send SHUT and the QEMU close its end."""
     destination.send(encode_return_message(ReturnMessage.SHUT, number_body(status)))
     receive_exactly(qemu, memoryview(bytearray(8)))
     qemu.close()
@@ -86,7 +86,7 @@ def test_what_the_destination_says_explains_a_failure(far: Listener) -> None:
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_who_cancelled_it(far: Listener, asked: bool) -> None:
-    """The relay's failure is reported if it caused the cancel, not if somebody else cancelled."""
+    """The relay's failure is reported if it caused the cancel, but not if a user cancelled."""
     with qemu_relay(str(far.uri)) as relay:
         qemu, destination = begin(relay, far)
         destination.abort()

@@ -1,4 +1,4 @@
-"""How an engine starts: its name, its QMP socket, and Ctrl-C at any moment."""
+"""The start of an engine: its name, its QMP socket, and Ctrl-C at any moment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.qemu import wait_until
 
 
 def test_engines_started_together_get_names_of_their_own(engines: Engines) -> None:
-    """Four at once, three times over: each gets a name, whatever the order in which they look for one."""
+    """Start four at once, three times: each gets a name, in whatever order they look for one."""
     for _ in range(3):
         commands = [start("run", *SMALL, runtime=engines.runtime) for _ in range(4)]
         try:

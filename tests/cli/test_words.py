@@ -1,4 +1,4 @@
-"""How names and values on the command line are parsed."""
+"""Parsing of names and values on the command line."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ ACCEPTS = "00010000"
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A short path, for sockets."""
+    """A folder with a short path, for sockets."""
     path = Path(tempfile.mkdtemp(prefix="qmp", dir="/tmp"))
     yield path
     shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""A guest without memory or devices, and what the tests here need to talk to a server byte by byte."""
+"""A guest without memory or devices, and a client that talks to a server byte by byte."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Watcher = Callable[[RunState, RunState], None]
 
 
 class TinyMachine(VerifiableMachine):
-    """The least that is a machine: it only changes its run state."""
+    """A minimal machine: it only changes its run state."""
 
     kind = "tiny"
 
@@ -67,7 +67,7 @@ class TinyMachine(VerifiableMachine):
 
 
 class RawClient:
-    """Bytes to a server and from it."""
+    """A client that sends and receives bytes."""
 
     def __init__(self, path: str | Path, *, negotiate: bool = True) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -94,7 +94,7 @@ class RawClient:
         return message
 
     def rest(self) -> list[dict[str, object]]:
-        """Send no more; everything that still comes."""
+        """Close the sending direction; return everything that still arrives."""
         self.socket.shutdown(socket.SHUT_WR)
         return [json.loads(line) for line in self._file]
 

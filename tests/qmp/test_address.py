@@ -62,7 +62,7 @@ def test_the_runtime_directory_is_made_private(runtime: Path) -> None:
 
 @pytest.fixture
 def in_tmp() -> Iterator[Path]:
-    """The directory of engines without XDG_RUNTIME_DIR. It goes again, unless somebody uses it."""
+    """The directory of engines without XDG_RUNTIME_DIR. It is removed afterwards if it is not in use."""
     path = Path(f"/tmp/migfw-{os.geteuid()}")
     existed = path.exists()
     yield path
@@ -94,7 +94,7 @@ def test_another_users_directory_is_refused(runtime: Path, folder: Path, in_tmp:
     with pytest.raises(UsageError, match=r"belongs to user 65534, expected 0"):
         runtime_directory()
     os.chown(folder, 65534, 65534)
-    # XDG_RUNTIME_DIR as a whole is another user's (su, sudo): we do not use it.
+    # XDG_RUNTIME_DIR belongs to another user (su, sudo), so we do not use it.
     assert runtime_directory() == in_tmp
 
 

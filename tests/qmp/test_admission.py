@@ -1,4 +1,4 @@
-"""Who may talk to the server, and what one client can take from the others."""
+"""Who may connect to the server; no client can keep the others out."""
 
 from __future__ import annotations
 

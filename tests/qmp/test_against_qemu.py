@@ -1,4 +1,4 @@
-"""The judge of QMP is a real QEMU: the same bytes to it and to our server, the same answers from both."""
+"""Our server and a real QEMU give the same answers to the same bytes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.qemu
 END = b'\xff\n{"execute": "query-name", "id": "end"}'
 
 NO_TEXT = re.compile("[\0\ufffd]+")
-"""What messages show of bytes that are no UTF-8. How many characters that makes is a matter of taste; to QEMU an
-overlong zero is a zero."""
+"""Stands for bytes in a message that are not UTF-8. The number of characters differs; QEMU reads an overlong zero as
+a zero."""
 
 HINT = re.compile(r" \(did you mean .+\?\)$")
-"""What we add to QEMU's texts."""
+"""The suggestion that we add to QEMU's texts."""
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_the_same_values_get_the_same_answers(pair: tuple[RawClient, RawClient])
 
 
 def test_after_the_same_garbage_both_go_on(pair: tuple[RawClient, RawClient]) -> None:
-    """Which parts of garbage are errors is not compared: see json_stream.py on what QEMU accepts beyond ours."""
+    """Which parts of the garbage are errors is not compared: json_stream.py says what only QEMU accepts."""
 
     @settings(max_examples=200, suppress_health_check=list(HealthCheck))
     @given(jsonish | st.binary(max_size=40))

@@ -1,6 +1,6 @@
-"""Every query that QEMU has too is answered as QEMU answers it: with its members at least, and their JSON types.
+"""Queries are answered as QEMU answers them, with at least its members and their JSON types.
 
-In idle, after a failure, in pre-switchover, after a cancel and after completion, by each version that is here.
+Compared with each installed version when idle, after a failure, in pre-switchover, after a cancel and after completion.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ ALLOWED: Final[Mapping[str, str]] = {
     "query-machines[].default-cpu-type": "a guest here has no virtual CPUs",
     "cancelled: query-migrate.error-desc": "QEMU 10 has one where pre-switchover was cancelled, but not in active",
 }
-"""Where our answer has less, and why."""
+"""Where our answer lacks something, and why."""
 
 QUERIES: Final = sorted(name for name in CORE if name.startswith("query-") and name != "query-qmp-schema")
-"""The schema is other types and names by design; test_introspection.py has its tests."""
+"""The schema's types and names differ by design; test_introspection.py tests it."""
 
 Answers = dict[str, dict[str, Any]]
 
@@ -102,7 +102,7 @@ def in_every_situation(client: QmpClient) -> Answers:
 
 
 def lacking(ours: Any, theirs: Any, path: str) -> list[str]:
-    """The places where ours has not what theirs has."""
+    """The places where our answer lacks something of theirs."""
     if kind(ours) != kind(theirs):
         return [f"{path}: {kind(ours)}, expected {kind(theirs)}"]
     if isinstance(theirs, dict):
@@ -117,7 +117,7 @@ def lacking(ours: Any, theirs: Any, path: str) -> list[str]:
 
 
 def common(items: list[Any]) -> Any:
-    """What every item of a list has."""
+    """The members that all items of a list have."""
     if not isinstance(items[0], dict):
         return items[0]
     return {name: value for name, value in items[0].items() if all(name in item for item in items)}
@@ -154,7 +154,7 @@ def capabilities(answers: Answers) -> set[str]:
 
 
 def test_events_come_in_qemus_order(ours: QmpClient) -> None:
-    """As QEMU 10.0 and 11.1 send them: STOP before device, failing before failed."""
+    """QEMU 10.0 and 11.1 send STOP before device, and failing before failed."""
 
     def happened(uri: str) -> list[str]:
         client = ours

@@ -1,4 +1,4 @@
-"""Disks and dirty bitmaps through QMP. The judge is a real QEMU with a disk of the same size and the same writes."""
+"""Disks and dirty bitmaps through QMP, compared with a real QEMU with a disk of the same size and the same writes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def ours(machine: MachineWithDisks, folder: Path) -> Iterator[Execute]:
 
 @pytest.fixture
 def theirs(request: pytest.FixtureRequest, folder: Path) -> Iterator[Execute]:
-    """A QEMU with the same disks; `write(offset, length)` is a command of its own."""
+    """A QEMU with the same disks; `write(offset, length)` writes to them."""
     drives: list[str] = []
     for name, length in (("disk", LENGTH), ("other", OTHER)):
         with (folder / name).open("wb") as file:
@@ -140,7 +140,7 @@ WRONG: Final[Sequence[tuple[str, Mapping[str, object]]]] = (
 
 
 def bitmaps(execute: Execute) -> dict[str, list[dict[str, Any]]]:
-    """What query-block says of the bitmaps, by device, with their digests."""
+    """The bitmaps in query-block, by device, with their digests."""
     found = {one["device"]: one["inserted"].get("dirty-bitmaps", []) for one in execute("query-block")}
     for device, listed in found.items():
         for one in listed:
@@ -215,7 +215,7 @@ def test_a_transaction_that_fails_loses_no_write(machine: MachineWithDisks, ours
     disk = machine.disks[0]
     last = disk.add_bitmap("last", 65536)
     disk.write(0, 512)
-    # Every QEMU that was tried crashes when the removal is undone.
+    # All of these QEMUs crash when the removal is undone.
     changes = [verb("clear", "last"), verb("disable", "last"), verb("remove", "last")]
     text = ours("transaction", actions=[*changes, act("abort")])
     assert text == "Transaction aborted using Abort action"

@@ -1,4 +1,4 @@
-"""Our client against our server, and against peers that are none."""
+"""Our client with our server, and with peers that are not QMP servers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
 
 @contextlib.contextmanager
 def peer(folder: Path, *says: bytes, hold: bool = False) -> Iterator[str]:
-    """A peer that says these things, one for each message it gets, whatever that is; then hangs up, or does not."""
+    """A peer that answers each message, whatever it is, with the next of these texts; then it may hang up."""
     path = folder / "peer"
     done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""query-qmp-schema is complete and true; the human monitor and channels do what they say."""
+"""query-qmp-schema is complete and correct; the human monitor and the argument `channels` work."""
 
 from __future__ import annotations
 

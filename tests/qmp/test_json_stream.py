@@ -1,4 +1,4 @@
-"""The same bytes give the same messages, however they are cut; nothing crashes the stream, and it recovers."""
+"""The same bytes give the same messages, in whatever portions they arrive; the stream recovers from errors."""
 
 from __future__ import annotations
 

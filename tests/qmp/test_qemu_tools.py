@@ -1,4 +1,4 @@
-"""QEMU's own tools drive our server: the qemu.qmp package's client, and its shell."""
+"""QEMU's own tools work with our server: the qemu.qmp package's client, and its shell."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_client(engine: Engine, folder: Path, transport: str) -> None:
 
 
 def shell(server: QmpServer, folder: Path, *lines: str, options: Sequence[str] = ()) -> str:
-    """What QEMU's shell prints when these lines are typed."""
+    """Type these lines into QEMU's shell; return what it prints."""
     done = subprocess.run(
         [SHELL, *options, path_of(server.address)],
         input="\n".join([*lines, ""]) + "\n",

@@ -1,4 +1,4 @@
-"""Annotations as schemas."""
+"""Schemas that are made from annotations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server against real sockets: many clients, hostile ones, ones that do not listen."""
+"""The server over real sockets: many clients, hostile ones, and ones that do not read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The records of the section 'dirty-bitmap': bytes both ways, and what is refused."""
+"""The records of the section 'dirty-bitmap': writing, reading, and refusing."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_sizes_are_those_of_qemu() -> None:
 
 
 def test_what_a_real_qemu_sends() -> None:
-    """Its bits, sizes and chunks are where these functions say."""
+    """The bits, sizes and chunks in a recording are where these functions say."""
     data = load("pc-bitmaps")
     records = [item for item in decode(StreamReader(MemorySource(data))) if isinstance(item, items.Bitmap)]
     granularity = {one.bitmap: one.record.granularity for one in records if one.record.kind is BitmapFlag.START}

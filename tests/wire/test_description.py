@@ -1,4 +1,4 @@
-"""The description is the peer's claim: parsed into a few types, or refused with the place."""
+"""The description of a stream is parsed into a few types, or refused with the place of the error."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ BODY = b"body"
 
 
 class Chunks:
-    """A source that gives its bytes in portions of `size`."""
+    """A source that returns its bytes in portions of `size`."""
 
     def __init__(self, data: bytes, size: int) -> None:
         self._source = MemorySource(data)
@@ -55,7 +55,7 @@ class Chunks:
 
 
 def written(*, footers: bool = True, package: bytes | None = None, description: bool = True) -> bytes:
-    """A stream with one live section, one device, and perhaps a package in between. Every body is BODY."""
+    """A stream with one live section, one device, and optionally a package in between. Every body is BODY."""
     sink = MemorySink()
     writer = StreamWriter(sink)
 
@@ -83,7 +83,7 @@ def written(*, footers: bool = True, package: bytes | None = None, description: 
 
 
 def packed(*, footers: bool = True) -> bytes:
-    """The inside of a package: a device and a command, with no EOF behind them."""
+    """The inside of a package: a device and a command, without EOF."""
     sink = MemorySink()
     writer = StreamWriter(sink)
     write_section_header(writer, DEVICE)
@@ -96,7 +96,7 @@ def packed(*, footers: bool = True) -> bytes:
 
 
 def events(frames: FrameReader) -> Iterator[Item]:
-    """Every event, the bodies read as a caller has to."""
+    """Read every event, and the bodies as a caller has to."""
     while (event := frames.next_event()) is not None:
         yield event
         if isinstance(event, Section | Part):

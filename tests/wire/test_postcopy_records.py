@@ -1,4 +1,4 @@
-"""What postcopy's commands carry: bytes both ways, and what is refused."""
+"""The payloads of postcopy's commands: writing, reading, and refusing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_discard_that_is_wrong_is_refused(data: bytes) -> None:
 
 
 def test_a_bitmap_in_bytes() -> None:
-    """Little-endian words, whole ones: page 0 is the lowest bit of the first byte, page 65 is in the second word."""
+    """Bits are in whole little-endian words: page 0 is the lowest bit of the first byte, page 65 in the second word."""
     received = np.zeros(66, dtype=np.bool_)
     received[[0, 9, 65]] = True
     data = bytes.fromhex("0000000000000010 0102000000000000 0200000000000000") + MARK

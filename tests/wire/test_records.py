@@ -1,4 +1,4 @@
-"""Each record's bytes, both ways; and whole streams of a real QEMU, taken apart and written again to the same bytes."""
+"""Each record is written and read; whole streams of a real QEMU are parsed and written again to the same bytes."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ def test_compressed_pages_have_a_limit() -> None:
 
 
 class Chunked:
-    """Gives at most `size` bytes at a time."""
+    """Returns at most `size` bytes at a time."""
 
     def __init__(self, data: bytes, size: int) -> None:
         self._source = MemorySource(data)
@@ -356,7 +356,7 @@ def test_footers_cut_where_the_description_does() -> None:
 
 
 def test_a_body_that_looks_like_a_footer_does_not_deceive() -> None:
-    """The description's word counts more; without one, what follows a footer has to make sense."""
+    """The description decides; without one, what follows a footer has to make sense."""
     body = b"\x7e\0\0\0\5" + b"\xff" * 8
     section = written(lambda writer: write_section_header(writer, CPU)) + body + b"\x7e\0\0\0\5"
     (_, item, *_) = decode_sections(section + b"\0", footers=True)
@@ -470,7 +470,7 @@ def test_capabilities_are_taken_out_of_a_configuration() -> None:
 
 
 def test_the_page_has_every_number() -> None:
-    """docs/stream.md is for people; its tables say what constants.py says."""
+    """The tables of docs/stream.md agree with constants.py."""
     page = (Path(__file__).parents[2] / "docs" / "stream.md").read_text()
     rows = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in page.splitlines() if line.startswith("|")}
     missing = [

@@ -1,4 +1,4 @@
-"""Messages of the return path: bytes both ways, and what a source refuses from a destination."""
+"""Messages of the return path: writing, reading, and what a source refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reader is total: what was written comes back however it was cut; an end or a lie is an error with its place."""
+"""The reader returns what was written, however it was cut; a cut or wrong stream is an error with its place."""
 
 import ctypes
 
@@ -15,7 +15,7 @@ Item = tuple[str, int | str | bytes]
 
 
 class Chunks:
-    """A source that gives its data in the pieces that it is told to, and counts what it gave."""
+    """A source that returns its data in the given pieces, and counts what it returned."""
 
     def __init__(self, data: bytes, sizes: list[int]) -> None:
         self.data = memoryview(data)
@@ -33,7 +33,7 @@ class Chunks:
 
 
 class Parts:
-    """A sink that remembers how it was called."""
+    """A sink that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[bytes, ...]] = []

@@ -1,4 +1,4 @@
-"""VMState: golden bytes of every field, what each refuses and how it says so."""
+"""VMState: golden bytes of every field, what each refuses, and the errors."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ def test_array_that_does_not_fit_is_named(value: object, says: str) -> None:
 
 
 def test_large_array_goes_out_from_where_it_is() -> None:
-    """The sink gets the array's own memory, no copy of it, when no byte has to move."""
+    """If no byte has to move, the sink gets the array's own memory and not a copy."""
     parts: list[object] = []
 
     class Sink:
@@ -395,7 +395,7 @@ def test_struct_array_of_variable_length() -> None:
 
 
 def test_structs_that_differ_are_described_one_by_one() -> None:
-    """QEMU would describe all as the first and be wrong; an index each is its own form for such arrays."""
+    """Each gets an index. (QEMU 7.2 would describe all of them as the first.)"""
     text = VMState("text", fields=(Scalar("n", Kind.U8), Buffer("data", "n", limit=9)))
     table = table_of(StructArray("texts", 2, text))
     _, description = save(table, texts=[SimpleNamespace(n=1, data=b"a"), SimpleNamespace(n=2, data=b"bc")])

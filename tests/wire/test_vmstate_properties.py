@@ -1,5 +1,5 @@
-"""Any table with any values: what is saved loads to the same, the description accounts for every byte, and a stream
-that is cut anywhere is a RemoteStreamError."""
+"""For any table and values, loading returns what was saved, the description accounts for every byte, and a stream that
+is cut anywhere is a RemoteStreamError."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FOLLOWS = b"\x7e\0\0\0\7\0"
 
 @dataclass(frozen=True)
 class Case:
-    """A table, and what its state's attributes are."""
+    """A table, and the attributes of its state."""
 
     table: VMState
     values: dict[str, Any]
@@ -54,7 +54,7 @@ COUNTS = st.integers(0, LIMIT)
 
 @st.composite
 def rows(draw: st.DrawFn, name: str, depth: int) -> tuple[list[Field], dict[str, Any]]:
-    """One field, with the scalar that holds its length before it where it has one."""
+    """One field, after the scalar with its length if it has one."""
     sort = draw(st.sampled_from(["scalar", "array", "buffer", "unused", "struct", "structs"][: 6 if depth else 4]))
     exists = draw(st.sampled_from([None, None, None, lambda _state, _version: True]))
     if sort == "scalar":
@@ -122,7 +122,7 @@ def saved(case: Case) -> tuple[bytes, Description]:
 
 
 def empty(values: dict[str, Any]) -> SimpleNamespace:
-    """A state without anything but lists where lists are to be loaded."""
+    """An empty state, except for the lists into which lists are loaded."""
     return SimpleNamespace(**{name: [] for name, value in values.items() if isinstance(value, list)})
 
 
@@ -134,7 +134,7 @@ def load(case: Case, data: bytes) -> tuple[SimpleNamespace, int]:
 
 
 def normal(value: Any) -> Any:
-    """Structs as dictionaries and arrays as lists, to be compared."""
+    """Convert structs to dictionaries and arrays to lists, for comparison."""
     if isinstance(value, SimpleNamespace):
         inner = {name: normal(one) for name, one in vars(value).items()}
         return {name: one for name, one in inner.items() if one != []}  # a list may be there already, and stay empty

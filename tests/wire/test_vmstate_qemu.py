@@ -189,7 +189,7 @@ def test_qemu_device_decodes_and_encodes_to_the_same(name: str) -> None:
 
 
 def test_values_are_what_qemu_had() -> None:
-    """A few that are known: the PIT runs at its full count, the keyboard's self test has passed, the guest ran."""
+    """A few values are known: the PIT runs at its full count, the keyboard's self test has passed, the guest ran."""
     pit, pic, state = (EMPTY[name][1] for name in ("i8254", "i8259", "globalstate"))
     for name in ("i8254", "i8259", "globalstate"):
         table, loaded = EMPTY[name]
