@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic and reports, and that it runs. What it measures is no matter of tests."""
+"""The benchmark runs, and its arithmetic and reports are right. Its figures are not tested."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_goal_is_met_or_not_or_nobody_knows(row: Row, met: bool | None) -> Non
 
 
 def test_the_worst_second_is_found() -> None:
-    """A hundred arrivals a second of a hundredth of the limit each: nothing is off but by one arrival at the edges."""
+    """With a hundred arrivals a second of a hundredth of the limit each, the rate is off by one arrival at most."""
     times = np.arange(0, 3, 0.01)
     counts = np.full(len(times), MB // 100)
     assert _worst(times, np.cumsum([0, *counts]), 0, 3, MB) == pytest.approx(1.0, abs=0.1)
@@ -80,7 +80,7 @@ def test_a_bad_run_is_shown_and_the_median_one_is_drawn() -> None:
 
 
 def moved(*waits: float, blackout: float = 0.01) -> Postcopy:
-    """A migration in postcopy with a page fault a millisecond, which took so many seconds."""
+    """A migration in postcopy with a page fault every millisecond, each of which took this many seconds."""
     touches = np.array([(number / 1e3, wait) for number, wait in enumerate(waits)]).reshape(-1, 2)
     return Postcopy(blackout, 0.5, 0.01, 0.2, touches, [0] * 7 + [len(waits)] + [0] * 16)
 

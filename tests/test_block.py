@@ -1,4 +1,4 @@
-"""Dirty bitmaps hold what was written, in every form in which one can look at them.
+"""Dirty bitmaps have what was written, in every form in which they can be read.
 
 The model of a bitmap is a set of granules.
 """

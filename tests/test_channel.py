@@ -1,4 +1,4 @@
-"""What of the channel interface is code: filling a view, and closing at the end of a block."""
+"""The code in the channel interface: filling a view, and closing at the end of a block."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from corefw.uri import MigrationUri
 
 
 class Pieces(Channel):
-    """A channel that receives its pieces one by one."""
+    """A channel that receives one piece at a time."""
 
     peer = "pieces:there"
     has_return_path = False

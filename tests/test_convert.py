@@ -1,4 +1,4 @@
-"""`migfw convert`: what it changes, that it changes nothing else, and what it says will not load."""
+"""`migfw convert`: it changes what it should and nothing else, and reports what will not load."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _list_of(length: int) -> RamRecord:
 
 
 class Converted:
-    """A stream through the command: `data` is None where OUT was not made."""
+    """A stream and the command's result: `data` is None if OUT was not created."""
 
     def __init__(self, folder: Path, data: bytes, *arguments: str) -> None:
         source, self.path = folder / "in", folder / "out"
@@ -221,7 +221,7 @@ def test_subsections_that_a_version_does_not_know_are_left_out(tmp_path: Path) -
 
 @pytest.mark.parametrize("padding", [*range(16), 31_000, 31_200])
 def test_the_description_tells_the_new_name(tmp_path: Path, padding: int) -> None:
-    """QEMU 10.0 describes the configuration too. All else of the JSON stays, objects with a name twice included; and
+    """QEMU 10.0 describes the configuration too. The rest of the JSON stays, including objects with a name twice, and
     QEMU's script still finds it."""
     configuration = {
         "vmsd_name": "configuration",
@@ -263,7 +263,7 @@ def test_a_machine_type_that_the_version_does_not_have_is_said(tmp_path: Path) -
 
 
 def table(**more: Any) -> dict[str, Any]:
-    """The device as -dump-vmstate tells it."""
+    """The device as in the output of -dump-vmstate."""
     fields = [
         {"field": name, "version_id": 0, "field_exists": False, "size": 4} for name in more.pop("names", ("a", "b"))
     ]
@@ -325,7 +325,7 @@ def test_devices_are_compared_with_the_tables(
 
 
 def test_a_device_that_only_the_source_has_is_in_doubt(tmp_path: Path) -> None:
-    """QEMU 7.2 registers the state of its IDE controller where no table shows it, and loads it."""
+    """QEMU 7.2 loads the state of its IDE controller, although its tables do not show it."""
     (tmp_path / "from").write_bytes(tables(table()))
     (tmp_path / "to").write_bytes(tables(table(name="other")))
     both = ("--to-vmstate", str(tmp_path / "to"), "--from-vmstate", str(tmp_path / "from"))

@@ -1,4 +1,4 @@
-"""Observers see events in order, one at a time; none of them can delay or silence anyone else."""
+"""Observers see events in order, one at a time, and none of them can delay or silence another."""
 
 from __future__ import annotations
 

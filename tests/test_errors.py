@@ -1,4 +1,4 @@
-"""What an error says is one line, whatever it quotes."""
+"""The text of an error is one line, whatever it quotes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every hook has a test here and a section in docs/plugins.md; the last tests make sure of that."""
+"""The hooks. Each has a test here and a section in docs/plugins.md, as the last tests check."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONTROL = cast("MigrationControl", types.SimpleNamespace(name="demo"))
 
 
 class NoTransport(Transport):
-    """Refuses to connect; what is tested here is who makes it."""
+    """Refuses to connect: the tests only look at which plugin makes it."""
 
     features = TransportFeatures(return_path=False, multi_channel=False)
 
@@ -90,7 +90,7 @@ class Loader(LiveLoader):
 
 
 class Plugin:
-    """An object whose hooks are the functions that it is made with."""
+    """An object whose hooks are the given functions."""
 
     def __init__(self, **hooks: Callable[..., object]) -> None:
         for name, function in hooks.items():
@@ -98,7 +98,7 @@ class Plugin:
 
 
 def plugins(**named: object) -> Plugins:
-    """Plugins that are called in this order; pluggy calls the one that was registered last first."""
+    """Plugins that are called in this order: registered in reverse, because pluggy calls the last one first."""
     made = Plugins()
     for name, plugin in reversed(named.items()):
         made.register(plugin, name)
@@ -378,7 +378,7 @@ def test_a_wrapper_of_corefw_transport_sees_the_first_answer() -> None:
 
 
 class Broken:
-    """Wrappers that fail before or behind their yield, or yield a second time, or not at all."""
+    """Wrappers that fail before or after their yield, yield twice, or do not yield."""
 
     def __init__(self, how: str) -> None:
         self._how = how

@@ -1,9 +1,9 @@
-"""The one way: URI -> Transport -> Channel -> wire -> stream -> section saver or loader -> Machine.
+"""The layers: URI -> Transport -> Channel -> wire -> stream -> section saver or loader -> Machine.
 
-Invariant: a part of the core imports only what stands above it in the table, and of that only what its row allows; so
-there are no circles, and nothing to the left knows what is to its right. Plugins import the public part of the core,
-what they declare as dependencies, and never one another. Imports under TYPE_CHECKING are promises about types, not
-about what runs; they are in a table of their own.
+Invariant: a part of the core imports only parts above it in the table, and of these only what its row allows. So there
+are no circular imports, and no layer depends on one to its right. Plugins import the public part of the core and their
+declared dependencies, and never one another. Imports under TYPE_CHECKING only concern types; they have a table of their
+own.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ CORE: Final[dict[str, set[str]]] = {
         *("declarations", "control", "memory", "plugins", "qmp"),
     },
 }
-"""Part of the core -> what it may import. `cli` is missing: it is the only place where everything meets."""
+"""Part of the core -> what it may import. `cli` is missing, because it may import everything."""
 
 TYPES: Final[dict[str, set[str]]] = {
     "section": {"machine"},
@@ -82,7 +82,7 @@ TYPES: Final[dict[str, set[str]]] = {
     "plugins": {"control"},
     "testing": {"block"},
 }
-"""What a part may name in annotations beside that."""
+"""Part of the core -> what it may import in addition for annotations."""
 
 LIBRARIES: Final[dict[str, set[str]]] = {
     "pluggy": {"hookspecs", "hookcalls", "plugins"},

@@ -1,4 +1,4 @@
-"""What `inspect` says of streams whose contents are known, and of damaged ones."""
+"""`inspect` on streams with known contents, and on damaged ones."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_every_recording_is_complete_and_makes_a_document(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_sections_and_pages_fill_the_stream(name: str) -> None:
-    """What is counted adds up to the size of the file."""
+    """The sizes add up to the size of the file."""
     found = inspected(name)
     head = 8
     if found.configuration is not None:
@@ -113,7 +113,7 @@ def test_parts_of_one_section_are_one_line() -> None:
 
 
 def test_a_live_section_of_a_plugin_and_its_command() -> None:
-    """Nothing says where its bodies end but the footers, and what follows the first of them is a plugin's command."""
+    """Only footers show where its bodies end, and a plugin's command follows the first of them."""
     sink = MemorySink()
     writer = StreamWriter(sink)
     write_header(writer)
@@ -241,7 +241,7 @@ def _shape(*fields: FieldDescription) -> DeviceDescription:
         # QEMU 7.2 numbers every element of an array of structs, 10.0 all but the last one.
         ([{"index": 0}, {"index": 1}, {"index": 2}], [1, 2, 3]),
         ([{"index": 0}, {"index": 1}, {}], [1, 2, 3]),
-        # 10.0 cuts arrays with null pointers into pieces.
+        # 10.0 splits arrays with null pointers.
         ([{"count": 2}, {"type": "nullptr"}], [1, 2, None]),
         ([{"type": "nullptr"}, {"count": 2}], [None, 2, 3]),
         ([{"count": 3}], [1, 2, 3]),
@@ -374,7 +374,7 @@ def test_ram_is_missing_where_no_page_came() -> None:
 
 @pytest.mark.parametrize("end", [False, True])
 def test_all_pages_are_all_ram(end: bool) -> None:
-    """A background-snapshot has no END."""
+    """The stream of a background-snapshot has no END."""
     assert _one_block(FIRST, SECOND, end=end).complete
 
 
@@ -409,7 +409,7 @@ def _device_stream(fields: list[dict[str, object]], body: bytes, sections: int =
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("index", [None, 0])
 def test_fields_of_one_name_take_time_in_proportion(stream: Path, index: int | None) -> None:
-    """Where each field looks for a free name among all those before it, this takes hours."""
+    """If each field searched for a free name among all earlier ones, this would take hours."""
     count = 60_000
     one: dict[str, object] = {"name": "x", "type": "uint8", "size": 1} | ({} if index is None else {"index": index})
     stream.write_bytes(_device_stream([one] * count, bytes(count)))
@@ -429,7 +429,7 @@ def test_a_long_name_above_many_fields_is_not_copied_for_each(stream: Path) -> N
 
 @pytest.mark.timeout(120)
 def test_fields_without_bytes_in_nested_arrays_have_a_limit() -> None:
-    """64 times 64 times 64 elements of one byte and a thousand empty fields each: the rest is shown as bytes."""
+    """With 64 x 64 x 64 elements of one byte and a thousand empty fields each, the rest is shown as bytes."""
     fields: list[dict[str, object]] = [{"name": f"{at}", "type": "uint8", "size": 0} for at in range(1000)]
     fields.append({"name": "x", "type": "uint8", "size": 1})
     size = 1
@@ -541,7 +541,7 @@ def test_a_damaged_file_fails_with_its_offset(stream: Path) -> None:
 
 @pytest.mark.parametrize("piped", [False, True])
 def test_the_size_is_not_where_the_damage_is(stream: Path, piped: bool) -> None:
-    """A file has its own size, whatever of it was read; of a pipe it is what came."""
+    """A file's size is its own, even if it was not read to the end; a pipe's is the number of bytes read."""
     data = b"XXXX" + bytes(8 << 20) if not piped else load("pc")[:30000]
     stream.write_bytes(data)
     cat = subprocess.Popen(["cat", str(stream)], stdout=subprocess.PIPE)

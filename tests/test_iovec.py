@@ -1,4 +1,4 @@
-"""Pieces of memory in system calls: whole, in order, whatever the kernel takes at a time."""
+"""Pieces of memory in system calls: complete and in order, however many bytes the kernel accepts at a time."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_pwritev_says_what_is_wrong() -> None:
 
 
 def send_all(sock: socket.socket, iov: iovec.Iovecs) -> int:
-    """How many calls that took."""
+    """Send everything; return the number of calls."""
     calls = 0
     while len(iov):
         calls += 1

@@ -1,4 +1,4 @@
-"""parse_json: JSON and nothing else, whatever the bytes are."""
+"""parse_json accepts JSON and nothing else, whatever the bytes are."""
 
 from __future__ import annotations
 

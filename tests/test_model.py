@@ -1,4 +1,4 @@
-"""The model of the switchover (docs/model): spin proves it, its mutants fail, and it has the statuses of the code."""
+"""The model of the switchover (docs/model): spin verifies it, its mutants fail, and it has the statuses of the code."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SECONDS: Final = 120.0
 
 _S = MigrationStatus
 IDLE_AGAIN: Final = frozenset({(old, _S.SETUP) for old in (_S.NONE, _S.CANCELLED, _S.COMPLETED, _S.FAILED)})
-"""The model is of one migration: it begins in setup and ends once."""
+"""Transitions that the model lacks, because it describes one migration: it begins in setup and ends once."""
 STEPS: Final[Mapping[Side, str]] = {
     Side.SOURCE: r"\b(?:SOURCE|source_goes)\((\w+), (\w+)\)",
     Side.DESTINATION: r"\b(?:DESTINATION|destination_pauses)\((\w+), (\w+)\)",
 }
-"""How the model changes a status."""
+"""The statement with which the model changes a status."""
 PHASES: Final[Mapping[Side, tuple[str, frozenset[MigrationStatus]]]] = {
     Side.SOURCE: (r"^\t\t:: s == (\w+) ->", frozenset(outgoing.PHASES)),
     Side.DESTINATION: (r"^\t\t:: d == (\w+) ->", frozenset(incoming.PHASES)),

@@ -1,4 +1,4 @@
-"""An abstract UNIX socket has no mode that keeps other users out: who may migrate in is checked, by real processes."""
+"""Abstract UNIX sockets have no mode to keep other users out: listeners check their peers (with real processes)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ except MigfwError as error:
 
 
 class Server:
-    """Accepts one connection in a thread; `first` is what its peer sent first."""
+    """Accepts one connection in a thread; `first` is the first data that its peer sent."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
@@ -71,7 +71,7 @@ def _read(channel: Channel) -> bytes:
 
 
 def dial(uri: str, uid: int) -> str:
-    """Dial as another user; what went wrong there."""
+    """Dial as another user; return the error."""
     done = subprocess.run(
         [sys.executable, "-c", DIAL, uri, str(uid)], capture_output=True, text=True, check=True, timeout=60
     )

@@ -1,4 +1,4 @@
-"""Installed plugins, as others would install them: found at once, loaded when needed; a broken one harms no other."""
+"""Installed plugins of third parties: found at once, loaded when needed; a broken one does not affect others."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Install = Callable[..., str]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """`install(distribution, source, group={name: object})`: a distribution of one module, seen from now on.
+    """`install(distribution, source, group={name: object})` installs a distribution with one module.
 
     The module's name is returned; "{module}" in an object stands for it.
     """
@@ -82,7 +82,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
 
 def blockers(plugins: Plugins) -> list[str]:
-    """What the plugins that were installed here say; the repository's own need a machine to look at."""
+    """The blockers of the plugins that the test installed; the repository's own need a machine."""
     machine = cast("Machine", object())
     return [reason for reason in plugins.blockers(machine, Settings()) if reason.startswith("installed_")]
 

@@ -1,4 +1,4 @@
-"""Sizes and times as people write them."""
+"""Parsing of sizes and times."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The README's program, as somebody would copy it, moves from one engine to another with the README's commands."""
+"""The README's program, copied from the page, moves from one engine to another with the README's commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 @pytest.fixture
 def runtime() -> Iterator[Path]:
-    """Where the engines' sockets are; a short path, for a socket's path has 107 bytes."""
+    """The folder of the engines' sockets; its path is short, because a socket's path has at most 107 bytes."""
     made = Path(tempfile.mkdtemp(dir="/tmp"))
     yield made
     shutil.rmtree(made)

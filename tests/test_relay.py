@@ -26,11 +26,11 @@ from tests.helpers.cli import Command, migfw, start
 
 PLUGINS = Plugins()
 NEVER = Interrupt()
-"""An interrupt that nobody sets."""
+"""An interrupt that is never set."""
 
 
 class Joined:
-    """A relay that runs between two tcp: peers."""
+    """A running relay between two tcp: peers."""
 
     def __init__(self) -> None:
         self.listener = PLUGINS.transport("tcp:127.0.0.1:0").listen()
@@ -93,7 +93,7 @@ def test_half_closes_in_either_order(joined: Joined, first: str) -> None:
 
 
 def test_a_source_that_closes_when_it_has_its_answer(joined: Joined) -> None:
-    """What a QEMU does: no half-close; the destination says SHUT and closes, and then the source closes."""
+    """QEMU does not half-close: the destination sends SHUT and closes, and then the source closes."""
     joined.source.send(b"the stream")
     receive_exactly(joined.target, memoryview(bytearray(10)))
     joined.target.send(b"SHUT")
@@ -129,8 +129,8 @@ SHUT_1 = encode_return_message(ReturnMessage.SHUT, number_body(1))
 
 @contextlib.contextmanager
 def to_a_program() -> Iterator[tuple[Relay, Channel, socket.socket]]:
-    """A relay, its source, and a bare socket as its destination, which resets the connection when it is closed over
-    unread bytes, as a program does that ends."""
+    """A relay, its source, and a bare socket as its destination. If that is closed with unread bytes, it resets the
+    connection, as an ending program does."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         target = PLUGINS.transport(f"tcp:127.0.0.1:{server.getsockname()[1]}")
         with Relay(PLUGINS.transport("tcp:127.0.0.1:0"), target) as relay:
@@ -141,7 +141,7 @@ def to_a_program() -> Iterator[tuple[Relay, Channel, socket.socket]]:
 
 
 def test_a_destination_that_says_shut_and_closes_over_unread_bytes() -> None:
-    """It has the guest: neither the source nor the relay's caller is told anything else."""
+    """The destination has the guest, so neither the source nor the relay's caller gets an error."""
     with to_a_program() as (relay, source, program):
         flood = Flood(source, "sending", 256 << 10, 64 * MIB)
         assert flood.blocked() < 64 * MIB

@@ -1,4 +1,4 @@
-"""What a reader relies on: links lead somewhere, commands exist, every distribution is set up alike."""
+"""The repository is consistent: links resolve, commands exist, and all distributions are set up alike."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HERE = Path(__file__).relative_to(ROOT)
 
 @cache
 def files() -> tuple[Path, ...]:
-    """What git would commit, relative to the root; without git (an unpacked archive), everything visible."""
+    """Files that git would commit, relative to the root; without git (an unpacked archive), everything visible."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )
@@ -65,7 +65,7 @@ def plugins() -> list[Path]:
 
 
 def anchors(page: str) -> set[str]:
-    """As GitHub makes them of headings."""
+    """Anchors that GitHub generates for the headings."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -113,11 +113,11 @@ def test_every_command_on_a_page_exists(page: Path) -> None:
 
 
 RUN = re.compile(r"(?:^[\w ]*\$ +|^ +|^)migfw +run\b(.*)$|`migfw +run\b([^`]*)`", re.MULTILINE)
-"""As it is typed: a line of an example or a docstring, or between backquotes, where it may be broken."""
+"""A command as typed: a line of an example or docstring, or text in backquotes, which may contain a line break."""
 
 
 def runs(text: str) -> Iterator[list[str]]:
-    """The arguments of each `migfw run` that has some; what stands far behind it, or behind a #, is a comment."""
+    """The arguments of each `migfw run` that has some, without comments (after # or several spaces)."""
     for line, quoted in RUN.findall(text):
         words = shlex.split(quoted or re.sub(r" {2,}.*", "", line), comments=True)
         if words and not words[0].startswith("["):  # a synopsis
@@ -169,7 +169,7 @@ def test_no_path_of_somebody_s_machine() -> None:
 
 
 def test_qemu_is_called_by_its_name() -> None:
-    """A seed is what random numbers begin with, and the core has none."""
+    """No code or page uses the internal word `seed` for QEMU. (The core has no random numbers.)"""
     wrong = [
         str(path)
         for path, text in texts(".py", ".md")
@@ -178,7 +178,7 @@ def test_qemu_is_called_by_its_name() -> None:
     assert wrong == []
 
 
-def test_every_module_opens_with_its_law() -> None:
+def test_every_module_has_a_docstring() -> None:
     modules = [(path, text) for path, text in texts(".py") if path.parts[0] == "corefw" or "src" in path.parts]
     assert [str(path) for path, text in modules if text and not text.startswith('"""')] == []
 

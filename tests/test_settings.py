@@ -1,4 +1,4 @@
-"""The tables against the surface that QEMU's migration has, and the law: checked as a whole, applied as a whole."""
+"""The tables have all of QEMU's migration settings. Changes are checked together, and all of them apply or none."""
 
 import threading
 from pathlib import Path
@@ -82,7 +82,7 @@ EVERYTHING = Declarations(
 
 @pytest.fixture
 def settings() -> Settings:
-    """With everything implemented."""
+    """Settings with everything implemented."""
     return Settings([EVERYTHING])
 
 
@@ -342,7 +342,7 @@ def test_all_of_it_as_json(settings: Settings) -> None:
     }
 
 
-# -- the law -------------------------------------------------------------------------------------------------------
+# -- all or none ---------------------------------------------------------------------------------------------------
 
 names = st.sampled_from([*SURFACE_INTEGERS, *SURFACE_OTHERS, "nonsense"])
 values = st.one_of(st.integers(-2, 10001), st.booleans(), st.text(max_size=2), st.none())

@@ -1,4 +1,4 @@
-"""Who is at a path: what dialing and the QMP server do about it is in their own tests."""
+"""Who listens at a socket's path. Dialing and the QMP server, which use this, have tests of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from corefw.net.socketfile import Occupant, make_room, occupant
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A short path, for sockets."""
+    """A folder with a short path, for sockets."""
     path = Path(tempfile.mkdtemp(prefix="file", dir="/tmp"))
     yield path
     shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Sockets, dialing and listening: what the contract kit does not ask, because only sockets have it."""
+"""Sockets, dialing and listening: behaviour that only sockets have, and the contract kit does not check."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from corefw.testing.tasks import Possessions, Task, wait_until
 from corefw.uri import MigrationUri, split_host_port
 
 NEVER = Interrupt()
-"""An interrupt that nobody sets."""
+"""An interrupt that is never set."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,14 +39,14 @@ def _leaves_nothing() -> Iterator[None]:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Its paths are short enough for sockets."""
+    """A folder whose paths are short enough for sockets."""
     made = Path(tempfile.mkdtemp(prefix="mt", dir="/tmp"))
     yield made
     shutil.rmtree(made)
 
 
 def tcp(text: str) -> tuple[str, int, MigrationUri]:
-    """What connect_tcp and listen_tcp take."""
+    """Arguments for connect_tcp and listen_tcp."""
     return *split_host_port(text, text), MigrationUri("tcp", text)
 
 
@@ -153,14 +153,14 @@ def test_options_of_a_connection() -> None:
         sock = channel._socket
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        # Within a host nothing is paced, whatever the administrator chose for networks.
+        # Connections within a host are not paced, whatever the host's default is.
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
         assert not sock.get_inheritable()
         channel.close()
 
 
 def test_a_reset_that_the_sender_saw_is_no_end_for_the_receiver() -> None:
-    """The kernel tells of a reset once, and shows an end ever after."""
+    """The kernel reports a reset once, and an end of the stream afterwards."""
     out, into = pair()
     into.abort()
     into.close()
@@ -174,7 +174,7 @@ def test_a_reset_that_the_sender_saw_is_no_end_for_the_receiver() -> None:
 
 
 def test_a_reset_that_nobody_was_told_of_yet_is_no_end_either() -> None:
-    """The sending thread has taken the error from the kernel, and has not come to keep it."""
+    """The sending thread has taken the error from the kernel, but has not stored it yet."""
     out, into = pair()
     into.abort()
     into.close()
@@ -186,7 +186,7 @@ def test_a_reset_that_nobody_was_told_of_yet_is_no_end_either() -> None:
 
 
 def test_memory_that_is_not_to_be_had_does_not_end_the_connection() -> None:
-    """The destination has to be able to say what is wrong: or the guest would stay stopped on the source."""
+    """The destination has to report the error; otherwise the guest would stay stopped on the source."""
     out, into = pair()
     with out, into:
         out.send(b"word")
@@ -219,7 +219,7 @@ def test_an_error_of_a_function_that_has_the_socket_is_the_channels() -> None:
 
 @pytest.mark.parametrize("family", ["tcp", "unix"])
 def test_abort_ends_a_long_send_to_a_slow_reader(family: str) -> None:
-    """One call, but the wait for each of its messages counts anew."""
+    """It is one call, but it waits for each of its messages separately."""
     if family == "tcp":
         out, into = pair()
     else:
@@ -254,7 +254,7 @@ def test_an_end_on_both_sides_is_no_reset() -> None:
 
 
 def test_closing_over_unread_bytes_loses_nothing() -> None:
-    """Without care the kernel would answer with a reset, and throw away what is on its way."""
+    """A plain close would make the kernel send a reset and drop what is on its way."""
     out, into = pair()
     into.send(b"never read")
     assert out.wait_readable(10)
@@ -322,7 +322,7 @@ def test_a_peer_that_has_gone_before_it_is_accepted_does_no_harm() -> None:
 
 
 def test_what_was_taken_whole_is_sent_whatever_another_thread_hears() -> None:
-    """A peer that has got it all may go at once, and the receiving thread may hear of that before the send returns."""
+    """A peer that has everything may close at once, and the receiving thread may notice before the send returns."""
     here, peer = socket.socketpair()
 
     class Slow(socket.socket):
@@ -367,7 +367,7 @@ def test_the_socket_file_is_private_and_goes_with_the_listener(folder: Path) -> 
 
 
 def test_the_socket_file_appears_when_it_listens_already(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits for the file may dial at once, and no other listener takes it for a stale one."""
+    """A client that waits for the file can dial at once, and no other listener takes it for a stale one."""
     path = folder / "s"
 
     class Watched(socket.socket):

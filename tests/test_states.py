@@ -1,4 +1,4 @@
-"""The states: every pair tried, compare-and-swap under threads, observers in order, the page that shows the tables."""
+"""The states: every pair of them, compare-and-swap in threads, observers in order, and the page with the tables."""
 
 import itertools
 import re
@@ -33,7 +33,7 @@ SURFACE = [
 
 
 def reach(side: Side, status: MigrationStatus) -> StateMachine:
-    """A machine in this state, brought there over the table's edges."""
+    """Bring a machine into this state along the table's transitions."""
     paths = {S.NONE: [S.NONE]}
     frontier = [S.NONE]
     for known in frontier:
@@ -84,7 +84,7 @@ def test_a_migration_is_idle_or_runs_or_ends() -> None:
 
 
 class AnyCalls(RuleBasedStateMachine):
-    """Any sequence of advances does what a dictionary and a variable would do."""
+    """Any sequence of advances behaves like a dictionary and a variable."""
 
     @initialize(side=st.sampled_from(Side))
     def make(self, side: Side) -> None:

@@ -1,4 +1,4 @@
-"""Where in a file the stream is: offsets, and libvirt save images as virsh writes them."""
+"""The place of the stream in a file: offsets, and libvirt save images as virsh writes them."""
 
 from __future__ import annotations
 

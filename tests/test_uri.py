@@ -1,4 +1,4 @@
-"""MigrationUri and HOST:PORT: what parses, what is refused and with which words."""
+"""MigrationUri and HOST:PORT: what parses, and the errors for what does not."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""WholeFile: a file is there whole, or what was there before still is."""
+"""WholeFile: a path has the complete new file, or still what it had before."""
 
 from __future__ import annotations
 

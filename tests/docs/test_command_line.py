@@ -23,7 +23,7 @@ def commands() -> dict[str, click.Command]:
 
 
 def options(command: click.Command) -> set[str]:
-    """Of a command, less those of all commands."""
+    """The options of a command, without those that all commands have."""
     shown = [one for one in command.params if not getattr(one, "hidden", False)]
     return {name for one in shown for name in one.opts if name.startswith("--")} - EVERYWHERE
 

@@ -1,5 +1,4 @@
-"""docs/disks.md: its program moves and finds its disk where it arrives, and its backups, also of what it
-wrote on both hosts, miss nothing."""
+"""docs/disks.md: its program moves and finds its disk at the destination, and its backups miss no write."""
 
 from __future__ import annotations
 

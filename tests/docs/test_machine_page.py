@@ -1,4 +1,4 @@
-"""docs/write-a-machine.md: its machine runs and keeps the contract, as its last block says."""
+"""docs/write-a-machine.md: its machine runs and keeps the contract."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def blocks() -> list[str]:
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    """The page's programs as a file: a guest is loaded from one."""
+    """The page's programs in a file, from which a guest can be loaded."""
     path = tmp_path / "heat.py"
     path.write_text("\n".join(blocks()[:-1]))
     return path

@@ -1,4 +1,4 @@
-"""docs/write-a-section.md: its code runs, its sections move with a guest, it speaks of every method."""
+"""docs/write-a-section.md: its code runs, its sections move with a guest, and it mentions every method."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_code_runs(code: ModuleType) -> None:
 
 
 def test_sections_move_with_a_guest(code: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through two engines: what the source's savers have is what the destination's loaders get."""
+    """Through two engines, the destination's loaders get what the source's savers have."""
     weather, cache = code.Weather(remark=b"fog", alarm=1), {number: number for number in range(300)}
     arrived_weather, arrived_cache = code.Weather(), dict[int, int]()
     savers, loaders = "corefw_section_savers", "corefw_section_loaders"

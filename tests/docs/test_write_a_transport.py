@@ -1,4 +1,4 @@
-"""docs/write-a-transport.md: its code runs as it stands there, and the example that it names passes its own tests."""
+"""docs/write-a-transport.md: its code runs as printed, and the example that it names passes its own tests."""
 
 from __future__ import annotations
 

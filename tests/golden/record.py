@@ -1,4 +1,4 @@
-"""Records the golden streams from a real QEMU: python tests/golden/record.py, in the repository's root.
+"""Record the golden streams from a real QEMU: python tests/golden/record.py, in the repository's root.
 
 Invariant: a stream here is what QEMU sent, byte for byte, compressed with gzip. RECORDINGS says how each was made;
 a test reads its names from there. The machines have next to no RAM and rom.asm for firmware, so a stream takes a few
@@ -25,13 +25,13 @@ HERE: Final = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """How one stream came about.
+    """How one stream was recorded.
 
     arguments       more of QEMU's arguments
     capabilities    of the migration
-    both_ends       a real QEMU takes the stream in, as the return path needs one; the stream is copied on its way
+    both_ends       a second QEMU receives the stream, for the return path; the stream is copied on its way
     passes          the guest runs and writes until there were that many passes; 0: it is paused
-    postcopy        the switch-over happens while pages are missing
+    postcopy        the migration switches to postcopy while pages are missing
     bitmaps         a dirty bitmap to add: node, name, granularity, and what follows in block-dirty-bitmap-add
     writes          what the monitor's qemu-io does to a node: ("disk", "write 0 64k")
     """
@@ -165,7 +165,7 @@ def _passed(source: Qemu, passes: int) -> bool:
 
 
 class Copy:
-    """Stands between two QEMUs and keeps what goes forward; the return path passes as well."""
+    """Forwards both directions between two QEMUs, and keeps a copy of the stream."""
 
     def __init__(self, inlet: Path, outlet: Path) -> None:
         self.data = bytearray()

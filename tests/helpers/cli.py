@@ -1,4 +1,4 @@
-"""Runs the real `migfw` in a subprocess."""
+"""Run the real `migfw` in a subprocess."""
 
 from __future__ import annotations
 

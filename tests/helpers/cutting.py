@@ -1,4 +1,4 @@
-"""A proxy for tcp and unix sockets that breaks connections when a test says so, or at a message of the migration."""
+"""A proxy for tcp and unix sockets that breaks connections on request, or at a message of the migration."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from typing import Final, Self, TypeVar
 _T = TypeVar("_T")
 
 TICK: Final = 0.03
-"""Seconds that a thread may be in one system call: a socket that was closed lives on until that has returned."""
+"""Maximum seconds in one system call: a closed socket stays open until the call has returned."""
 
 OVERLAP: Final = 32
-"""Bytes that are held back, for at most a TICK, where a message is looked for: it may begin in them."""
+"""Bytes to hold back, for at most a TICK, while searching for a message that may begin in them."""
 
 
 class Cut(StrEnum):
@@ -36,7 +36,7 @@ class Cut(StrEnum):
 
 
 BREAKS: Final = (Cut.RESET, Cut.END, Cut.HALF_FORWARD, Cut.HALF_BACKWARD)
-"""Those that both sides notice at once. Only a limit on silence ends the others."""
+"""Cuts that both sides notice at once. Only a limit on silence reveals the others."""
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ class Watch:
     done: threading.Event = field(default_factory=threading.Event)
 
     def find(self, before: bytes, data: bytes, passed: int) -> int | None:
-        """How many of these bytes still pass, after `passed` others that ended with `before`; None for all."""
+        """How many of these bytes to let pass, after `passed` others that ended with `before`; None for all."""
         if self.pattern is None:
             return max(0, self.skip - passed) if passed + len(data) > self.skip else None
         found = self.pattern.search(before + data, len(before))
@@ -59,7 +59,7 @@ class Watch:
 
 @dataclass(slots=True)
 class Connection:
-    """The two sockets, and the directions of which nothing more arrives (True: to the destination)."""
+    """The two sockets, and the directions in which nothing more is forwarded (True: to the destination)."""
 
     source: socket.socket
     destination: socket.socket
@@ -88,11 +88,11 @@ class Connection:
 
 
 class CutProxy:
-    """Leads each connection to its address `uri` to that of a target. Both are URIs with `tcp:` or `unix:`.
+    """Forwards connections from its address `uri` to a target. Both are URIs with `tcp:` or `unix:`.
 
-    recorded      what went to the destination, if `record` was asked for
-    connections   how many there have been
-    hung_up       of how many of them the source knows that the destination sends no more
+    recorded      the bytes sent to the destination, if `record` is true
+    connections   number of connections so far
+    hung_up       number of connections whose source knows that the destination sends no more
     before_each   called before the proxy connects to the destination
     """
 
@@ -119,14 +119,14 @@ class CutProxy:
         self._run(self._accept)
 
     def lead_to(self, target: str) -> None:
-        """From now on connections go there."""
+        """Set the target for further connections."""
         self._target = target
 
     def stop_at(self, watch: Watch) -> None:
         self._watch = watch
 
     def has_passed(self, count: int) -> Callable[[], bool]:
-        """Whether `count` more bytes have gone to the destination, counted from now."""
+        """Return a condition: whether `count` more bytes have gone to the destination, counted from now."""
         before = self._passed
         return lambda: self._passed >= before + count
 
@@ -185,7 +185,7 @@ class CutProxy:
             self.hung_up += not forward
 
     def _carry(self, connection: Connection, one: socket.socket, other: socket.socket, forward: bool) -> None:
-        """Until `one` ends. Raises OSError if either breaks."""
+        """Forward one direction until it ends. Raises OSError if either socket breaks."""
         held, before, data, passed = bytearray(), b"", b"more", 0
 
         def let_pass(count: int) -> None:
@@ -262,13 +262,13 @@ def _shut(one: socket.socket, how: int) -> None:
 
 
 def host_and_port(uri: str) -> tuple[str, int]:
-    """Of a URI that ends with an address of tcp."""
+    """Host and port of a URI that ends with a TCP address."""
     host, _, port = uri.rpartition("tcp:")[2].rpartition(":")
     return host, int(port)
 
 
 def listens(uri: str) -> bool:
-    """Whether a process listens there."""
+    """Whether a process listens at this address."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # former connections may be in TIME_WAIT
         try:

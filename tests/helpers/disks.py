@@ -1,4 +1,4 @@
-"""Machines with disks for tests: block nodes without data, and a test that plays the guest and writes."""
+"""Machines with disks for tests: block nodes without data, to which the test writes as the guest would."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 
 class Disk(BlockNode):
-    """A node that remembers what write() was called for, as a guest's disk does."""
+    """A node that records the ranges given to write()."""
 
     def __init__(self, name: str, length: int, *, device: str = "") -> None:
         super().__init__(name, length, device=device)
@@ -31,7 +31,7 @@ class Disk(BlockNode):
 
 
 class ClosingMachine(CountingMachine):
-    """A machine that a with statement ends."""
+    """A machine for a `with` statement."""
 
     def __enter__(self) -> Self:
         return self
@@ -52,7 +52,7 @@ class DiskMachine(ClosingMachine, BlockMachine):
 
 
 class DiskMakingMachine(ClosingMachine, BlockMakingMachine):
-    """A machine that takes any disk."""
+    """A machine that accepts any disk."""
 
     def __init__(self) -> None:
         super().__init__(4, incoming=True)
@@ -69,7 +69,7 @@ class DiskMakingMachine(ClosingMachine, BlockMakingMachine):
 
 
 def state_of(machine: BlockMachine) -> dict[tuple[str, str], tuple[object, ...]]:
-    """Everything about the bitmaps of a machine but whether they are busy."""
+    """Everything about the bitmaps of a machine, except whether they are busy."""
     return {
         (node.name, one.name): (
             one.granularity,

@@ -85,7 +85,7 @@ class Pair:
 
 
 def query_migrate(engine: Engine) -> dict[str, Any]:
-    """What QMP's query-migrate answers."""
+    """The result of QMP's query-migrate."""
     return dict(migration_info(engine.report()))
 
 
@@ -137,8 +137,8 @@ def answer_pings(connection: socket.socket) -> None:
 
 
 def outcome(pair: Pair) -> str:
-    """Migrate from a new source to a new destination. Returns "" if that completed, else the error of the source, whose
-    guest has to run on."""
+    """Migrate from a new source to a new destination. Returns "" if that completed; otherwise checks that the source's
+    guest still runs, and returns the source's error."""
     source, destination = pair.source(), pair.destination()
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     if ended(source) == "completed":

@@ -1,4 +1,4 @@
-"""Distributions made for a test. With their folder first on the path, they are installed, or hide an installed one."""
+"""Distributions made for a test. Put their folder first on the path to install them, or to hide an installed one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A python guest on its way in postcopy, between two engines in one process."""
+"""A python guest that moves in postcopy between two engines in one process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from corefw.wire.constants import Command, SectionType
 from tests.helpers.engines import Pair, Peer, arrived, ended
 
 LISTEN = f"tcp:127.{os.getpid() >> 16 & 63 | 64}.{os.getpid() >> 8 & 255}.{os.getpid() & 255}:0"
-"""An address of this process alone: no other one takes a port there that was given up, or is to be used again."""
+"""A loopback address that only this process uses, so that no other process takes a port that it will use again."""
 SLOW = 2 << 20
-"""Bytes per second: the RAM takes long enough to interfere, also on a busy machine."""
+"""Bytes per second: the RAM takes long enough for a test to interfere, also on a busy machine."""
 PACKAGED = bytes((SectionType.COMMAND, 0, Command.PACKAGED, 0, 4))
 LEISURELY = ("24M", "3M")
-"""Of a guest that needs pages for a while: faster than the background stream, but not through at once."""
+"""Working set and dirty rate of a guest that needs pages for a while, faster than the background stream sends them."""
 
 
 class Move:
@@ -36,7 +36,7 @@ class Move:
         self.source.set_parameters({"max-bandwidth": precopy, "max-postcopy-bandwidth": SLOW})
 
     def begin(self, precopy: int = SLOW) -> None:
-        """Start to migrate, with such a limit."""
+        """Start to migrate with this limit."""
         self.limit(precopy)
         self.source.migrate(self.destination.migrate_incoming(LISTEN))
 
@@ -47,12 +47,12 @@ class Move:
         self.both_reach("postcopy-active")
 
     def switch(self) -> None:
-        """The same, and have the guest run on the destination."""
+        """Hand over, and wait until the guest runs on the destination."""
         self.hand_over()
         assert wait_until(lambda: self.destination.machine.run_state is RunState.RUNNING), "it waits for a page"
 
     def hand_over_to(self, peer: Peer) -> bytes:
-        """Let the source send its package to a destination that is driven by hand; what came from the package on."""
+        """Let the source send its package to a destination driven by the test; return the bytes from the package on."""
         self.limit()
         self.source.migrate(peer.uri)
         self.source.start_postcopy()
@@ -74,14 +74,14 @@ class Move:
         self.both_reach("postcopy-paused")
 
     def recover(self) -> None:
-        """Have the destination listen elsewhere, and the source connect there."""
+        """Let the destination listen elsewhere, and the source connect there."""
         self.source.migrate(self.destination.recover(LISTEN), resume=True)
 
     def hurry(self) -> None:
         self.source.set_parameters({"max-postcopy-bandwidth": 0})
 
     def completes(self) -> None:
-        """The guest has arrived whole, runs there, and not here."""
+        """Check that the guest arrives complete, and runs only on the destination."""
         assert ended(self.source) == "completed", self.source.report().error
         assert arrived(self.destination) == "completed", self.destination.report().error
         assert self.source.machine.run_state is RunState.POSTMIGRATE

@@ -17,7 +17,7 @@ PATIENCE = 60.0
 
 @contextlib.contextmanager
 def parking(*capabilities: str, **options: str) -> Iterator[Engine]:
-    """An engine that can park a machine, with these capabilities on."""
+    """An engine for a parked machine, with these capabilities on."""
     plugins = Plugins.load()
     machine = plugins.machine("qemu", MachineConfig(options=options, incoming=True))
     engine = Engine(machine, plugins, plugins.settings())

@@ -58,7 +58,7 @@ def find_peer(label: str) -> Peer | None:
 
 
 def the_peer(label: str) -> Peer:
-    """The same, for a test that is skipped if this QEMU is missing."""
+    """Find the QEMU with this label, or skip the test if it is missing."""
     found = find_peer(label)
     assert found is not None, f"no QEMU {label}: the test lacks peer_parameters() or needs_peers()"
     return found
@@ -68,7 +68,7 @@ _default = "PATH"
 
 
 def default_peer() -> Peer | None:
-    """The QEMU of tests that name none: the one on the PATH, or else the peer 7.2. `using_peer` changes it."""
+    """The QEMU for tests that name none: the one on the PATH, or else the peer 7.2. `using_peer` changes it."""
     return find_peer(_default) or find_peer("7.2")
 
 

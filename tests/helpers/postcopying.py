@@ -1,4 +1,4 @@
-"""Postcopies between a real QEMU and a parked machine, either way."""
+"""Postcopy between a real QEMU and a parked machine, in either direction."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.helpers.qemu import Guest, Qemu, wait_until
 
 LISTEN = "tcp:127.0.0.1:0"
 SLOW = 1 << 20
-"""Bytes per second, until finish(): the guest (tests/helpers/guest.asm) needs the second MiB of its RAM at once, also
-where QEMU takes a second to start it."""
+"""Bytes per second until finish(). Slow enough that the guest (tests/helpers/guest.asm) needs the second MiB of its RAM
+before it arrives, even if QEMU takes a second to start it."""
 
 
 class Move(ABC):
-    """One of the two ways. `stranger` is a socket that does not lead to the other side."""
+    """A migration in one of the two directions. `stranger` is a socket that does not lead to the other side."""
 
     def __init__(self, qemu: Qemu, engine: Engine, capabilities: Sequence[str] = ()) -> None:
         self.qemu, self.engine = qemu, engine
@@ -29,14 +29,14 @@ class Move(ABC):
         engine.set_capabilities(dict.fromkeys(self.capabilities, True))
 
     def complete(self) -> None:
-        """The whole move, with nothing in between."""
+        """Move without interruption."""
         self.begin(self.listen())
         self.both_reach("postcopy-active")
         self.finish()
 
     @abstractmethod
     def listen(self) -> str:
-        """The URI for begin()."""
+        """Let the destination listen; return the URI for begin()."""
 
     @abstractmethod
     def begin(self, uri: str) -> None:
@@ -47,7 +47,7 @@ class Move(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Send the rest without a limit; both sides complete."""
+        """Send the rest without a limit, and wait until both sides complete."""
 
     @abstractmethod
     def listen_again(self) -> str: ...
@@ -63,10 +63,10 @@ class Move(ABC):
 
     @abstractmethod
     def await_failure(self) -> None:
-        """Wait until that resume has failed."""
+        """Wait until the resume has failed."""
 
     def pause(self) -> None:
-        """Both sides, on purpose."""
+        """Pause both sides on purpose."""
         self.engine.pause_migration()
         self.qemu.urgent("migrate-pause")
 
@@ -76,7 +76,7 @@ class Move(ABC):
 
 
 class IntoMigfw(Move):
-    """A QEMU's machine is parked."""
+    """A QEMU's machine that is parked."""
 
     def listen(self) -> str:
         return self.engine.migrate_incoming(LISTEN)
@@ -115,7 +115,7 @@ class IntoMigfw(Move):
 
 
 class OutOfMigfw(Move):
-    """A parked machine wakes up in a QEMU."""
+    """A parked machine that wakes up in a QEMU."""
 
     def listen(self) -> str:
         self.qemu.capabilities(*self.capabilities)
@@ -137,7 +137,7 @@ class OutOfMigfw(Move):
         self.completes()
 
     def hurry(self) -> None:
-        """No limit from now on."""
+        """Lift the bandwidth limit."""
         self.engine.set_parameters({"max-postcopy-bandwidth": 0})
 
     def completes(self) -> None:
@@ -166,7 +166,7 @@ class OutOfMigfw(Move):
 def there_and_back(
     guest: Guest, *capabilities: str, arguments: Sequence[str] = ()
 ) -> Iterator[tuple[IntoMigfw, OutOfMigfw]]:
-    """From a QEMU into migfw, then from there into another QEMU, where the guest has to go on after the block."""
+    """Move from a QEMU into migfw, and from there into another QEMU; check that the guest continues after the block."""
     with (
         Qemu(*arguments, boot=guest.image, out_of_band=True) as source,
         parking() as engine,

@@ -1,7 +1,7 @@
 """A real QEMU as the peer of a test, and a guest whose memory proves that a migration lost nothing.
 
-Everything is QEMU's own: the program, its QMP, its TCG. What a test has started ends with it and is removed. Waits are
-bounded and say what they waited for.
+QEMUs and their files are removed at the end of the test that started them. Waits are bounded, and name what they waited
+for.
 
     with Qemu(boot=guest.image) as source:
         source.wait_printed("B")
@@ -125,7 +125,7 @@ class Qemu:
         return self._exchange({"execute": execute, "arguments": named}, fd)
 
     def urgent(self, execute: str, /, **arguments: object) -> Any:
-        """The same out of band: QEMU's main loop may be waiting for a page of the guest."""
+        """Execute a command out of band, because QEMU's main loop may be waiting for a page of the guest."""
         return self._exchange({"exec-oob": execute, "id": execute, "arguments": arguments}, None)
 
     def _exchange(self, request: dict[str, Any], fd: int | None) -> Any:
@@ -182,7 +182,7 @@ class Qemu:
         return answer
 
     def wait_running(self) -> None:
-        """Wait until it runs the guest."""
+        """Wait until the guest runs."""
 
         def running() -> bool:
             assert self.process.poll() is None, f"{PROGRAM} ended: {self.output()}"

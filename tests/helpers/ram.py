@@ -1,4 +1,4 @@
-"""The RAM section without an engine: a machine of nothing but RAM, both sides of the section driven by hand, and a
+"""The RAM section without an engine: a machine that is only RAM, both sides of the section driven by the test, and a
 simple reader of records to compare with.
 """
 
@@ -43,7 +43,7 @@ def block(idstr: str, pages: int, *, logged: bool = False) -> MemfdBlock:
 
 
 def allocated(ram: RamBlock) -> int:
-    """Pages that the kernel holds for it."""
+    """Number of pages that the kernel has allocated."""
     return os.fstat(ram.fd).st_blocks * 512 // PAGE
 
 
@@ -55,7 +55,7 @@ def noise(pages: int, seed: int = 1) -> NDArray[np.uint8]:
 
 
 class ToldLog(DirtyLog):
-    """A dirty log that a test tells what was written; `calls` in order."""
+    """A dirty log to which a test reports writes; `calls` in order."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -78,7 +78,7 @@ class ToldLog(DirtyLog):
 
 
 class StillMachine(Machine):
-    """RAM blocks, and a guest that only a test moves: it writes into them."""
+    """A machine of RAM blocks; the test writes to them as the guest would."""
 
     kind = "still"
     name = "still"
@@ -123,7 +123,7 @@ class StillMachine(Machine):
 
 
 class MakingMachine(StillMachine, RamMakingMachine):
-    """Takes whatever RAM the stream brings, up to `limit` bytes (RamMakingMachine)."""
+    """Accepts whatever RAM the stream has, up to `limit` bytes (RamMakingMachine)."""
 
     def __init__(self, limit: int = 1 << 30) -> None:
         super().__init__()
@@ -241,11 +241,11 @@ class Portions:
         return self._source.receive_into(view[:size])
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing."""
 
 
 class MemoryPortions(Portions, ReceivesMemory):
-    """The same for a channel that receives into guest memory, as a socket does."""
+    """Portions for a channel that receives into guest memory, as a socket does."""
 
     def receive_memory(self, pieces: NDArray[np.uint64]) -> int:
         assert pieces.flags.c_contiguous, "the kernel's struct iovec as it is"
@@ -260,8 +260,8 @@ class MemoryPortions(Portions, ReceivesMemory):
 
 
 class SocketPortions(ReceivesMemory, ReceivesFromSocket):
-    """The same over a real socket, where compiled code can receive if it is installed. Nothing waits: a receive gets
-    what is left of a portion."""
+    """Portions over a real socket, from which compiled code can receive if it is installed. Receives do not wait: each
+    gets the rest of a portion."""
 
     def __init__(self, data: bytes, sizes: Sequence[int]) -> None:
         self._portions = MemoryPortions(data, sizes)

@@ -1,4 +1,4 @@
-"""A real sshd for tests, run by the present user on a loopback port, with keys and settings in a temporary folder.
+"""A real sshd for tests, run by the current user on a loopback port, with keys and settings in a temporary folder.
 
     with running_sshd(folder) as sshd:
         home = sshd.make_home(folder / "home")      # for HOME: an authorized key, and a known_hosts
@@ -38,7 +38,7 @@ def find_sshd() -> str | None:
 
 
 def missing_programs() -> list[str]:
-    """What these tests need and is missing, for pytest.mark.skipif."""
+    """Names of programs that these tests need and that are missing, for pytest.mark.skipif."""
     missing = [name for name in ("ssh-keygen", "ssh-agent", "ssh-add") if shutil.which(name) is None]
     if not find_sshd():
         missing.append("sshd")
@@ -101,7 +101,7 @@ class Sshd:
         return home
 
     def sessions(self) -> list[int]:
-        """The process ids of its present connections."""
+        """The process ids of its open connections."""
         return _descendants(self.process.pid)
 
     def kill_sessions(self) -> None:
@@ -122,7 +122,7 @@ class Sshd:
 
 @contextlib.contextmanager
 def running_sshd(folder: Path, *settings: str) -> Iterator[Sshd]:
-    """Start one in `folder` (made if need be); `settings` are more lines of sshd_config, which win over those here.
+    """Start an sshd in `folder`, which is created if necessary. `settings` are lines of sshd_config that override ours.
 
     Skips the test if a program of OpenSSH is missing.
     """
@@ -176,7 +176,7 @@ def _start(folder: Path, port: int, user: str, settings: tuple[str, ...]) -> tup
 
 
 def _answers(sshd: Sshd) -> bool:
-    """Wait for its banner. Returns False if it ended instead, because another program took the port."""
+    """Wait for its banner. Returns False if it has ended, because another program took the port."""
     deadline = time.monotonic() + START_SECONDS
     while sshd.process.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", sshd.port), 5) as probe:

@@ -1,4 +1,4 @@
-"""Run a command as a user without any right."""
+"""Run a command as an unprivileged user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOBODY: Final = 65534
 
 
 def as_an_ordinary_user() -> list[str]:
-    """What to put before a command. Of root's rights one is left, to search folders: Python may be in root's home."""
+    """Words to put before a command. One capability of root stays, to search folders: Python may be in root's home."""
     if os.geteuid() != 0:
         return []
     if shutil.which("setpriv") is None:
@@ -25,7 +25,7 @@ def as_an_ordinary_user() -> list[str]:
 
 
 def run_as_an_ordinary_user(code: str, *arguments: str) -> str:
-    """What this Python code prints."""
+    """Run Python code as an ordinary user, and return what it prints."""
     done = subprocess.run(
         [*as_an_ordinary_user(), sys.executable, "-c", code, *arguments],
         capture_output=True,

@@ -24,7 +24,7 @@ fork = multiprocessing.get_context("fork")
 
 
 def run_guest(ram: int, link: socket.socket, touch: Callable[[np.ndarray[Any, Any]], Any]) -> None:
-    """The guest's process: pass the userfaultfd to the engine, wait for its word, then use the memory."""
+    """Be the guest's process: pass the userfaultfd to the engine, wait for its message, then use the memory."""
     memory = mmap.mmap(ram, os.fstat(ram).st_size)
     pages = np.frombuffer(memory, dtype=np.uint8).reshape(-1, PAGE)
     fd = open_faults().fd

@@ -14,7 +14,7 @@ NONE_OF_THEM = all(find_peer(label) is None for label in ("5.2", "7.2", "10.0", 
 
 @pytest.fixture(params=[*EVERY_QEMU, *(["PATH"] if NONE_OF_THEM else [])])
 def every_qemu(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a test once with each QEMU that is here; those that are missing are skipped and name `make peers`."""
+    """Run a test once with each installed QEMU; skip those that are missing, naming `make peers`."""
     with using_peer(request.param):
         yield request.param
 

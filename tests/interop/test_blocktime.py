@@ -37,7 +37,7 @@ def test_the_members_are_qemus(guest: Guest, folder: Path) -> None:
 
 
 def measured_by_qemu(guest: Guest, folder: Path) -> tuple[dict[str, Any], str]:
-    """What a destination says of a guest that came in postcopy, and what `migfw status` shows of it."""
+    """A QEMU destination's figures for a guest that arrived in postcopy, and what `migfw status` shows of them."""
     peer, uri, control = find_peer("newest"), f"unix:{folder}/in", f"unix:{folder}/qmp"
     with (
         Qemu(boot=guest.image, peer=peer) as source,
@@ -61,7 +61,7 @@ def measured_by_qemu(guest: Guest, folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def measured_here() -> dict[str, Any]:
-    """The same of a python guest."""
+    """The same figures for a python guest."""
     with Pair(Plugins.load()) as pair:
         move = Move(pair)
         move.destination.set_capabilities({"postcopy-blocktime": True})

@@ -1,7 +1,7 @@
 """Each capability of each QEMU, switched on at the source alone: it works, or both sides fail and migfw names it.
 
-None may make the migration wait in silence. Each QEMU is asked for its capabilities, so that a newer one with a
-capability that is not in OUTCOMES fails here and gets an answer.
+No capability may make the migration hang. The test asks each QEMU for its capabilities, so it fails for a new one that
+is not in OUTCOMES.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ pytestmark = [pytest.mark.qemu, needs_qemu]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What becomes of a migration into migfw when the source has a capability on.
+    """The outcome of a migration into migfw if the source has a capability on.
 
-    works      the machine is parked, and goes on
+    works      the machine is parked, and continues
     names      otherwise migfw's error has this text
-    needs      other capabilities that QEMU asks for first
-    refusals   what QEMU itself may say when the capability is switched on or the migration begins; then nothing is sent
+    needs      other capabilities that QEMU requires
+    refusals   errors with which QEMU itself may refuse the capability or the migration; then nothing is sent
     """
 
     works: bool = False
@@ -48,7 +48,7 @@ OUTCOMES: Final[Mapping[str, Outcome]] = {
     "compress": Outcome(names="capability 'compress'"),
     "events": WORKS,
     "postcopy-ram": WORKS,
-    # QEMU 11.1 tells the destination nothing of it; the source then waits in `colo` for x-colo-lost-heartbeat.
+    # QEMU 11.1 does not tell the destination; the source then waits in `colo` for x-colo-lost-heartbeat.
     "x-colo": Outcome(works=True, names="capability 'x-colo'", needs=("return-path",)),
     "release-ram": WORKS,
     "block": Outcome(names="capability 'block'"),
@@ -79,7 +79,7 @@ def test_every_capability_of_a_qemu_has_an_outcome(label: str) -> None:
 
 
 def switch_on(source: Qemu, capability: str, outcome: Outcome) -> bool:
-    """Whether this QEMU has the capability, and lets it be switched on."""
+    """Switch the capability on; return whether this QEMU has it and allows that."""
     known = {one["capability"] for one in source.command("query-migrate-capabilities")}
     if not {capability, *outcome.needs} <= known:
         return False
@@ -92,7 +92,7 @@ def switch_on(source: Qemu, capability: str, outcome: Outcome) -> bool:
 
 
 def migrate(source: Qemu, uri: str, outcome: Outcome) -> bool:
-    """Run the source's migration to its end, however it ends; False where QEMU refuses to begin."""
+    """Run the source's migration to its end, however it ends; False if QEMU refuses to begin."""
     try:
         source.migrate(uri)
     except QmpError as error:
@@ -144,7 +144,7 @@ ACKS: Final = [
     [pytest.param(label, machine, marks=needs_peers(label), id=f"{label}-{machine}") for label, machine in ACKS],
 )
 def test_switchover_ack(label: str, machine: str, here: bool, guest: Guest, folder: Path) -> None:
-    """In both directions, with machine types from before and after 11.1, which changed who asks for the message."""
+    """In both directions, with machine types before and after 11.1, which changed which side requests the message."""
     peer = find_peer(label)
     capabilities = ("return-path", "switchover-ack")
     with (
@@ -168,7 +168,7 @@ def test_switchover_ack(label: str, machine: str, here: bool, guest: Guest, fold
 @pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
 @pytest.mark.parametrize("label", peer_parameters("10.0", "newest"))
 def test_a_device_that_is_sent_before_the_ram_is_refused_by_name(label: str, early: bool, guest: Guest) -> None:
-    """virtio-mem; with x-early-migration=off it is sent behind the RAM, as everything else."""
+    """This concerns virtio-mem; with x-early-migration=off it is sent after the RAM, like everything else."""
     memory = (
         *("-m", "32M,maxmem=1G", "-object", "memory-backend-ram,id=memory,size=64M"),
         *("-device", f"virtio-mem-pci,memdev=memory,requested-size=0,x-early-migration={'on' if early else 'off'}"),

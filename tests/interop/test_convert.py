@@ -1,6 +1,5 @@
-"""Streams that a QEMU stored are converted, and another version of QEMU loads them and runs the guest on.
-
-Or it does not, and the conversion has said so.
+"""Streams that a QEMU stored are converted. Another version of QEMU loads them and continues the guest, or refuses what
+the conversion has reported.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ DEVICES: Final = (
     *("-device", "virtio-scsi-pci", "-device", "virtio-serial-pci", "-device", "usb-ehci"),
 )
 BALLOON: Final = ("-device", "virtio-balloon-pci")
-"""Machine types before 10.0 make it without MSI-X, so it loads only where the machine type is held."""
+"""Machine types before 10.0 create it without MSI-X, so it loads only if the machine type stays the same."""
 
 
 def machine_type(board: str, program: Peer) -> str:
@@ -43,8 +42,8 @@ def store(guest: Guest, machine: str, program: Peer, path: Path, *devices: str) 
 
 
 def tables(machine: str, program: Peer, path: Path) -> str:
-    """The file that -dump-vmstate writes. For it QEMU loads every module that it finds, those of the host's own QEMU
-    too if its own folder lacks one, and then ends: so none is lacking, only broken."""
+    """The file that -dump-vmstate writes. For this QEMU loads every module. If its folder lacks one, it takes that of
+    the host's QEMU, of another version, and ends. So each missing module is replaced by a file that is none."""
     environment = dict(program.environment)
     if "QEMU_MODULE_DIR" in environment:
         own, modules = Path(environment["QEMU_MODULE_DIR"]), path.with_suffix(".modules")
@@ -96,7 +95,7 @@ def test_a_converted_stream_runs_on_in_another_version(origin: str, target: str,
 
 
 def _load(qemu: Qemu, path: Path) -> str:
-    """What a QEMU says that refuses a stream; it ends."""
+    """The error of a QEMU that refuses a stream and ends."""
     with contextlib.suppress(AssertionError, ConnectionError):  # it may end before it has answered
         qemu.command("migrate-incoming", uri=f"exec:cat {path}")
     wait_until(lambda: qemu.process.poll() is not None, "QEMU to refuse the stream")
@@ -104,7 +103,7 @@ def _load(qemu: Qemu, path: Path) -> str:
 
 
 def test_what_does_not_load_was_said(guest: Guest, folder: Path) -> None:
-    """The e1000e of QEMU 10.0 has a timer that the one of 7.2 does not know."""
+    """The e1000e of QEMU 10.0 has a timer that 7.2's does not know."""
     source, destination = the_peer("10.0"), the_peer("7.2")
     store(guest, "pc-q35-10.0", source, folder / "in", "-device", "e1000e,romfile=")
     status, report = convert(folder, "pc-q35-7.2", source, destination)

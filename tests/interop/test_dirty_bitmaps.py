@@ -1,4 +1,4 @@
-"""Dirty bitmaps go with a machine from one QEMU through migfw into another, bit by bit."""
+"""Dirty bitmaps move with a machine from one QEMU through migfw into another, and every bit arrives."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FIRST_BITS: Final = re.compile(b"[\x44\x4c](\x04disk)?\x04fine")
 
 
 def with_bitmaps(source: Qemu) -> list[str]:
-    """Make the bitmaps, write, and return their digests."""
+    """Create the bitmaps, write to the disks, and return the bitmaps' digests."""
     for bitmap in BITMAPS:
         source.command("block-dirty-bitmap-add", **bitmap)
     for write in WRITES:
@@ -75,7 +75,7 @@ def digests_here(machine: object) -> list[str]:
 
 
 def recording(qemu: Qemu) -> dict[tuple[str, str], bool]:
-    """For each bitmap, whether it records writes; QEMU 5.2 says that in words too."""
+    """Whether each bitmap records writes."""
     return {
         (node["node-name"], one["name"]): bool(one["recording"])
         for node in qemu.command("query-named-block-nodes")
@@ -109,8 +109,8 @@ def test_bitmaps_are_parked_and_arrive_in_precopy(folder: Path) -> None:
 @pytest.mark.usefixtures("every_qemu")
 @pytest.mark.parametrize("ram", [True, False], ids=["with postcopy-ram", "alone"])
 def test_bitmaps_follow_the_guest_in_postcopy(ram: bool) -> None:
-    """Into the parked machine, and out of it. QEMU is slow at first, so that pages are left when it switches, without
-    which 5.2 hangs; and the bits do not fit into its downtime limit."""
+    """Into the parked machine, and out of it. QEMU is slow at first, so that pages are left when it switches (otherwise
+    5.2 hangs), and the bits do not fit into its downtime limit."""
     capabilities = ["dirty-bitmaps", *(["postcopy-ram"] if ram else [])]
     with (
         Qemu(*DISKS, paused=True) as source,
@@ -141,7 +141,7 @@ def test_bitmaps_follow_the_guest_in_postcopy(ram: bool) -> None:
 
 @pytest.mark.parametrize("label", peer_parameters("5.2", "newest"))
 def test_a_break_before_the_bits_loses_none(label: str, guest: Guest) -> None:
-    """QEMU sends them behind the RAM. On the way out they have arrived before the guest starts."""
+    """QEMU sends them after the RAM. On the way out they have arrived before the guest starts."""
     with using_peer(label), there_and_back(guest, "dirty-bitmaps", arguments=DISKS) as moves:
         arriving, leaving = moves
         expected = with_bitmaps(arriving.qemu)
@@ -161,8 +161,8 @@ def test_a_break_before_the_bits_loses_none(label: str, guest: Guest) -> None:
 
 @pytest.mark.parametrize("label", peer_parameters("5.2", "7.2"))  # newer ones fail, and keep the machine
 def test_a_break_amid_the_bits_leaves_no_bitmap_that_is_wrong(label: str, guest: Guest) -> None:
-    """Within a record of "fine". The RAM has arrived, and QEMU does not come back from this, so the machine is parked
-    without these bits."""
+    """The break is within a record of "fine". The RAM has arrived, and QEMU does not resume after this, so the machine
+    is parked without these bits."""
     with using_peer(label), there_and_back(guest, "dirty-bitmaps", arguments=DISKS) as (arriving, leaving):
         engine = arriving.engine
         expected = with_bitmaps(arriving.qemu)

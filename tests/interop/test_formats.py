@@ -34,7 +34,7 @@ def check_inspected(path: Path, offset: int = 0) -> None:
 
 
 def wake(version: str, guest: Guest, folder: Path, uri: str) -> None:
-    """Park what is at the URI, and wake it up in a QEMU; once directly and once from where migfw stored it."""
+    """Park the machine at the URI, and wake it up in a QEMU, once directly and once from a file that migfw stored."""
     with parking() as first, parking() as second:
         first.migrate_incoming(uri)
         wait_parked(first)

@@ -1,7 +1,7 @@
-"""A real QEMU's machine is parked here and wakes up in a real QEMU, with every byte of the guest's memory proved.
+"""A real QEMU's machine is parked and wakes up in a real QEMU, and every byte of the guest's memory is right.
 
-The guest (tests/helpers/guest.asm) runs and writes while it is sent, prints on as soon as it wakes up, and is then
-checked: its memory is a known sequence but for counters that may differ by one step only.
+The guest (tests/helpers/guest.asm) runs and writes while it is sent, and continues to print as soon as it wakes up.
+Then its memory is checked: a known sequence, except for counters that may differ by one step only.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def test_a_machine_that_is_sent_in_several_passes(guest: Guest, folder: Path) ->
         source.command("migrate-set-parameters", downtime_limit=200)
         source.migrate(engine.migrate_incoming(f"unix:{folder}/in"), bandwidth=16 << 20)
         wait_parked(engine)
-        # QEMU 11.1 finds with one harvest less that what is left fits.
+        # QEMU 11.1 needs one harvest less to find that the rest fits.
         assert source.wait_migrated()["ram"]["dirty-sync-count"] > (1 if qemu_version() >= (11, 0) else 2)
         send(engine, f"unix:{folder}/out")
         prove(guest, destination)
@@ -126,7 +126,7 @@ def test_a_machine_that_is_sent_in_several_passes(guest: Guest, folder: Path) ->
 
 
 def test_a_machine_goes_through_a_chain(guest: Guest, folder: Path) -> None:
-    """QEMU, parked, zmq, parked elsewhere, a file, parked, QEMU."""
+    """From QEMU through a parked machine, zmq, another parked machine and a file, back into QEMU."""
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(Qemu(boot=guest.image))
         first, second, third = (stack.enter_context(parking()) for _ in range(3))

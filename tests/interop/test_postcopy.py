@@ -1,7 +1,7 @@
-"""A real QEMU's machine moves in postcopy, into a migfw that parks it and out of one: every byte of its RAM is right.
+"""A real QEMU's machine moves in postcopy into a parked machine and out of one, and every byte of its RAM is right.
 
-The guest (tests/helpers/guest.asm) goes on with its writes as soon as the destination has its devices, so it needs
-pages at once. The cases are those of QEMU's own tests below postcopy/ (tests/qtest/migration/postcopy-tests.c).
+The guest (tests/helpers/guest.asm) continues to write as soon as the destination has its devices, so it needs pages at
+once. The cases are those of QEMU's own tests below postcopy/ (tests/qtest/migration/postcopy-tests.c).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def test_plain(guest: Guest) -> None:
 
 @pytest.mark.parametrize("label", peer_parameters("10.0", "newest"))  # an older QEMU starts it anew
 def test_suspend(label: str, tmp_path: Path) -> None:
-    """A guest that is suspended to RAM stays so, and needs no page."""
+    """A guest that is suspended to RAM stays suspended, and needs no page."""
     guest = assemble(tmp_path, suspend=True)
     with (
         using_peer(label),
@@ -62,7 +62,7 @@ def test_preempt_plain(label: str, guest: Guest) -> None:
 
 @pytest.mark.parametrize("label", peer_parameters("7.2", "newest"))
 def test_release_ram(label: str, guest: Guest) -> None:
-    """A QEMU answers the questions about what has arrived as well."""
+    """A QEMU also answers the PINGs that ask what has arrived."""
     with using_peer(label), there_and_back(guest, "release-ram") as (arriving, leaving):
         arriving.complete()
         leaving.begin(leaving.listen())
@@ -145,7 +145,7 @@ def test_recovery_double_failures(label: str, guest: Guest) -> None:
 
 
 def handshake_fails(move: Move) -> None:
-    """Each side talks to a stranger who does not answer."""
+    """Each side connects to a stranger that does not answer."""
     source, far = socket.socketpair()
     destination, from_far = socket.socketpair()
     with far, from_far:

@@ -1,4 +1,4 @@
-"""Where a machine is when its postcopy fails, and that it may go on in precopy or as a file."""
+"""Which side has a machine after its postcopy failed; it may leave again in precopy or into a file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_machine_that_came_in_postcopy_is_stored(label: str, guest: Guest, fol
 
 @pytest.mark.usefixtures("every_qemu")
 def test_a_machine_that_came_in_postcopy_leaves_in_precopy(guest: Guest) -> None:
-    """With a return path, over which QEMU waits for a description before it confirms."""
+    """With a return path, QEMU waits for a description before it confirms."""
     with (
         Qemu(boot=guest.image) as source,
         parking() as engine,
@@ -54,8 +54,8 @@ def test_a_machine_that_came_in_postcopy_leaves_in_precopy(guest: Guest) -> None
 
 @pytest.mark.parametrize("label", peer_parameters("7.2", "newest"))
 def test_a_destination_that_cannot_load_the_devices(label: str, guest: Guest) -> None:
-    """It ends. QEMU from 10.0 on says why over the return path; of an older one it is only known that it has not
-    confirmed the devices, so the user decides. Then the machine may leave for another destination."""
+    """QEMU ends. From 10.0 on it reports why over the return path. An older one only fails to confirm the devices, so
+    the user decides. Then the machine may leave for another destination."""
     device = ("-device", "virtio-rng-pci")
     with (
         using_peer(label),

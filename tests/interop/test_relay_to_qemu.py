@@ -1,6 +1,6 @@
-"""A live QEMU moves to another QEMU over transports that no QEMU knows: through `migfw relay`, and by `migfw migrate`.
+"""A running QEMU moves to another over transports that QEMU lacks, through `migfw relay` and by `migfw migrate`.
 
-Both QEMUs have their return-path capability on, so "completed" means that the destination's SHUT came back all the way.
+Both QEMUs have the capability return-path on, so "completed" means that the destination's SHUT came all the way back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRANSPORTS = [pytest.param("ssh", marks=[pytest.mark.sshd, needs_sshd]), "zmq"]
 
 
 class Way:
-    """From `uri`, which a relay or `migrate` dials, to the UNIX socket where a QEMU waits.
+    """A path from `uri`, which a relay or `migrate` dials, to the UNIX socket at which a QEMU waits.
 
     `far` is the relay there, if there is one.
     """
@@ -37,7 +37,7 @@ class Way:
         self._helpers = helpers
 
     def relay(self, source: str, target: str) -> tuple[Command, str]:
-        """A relay that listens already, and the URI to dial."""
+        """A relay that is listening, and the URI to dial."""
         process = self.migfw("relay", "--json", source, target)
         assert process.stderr
         line = process.stderr.readline()
@@ -51,14 +51,14 @@ class Way:
 
 
 def _done(process: Command) -> str:
-    """Wait for the end of a migfw that has to succeed; its stdout."""
+    """Wait for the end of a migfw that has to succeed; return its stdout."""
     out, err = process.finish()
     assert process.returncode == 0, err + out
     return out
 
 
 def _relayed(process: Command) -> None:
-    """Wait for the end of a relay, which has to call the migration completed."""
+    """Wait for the end of a relay, which has to report that the migration completed."""
     report = json.loads(_done(process))
     assert report["status"] == "completed"
     assert report["return-path"]
@@ -68,7 +68,7 @@ def _relayed(process: Command) -> None:
 
 @pytest.fixture
 def way(request: pytest.FixtureRequest, folder: Path) -> Iterator[Way]:
-    """To unix:FOLDER/destination, by ssh or by zmq."""
+    """The way to unix:FOLDER/destination, by ssh or by zmq."""
     with contextlib.ExitStack() as helpers:
         if request.param == "ssh":
             sshd = helpers.enter_context(running_sshd(folder / "sshd"))
@@ -128,7 +128,7 @@ def test_by_migrate(way: Way, guest: Guest, folder: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a mount namespace")
 def test_a_qemu_with_a_private_tmp(guest: Guest, folder: Path) -> None:
-    """As a service with PrivateTmp= or a container has it: it sees no socket that this side could make there."""
+    """A service with PrivateTmp=, or a container, cannot see a socket that this side creates in /tmp."""
     private = folder / "private"
     private.mkdir()
     hide = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {private} && exec "$@"', "-")
@@ -159,7 +159,7 @@ def test_by_migrate_over_what_qemu_knows(guest: Guest, folder: Path) -> None:
 
 
 def test_a_destination_that_cannot_load_it(guest: Guest, folder: Path) -> None:
-    """Nobody calls that completed: neither relay, nor QEMU; the guest goes on where it was."""
+    """Neither the relay nor QEMU reports that as completed, and the guest continues where it was."""
     with (
         Qemu(boot=guest.image) as source,
         Qemu(boot=guest.image, memory="64M", incoming=f"unix:{folder}/destination") as destination,
@@ -183,7 +183,7 @@ def test_a_destination_that_cannot_load_it(guest: Guest, folder: Path) -> None:
 
 
 def test_a_far_side_that_is_not_there(guest: Guest, folder: Path) -> None:
-    """The relay fails, the error says which side, and the guest goes on where it was."""
+    """The relay fails, the error says which side, and the guest continues where it was."""
     with Qemu("-qmp", f"unix:{folder}/qmp,server=on,wait=off", boot=guest.image) as source:
         source.wait_printed("B")
         done = subprocess.run(

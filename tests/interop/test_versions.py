@@ -1,6 +1,6 @@
-"""A machine goes from one QEMU through migfw into a QEMU of another version and runs on there.
+"""A machine moves from one QEMU through migfw into a QEMU of another version, and continues there.
 
-The machine type is held, as a user of several hosts holds it. Each version is a source and a destination at least once.
+All use the same versioned machine type, as users do. Each version is a source and a destination at least once.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Q35_DEVICES: Final = (
 
 @pytest.mark.parametrize("label", peer_parameters("10.0", "newest"))
 def test_switchover_start_goes_on_only_where_it_came(label: str, guest: Guest, folder: Path) -> None:
-    """A machine type from 10.0 on sends SWITCHOVER_START. One that is held at an older version does not, and a QEMU
-    that does not know the command refuses it: the next test has both."""
+    """Machine types from 10.0 on send SWITCHOVER_START. Older ones do not, and a QEMU that does not know the command
+    refuses it; the next test has both."""
     machine, program, away = "pc-i440fx-10.0", the_peer(label), f"unix:{folder}/out"
     with (
         Qemu(boot=guest.image, machine=machine, peer=program) as source,

@@ -1,4 +1,4 @@
-"""volatility3, a tool for memory forensics, opens what migfw stores of a parked machine: its pages are the RAM's.
+"""volatility3, a tool for memory forensics, reads the RAM of a parked machine from a file that migfw stored.
 
 Its reader of QEMU's streams has limits of its own, which docs/qemu.md lists: it stops at the first device whose state
 begins with a zero byte, and fails where another comes first, as from QEMU 11 on.
@@ -47,7 +47,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def store(guest: Guest, machine: str, label: str, path: Path) -> bytes:
-    """Park a guest that runs in a QEMU, and store it; its RAM."""
+    """Park a guest that runs in a QEMU, and store it; return its RAM."""
     with Qemu(boot=guest.image, machine=machine, memory="8M", peer=find_peer(label)) as source, parking() as engine:
         source.wait_printed("B")
         park(source, engine, f"unix:{path.parent}/in")
@@ -66,7 +66,7 @@ def test_all_pages_are_found(label: str, guest: Guest, folder: Path) -> None:
 
 @needs_peers("10.0")
 def test_a_stream_with_switchover_start_is_converted_first(guest: Guest, folder: Path) -> None:
-    """volatility3's reader knows no commands. Once it does, this test and the line in docs/qemu.md may go."""
+    """volatility3's reader knows no commands. Once it does, remove this test and the line in docs/qemu.md."""
     ram = store(guest, "pc-i440fx-10.0", "10.0", folder / "stream")
     with pytest.raises(exceptions.LayerException, match="unknown section"), opened(folder / "stream"):
         pass

@@ -1,4 +1,4 @@
-"""docs/matrix.md: the cases of the matrix, and how they ended when they were run last.
+"""Write docs/matrix.md: the cases of the matrix, and how they ended in the last run.
 
 `python -m tests.matrix.page` writes it.
 """
@@ -19,9 +19,9 @@ from tests.matrix.points import Stage
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "matrix.md"
 RESULTS: Final = Path(__file__).parents[2] / "build" / "matrix.jsonl"
-"""One line for each case that was run; the last one of a case counts."""
+"""One line for each run of a case; the last one counts."""
 FAILED: Final = "failed"
-"""The outcome of a case that has failed."""
+"""The outcome of a failed case."""
 
 HEAD: Final = """\
 # The matrix of faults
@@ -39,7 +39,7 @@ RESULTS_HEADING: Final = "## Where the guest ended"
 
 
 def note_result(case: Case, outcome: str) -> None:
-    """Keep where the guest ended, or FAILED, for the page."""
+    """Record where the guest ended, or FAILED, for the page."""
     RESULTS.parent.mkdir(exist_ok=True)
     result = {"case": case.name, "outcome": outcome, "day": datetime.now(UTC).date().isoformat()}
     line = json.dumps(result) + "\n"

@@ -1,4 +1,4 @@
-"""How the two sides of a case reach each other, with a proxy between them that they do not know of."""
+"""The route between the two sides of a case, with a proxy that they are unaware of."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Route(ABC):
 
     @abstractmethod
     def target(self, uri: str) -> str:
-        """Where the proxy leads, for a destination that listens at `uri`."""
+        """The proxy's target, for a destination that listens at `uri`."""
 
     @abstractmethod
     def through(self, proxy: CutProxy, uri: str) -> str:
-        """What a source dials to reach `uri` through the proxy."""
+        """The URI that a source dials to reach `uri` through the proxy."""
 
 
 class Tcp(Route):

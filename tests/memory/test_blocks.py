@@ -1,4 +1,4 @@
-"""MemfdBlock: bytes arrive where they belong, and what nobody touched stays unallocated."""
+"""MemfdBlock: bytes arrive where they belong, and untouched pages stay unallocated."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def block() -> Iterator[MemfdBlock]:
 
 
 def allocated(block: MemfdBlock) -> int:
-    """Pages that the kernel holds for it."""
+    """Number of pages that the kernel has allocated."""
     return os.fstat(block.fd).st_blocks * 512 // PAGE
 
 
 def received(count: int, stride: int = PAGE + 8, seed: int = 1) -> NDArray[np.uint8]:
-    """Pages as they lie in a receive buffer: a record's header of 8 bytes before each."""
+    """Pages as in a receive buffer: each after a record's header of 8 bytes."""
     buffer = np.frombuffer(np.random.default_rng(seed).bytes(count * stride), dtype=np.uint8)
     return buffer.reshape(count, stride)[:, stride - PAGE :]
 

@@ -118,7 +118,7 @@ def test_stop_and_start_again(guest: Guest) -> None:
 
 
 def test_no_write_is_lost_between_harvests_under_load(guest: Guest) -> None:
-    """Counters that only grow: what was copied after each harvest has to be the truth in the end."""
+    """Counters only grow, so the pages copied after each harvest have to be correct in the end."""
     counters = guest.pages.view(np.uint64)[:, 0]
     copy = np.zeros((PAGES, PAGE), dtype=np.uint8)
     done = threading.Event()
@@ -154,8 +154,8 @@ def test_pagemap_goes_on_where_its_buffer_was_full(monkeypatch: pytest.MonkeyPat
 @needs_pagemap
 @pytest.mark.parametrize("count", [511, 512, 513, 1024, 1025, 1676])
 def test_pagemap_finds_what_is_written_between_its_calls(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """More regions than the kernel gathers at once take several calls; a guest that writes in between, before and
-    behind the place where they are, loses nothing, and nothing is reported that it did not write."""
+    """More regions than the kernel gathers at once take several calls. A guest that writes in between, before and after
+    the current place, loses no write, and no page is reported that it did not write."""
     pages = 4 * count
     block = MemfdBlock("ram", pages * PAGE)
     guest = np.frombuffer(mmap.mmap(block.fd, block.length), dtype=np.uint8).reshape(-1, PAGE)

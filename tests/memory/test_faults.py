@@ -1,4 +1,4 @@
-"""A process whose memory is served page by page: it waits for what was not installed, and sees what was."""
+"""A process whose memory is served page by page: it waits for pages that are not installed, and sees those that are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from corefw.memory.faults import open_faults
 from tests.helpers.watched import PAGE, Guest
 
 SMALL, LARGE = 64, 8192
-"""Pages: a memfd, and what gets a file of huge pages where the host has those."""
+"""Sizes in pages: for a memfd, and for a file of huge pages if the host has them."""
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_page_is_awaited_and_then_seen(make_guest: Callable[..., Guest], size:
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 def test_what_is_there_but_not_installed_is_awaited_too(make_guest: Callable[..., Guest], size: int) -> None:
-    """Sent in precopy, written by the source's guest since: the old page must never be seen."""
+    """A page that was sent in precopy and has changed since must never be seen."""
     guest = make_guest(size, lambda pages: [int(pages[1, 0]), int(pages[2, 0])])
     guest.block.pages[:4] = 1
     guest.install(1)

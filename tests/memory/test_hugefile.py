@@ -1,4 +1,4 @@
-"""Files of huge pages: they are what was asked for, or a memfd takes their place."""
+"""Files of huge pages have the requested size, or a memfd replaces them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ PAGES = LENGTH // PAGE
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """Every test looks for itself whether huge pages can be had."""
+    """Let every test find out anew whether huge pages are available."""
     hugefile._mount_once.cache_clear()
     yield
     hugefile._mount_once.cache_clear()
 
 
 def huge() -> int:
-    """A descriptor, or the test is skipped."""
+    """A descriptor of a file of huge pages; skips the test if there are none."""
     fd = hugefile.create(LENGTH)
     if fd is None:
         pytest.skip("this host gives no huge pages to this user")
@@ -51,7 +51,7 @@ def test_a_file_has_the_length_zeros_and_huge_pages() -> None:
 
 
 def test_an_ordinary_user_gets_it_from_the_helper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever may not mount asks a process that may, in a user namespace."""
+    """A user who may not mount asks a helper process in a user namespace."""
 
     def refuse() -> int:
         raise PermissionError(errno.EPERM, "")

@@ -1,4 +1,4 @@
-"""RAM that is allocated while a destination waits: it is zero as before, and no more than the host can spare."""
+"""RAM that is allocated while a destination waits is zero, and no more than the host can spare."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_it_ends_with_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("spare", "expected"), [(100, 10), (20, 10), (19, 9), (1, 0), (0, 0)])
 def test_half_of_what_the_host_can_spare_is_left_to_it(spare: int, expected: int) -> None:
-    """Out of ten steps."""
+    """The allocation takes ten steps."""
     taken = 0
 
     def take() -> None:

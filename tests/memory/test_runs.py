@@ -1,4 +1,4 @@
-"""Pages, masks and runs say the same in different ways."""
+"""Page numbers, masks and runs convert into each other."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ COMPILED = ROOT / "plugins" / "ram_kernel"
 
 
 def compiles() -> bool:
-    """Whether programs that need the C library's headers can be compiled here, as the Makefile asks too."""
+    """Whether programs with the C library's headers can be compiled here, as the Makefile checks."""
     cc = [*shlex.split(os.environ.get("CC") or "cc"), "-fPIC", "-shared", "-x", "c", "-o", "/dev/null", "-"]
     try:
         return subprocess.run(cc, input=b"#include <sys/socket.h>\n", stderr=subprocess.DEVNULL).returncode == 0

@@ -47,7 +47,7 @@ COUNT = VMState("count", fields=(Scalar("total", Kind.U64),))
 
 
 class Unverified(Machine):
-    """A thread that adds one to its pages, round and round; it cannot prove that it did."""
+    """A thread that adds one to its pages, round and round, without verify()."""
 
     kind = "count"
 
@@ -158,7 +158,7 @@ def test_a_check_that_is_none() -> None:
 
 
 class _BrokenLog(HashLog):
-    """Forgets the last page that it should name."""
+    """Leaves out the last page that it should report."""
 
     def harvest(self) -> NDArray[np.int64]:
         runs = super().harvest()
@@ -171,7 +171,7 @@ class _Unsorted(HashLog):
 
 
 class _Forever(HashLog):
-    """Names a page whether it was written or not."""
+    """Reports a page whether it was written or not."""
 
     def harvest(self) -> NDArray[np.int64]:
         super().harvest()
@@ -179,7 +179,7 @@ class _Forever(HashLog):
 
 
 class _Block(MemfdBlock):
-    """Touches what it should leave alone."""
+    """Writes where it should not."""
 
     def fill(self, pages: NDArray[np.int64], value: int) -> None:
         self.pages[pages] = value
@@ -278,7 +278,7 @@ class TellsTooEarly(Good):
 
 
 class LosesDevices(Good):
-    """What is loaded is not what is kept."""
+    """Does not keep what was loaded."""
 
     def devices(self) -> Sequence[Device]:
         count = Count()
@@ -315,7 +315,7 @@ def with_large_pages(incoming: bool) -> Good:
 
 
 class Faults(FaultSource):
-    """Has nothing to tell."""
+    """Reports nothing."""
 
     def __init__(self) -> None:
         self.reading, self.writing = os.pipe()
@@ -365,7 +365,7 @@ class Leaks(Good):
 
 
 class _Node(BlockNode):
-    """A disk of 64 KiB in a file that goes with it."""
+    """A disk of 64 KiB in a temporary file."""
 
     def __init__(self, name: str) -> None:
         self.file = tempfile.NamedTemporaryFile()  # noqa: SIM115 - closed by the machine
@@ -386,7 +386,7 @@ class _Node(BlockNode):
 
 
 class _Forgetful(_Node):
-    """Notes only the writes to the first half."""
+    """Records only the writes to the first half."""
 
     def collect(self) -> ByteRuns:
         return np.array([run for run in super().collect().tolist() if run[1] < 1 << 15], dtype=np.int64).reshape(-1, 2)
@@ -420,7 +420,7 @@ def with_disks(*names: str, kind: Callable[[str], _Node] = _Node) -> Callable[[b
 
 
 class WritesOn(Good, BlockMachine):
-    """Something writes to the disk, whether the guest runs or not."""
+    """Writes to the disk also while the guest is stopped."""
 
     def __init__(self, incoming: bool) -> None:
         super().__init__(incoming)
@@ -489,7 +489,7 @@ def test_a_broken_machine_is_caught(kind: Callable[[bool], Machine], check: str,
 
 
 class Believing(Good):
-    """Its verify() is content with whatever it finds."""
+    """verify() accepts anything."""
 
     def verify(self) -> Mapping[str, object]:
         return {"total": self.count.total}

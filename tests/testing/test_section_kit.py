@@ -305,7 +305,7 @@ class LeavesDescriptorsBehind(NotesLoader):
 
 
 class TakesLiveBodies(CellsLoader):
-    """It would be given START, PART and END."""
+    """Would be called for START, PART and END."""
 
 
 class FailsToCommit(NotesSaver):
@@ -314,7 +314,7 @@ class FailsToCommit(NotesSaver):
 
 
 class FailsToAbandon(NotesLoader):
-    """Discards what only a load that went well has made."""
+    """Discards what exists only after a successful load."""
 
     def load(self, reader: StreamReader, version_id: int) -> None:
         super().load(reader, version_id)
@@ -348,7 +348,7 @@ class ReadsOnlyTheFuture(NotesLoader):
 
 
 class CoversByName(NotesSaver):
-    """A list of names where sets of keys have to be."""
+    """Returns a list of names instead of sets of keys."""
 
     def covers(self) -> Coverage:
         return Coverage(devices=frozenset({"notes"}))  # type: ignore[arg-type]
@@ -454,7 +454,7 @@ class NeverBeginsAPass(CountsItsHarvests):
 
 
 class CommitsWhatItSent(CellsSaver):
-    """Takes it for granted that a migration that took place has had a pass."""
+    """Assumes that every completed migration had a pass."""
 
     def iterate(self, writer: StreamWriter, budget: int) -> bool:
         self.last_pass = budget

@@ -1,4 +1,4 @@
-"""The contract kit for transports finds what it is there to find: every kind of broken transport is caught by name."""
+"""The contract kit for transports catches every kind of broken transport, and names what is wrong."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from corefw.testing.transport import CHECKS, TransportCase, applicable, check_tr
 
 
 class Proxy(Channel):
-    """Does what another channel does. Each fault below overrides one thing."""
+    """Forwards to another channel. Each fault below overrides one method."""
 
     def __init__(self, inner: Channel) -> None:
         self.inner = inner
@@ -79,7 +79,7 @@ def faulty(
     listener: Callable[[Listener, Callable[[Channel], Channel]], Listener] = Wrapped,
     features: TransportFeatures = TcpTransport.features,
 ) -> TransportFactory:
-    """A tcp: transport with something wrong."""
+    """A tcp: transport with a fault."""
 
     class Faulty(TcpTransport):
         def connect(self, interrupt: Interrupt) -> Channel:
@@ -96,7 +96,7 @@ def faulty(
 
 
 class LosesBytes(Proxy):
-    """Forgets the rest of a long send."""
+    """Drops the rest of a long send."""
 
     def send(self, *parts: Buffer) -> None:
         self.inner.send(*(memoryview(part)[: 1 << 19] for part in parts))
@@ -115,7 +115,7 @@ class TakesFewParts(Proxy):
 
 
 class SendsFewPieces(Proxy, SendsMemory):
-    """Forgets the pieces that one system call does not take."""
+    """Drops the pieces that one system call does not take."""
 
     def send_memory(self, pieces: NDArray[np.uint64]) -> None:
         assert isinstance(self.inner, SendsMemory)
@@ -147,7 +147,7 @@ class LendsOnce(Proxy, ReceivesFromSocket):
 
 
 class LendsAnother(Proxy, ReceivesFromSocket):
-    """A socket that has nothing to do with the stream."""
+    """Lends a socket that has nothing to do with the stream."""
 
     def receive_from_socket(self, receive: Callable[[int], int]) -> int:
         out, into = socket.socketpair()
@@ -159,7 +159,7 @@ class LendsAnother(Proxy, ReceivesFromSocket):
 
 
 class LendsForOneSend(Proxy, ReceivesFromSocket, SendsToSocket):
-    """Does not wait until a byte can go."""
+    """Does not wait until a byte can be sent."""
 
     def receive_from_socket(self, receive: Callable[[int], int]) -> int:
         assert isinstance(self.inner, SocketChannel)
@@ -179,7 +179,7 @@ class BreaksLookLikeEnds(Proxy):
 
 
 class Queues(Proxy):
-    """Takes whatever it is given, and sends it later."""
+    """Accepts everything, and sends it later."""
 
     def __init__(self, inner: Channel) -> None:
         super().__init__(inner)
@@ -226,7 +226,7 @@ class SendsLater(Proxy):
 
 
 class WaitsForMore(Proxy):
-    """Fills the whole view, as if there were always more to come."""
+    """Waits until the whole view is full."""
 
     def receive_into(self, view: memoryview) -> int:
         got = 0
@@ -268,7 +268,7 @@ class EndsOnce(Proxy):
 
 
 class FailsAltogether(Proxy):
-    """Keeps the first error, of whatever call, for every other."""
+    """Raises the first error of any call in all others."""
 
     error: ChannelError | None = None
 
@@ -286,7 +286,7 @@ class FailsAltogether(Proxy):
 
 
 class CloseThrowsAway(Proxy):
-    """Keeps the last byte back for the next send, which never comes."""
+    """Holds the last byte back for the next send, which never comes."""
 
     def send(self, *parts: Buffer) -> None:
         self.inner.send(b"".join(parts)[:-1])
@@ -359,7 +359,7 @@ FAULTS = {
 
 @pytest.fixture(autouse=True)
 def _short_deadlines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kit gives up soon, and clears away whatever the faulty transports did."""
+    """Let the kit give up soon, and clean up after the faulty transports."""
     before = tasks.Possessions.now()
     with monkeypatch.context() as short:
         short.setattr(tasks, "DEADLINE", 1.0)
