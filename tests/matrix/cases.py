@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 from tests.helpers.cutting import Cut
-from tests.matrix.points import BYTES, MESSAGES, PAUSED, STATUSES, Point
+from tests.matrix.points import BYTES, MESSAGES, PAUSED, REQUESTED, STATUSES, Point
 
 
 class Blow(StrEnum):
@@ -27,35 +27,53 @@ SILENT: Final = frozenset({Cut.LOSE_FORWARD, Cut.LOSE_BACKWARD, Blow.STOP_SOURCE
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """How the two sides reach each other. Every fault comes at each of the points.
+
+    preempt   requested pages have a channel of their own
+    """
+
+    transport: str
+    points: tuple[Point, ...]
+    preempt: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.transport}, preempt" if self.preempt else self.transport
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
     """One run."""
 
-    transport: str
+    way: Way
     point: Point
     fault: Fault
 
     @property
     def name(self) -> str:
-        return f"{self.transport}: {self.point.stage}: {self.point.name}: {self.fault}"
+        return f"{self.way.name}: {self.point.stage}: {self.point.name}: {self.fault}"
 
 
-TRANSPORTS: Final[Mapping[str, tuple[Point, ...]]] = {
-    "tcp": (*MESSAGES, *STATUSES),
-    "unix": (*MESSAGES, *STATUSES),
-    "zmq": (*BYTES, *STATUSES),
-    "ssh": (*BYTES, *STATUSES),
-}
-"""The points at which every fault comes."""
+WAYS: Final = (
+    Way("tcp", (*MESSAGES, *STATUSES)),
+    Way("unix", (*MESSAGES, *STATUSES)),
+    Way("zmq", (*BYTES, *STATUSES)),
+    Way("ssh", (*BYTES, *STATUSES)),
+    Way("tcp", REQUESTED, preempt=True),
+    Way("unix", REQUESTED, preempt=True),
+)
 
 
 def _cases() -> Iterator[Case]:
-    for transport, points in TRANSPORTS.items():
-        for point in points:
+    for way in WAYS:
+        for point in way.points:
             for fault in FAULTS:
-                if (transport, fault) != ("unix", Cut.RESET):  # a UNIX socket has no RST
-                    yield Case(transport, point, fault)
-        for blow in Blow:
-            yield Case(transport, PAUSED, blow)
+                if (way.transport, fault) != ("unix", Cut.RESET):  # a UNIX socket has no RST
+                    yield Case(way, point, fault)
+        if not way.preempt:  # a paused migration has no channels
+            for blow in Blow:
+                yield Case(way, PAUSED, blow)
 
 
 CASES: Final = tuple(_cases())
@@ -75,8 +93,10 @@ _ALWAYS: Final = frozenset(
         ("zmq", "status postcopy-active", Cut.RESET),
         ("ssh", "status postcopy-active", Cut.RESET),
         ("ssh", "status pre-switchover", Blow.KILL_DESTINATION),
+        ("tcp, preempt", "REQ_PAGES", Cut.RESET),
+        ("unix, preempt", "status postcopy-active", Cut.HALF_FORWARD),
     }
 )
 
-SUBSET: Final = tuple(case for case in CASES if (case.transport, case.point.name, case.fault) in _ALWAYS)
+SUBSET: Final = tuple(case for case in CASES if (case.way.name, case.point.name, case.fault) in _ALWAYS)
 """Those that `make test` runs."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from corefw.engine.identity import Purpose
 from corefw.wire.constants import (
     MIGFW_PING,
     PACKAGE_PING,
@@ -38,6 +39,7 @@ class Point:
     pattern       matches at the message's first byte
     skip          bytes of the message that still pass; without a pattern, bytes of the connection
     status        of the source
+    alone         what breaks is the channel of requested pages, which is the newest connection; else all of them
     handed_over   the source may have sent what lets the destination start the guest: sockets hold a lot
     """
 
@@ -48,6 +50,7 @@ class Point:
     skip: int = 0
     handed_over: bool = False
     status: str = ""
+    alone: bool = False
 
 
 def _bytes(pattern: bytes) -> re.Pattern[bytes]:
@@ -125,8 +128,8 @@ BYTES: Final[tuple[Point, ...]] = (
 """For transports that wrap or encrypt the stream."""
 
 
-def _at_status(stage: Stage, status: str, *, handed_over: bool = False) -> Point:
-    return Point(stage, f"status {status}", True, None, handed_over=handed_over, status=status)
+def _at_status(stage: Stage, status: str, *, handed_over: bool = False, alone: bool = False) -> Point:
+    return Point(stage, f"status {status}", True, None, handed_over=handed_over, status=status, alone=alone)
 
 
 STATUSES: Final[tuple[Point, ...]] = (
@@ -139,3 +142,15 @@ STATUSES: Final[tuple[Point, ...]] = (
 
 PAUSED: Final = _at_status(Stage.RECOVERY, "postcopy-paused", handed_over=True)
 """There is no connection that could break."""
+
+_PROOF: Final = _bytes(Purpose.REQUESTED.value)
+REQUESTED: Final[tuple[Point, ...]] = (
+    Point(Stage.POSTCOPY, "MGRP", True, _PROOF, alone=True),
+    Point(Stage.POSTCOPY, "REQ_PAGES", False, _message(ReturnMessage.REQ_PAGES_ID), handed_over=True),
+    Point(Stage.POSTCOPY, "SHUT 0", False, SHUT, handed_over=True),
+    _at_status(Stage.POSTCOPY, "postcopy-active", handed_over=True, alone=True),
+    Point(Stage.RECOVERY, "MGRP", True, _PROOF, handed_over=True, alone=True),
+    Point(Stage.RECOVERY, "RESUME_ACK", False, _message(ReturnMessage.RESUME_ACK), handed_over=True),
+    _at_status(Stage.RECOVERY, "postcopy-active", handed_over=True, alone=True),
+)
+"""Where requested pages have a channel of their own."""

@@ -123,7 +123,7 @@ class Run:
     def __init__(self, case: Case, folder: Path, sshd: Sshd | None) -> None:
         self.case = case
         self.user_decided = False
-        self._route = ROUTES[case.transport](folder, sshd)
+        self._route = ROUTES[case.way.transport](folder, sshd)
         with contextlib.ExitStack() as started:
             self.destination = Process(folder, "destination", f"--incoming={self._route.listen}", environ={})
             started.callback(self.destination.clean_up)
@@ -169,6 +169,8 @@ class Run:
         capabilities = ["return-path" if point.stage is Stage.PRECOPY else "postcopy-ram"]
         if point.status == "pre-switchover":
             capabilities.append("pause-before-switchover")
+        if self.case.way.preempt:
+            capabilities.append("postcopy-preempt")
         for process in (self.source, self.destination):
             switched = [{"capability": name, "state": True} for name in capabilities]
             process.ask("migrate-set-capabilities", {"capabilities": switched})
@@ -181,13 +183,13 @@ class Run:
     def _pause(self) -> None:
         """Break the first connection once the guest runs on the destination."""
         self.wait(lambda: self.destination.status() == "postcopy-active" and self.destination.runs(), "postcopy")
-        self.proxy.cut(Cut.END)
+        self.proxy.cut_all(Cut.END)
         self.wait(lambda: self.source.status() == self.destination.status() == "postcopy-paused", "the pause")
 
     def _strike(self) -> None:
         match self.case.fault:
             case Cut() as how:
-                self.proxy.cut(how)
+                (self.proxy.cut if self.case.point.alone else self.proxy.cut_all)(how)
             case Blow.KILL_SOURCE:
                 self.source.signal(signal.SIGKILL)
             case Blow.KILL_DESTINATION:

@@ -25,7 +25,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
 def test_fault(case: Case, request: pytest.FixtureRequest) -> None:
     outcome = FAILED
     try:
-        outcome = run(case, request.getfixturevalue("sshd") if case.transport == "ssh" else None)
+        outcome = run(case, request.getfixturevalue("sshd") if case.way.transport == "ssh" else None)
     finally:
         if ALL:
             note_result(case, outcome)
