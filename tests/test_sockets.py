@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import socket
@@ -183,6 +184,21 @@ def test_a_reset_that_nobody_was_told_of_yet_is_no_end_either() -> None:
     with pytest.raises(ChannelError, match="the peer reset the connection"):
         out.receive_into(memoryview(bytearray(1)))
     out.close()
+
+
+def test_both_threads_learn_that_the_peer_did_not_answer() -> None:
+    """The kernel tells only one of them that the limit on silence ended the connection."""
+    pairs = [pair() for _ in range(12)]
+    tasks: list[Task[object]] = []
+    for out, _ in pairs:
+        out.limit_silence(1)
+        tasks.append(Task("receiving", out.receive_into, memoryview(bytearray(1))))
+        tasks.append(Task("sending", out.send, bytes(64 << 20)))  # more than a peer takes that reads nothing
+    for task in tasks:
+        with pytest.raises(ChannelError, match="no answer from the peer"):
+            task.result()
+    for one in itertools.chain(*pairs):
+        one.close()
 
 
 def test_memory_that_is_not_to_be_had_does_not_end_the_connection() -> None:

@@ -47,6 +47,11 @@ class Examination:
         self.kept = self.end()
         return self.kept
 
+    def keep_for(self, owner: Callable[[Channel], None]) -> None:
+        """keep(), and give the channel to its owner; nothing if the examination was aborted before."""
+        if self.keep():
+            owner(self.channel)
+
     def abort(self) -> None:
         """End it, unless it is kept."""
         if self.end():

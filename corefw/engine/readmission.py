@@ -260,8 +260,7 @@ class Readmission:
         requested = self._requested()
         if requested is None:
             raise StreamError("expected the stream of this migration, got its channel of requested pages")
-        if examination.keep():
-            requested.take(examination.channel)
+        examination.keep_for(requested.take)
 
     def _admit(self, examination: Examination, connection: Connection) -> None:
         """It is the source, unless another one was."""

@@ -3,6 +3,9 @@
 It does after the connection broke, up to a number of times, and less and less often. It does not if the user has broken
 it, if something other than the connection went wrong, or over a transport that has only one connection to give.
 
+The attempts are counted anew once pages arrive again, and not when the destination answers: a link may break each time
+right after that.
+
 Threads: the migration thread; `report` may be called from any.
 """
 
@@ -20,22 +23,30 @@ LONGEST_DELAY: Final = 10.0
 
 
 class Reconnection:
-    """The attempts of one migration. They are counted anew once it goes on."""
+    """The attempts of one migration."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._possible = False
         self._attempts = 0
         self._broke = 0.0
+        self._arrived = 0
 
     def broke(self, *, possible: bool) -> None:
         """The migration has paused. `possible`: dialling again may help."""
         self._possible = possible
         self._broke = time.monotonic()
 
-    def succeeded(self) -> None:
-        self._attempts = 0
+    def succeeded(self, arrived: int) -> None:
+        """The destination goes on. `arrived`: how many pages it has."""
+        if arrived > self._arrived:
+            self.count_anew()
+        self._arrived = arrived
         self._possible = False
+
+    def count_anew(self) -> None:
+        """No attempt has been made. From any thread."""
+        self._attempts = 0
 
     def begin(self) -> None:
         """One more attempt."""

@@ -54,11 +54,16 @@ def pause(source: Source, error: BaseException) -> MigrationStatus:
             source.confirmed = True
             source.statistics.error = None
             return MigrationStatus.COMPLETED
-    source.statistics.error = _reason(source, error)
     may_help = isinstance(error, ChannelError | StreamError) and not link.paused
-    source.reconnection.broke(possible=may_help and link.transport.features.multi_channel)
+    return _paused(source, _reason(source, error), may_help=may_help)
+
+
+def _paused(source: Source, reason: str, *, may_help: bool) -> MigrationStatus:
+    """`may_help`: dialling again may."""
+    source.statistics.error = reason
+    source.reconnection.broke(possible=may_help and source.transport.features.multi_channel)
     source.expect_resume()
-    log.warning("postcopy is paused: %s", source.statistics.error)
+    log.warning("postcopy is paused: %s", reason)
     return MigrationStatus.POSTCOPY_PAUSED
 
 
@@ -85,7 +90,7 @@ def await_resume(source: Source) -> MigrationStatus:
     """Wait for `migrate` with resume. Meanwhile the guest stays stopped here, and what is to be sent stays known."""
     source.link.close()
     source.requests.forget()
-    source.connect_over(source.await_transport())
+    source.await_transport()
     return MigrationStatus.POSTCOPY_RECOVER_SETUP
 
 
@@ -96,13 +101,18 @@ def reconnect(source: Source) -> MigrationStatus:
     """Dial the destination, and make sure that it is the same one. The stream will go on where it was: it has no second
     header, and the return path is taken to be open."""
     try:
+        source.replace_link()
+    except ChannelError as error:
+        return _paused(source, str(error), may_help=True)
+    try:
         source.link.connect()
         source.interrupt.check()
         if source.secret is not None:
             with source.link.awaiting():
                 prove_source(source.link.channel, source.secret, Purpose.STREAM)
-        # The confirmation may be all that was lost, or is worth knowing.
-        source.read_return_path(may_end=source.all_sent or not source.on_demand())
+        # The confirmation may be all that was lost, or is worth knowing. A QEMU that has ended repeats nothing.
+        is_rest = source.all_sent or not source.on_demand()
+        source.read_return_path(may_end=source.secret is not None and is_rest)
         source.sections = source.sections.onto(source.link.writer)
     except ANYTHING as error:
         return pause(source, error)
@@ -127,7 +137,7 @@ def recover(source: Source) -> MigrationStatus:
     except ANYTHING as error:
         return pause(source, error)
     source.statistics.error = None
-    source.reconnection.succeeded()
+    source.reconnection.succeeded(bitmaps.arrived)
     return MigrationStatus.POSTCOPY_ACTIVE
 
 
@@ -148,9 +158,12 @@ class ReceivedBitmaps:
     """Asks the destination which pages have arrived (QEMU 10.0, ram_dirty_bitmap_sync_all).
 
     `ask` is called in the migration thread, the object itself in the return path's.
+
+    arrived   how many pages have, in all blocks that were asked for
     """
 
     def __init__(self, source: Source) -> None:
+        self.arrived = 0
         self._source = source
         self._number = 0
         self._block, self._pages = "", 0
@@ -168,6 +181,7 @@ class ReceivedBitmaps:
         complaint = f"did not say which pages of RAM block '{block}' have arrived"
         await_confirmation(self._source, ReturnMessage.RECV_BITMAP, self._number, complaint)
         self._source.note_started_there()
+        self.arrived += int(np.count_nonzero(self._received))
         return self._received
 
     def __call__(self, record: ReturnMessageRecord, reader: StreamReader) -> None:

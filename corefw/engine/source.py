@@ -26,7 +26,7 @@ from corefw.engine.reconnection import Reconnection
 from corefw.engine.returnpath import Handler
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.engine.tails import tail_of
-from corefw.errors import MachineError, PluginError, StateError
+from corefw.errors import ChannelError, MachineError, PluginError, StateError
 from corefw.machine import DEAD, Machine, ThrottlableMachine
 from corefw.postcopy import OnDemandSaver, PostcopySaver
 from corefw.registry import SaverRegistry
@@ -46,6 +46,7 @@ class Source(OutgoingContext):
     """One attempt to send the guest away.
 
     live         the live savers whose setup() was called: those to iterate, to complete and to clean up
+    transport    what it dials, or dialled last
     link         the present connection; a migration that resumes gets a new one
     proceed      set to leave pre-switchover
     reconnection when a postcopy that is paused goes on by itself
@@ -76,6 +77,7 @@ class Source(OutgoingContext):
         self.machine = machine
         self.settings = settings
         self.savers = savers
+        self.transport = transport
         self.interrupt = Interrupt()
         self.meter = Meter(settings, self.check)
         self.link = Link(transport, self.interrupt, self.meter, settings)
@@ -110,7 +112,7 @@ class Source(OutgoingContext):
         self.reconnection = Reconnection(settings)
         self.statistics.reconnection = self.reconnection
         self._resuming = threading.Lock()  # guards the next
-        self._next_transport: Transport | None = None
+        self._next_transport: Transport | None = None  # the user's, or that one again
         self._resumed = threading.Event()
 
     def check(self) -> None:
@@ -223,7 +225,7 @@ class Source(OutgoingContext):
         with self._resuming:
             self._next_transport = None
 
-    def await_transport(self) -> Transport:
+    def await_transport(self) -> None:
         """Wait for resume(), or until it is time to dial again by itself. Raises Interrupted."""
         began = time.monotonic()
         while True:
@@ -234,16 +236,23 @@ class Source(OutgoingContext):
             with self._resuming:
                 if self._next_transport is None and rest is not None and rest <= 0:
                     self.reconnection.begin()
-                    self._next_transport = self.link.transport
+                    self._next_transport = self.transport
                 if self._next_transport is not None:
-                    return self._next_transport
+                    return
             self._resumed.wait(rest)
 
-    def connect_over(self, transport: Transport) -> None:
-        """Replace the link. What the destination has said over the old one stays known."""
+    def replace_link(self) -> None:
+        """Have a new one over the transport that was waited for. What the destination has said over the old one stays
+        known. Raises ChannelError if the host has no descriptor left."""
+        assert self._next_transport is not None, "called before await_transport()"
+        self.transport = self._next_transport
+        try:
+            link = Link(self.transport, self.interrupt, self.meter, self.settings)
+        except OSError as error:
+            raise ChannelError(f"{self.transport.uri}: cannot connect: {error.strerror}") from None
         self._started_there = self.started_there
         self._is_same_destination = self.secret is not None  # it has to show that before anything else is read
-        self.link = Link(transport, self.interrupt, self.meter, self.settings)
+        self.link = link
 
     def resume(self, transport: Transport) -> None:
         """Go on over this transport. From any thread, one at a time. Raises StateError if that was said already since
@@ -252,6 +261,7 @@ class Source(OutgoingContext):
             if self._next_transport is not None:
                 raise StateError("A migration is being resumed already")
             self._next_transport = transport
+            self.reconnection.count_anew()
         self._resumed.set()
 
     def settings_changed(self) -> None:

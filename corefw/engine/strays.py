@@ -85,8 +85,8 @@ class StrayChannels:
 
     def _examine(self, examination: Examination) -> None:
         if self._requested is not None and self._secret is not None:
-            if check_source(examination.channel, self._secret) is Purpose.REQUESTED and examination.keep():
-                self._requested.take(examination.channel)
+            if check_source(examination.channel, self._secret) is Purpose.REQUESTED:
+                examination.keep_for(self._requested.take)
         elif not self._multifd.is_set() and self._is_multifd(examination.channel):
             self._multifd.set()
             self._on_multifd()

@@ -19,6 +19,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from corefw.channel import (
@@ -61,6 +62,14 @@ UNPACED: Final = b"reno"
 """The congestion control of connections within this host; every kernel has it and lets every user choose it. The host's
 default may pace what is sent, as BBR does, so that the sender waits for timers while the receiver is idle
 (docs/decisions/unpaced.md)."""
+
+VAGUE: Final = frozenset({errno.EPIPE, errno.ENOTCONN})
+"""What a call gets if the kernel has given the reason of a break to another one: it does that once."""
+
+EXPLANATION: Final = 5.0
+EXPLANATION_TICK: Final = 0.002
+"""Seconds that a call which got one of VAGUE waits for the reason from others that are under way, which end at once;
+and between two looks at them."""
 
 _TCP_CLOSE: Final = 7  # the kernel's TCP_CLOSE, first byte of struct tcp_info
 
@@ -112,6 +121,8 @@ class SocketChannel(Channel, LimitsSilence, SendsMemory, SendsToSocket, Receives
         self._aborted = False
         self._closed = False
         self._failure: str | None = None
+        self._explained = threading.Event()  # it is what the kernel said
+        self._calling: set[int] = set()  # threads that the kernel may be telling why the connection broke
         self._ended = False
         self._eof_sent = False
         _prepare(sock, self._tcp)
@@ -121,12 +132,8 @@ class SocketChannel(Channel, LimitsSilence, SendsMemory, SendsToSocket, Receives
         at = 0
         self._check()
         while at < len(views):
-            try:
-                sent = self._socket.sendmsg(views[at : at + IOV_MAX], (), socket.MSG_NOSIGNAL)
-            except BlockingIOError:  # SEND_TICK is over
-                sent = 0
-            except OSError as error:
-                raise self._failed(error) from None
+            part = views[at : at + IOV_MAX]
+            sent = self._transfer(partial(self._socket.sendmsg, part, (), socket.MSG_NOSIGNAL)) or 0
             while at < len(views) and sent >= len(views[at]):
                 sent -= len(views[at])
                 at += 1
@@ -140,12 +147,7 @@ class SocketChannel(Channel, LimitsSilence, SendsMemory, SendsToSocket, Receives
 
         self._check()
         while len(pieces):
-            try:
-                sent = iovec.send_some(self._socket.fileno(), pieces)
-            except BlockingIOError:  # SEND_TICK is over
-                sent = 0
-            except OSError as error:
-                raise self._failed(error) from None
+            sent = self._transfer(partial(iovec.send_some, self._socket.fileno(), pieces)) or 0
             pieces = iovec.rest(pieces, sent)
             if len(pieces):
                 self._check()
@@ -154,12 +156,8 @@ class SocketChannel(Channel, LimitsSilence, SendsMemory, SendsToSocket, Receives
         """See SendsToSocket."""
         while True:
             self._check()
-            try:
-                return send(self._socket.fileno())
-            except BlockingIOError:  # SEND_TICK is over
-                continue
-            except OSError as error:
-                raise self._failed(error) from None
+            if (sent := self._transfer(partial(send, self._socket.fileno()))) is not None:
+                return sent
 
     def receive_into(self, view: memoryview) -> int:
         assert len(view), "receive_into an empty view"
@@ -189,19 +187,34 @@ class SocketChannel(Channel, LimitsSilence, SendsMemory, SendsToSocket, Receives
         self._check_aborted()  # not _check(): bytes that came before a send failed can still be received
         if self._ended:
             return 0
-        try:
-            count = receive()
-        except BlockingIOError:
+        if (count := self._transfer(partial(self._with_memory, receive))) is None:
             return None
-        except OSError as error:
-            if error.errno == errno.EFAULT:  # no memory here; the connection is intact, so the peer can be told
-                raise ChannelError(f"{self.peer}: out of memory to receive into") from None
-            raise self._failed(error) from None
         self._check_aborted()
         if count == 0:
             self._check_end()
             self._ended = True
         return count
+
+    def _with_memory(self, receive: Callable[[], int]) -> int:
+        try:
+            return receive()
+        except OSError as error:
+            if error.errno == errno.EFAULT:  # no memory here; the connection is intact, so the peer can be told
+                raise ChannelError(f"{self.peer}: out of memory to receive into") from None
+            raise
+
+    def _transfer(self, call: Callable[[], int]) -> int | None:
+        """What a system call on the socket returns; None if its tick is over. Raises ChannelError."""
+        me = threading.get_ident()
+        self._calling.add(me)
+        try:
+            return call()
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise self._failed(error) from None
+        finally:
+            self._calling.discard(me)
 
     def wait_readable(self, seconds: float) -> bool:
         self._check_aborted()
@@ -290,9 +303,22 @@ class SocketChannel(Channel, LimitsSilence, SendsMemory, SendsToSocket, Receives
 
     def _failed(self, error: OSError) -> ChannelError:
         """The error to raise, now and later: the kernel reports a reset once, and then an end."""
+        vague = error.errno in VAGUE
+        if vague:
+            self._await_explanation()
         self._check_aborted()
-        self._failure = self._failure or f"{self.peer}: {reason(error)}"
+        if self._failure is None or not (vague or self._explained.is_set()):
+            self._failure = f"{self.peer}: {reason(error)}"
+        if not vague:
+            self._explained.set()
         return ChannelError(self._failure)
+
+    def _await_explanation(self) -> None:
+        """Another thread may know what the kernel says."""
+        self._calling.discard(threading.get_ident())
+        deadline = time.monotonic() + EXPLANATION
+        while self._calling and time.monotonic() < deadline and not self._explained.wait(EXPLANATION_TICK):
+            pass
 
     def _check_end(self) -> None:
         """Raise ChannelError if this end is a reset that the kernel has just reported to the sending thread.
@@ -304,7 +330,7 @@ class SocketChannel(Channel, LimitsSilence, SendsMemory, SendsToSocket, Receives
         if self._tcp and not self._eof_sent:
             state = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
             if state == _TCP_CLOSE:
-                raise self._failed(ConnectionResetError(errno.ECONNRESET, ""))
+                raise self._failed(OSError(errno.ENOTCONN, ""))
 
 
 def _prepare(sock: socket.socket, tcp: bool) -> None:

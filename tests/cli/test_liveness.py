@@ -63,11 +63,8 @@ def test_in_precopy_the_guest_goes_on_at_the_source(engines: Engines) -> None:
     assert wait_until(lambda: status(destination) == "active")
     with stopped(destination):
         assert wait_until(lambda: status(source) == "failed")
-        # The kernel may be the first to notice. It tells only one of the two threads that use the socket why.
-        why = source.ask("query-migrate")["error-desc"]
-        assert any(words in why for words in ("no sign of life", "no answer from the peer", "reset the connection")), (
-            why
-        )
+        why = source.ask("query-migrate")["error-desc"]  # the kernel may be the first to notice
+        assert "no sign of life" in why or "no answer from the peer" in why, why
         assert source.ask("query-status")["running"]
 
 

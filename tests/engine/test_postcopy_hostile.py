@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -52,6 +53,8 @@ BITMAP = encode_return_message(ReturnMessage.RECV_BITMAP, recv_bitmap_body("ram"
 
 
 NOTHING_ARRIVED = struct.pack(">Q", 1024) + bytes(1024) + struct.pack(">Q", 0x0123456789ABCDEF)
+THE_END = re.compile(rb"\x03(....)\0{7}\x10\x7e\1\0\Z", re.DOTALL)
+"""The last section, its footer, and EOF."""
 FAR = 24 << 20
 """Far behind the start of the block, where the background stream begins."""
 
@@ -250,6 +253,23 @@ def test_a_stranger_that_reports_a_failure_does_not_end_the_migration(move: Move
             assert wait_until(lambda: "failed to load" in (move.source.report().error or ""))
             move.reaches(move.source, "postcopy-paused")
     assert move.source.machine.run_state is RunState.FINISH_MIGRATE
+
+
+def test_a_stranger_that_confirms_the_guest_does_not_end_the_migration(move: Move) -> None:
+    """Everything was sent to a QEMU, and may be lost. A QEMU that has ended would say nothing either."""
+    with Peer() as peer:
+        move.hand_over_to(peer)
+        move.hurry()
+        last = b""
+        while not THE_END.search(last):
+            last = (last + peer.read_all(bool))[-32:]
+    move.reaches(move.source, "postcopy-paused")
+    with Peer() as stranger:
+        move.source.migrate(stranger.uri, resume=True)
+        stranger.accept(answer=False)
+        stranger.say(ReturnMessage.SHUT, 0)
+        assert wait_until(lambda: "before everything was sent" in (move.source.report().error or ""))
+    move.reaches(move.source, "postcopy-paused")
 
 
 def test_a_flood_of_requests_is_served_once(move: Move) -> None:

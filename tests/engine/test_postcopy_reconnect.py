@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from corefw.dispatch import Event
+from corefw.engine import Engine
 from corefw.errors import SettingsError, StateError
+from corefw.states import MigrationStatus, StatusChanged
 from corefw.testing.tasks import wait_until
-from tests.helpers.cutting import BREAKS, Cut, CutProxy, listens
+from tests.helpers.cutting import BREAKS, Cut, CutProxy, Watch, listens
 from tests.helpers.engines import Pair, query_migrate
 from tests.helpers.moving import LISTEN, Move
 from tests.helpers.sshd import missing_programs, running_sshd
+from tests.matrix.points import RESUME_ACK
 
 
 @pytest.fixture
@@ -32,13 +39,71 @@ def begin(move: Move, uri: str, attempts: int) -> None:
 def test_each_kind_of_break(move: Move) -> None:
     """Neither side gets a command."""
     with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
-        begin(move, proxy.uri, 10)
+        begin(move, proxy.uri, 3)  # for each break: pages arrive in between
         for how in BREAKS:
             move.both_reach("postcopy-active")
             assert wait_until(proxy.has_passed(1 << 20))
             proxy.cut(how)
         move.hurry()
         move.completes()
+
+
+def test_attempts_are_counted_anew_only_when_pages_arrive(move: Move) -> None:
+    """Each new connection breaks right after RESUME_ACK, before the source can send anything over it."""
+    with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
+        begin(move, proxy.uri, 2)
+        breaking = True
+
+        def lose_the_rest() -> None:
+            if breaking:
+                proxy.cut(Cut.LOSE_FORWARD)
+
+        def break_again(event: Event) -> None:
+            if breaking and isinstance(event, StatusChanged) and event.old is MigrationStatus.POSTCOPY_RECOVER:
+                proxy.stop_at(Watch(False, RESUME_ACK, 0, lose_the_rest))
+                proxy.cut(Cut.RESET)
+
+        proxy.stop_at(Watch(False, RESUME_ACK, 0, lose_the_rest))
+        move.source.observe(break_again)
+        proxy.cut(Cut.RESET)
+        assert wait_until(lambda: has_given_up(move.source))
+        assert proxy.connections <= 4, "the second may have found pages that had arrived, two more have not"
+        breaking = False
+        move.source.migrate(proxy.uri, resume=True)
+        move.hurry()
+        move.completes()
+
+
+def has_given_up(source: Engine) -> bool:
+    answer = query_migrate(source)
+    return answer["status"] == "postcopy-paused" and "reconnect" not in answer["x-migfw"]
+
+
+def test_a_source_without_descriptors_stays_paused(move: Move) -> None:
+    where = move.destination.migrate_incoming(LISTEN)
+    begin(move, where, 0)
+    move.pause()
+    with no_more_descriptors():
+        move.source.migrate(where, resume=True)
+        assert wait_until(lambda: "Too many open files" in (move.source.report().error or "")), move.source.report()
+    move.reaches(move.source, "postcopy-paused")
+    move.destination.recover(where)
+    move.source.migrate(where, resume=True)
+    move.hurry()
+    move.completes()
+
+
+@contextlib.contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    """This process cannot open a file."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.parametrize("scheme", ["unix", "zmq"])

@@ -83,6 +83,7 @@ def _section(kind: SectionType) -> re.Pattern[bytes]:
 START: Final = _bytes(re.escape(bytes((SectionType.START,))) + rb"....\x03ram")
 SHUT: Final = _bytes(re.escape(ReturnMessage.SHUT.to_bytes(2) + b"\0\4" + bytes(4)) + rb"\Z")
 """SHUT 0. It comes last; page requests may have the same bytes in the middle."""
+RESUME_ACK: Final = _message(ReturnMessage.RESUME_ACK)
 
 MESSAGES: Final[tuple[Point, ...]] = (
     Point(Stage.PRECOPY, "header", True, _bytes(b"QEVM")),
@@ -108,7 +109,7 @@ MESSAGES: Final[tuple[Point, ...]] = (
     Point(Stage.RECOVERY, "RECV_BITMAP", True, _command(Command.RECV_BITMAP), handed_over=True),
     Point(Stage.RECOVERY, "RECV_BITMAP (answer)", False, _message(ReturnMessage.RECV_BITMAP), handed_over=True),
     Point(Stage.RECOVERY, "RESUME", True, _command(Command.POSTCOPY_RESUME), handed_over=True),
-    Point(Stage.RECOVERY, "RESUME_ACK", False, _message(ReturnMessage.RESUME_ACK), handed_over=True),
+    Point(Stage.RECOVERY, "RESUME_ACK", False, RESUME_ACK, handed_over=True),
     Point(Stage.RECOVERY, "END", True, _section(SectionType.END), handed_over=True),
     Point(Stage.RECOVERY, "SHUT 0", False, SHUT, handed_over=True),
 )
@@ -150,7 +151,7 @@ REQUESTED: Final[tuple[Point, ...]] = (
     Point(Stage.POSTCOPY, "SHUT 0", False, SHUT, handed_over=True),
     _at_status(Stage.POSTCOPY, "postcopy-active", handed_over=True, alone=True),
     Point(Stage.RECOVERY, "MGRP", True, _PROOF, handed_over=True, alone=True),
-    Point(Stage.RECOVERY, "RESUME_ACK", False, _message(ReturnMessage.RESUME_ACK), handed_over=True),
+    Point(Stage.RECOVERY, "RESUME_ACK", False, RESUME_ACK, handed_over=True),
     _at_status(Stage.RECOVERY, "postcopy-active", handed_over=True, alone=True),
 )
 """Where requested pages have a channel of their own."""
