@@ -177,6 +177,12 @@ class IncomingMigration:
         self._destination.commit_loaders()
         self._enter(_S.COMPLETED)
         self._heard = self._destination.report_success()
+        connection = self._destination.connection
+        if not self._heard and connection.return_path is not None and not connection.from_migfw:
+            log.warning(
+                "%s may not know that the guest has arrived, and run it again: check that before the guest goes on here",
+                connection.channel.peer,
+            )
 
     def _fail(self, reason: str) -> str:
         """Returns what the source is told."""

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.cutting import Cut, CutProxy, Watch
 from tests.helpers.parking import parking, prove, send, wait_parked
 from tests.helpers.peers import peer_parameters, using_peer
-from tests.helpers.postcopying import IntoMigfw, OutOfMigfw
+from tests.helpers.postcopying import LISTEN, IntoMigfw, OutOfMigfw
 from tests.helpers.qemu import Guest, Qemu, needs_qemu, wait_until
+from tests.matrix.points import SHUT
 
 pytestmark = [pytest.mark.qemu, needs_qemu]
 
@@ -50,6 +52,29 @@ def test_a_machine_that_came_in_postcopy_leaves_in_precopy(guest: Guest) -> None
         engine.set_capabilities({"postcopy-ram": False, "return-path": True})
         send(engine, destination.listen())
         prove(guest, destination)
+
+
+@pytest.mark.parametrize("postcopy", [False, True])
+@pytest.mark.parametrize("label", peer_parameters("newest"))
+def test_a_qemu_that_does_not_hear_that_its_machine_is_parked_goes_on(
+    label: str, postcopy: bool, guest: Guest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing here can prevent that, so the user is warned (docs/qemu.md). An older QEMU waits for ever in postcopy."""
+    with using_peer(label), Qemu(boot=guest.image) as source, parking() as engine:
+        source.wait_printed("B")
+        with CutProxy(engine.migrate_incoming(LISTEN)) as proxy:
+            proxy.stop_at(Watch(False, SHUT, 0, lambda: proxy.cut(Cut.RESET)))
+            source.capabilities("return-path")
+            if postcopy:
+                arriving = IntoMigfw(source, engine)
+                arriving.begin(proxy.uri)
+                source.command("migrate-set-parameters", max_postcopy_bandwidth=0)
+            else:
+                source.command("migrate", uri=proxy.uri)
+            wait_parked(engine)
+            wait_until(lambda: source.status() == "failed", "QEMU to fail")
+        source.wait_running()
+        wait_until(lambda: "may not know that the guest has arrived" in caplog.text, "the warning")
 
 
 @pytest.mark.parametrize("label", peer_parameters("7.2", "newest"))

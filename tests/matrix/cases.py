@@ -93,7 +93,6 @@ _ALWAYS: Final = frozenset(
         ("zmq", "status postcopy-active", Cut.RESET),
         ("ssh", "status postcopy-active", Cut.RESET),
         ("ssh", "status pre-switchover", Blow.KILL_DESTINATION),
-        ("tcp, preempt", "REQ_PAGES", Cut.RESET),
         ("unix, preempt", "status postcopy-active", Cut.HALF_FORWARD),
     }
 )
