@@ -180,7 +180,7 @@ class IncomingMigration:
         connection = self._destination.connection
         if not self._heard and connection.return_path is not None and not connection.from_migfw:
             log.warning(
-                "%s may not know that the guest has arrived, and run it again: check that before the guest goes on here",
+                "%s may not know that the guest has arrived, and run it again: check that before it goes on here",
                 connection.channel.peer,
             )
 
