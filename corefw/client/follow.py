@@ -81,8 +81,11 @@ class Follower:
         interrupted: Callable[[], bool] = lambda: False,
         switch: str | None = None,
         has_failed: Callable[[], bool] | None = None,
+        silence: float = SILENCE,
     ) -> None:
+        """`silence`: see SILENCE."""
         self._engine = engine
+        self._silence = silence
         self._display = display
         self._interrupted = interrupted
         self._switch_at = None if switch is None else SWITCHES[switch]
@@ -140,11 +143,11 @@ class Follower:
         now = time.monotonic()
         if moved != self._moved:
             self._moved, self._since = moved, now
-        elif not self._hinted and now - self._since > SILENCE and progress.phase in _TAKES:
+        elif not self._hinted and now - self._since > self._silence and progress.phase in _TAKES:
             self._hinted = True
             self._display.say(
-                f"nothing was sent for {SILENCE:.0f} s (status '{progress.phase}'): the destination does not answer or"
-                " does not read; a QEMU with the capability postcopy-preempt waits for --cap postcopy-preempt here"
+                f"nothing was sent for {self._silence:g} s (status '{progress.phase}'): the destination does not answer"
+                " or does not read; a QEMU with the capability postcopy-preempt waits for --cap postcopy-preempt here"
             )
 
     def _act(self, progress: Progress) -> None:

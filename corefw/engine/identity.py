@@ -30,6 +30,9 @@ from corefw.wire.stream import StreamReader
 NONCE_LENGTH: Final = 16
 PROOF_LENGTH: Final = 32
 
+ANSWER: Final = 20.0
+"""Seconds that a destination has to answer, which it does in a thread of its own."""
+
 FIRST_COMMANDS: Final = frozenset({Command.PING, Command.RECV_BITMAP, Command.POSTCOPY_RESUME})
 """What the stream of a QEMU may go on with."""
 
@@ -47,6 +50,12 @@ _SUBJECTS: Final = {Purpose.STREAM: b"", Purpose.REQUESTED: b"requested pages "}
 """What stands before the side in a proof."""
 
 
+_HINTS: Final = {
+    Purpose.STREAM: "",
+    Purpose.REQUESTED: " over the channel of requested pages (an older migfw does not: switch 'postcopy-preempt' off)",
+}
+
+
 def new_secret() -> bytes:
     return secrets.token_bytes(SECRET_LENGTH)
 
@@ -59,6 +68,8 @@ def prove_source(channel: Channel, secret: bytes, purpose: Purpose) -> None:
     """The source's part. Raises ChannelError if it is not its destination that answers."""
     ours = secrets.token_bytes(NONCE_LENGTH)
     channel.send(purpose.value, ours)
+    if not channel.wait_readable(ANSWER):
+        raise ChannelError(f"{channel.peer}: the destination did not answer within {ANSWER:g} s{_HINTS[purpose]}")
     answer = bytearray(NONCE_LENGTH + PROOF_LENGTH)
     receive_exactly(channel, memoryview(answer))
     theirs, proof = bytes(answer[:NONCE_LENGTH]), bytes(answer[NONCE_LENGTH:])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
 
 from corefw.cli.display import Lines, open_display
-from corefw.client.follow import Display
+from corefw.client.follow import Display, Follower
 from corefw.client.progress import Progress, summary, throughput
+from corefw.qmp.client import QmpClient
+from corefw.qmp.engines import EngineClient
+from corefw.testing.tasks import Task, wait_until
+from tests.cli.conftest import SMALL, Engines
 
 ACTIVE: dict[str, Any] = {
     "status": "active",
@@ -175,3 +180,25 @@ def test_the_summary_of_a_migration() -> None:
 def test_the_summary_of_one_that_failed() -> None:
     assert summary({"status": "failed", "error-desc": "no route"}) == [("status", "failed"), ("error", "no route")]
     assert summary({}) == [("status", "none")]
+
+
+class Said(Display):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_destination_that_takes_nothing_is_hinted_at(engines: Engines) -> None:
+    source = engines(*SMALL, "--cap=return-path")
+    with socket.create_server(("127.0.0.1", 0)) as silent, QmpClient(source.address) as client:
+        engine, said = EngineClient(client), Said()
+        engine.call("migrate", uri=f"tcp:127.0.0.1:{silent.getsockname()[1]}")
+        following = Task("following", Follower(engine, said, silence=0.2).wait)
+        assert wait_until(lambda: bool(said.lines))
+        assert "nothing was sent for 0.2 s (status 'setup')" in said.lines[0]
+        source.call("cancel")
+        assert following.result()["status"] == "cancelled"

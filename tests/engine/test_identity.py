@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from corefw.channel import Channel, receive_exactly
+from corefw.engine import identity
 from corefw.engine.identity import Purpose, check_source, new_secret, prove_source
-from corefw.errors import MigfwError
+from corefw.errors import ChannelError, MigfwError
 from corefw.net.sockets import SocketChannel
 
 SECRET = new_secret()
@@ -68,3 +69,14 @@ def test_a_proof_for_one_purpose_is_none_for_the_other(ends: tuple[Channel, Chan
                 proof.result()
         with pytest.raises(MigfwError):
             check.result()
+
+
+@pytest.mark.parametrize("purpose", Purpose)
+def test_a_destination_that_does_not_answer_is_given_up(
+    ends: tuple[Channel, Channel], purpose: Purpose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older migfw takes the proof for the beginning of pages that it does not read yet."""
+    monkeypatch.setattr(identity, "ANSWER", 0.1)
+    with pytest.raises(ChannelError, match=r"did not answer within 0\.1 s") as raised:
+        prove_source(ends[0], SECRET, purpose)
+    assert ("postcopy-preempt" in str(raised.value)) is (purpose is Purpose.REQUESTED)
