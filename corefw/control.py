@@ -159,6 +159,7 @@ class MigrationReport:
     sections          what each section reports of itself (Section.statistics), by name
     transfer          figures of the source; None on a destination
     blocktime         how long the guest has waited for pages; None on a source, and without postcopy-blocktime
+    warning           what the user of a destination should know; empty if there is nothing
     """
 
     side: Side
@@ -168,6 +169,7 @@ class MigrationReport:
     sections: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     transfer: TransferReport | None = None
     blocktime: BlocktimeReport | None = None
+    warning: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,6 +220,7 @@ class Inbound:
             blocked_reasons,
             arrival.figures(),
             blocktime=arrival.blocktime(),
+            warning=arrival.warning,
         )
 
     def close(self) -> None:

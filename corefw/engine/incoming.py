@@ -49,10 +49,15 @@ CANCEL_SECONDS: Final = 5.0
 
 
 class IncomingMigration:
-    """Takes a guest in: runs the phases of a destination."""
+    """Takes a guest in: runs the phases of a destination.
+
+    error     why it failed
+    warning   what the user has to check before the guest goes on; empty if there is nothing
+    """
 
     def __init__(self, destination: Destination, state: StateMachine) -> None:
         self.error: str | None = None
+        self.warning = ""
         self._destination = destination
         self._state = state
         self._cancelling = threading.Lock()  # guards the start of the timer
@@ -179,10 +184,11 @@ class IncomingMigration:
         self._heard = self._destination.report_success()
         connection = self._destination.connection
         if not self._heard and connection.return_path is not None and not connection.from_migfw:
-            log.warning(
-                "%s may not know that the guest has arrived, and run it again: check that before it goes on here",
-                connection.channel.peer,
+            self.warning = (
+                f"{connection.channel.peer} may not know that the guest has arrived, and run it again: check that"
+                " before it goes on here"
             )
+            log.warning("%s", self.warning)
 
     def _fail(self, reason: str) -> str:
         """Returns what the source is told."""

@@ -179,6 +179,8 @@ def _arriving_figures(report: MigrationReport) -> dict[str, Any]:
             "latency-p99": measured.p99,
             "latency-max": measured.longest,
         }
+    if report.warning:
+        own["warnings"] = [report.warning]
     return own
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cutting import Cut, CutProxy, Watch
+from tests.helpers.engines import query_migrate
 from tests.helpers.parking import parking, prove, send, wait_parked
 from tests.helpers.peers import peer_parameters, using_peer
 from tests.helpers.postcopying import LISTEN, IntoMigfw, OutOfMigfw
@@ -56,9 +57,7 @@ def test_a_machine_that_came_in_postcopy_leaves_in_precopy(guest: Guest) -> None
 
 @pytest.mark.parametrize("postcopy", [False, True])
 @pytest.mark.parametrize("label", peer_parameters("newest"))
-def test_a_qemu_that_does_not_hear_that_its_machine_is_parked_goes_on(
-    label: str, postcopy: bool, guest: Guest, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_qemu_that_does_not_hear_that_its_machine_is_parked_goes_on(label: str, postcopy: bool, guest: Guest) -> None:
     """Nothing here can prevent that, so the user is warned (docs/qemu.md). An older QEMU waits for ever in postcopy."""
     with using_peer(label), Qemu(boot=guest.image) as source, parking() as engine:
         source.wait_printed("B")
@@ -74,7 +73,8 @@ def test_a_qemu_that_does_not_hear_that_its_machine_is_parked_goes_on(
             wait_parked(engine)
             wait_until(lambda: source.status() == "failed", "QEMU to fail")
         source.wait_running()
-        wait_until(lambda: "may not know that the guest has arrived" in caplog.text, "the warning")
+        wait_until(lambda: query_migrate(engine).get("x-migfw", {}).get("warnings"), "the warning")
+        assert "may not know that the guest has arrived" in query_migrate(engine)["x-migfw"]["warnings"][0]
 
 
 @pytest.mark.parametrize("label", peer_parameters("7.2", "newest"))
