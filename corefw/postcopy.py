@@ -80,6 +80,19 @@ class PreemptSaver(OnDemandSaver):
         """Write those of these bytes of a RAM block that are still to be sent. Raises StreamError for anything but
         whole pages, ChannelError."""
 
+    def serve_requests(self, reader: StreamReader, writer: StreamWriter, block: str) -> str:
+        """Answer the requests that follow, if this can be done faster than with send_requested(). Called after that, in
+        the same thread, with the return path and what send_requested() has written to.
+
+        Read and answer REQ_PAGES and REQ_PAGES_ID for as long as the return path brings nothing else, and wait for it
+        meanwhile; anything else is left in the reader, and so is a request that is wrong. `block` is the block of the
+        request before, which one without a name is for; returns that of the last one. Raises ChannelError. This default
+        leaves everything to the caller.
+
+        What was sent is counted before this method waits again; once nothing is left to be sent, it writes nothing."""
+        del reader, writer
+        return block
+
     @abstractmethod
     def end_requested(self, writer: StreamWriter) -> None:
         """Everything was sent: write the end mark. Nothing is written to this channel afterwards."""

@@ -15,7 +15,7 @@ from typing import Final
 
 from corefw.channel import Channel, Interrupt, LimitsSilence, Transport
 from corefw.engine.liveness import Liveness, interval_of, limit_of
-from corefw.engine.meter import CountedChannel, Meter, metered
+from corefw.engine.meter import Meter, counted, metered
 from corefw.engine.returnpath import Handler, ReturnPathReader
 from corefw.errors import ChannelError
 from corefw.net.channelset import ChannelSet
@@ -73,7 +73,7 @@ class Link:
 
     def open_urgent_channel(self) -> Channel:
         """One more channel, which no limit of the bandwidth holds back. Raises ChannelError."""
-        return self._channels.add(CountedChannel(self._dial(), self._meter))
+        return self._channels.add(counted(self._dial(), self._meter))
 
     def _connect(self) -> Channel:
         return self._channels.add(metered(self._dial(), self._meter))
@@ -114,7 +114,7 @@ class Link:
 
     def _signs(self) -> object:
         path = self.return_path
-        return self._meter.total, path.messages if path is not None else 0
+        return self._meter.total, path.received if path is not None else 0
 
     def _owes_sign(self) -> bool:
         path = self.return_path

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from corefw.channel import Buffer, Channel, SendsMemory, SendsToSocket
+from corefw.channel import Buffer, Channel, ReceivesFromSocket, SendsMemory, SendsToSocket
 from corefw.settings import Settings
 
 if TYPE_CHECKING:
@@ -253,6 +253,28 @@ class CountedChannel(Channel):
         self._channel.close()
 
 
+class CountedSocketChannel(CountedChannel, SendsToSocket):
+    """The same for a channel that lends its socket to send."""
+
+    def __init__(self, channel: Channel, sockets: SendsToSocket, meter: Meter) -> None:
+        super().__init__(channel, meter)
+        self._sockets = sockets
+
+    def send_to_socket(self, send: Callable[[int], int]) -> int:
+        sent = self._sockets.send_to_socket(send)
+        self._meter.sent(sent)
+        return sent
+
+
+def counted(channel: Channel, meter: Meter) -> CountedChannel:
+    """The channel, counted; it lends its socket if the inner one does."""
+    return (
+        CountedSocketChannel(channel, channel, meter)
+        if isinstance(channel, SendsToSocket)
+        else CountedChannel(channel, meter)
+    )
+
+
 class MeteredChannel(CountedChannel):
     """A channel that paces what it sends, too."""
 
@@ -272,8 +294,8 @@ class MeteredMemoryChannel(MeteredChannel, SendsMemory):
         self._meter.carry_out(partial(self._memory.send_memory, pieces), int(pieces[:, 1].sum()))
 
 
-class MeteredSocketChannel(MeteredMemoryChannel, SendsToSocket):
-    """The same for a channel that lends its socket, too."""
+class MeteredSocketChannel(MeteredMemoryChannel, SendsToSocket, ReceivesFromSocket):
+    """The same for a channel that lends its socket, too, in both directions."""
 
     def send_to_socket(self, send: Callable[[int], int]) -> int:
         assert isinstance(self._channel, SendsToSocket)
@@ -282,10 +304,18 @@ class MeteredSocketChannel(MeteredMemoryChannel, SendsToSocket):
         self._meter.sent_in_turn(sent)
         return sent
 
+    def receive_from_socket(self, receive: Callable[[int], int]) -> int:
+        assert isinstance(self._channel, ReceivesFromSocket)
+        return self._channel.receive_from_socket(receive)
+
 
 def metered(channel: Channel, meter: Meter) -> MeteredChannel:
     """The channel, counted and paced; it sends memory and lends its socket if the inner one does."""
-    if isinstance(channel, SendsMemory) and isinstance(channel, SendsToSocket):
+    if (
+        isinstance(channel, SendsMemory)
+        and isinstance(channel, SendsToSocket)
+        and isinstance(channel, ReceivesFromSocket)
+    ):
         return MeteredSocketChannel(channel, channel, meter)
     if isinstance(channel, SendsMemory):
         return MeteredMemoryChannel(channel, channel, meter)

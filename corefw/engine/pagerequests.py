@@ -32,8 +32,9 @@ class PageRequests:
         self._lock = threading.Lock()
         self._waiting = 0
 
-    def __call__(self, record: ReturnMessageRecord, _reader: StreamReader) -> None:
-        """REQ_PAGES or REQ_PAGES_ID. Raises StreamError for anything but whole pages of a RAM block."""
+    def __call__(self, record: ReturnMessageRecord, reader: StreamReader) -> None:
+        """REQ_PAGES or REQ_PAGES_ID, and those that follow, if they can be answered at once. Raises StreamError for
+        anything but whole pages of a RAM block, ChannelError."""
         request = parse_page_request(record)
         block = self._block if request.block is None else request.block
         if block not in self._savers:
@@ -42,6 +43,7 @@ class PageRequests:
         saver = self._savers[block]
         if self._sender is not None and isinstance(saver, PreemptSaver):
             self._sender.send(saver, block, request.start, request.length)
+            self._block = self._sender.serve(saver, reader, block)
             return
         saver.request_pages(block, request.start, request.length)
         with self._lock:

@@ -64,7 +64,8 @@ def check_channels(settings: Settings, transport: Transport) -> None:
 
 
 class RequestedSender:
-    """The source's end. `send` is called in the return path's thread, everything else in the migration thread."""
+    """The source's end. `send` and `serve` are called in the return path's thread, everything else in the migration
+    thread."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -86,13 +87,20 @@ class RequestedSender:
             saver.send_requested(self._writer, block, start, length)
             self._writer.flush()
 
+    def serve(self, saver: PreemptSaver, reader: StreamReader, block: str) -> str:
+        """Let the saver answer what follows a request for `block`: the block of the last request. Raises
+        ChannelError."""
+        return saver.serve_requests(reader, self._writer, block)
+
     def end(self, savers: Sequence[PostcopySaver]) -> None:
-        """Everything was sent. Raises ChannelError."""
+        """Everything was sent, so serve(), which may be waiting for requests, writes nothing any more. Raises
+        ChannelError."""
         with self._lock:
+            writer = StreamWriter(self._channel)  # the other one is that thread's
             for saver in savers:
                 if isinstance(saver, PreemptSaver):
-                    saver.end_requested(self._writer)
-            self._writer.flush()
+                    saver.end_requested(writer)
+            writer.flush()
 
 
 def open_requested(link: Link, secret: bytes | None) -> RequestedSender:

@@ -55,7 +55,7 @@ class ReturnPathReader:
     Each message is passed to its handler; one without a handler fails the migration. Messages that are waited for
     are announced with `expect`, so that a destination cannot make the source collect others.
 
-    messages    how many have come
+    received    bytes that have come
     owes_sign   the destination has not answered the last PING that asks whether it lives (ALIVE_PING)
 
     `on_failure` is called from that thread, once, if the path ends in anything but SHUT 0.
@@ -78,7 +78,7 @@ class ReturnPathReader:
         self._error: MigfwError | None = None
         self._reason = ""
         self.owes_sign = False
-        self.messages = 0
+        self._reader = StreamReader(channel, size=4096, where="return path")
         self._thread = threading.Thread(target=self._run, name="return path", daemon=True)
 
     def start(self) -> None:
@@ -88,6 +88,10 @@ class ReturnPathReader:
         """Raise what went wrong, if anything did."""
         if self._error is not None:
             raise self._error
+
+    @property
+    def received(self) -> int:
+        return self._reader.received
 
     @property
     def refused(self) -> bool:
@@ -153,9 +157,8 @@ class ReturnPathReader:
         answer_at_once()
         error: MigfwError | None = None
         try:
-            reader = StreamReader(self._channel, size=4096, where="return path")
             while not self.accepted:
-                self._dispatch(reader)
+                self._dispatch(self._reader)
         except MigfwError as caught:
             error = caught
         except ANYTHING as bug:
@@ -179,7 +182,6 @@ class ReturnPathReader:
         handler = self._handlers.get(message.type)
         if handler is None:
             raise StreamError(f"return path: unexpected {ReturnMessage(message.type).name}")
-        self.messages += 1
         handler(message, reader)
 
     # -- the handlers ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ The distribution migfw-ram-kernel brings it, and registers it under the entry po
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Final, Protocol, cast
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
-NEEDED: Final = ("receive_lists", "ArrivingBlock", "DirtyBlock", "FaultServer", "FaultJournal")
+NEEDED: Final = ("receive_lists", "ArrivingBlock", "DirtyBlock", "FaultServer", "FaultJournal", "PageServer")
 """What the compiled code has to provide. That of an older version provides less."""
 
 
@@ -101,6 +101,35 @@ class DirtyBlock(Protocol):
     def claim(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]: ...
 
 
+DirtyBlocks = Mapping[str, DirtyBlock]
+"""RAM blocks by name."""
+
+
+class Served(Protocol):
+    """What was done about page requests."""
+
+    requests: int
+    claimed: dict[str, int]
+    zeros: int
+
+
+class PageServer(Protocol):
+    """`corefw_ram_kernel.PageServer`: answers page requests."""
+
+    asked: str | None
+    named: str | None
+    unfinished: bool
+    claiming: bool
+    left: bytes
+    sent: int
+
+    def serve(self, incoming: int, outgoing: int) -> int: ...
+
+    def finish(self, outgoing: int) -> None: ...
+
+    def take(self) -> Served: ...
+
+
 class Kernel(Protocol):
     """`corefw_ram_kernel.Kernel`."""
 
@@ -128,6 +157,8 @@ class Kernel(Protocol):
     def FaultJournal(self) -> FaultJournal: ...  # noqa: N802 - as above
 
     def DirtyBlock(self, *, ram: int, pages: int, dirty: int, hole: int) -> DirtyBlock: ...  # noqa: N802 - as above
+
+    def PageServer(self, blocks: DirtyBlocks) -> PageServer: ...  # noqa: N802 - as above
 
 
 @cache

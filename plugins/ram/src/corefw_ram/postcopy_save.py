@@ -2,10 +2,11 @@
 
 Two threads send: the migration thread what is left, and the return path's thread what is requested, if there is a
 channel for that. Invariant: a page's mark falls before the page is written, and under the lock or, where compiled code
-sends what is left, atomically; so each page is sent by the one that cleared its mark. A page whose send failed is found
-again by prepare_resume().
+sends, atomically; so each page is sent by the one that cleared its mark. A page whose send failed is found again by
+prepare_resume().
 
-Threads: `request`, `send_requested` in the return path's thread, everything else in the migration thread.
+Threads: `request`, `send_requested` and `serve_requests` in the return path's thread, everything else in the migration
+thread.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -24,8 +26,8 @@ from corefw.memory.runs import Runs, bridge, runs_of_mask, widen
 from corefw.section import RamStatistics
 from corefw.wire.constants import TARGET_PAGE_SIZE, Command
 from corefw.wire.records import discard_payload, discards, write_command
-from corefw.wire.stream import StreamWriter
-from corefw_ram.kernel import DirtyBlock, find_kernel
+from corefw.wire.stream import StreamReader, StreamWriter
+from corefw_ram.kernel import DirtyBlock, PageServer, find_kernel
 from corefw_ram.records import PAGE_RECORD
 from corefw_ram.release import Releasable
 from corefw_ram.save import EOS, WINDOW, BlockState, PageSaver
@@ -40,6 +42,8 @@ PIECE: Final = 128
 returned. Compiled code sends fewer."""
 COMPILED: Final = 2048
 """Pages that compiled code sends before the interpreter looks at something else."""
+MOMENT: Final = 0.01
+"""Seconds to wait, when no page is left to be claimed, for those that are being sent in the other thread."""
 
 
 class RequestQueue:
@@ -65,7 +69,7 @@ class RequestQueue:
         while self._queue:
             index, first, end = self._queue.popleft()
             self._queued[index][first:end] = False
-            pages = np.flatnonzero(self._states[index].dirty[first:end]) + first
+            pages = _dirty(self._states[index], first, end)
             if len(pages):
                 return index, pages
         return None
@@ -75,6 +79,13 @@ class RequestQueue:
         self._queue.clear()
         for queued in self._queued:
             queued[:] = False
+
+
+def _dirty(state: BlockState, first: int, end: int) -> NDArray[np.int64]:
+    """Which of these pages are still to be sent. Of a copy of their marks, since compiled code clears marks without the
+    lock, and NumPy looks twice: when it finds fewer than it has counted, it also returns numbers of pages that do not
+    exist."""
+    return np.flatnonzero(state.dirty[first:end].copy()) + first
 
 
 def _host_pages(block: RamBlock) -> int:
@@ -90,6 +101,7 @@ class PostcopyPageSaver(PageSaver):
         super().__init__(blocks, statistics)
         self._index = {state.block.idstr: index for index, state in enumerate(self._states)}
         self._lock = threading.Lock()  # guards the marks, what is counted of them, the queue, and where to go on
+        self._counted = threading.Condition(self._lock)  # pages that were sent in the return path's thread
         self._requests = RequestQueue(self._states)
         self._clean: list[Runs] | None = None  # of each block, what prepare_postcopy() did not have forgotten
         self._sent_before: list[NDArray[np.bool_]] = []  # of each block, what was sent before the guest left
@@ -99,7 +111,8 @@ class PostcopyPageSaver(PageSaver):
         self._urgent_statistics = RamStatistics()
         self._urgent_counted = (0, 0)
         self._urgent_pages = self._page_writer(self._urgent_statistics)
-        self._left: dict[int, DirtyBlock] = {}  # by block, for compiled code
+        self._left: dict[int, DirtyBlock] = {}  # blocks where compiled code claims pages
+        self._server: PageServer | None = None  # for the same blocks
 
     # -- the switch ------------------------------------------------------------------------------------------------
 
@@ -168,7 +181,27 @@ class PostcopyPageSaver(PageSaver):
             if self._releasable is not None:
                 self._releasable.note_sent(index, np.flatnonzero(self._sent_before[index] & ~state.hole))
         self._sent_before = []
-        self._settled = True
+        with self._lock:
+            self._settled = True
+            self._use_kernel()
+
+    def _use_kernel(self) -> None:
+        """From now on let compiled code claim pages, where there is such. The caller holds the lock. Pages of a host
+        with huge ones are claimed together, and so not by compiled code."""
+        kernel = find_kernel()
+        if kernel is None:
+            return
+        self._left = {
+            index: kernel.DirtyBlock(
+                ram=state.block.pages.ctypes.data,
+                pages=len(state.dirty),
+                dirty=state.dirty.ctypes.data,
+                hole=state.hole.ctypes.data,
+            )
+            for index, state in enumerate(self._states)
+            if _host_pages(state.block) == 1 and state.block.page_size == TARGET_PAGE_SIZE
+        }
+        self._server = kernel.PageServer({self._states[index].block.idstr: left for index, left in self._left.items()})
 
     def releasing(self) -> Releasable:
         """What of the memory can be given back; from the first call on it is noted what was sent."""
@@ -192,17 +225,59 @@ class PostcopyPageSaver(PageSaver):
         state = self._states[index]
         with self._lock:
             self._statistics.postcopy_requests += 1
-            # A copy, since compiled code clears marks without the lock, and NumPy looks twice: when it finds fewer than
-            # it has counted, it also returns numbers of pages that do not exist.
-            pages = np.flatnonzero(state.dirty[first:end].copy()) + first
-            if (left := self._left.get(index)) is not None:
-                pages = pages[left.claim(pages)]
-            self._claim(index, pages)
+            pages = self._claim(index, _dirty(state, first, end))
             hole = state.hole[pages] & self._settled
         if len(pages) == 1:
             self._urgent_pages.send_page(writer, state.block, int(pages[0]), bool(hole[0]))
         elif len(pages):
             self._urgent_pages.send(writer, state.block, pages, hole, None)
+
+    def serve_requests(self, reader: StreamReader, writer: StreamWriter, block: str) -> str:
+        """Answer the requests that follow with compiled code, until something else comes: the block of the last one.
+        `block` is that of the request before. Called in the return path's thread. Raises ChannelError."""
+        with self._lock:
+            server = self._server
+        if server is None or not reader.receives_from_socket or not writer.sends_to_socket:
+            return block
+        server.asked = block
+        memory = [(state.block.pages, state.dirty, state.hole) for state in self._states]  # held on to while it is used
+        start, end = reader.span()
+        while start == end and self._serve_some(server, reader, writer):
+            start, end = reader.span()
+        del memory
+        return block if server.asked is None else server.asked
+
+    def _serve_some(self, server: PageServer, reader: StreamReader, writer: StreamWriter) -> bool:
+        """False at the end of the return path."""
+        current, taken = self._urgent_pages.current, 0
+        server.named = None if current is None else current.idstr
+
+        def send(outgoing: int) -> int:
+            nonlocal taken
+            if not server.unfinished:
+                taken = reader.receive_from_socket(partial(server.serve, outgoing=outgoing))
+                reader.unread(server.left)
+            if server.unfinished:
+                server.finish(outgoing)
+            return server.sent
+
+        try:
+            writer.send_to_socket(send)
+        finally:
+            self._count_served(server)
+        return taken > 0
+
+    def _count_served(self, server: PageServer) -> None:
+        with self._lock:
+            served = server.take()
+            for idstr, count in served.claimed.items():
+                self._count_claimed(self._states[self._index[idstr]], count)
+            self._statistics.postcopy_requests += served.requests
+            self._urgent_statistics.normal += sum(served.claimed.values()) - served.zeros
+            self._urgent_statistics.duplicate += served.zeros
+            self._counted.notify_all()
+        if server.named is not None:
+            self._urgent_pages.current = self._states[self._index[server.named]].block
 
     def _requested(self, idstr: str, start: int, length: int) -> tuple[int, int, int]:
         """A block's number, and the first page and the end of these bytes of it. Raises StreamError for anything but
@@ -257,35 +332,36 @@ class PostcopyPageSaver(PageSaver):
 
     def _write_left(self, writer: StreamWriter, most: int) -> bool:
         """Send at most so many of the pages that are not requested; False if none is left."""
-        index = self._at[0]
-        if self._statistics.remaining_bytes and (left := self._compiled(writer, index)) is not None:
-            self._send_compiled(writer, index, left, min(COMPILED, most))
+        left = self._left.get(self._at[0])
+        if (
+            left is not None
+            and self._can_send_compiled(writer)
+            and self._send_compiled(writer, left, min(COMPILED, most))
+        ):
             return True
         found = self._next_left(min(PIECE, most))
         if found is not None:
             self._write(writer, *found)
+        elif self._statistics.remaining_bytes:
+            self._await_served()
         return found is not None
 
-    def _compiled(self, writer: StreamWriter, index: int) -> DirtyBlock | None:
-        """The compiled code for this block, if it can go on there: the record before has to be of the same block."""
-        kernel, state = find_kernel(), self._states[index]
-        if kernel is None or not writer.sends_to_socket or self._pages.current is not state.block:
-            return None
-        if _host_pages(state.block) > 1 or state.block.page_size != TARGET_PAGE_SIZE:
-            return None
+    def _await_served(self) -> None:
+        """Every page was claimed: wait a moment for those that compiled code sends in the return path's thread."""
         with self._lock:
-            if index not in self._left:
-                self._left[index] = kernel.DirtyBlock(
-                    ram=state.block.pages.ctypes.data,
-                    pages=len(state.dirty),
-                    dirty=state.dirty.ctypes.data,
-                    hole=state.hole.ctypes.data,
-                )
-            return self._left[index]
+            if self._statistics.remaining_bytes and (self._server is None or not self._server.claiming):
+                raise AssertionError(f"{self._statistics.remaining_bytes} bytes are to be sent, but no page is")
+            self._counted.wait_for(lambda: not self._statistics.remaining_bytes, MOMENT)
 
-    def _send_compiled(self, writer: StreamWriter, index: int, left: DirtyBlock, most: int) -> None:
+    def _can_send_compiled(self, writer: StreamWriter) -> bool:
+        """Whether compiled code can go on where the stream is: the record before has to be of the same block."""
+        return writer.sends_to_socket and self._pages.current is self._states[self._at[0]].block
+
+    def _send_compiled(self, writer: StreamWriter, left: DirtyBlock, most: int) -> bool:
+        """Whether there was a page to send, up to the block's end."""
+        index, first = self._at
         state, pages = self._states[index], self._states[index].block.pages  # held on to while they are sent
-        left.begin(self._at[1], most)
+        left.begin(first, most)
         try:
             writer.send_to_socket(left.send)
             while not left.done:
@@ -300,37 +376,50 @@ class PostcopyPageSaver(PageSaver):
             if self._releasable is not None:
                 self._releasable.note_sent(index, sent)
             del pages
+        return bool(len(sent))
 
     def _next_requested(self) -> tuple[int, NDArray[np.int64]] | None:
         """Claim the pages of the next request: a block's number and its pages. None if all were served."""
         with self._lock:
-            request = self._requests.take()
-            if request is not None:
+            while (request := self._requests.take()) is not None:
                 index, pages = request
-                self._claim(index, pages)
-                self._go_on_at(index, int(pages[-1]) + 1)
-            return request
+                pages = self._claim(index, pages)
+                if len(pages):
+                    self._go_on_at(index, int(pages[-1]) + 1)
+                    return index, pages
+            return None
 
     def _next_left(self, most: int) -> tuple[int, NDArray[np.int64]] | None:
         """The same for at most so many of the other pages. None if nothing is left."""
         with self._lock:
-            while self._statistics.remaining_bytes:
+            for _ in range(self._windows):
                 index, page = self._at
                 count = _host_pages(self._states[index].block)
                 most = max(most - most % count, count)
                 end = min(page + max(WINDOW, count), len(self._states[index].dirty))
-                pages = np.flatnonzero(self._states[index].dirty[page:end])[:most] + page
+                pages = _dirty(self._states[index], page, end)[:most]
                 self._go_on_at(index, int(pages[-1]) + 1 if len(pages) == most else end)
+                pages = self._claim(index, pages)
                 if len(pages):
-                    self._claim(index, pages)
                     return index, pages
             return None
 
-    def _claim(self, index: int, pages: NDArray[np.int64]) -> None:
-        """These pages, which are to be sent, are sent by the caller."""
-        state = self._states[index]
-        state.dirty[pages] = False
+    @property
+    def _windows(self) -> int:
+        """Windows that _next_left() looks at, at most, to see all pages."""
+        return (
+            sum(-(-len(state.dirty) // WINDOW) for state in self._states) + 1 if self._statistics.remaining_bytes else 0
+        )
+
+    def _claim(self, index: int, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of these pages, which are to be sent, those that the caller sends. It holds the lock."""
+        state, left = self._states[index], self._left.get(index)
+        if left is None:
+            state.dirty[pages] = False
+        else:
+            pages = pages[left.claim(pages)]
         self._count_claimed(state, len(pages))
+        return pages
 
     def _count_claimed(self, state: BlockState, count: int) -> None:
         state.dirty_count -= count
@@ -348,17 +437,17 @@ class PostcopyPageSaver(PageSaver):
         self._settle()
         self._requests.clear()
         arrived = [received(state.block.idstr, len(state.dirty)) for state in self._states]
-        with self._lock:  # a peer may ask for pages before it was told to go on
-            self._restart()
+        with self._lock:
             for index, (state, here) in enumerate(zip(self._states, arrived, strict=True)):
                 if self._releasable is not None:
                     self._releasable.note_received(index, here)
                 state.dirty = ~here
                 state.dirty_count = int(np.count_nonzero(state.dirty))
             self._count_remaining()
+            self._restart()
+            self._use_kernel()
 
     def _restart(self) -> None:
-        """The next page over either channel is to name its block, and compiled code to look at the present marks."""
-        self._left = {}
+        """The next page over either channel is to name its block."""
         self._pages = self._page_writer(self._statistics)
         self._urgent_pages = self._page_writer(self._urgent_statistics)

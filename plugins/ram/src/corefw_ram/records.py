@@ -66,6 +66,11 @@ class PageWriter:
         """The block of the record before, with which the next one may go on."""
         return self._current
 
+    @current.setter
+    def current(self, block: RamBlock) -> None:
+        """Another has written a record of this block."""
+        self._current = block
+
     def send(
         self,
         writer: StreamWriter,

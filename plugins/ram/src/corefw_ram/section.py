@@ -44,6 +44,8 @@ class RamSectionSaver(RamSaver, PreemptSaver, ReleasingSaver):
 
     def setup(self, writer: StreamWriter, context: OutgoingContext) -> None:
         self._follows_later = context.settings.capability("postcopy-ram")
+        if self._follows_later:
+            find_kernel()  # reads the entry points of everything installed, so not while the guest waits for a page
         self._pages = PostcopyPageSaver(_checked(self._machine.ram_blocks()), self._statistics)
         if context.settings.capability("release-ram"):
             self._pages.releasing()
@@ -82,6 +84,9 @@ class RamSectionSaver(RamSaver, PreemptSaver, ReleasingSaver):
 
     def send_requested(self, writer: StreamWriter, block: str, start: int, length: int) -> None:
         self._saving.send_requested(writer, block, start, length)
+
+    def serve_requests(self, reader: StreamReader, writer: StreamWriter, block: str) -> str:
+        return self._saving.serve_requests(reader, writer, block)
 
     def end_requested(self, writer: StreamWriter) -> None:
         writer.write(EOS)

@@ -5,6 +5,7 @@
     FaultServer      requests the pages that it waits for then, and installs those that have arrived
     FaultJournal     what happens to its page faults
     DirtyBlock       the source of a postcopy sends what is left
+    PageServer       and answers page requests
 
 `corefw_ram` finds them, as attributes of Kernel, by the entry point `ram` in the group `corefw.kernel`, and does the
 same in Python where this distribution is not installed.
@@ -19,6 +20,7 @@ from corefw_ram_kernel.arriving import ArrivingBlock
 from corefw_ram_kernel.faults import FaultServer
 from corefw_ram_kernel.journal import FaultJournal
 from corefw_ram_kernel.library import LIBRARY, WRONG, check
+from corefw_ram_kernel.requests import PageServer
 from corefw_ram_kernel.sending import MOST, PIECE, DirtyBlock
 
 LIST: Final = 512
@@ -85,6 +87,7 @@ class Kernel:
     FaultServer = FaultServer
     FaultJournal = FaultJournal
     DirtyBlock = DirtyBlock
+    PageServer = PageServer
 
 
 __all__ = [
@@ -96,5 +99,6 @@ __all__ = [
     "FaultJournal",
     "FaultServer",
     "Kernel",
+    "PageServer",
     "receive_lists",
 ]

@@ -18,7 +18,8 @@ enum {
     HEADER = 8,
     RECORD = HEADER + PAGE,
     LIST = 512, /* records in a list: with IOV_MAX = 1024 pieces the most that recvmsg takes */
-    FLAGS = 0x08 | 0x20, /* RAM_SAVE_FLAG_PAGE, RAM_SAVE_FLAG_CONTINUE */
+    CONTINUE = 0x20, /* RAM_SAVE_FLAG_CONTINUE: of the same block as the record before */
+    FLAGS = 0x08 | CONTINUE, /* RAM_SAVE_FLAG_PAGE */
 };
 
 static inline uint64_t smaller(uint64_t a, uint64_t b)

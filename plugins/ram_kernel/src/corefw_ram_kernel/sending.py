@@ -11,41 +11,56 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from corefw_ram_kernel.library import LIBRARY, check
+from corefw_ram_kernel.library import LIBRARY, QUICK, check
 
 MOST: Final = 2048
 """Pages that are claimed at most after one begin()."""
 PIECE: Final = 16
 """Pages that are claimed and sent at once."""
+NAME: Final = 255
+"""Bytes of a block's name, at most."""
 
 _u64 = ctypes.c_uint64
+
+
+class SentBlock(ctypes.Structure):
+    """`struct sent_block` in piece.h."""
+
+    _fields_ = (("ram", _u64), ("pages", _u64), ("dirty", _u64), ("hole", _u64))
+
+
+class Piece(ctypes.Structure):
+    """`struct piece` in piece.h."""
+
+    _fields_ = (
+        ("count", _u64),
+        ("sent", _u64),
+        ("pages", _u64 * PIECE),
+        ("sizes", _u64 * PIECE),
+        ("zero", _u64 * PIECE),
+        ("heads", ctypes.c_uint8 * (8 + 1 + NAME + 1) * PIECE),
+    )
 
 
 class _Sending(ctypes.Structure):
     """`struct sending` in sending.c."""
 
     _fields_ = (
-        ("ram", _u64),
-        ("pages", _u64),
-        ("dirty", _u64),
-        ("hole", _u64),
+        ("block", SentBlock),
         ("next", _u64),
         ("most", _u64),
         ("claimed", _u64),
         ("zeros", _u64),
         ("bytes", _u64),
-        ("piece", _u64),
-        ("sent", _u64),
+        ("piece", Piece),
         ("list", _u64 * MOST),
-        ("heads", ctypes.c_uint8 * 16 * PIECE),
-        ("sizes", ctypes.c_uint8 * PIECE),
     )
 
 
 _send: Final = LIBRARY.corefw_send_dirty
 _send.argtypes = (ctypes.c_int, ctypes.POINTER(_Sending))
-_claim: Final = LIBRARY.corefw_claim_dirty
-_claim.argtypes = (_u64, _u64)
+_claim: Final = QUICK.corefw_claim_dirty
+_claim.argtypes = (ctypes.POINTER(SentBlock), _u64, _u64, _u64)
 
 
 class DirtyBlock:
@@ -56,13 +71,14 @@ class DirtyBlock:
         numbers = (ram, pages, dirty, hole)
         if not all(0 < number < 1 << 64 for number in numbers):  # ctypes would cut them
             raise ValueError(f"cannot send a block of {pages} pages: {ram=}, {dirty=}, {hole=}")
-        self._at = _Sending(*numbers)
+        self.block: Final = SentBlock(*numbers)
+        self._at = _Sending(self.block)
 
     def begin(self, first: int, most: int) -> None:
         """Send at most so many dirty pages (1 to MOST), from the page `first` on. Everything before has to be done."""
         at = self._at
-        if at.piece or not (0 <= first <= at.pages and 1 <= most <= MOST):
-            raise ValueError(f"cannot send {most} pages from {first} on of a block of {at.pages}")
+        if at.piece.count or not (0 <= first <= at.block.pages and 1 <= most <= MOST):
+            raise ValueError(f"cannot send {most} pages from {first} on of a block of {at.block.pages}")
         at.next, at.most, at.claimed, at.zeros = first, most, 0, 0
 
     def send(self, descriptor: int) -> int:
@@ -76,7 +92,7 @@ class DirtyBlock:
     @property
     def done(self) -> bool:
         """Whether all that was claimed has gone out."""
-        return not self._at.piece
+        return not self._at.piece.count
 
     @property
     def next(self) -> int:
@@ -95,7 +111,10 @@ class DirtyBlock:
 
     def claim(self, pages: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of these pages the caller is to send instead; from any thread, also during send()."""
-        if len(pages) and not 0 <= pages.min() <= pages.max() < self._at.pages:
-            raise ValueError(f"no such pages in a block of {self._at.pages}: {pages}")
-        dirty = self._at.dirty
-        return np.fromiter((_claim(dirty, page) for page in pages.tolist()), dtype=np.bool_, count=len(pages))
+        pages = np.ascontiguousarray(pages, dtype=np.int64)
+        claimed = np.zeros(len(pages), dtype=np.bool_)
+        if len(pages) and not 0 <= pages.min() <= pages.max() < self.block.pages:
+            raise ValueError(f"no such pages in a block of {self.block.pages}: {pages}")
+        error = _claim(self.block, pages.ctypes.data, len(pages), claimed.ctypes.data)
+        check(error, lambda: "the block was changed while it was being sent")
+        return claimed
