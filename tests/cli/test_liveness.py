@@ -14,7 +14,7 @@ from corefw.testing.tasks import wait_until
 from tests.cli.conftest import SMALL, Engine, Engines
 
 BUSY = ("stress", "--opt=ram=16M", "--opt=working-set=8M", "--opt=dirty-rate=400M")
-LIVENESS = "x-migfw-liveness=2"
+LIVENESS = 4
 """Seconds, for which a busy machine may not run a process that has something to say."""
 
 
@@ -33,8 +33,8 @@ def status(engine: Engine) -> str:
 
 
 def pair(engines: Engines, *guest: str) -> tuple[Engine, Engine]:
-    source = engines(*guest, "--name=from", "--stay", f"--param={LIVENESS}")
-    return source, engines(*guest, "--name=to", "--incoming=tcp:127.0.0.1:0", f"--param={LIVENESS}")
+    source = engines(*guest, "--name=from", "--stay", f"--param=x-migfw-liveness={LIVENESS}")
+    return source, engines(*guest, "--name=to", "--incoming=tcp:127.0.0.1:0", f"--param=x-migfw-liveness={LIVENESS}")
 
 
 def begin(source: Engine, destination: Engine, *options: str) -> None:
@@ -72,7 +72,7 @@ def test_before_the_switchover_both_wait_for_the_user_and_not_for_each_other(eng
     source, destination = pair(engines, *SMALL)
     begin(source, destination, "--cap=pause-before-switchover")
     assert wait_until(lambda: status(source) == "pre-switchover")
-    time.sleep(3)  # longer than the limit
+    time.sleep(LIVENESS + 1)
     assert status(source) == "pre-switchover" and status(destination) == "active"
     with stopped(destination):
         assert wait_until(lambda: status(source) == "failed")
@@ -85,6 +85,6 @@ def test_a_source_that_stands_still_before_the_switchover(engines: Engines) -> N
     assert wait_until(lambda: status(source) == "pre-switchover")
     with stopped(source):
         code, _, errors = destination.finish()
-    assert code == 1 and "the source gave no sign of life in 2 s" in errors
+    assert code == 1 and f"the source gave no sign of life in {LIVENESS} s" in errors
     assert wait_until(lambda: status(source) == "failed")
     assert source.ask("query-status")["running"]

@@ -14,7 +14,7 @@ from corefw.plugins import Plugins
 from tests.helpers.engines import arrived, ended
 
 PROGRAM = Path(__file__).parents[2] / "plugins/machine_python/tests/programs/scattered.py"
-HOPS = 5
+HOPS = 4
 
 
 @pytest.mark.parametrize("transport", ["tcp:127.0.0.1:0", "unix:{folder}/{hop}"])
@@ -26,7 +26,7 @@ def test_no_write_is_lost(plugins: Plugins, folder: Path, transport: str) -> Non
             settings.set_capabilities({"return-path": True})
             settings.set_parameters({"max-bandwidth": 0})
             # On a busy machine the guest may write faster than it is sent.
-            settings.set_parameters({"x-migfw-timeout": 5000, "x-migfw-on-timeout": "switchover"})
+            settings.set_parameters({"x-migfw-timeout": 1000, "x-migfw-on-timeout": "switchover"})
             machine = PythonMachine(MachineConfig(f"{PROGRAM}:Scattered", {}, incoming))
             made = Engine(machine, plugins, settings)
             stack.callback(made.close)

@@ -29,10 +29,10 @@ from tests.matrix.routes import ROUTES
 PATIENCE: Final = 60.0
 """Seconds for one step, far beyond what it takes."""
 
-LIMITS: Final = {"x-migfw-confirm-timeout": 2000, "x-migfw-incoming-timeout": 2000, "x-migfw-liveness": 2}
+LIMITS: Final = {"x-migfw-confirm-timeout": 4000, "x-migfw-incoming-timeout": 4000, "x-migfw-liveness": 4}
 """Where the fault is silence. The first two are milliseconds, the last is seconds."""
 
-STOPPED: Final = 3.0
+STOPPED: Final = 5.0
 """Seconds that a process is stopped: more than the limits."""
 
 AWAITS_NOTHING: Final = ("PART", "status active")
@@ -61,12 +61,16 @@ class Process:
                 cwd=folder,
                 env={**environment(folder), "TMPDIR": str(temporary), **environ},
             )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert "QMP at " in line, f"{line!r} {self._log.read_text()}"
-        self.uri = line.strip().rpartition(" at ")[2]
-        self._client = QmpClient(line.partition("QMP at ")[2].partition(";")[0].strip())
-        self.guest = int(self.ask("x-migfw-status")["machine"]["information"]["pid"])
+        with contextlib.ExitStack() as unless_it_starts:
+            unless_it_starts.callback(self._kill)
+            assert self._process.stdout is not None
+            line = self._process.stdout.readline()
+            assert "QMP at " in line, f"{line!r} {self._log.read_text()}"
+            self.uri = line.strip().rpartition(" at ")[2]
+            self._client = QmpClient(line.partition("QMP at ")[2].partition(";")[0].strip())
+            unless_it_starts.callback(self._client.close)
+            self.guest = int(self.ask("x-migfw-status")["machine"]["information"]["pid"])
+            unless_it_starts.pop_all()
 
     def ask(self, command: str, arguments: dict[str, object] | None = None) -> Any:
         """The result of a QMP command. Raises MigfwError."""
@@ -104,8 +108,10 @@ class Process:
 
     def clean_up(self) -> None:
         self._client.close()
-        if self.lives:
-            self._process.kill()
+        self._kill()
+
+    def _kill(self) -> None:
+        self._process.kill()
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()

@@ -28,6 +28,7 @@ from corefw.section import (
     StateLoader,
     StateSaver,
 )
+from corefw.testing import kit
 from corefw.testing.section import CHECKS, SectionCase, check_section
 from corefw.wire.stream import StreamReader, StreamWriter
 
@@ -405,7 +406,8 @@ def test_broken_state_section_is_caught(kind: type[Section], check: str, says: s
         check_section(state_case(kind), only=[check])
 
 
-def test_descriptor_left_behind_is_caught() -> None:
+def test_descriptor_left_behind_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kit, "LETTING_GO", 0.3)
     try:
         with pytest.raises(AssertionError, match=r"left behind: descriptor .*/dev/null"):
             check_section(state_case(LeavesDescriptorsBehind), only=["round-trip"])

@@ -63,7 +63,7 @@ def raw(kind: int) -> Iterator[zmq.Socket[bytes]]:
     """A bare ZeroMQ socket."""
     context = zmq.Context()
     bare = context.socket(kind)
-    bare.rcvtimeo = 20_000
+    bare.rcvtimeo = 60_000
     try:
         yield bare
     finally:
