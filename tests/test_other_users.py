@@ -73,7 +73,7 @@ def _read(channel: Channel) -> bytes:
 def dial(uri: str, uid: int) -> str:
     """Dial as another user; return the error."""
     done = subprocess.run(
-        [sys.executable, "-c", DIAL, uri, str(uid)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", DIAL, uri, str(uid)], capture_output=True, text=True, check=True, timeout=120
     )
     return done.stdout
 

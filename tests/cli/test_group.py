@@ -26,7 +26,7 @@ def test_help_lists_every_command_and_loads_none_of_them() -> None:
         "assert main() == 0\n"
         "print(*sorted(sys.modules), file=sys.stderr)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     loaded = set(done.stderr.split())
     own = ("", ".cli", ".cli.group", ".cli.console", ".errors")
     allowed = {f"corefw{name}" for name in own}

@@ -43,7 +43,7 @@ def test_it_holds_when_nobody_watches_and_only_for_this_migration(pair: tuple[En
 def test_a_guest_that_writes_too_much_is_said_to_and_may_be_stopped(engines: Engines) -> None:
     here, there = busy_pair(engines)
     command = (there.uri, LINK, "--param=downtime-limit=1ms", "--json")
-    process = begin(here, *command, "--timeout=60s")
+    process = begin(here, *command, "--timeout=10m")
     own = wait_until(
         lambda: (own := here.ask("query-migrate")["x-migfw"]).get("converges") is False and own, "the verdict"
     )

@@ -188,8 +188,8 @@ def test_a_source_in_pre_switchover_may_take_its_time(pair: Pair) -> None:
 def test_a_slow_link_is_no_dribble(pair: Pair) -> None:
     source, destination = pair.source(CountingMachine(pages=32)), pair.destination(CountingMachine(32, incoming=True))
     counting(source).block.pages[:, 8:] = 1
-    destination.set_parameters({"x-migfw-incoming-timeout": 1500})
-    source.set_parameters({"max-bandwidth": 60_000, "downtime-limit": 5000})
+    destination.set_parameters({"x-migfw-incoming-timeout": 3000})
+    source.set_parameters({"max-bandwidth": 32_000, "downtime-limit": 9000})
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert (ended(source), arrived(destination)) == ("completed", "completed")
     runs_on(destination)

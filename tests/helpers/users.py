@@ -30,7 +30,7 @@ def run_as_an_ordinary_user(code: str, *arguments: str) -> str:
         [*as_an_ordinary_user(), sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         cwd="/",
         env={**os.environ, "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"},
     )

@@ -190,7 +190,7 @@ def test_a_far_side_that_is_not_there(guest: Guest, folder: Path) -> None:
             [*MIGFW, "migrate", "--qmp", f"unix:{folder}/qmp", "zmq:ipc:///nonexistent/socket"],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         assert done.returncode == 1, done.stdout + done.stderr

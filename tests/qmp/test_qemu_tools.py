@@ -65,7 +65,7 @@ def shell(server: QmpServer, folder: Path, *lines: str, options: Sequence[str] =
         env={**os.environ, "HOME": str(folder)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     (folder / ".qmp-shell_history").unlink(missing_ok=True)

@@ -141,7 +141,7 @@ def test_life_draws_on_a_terminal() -> None:
 
 
 def test_life_prints_lines_elsewhere() -> None:
-    done = subprocess.run([sys.executable, "-c", WATCH], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", WATCH], capture_output=True, text=True, timeout=120, check=True)
     assert "generation 0: " in done.stdout
     assert "\x1b" not in done.stdout
 
