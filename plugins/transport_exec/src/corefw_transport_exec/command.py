@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import select
 import signal
 import subprocess
+import sys
+import termios
 import threading
 from typing import Final
 
@@ -156,10 +159,21 @@ class Command:
         fd = self._process.stderr.fileno()
         with contextlib.suppress(ChannelError):
             while self._stop.wait_for(fd, select.POLLIN) and (said := os.read(fd, 65536)):
-                self._errors = (self._errors + said)[-ERRORS_KEPT:]
+                self._keep(said)
+
+    def _keep(self, said: bytes) -> None:
+        self._errors = (self._errors + said)[-ERRORS_KEPT:]
 
     def _hear_out(self) -> None:
-        """Let the reader finish: all output from before the exit is already in the pipe."""
-        self._listening.join(0.2)
+        """Keep all output from before the exit, which is in the pipe by now, and read no more. Idempotent."""
         self._stop.set()
         self._listening.join()
+        assert self._process.stderr
+        fd = self._process.stderr.fileno()
+        left = int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+        os.set_blocking(fd, False)
+        with contextlib.suppress(BlockingIOError):  # another thread has read it
+            while left > 0:
+                said = os.read(fd, left)
+                self._keep(said)
+                left -= len(said)
