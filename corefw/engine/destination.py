@@ -20,6 +20,7 @@ from corefw.engine.preempt import CAPABILITY as PREEMPT
 from corefw.engine.preempt import RequestedReceiver
 from corefw.engine.progress import LoadProgress
 from corefw.engine.readmission import Readmission, Relisten
+from corefw.engine.standby import ArrivalThreads
 from corefw.engine.statistics import section_figures
 from corefw.engine.strays import StrayChannels
 from corefw.engine.switchover import SwitchoverAck
@@ -54,6 +55,7 @@ class Destination(IncomingContext):
     resuming              a source has connected again, and has not sent POSTCOPY_RESUME yet
     guest                 the guest that runs while its RAM is still arriving; None before, and in precopy
     watched               where that guest's page faults are read, from the first RAM_DISCARD on
+    threads               what that guest will need, from POSTCOPY_ADVISE on
     blocktime             how long that guest waits for pages; None without the capability postcopy-blocktime
     """
 
@@ -94,12 +96,15 @@ class Destination(IncomingContext):
         self._broken_on_purpose = False
         self.guest: GuestArrival | None = None
         self.watched: FaultSource | None = None
+        self.threads: ArrivalThreads | None = None
         self.blocktime: Blocktime | None = None
         self._deciding = threading.Lock()  # guards the two that decide between a cancel and RUN
         self._taken_over = False
         self._connection: Connection | None = None
         self._relisten = relisten
         self._strays: StrayChannels | None = None
+        self._returning = threading.Lock()  # guards the next, and a change of who accepts connections
+        self._expects_return = False
         self._set_up: list[SectionLoader] = []
         self._to_clean_up: list[SectionLoader] = []
 
@@ -140,21 +145,28 @@ class Destination(IncomingContext):
 
     def stop_listening(self) -> None:
         """Idempotent; does not raise."""
-        if self._strays is not None:
-            self._strays.close()
+        with self._returning:
+            self._expects_return = True  # no more
+            if self._strays is not None:
+                self._strays.close()
         self.readmission.close()
         self.listener.close()
 
-    def expect_return(self, *, paused: bool) -> None:
-        """In postcopy: wait for the source to come back, over another connection."""
-        if self._strays is not None:
-            self._strays.stop()
-            self._strays = None
-            if self._relisten is not None:
-                self.readmission.inherit(self.listener, self._relisten)
-            else:
-                self.listener.close()
-        self.readmission.begin(self.secret, paused=paused)
+    def expect_return(self, *, paused: bool = False) -> None:
+        """In postcopy: wait for the source to come back, over another connection. Called once the guest has started, by
+        the thread that starts it, and by the incoming thread when the migration is `paused`, which may be earlier."""
+        with self._returning:
+            if self._expects_return and not paused:
+                return
+            self._expects_return = True
+            if self._strays is not None:
+                self._strays.stop()
+                self._strays = None
+                if self._relisten is not None:
+                    self.readmission.inherit(self.listener, self._relisten)
+                else:
+                    self.listener.close()
+            self.readmission.begin(self.secret, paused=paused)
 
     def readmit(self) -> Connection:
         """In a postcopy that is paused: wait until the source has come back. Raises Interrupted, and ChannelError for a
@@ -201,8 +213,8 @@ class Destination(IncomingContext):
         if self._broken_on_purpose:
             return ChannelError("its connection was closed by migrate-pause")
         try:
-            if self._strays is not None:
-                self._strays.check()
+            if (strays := self._strays) is not None:
+                strays.check()
             if self._connection is not None and self._connection.requested is not None:
                 self._connection.requested.check()
         except MigfwError as first:
@@ -287,6 +299,8 @@ class Destination(IncomingContext):
             self.guest.close()
         elif self.watched is not None:
             self.watched.release()
+        if self.threads is not None:
+            self.threads.dismiss()
         while self._to_clean_up:
             loader = self._to_clean_up.pop(0)
             try:

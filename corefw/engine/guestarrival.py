@@ -1,7 +1,7 @@
 """The guest of a postcopy on the destination: it runs while its RAM is still arriving.
 
-The guest is started in a thread of its own, for it may wait for pages before it runs, and the incoming thread has to
-bring them.
+The guest is started in a thread of its own, because it may wait for pages before it runs, and the incoming thread has
+to bring them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from corefw.engine.pagefaults import PageFaults
+from corefw.engine.standby import StandbyThread
 from corefw.errors import ANYTHING, ChannelError, MigfwError
 from corefw.machine import Machine, PostcopyMachine
 from corefw.section import SectionKey
@@ -40,12 +42,18 @@ class GuestArrival:
     """
 
     def __init__(
-        self, faults: PageFaults, sections: Mapping[SectionKey, SectionHeader], *, is_whole: bool = False
+        self,
+        faults: PageFaults,
+        sections: Mapping[SectionKey, SectionHeader],
+        thread: StandbyThread,
+        *,
+        is_whole: bool = False,
     ) -> None:
+        """`thread` starts the guest."""
         self.faults = faults
         self.sections = sections
         self.is_whole = is_whole
-        self._thread: threading.Thread | None = None
+        self._thread = thread
         self._error: MigfwError | None = None
         self._lock = threading.Lock()  # guards the two below
         self._started = False
@@ -54,9 +62,8 @@ class GuestArrival:
     def start(self, start: Callable[[], None], on_failure: Callable[[], None]) -> None:
         """Call `start` in a thread, which raises if the guest does not run; then `on_failure`. Only once: nothing
         happens when a connection broke and this phase is entered again."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, args=(start, on_failure), name="guest start", daemon=True)
-            self._thread.start()
+        if not self._thread.began:
+            self._thread.begin(partial(self._run, start, on_failure))
 
     def _run(self, start: Callable[[], None], on_failure: Callable[[], None]) -> None:
         try:
@@ -72,22 +79,22 @@ class GuestArrival:
         with self._lock:
             self._started = True
             waiting, self._waiting = self._waiting, []
-        for answer in waiting:
-            _try(answer)
+        for call in waiting:
+            _try(call)
 
-    def when_started(self, answer: Callable[[], None]) -> None:
-        """Call this, which sends an answer to the source, at once if the guest has started or is not about to, else
-        when it has. Raises ChannelError only if it is called at once."""
+    def when_started(self, call: Callable[[], None]) -> None:
+        """Call this at once if the guest has started or is not about to, else when it has, in the thread that starts
+        it. What it raises is raised only if it is called at once."""
         with self._lock:
-            if self._thread is not None and not self._started:
-                self._waiting.append(answer)
+            if self._thread.began and not self._started:
+                self._waiting.append(call)
                 return
-        answer()
+        call()
 
     @property
     def may_run(self) -> bool:
         """Whether the guest may have run here: then the source never hears that it did not."""
-        return self._thread is not None and self._error is None
+        return self._thread.began and self._error is None
 
     def check(self) -> None:
         """Raise why the guest could not be started, if that is so."""
@@ -97,7 +104,7 @@ class GuestArrival:
     def complete(self) -> None:
         """Everything has arrived. Raises why the guest could not be started."""
         self.faults.release()
-        if self._thread is not None:
+        if self._thread.began:
             self._thread.join()
         self.check()
 
@@ -109,8 +116,10 @@ class GuestArrival:
             self.faults.release()
 
 
-def _try(answer: Callable[[], None]) -> None:
+def _try(call: Callable[[], None]) -> None:
     try:
-        answer()
+        call()
     except ChannelError as error:
         log.debug("the source was not answered: %s", error)
+    except ANYTHING:
+        log.exception("something that waited for the guest's start failed")

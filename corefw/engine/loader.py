@@ -28,7 +28,7 @@ from corefw.wire.records import (
     configuration_page_size,
     read_package,
 )
-from corefw.wire.stream import MemorySource, StreamReader
+from corefw.wire.stream import BUFFER_SIZE, MemorySource, StreamReader
 
 DESCRIPTION_WAIT: Final = 1.0
 """Seconds to wait for a description from a source that does not end its stream: it comes right behind EOF, or never."""
@@ -137,7 +137,7 @@ def _run(destination: Destination, frames: FrameReader, record: CommandRecord) -
 def _load_package(destination: Destination, frames: FrameReader, record: CommandRecord) -> MigrationStatus | None:
     """The device state of a postcopy. All of it is here before any is loaded."""
     data = read_package(frames.reader, record)
-    package = frames.inside(StreamReader(MemorySource(data)))
+    package = frames.inside(StreamReader(MemorySource(data), size=max(1, min(len(data), BUFFER_SIZE))))
     status = load_frames(destination, package)
     if status is not None and package.next_event() is not None:
         raise package.reader.error("the end of the package", "more of it")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import select
-import threading
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from corefw.channel import Interrupt
 from corefw.engine.returnpath import ReturnPathWriter
-from corefw.engine.scheduling import answer_at_once
+from corefw.engine.standby import StandbyThread
 from corefw.errors import ANYTHING, ChannelError, Interrupted, StreamError
 from corefw.machine import FaultSource, RamBlock
 from corefw.memory.runs import distinct
@@ -44,16 +44,17 @@ class PageFaults:
         self._path: ReturnPathWriter | None = None
         self._broken: ReturnPathWriter | None = None
         self._stopping = False
-        self._changed = (
-            Interrupt()
-        )  # set when `_path` or `_stopping` has, or another thread wants to send over the path
-        self._thread = threading.Thread(target=self._run, name="page faults", daemon=True)
+        # Set when `_path` or `_stopping` has changed, or another thread wants to send over the path.
+        self._changed = Interrupt()
+        self._thread: StandbyThread | None = None
 
-    def start(self) -> None:
-        """The loaders listen: serve faults."""
+    def start(self, path: ReturnPathWriter | None, thread: StandbyThread) -> None:
+        """The loaders listen, and the guest does not run yet: serve faults in this thread, and request pages over this
+        return path."""
         loaders = set(self._loaders.values())
         self._server = loaders.pop().fault_server() if len(loaders) == 1 else None
-        self._thread.start()
+        self._path, self._thread = path, thread
+        thread.begin(partial(self._run, path))
 
     def request_over(self, path: ReturnPathWriter | None) -> None:
         """Request pages over this return path from now on, first those that the guest waits for already; None: the
@@ -84,15 +85,13 @@ class PageFaults:
     def _stop(self) -> None:
         self._stopping = True
         self._changed.set()
-        if self._thread.ident is not None:
+        if self._thread is not None:
             self._thread.join()
         self._loaders = {}
 
     # -- the thread ------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        answer_at_once()
-        path: ReturnPathWriter | None = None
+    def _run(self, path: ReturnPathWriter | None) -> None:
         waiting: dict[str, NDArray[np.int64]] = {}
         while True:
             self._changed.clear()  # before looking at what has changed

@@ -38,7 +38,7 @@ def receive_rest(destination: Destination) -> MigrationStatus:
     if guest.is_whole:
         destination.stop_listening()
     else:
-        destination.expect_return(paused=False)
+        guest.when_started(destination.expect_return)
     destination.connection.source.expect_signs()
     destination.resuming = False
     try:

@@ -21,6 +21,8 @@ from corefw.engine.guestarrival import GuestArrival, obstacle_to_postcopy
 from corefw.engine.identity import new_secret
 from corefw.engine.pagefaults import PageFaults
 from corefw.engine.returnpath import ReturnPathWriter
+from corefw.engine.scheduling import answer_at_once
+from corefw.engine.standby import ArrivalThreads, StandbyThread
 from corefw.errors import MachineError, StreamError
 from corefw.machine import FaultSource, Machine, PostcopyMachine
 from corefw.memory.faults import NoFaults
@@ -46,6 +48,7 @@ def advise(destination: Destination, frames: FrameReader, record: CommandRecord)
         destination.advised_pages = True
         destination.stream_capabilities |= {"postcopy-ram"}
     destination.advised = True
+    destination.threads = destination.threads or ArrivalThreads()
     _give_secret(destination)
 
 
@@ -88,20 +91,19 @@ def listen(destination: Destination, frames: FrameReader, _: CommandRecord) -> N
     _check_expected(destination, destination.advised_pages if on_demand else destination.advised)
     if not later and (destination.advised_pages or not progress.loaded):
         raise StreamError("expected a live section that has begun and not ended")
-    source: FaultSource = NoFaults()
-    if on_demand:
-        source = _watch_faults(destination)
-        if destination.settings.capability("postcopy-blocktime"):
-            destination.blocktime = Blocktime()
-            source = MeasuredFaults(source, destination.blocktime)
+    threads = destination.threads
+    assert threads is not None, "created at ADVISE"
+    source = _watch_faults(destination) if on_demand else NoFaults()
+    if on_demand and destination.settings.capability("postcopy-blocktime"):
+        destination.blocktime = Blocktime()
+        source = MeasuredFaults(source, destination.blocktime)
     faults = PageFaults(source, on_demand, machine.ram_blocks())
     sections = {loader.key: progress.opened[loader.key] for loader in later}
-    destination.guest = GuestArrival(faults, sections, is_whole=not on_demand)
+    destination.guest = GuestArrival(faults, sections, threads.start, is_whole=not on_demand)
     for loader in later:
         loader.listen(source)
-    faults.start()
-    _read_requested(destination, later)
-    faults.request_over(destination.connection.return_path)
+    faults.start(destination.connection.return_path, threads.faults)
+    _read_requested(destination, later, threads.requested)
 
 
 def _watch_faults(destination: Destination) -> FaultSource:
@@ -109,6 +111,7 @@ def _watch_faults(destination: Destination) -> FaultSource:
     if destination.watched is None:
         assert isinstance(destination.machine, PostcopyMachine), "checked at ADVISE"
         destination.watched = destination.machine.watch_faults()
+        answer_at_once()  # the guest is about to wait for this thread
     return destination.watched
 
 
@@ -135,12 +138,14 @@ def resume(destination: Destination, _: FrameReader, _record: CommandRecord) -> 
     return MigrationStatus.POSTCOPY_ACTIVE
 
 
-def _read_requested(destination: Destination, loaders: Iterable[SectionLoader]) -> None:
-    """Read the channel of requested pages, if they have one."""
+def _read_requested(
+    destination: Destination, loaders: Iterable[SectionLoader], thread: StandbyThread | None = None
+) -> None:
+    """Read the channel of requested pages, if they have one: in this thread, or in a new one."""
     requested = destination.connection.requested
     reader = next((loader for loader in loaders if isinstance(loader, PreemptLoader)), None)
     if requested is not None and reader is not None:
-        requested.start(reader)
+        requested.start(reader, thread or StandbyThread("requested pages"))
 
 
 def _check_expected(destination: Destination, advised: bool) -> None:

@@ -21,6 +21,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -29,7 +30,7 @@ from corefw.channel import Channel, Transport
 from corefw.engine.examination import MOST
 from corefw.engine.identity import Purpose, prove_source
 from corefw.engine.link import Link
-from corefw.engine.scheduling import answer_at_once
+from corefw.engine.standby import StandbyThread
 from corefw.errors import ANYTHING, ChannelClosed, ChannelError, MigfwError, SettingsError
 from corefw.postcopy import PostcopySaver, PreemptLoader, PreemptSaver
 from corefw.settings import Settings
@@ -145,7 +146,7 @@ class RequestedReceiver:
         self._loader: PreemptLoader | None = None
         self._closed = False
         self._error: MigfwError | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: StandbyThread | None = None
 
     def take(self, channel: Channel) -> None:
         """This channel is the source's; it is closed if that had come before."""
@@ -195,12 +196,12 @@ class RequestedReceiver:
         if broke:
             self._fail(ChannelError(f"{channel.peer}: the channel of requested pages was closed"))
 
-    def start(self, loader: PreemptLoader) -> None:
-        """From now on pages may be requested."""
+    def start(self, loader: PreemptLoader, thread: StandbyThread) -> None:
+        """From now on pages may be requested; `thread` reads them."""
         with self._changed:
             self._loader = loader
-        self._thread = threading.Thread(target=self._run, args=(loader,), name="requested pages", daemon=True)
-        self._thread.start()
+        self._thread = thread
+        thread.begin(partial(self._run, loader))
 
     def check(self) -> None:
         """Raise what was wrong with the channel, if anything was."""
@@ -213,7 +214,7 @@ class RequestedReceiver:
         loader, since = self._loader, time.monotonic()
         assert loader is not None, "called before start()"
         missing = _missing(loader)
-        while missing and self._thread is not None and self._thread.is_alive():
+        while missing and self._thread is not None and self._thread.is_alive:
             self._thread.join(TICK)
             before, missing = missing, _missing(loader)
             if missing != before:
@@ -241,7 +242,6 @@ class RequestedReceiver:
             self._channel.close()
 
     def _run(self, loader: PreemptLoader) -> None:
-        answer_at_once()
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._channel is not None)
             reader = self._reader

@@ -43,13 +43,17 @@ def answer_at_once() -> None:
     (Linux 6.12) also has it preempt those that have not used up theirs.
     """
     with contextlib.suppress(OSError):
-        if os.sched_getscheduler(0) not in (os.SCHED_OTHER, os.SCHED_BATCH):
-            return
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-        if _SCHED_SETATTR is not None:
-            nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-            attributes = _SchedAttr.pack(_SchedAttr.size, os.SCHED_OTHER, 0, nice, 0, SLICE, 0, 0)
-            _libc.syscall(ctypes.c_long(_SCHED_SETATTR), 0, attributes, 0)
+        if os.sched_getscheduler(0) in (os.SCHED_OTHER, os.SCHED_BATCH):
+            _set_policy(os.SCHED_OTHER, SLICE)
+
+
+def _set_policy(policy: int, time_slice: int = 0) -> None:
+    """Of the calling thread; `time_slice` in nanoseconds, 0 for the kernel's own. Raises OSError."""
+    os.sched_setscheduler(0, policy, os.sched_param(0))
+    if _SCHED_SETATTR is not None:
+        nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        attributes = _SchedAttr.pack(_SchedAttr.size, policy, 0, nice, 0, time_slice, 0, 0)
+        _libc.syscall(ctypes.c_long(_SCHED_SETATTR), 0, attributes, 0)
 
 
 @contextlib.contextmanager
@@ -63,14 +67,14 @@ def yielding_to_guests() -> Iterator[None]:
     changed = False
     with contextlib.suppress(OSError):
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            _set_policy(os.SCHED_BATCH)
             changed = True
     try:
         yield
     finally:
         if changed:
             with contextlib.suppress(OSError):
-                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+                _set_policy(os.SCHED_OTHER)
 
 
 def run_behind_requests(work: Callable[[], T]) -> T:

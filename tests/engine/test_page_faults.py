@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from corefw.engine import pagefaults
 from corefw.engine.pagefaults import PageFaults
+from corefw.engine.standby import StandbyThread
 from corefw.errors import MachineError
 from corefw.machine import FaultSource, RamBlock
 from corefw.testing.tasks import wait_until
@@ -70,7 +71,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
     with StillMachine(block("ram", PAGES)) as machine, receiving(machine, MemorySource(b"")) as receiver:
         receiver.loader.listen(source)
         served = PageFaults(source, [receiver.loader], machine.blocks)
-        served.start()
+        served.start(None, StandbyThread("page faults"))
         yield source
         served.close()
 

@@ -14,6 +14,7 @@ from corefw_ram.kernel import find_kernel
 from corefw.engine.blocktime import Blocktime, MeasuredFaults
 from corefw.engine.pagefaults import PageFaults
 from corefw.engine.returnpath import ReturnPathWriter
+from corefw.engine.standby import StandbyThread
 from corefw.machine import FaultSource, GuestMapping, RamBlock
 from corefw.net.sockets import SocketChannel
 from corefw.testing.tasks import wait_until
@@ -74,7 +75,7 @@ class Arrival:
         self.receiver.loader.discard("ram", (HERE + 1) * PAGE, (PAGES - HERE - 1) * PAGE)
         self.receiver.loader.listen(source)
         self.served = PageFaults(source, [self.receiver.loader], [self.guest.block])
-        self.served.start()
+        self.served.start(None, StandbyThread("page faults"))
 
     def bring(self, *pages: int, zero: bool = False) -> None:
         """Pages come over the channel of requested pages, each filled with its number, or with zeros."""

@@ -151,6 +151,8 @@ class Guest:
 
     def _after_start(self) -> None:
         self._started = True
+        if type(self._program).after_start is Program.after_start:
+            return
         with self._watch.after_start():
             self._program.after_start()
 

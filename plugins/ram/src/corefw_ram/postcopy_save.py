@@ -126,6 +126,7 @@ class PostcopyPageSaver(PageSaver):
             self._forget(writer, state, dirty)
             self._clean.append(bridge(runs_of_mask(~state.dirty), NEAR))
         self._count_remaining()
+        self._restart()
 
     def begin_postcopy(self, writer: StreamWriter) -> None:
         """The guest is stopped, so every millisecond counts: have the destination forget what was written since
@@ -146,7 +147,6 @@ class PostcopyPageSaver(PageSaver):
             index, page = self._at
             self._at = (index, page - page % _host_pages(self._states[index].block))
         self._in_postcopy = True
-        self._restart()
 
     def _forget(self, writer: StreamWriter, state: BlockState, runs: Runs) -> None:
         """These pages, whole ones of the host (QEMU 10.0, postcopy_chunk_hostpages), are to be sent."""

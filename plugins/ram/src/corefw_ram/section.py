@@ -32,6 +32,7 @@ class RamSectionSaver(RamSaver, PreemptSaver, ReleasingSaver):
         self._pages: PostcopyPageSaver | None = None
         self._follows_later = False
         self._statistics = RamStatistics()
+        find_kernel()  # as in the loader
 
     def covers(self) -> Coverage:
         return Coverage(
