@@ -424,7 +424,7 @@ def test_a_live_socket_and_a_file_are_not(folder: Path) -> None:
     with listen_unix(*unix(folder / "s")) as listener:
         with pytest.raises(ChannelError, match=f"unix:{folder}/s: the address is in use"):
             listen_unix(*unix(folder / "s"))
-        with pytest.raises(BlockingIOError):  # nobody came: a destination takes the first one for its source
+        with pytest.raises(BlockingIOError):  # no connection: a destination would take the first one for its source
             listener.sockets[0].accept()
     (folder / "file").write_text("precious")
     with pytest.raises(ChannelError, match="it exists and is not a stale socket of yours"):

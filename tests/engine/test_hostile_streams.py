@@ -267,7 +267,7 @@ def test_hostile_ram_records(plugins: Plugins, stream: bytes, record: bytes, tol
     assert isinstance(error, RemoteStreamError) and told in str(error), error
 
 
-# -- a parked machine keeps what nobody knows, and is as careful -------------------------------------------------------
+# -- a parked machine keeps unknown sections, and is as careful --------------------------------------------------------
 
 
 def parked(plugins: Plugins) -> Machine:

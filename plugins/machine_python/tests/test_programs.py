@@ -125,7 +125,7 @@ def test_life_draws_on_a_terminal() -> None:
     os.close(theirs)
     shown = bytearray()
     try:
-        with contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
+        with contextlib.suppress(OSError):  # EIO: no process has the terminal open any more
             while piece := os.read(ours, 1 << 16):
                 shown += piece
         assert program.wait(30) == 0
