@@ -190,7 +190,8 @@ class ReceivesFromSocket(ABC):
 
     @abstractmethod
     def receive_from_socket(self, receive: Callable[[int], int]) -> int:
-        """Call `receive(descriptor)`, and return how many bytes it received; 0 at the end of the stream.
+        """Call `receive(descriptor)`, and return how many bytes it received; 0 at the end of the stream, without the
+        call if that was known.
 
         `receive` does not wait for long and raises OSError as recvmsg(2) does: it is called again after BlockingIOError
         (no byte came), and other errors are translated. It must not use the descriptor once it has returned. Waits for

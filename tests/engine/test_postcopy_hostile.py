@@ -6,7 +6,9 @@ import contextlib
 import re
 import socket
 import struct
+import tracemalloc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -33,9 +35,9 @@ from corefw.wire.returnpath import (
     recv_bitmap_body,
 )
 from corefw.wire.stream import MemorySink, StreamWriter
-from tests.helpers.cutting import CutProxy, host_and_port
-from tests.helpers.engines import READY, Pair, Peer, arrived, ended
-from tests.helpers.moving import LISTEN, Move
+from tests.helpers.cutting import CutProxy, Watch, host_and_port
+from tests.helpers.engines import READY, Pair, Peer, arrived, ended, query_migrate
+from tests.helpers.moving import LEISURELY, LISTEN, Move
 
 RESUME = bytes((SectionType.COMMAND, 0, Command.POSTCOPY_RESUME))
 RECV_BITMAP = bytes((SectionType.COMMAND, 0, Command.RECV_BITMAP))
@@ -272,11 +274,56 @@ def test_a_stranger_that_confirms_the_guest_does_not_end_the_migration(move: Mov
     move.reaches(move.source, "postcopy-paused")
 
 
-def test_a_flood_of_requests_is_served_once(move: Move) -> None:
+FLOOD = 20_000
+"""Requests."""
+KEPT = 2 << 20
+"""Bytes: less than it would take to remember each of them."""
+REQUEST = page_request_message(PageRequest(0, 4096, "ram"))[:4]
+"""What the first request of a page begins with."""
+
+
+def flood(pages: int) -> bytes:
+    """Requests of these pages, again and again, from FAR on."""
+    one_by_one = [PageRequest(FAR + number % pages * 4096, 4096, "ram") for number in range(FLOOD)]
+    return b"".join(map(page_request_message, one_by_one))
+
+
+def test_a_flood_of_requests_is_remembered_and_served_once(move: Move) -> None:
+    """It comes while the source can send nothing more, for nothing is read."""
     with Peer() as peer:
         sent = takes_guest(peer, move)
-        peer.send(1000 * page_request_message(PageRequest(FAR, 4 << 20, "ram")))
-        sent += peer.read_all(lambda data: len(data) >= 5 << 20)
+        data = page_request_message(PageRequest(0, 12 << 20, "ram")) + flood(1024)
+        descriptors = count_descriptors()
+        tracemalloc.start()
+        try:
+            peer.send(data)
+            assert wait_until(lambda: query_migrate(move.source)["ram"]["postcopy-requests"] > FLOOD)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < KEPT
+        assert wait_until(lambda: count_descriptors() <= descriptors)
+        sent += peer.read_all(lambda data: len(data) >= 16 << 20)
         headers = [BE64.pack(FAR | flags) for flags in (RamFlag.PAGE, RamFlag.PAGE | RamFlag.CONTINUE)]
         assert sum(map(sent.count, headers)) == 1
         assert move.source.outgoing.status == "postcopy-active"
+
+
+def count_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("preempt", [False, True])
+def test_a_flood_of_requests_does_no_harm(pair: Pair, preempt: bool) -> None:
+    """It comes in the middle of a move, from what claims to be the destination."""
+    move = Move(pair, *LEISURELY)
+    for engine in (move.source, move.destination):
+        engine.set_capabilities({"postcopy-preempt": preempt})
+    with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
+        proxy.stop_at(Watch(False, re.compile(re.escape(REQUEST)), 0, lambda: proxy.answer(flood(2048))))
+        move.limit()
+        move.source.migrate(proxy.uri)
+        move.source.start_postcopy()
+        assert wait_until(lambda: query_migrate(move.source).get("ram", {}).get("postcopy-requests", 0) > FLOOD)
+        move.hurry()
+        move.completes()

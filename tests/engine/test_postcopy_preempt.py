@@ -19,6 +19,7 @@ from tests.helpers.cutting import BREAKS, Cut, CutProxy, host_and_port
 from tests.helpers.engines import PATIENCE, Pair, ended, query_migrate
 from tests.helpers.moving import LEISURELY, LISTEN, Move
 from tests.helpers.ram import EOS
+from tests.helpers.sshd import missing_programs, running_sshd
 
 RECORD = 8 + 4 + 4096 + 64
 """Bytes of a page's record that names its block, and of the section around it, at most."""
@@ -97,6 +98,26 @@ def test_a_connection_that_is_broken_on_purpose(pair: Pair, side: str) -> None:
         assert wait_until(partial(asks_again, move, before)), "no page was asked for"
     move.hurry()
     move.completes()
+
+
+@pytest.mark.sshd
+@pytest.mark.skipif(bool(missing_programs()), reason=f"needs OpenSSH: {', '.join(missing_programs())}")
+def test_over_ssh(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every channel is a login of its own. When all of them break, both are made anew."""
+    move = preempting(Move(pair, *LEISURELY))
+    with running_sshd(tmp_path / "sshd") as sshd:
+        monkeypatch.setenv("HOME", str(sshd.make_home(tmp_path / "home")))
+        monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+        move.source.set_parameters({"x-migfw-reconnect": -1})
+        move.limit()
+        move.source.migrate(f"ssh://{sshd.address}/{move.destination.migrate_incoming(LISTEN)}")
+        move.source.start_postcopy()
+        assert wait_until(partial(asks_again, move, 0)), "no page was asked for"
+        before = requests(move)
+        sshd.kill_sessions()
+        assert wait_until(partial(asks_again, move, before)), "no page was asked for"
+        move.hurry()
+        move.completes()
 
 
 @pytest.mark.parametrize("how", BREAKS)

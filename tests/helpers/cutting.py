@@ -134,6 +134,11 @@ class CutProxy:
         """Send bytes to the destination over the newest connection, as if they were the source's."""
         _send_all(self._newest().destination, data)
 
+    def answer(self, data: bytes) -> None:
+        """Send bytes to the source over the oldest connection, as if they were the destination's. For a Watch that has
+        stopped that direction, so that they do not come in the middle of a message."""
+        _send_all(self._made[0].source, data)
+
     def cut(self, how: Cut) -> None:
         """Break the newest connection."""
         self._newest().cut(how)

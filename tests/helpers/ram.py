@@ -268,6 +268,7 @@ class SocketPortions(ReceivesMemory, ReceivesFromSocket):
         self._room = memoryview(bytearray(max(sizes)))
         self._waiting = self._room[:0]
         self._unread = 0
+        self._ended = False
         self._out, self._into = socket.socketpair()
         self._into.setblocking(False)
 
@@ -278,10 +279,13 @@ class SocketPortions(ReceivesMemory, ReceivesFromSocket):
         return self.receive_from_socket(lambda descriptor: iovec.receive_some(descriptor, pieces))
 
     def receive_from_socket(self, receive: Callable[[int], int]) -> int:
+        if self._ended:
+            return 0
         if not self._unread:
             self._send()
         count = receive(self._into.fileno())
         self._unread -= count
+        self._ended = not count
         return count
 
     def _send(self) -> None:

@@ -102,7 +102,9 @@ class ArrivingReceiver(InPlaceReceiver):
         except ANYTHING:  # also after `receive` has returned, if the channel was aborted
             self._arriving.give_up(begun, None if stored is None else stored.begun)
             raise
-        assert stored is not None
+        if stored is None:  # the stream had ended before
+            self._arriving.give_up(begun)
+            return False
         reader.unread(stored.left)
         self._next = stored.next
         self._in_body += stored.whole
