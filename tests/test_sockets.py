@@ -188,12 +188,18 @@ def test_a_reset_that_nobody_was_told_of_yet_is_no_end_either() -> None:
 
 def test_both_threads_learn_that_the_peer_did_not_answer() -> None:
     """The kernel tells only one of them that the limit on silence ended the connection."""
+
+    def send_for_ever(out: SocketChannel) -> None:
+        """To a peer that reads nothing."""
+        while True:
+            out.send(bytes(1 << 20))
+
     pairs = [pair() for _ in range(12)]
     tasks: list[Task[object]] = []
     for out, _ in pairs:
         out.limit_silence(1)
         tasks.append(Task("receiving", out.receive_into, memoryview(bytearray(1))))
-        tasks.append(Task("sending", out.send, bytes(64 << 20)))  # more than a peer takes that reads nothing
+        tasks.append(Task("sending", send_for_ever, out))
     for task in tasks:
         with pytest.raises(ChannelError, match="no answer from the peer"):
             task.result()

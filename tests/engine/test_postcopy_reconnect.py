@@ -85,7 +85,9 @@ def test_a_source_without_descriptors_stays_paused(move: Move) -> None:
     move.pause()
     with no_more_descriptors():
         move.source.migrate(where, resume=True)
-        assert wait_until(lambda: "Too many open files" in (move.source.report().error or "")), move.source.report()
+        assert wait_until(lambda: "too many open files" in (move.source.report().error or "").lower()), (
+            move.source.report()
+        )
     move.reaches(move.source, "postcopy-paused")
     move.destination.recover(where)
     move.source.migrate(where, resume=True)
