@@ -1,4 +1,4 @@
-"""An engine that is alive but stands still, in each phase of a migration: the other one notices, and loses nothing."""
+"""An engine that hangs, in each phase of a migration: the other one notices, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.cli.conftest import SMALL, Engine, Engines
 
 BUSY = ("stress", "--opt=ram=16M", "--opt=working-set=8M", "--opt=dirty-rate=400M")
 LIVENESS = 4
-"""Seconds, for which a busy machine may not run a process that has something to say."""
+"""Seconds: longer than a busy machine keeps a ready process from running."""
 
 
 @contextlib.contextmanager
 def stopped(engine: Engine) -> Iterator[None]:
-    """Let the process stand still. Its guest, a process of its own, goes on."""
+    """Stop the process with SIGSTOP. Its guest, another process, keeps running."""
     os.kill(engine.process.pid, signal.SIGSTOP)
     try:
         yield

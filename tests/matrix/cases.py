@@ -12,7 +12,7 @@ from tests.matrix.points import BYTES, MESSAGES, PAUSED, REQUESTED, STATUSES, Po
 
 
 class Blow(StrEnum):
-    """What happens to a process."""
+    """A fault of a process."""
 
     KILL_SOURCE = "kill -9 of the source"
     KILL_DESTINATION = "kill -9 of the destination"
@@ -23,7 +23,7 @@ class Blow(StrEnum):
 Fault = Cut | Blow
 FAULTS: Final[tuple[Fault, ...]] = (*Cut, *Blow)
 SILENT: Final = frozenset({Cut.LOSE_FORWARD, Cut.LOSE_BACKWARD, Blow.STOP_SOURCE, Blow.STOP_DESTINATION})
-"""Only a limit on silence ends them."""
+"""Faults that only a limit on silence reveals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One run."""
+    """One run of the matrix."""
 
     way: Way
     point: Point
@@ -98,4 +98,4 @@ _ALWAYS: Final = frozenset(
 )
 
 SUBSET: Final = tuple(case for case in CASES if (case.way.name, case.point.name, case.fault) in _ALWAYS)
-"""Those that `make test` runs."""
+"""The cases that `make test` runs."""

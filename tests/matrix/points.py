@@ -1,6 +1,6 @@
 """The points of a migration at which a fault can be placed: its messages, in both directions.
 
-A message is found by the bytes that begin it. The guest of the matrix has no such bytes in its RAM.
+A message is recognized by its first bytes, which the guest of the matrix does not have in its RAM.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FOOTER: Final = bytes((SectionType.FOOTER,)) + b"...."
 
 
 class Stage(StrEnum):
-    """What is under way when the fault comes."""
+    """The phase of the migration in which the fault happens."""
 
     PRECOPY = "precopy"
     POSTCOPY = "postcopy"
@@ -33,9 +33,9 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Right before a message, or in the middle of it; behind so many bytes; or once the source has a status.
+    """A place for a fault: before or within a message, after some number of bytes, or when the source has a status.
 
-    forward       it goes to the destination
+    forward       the message goes to the destination
     pattern       matches at the message's first byte
     skip          bytes of the message that still pass; without a pattern, bytes of the connection
     status        of the source
@@ -76,7 +76,7 @@ def pong(number: int) -> re.Pattern[bytes]:
 
 
 def _section(kind: SectionType) -> re.Pattern[bytes]:
-    """A section behind another one, whose footer is not part of the match."""
+    """A section that follows another one; that one's footer is not part of the match."""
     return _bytes(b"(?<=" + FOOTER + b")" + re.escape(bytes((kind,))))
 
 
@@ -142,7 +142,7 @@ STATUSES: Final[tuple[Point, ...]] = (
 """For every transport."""
 
 PAUSED: Final = _at_status(Stage.RECOVERY, "postcopy-paused", handed_over=True)
-"""There is no connection that could break."""
+"""While the migration is paused there is no connection to break."""
 
 _PROOF: Final = _bytes(Purpose.REQUESTED.value)
 REQUESTED: Final[tuple[Point, ...]] = (

@@ -1,4 +1,4 @@
-"""Runs a case of the matrix with real `migfw run` processes, and judges how it ended.
+"""Run a case of the matrix with real `migfw run` processes, and check how it ended.
 
 A case follows docs/decisions/switchover.md as a user would: while both engines live, "recover there, resume here";
 `cont` on the source only if the destination cannot run the guest any more.
@@ -27,10 +27,10 @@ from tests.matrix.points import PAUSED, Stage
 from tests.matrix.routes import ROUTES
 
 PATIENCE: Final = 60.0
-"""Seconds for one step, far beyond what it takes."""
+"""Maximum seconds for one step, far more than it takes."""
 
 LIMITS: Final = {"x-migfw-confirm-timeout": 4000, "x-migfw-incoming-timeout": 4000, "x-migfw-liveness": 4}
-"""Where the fault is silence. The first two are milliseconds, the last is seconds."""
+"""Parameters for faults that cause silence. The first two are milliseconds, the last is seconds."""
 
 STOPPED: Final = 5.0
 """Seconds that a process is stopped: more than the limits."""
@@ -81,7 +81,7 @@ class Process:
         return self._process.poll() is None
 
     def status(self) -> str | None:
-        """Of its migration; None if the process has ended."""
+        """The status of its migration; None if the process has ended."""
         try:
             return str(self.ask("query-migrate").get("status", "none")) if self.lives else None
         except MigfwError:
@@ -99,7 +99,7 @@ class Process:
             self._process.wait()
 
     def end(self) -> None:
-        """Have it quit."""
+        """Quit the engine."""
         with contextlib.suppress(MigfwError):
             if self.lives:
                 self.ask("quit")
@@ -146,7 +146,7 @@ class Run:
     # -- the migration ---------------------------------------------------------------------------------------------
 
     def migrate(self) -> None:
-        """Up to the fault."""
+        """Run the migration up to the fault."""
         point = self.case.point
         self._prepare()
         if point.stage is not Stage.RECOVERY and not point.status:
@@ -170,7 +170,7 @@ class Run:
             self.wait(self._fault.done.is_set, "the fault")
 
     def _prepare(self) -> None:
-        """What the case needs to reach its point, and to notice its fault."""
+        """Set the parameters that the case needs to reach its point and to notice its fault."""
         point = self.case.point
         capabilities = ["return-path" if point.stage is Stage.PRECOPY else "postcopy-ram"]
         if point.status == "pre-switchover":
@@ -268,7 +268,7 @@ class Run:
 
 
 def run(case: Case, sshd: Sshd | None = None) -> str:
-    """Run a case, and return where the guest ends. `ssh` needs an sshd. Raises AssertionError with what was wrong, and
+    """Run a case, and return where the guest ends. `ssh` needs an sshd. Raises AssertionError that says what was wrong,
     with the logs of both engines."""
     folder = Path(tempfile.mkdtemp(prefix="migfw-matrix-", dir="/tmp"))
     try:
@@ -313,14 +313,14 @@ def _judge(running: Run, folder: Path) -> str:
 
 
 def _may_go_on(case: Case) -> bool:
-    """Whether the source can reach the handover after all: the process came back, or no answer was due."""
+    """Whether the source can still reach the handover: the process continued, or no answer was due."""
     if case.fault is Cut.LOSE_BACKWARD:
         return case.point.name in AWAITS_NOTHING
     return case.fault in (Blow.STOP_SOURCE, Blow.STOP_DESTINATION)
 
 
 def _processes(folder: Path) -> list[str]:
-    """Those that an engine of this case has started, and the engines."""
+    """The engines of this case, and the processes that they started."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -347,7 +347,7 @@ def _steps(folder: Path, guest: int) -> int:
 
 
 def _check_evidence(running: Run, folder: Path, killed: bool) -> None:
-    """Every step was made once, and the guest changed sides at most once; after a kill it may have gone back."""
+    """Check that every step was made once, and that the guest moved at most once; after a kill it may go back."""
     lines = _lines(folder)
     sides = [pid for index, (pid, _) in enumerate(lines) if index == 0 or lines[index - 1][0] != pid]
     assert len(sides) <= (3 if killed else 2), f"the guest ran on {sides} in turn"
