@@ -28,6 +28,7 @@ class CompiledFaults(FaultServer):
         self._faults = faults
         self._journal = kernel.FaultJournal()
         self._passing_on = threading.Lock()
+        self._kept: list[tuple[NDArray[np.generic], ...]] = []  # memory that compiled code has the address of
         self._names: list[str] = []  # of the blocks, by number
         self._blocks: list[tuple[compiled.KernelBlock, bytes]] = []
         self._userfaultfds: set[int] = set()
@@ -42,7 +43,7 @@ class CompiledFaults(FaultServer):
         marks: NDArray[np.uint8],
         awaited: NDArray[np.bool_],
     ) -> compiled.KernelBlock:
-        """Compiled code for one more block, with its pages and their marks, which stay alive."""
+        """Compiled code for one more block, with its pages and their marks."""
         made = self._kernel.ArrivingBlock(
             ram=ram.ctypes.data,
             pages=len(marks),
@@ -54,6 +55,7 @@ class CompiledFaults(FaultServer):
             number=len(self._blocks),
         )
         request = page_request_message(PageRequest(0, TARGET_PAGE_SIZE, block.idstr))
+        self._kept.append((ram, marks, awaited))
         self._names.append(block.idstr)
         self._blocks.append((made, request))
         self._userfaultfds.add(guest.userfaultfd)
