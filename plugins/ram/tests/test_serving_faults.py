@@ -26,7 +26,7 @@ from tests.helpers.watched import PAGE, PATIENCE, Guest
 
 PAGES: Final = 64
 HERE: Final = 40
-"""The page that arrived before the guest began to run."""
+"""The page that arrived before the guest began to run. The one behind it did so as well, and is zero."""
 
 
 class InPython(MeasuredFaults):
@@ -61,7 +61,7 @@ class Path:
 
 
 class Arrival:
-    """A guest that touches some pages, and the engine that serves it. All pages but HERE are still to come."""
+    """A guest that touches some pages, and the engine that serves it. All pages but two are still to come."""
 
     def __init__(self, compiled: bool, touched: list[int]) -> None:
         self.guest = Guest(PAGES, lambda pages: [int(pages[page, 0]) for page in touched])
@@ -72,7 +72,7 @@ class Arrival:
         self.receiver = self._receiving.__enter__()
         self.guest.block.pages[HERE] = HERE
         self.receiver.loader.discard("ram", 0, HERE * PAGE)
-        self.receiver.loader.discard("ram", (HERE + 1) * PAGE, (PAGES - HERE - 1) * PAGE)
+        self.receiver.loader.discard("ram", (HERE + 2) * PAGE, (PAGES - HERE - 2) * PAGE)
         self.receiver.loader.listen(source)
         self.served = PageFaults(source, [self.receiver.loader], [self.guest.block])
         self.served.start(None, StandbyThread("page faults"))
@@ -113,7 +113,7 @@ def request_of(page: int) -> PageRequest:
 
 
 def test_missing_pages_are_requested_and_measured(compiled: bool, path: Path) -> None:
-    arrival = Arrival(compiled, [7, 8, HERE, 9])
+    arrival = Arrival(compiled, [7, 8, HERE, HERE + 1, 9])
     try:
         arrival.served.request_over(path.writer)
         arrival.guest.run()
@@ -125,7 +125,7 @@ def test_missing_pages_are_requested_and_measured(compiled: bool, path: Path) ->
         arrival.bring(8)
         assert path.next_message() == request_of(9), "what has arrived is not requested"
         arrival.bring(9, zero=True)
-        assert arrival.guest.result() == repr([7, 8, HERE, 0])
+        assert arrival.guest.result() == repr([7, 8, HERE, 0, 0])
         assert wait_until(lambda: arrival.blocktime.report().faults == 3)
         report = arrival.blocktime.report()
         assert (report.waiting, len(report.blocktime_of_threads)) == (0, 1)

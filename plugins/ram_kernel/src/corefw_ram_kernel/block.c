@@ -22,13 +22,14 @@
 enum { NAP = 20000 /* nanoseconds until a mapping that the kernel was too busy for is tried again */ };
 
 /* As in linux/userfaultfd.h, which is not everywhere where there is a C library, or older than UFFDIO_CONTINUE. */
-static const unsigned long UFFDIO_WAKE = 0x8010AA02, UFFDIO_CONTINUE = 0xC020AA07;
+static const unsigned long UFFDIO_WAKE = 0x8010AA02, UFFDIO_ZEROPAGE = 0xC020AA04, UFFDIO_CONTINUE = 0xC020AA07;
 
 struct uffdio_range {
     uint64_t start, length;
 };
 
-struct uffdio_continue {
+/* Of UFFDIO_ZEROPAGE and UFFDIO_CONTINUE. */
+struct uffdio_pages {
     struct uffdio_range range;
     uint64_t mode;
     int64_t mapped; /* bytes, or a negative errno */
@@ -90,17 +91,29 @@ static int64_t wake_page(int userfaultfd, uint64_t address)
     return ioctl(userfaultfd, UFFDIO_WAKE, &range) ? -errno : PAGE;
 }
 
+/* Map zeros for one page, where the file has none; 0 if it has by now. */
+static int64_t map_zeros(int userfaultfd, uint64_t address)
+{
+    struct uffdio_pages page = {.range = {.start = address, .length = PAGE}};
+
+    if (!ioctl(userfaultfd, UFFDIO_ZEROPAGE, &page))
+        return PAGE;
+    return errno == EEXIST || errno == EAGAIN ? 0 : -errno;
+}
+
 /* Map pages, and wake who waits for them; bytes mapped, or a negative errno. While the guest's process changes its
  * mappings (fork, munmap) nothing can be mapped, and the thread that does may need this processor. */
 static int64_t map_pages(int userfaultfd, uint64_t address, uint64_t length)
 {
     const struct timespec nap = {.tv_nsec = NAP};
-    struct uffdio_continue pages = {.range = {.start = address, .length = length}};
+    struct uffdio_pages pages = {.range = {.start = address, .length = length}};
 
     if (!ioctl(userfaultfd, UFFDIO_CONTINUE, &pages))
         return pages.mapped;
     if (errno == EEXIST)
         return wake_page(userfaultfd, address);
+    if (errno == EFAULT)
+        return map_zeros(userfaultfd, address);
     if (errno != EAGAIN)
         return -errno;
     if (pages.mapped > 0)
