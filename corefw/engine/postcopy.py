@@ -32,9 +32,14 @@ log = logging.getLogger(__name__)
 PART: Final = 128 << 10
 """Bytes of a PART where requested pages wait for it: at most, but for those pages themselves. As many may lie in the
 source's socket."""
-PART_BESIDE: Final = 2 << 20
-"""The same where requested pages have a channel of their own: the fewer PARTs, the less the interpreter is in their
-way, on both sides. The section 'ram' sends them in pieces."""
+FIRST_PART_BESIDE: Final = 2 << 20
+LEAST_PART_BESIDE: Final = 512 << 10
+MOST_PART_BESIDE: Final = 16 << 20
+"""The same where requested pages have a channel of their own, for the first PART and those that follow: the fewer PARTs,
+the less the interpreter is in their way, on both sides. The section 'ram' sends them in pieces."""
+QUICK, SLOW = 0.02, 0.1
+"""Seconds. A PART that took less is followed by a longer one, and one that took more by a shorter one, since the engine
+looks at nothing else meanwhile."""
 UNSENT: Final = 512 << 10
 """Bytes that may lie in the source's socket then."""
 
@@ -95,11 +100,19 @@ def _package(source: Source) -> bytes:
     return bytes(sink.data)
 
 
+def _next_part(part: int, seconds: float) -> int:
+    """How long the next PART may be, after one of at most `part` bytes took so long."""
+    if seconds < QUICK:
+        return min(2 * part, MOST_PART_BESIDE)
+    return max(part // 2, LEAST_PART_BESIDE) if seconds > SLOW else part
+
+
 def _send_pages(source: Source) -> None:
     """PARTs until nothing is left, then the end of the stream."""
     writer, sections, through = source.link.writer, source.sections, False
     release = MemoryRelease(source)
-    part = PART if source.requested is None else PART_BESIDE
+    part = PART if source.requested is None else FIRST_PART_BESIDE
+    grows = source.requested is not None and not source.settings.capability("release-ram")
     source.link.channel.limit_unsent(min(part, UNSENT))
     source.meter.hold_at("max-postcopy-bandwidth")
     source.meter.start_window()
@@ -109,6 +122,7 @@ def _send_pages(source: Source) -> None:
             source.requested.check()
         source.link.beat()
         source.meter.pace()
+        began = time.monotonic()
         only_requested = source.meter.is_ahead()
         through = not only_requested
         with source.requests.served(), source.meter.step() as budget:
@@ -119,6 +133,8 @@ def _send_pages(source: Source) -> None:
             release.step()
             writer.flush()
         source.meter.measure()
+        if grows:
+            part = _next_part(part, time.monotonic() - began)
     if source.requested is not None:
         source.requested.end(source.later())
     for saver in source.later():

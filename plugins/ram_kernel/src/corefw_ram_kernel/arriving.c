@@ -25,7 +25,6 @@
 enum {
     SOME = 32,    /* pages in a list at most: a kernel without preemption lets no other thread run while it is copied */
     LISTS = 256,  /* lists until the caller may look at something else */
-    TURN = 2,     /* lists until other threads get a turn: see docs/decisions/compiled-kernel.md */
     FEW = 64,     /* bytes received where no page is expected: a section's end, and the next one's header */
 };
 
@@ -240,8 +239,7 @@ static int receive_lists(int descriptor, int userfaultfd, const struct block *bl
     for (int lists = 0; lists < LISTS && !at->left && !at->failure.error; lists++) {
         int error;
 
-        if (lists % TURN == TURN - 1)
-            sched_yield();
+        sched_yield(); /* see docs/decisions/compiled-kernel.md */
         error = wait_readable(descriptor) ? receive_next(descriptor, userfaultfd, block, at) : EAGAIN;
 
         if (error == -1 || (error == EAGAIN && at->taken))
