@@ -35,8 +35,8 @@ source's socket."""
 FIRST_PART_BESIDE: Final = 2 << 20
 LEAST_PART_BESIDE: Final = 512 << 10
 MOST_PART_BESIDE: Final = 16 << 20
-"""The same where requested pages have a channel of their own, for the first PART and those that follow: the fewer PARTs,
-the less the interpreter is in their way, on both sides. The section 'ram' sends them in pieces."""
+"""The same where requested pages have a channel of their own, for the first PART and for those that follow. The fewer
+PARTs there are, the less the interpreter is in their way, on both sides. The section 'ram' sends them in pieces."""
 QUICK, SLOW = 0.02, 0.1
 """Seconds. A PART that took less is followed by a longer one, and one that took more by a shorter one, since the engine
 looks at nothing else meanwhile."""
