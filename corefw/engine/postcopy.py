@@ -4,7 +4,7 @@ RAM_DISCARD; PACKAGED with LISTEN, FULL sections and RUN; then PART sections, re
 wait for SHUT.
 
 Once RUN may have been sent, no failure ends the migration: it pauses (recovery.py). Only the destination's own word
-that it could not start the guest ends it, and then the guest runs on here. docs/decisions/postcopy.md has the protocol.
+that it could not start the guest ends it, and then the guest runs on here. docs/postcopy-protocol.md has the protocol.
 
 Source: QEMU 10.0, postcopy_start, migration_completion_postcopy (migration/migration.c). Threads: the migration thread.
 """

@@ -5,7 +5,7 @@
     load_recovery     postcopy-recover: answer what the source asks, until RESUME
 
 Whatever goes wrong, the guest goes on here with the pages it has, and the migration pauses. The commands are in
-postcopy_commands.py, the protocol in docs/decisions/postcopy.md.
+postcopy_commands.py, the protocol in docs/postcopy-protocol.md.
 
 Source: QEMU 10.0, postcopy_ram_listen_thread, postcopy_pause_incoming (migration/savevm.c). Threads: the incoming
 thread.
