@@ -239,7 +239,7 @@ static int receive_lists(int descriptor, int userfaultfd, const struct block *bl
     for (int lists = 0; lists < LISTS && !at->left && !at->failure.error; lists++) {
         int error;
 
-        sched_yield(); /* see docs/decisions/compiled-kernel.md */
+        sched_yield(); /* see docs/compiled-code.md */
         error = wait_readable(descriptor) ? receive_next(descriptor, userfaultfd, block, at) : EAGAIN;
 
         if (error == -1 || (error == EAGAIN && at->taken))
