@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "block.h"
+#include "giveway.h"
 #include "receive.h"
 #include "records.h"
 
@@ -242,6 +243,7 @@ static int receive_lists(int descriptor, int userfaultfd, const struct block *bl
         sched_yield(); /* see docs/compiled-code.md */
         error = wait_readable(descriptor) ? receive_next(descriptor, userfaultfd, block, at) : EAGAIN;
 
+        give_way();
         if (error == -1 || (error == EAGAIN && at->taken))
             return 0;
         if (error == EAGAIN)

@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include "giveway.h"
 #include "piece.h"
 
 enum { MOST = 2048 /* pages between two calls of the caller's, at most */ };
@@ -68,6 +69,7 @@ int corefw_send_dirty(int descriptor, struct sending *at)
         if (!at->piece.count)
             break;
         error = send_piece(own, &at->piece, &at->bytes);
+        give_way();
     }
     close(own);
     return error == EAGAIN && at->bytes ? 0 : error;
