@@ -248,7 +248,10 @@ class Guest:
             "fields": self._handover.described(),
             "values": self._handover.values(),
             "requires": dict(kind.requires),
-            "versions": {name: requirements.installed(name) for name in {"python": "", "numpy": "", **kind.requires}},
+            "versions": {
+                name: requirements.installed(name)
+                for name in dict.fromkeys(("python", "numpy", *kind.requires, "migfw"))
+            },
         }, []
 
     def _take_disks(self, _request: Message, fds: list[int]) -> Answer:

@@ -66,7 +66,7 @@ class Layout:
             fields=tuple((one["name"], one["type"], one["since"]) for one in loaded["fields"]),
             arrays={one["name"]: f"{tuple(one['shape'])} of {one['type']}" for one in loaded["arrays"]},
             requires=loaded["requires"],
-            versions={**loaded["versions"], "migfw": requirements.installed("migfw") or "?"},
+            versions={name: version or "?" for name, version in loaded["versions"].items()},
             disks={one["name"]: f"{one['length']} bytes" for one in loaded["disks"]},
         )
 
