@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -386,3 +386,13 @@ class BlockNode:
         with self._lock:
             if bitmap in self._bitmaps:
                 self._bitmaps.remove(bitmap)
+
+
+def bitmaps_of(nodes: Iterable[BlockNode]) -> list[dict[str, object]]:
+    """The bitmaps of all nodes as JSON values, for a machine's information(): names, bytes that are dirty, and whether
+    they are inconsistent."""
+    return [
+        {"node": node.name, "name": one.name, "dirty": one.count(), "inconsistent": one.inconsistent}
+        for node in nodes
+        for one in node.bitmaps
+    ]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from struct import Struct
 from typing import Final
 
 from corefw.engine.framing import SectionWriter
@@ -25,6 +24,7 @@ from corefw.settings import Settings
 from corefw.wire.constants import TARGET_PAGE_SIZE, Command, SectionType
 from corefw.wire.frames import FrameReader
 from corefw.wire.records import (
+    COMMAND_HEADER,
     MAPPED_RAM,
     Configuration,
     PostcopyAdvice,
@@ -35,9 +35,8 @@ from corefw.wire.records import (
 from corefw.wire.stream import MemorySink, StreamReader, StreamWriter
 from corefw.wire.versions import SWITCHOVER_ACK, UNASKED_ACK, machine_version
 
-_COMMAND: Final = Struct(">BHH")  # type, number, length of the payload
-_RUN: Final = _COMMAND.pack(SectionType.COMMAND, Command.POSTCOPY_RUN, 0)
-_PING: Final = _COMMAND.pack(SectionType.COMMAND, Command.PING, 4)
+_RUN: Final = COMMAND_HEADER.pack(SectionType.COMMAND, Command.POSTCOPY_RUN, 0)
+_PING: Final = COMMAND_HEADER.pack(SectionType.COMMAND, Command.PING, 4)
 _PING_SIZE: Final = len(_PING) + 4
 
 ONE_FILE_ONLY: Final = frozenset({MAPPED_RAM})

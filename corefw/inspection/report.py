@@ -9,6 +9,7 @@ from corefw.inspection.document import command_meaning, command_name
 from corefw.inspection.fields import ValueBudget, device_fields
 from corefw.inspection.model import PAGE_KINDS, BitmapInfo, CommandInfo, Inspection, SectionInfo
 from corefw.quantities import format_size
+from corefw.wire.records import COMMAND_HEADER
 
 MOST_TEXT: Final = 60
 """Characters of a list that are shown."""
@@ -117,7 +118,7 @@ def _section(entry: SectionInfo) -> tuple[str, ...]:
 def _command(entry: CommandInfo) -> tuple[str, ...]:
     meaning = command_meaning(entry)
     text = command_name(entry) + (f": {_text(meaning)}" if meaning else "")
-    return (f"{entry.offset:#x}", str(5 + len(entry.record.payload)), "", "command", "", text)
+    return (f"{entry.offset:#x}", str(COMMAND_HEADER.size + len(entry.record.payload)), "", "command", "", text)
 
 
 def _aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int) -> Table:

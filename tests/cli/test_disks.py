@@ -46,6 +46,7 @@ def test_a_disk_and_its_bitmaps_move(engines: Engines, tmp_path: Path) -> None:
     digest = execute(source, "x-debug-block-dirty-bitmap-sha256", name="tuesday")
     shown = source.call("status").stdout
     assert re.search(r"^disks: +ledger /.*/ledger\.raw$", shown, re.MULTILINE), shown
+    assert re.search(r"^dirty bitmaps: +ledger/tuesday \d.*, ledger/monday \d", shown, re.MULTILINE), shown
 
     moved = source.call("migrate", destination.uri, "--cap=dirty-bitmaps")
     assert moved.returncode == 0, moved.stderr

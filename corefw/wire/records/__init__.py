@@ -26,6 +26,7 @@ from corefw.wire.records.bitmaps import (
     write_bitmap_record,
 )
 from corefw.wire.records.commands import (
+    COMMAND_HEADER,
     CommandRecord,
     parse_ping,
     ping_payload,
@@ -101,6 +102,7 @@ __all__ = [
     "BITMAPS_IDSTR",
     "BITMAPS_VERSION",
     "CHUNK_BYTES",
+    "COMMAND_HEADER",
     "CONFIGURATION_SUBSECTIONS",
     "LAYOUT_IDSTR",
     "MAPPED_RAM",

@@ -6,11 +6,16 @@ Source: QEMU 7.2, mig_cmd_args and loadvm_process_command (migration/savevm.c).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from struct import Struct
+from typing import Final
 
 from corefw.channel import Buffer
 from corefw.errors import StreamError
 from corefw.wire.constants import BE32, COMMAND_LENGTHS, MAX_PACKAGE, PLUGIN_COMMANDS, Command, SectionType
 from corefw.wire.stream import StreamReader, StreamWriter
+
+COMMAND_HEADER: Final = Struct(">BHH")
+"""Type of the section, number of the command, length of its payload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +59,7 @@ def write_command(writer: StreamWriter, command: Command | int, payload: bytes =
     """Write the whole section, with its type byte. The payload has at most 64 KiB less one byte."""
     allowed = None if command in PLUGIN_COMMANDS else COMMAND_LENGTHS[Command(command)]
     assert allowed is None or len(payload) in allowed, f"{Command(command).name} with {len(payload)} bytes"
-    writer.u8(SectionType.COMMAND)
-    writer.be16(command)
-    writer.be16(len(payload))
-    writer.write(payload)
+    writer.write(COMMAND_HEADER.pack(SectionType.COMMAND, command, len(payload)) + payload)
 
 
 def parse_ping(payload: bytes) -> int:

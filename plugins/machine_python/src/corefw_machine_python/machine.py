@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
+from corefw.block import bitmaps_of
 from corefw.errors import MachineError, UsageError
 from corefw.machine import (
     DEAD,
@@ -172,6 +173,7 @@ class PythonMachine(PostcopyMachine, BlockMachine, VerifiableMachine, Throttlabl
             "ram": {block.idstr: block.length for block in self._blocks},
             "dirty-log": {block.idstr: _log_kind(block) for block in self._blocks},
             **({"disks": {disk.name: disk.filename for disk in self._disks}} if self._disks else {}),
+            **({"bitmaps": bitmaps} if (bitmaps := bitmaps_of(self._disks)) else {}),
             **self._shown_fields(),
             **({"before-stop": str(self.stop_cost)} if self.stop_cost else {}),
             **({"error": self._reason} if self._reason else {}),

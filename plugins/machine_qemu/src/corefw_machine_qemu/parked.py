@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from corefw.block import SECTOR, BlockNode
+from corefw.block import SECTOR, BlockNode, bitmaps_of
 from corefw.errors import MachineError, UsageError
 from corefw.machine import (
     BlockMakingMachine,
@@ -183,11 +183,7 @@ class ParkedMachine(ParkingMachine, RamMakingMachine, BlockMakingMachine):
                 {"name": one.name, "instance-id": one.instance_id, "version": one.version, "size": one.size}
                 for one in self._stored.devices
             ],
-            "bitmaps": [
-                {"node": node.name, "name": one.name, "dirty": one.count(), "inconsistent": one.inconsistent}
-                for node in self.block_nodes()
-                for one in node.bitmaps
-            ],
+            "bitmaps": bitmaps_of(self.block_nodes()),
             "device-state": sum(len(piece) for piece in self._stored.pieces) + len(self._stored.end),
         }
 
