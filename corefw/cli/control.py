@@ -67,7 +67,7 @@ def cont(name: str | None, qmp: str | None, as_json: bool) -> None:
 
 @click.command("quit")
 @engine_options
-@click.option("--force", is_flag=True, help="End it in postcopy, too, although the guest is lost on both hosts.")
+@click.option("--force", is_flag=True, help="End it even in postcopy, which loses the guest on both hosts.")
 def quit_engine(name: str | None, qmp: str | None, force: bool) -> None:
     """End the engine and its guest. The guest's memory is lost.
 
@@ -80,8 +80,8 @@ def quit_engine(name: str | None, qmp: str | None, force: bool) -> None:
     with connect(name, qmp) as engine:
         if not force and engine.has_part_of_guest():
             raise UsageError(
-                f"the guest is in postcopy (status '{engine.migration_status()}'): a part of it is here and the rest on"
-                " the other host, and it is lost if either side ends (--force ends this one all the same)"
+                f"the guest is in postcopy (status '{engine.migration_status()}'): part of it is here and the rest on"
+                " the other host, so it is lost if either side ends (--force ends this one anyway)"
             )
         if not engine.quit(QUIT_SECONDS):
             raise MigfwError(f"the engine at {engine.address} was asked to quit, but is still running")

@@ -94,8 +94,8 @@ class Attempts(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # gene
     "--reconnect",
     metavar="N|forever",
     type=Attempts(),
-    help="If the connection breaks in postcopy, dial again by itself, up to N times in a row. Still holds after"
-    " --resume, unless that has another N.",
+    help="If the connection breaks in postcopy, redial automatically, up to N times in a row. Also applies after"
+    " --resume, unless another N is given there.",
 )
 @click.option("--detach", is_flag=True, help="Start the migration and return; 'migfw status' shows its progress.")
 @click.option("--resume", is_flag=True, help="Resume a postcopy migration whose connection broke.")
@@ -176,7 +176,7 @@ def migrate(
             _add_defaults(changes, engine, route)
             add_limits(changes, engine, timeout, max_passes, on_timeout, postcopy)
         if detach and route.relayed:
-            raise UsageError(f"'{uri}': this process has to stay and relay for QEMU, so --detach is not possible")
+            raise UsageError(f"'{uri}': this process has to stay to relay for QEMU (leave out --detach)")
         relay = stack.enter_context(_relay(uri, engine, of_relay)) if route.relayed else None
         interrupted = stack.enter_context(Interrupts()).received
         with changes.applied(engine) as before:
@@ -216,7 +216,7 @@ def _add_reconnect(changes: Changes, engine: EngineClient, attempts: int | None)
     if attempts is None:
         return
     if not engine.is_migfw:
-        raise UsageError(f"--reconnect: at {engine.address} is a QEMU, and only migfw dials again by itself")
+        raise UsageError(f"--reconnect: at {engine.address} is a QEMU, and only migfw reconnects automatically")
     changes.parameters.setdefault("x-migfw-reconnect", attempts)
 
 
@@ -226,11 +226,11 @@ def _check_switch(engine: EngineClient, postcopy: str, *, detach: bool) -> None:
         return
     if detach:
         raise UsageError(
-            "--postcopy needs this process to stay and have QEMU switch: leave out --detach, or use --cap postcopy-ram"
-            " --detach and then 'migfw postcopy'"
+            "--postcopy: this process has to stay to switch QEMU to postcopy (leave out --detach, or use --cap"
+            " postcopy-ram --detach and then 'migfw postcopy')"
         )
     if postcopy not in SWITCHES:
-        raise UsageError(f"--postcopy={postcopy}: a QEMU cannot decide that by itself (use {' or '.join(SWITCHES)})")
+        raise UsageError(f"--postcopy={postcopy}: a QEMU cannot decide this (use {' or '.join(SWITCHES)})")
 
 
 def _check_idle(engine: EngineClient, *, resume: bool) -> None:
@@ -263,7 +263,7 @@ def _check_where(uri: str | None, to: str | None, remote_migfw: str | None, *, d
     if to is not None and resume:
         raise UsageError(f"--to {to} starts a destination, and --resume needs the one that has the guest: give its URI")
     if to is not None and detach:
-        raise UsageError(f"--to {to}: this process has to stay and look after the destination, so without --detach")
+        raise UsageError(f"--to {to}: this process has to stay and watch the destination (leave out --detach)")
 
 
 def _check_resume(options: Mapping[str, object]) -> None:

@@ -177,7 +177,7 @@ def _migration(answer: Mapping[str, Any]) -> Iterator[Fact]:
     if (own := answer.get("x-migfw", {}).get("reconnect")) is not None:
         after = f", the next is in {format_milliseconds(own['wait'])}" if own.get("wait") else ""
         limit = own.get("limit", "any number of")
-        yield "reconnects", f"by itself; {own['attempts']} of {limit} attempts have failed{after}"
+        yield "reconnects", f"automatic; {own['attempts']} of {limit} attempts have failed{after}"
     elif progress.phase == MigrationStatus.POSTCOPY_PAUSED:
         yield (
             "to recover",
@@ -359,5 +359,5 @@ def _check_facts(answer: Mapping[str, Any], *, tried: bool) -> Iterator[tuple[st
         passes = f"{answer['passes']} pass{'es' if answer['passes'] != 1 else ''}"
         yield "would take", f"{format_milliseconds(answer['expected-time'])}, {passes}"
         yield "downtime", f"about {format_milliseconds(answer['expected-downtime'])}, plus the time to stop the guest"
-    good = "a migration should succeed" if tried else "nothing here is in the way; the destination was not tried"
+    good = "a migration should succeed" if tried else "nothing here prevents a migration; the destination was not tried"
     yield "result", good if answer["ok"] else "a migration would fail"

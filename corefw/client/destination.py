@@ -168,7 +168,7 @@ def _find_migfw(host: RemoteHost, given: str | None, version: str) -> Sequence[s
         if found.status in _NO_COMMAND:
             tried.append(f"'{shown}' is not there")
         elif found.status == 0:
-            tried.append(f"'{shown}' is {said.splitlines()[-1] if said else 'silent about its version'}")
+            tried.append(f"'{shown}' is {said.splitlines()[-1]}" if said else f"'{shown}' does not print its version")
         else:
             tried.append(f"'{shown}' fails: {_last_line(found.errors) or f'status {found.status}'}")
     raise MigfwError(
@@ -198,7 +198,7 @@ def _start(host: RemoteHost, migfw: Sequence[str], launch: Mapping[str, Any]) ->
             f"{host.name} has no '{Path(launch['directory'], file)}': copy the program there before its guest can move"
         )
     if done.status:
-        said = _last_line(done.errors) or f"status {done.status}, and no reason"
+        said = _last_line(done.errors) or f"status {done.status}, without a message"
         problem = f"the destination on {host.name} does not start: {said.removeprefix('migfw: ')}"
         raise (UsageError if done.status == _WRONG_USAGE else MigfwError)(problem)
     try:

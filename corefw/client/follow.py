@@ -159,7 +159,7 @@ class Follower:
             self._switch_at = None
             with suppress(UsageError):  # it has begun to switch over by itself
                 self._engine.call("migrate-start-postcopy")
-                self._display.say(f"told QEMU to switch to postcopy, in pass {progress.passes}")
+                self._display.say(f"asked QEMU to switch to postcopy in pass {progress.passes}")
         if progress.phase == MigrationStatus.PRE_SWITCHOVER and not self._explained:
             self._explained = True
             self._display.say("the guest is stopped before the switchover: 'migfw continue' or 'migfw cancel'")

@@ -139,7 +139,7 @@ class QemuRelay:
         if status == MigrationStatus.FAILED:
             self._relay.wait(_SETTLE)
             if self._relay.failure is None:
-                return f"QEMU says: {answer.get('error-desc', 'nothing of the reason')}"
+                return f"QEMU reported: {answer.get('error-desc', 'no reason')}"
             return self._failure()
         return self._failure() if self._given_up else None
 

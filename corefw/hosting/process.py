@@ -42,13 +42,13 @@ UNCONFIRMED: Final = (
 )
 
 UNHEARD: Final = (
-    "this engine stays, since the source starts the guest only after it has heard that: if it is paused,"
-    " 'migfw recover URI' here and 'migfw migrate URI --resume' there; then 'migfw quit'"
+    "this engine stays, because the source starts the guest only once it has heard of this: if the source is paused,"
+    " run 'migfw recover URI' here and 'migfw migrate URI --resume' there, then 'migfw quit'"
 )
 
 LOSES_GUEST: Final = (
-    "this engine goes on: in postcopy a part of the guest is here and the rest on the other host, and the guest is lost"
-    " if either side ends"
+    "this engine keeps running: in postcopy, part of the guest is here and the rest on the other host, so the guest is"
+    " lost if either side ends"
 )
 
 _POLL: Final = 0.02
@@ -127,7 +127,7 @@ class EngineProcess:
         self._begin(server, dialled)
         self._arrivals.begin()
         while (ending := self._endings.get()) is Ending.DECLINED:
-            self._output.note(f"{LOSES_GUEST}; the same signal again ends it all the same")
+            self._output.note(f"{LOSES_GUEST}; send the signal again to end it anyway")
         self._ending.set()
         if isinstance(ending, MigfwError):
             raise ending
@@ -214,7 +214,8 @@ class EngineProcess:
             return
         if self._engine.outgoing.status in POSTCOPY:
             self._output.note(
-                "the process of the guest that has left has ended; its RAM is still sent to the destination"
+                "the guest runs on the destination, and its process here has ended; the rest of its RAM is still"
+                " being sent"
             )
         else:
             self._endings.put(Ending.GUEST_ENDED if state is RunState.SHUTDOWN else Ending.GUEST_FAILED)

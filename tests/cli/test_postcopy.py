@@ -158,7 +158,7 @@ def test_neither_side_ends_in_postcopy_without_being_told_twice(engines: Engines
     assert printed is not None
     destination.process.send_signal(signal.SIGINT)
     warnings = iter(printed.readline, "")
-    assert any("the guest is lost if either side ends; the same signal again" in line for line in warnings)
+    assert any("the guest is lost if either side ends; send the signal again" in line for line in warnings)
     assert status(destination) == "postcopy-paused"
     destination.process.send_signal(signal.SIGINT)
     assert destination.process.wait(TIMEOUT) == 130

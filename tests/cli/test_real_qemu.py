@@ -54,7 +54,7 @@ def test_a_qemu_is_told_to_switch_to_postcopy(source: str, guest: Guest, folder:
         destination.command("migrate-incoming", uri=uri)
         done = migfw("migrate", uri, "--postcopy=now", "--qmp", source)
         assert (done.returncode, done.stderr) == (0, "")
-        assert "told QEMU to switch to postcopy" in done.stdout
+        assert "asked QEMU to switch to postcopy" in done.stdout
         destination.wait_running()
         guest.check(destination)
 
