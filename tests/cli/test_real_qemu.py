@@ -52,7 +52,8 @@ def test_a_qemu_is_told_to_switch_to_postcopy(source: str, guest: Guest, folder:
     with Qemu(boot=guest.image, incoming="defer") as destination:
         destination.capabilities("postcopy-ram")
         destination.command("migrate-incoming", uri=uri)
-        done = migfw("migrate", uri, "--postcopy=now", "--qmp", source)
+        slowly = "--param=max-bandwidth=1M"  # so that it does not complete before it is told
+        done = migfw("migrate", uri, "--postcopy=now", slowly, "--qmp", source)
         assert (done.returncode, done.stderr) == (0, "")
         assert "asked QEMU to switch to postcopy" in done.stdout
         destination.wait_running()

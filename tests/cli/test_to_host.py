@@ -220,7 +220,8 @@ def test_a_check_that_is_broken_off_ends_its_destination(far: Far, engines: Engi
     wait_until(far.engines, "the destination to start")
     command.send_signal(number)
     out, err = command.finish()
-    assert (command.returncode, err) in ((130, ""), (0, "")), out
+    # The last one: the check was through, and Python had removed its handlers.
+    assert (command.returncode, err) in ((130, ""), (0, ""), (-number, "")), out
     far.wait_empty()
 
 
