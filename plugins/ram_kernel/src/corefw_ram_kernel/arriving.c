@@ -19,7 +19,6 @@
 #include <unistd.h>
 
 #include "block.h"
-#include "giveway.h"
 #include "receive.h"
 #include "records.h"
 
@@ -242,8 +241,6 @@ static int receive_lists(int descriptor, int userfaultfd, const struct block *bl
 
         sched_yield(); /* see docs/compiled-code.md */
         error = wait_readable(descriptor) ? receive_next(descriptor, userfaultfd, block, at) : EAGAIN;
-
-        give_way();
         if (error == -1 || (error == EAGAIN && at->taken))
             return 0;
         if (error == EAGAIN)

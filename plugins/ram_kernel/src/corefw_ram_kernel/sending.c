@@ -5,9 +5,9 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <unistd.h>
 
-#include "giveway.h"
 #include "piece.h"
 
 enum { MOST = 2048 /* pages between two calls of the caller's, at most */ };
@@ -69,7 +69,7 @@ int corefw_send_dirty(int descriptor, struct sending *at)
         if (!at->piece.count)
             break;
         error = send_piece(own, &at->piece, &at->bytes);
-        give_way();
+        sched_yield(); /* see docs/compiled-code.md */
     }
     close(own);
     return error == EAGAIN && at->bytes ? 0 : error;
