@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,41 +55,64 @@ class TransportFeatures:
 
 
 class Interrupt:
-    """An event that can be polled together with a file descriptor. It stays set until clear(). Thread-safe."""
+    """An event that can be polled together with a file descriptor. It stays set until clear(). Thread-safe.
+
+    Its own descriptor is made when something first waits for it, so making an Interrupt and setting it do not fail in a
+    process that has no descriptor left. What waits raises ChannelError there.
+    """
 
     _event = -1
     _close = staticmethod(os.close)  # the module may be gone when the interpreter ends
 
     def __init__(self) -> None:
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.RLock()  # guards what follows; a signal handler may set it at any time
+        self._set = False
+        self._closed = False
 
     def set(self) -> None:
-        os.eventfd_write(self._event, 1)
+        with self._lock:
+            self._set = True
+            if self._event >= 0:
+                os.eventfd_write(self._event, 1)
 
     def clear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._event)
+        with self._lock, contextlib.suppress(BlockingIOError):
+            self._set = False
+            if self._event >= 0:
+                os.eventfd_read(self._event)
 
     def is_set(self) -> bool:
-        return self.wait(0)
+        return self._set
 
     def check(self) -> None:
         """Raise Interrupted if it is set."""
-        if self.is_set():
+        if self._set:
             raise Interrupted("cancelled")
 
     def fileno(self) -> int:
+        """Readable once it is set; -1 after close()."""
+        if self._event < 0:
+            with self._lock:
+                if self._event < 0 and not self._closed:
+                    try:
+                        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                    except OSError as error:
+                        raise ChannelError(f"cannot wait: {str(error.strerror).lower()}") from None
+                    if self._set:
+                        os.eventfd_write(self._event, 1)
         return self._event
 
     def wait(self, seconds: float | None) -> bool:
         """Wait up to `seconds` (None: without limit); True if it is set."""
+        if self._set:
+            return True
         poll = select.poll()
-        poll.register(self._event, select.POLLIN)
+        poll.register(self.fileno(), select.POLLIN)
         return bool(poll.poll(None if seconds is None else max(0.0, seconds) * 1000))
 
     def wait_for(self, fd: int, events: int, seconds: float | None = None) -> bool:
         """Wait until poll reports `events` on `fd`; False after `seconds`. Raises Interrupted if it is set."""
-        poll, event = select.poll(), self._event  # another thread may set and close it meanwhile
+        poll, event = select.poll(), self.fileno()  # another thread may set and close it meanwhile
         poll.register(event, select.POLLIN)
         poll.register(fd, events)
         ready = poll.poll(None if seconds is None else max(0.0, seconds) * 1000)
@@ -98,9 +122,11 @@ class Interrupt:
 
     def close(self) -> None:
         """Close the descriptor. Idempotent; also happens when the object is collected."""
-        if self._event >= 0:
-            self._close(self._event)
-            self._event = -1
+        with self._lock:
+            self._closed = True
+            if self._event >= 0:
+                self._close(self._event)
+                self._event = -1
 
     __del__ = close
 

@@ -1,6 +1,7 @@
 """Interrupt: set once, it stays set, and ends every wait on it from any thread."""
 
 import os
+import resource
 import select
 import socket
 import threading
@@ -95,3 +96,19 @@ def test_it_can_be_polled_and_closed(interrupt: Interrupt) -> None:
     interrupt.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+    interrupt.set()
+    assert interrupt.is_set()
+
+
+def test_it_is_made_and_set_where_no_descriptor_is_left() -> None:
+    kept = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, kept[1]))
+    try:
+        interrupt = Interrupt()
+        with pytest.raises(ChannelError, match="too many open files"):
+            interrupt.wait(0)
+        interrupt.set()
+        assert interrupt.is_set() and interrupt.wait(None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, kept)
+    assert select.select([interrupt], [], [], 0)[0]

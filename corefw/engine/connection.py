@@ -115,7 +115,10 @@ class Connection:
         if self.return_path is None and self.channel.has_return_path:
             # It failed before OPEN_RETURN_PATH came. A source that opens the return path learns that it may keep its
             # guest; one that does not never reads this.
-            self.return_path = self._writer()
+            try:
+                self.return_path = self._writer()
+            except ChannelError as error:
+                log.warning("could not report the result to the source: %s", error)
         return self.return_path is not None and self._report(self.return_path, 1, reason if self.from_migfw else "")
 
     def _report(self, path: ReturnPathWriter, status: int, reason: str = "") -> bool:

@@ -124,14 +124,25 @@ class Readmission:
         with self._changed:
             self._paused = paused
             self._secret = secret
-            if self._thread is None and not self._ended:
-                self._thread = threading.Thread(target=self._run, name="readmission", daemon=True)
-                self._thread.start()
+            self._start()
+
+    def _start(self) -> bool:
+        """Start to accept, if that has not begun; False if the process has no thread left for it. Under the lock."""
+        if self._thread is None and not self._ended:
+            thread = threading.Thread(target=self._run, name="readmission", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                log.warning("cannot listen for the source at present: %s (trying again)", error)
+                return False
+            self._thread = thread
+        return True
 
     def await_source(self) -> Connection:
         """Block until it has come back. Raises Interrupted after end()."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._found is not None)
+            while not self._ended and self._found is None:
+                self._changed.wait(None if self._start() else RETRY)
             if self._ended:
                 raise Interrupted("cancelled")
             found, self._found, self._chosen = self._found, None, None
@@ -165,17 +176,25 @@ class Readmission:
         self._changed.notify_all()
 
     def _run(self) -> None:
+        broke = False  # the listener before this one did, at once
         while (waiting := self._next_listener()) is not None:
             listener, wake = waiting
             try:
                 self._receive(listener.accept(wake))
+                broke = False
+                continue
             except Interrupted:
-                pass
+                continue
             except ChannelError as error:
-                self._drop(listener, error)
+                problem = error
             except FOREIGN as bug:
                 log.exception("cannot wait for the source")
-                self._drop(listener, ChannelError(f"internal error: {type(bug).__name__}"))
+                problem = ChannelError(f"internal error: {type(bug).__name__}")
+            self._drop(listener, problem)
+            if broke:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._ended or self._listener is not None, RETRY)
+            broke = True
         self._examinations.dismiss()
 
     def _next_listener(self) -> tuple[Listener, Interrupt] | None:

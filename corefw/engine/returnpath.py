@@ -216,7 +216,8 @@ class ReturnPathWriter:
     its channel aborted, from a thread that runs until close()."""
 
     def __init__(self, channel: Channel, limit: Callable[[], tuple[float, str]]) -> None:
-        """`limit()`: the present limit in seconds, 0 for none, and the parameter that says so."""
+        """`limit()`: the present limit in seconds, 0 for none, and the parameter that says so. Raises ChannelError if
+        the process has no thread left."""
         self._channel = channel
         self._limit = limit
         self._turn = threading.Condition()  # guards the three below
@@ -227,7 +228,10 @@ class ReturnPathWriter:
         self._expired = ""
         self._closed = False
         self._sends = threading.Event()  # set when there may be a send to watch
-        threading.Thread(target=self._watch, name="return path limit", daemon=True).start()
+        try:
+            threading.Thread(target=self._watch, name="return path limit", daemon=True).start()
+        except RuntimeError as error:
+            raise ChannelError(f"{channel.peer}: there can be no return path: {error}") from None
 
     def send(self, message: ReturnMessage | int, body: bytes = b"") -> None:
         """Raises ChannelError."""

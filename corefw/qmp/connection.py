@@ -91,10 +91,15 @@ class Connection:
         )
 
     def start(self, greeting: bytes) -> None:
+        """Raises RuntimeError if the process has no thread left for it; then it is closed."""
         self._socket.setblocking(False)
         self._post(greeting)
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in reversed(self._threads):
+                thread.start()
+        except RuntimeError:
+            self._clean_up()
+            raise
 
     def post(self, line: bytes) -> None:
         """Send an event, if the client has negotiated. Never blocks."""

@@ -130,7 +130,10 @@ class QmpServer(Closing):
             return
         with self._lock:
             self._clients.add(client)
-        client.start(self._greeting)
+        try:
+            client.start(self._greeting)
+        except RuntimeError as error:
+            log.warning("QMP: cannot serve a client: %s", error)
 
     def _make_room(self) -> bool:
         with self._lock:

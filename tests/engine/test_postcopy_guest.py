@@ -110,3 +110,36 @@ def test_a_guest_that_does_not_start_in_time_goes_on_at_the_source(pair: Pair) -
     assert source.machine.run_state is RunState.RUNNING
     source.verify()
     assert destination.machine.run_state is RunState.INMIGRATE
+
+
+def test_a_guest_for_which_no_thread_is_left_goes_on_at_the_source(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_threads(monkeypatch, "page faults")
+    move.limit()
+    move.source.migrate(move.destination.migrate_incoming(LISTEN))
+    move.source.start_postcopy()
+    assert ended(move.source) == "failed" and arrived(move.destination) == "failed"
+    assert "no thread" in (move.source.report().error or "")
+    assert move.source.machine.run_state is RunState.RUNNING
+    move.source.verify()
+
+
+def test_a_source_may_come_back_once_there_are_threads_again(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The destination runs the guest, and has no thread to listen with."""
+    with monkeypatch.context() as patch:
+        refuse_threads(patch, "readmission")
+        move.switch()
+        move.pause()
+    recover(move)
+    move.completes()
+
+
+def refuse_threads(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Let no thread with this name start."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("no thread")
+        start(thread)
+
+    patch.setattr(threading.Thread, "start", refuse)

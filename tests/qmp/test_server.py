@@ -488,3 +488,21 @@ def test_descriptors_before_negotiation_are_closed(server: QmpServer, pipe: tupl
         send_with(client, b'{"execute": "getfd", "arguments": {"fdname": "x"}}', pipe[1])
         assert "negotiation" in str(client.read()["error"])
         assert is_closed_everywhere(*pipe)
+
+
+def test_a_client_for_which_no_thread_is_left_keeps_no_other_out(
+    server: QmpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("qmp-io"):
+            raise RuntimeError("no thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ChannelError):
+            QmpClient(server.address)
+    with QmpClient(server.address) as client:
+        client.execute("query-status")
