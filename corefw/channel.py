@@ -57,8 +57,8 @@ class TransportFeatures:
 class Interrupt:
     """An event that can be polled together with a file descriptor. It stays set until clear(). Thread-safe.
 
-    Its own descriptor is made when something first waits for it, so making an Interrupt and setting it do not fail in a
-    process that has no descriptor left. What waits raises ChannelError there.
+    Making and setting one does not fail in a process that has no descriptor left. What waits for it raises ChannelError
+    there.
     """
 
     _event = -1
@@ -68,6 +68,8 @@ class Interrupt:
         self._lock = threading.RLock()  # guards what follows; a signal handler may set it at any time
         self._set = False
         self._closed = False
+        with contextlib.suppress(ChannelError):
+            self.fileno()
 
     def set(self) -> None:
         with self._lock:
@@ -90,7 +92,7 @@ class Interrupt:
             raise Interrupted("cancelled")
 
     def fileno(self) -> int:
-        """Readable once it is set; -1 after close()."""
+        """Readable while it is set; -1 after close(). Raises ChannelError."""
         if self._event < 0:
             with self._lock:
                 if self._event < 0 and not self._closed:
