@@ -1,7 +1,8 @@
 """When a paused source dials its destination again by itself (parameter x-migfw-reconnect).
 
-It does after the connection broke, up to a number of times, and less and less often. It does not if the user has broken
-it, if something other than the connection went wrong, or over a transport that has only one connection to give.
+It does after the connection broke, or the process had no file descriptor left, up to a number of times, and less and
+less often. It does not if the user has broken it, if something else went wrong, or over a transport that has only one
+connection to give.
 
 The attempts are counted anew once pages arrive again, and not when the destination answers: a link may break each time
 right after that.

@@ -54,7 +54,7 @@ def pause(source: Source, error: BaseException) -> MigrationStatus:
             source.confirmed = True
             source.statistics.error = None
             return MigrationStatus.COMPLETED
-    may_help = isinstance(error, ChannelError | StreamError) and not link.paused
+    may_help = isinstance(error, ChannelError | StreamError | OSError) and not link.paused
     return _paused(source, _reason(source, error), may_help=may_help)
 
 
