@@ -7,15 +7,14 @@ only if it has the default policy. No privilege is needed. If the kernel refuses
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from struct import Struct
 from typing import Final, TypeVar
 
 from corefw.errors import ANYTHING
+from corefw.memory.slices import SHORT, USUAL, ask_for_slice
 
 T = TypeVar("T")
 
@@ -27,14 +26,6 @@ NICER: Final = 5
 """What is added to the nice value of a thread whose work can wait."""
 
 
-SLICE: Final = 100_000
-"""Nanoseconds, the least that the kernel takes. A thread that asks for a short time is given it early."""
-
-_SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "loongarch64": 274}.get(os.uname().machine)
-_SchedAttr: Final = Struct("=IIQiIQQQ")  # size, policy, flags, nice, priority, runtime, deadline, period
-_libc: Final = ctypes.CDLL(None)
-
-
 def answer_at_once() -> None:
     """Let the calling thread, which mostly waits and has little to do then, run as soon as there is something: a guest
     waits for it.
@@ -44,16 +35,13 @@ def answer_at_once() -> None:
     """
     with contextlib.suppress(OSError):
         if os.sched_getscheduler(0) in (os.SCHED_OTHER, os.SCHED_BATCH):
-            _set_policy(os.SCHED_OTHER, SLICE)
+            _set_policy(os.SCHED_OTHER, SHORT)
 
 
-def _set_policy(policy: int, time_slice: int = 0) -> None:
-    """Of the calling thread; `time_slice` in nanoseconds, 0 for the kernel's own. Raises OSError."""
+def _set_policy(policy: int, time_slice: int = USUAL) -> None:
+    """Of the calling thread; `time_slice` in nanoseconds. Raises OSError."""
     os.sched_setscheduler(0, policy, os.sched_param(0))
-    if _SCHED_SETATTR is not None:
-        nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-        attributes = _SchedAttr.pack(_SchedAttr.size, policy, 0, nice, 0, time_slice, 0, 0)
-        _libc.syscall(ctypes.c_long(_SCHED_SETATTR), 0, attributes, 0)
+    ask_for_slice(threading.get_native_id(), time_slice)
 
 
 @contextlib.contextmanager

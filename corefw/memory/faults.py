@@ -30,6 +30,7 @@ from corefw.errors import MachineError
 from corefw.machine import FaultSource, GuestMapping, RamBlock
 from corefw.memory import userfault
 from corefw.memory.runs import Runs
+from corefw.memory.slices import SHORT, USUAL, ask_for_slices
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ class FaultQueue(FaultSource):
             os.close(self._fd)
             raise MachineError(f"cannot watch the guest's memory for page faults: {_explain(error)}") from None
         self._blocks = {block.idstr: block for block in blocks}
+        ask_for_slices(process, SHORT)  # so that a thread goes on as soon as its page is here
 
     @property
     def is_open(self) -> bool:
@@ -199,6 +201,7 @@ class FaultQueue(FaultSource):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            ask_for_slices(self._process, USUAL)
 
 
 def _data_after(fd: int, offset: int, length: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from corefw.errors import MachineError
 from corefw.memory import userfault
 from corefw.memory.faults import open_faults
+from corefw.memory.slices import SHORT
 from tests.helpers.watched import PAGE, Guest
 
 SMALL, LARGE = 64, 8192
@@ -102,6 +105,23 @@ def test_a_guest_that_has_ended_needs_no_page(make_guest: Callable[..., Guest]) 
     guest.process.kill()
     guest.process.join()
     guest.install(1)
+
+
+def slice_of(process: int) -> int:
+    """What a thread has, in nanoseconds; before Linux 6.12 0."""
+    attributes = ctypes.create_string_buffer(56)
+    number = {"x86_64": 315}.get(os.uname().machine, 275)
+    assert not ctypes.CDLL(None).syscall(ctypes.c_long(number), process, attributes, len(attributes), 0)
+    return int.from_bytes(attributes.raw[24:32], "little")
+
+
+def test_a_guest_asks_for_short_slices_as_long_as_it_may_wait_for_pages(make_guest: Callable[..., Guest]) -> None:
+    usual = slice_of(0)
+    guest = make_guest(SMALL, lambda pages: int(pages[1, 0]))
+    process = guest.process.pid or 0
+    assert slice_of(process) == (SHORT if usual else 0)
+    guest.faults.release()
+    assert slice_of(process) == usual
 
 
 def test_a_host_that_denies_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
