@@ -164,3 +164,18 @@ def test_pages_that_cannot_be_installed_are_reported(pair: tuple[socket.socket, 
         assert (room.marks[[3, 4, 5, 9]] == RECEIVED).all(), "they have arrived"
     finally:
         os.close(no_userfaultfd)
+
+
+def test_a_connection_that_breaks_while_no_fault_comes_is_reported(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Whoever else finds that it has broken waits for all who use the socket."""
+    out, into = pair
+    room, faults, wake = Room(), os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0)
+    try:
+        server = kernel.FaultServer(userfaultfd=faults, journal=room.journal, blocks=[(room.block, bytes(16))])
+        into.close()
+        served = server.serve(out.fileno(), wake, 10)
+        assert isinstance(served.error, BrokenPipeError)
+        assert (served.unsent, served.missed) == (b"", [])
+    finally:
+        os.close(faults)
+        os.close(wake)

@@ -4,7 +4,9 @@ is left to the caller. That PostcopyPageSaver makes use of it is tested in plugi
 
 from __future__ import annotations
 
+import select
 import socket
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -240,6 +242,22 @@ def test_a_broken_channel_is_an_oserror(wires: Wires) -> None:
     with pytest.raises(BrokenPipeError):
         room.server.finish(wires.outgoing.fileno())
     assert room.server.take().claimed == {"ram": 1}
+
+
+def test_the_reason_of_a_break_is_the_one_that_the_kernel_gave_first(wires: Wires) -> None:
+    """It says ECONNRESET once, and EPIPE from then on."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as outgoing:
+        pages, _ = server.accept()
+        pages.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        pages.close()
+        broken = select.poll()
+        broken.register(outgoing, 0)
+        assert broken.poll(10_000)
+        room = Room(outgoing, wires.incoming)
+        wires.destination.sendall(ask(0, block="ram"))
+        room.serve()
+        with pytest.raises(ConnectionResetError):
+            room.server.finish(outgoing.fileno())
 
 
 def test_nothing_is_a_blockingioerror_and_the_end_is_nothing_taken(wires: Wires) -> None:

@@ -144,16 +144,19 @@ static int serve_until_called(int descriptor, struct serving *at)
     struct pollfd ready[] = {
         {.fd = (int)at->userfaultfd, .events = POLLIN},
         {.fd = (int)at->wake, .events = POLLIN},
+        {.fd = descriptor}, /* whether it has broken */
     };
     int error = 0;
 
     while (!error && !at->left && at->sent == at->size && unread(at->journal) < FULL) {
-        int count = poll(ready, 2, TICK);
+        int count = poll(ready, 3, TICK);
 
         if (count < 0 && errno != EINTR)
             return errno;
         if (count > 0 && ready[1].revents)
             return 0;
+        if (count > 0 && ready[2].revents)
+            return EPIPE; /* the kernel says why to one call only: leave that to the thread that receives */
         if (count > 0)
             error = serve_all(descriptor, at);
         else if (!count && unread(at->journal))
@@ -174,7 +177,7 @@ static int is_valid(const struct serving *at)
 }
 
 /* Serve faults until the caller has something to do, or is called. `descriptor` is a stream socket, or negative. 0, -1
- * for numbers that do not fit, or an errno of read(2) or send(2). */
+ * for numbers that do not fit, or an errno of read(2) or send(2), EPIPE also if the connection breaks meanwhile. */
 int corefw_serve_faults(int descriptor, struct serving *at)
 {
     int own = -1, error;

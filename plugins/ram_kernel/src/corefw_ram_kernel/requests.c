@@ -195,6 +195,8 @@ int corefw_finish_request(int outgoing, struct requests *at)
 
     if (!is_valid(at))
         return -1;
+    if (at->error && at->error != EAGAIN) /* the kernel says only once why a connection has broken */
+        return (int)at->error;
     own = fcntl(outgoing, F_DUPFD_CLOEXEC, 0);
     if (own < 0)
         return errno;
