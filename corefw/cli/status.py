@@ -14,9 +14,10 @@ from corefw.cli.console import ExitStatus, Finished, note, print_facts, print_js
 from corefw.cli.options import complete_uris, engine_options, json_option
 from corefw.client.progress import Progress, summary, switched
 from corefw.errors import ChannelError, UsageError
+from corefw.machine import RunState
 from corefw.qmp.engines import EngineClient, connect
 from corefw.quantities import format_duration, format_milliseconds, format_size
-from corefw.states import MigrationStatus
+from corefw.states import POSTCOPY, MigrationStatus
 
 if TYPE_CHECKING:
     from corefw.cli.display import Screen
@@ -128,7 +129,7 @@ def facts(document: Mapping[str, Any]) -> list[Fact]:
 
 def _facts(document: Mapping[str, Any]) -> Iterator[Fact]:
     yield "name", document["name"] or "(none)"
-    yield "guest", document["status"]
+    yield "guest", _guest(document)
     if document.get("incoming", "none") != "none" or document.get("incoming-uri"):
         yield "incoming", " at ".join(part for part in (document["incoming"], document["incoming-uri"]) if part)
     if (allocated := document.get("preallocation")) and allocated["total"]:  # a parked machine's RAM is not known yet
@@ -144,6 +145,13 @@ def _facts(document: Mapping[str, Any]) -> Iterator[Fact]:
         yield "process", document["version"]
     if log := (document.get("launch") or {}).get("log"):
         yield "log", log
+
+
+def _guest(document: Mapping[str, Any]) -> str:
+    """The run state; of a source in postcopy also where the guest is, which QEMU's name for the state does not say."""
+    state = str(document["status"])
+    has_left = state == RunState.FINISH_MIGRATE and document["migration"].get("status") in POSTCOPY
+    return f"{state} (in postcopy it runs on the destination)" if has_left else state
 
 
 def _machine(machine: Mapping[str, Any]) -> Iterator[Fact]:

@@ -113,7 +113,7 @@ class Progress:
         if self.phase == MigrationStatus.POSTCOPY_ACTIVE and self.rate:
             left = self.remaining / self.rate * 1000
             known += [f"done in about {format_duration(left)}", f"{format_size(self.rate)}/s"]
-        return known
+        return [*known, "the guest runs on the destination"]
 
     def heading(self) -> str:
         return f"{self.phase}, pass {self.passes}" if self.passes and self.phase not in POSTCOPY else self.phase

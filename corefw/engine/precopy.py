@@ -142,6 +142,7 @@ def send_passes(source: Source) -> MigrationStatus:
 
 def _prepare_postcopy(source: Source) -> None:
     """Do while the guest runs what would keep it stopped for longer."""
+    source.statistics.prepares_postcopy()
     with source.passes.reporting():
         for saver in source.later():
             saver.prepare_postcopy(source.link.writer)

@@ -20,7 +20,16 @@ from corefw.engine.identity import Purpose, prove_source
 from corefw.engine.precopy import await_confirmation
 from corefw.engine.preempt import CAPABILITY as PREEMPT
 from corefw.engine.source import Source
-from corefw.errors import ANYTHING, ChannelError, Interrupted, MigfwError, PeerError, StreamError, described
+from corefw.errors import (
+    ANYTHING,
+    ChannelClosed,
+    ChannelError,
+    Interrupted,
+    MigfwError,
+    PeerError,
+    StreamError,
+    described,
+)
 from corefw.states import MigrationStatus
 from corefw.wire.constants import RESUMED, Command, ReturnMessage
 from corefw.wire.records import read_received_bitmap, write_command
@@ -82,7 +91,8 @@ def _reason(source: Source, error: BaseException) -> str:
         pass  # so it was not the return path that broke
     except MigfwError as cause:
         if isinstance(error, ChannelError):  # it follows from the other
-            return str(cause)
+            closed = isinstance(cause, ChannelClosed)  # there is no result to report yet
+            return f"{source.link.channel.peer} closed the connection" if closed else str(cause)
     return "its connection was closed by migrate-pause" if source.link.paused else str(error)
 
 

@@ -83,6 +83,7 @@ class OutgoingStatistics:
     downtime_limit: int | None = None
     _before_stop: int = 0  # bytes that had been sent when the guest was stopped
     _before_postcopy: int | None = None  # and when it was handed over in postcopy
+    _last_pass: int | None = None  # the number of the last pass before postcopy
     _finished: bool = False
 
     def elapsed(self) -> int:
@@ -126,9 +127,14 @@ class OutgoingStatistics:
         """Bytes sent after the guest was handed over in postcopy."""
         return 0 if self._before_postcopy is None else self.transferred - self._before_postcopy
 
+    def prepares_postcopy(self) -> None:
+        """The dirty log is about to be harvested for the switch, which begins no pass that is sent."""
+        self._last_pass = self.ram.dirty_sync_count
+
     def switched_to_postcopy(self, reason: str) -> None:
         """The guest is stopped, to go on at the destination while the rest follows."""
-        self.switch = PostcopySwitch(reason, self.elapsed(), self.ram.dirty_sync_count, self._left_now())
+        last_pass = self.ram.dirty_sync_count if self._last_pass is None else self._last_pass
+        self.switch = PostcopySwitch(reason, self.elapsed(), last_pass, self._left_now())
 
     def handed_over(self) -> None:
         """The guest runs on the destination, and the rest of it follows."""

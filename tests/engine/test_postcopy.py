@@ -197,6 +197,7 @@ def test_a_source_may_be_back_before_the_break_was_noticed(move: Move) -> None:
         move.both_reach("postcopy-active")
         proxy.cut(Cut.HALF_BACKWARD)
         move.reaches(move.source, "postcopy-paused")
+        assert "closed the connection" in (move.source.report().error or "")
         move.source.migrate(address, resume=True)
         move.hurry()
         move.completes()
