@@ -37,6 +37,7 @@ class PageFaults:
     """The thread that serves the faults. Every method may be called from any thread."""
 
     def __init__(self, source: FaultSource, loaders: Iterable[OnDemandLoader], blocks: Iterable[RamBlock]) -> None:
+        """Raises ChannelError if the process has no descriptor left: the guest can still run on the source."""
         self._source = source
         self._loaders = {block: loader for loader in loaders for block in loader.covers().ram_blocks}
         self._page_sizes = {block.idstr: block.page_size for block in blocks}
@@ -46,6 +47,7 @@ class PageFaults:
         self._stopping = False
         # Set when `_path` or `_stopping` has changed, or another thread wants to send over the path.
         self._changed = Interrupt()
+        self._changed.fileno()  # raises now, and not when a fault is to be served
         self._thread: StandbyThread | None = None
 
     def start(self, path: ReturnPathWriter | None, thread: StandbyThread) -> None:

@@ -4,6 +4,8 @@ installed, everything else is requested over the return path.
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 from collections.abc import Iterator
 from typing import Any, Final
@@ -15,7 +17,9 @@ from corefw.engine.blocktime import Blocktime, MeasuredFaults
 from corefw.engine.pagefaults import PageFaults
 from corefw.engine.returnpath import ReturnPathWriter
 from corefw.engine.standby import StandbyThread
+from corefw.errors import ChannelError
 from corefw.machine import FaultSource, GuestMapping, RamBlock
+from corefw.memory.faults import NoFaults
 from corefw.net.sockets import SocketChannel
 from corefw.testing.tasks import wait_until
 from corefw.wire.constants import ReturnMessage
@@ -178,3 +182,18 @@ def test_a_guest_that_waits_for_ever_does_not_keep_the_engine(compiled: bool, pa
         assert arrival.guest.result() == "[0]"
     finally:
         arrival.close()
+
+
+def test_a_process_without_descriptors_refuses_a_guest_that_it_could_not_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    source = NoFaults()
+    try:
+        monkeypatch.setattr(os, "eventfd", refuse)
+        with pytest.raises(ChannelError, match="too many open files"):
+            PageFaults(source, [], [])
+    finally:
+        source.close()
