@@ -15,7 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from corefw.declarations import Capability, Parameter, Value
-from corefw.errors import MigfwError, SettingsError, UsageError
+from corefw.errors import MigfwError, SettingsError, UsageError, did_you_mean
 from corefw.quantities import parse_size, parse_switch
 from corefw.settings import Settings
 
@@ -136,7 +136,8 @@ class Changes:
         known = _parameters_of(engine) if self.parameters else {}
         for name in self.parameters:
             if engine.is_migfw and name not in known:
-                raise UsageError(f"unknown parameter '{name}': expected one of {', '.join(known)}")
+                hint = did_you_mean(name, known)
+                raise UsageError(f"unknown parameter '{name}'{hint}: expected one of {', '.join(known)}")
         states = engine.call("query-migrate-capabilities") if self.capabilities else []
         return Changes(
             {one["capability"]: one["state"] for one in states if one["capability"] in self.capabilities},

@@ -287,6 +287,25 @@ def test_a_program_that_cannot_verify_itself(make: Make) -> None:
         machine.verify()
 
 
+@pytest.mark.parametrize(
+    ("verdict", "problem"),
+    [("number", "this is of type int"), ("no", "this is of type bool"), ("numpy", "int64"), ("nan", "float")],
+)
+def test_a_program_that_verifies_itself_with_something_other_than_json(make: Make, verdict: str, problem: str) -> None:
+    machine = make("Verdict", verdict=verdict)
+    machine.start()
+    with pytest.raises(MachineError, match=rf"verify\(\) of program 'Verdict' has to return a dict .*: .*{problem}"):
+        machine.verify()
+    assert machine.run_state is RunState.RUNNING
+    machine.stop(RunState.PAUSED)
+
+
+def test_a_program_that_verifies_itself_with_nothing(make: Make) -> None:
+    machine = make("Verdict")
+    machine.start()
+    assert machine.verify() == {}
+
+
 def test_orders_from_several_threads_at_once(make: Make) -> None:
     machine = make("Plain")
     machine.start()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import math
 import mmap
 import os
@@ -18,7 +19,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, NoReturn
 
 import numpy as np
@@ -357,7 +358,22 @@ class Guest:
             self._take_over(request)
         if not self._set_up:
             return {"facts": {"set-up": False}}, []  # nothing to verify before setup()
-        return {"facts": dict(self._program.verify() or {})}, []
+        return {"facts": self._facts(self._program.verify())}, []
+
+    def _facts(self, returned: object) -> Message:
+        """What verify() returned, to be sent as JSON. Raises MigfwError for what JSON does not have: the guest has to
+        live on."""
+        if returned is None:
+            return {}
+        problem = f"this is of type {type(returned).__name__}"
+        if isinstance(returned, Mapping):
+            try:
+                json.dumps(facts := dict(returned), allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                problem = str(error)
+            else:
+                return facts
+        raise MigfwError(f"verify() of program '{self._program_name}' has to return a dict of JSON values: {problem}")
 
     def _take_over(self, request: Message) -> None:
         """Set the values that the engine has passed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from corefw_machine_python import guest
@@ -79,6 +80,17 @@ class Silent(guest.Program):
     def tick(self) -> None:
         self.steps += 1
         time.sleep(0.001)
+
+
+class Verdict(Silent):
+    """Returns from verify() what its option names."""
+
+    verdict = guest.option("verdict", "nothing")
+
+    def verify(self) -> Any:
+        return {"nothing": None, "number": 7, "no": False, "numpy": {"sum": np.int64(3)}, "nan": {"mean": np.nan}}[
+            self.options.verdict
+        ]
 
 
 class Fails(Silent):
