@@ -121,7 +121,7 @@ def test_progress_in_postcopy_is_of_what_follows() -> None:
     progress = Progress.of({**ACTIVE, "status": "postcopy-active"})
     assert progress.line() == (
         "postcopy-active, 75 %, 256.0 MiB of 1.0 GiB left, 65,536 pages, 0 requested by the guest,"
-        " done in about 4 min 28 s, 976.6 KiB/s"
+        " done in about 4 min 28 s, 976.6 KiB/s, the guest runs on the destination"
     )
 
 
