@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import select
 import signal
 import threading
 import time
@@ -108,7 +109,7 @@ class EngineProcess:
         self._plan = plan
         self._output = output
         self._arrivals = _Arrivals(output.announce)
-        self._endings = queue.SimpleQueue[Ending | MigfwError]()
+        self._endings = _Endings()
         self._ending = threading.Event()
 
     def run(self, listen: Callable[[], QmpServer]) -> Ending:
@@ -266,6 +267,37 @@ class EngineProcess:
     def _why_not_arrived(self) -> str:
         reason = self._engine.report().error or "no reason given"
         return f"the guest could not be loaded: {reason.removeprefix('load of migration failed: ')}"
+
+
+class _Endings:
+    """A queue of reasons to end. Any thread and any signal handler may add one; the main thread waits for them.
+
+    It waits in poll(2) for a pipe, to which the interpreter also writes when a signal arrives. A lock would not do: a
+    signal that arrives just before a thread goes to sleep, or in another thread, does not wake it.
+    """
+
+    def __init__(self) -> None:
+        self._added: queue.SimpleQueue[Ending | MigfwError] = queue.SimpleQueue()
+        self._awake, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def put(self, ending: Ending | MigfwError) -> None:
+        self._added.put(ending)
+        with suppress(BlockingIOError):  # full, so it wakes the main thread anyway
+            os.write(self._wake, b"\0")
+
+    def get(self) -> Ending | MigfwError:
+        before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        poll = select.poll()
+        poll.register(self._awake, select.POLLIN)
+        try:
+            while True:
+                with suppress(queue.Empty):
+                    return self._added.get_nowait()
+                poll.poll()
+                with suppress(BlockingIOError):
+                    os.read(self._awake, 4096)
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 class _Arrivals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import sys
 import time
@@ -47,6 +48,15 @@ def test_deferred_it_can_be_asked_at_once(engines: Engines) -> None:
     destination = engines(*SMALL, "--incoming", "defer")
     assert destination.call("qmp", "migrate-incoming", f"uri=unix:{engines.runtime}/in").returncode == 0
     assert engines(*SMALL, "--name", "source").call("migrate", f"unix:{engines.runtime}/in").returncode == 0
+
+
+def test_a_signal_that_another_thread_receives_ends_it(engines: Engines) -> None:
+    """As one that arrives just before the main thread goes to sleep: no system call of that is interrupted."""
+    engine = engines(*SMALL)
+    main = engine.process.pid
+    other = sorted(int(task.name) for task in Path(f"/proc/{main}/task").iterdir())[1]  # the first: it lives as long
+    assert ctypes.CDLL(None).tgkill(main, other, signal.SIGTERM) == 0
+    assert engine.finish()[0] == 0
 
 
 SCRIPT = """
