@@ -63,16 +63,11 @@ def pause(source: Source, error: BaseException) -> MigrationStatus:
             source.confirmed = True
             source.statistics.error = None
             return MigrationStatus.COMPLETED
-    may_help = isinstance(error, ChannelError | StreamError | OSError) and not link.paused
-    return _paused(source, _reason(source, error), may_help=may_help)
-
-
-def _paused(source: Source, reason: str, *, may_help: bool) -> MigrationStatus:
-    """`may_help`: dialling again may."""
-    source.statistics.error = reason
-    source.reconnection.broke(possible=may_help and source.transport.features.multi_channel)
+    source.statistics.error = _reason(source, error)
+    dialling_may_help = isinstance(error, ChannelError | StreamError | OSError) and not link.paused
+    source.reconnection.broke(possible=dialling_may_help and source.transport.features.multi_channel)
     source.expect_resume()
-    log.warning("postcopy is paused: %s", reason)
+    log.warning("postcopy is paused: %s", source.statistics.error)
     return MigrationStatus.POSTCOPY_PAUSED
 
 
@@ -110,10 +105,7 @@ def await_resume(source: Source) -> MigrationStatus:
 def reconnect(source: Source) -> MigrationStatus:
     """Dial the destination, and make sure that it is the same one. The stream will go on where it was: it has no second
     header, and the return path is taken to be open."""
-    try:
-        source.replace_link()
-    except ChannelError as error:
-        return _paused(source, str(error), may_help=True)
+    source.replace_link()
     try:
         source.link.connect()
         source.interrupt.check()

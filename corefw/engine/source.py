@@ -26,7 +26,7 @@ from corefw.engine.reconnection import Reconnection
 from corefw.engine.returnpath import Handler
 from corefw.engine.statistics import OutgoingStatistics
 from corefw.engine.tails import tail_of
-from corefw.errors import ChannelError, MachineError, PluginError, StateError
+from corefw.errors import MachineError, PluginError, StateError
 from corefw.machine import DEAD, Machine, ThrottlableMachine
 from corefw.postcopy import OnDemandSaver, PostcopySaver
 from corefw.registry import SaverRegistry
@@ -243,16 +243,12 @@ class Source(OutgoingContext):
 
     def replace_link(self) -> None:
         """Have a new one over the transport that was waited for. What the destination has said over the old one stays
-        known. Raises ChannelError if the host has no descriptor left."""
+        known."""
         assert self._next_transport is not None, "called before await_transport()"
         self.transport = self._next_transport
-        try:
-            link = Link(self.transport, self.interrupt, self.meter, self.settings)
-        except OSError as error:
-            raise ChannelError(f"{self.transport.uri}: cannot connect: {error.strerror}") from None
         self._started_there = self.started_there
         self._is_same_destination = self.secret is not None  # it has to show that before anything else is read
-        self.link = link
+        self.link = Link(self.transport, self.interrupt, self.meter, self.settings)
 
     def resume(self, transport: Transport) -> None:
         """Go on over this transport. From any thread, one at a time. Raises StateError if that was said already since

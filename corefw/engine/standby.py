@@ -6,6 +6,7 @@ until it runs for the first time. While a guest stands still, that is too long.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -65,11 +66,20 @@ class ArrivalThreads:
 
     def __init__(self) -> None:
         """Raises RuntimeError if the host has no thread left."""
-        self.faults = StandbyThread("page faults")
-        self.start = StandbyThread("guest start")
-        self.requested = StandbyThread("requested pages")
+        with contextlib.ExitStack() as made:
+            self.faults = _make("page faults", made)
+            self.start = _make("guest start", made)
+            self.requested = _make("requested pages", made)
+            made.pop_all()
 
     def dismiss(self) -> None:
         """End those that were not needed. Idempotent."""
         for thread in (self.faults, self.start, self.requested):
             thread.dismiss()
+
+
+def _make(name: str, made: contextlib.ExitStack) -> StandbyThread:
+    """A thread that `made` dismisses if it is closed."""
+    thread = StandbyThread(name)
+    made.callback(thread.dismiss)
+    return thread
