@@ -15,6 +15,7 @@ from corefw.cli.options import complete_settings, complete_uris, engine_options,
 from corefw.client.changes import read_mixed, split_pairs
 from corefw.client.progress import cancelled
 from corefw.errors import MigfwError, UsageError, one_line
+from corefw.machine import RunState
 from corefw.qmp.address import EngineInfo, find_engines
 from corefw.qmp.engines import EngineClient, connect
 from corefw.uri import MigrationUri
@@ -43,7 +44,9 @@ def stop(name: str | None, qmp: str | None, as_json: bool) -> None:
     """
     with connect(name, qmp) as engine:
         engine.call("stop")
-        _confirm(engine, f"the guest is {engine.run_state()}", as_json=as_json)
+        if (state := engine.run_state()) == RunState.FINISH_MIGRATE:
+            raise MigfwError("the guest has left for the destination: stop it there")
+        _confirm(engine, f"the guest is {state}", as_json=as_json)
 
 
 @click.command()

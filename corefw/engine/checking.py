@@ -153,8 +153,8 @@ class Check:
                     limit.cancel()
         except (ChannelError, StreamError) as error:
             self._interrupt.check()
-            late = " (it did not answer in time)" if isinstance(error, Interrupted) else ""
-            self._problems.append(f"{error}{late}")
+            late = isinstance(error, Interrupted)
+            self._problems.append(f"{transport.uri}: no answer within {PATIENCE:g} seconds" if late else str(error))
 
     def _obstacle(self, transport: Transport) -> str | None:
         """Why the destination cannot be asked; None if it can."""

@@ -64,6 +64,9 @@ def test_a_connection_that_was_paused_is_recovered(engines: Engines) -> None:
     assert wait_until(lambda: {status(source), status(destination)} == {"postcopy-paused"})
     left = source.call("status").stdout
     assert re.search(r"^guest: +finish-migrate \(in postcopy it runs on the destination\)$", left, re.MULTILINE), left
+    stopped = source.call("stop")
+    assert (stopped.returncode, stopped.stdout) == (1, "")
+    assert stopped.stderr == "migfw: the guest has left for the destination: stop it there\n"
     for engine in (source, destination):
         shown = engine.call("status").stdout
         assert re.search("^error: ", shown, re.MULTILINE), shown
