@@ -12,6 +12,7 @@ import pytest
 
 from tests.cli.conftest import SMALL, Engines
 from tests.helpers.cli import TIMEOUT, check_refused, migfw
+from tests.helpers.qemu import wait_until
 
 ENDS = """
 from corefw_machine_python import guest
@@ -83,12 +84,13 @@ def test_sigterm_ends_it_in_order(engines: Engines) -> None:
 
 
 FAREWELL = """
-import time
+import pathlib, time
 from corefw_machine_python import guest
 
 class Farewell(guest.Program):
     stop_timeout = {patience}
     def tick(self):
+        pathlib.Path(__file__).with_suffix(".ticks").touch()
         time.sleep({tick})
     def before_stop(self):
         {stop}
@@ -125,6 +127,7 @@ def test_a_goodbye_that_fails_is_said(engines: Engines, tmp_path: Path, values: 
     program = tmp_path / "farewell.py"
     program.write_text(FAREWELL.format(**({"patience": 10, "tick": 0.01} | values)))
     engine = engines(f"{program}:Farewell")
+    wait_until(program.with_suffix(".ticks").exists, "the first tick")
     engine.process.send_signal(signal.SIGTERM)
     status, out, err = engine.finish()
     assert (status, out) == (0, "")

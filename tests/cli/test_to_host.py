@@ -191,7 +191,7 @@ def test_ctrl_c_while_the_destination_starts_leaves_nothing(far: Far, engines: E
         ((), "no destination"),
         (("tcp:a:1", "--to", "b"), "use one of them"),
         (("tcp:a:1", "--remote-migfw", "/x"), "--remote-migfw needs --to"),
-        (("--to", "b", "--detach"), "without --detach"),
+        (("--to", "b", "--detach"), "leave out --detach"),
         (("--to", "a/b"), "ssh://"),
     ],
 )
