@@ -207,19 +207,19 @@ def test_shut_0_after_a_cancel_that_came_too_late(pair: Pair, peer: Peer) -> Non
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "reported"),
     [
         (b"\x00\x09\x00\x00", "type 9"),
         (b"\x00\x01\x00\x02\x00\x00", "4 bytes of body for message SHUT"),
         (b"\x00\x04\x00\x0c" + bytes(12), "unexpected REQ_PAGES"),
     ],
 )
-def test_nonsense_on_the_return_path(pair: Pair, peer: Peer, message: bytes, told: str) -> None:
+def test_nonsense_on_the_return_path(pair: Pair, peer: Peer, message: bytes, reported: str) -> None:
     source = pair.source(big())
     source.migrate(peer.uri)
     peer.accept().sendall(message)
     assert ended(source) == "failed"
-    assert told in query_migrate(source)["error-desc"]
+    assert reported in query_migrate(source)["error-desc"]
     runs_on(source)
 
 
@@ -290,19 +290,19 @@ DIFFERENT: list[tuple[str, Callable[[], CountingMachine], Callable[[], CountingM
 
 
 @pytest.mark.parametrize(
-    ("source_machine", "machine", "told"), [row[1:] for row in DIFFERENT], ids=[row[0] for row in DIFFERENT]
+    ("source_machine", "machine", "reported"), [row[1:] for row in DIFFERENT], ids=[row[0] for row in DIFFERENT]
 )
 def test_a_destination_that_differs(
     pair: Pair,
     source_machine: Callable[[], CountingMachine],
     machine: Callable[[], CountingMachine],
-    told: tuple[str, ...],
+    reported: tuple[str, ...],
 ) -> None:
     source, destination = pair.source(source_machine()), pair.destination(machine())
     source.migrate(destination.migrate_incoming("tcp:127.0.0.1:0"))
     assert ended(source) == "failed" and arrived(destination) == "failed"
     reason = query_migrate(destination)["error-desc"]
-    assert all(part in reason for part in (*told, "at offset")), reason
+    assert all(part in reason for part in (*reported, "at offset")), reason
     assert counting(destination).starts == 0
     runs_on(source)
 

@@ -69,10 +69,10 @@ class Pair:
         """The source's statuses in the order of their events. With `last`, waits for its event."""
         deadline = time.monotonic() + PATIENCE
         while True:
-            told = [str(event.new) for event in self.events if isinstance(event, StatusChanged)]
-            if last is None or told[-1:] == [last]:
-                return told
-            assert time.monotonic() < deadline, f"'{last}' is not told, but {told}"
+            reported = [str(event.new) for event in self.events if isinstance(event, StatusChanged)]
+            if last is None or reported[-1:] == [last]:
+                return reported
+            assert time.monotonic() < deadline, f"'{last}' was not reported, but {reported}"
             time.sleep(0.001)
 
     def __enter__(self) -> Self:

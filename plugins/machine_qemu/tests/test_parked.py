@@ -177,11 +177,11 @@ def test_a_truncated_stream_fails_with_its_offset(end: int, tmp_path: Path) -> N
 def test_status_names_what_is_parked(tmp_path: Path) -> None:
     with parking() as engine:
         take_in(engine, load("pc"), tmp_path)
-        told = json.loads(json.dumps(engine.machine.information()))
-        assert told["machine"] == "pc-i440fx-7.2"
-        assert told["parked"]
-        assert told["ram"]["pc.ram"] == 1 << 20
-        assert {"name": "timer", "instance-id": 0, "version": 2, "size": 48} in told["devices"]
+        shown = json.loads(json.dumps(engine.machine.information()))
+        assert shown["machine"] == "pc-i440fx-7.2"
+        assert shown["parked"]
+        assert shown["ram"]["pc.ram"] == 1 << 20
+        assert {"name": "timer", "instance-id": 0, "version": 2, "size": 48} in shown["devices"]
         with pytest.raises(MachineError, match="cannot run here"):
             engine.cont()
 

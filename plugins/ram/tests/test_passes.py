@@ -52,17 +52,17 @@ def write(machine: StillMachine, wish: tuple[str, int, int, int]) -> None:
 
 
 @settings(max_examples=80)
-@given(before=st.lists(writes, max_size=3), passes=passes, budgets=budgets, harvest=st.booleans(), told=st.booleans())
+@given(before=st.lists(writes, max_size=3), passes=passes, budgets=budgets, harvest=st.booleans(), notified=st.booleans())
 def test_any_writes_between_the_parts_arrive(
     before: list[tuple[str, int, int, int]],
     passes: list[list[tuple[str, int, int, int]]],
     budgets: list[int],
     harvest: bool,
-    told: bool,
+    notified: bool,
 ) -> None:
-    """With a log that has to know what was sent, and with one that knows of every write (`told`)."""
+    """With a log that has to know what was sent, and with one that knows of every write (`notified`)."""
     with StillMachine(*(block(idstr, pages, logged=True) for idstr, pages in LENGTHS.items())) as machine:
-        if told:
+        if notified:
             for one in machine.blocks:
                 one.dirty_log = ToldLog()
         for wish in before:

@@ -73,11 +73,11 @@ def test_features_are_known_before_anything_is_sent(pipe: tuple[int, int], tmp_p
     reader, writer = pipe
     one, other = socket.socketpair()
     with one, other, (tmp_path / "file").open("w+b") as file:
-        told = [
+        shown = [
             (features.return_path, features.incoming, features.outgoing)
             for features in (fd_(fd).features for fd in (reader, writer, one.fileno(), file.fileno()))
         ]
-    assert told == [(False, True, False), (False, False, True), (True, True, True), (False, True, True)]
+    assert shown == [(False, True, False), (False, False, True), (True, True, True), (False, True, True)]
 
 
 def test_the_wrong_way(pipe: tuple[int, int]) -> None:
