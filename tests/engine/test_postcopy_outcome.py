@@ -70,12 +70,12 @@ def _recovers(move: Move) -> bool:
 
 def test_a_source_that_missed_the_refusal_takes_the_guest_back(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
     """The destination has sent PONG 3, so the source must not start the guest before it learns that it does not run."""
-    told = Watch(False, pong(PACKAGE_PING), 8, lambda: None)  # it has passed
+    seen = Watch(False, pong(PACKAGE_PING), 8, lambda: None)  # it has passed
     with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
-        proxy.stop_at(told)
+        proxy.stop_at(seen)
 
         def fail() -> None:
-            assert told.done.wait(PATIENCE)
+            assert seen.done.wait(PATIENCE)
             proxy.cut(Cut.END)
             move.reaches(move.source, "postcopy-paused")
             raise RuntimeError("no licence on this host")
@@ -91,12 +91,12 @@ def test_a_source_that_missed_the_refusal_takes_the_guest_back(move: Move, monke
 
 def test_a_source_that_dials_again_by_itself_takes_the_guest_back(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
     move.source.set_parameters({"x-migfw-reconnect": -1})
-    told = Watch(False, pong(PACKAGE_PING), 8, lambda: None)  # it has passed
+    seen = Watch(False, pong(PACKAGE_PING), 8, lambda: None)  # it has passed
     with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
-        proxy.stop_at(told)
+        proxy.stop_at(seen)
 
         def fail() -> None:
-            assert told.done.wait(PATIENCE)
+            assert seen.done.wait(PATIENCE)
             proxy.cut(Cut.RESET)
             raise RuntimeError("no licence on this host")
 
@@ -109,9 +109,9 @@ def test_a_guest_that_does_not_start_after_a_recovery_runs_on_the_source(
     move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recovered = threading.Event()
-    told = Watch(False, pong(PACKAGE_PING), 8, lambda: None)  # it has passed
+    seen = Watch(False, pong(PACKAGE_PING), 8, lambda: None)  # it has passed
     with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
-        proxy.stop_at(told)
+        proxy.stop_at(seen)
 
         def fail() -> None:
             assert recovered.wait(PATIENCE)
@@ -119,7 +119,7 @@ def test_a_guest_that_does_not_start_after_a_recovery_runs_on_the_source(
 
         monkeypatch.setattr(move.destination.machine, "start", fail)
         begin(move, proxy)
-        assert told.done.wait(PATIENCE)
+        assert seen.done.wait(PATIENCE)
         proxy.cut(Cut.END)
         move.both_reach("postcopy-paused")
     move.recover()

@@ -52,7 +52,9 @@ def write(machine: StillMachine, wish: tuple[str, int, int, int]) -> None:
 
 
 @settings(max_examples=80)
-@given(before=st.lists(writes, max_size=3), passes=passes, budgets=budgets, harvest=st.booleans(), notified=st.booleans())
+@given(
+    before=st.lists(writes, max_size=3), passes=passes, budgets=budgets, harvest=st.booleans(), notified=st.booleans()
+)
 def test_any_writes_between_the_parts_arrive(
     before: list[tuple[str, int, int, int]],
     passes: list[list[tuple[str, int, int, int]]],
