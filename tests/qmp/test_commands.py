@@ -180,6 +180,7 @@ def test_the_pages_program_runs(engine: Engine, folder: Path, capsys: pytest.Cap
     (program,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     with QmpServer(engine, f"unix:{folder}/demo.qmp"):
         exec(program.replace("/run/", f"{folder}/"), {})
+    engine.close()  # it logs how the migration ended, before stderr is closed
     assert capsys.readouterr().out.splitlines() == [
         "RESUME {}",
         "MIGRATION {'status': 'setup'}",
