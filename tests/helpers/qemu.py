@@ -114,7 +114,9 @@ class Qemu:
         self.command("qmp_capabilities", enable=list(enable))
 
     def _next(self) -> dict[str, Any]:
-        line = self._lines.readline()
+        line = b""
+        with contextlib.suppress(ConnectionError):  # what a QEMU that ends has not read resets the connection
+            line = self._lines.readline()
         assert line, f"{PROGRAM} ended: {self.output()}"
         answer: dict[str, Any] = json.loads(line)
         return answer
@@ -130,10 +132,8 @@ class Qemu:
 
     def _exchange(self, request: dict[str, Any], fd: int | None) -> Any:
         data = json.dumps(request).encode()
-        if fd is None:
-            self._socket.sendall(data)
-        else:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd is not None else []
+        with contextlib.suppress(ConnectionError):  # _next() says that QEMU has ended
             self._socket.sendmsg([data], ancillary)
         while True:
             answer = self._next()
