@@ -16,11 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
+from corefw.cli import Interrupts
 from corefw.cli.console import ExitStatus, print_facts
 from corefw.cli.display import open_display
 from corefw.client.changes import Changes
@@ -74,28 +76,28 @@ def demo(ram: str, dirty_rate: str, working_set: str) -> None:
     for name, text in sizes.items():
         if parse_size(text) == 0:
             raise UsageError(f"--{name} {text}: expected more than zero")
-    # SIGTERM has to unwind and clean up, too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with _folder() as folder:
-        _play(folder, [f"--opt={name}={text}" for name, text in sizes.items()])
+    # An exception would be lost in a callback of the interpreter, such as those around fork(), and with it the Ctrl-C.
+    with Interrupts() as interrupts, _folder() as folder:
+        _play(folder, [f"--opt={name}={text}" for name, text in sizes.items()], interrupts.received)
     click.echo("demo: ok")
 
 
-def _play(folder: Path, options: list[str]) -> None:
+def _play(folder: Path, options: list[str], interrupted: Callable[[], bool]) -> None:
+    wait_for = partial(_wait_for, interrupted)
     with (
-        _engine(folder, "destination", *options, "--incoming=tcp:127.0.0.1:0") as (destination, _),
-        _engine(folder, "source", *options) as (source, ended),
+        _engine(folder, "destination", wait_for, *options, "--incoming=tcp:127.0.0.1:0") as (destination, _),
+        _engine(folder, "source", wait_for, *options) as (source, ended),
     ):
-        uri = _wait_for("the destination to listen", lambda: destination.call("x-migfw-status")["incoming-uri"])
+        uri = wait_for("the destination to listen", lambda: destination.call("x-migfw-status")["incoming-uri"])
         click.echo(f"a guest fills {_ram(source)} of RAM with incompressible bytes")
-        _wait_for("the guest to fill its RAM and write", lambda: _verified_beyond(source, 0))
+        wait_for("the guest to fill its RAM and write", lambda: _verified_beyond(source, 0))
         click.echo(f"it is running and keeps writing; now it moves to another process at {uri}")
-        answer = _migrate(source, uri)
+        answer = _migrate(source, uri, interrupted)
         print_facts(summary(answer))
         before = _writes(source)
         source.client.close()  # the source stays for as long as we are connected
-        _wait_for("the source to end", lambda: ended() is not None)
-        facts = _wait_for("the guest to continue writing", lambda: _verified_beyond(destination, before))
+        wait_for("the source to end", lambda: ended() is not None)
+        facts = wait_for("the guest to continue writing", lambda: _verified_beyond(destination, before))
         click.echo(
             f"proof: {facts['writes']:,} writes counted, {facts['found']:,} found in RAM;"
             f" {facts['writes'] - before:,} of them after the move"
@@ -104,11 +106,13 @@ def _play(folder: Path, options: list[str]) -> None:
             raise MigfwError(f"demo: {facts['writes'] - facts['found']} writes were lost")
 
 
-def _migrate(source: EngineClient, uri: str) -> Mapping[str, Any]:
+def _migrate(source: EngineClient, uri: str, interrupted: Callable[[], bool]) -> Mapping[str, Any]:
     Changes({"return-path": True}, {"max-bandwidth": UNLIMITED}).apply(source)
     with open_display(f"migrating to {uri}", as_json=False) as display:
         source.call("migrate", uri=uri)
-        answer = Follower(source, display).wait()
+        answer = Follower(source, display, interrupted=interrupted).wait()
+    if interrupted():
+        raise KeyboardInterrupt
     if answer["status"] != MigrationStatus.COMPLETED:
         raise MigfwError(f"demo: the migration did not complete: {answer.get('error-desc', answer['status'])}")
     return answer
@@ -143,7 +147,9 @@ def _folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _engine(folder: Path, name: str, *arguments: str) -> Iterator[tuple[EngineClient, Callable[[], int | None]]]:
+def _engine(
+    folder: Path, name: str, wait_for: Callable[[str, Callable[[], Any]], Any], *arguments: str
+) -> Iterator[tuple[EngineClient, Callable[[], int | None]]]:
     """Start `migfw run stress`. Yields a connection to it, and a function that returns its exit status or None."""
     address = f"unix:{folder}/{name}"
     errors = folder / f"{name}.err"
@@ -154,21 +160,22 @@ def _engine(folder: Path, name: str, *arguments: str) -> Iterator[tuple[EngineCl
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             start_new_session=True,  # so that only this process gets the terminal's Ctrl-C
-            preexec_fn=_end_with_parent,
+            preexec_fn=partial(_end_with_parent, os.getpid()),
         )
     try:
-        _wait_for(f"the {name} to start", lambda: _started(process, Path(f"{folder}/{name}"), errors))
+        wait_for(f"the {name} to start", lambda: _started(process, Path(f"{folder}/{name}"), errors))
         with connect(None, address) as client:
             yield client, process.poll
     finally:
         _end(process)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """Have the kernel end this new process when the demo's only thread ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the demo's handler would swallow it until exec()
     _libc.prctl(ctypes.c_int(_SET_PARENT_DEATH_SIGNAL), ctypes.c_ulong(signal.SIGTERM))
-    if os.getppid() == 1:
-        os.kill(os.getpid(), signal.SIGTERM)  # the demo ended before prctl
+    if os.getppid() != parent:
+        os._exit(ExitStatus.FAILED)  # the demo ended before prctl()
 
 
 def _started(process: subprocess.Popen[bytes], socket: Path, errors: Path) -> bool:
@@ -188,10 +195,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _wait_for(what: str, look: Callable[[], Any]) -> Any:
-    """Poll `look` until its result is true, and return that. Raises MigfwError naming `what` after PATIENCE."""
+def _wait_for(interrupted: Callable[[], bool], what: str, look: Callable[[], Any]) -> Any:
+    """Poll `look` until its result is true, and return that.
+
+    Raises MigfwError naming `what` after PATIENCE, and KeyboardInterrupt once `interrupted` returns True.
+    """
     end = time.monotonic() + PATIENCE
     while not (found := look()):
+        if interrupted():
+            raise KeyboardInterrupt
         if time.monotonic() > end:
             raise MigfwError(f"demo: gave up waiting for {what} after {PATIENCE:.0f} s")
         time.sleep(POLL)
