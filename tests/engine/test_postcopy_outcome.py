@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ from corefw.testing.tasks import wait_until
 from corefw.wire.constants import PACKAGE_PING
 from tests.helpers.cutting import Cut, CutProxy, Watch, listens
 from tests.helpers.engines import PATIENCE, Pair, ended
-from tests.helpers.moving import LISTEN, Move
+from tests.helpers.moving import LISTEN, PACKAGED, Move
 from tests.matrix.points import SHUT, pong
 
 
@@ -103,6 +104,23 @@ def test_a_source_that_dials_again_by_itself_takes_the_guest_back(move: Move, mo
         monkeypatch.setattr(move.destination.machine, "start", fail)
         begin(move, proxy)
         assert_taken_back(move)
+
+
+@pytest.mark.parametrize("by_itself", [False, True], ids=["by hand", "by itself"])
+def test_a_source_whose_package_was_lost_takes_the_guest_back(move: Move, by_itself: bool) -> None:
+    """The destination has heard of no guest that it may start, so it fails; the source cannot know."""
+    move.source.set_parameters({"x-migfw-reconnect": -1 if by_itself else 0})
+    with CutProxy(move.destination.migrate_incoming(LISTEN)) as proxy:
+        proxy.stop_at(Watch(True, re.compile(re.escape(PACKAGED)), 0, lambda: proxy.cut(Cut.RESET)))
+        begin(move, proxy)
+        move.reaches(move.destination, "failed")
+        if not by_itself:
+            move.reaches(move.source, "postcopy-paused")
+            assert wait_until(lambda: _recovers(move))
+        assert ended(move.source) == "failed"
+    assert "the peer reset the connection" in (move.source.report().error or "")
+    assert move.source.machine.run_state is RunState.RUNNING
+    move.source.verify()
 
 
 def test_a_guest_that_does_not_start_after_a_recovery_runs_on_the_source(
