@@ -199,6 +199,20 @@ class Meter:
         with self._changed:
             self._urgent -= 1
 
+    @contextmanager
+    def unheld(self) -> Iterator[None]:
+        """Around the sending of what a step of a limit has room for: pace() waits only after it. A page whose mark was
+        cleared goes out at once then, also while requested pages, over their own channel, use up the limit; the guest
+        may request it next."""
+        if not self.limit:  # one that is set meanwhile holds at once
+            yield
+            return
+        self.urgent_begins()
+        try:
+            yield
+        finally:
+            self.urgent_ends()
+
     # -- measuring -------------------------------------------------------------------------------------------------
 
     def start_window(self) -> None:

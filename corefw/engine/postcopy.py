@@ -125,7 +125,7 @@ def _send_pages(source: Source) -> None:
         began = time.monotonic()
         only_requested = source.meter.is_ahead()
         through = not only_requested
-        with source.requests.served(), source.meter.step() as budget:
+        with source.requests.served(), source.meter.step() as budget, source.meter.unheld():
             for saver in source.on_demand() if only_requested else source.later():
                 budget = 0 if only_requested else min(part, budget)
                 through &= sections.part(saver, partial(saver.iterate, writer, budget))

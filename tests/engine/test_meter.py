@@ -154,6 +154,23 @@ def test_urgent_work_waits_for_nothing() -> None:
     assert world.meter.rest() == pytest.approx(1.0)
 
 
+def test_what_a_step_has_room_for_is_waited_for_afterwards() -> None:
+    world = World(1 << 20)
+    world.meter.sent(1 << 20)
+    with world.meter.unheld():
+        world.meter.pace()
+        assert world.meter.rest() == 0
+    assert world.meter.rest() == pytest.approx(1.0)
+
+
+def test_a_limit_that_is_set_in_a_step_without_one_holds_at_once() -> None:
+    world = World(0)
+    with world.meter.unheld():
+        world.limits["max-bandwidth"] = 1 << 20
+        world.meter.sent(1 << 20)
+        assert world.meter.rest() == pytest.approx(1.0)
+
+
 def test_a_wait_ends_with_what_the_check_raises() -> None:
     def check() -> None:
         raise MigfwError("cancelled")
