@@ -202,7 +202,7 @@ class Destination(IncomingContext):
     def outcome(self, problem: str, *, heard: bool) -> Outcome | None:
         """What a source is told that missed how its postcopy ended; None if it can know otherwise. `problem`: why the
         guest is not here, empty if it is. `heard`: it is known not to have missed it."""
-        if not self.advised or self.secret is None:
+        if self.secret is None:  # it is given with the advice
             return None
         relisten = self.readmission.relisten or self._relisten
         return Outcome(self.settings, self.secret, problem, None if heard else relisten)
